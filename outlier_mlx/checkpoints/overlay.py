@@ -1,0 +1,212 @@
+"""`Overlay`: what every form of overlay on disk becomes. Nothing here knows the forms."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from outlier_mlx.checkpoints.alpha import resolve_alphas
+from outlier_mlx.checkpoints.config import ModelConfig
+from outlier_mlx.checkpoints.keys import PROJECTIONS
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
+
+
+class Trits(Protocol):
+    """A matrix of trits somewhere on disk, read by rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+
+    @property
+    def where(self) -> str:
+        """File and key, for messages."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as int8 (rows, in); values are checked by who packs them."""
+
+
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """One projection of one expert: W = scale * trits."""
+
+    trits: Trits
+    scale: TensorRef
+
+    def row_scales(self) -> np.ndarray:
+        """One scale a row, (out,) float32; a scale for the whole matrix is repeated.
+
+        Raises:
+            CheckpointError: a scale is NaN, infinite or negative.
+        """
+        values = self.scale.read_float32().reshape(-1)
+        if not np.isfinite(values).all() or (values < 0).any():
+            bad = values[~(values >= 0) | ~np.isfinite(values)][0]
+            raise CheckpointError(
+                f"{self.scale.where}: scale {bad}, expected a finite number of 0 or more"
+            )
+        return np.broadcast_to(values, (self.trits.shape[0],)).copy()
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The three projections of an expert."""
+
+    gate: ExpertMatrix
+    up: ExpertMatrix
+    down: ExpertMatrix
+
+    def __iter__(self) -> Iterator[tuple[str, ExpertMatrix]]:
+        return iter([("gate", self.gate), ("up", self.up), ("down", self.down)])
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A lazy view of an overlay: dimensions and places of tensors, no data.
+
+    Attributes:
+        path: the folder it was opened from.
+        form: the name of its form on disk.
+        config: its dimensions.
+        base: tensors of the base model that it contains, by mlx-lm's Qwen2 names; may be empty.
+        routers: for each MoE layer, the routing matrix (experts, hidden).
+        experts: for each MoE layer, its experts in order.
+        alpha_files: alpha.json files, in the order in which they apply.
+        alpha_tensors: tensors of alphas by key; they win over the files.
+        unused: keys that are not loaded.
+    """
+
+    path: Path
+    form: str
+    config: ModelConfig
+    base: Mapping[str, TensorRef]
+    routers: Mapping[int, TensorRef]
+    experts: Mapping[int, list[Expert]]
+    alpha_files: list[Path] = field(default_factory=list)
+    alpha_tensors: Mapping[str, TensorRef] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+    @property
+    def expert_intermediate(self) -> int:
+        """Width of an expert; 0 without experts."""
+        return next((layer[0].gate.trits.shape[0] for layer in self.experts.values()), 0)
+
+    def alphas(self, override: Path | None = None) -> dict[int, np.ndarray]:
+        """The alphas in force, for each MoE layer (experts,) float32.
+
+        Args:
+            override: an alpha.json that wins over the overlay's own.
+        """
+        config = self.config
+        return resolve_alphas(
+            self.alpha_files,
+            dict(self.alpha_tensors),
+            config.moe_layers,
+            config.layers,
+            config.experts,
+            override,
+        )
+
+    def check(self) -> None:
+        """Check that layers, experts and shapes fit together, from headers alone.
+
+        Raises:
+            CheckpointError: names the tensor and what was expected.
+        """
+        config = self.config
+        if not config.experts:
+            raise CheckpointError(f"{self.path}: config.json names no experts: not an overlay")
+        if set(self.routers) != set(config.moe_layers):
+            raise CheckpointError(
+                f"{self.path.name}: config.json makes layers {list(config.moe_layers)} MoE, but"
+                f" routers were found for {sorted(self.routers)}"
+            )
+        extra = set(self.experts) - set(config.moe_layers)
+        if extra:
+            raise CheckpointError(
+                f"{self.path.name}: layers {sorted(extra)} have experts but are not MoE layers"
+            )
+        width = self.expert_intermediate
+        for layer, router in self.routers.items():
+            _check_float(router, (config.experts, config.hidden))
+            experts = self.experts.get(layer, [])
+            if len(experts) != config.experts:
+                raise CheckpointError(
+                    f"{self.path.name}: layer {layer} has {len(experts)} experts,"
+                    f" expected {config.experts}"
+                )
+            for expert in experts:
+                _check_expert(expert, config.hidden, width)
+
+
+def _check_expert(expert: Expert, hidden: int, width: int) -> None:
+    for name, matrix in expert:
+        shape = (hidden, width) if name == "down" else (width, hidden)
+        if tuple(matrix.trits.shape) != shape:
+            raise CheckpointError(
+                f"{matrix.trits.where}: shape {tuple(matrix.trits.shape)}, expected {shape}"
+            )
+        allowed = [(), (1,), (shape[0], 1), (shape[0],)]
+        if matrix.scale.dtype not in FLOAT_DTYPES or matrix.scale.shape not in allowed:
+            raise CheckpointError(
+                f"{matrix.scale.where}: {matrix.scale.dtype} {matrix.scale.shape}, expected a"
+                f" float scale of shape (), (1,) or ({shape[0]}, 1)"
+            )
+
+
+def _check_float(tensor: TensorRef, shape: tuple[int, ...]) -> None:
+    if tensor.dtype not in FLOAT_DTYPES or tensor.shape != shape:
+        raise CheckpointError(
+            f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected a float tensor {shape}"
+        )
+
+
+def base_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a Qwen2 base has, by mlx-lm's name; biases may be left out in threes."""
+    hidden, kv = config.hidden, config.kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab, hidden),
+    }
+    for layer in range(config.layers):
+        prefix = f"model.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}.{name}.weight"] = (hidden,)
+        for name, out in (("q", hidden), ("k", kv), ("v", kv)):
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (out, hidden)
+            shapes[f"{prefix}.self_attn.{name}_proj.bias"] = (out,)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, hidden)
+        for name in PROJECTIONS:
+            down = name == "down"
+            shape = (hidden, config.intermediate) if down else (config.intermediate, hidden)
+            shapes[f"{prefix}.mlp.{name}_proj.weight"] = shape
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tied:
+        shapes["lm_head.weight"] = (config.vocab, hidden)
+    return shapes
+
+
+def check_base(
+    tensors: Mapping[str, TensorRef], config: ModelConfig, place: str
+) -> dict[str, TensorRef]:
+    """Check that `tensors` are a whole Qwen2 base of these dimensions.
+
+    Returns:
+        The tensors that the model uses, in the order of `base_shapes`.
+
+    Raises:
+        CheckpointError: a tensor is missing or has the wrong shape; `place` names the source.
+    """
+    used = {}
+    for name, shape in base_shapes(config).items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            biases = [name.replace(f".{p}_proj.", f".{q}_proj.") for p in "qkv" for q in "qkv"]
+            if name.endswith(".bias") and not any(bias in tensors for bias in biases):
+                continue
+            raise CheckpointError(f"{place}: the tensor {name} {shape} is missing")
+        _check_float(tensor, shape)
+        used[name] = tensor
+    return used

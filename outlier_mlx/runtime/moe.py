@@ -1,0 +1,85 @@
+"""The feed-forward block of an Outlier layer: the base's own FFN plus routed ternary experts."""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.qwen2 import MLP
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from .switch import TernarySwitchGLU
+
+
+def top_experts(probs: mx.array, k: int) -> mx.array:
+    """The k most probable experts, largest first, equal ones in the order of their numbers.
+
+    Args:
+        probs: (..., experts) float32, none negative.
+        k: how many.
+
+    Returns:
+        (..., k) uint32.
+    """
+    experts = probs.shape[-1]
+    # The bits of a float that is not negative sort as it does; below them, the expert's number
+    # makes every key unique, so that no sort can order ties differently.
+    bits = mx.stop_gradient(probs).view(mx.uint32).astype(mx.uint64)
+    keys = (bits << 32) | mx.arange(experts - 1, -1, -1, dtype=mx.uint64)
+    largest = mx.sort(keys, axis=-1)[..., ::-1][..., :k]
+    return experts - 1 - (largest & 0xFFFFFFFF).astype(mx.uint32)
+
+
+class Router(nn.Module):
+    """The routing matrix, float32 whatever the activations are."""
+
+    def __init__(self, input_dims: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((num_experts, input_dims))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Routing probabilities (..., experts) float32 of x (..., hidden)."""
+        logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
+        return mx.softmax(logits, axis=-1, precise=True)
+
+
+class OutlierMoE(nn.Module):
+    """y = FFN_shared(x) + sum over the top k experts of w_e * alpha_e * FFN_e(x).
+
+    w are the routing probabilities, renormalised over the k. The routed path is computed and
+    summed in float32 and rounded once, with the shared path added.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        expert_size: int,
+        num_experts: int,
+        top_k: int,
+        experts_format: str,
+    ) -> None:
+        super().__init__()
+        self.top_k = min(top_k, num_experts)
+        self.shared_expert = MLP(hidden_size, intermediate_size)
+        self.gate = Router(hidden_size, num_experts)
+        self.alpha = mx.ones((num_experts,))
+        glu = TernarySwitchGLU if experts_format == "tq1_0_rows" else SwitchGLU
+        self.switch_mlp = glu(hidden_size, expert_size, num_experts)
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Choose experts for x (..., hidden).
+
+        Returns:
+            Experts (..., k) uint32, largest probability first, and their renormalised weights
+            (..., k) float32, before alpha.
+        """
+        probs = self.gate(x)
+        indices = top_experts(probs, self.top_k)
+        chosen = mx.take_along_axis(probs, indices, axis=-1)
+        return indices, chosen / chosen.sum(axis=-1, keepdims=True)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map x (batch, tokens, hidden) to the same shape and dtype."""
+        indices, weights = self.route(x)
+        weights = weights * self.alpha.astype(mx.float32)[indices]
+        experts = self.switch_mlp(x.astype(mx.float32), indices)  # (batch, tokens, k, hidden)
+        routed = (experts * weights[..., None]).sum(axis=-2)
+        return (self.shared_expert(x).astype(mx.float32) + routed).astype(x.dtype)

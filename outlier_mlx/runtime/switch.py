@@ -1,0 +1,116 @@
+"""Expert layers: a linear layer per expert, of which each token uses the ones it is routed to."""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
+
+from .affine2 import affine_group, padded_width, row_bytes, rows_to_affine2
+
+# From this many (token, expert) pairs on, pairs are sorted by expert, so that MLX's matrix kernels
+# read each expert once. The figure is mlx-lm's.
+SORT_FROM_PAIRS = 64
+
+
+class AffineCopy:
+    """A transcoded copy of ternary rows, and the arrays that it was made from.
+
+    A plain object, so that MLX does not count it among a module's parameters or state.
+    """
+
+    def __init__(self, rows: mx.array, scales: mx.array, in_features: int) -> None:
+        self.rows = rows
+        self.scales = scales
+        self.arrays = rows_to_affine2(rows, scales, in_features)
+
+
+class TernarySwitchLinear(nn.Module):
+    """`num_experts` linear layers with ternary weights, packed five trits to a byte.
+
+    Parameters, both frozen: `weight` (experts, out, row_bytes) uint8 in the layout `tq1_0_rows`,
+    and `scales` (experts, out) float32.
+    """
+
+    def __init__(self, input_dims: int, output_dims: int, num_experts: int) -> None:
+        super().__init__()
+        self.input_dims = input_dims
+        self.weight = mx.full((num_experts, output_dims, row_bytes(input_dims)), 128, mx.uint8)
+        self.scales = mx.zeros((num_experts, output_dims))
+        self.prepared = None
+        self.freeze()
+
+    def unfreeze(self, *args, **kwargs) -> nn.Module:
+        """Leave the packed weights frozen: they have no gradient."""
+        super().unfreeze(*args, **kwargs)
+        return self.freeze(recurse=False)
+
+    def prepare(self) -> None:
+        """Make and keep the affine copy, once the weights are in place."""
+        # Evaluated here: a lazy array can only be evaluated in the thread that made it.
+        self.prepared = AffineCopy(self.weight, self.scales, self.input_dims)
+        mx.eval(self.prepared.arrays)
+
+    def affine(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Weight, scales and biases for `mx.gather_qmm`, from the copy if it is up to date."""
+        copy = self.prepared
+        if copy is not None and copy.rows is self.weight and copy.scales is self.scales:
+            return copy.arrays
+        return rows_to_affine2(self.weight, self.scales, self.input_dims)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Multiply x (..., 1, in) by the experts named in `indices` (...): (..., 1, out)."""
+        weight, scales, biases = self.affine()
+        spare = padded_width(self.input_dims) - self.input_dims
+        if spare:
+            x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)])
+        return mx.gather_qmm(
+            x,
+            weight,
+            scales,
+            biases,
+            rhs_indices=indices,
+            transpose=True,
+            group_size=affine_group(self.input_dims),
+            bits=2,
+            sorted_indices=sorted_indices,
+        )
+
+
+class TernarySwitchGLU(nn.Module):
+    """The routed experts of a layer: `down(silu(gate x) * up x)` for each chosen expert."""
+
+    def __init__(self, input_dims: int, hidden_dims: int, num_experts: int) -> None:
+        super().__init__()
+        self.gate_proj = TernarySwitchLinear(input_dims, hidden_dims, num_experts)
+        self.up_proj = TernarySwitchLinear(input_dims, hidden_dims, num_experts)
+        self.down_proj = TernarySwitchLinear(hidden_dims, input_dims, num_experts)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Apply the experts `indices` (..., k) to x (..., hidden): (..., k, hidden)."""
+        indices = mx.stop_gradient(indices)
+        x = mx.expand_dims(x, (-2, -3))  # (..., 1, 1, hidden)
+        inverse = None
+        shape = indices.shape
+        if indices.size >= SORT_FROM_PAIRS:
+            x, indices, inverse = sort_by_expert(x, indices)
+        in_order = inverse is not None
+        gate = self.gate_proj(x, indices, in_order)
+        up = self.up_proj(x, indices, in_order)
+        y = self.down_proj(swiglu(gate, up), indices, in_order).squeeze(-2)
+        return y if inverse is None else mx.unflatten(y[inverse], 0, shape)
+
+
+def sort_by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Order (token, expert) pairs by expert.
+
+    Args:
+        x: (..., 1, 1, hidden), one a token.
+        indices: (..., k) experts of each token.
+
+    Returns:
+        x (pairs, 1, hidden) and indices (pairs,) in the order of experts, and the permutation
+        (pairs,) that undoes it.
+    """
+    flat = indices.flatten()
+    order = mx.argsort(flat)
+    tokens = x.flatten(0, -3)[order // indices.shape[-1]]
+    return tokens, flat[order], mx.argsort(order)

@@ -1,0 +1,1 @@
+"""Files: lazy safetensors, a streaming sharded writer, folders that appear whole, the hub."""

@@ -1,0 +1,218 @@
+"""Safetensors read lazily: headers first, then any range of rows of any tensor.
+
+The `safetensors` package gives no bfloat16 to NumPy, and mapping a file would count every page
+that was touched as memory in use. Here a tensor is a name, a place and a shape; its rows are
+read with `pread` into an array of just their size.
+
+Format: https://github.com/huggingface/safetensors (8 bytes of header length, little-endian, a
+JSON object, then the data; offsets are relative to the data's beginning).
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+
+#: Safetensors dtype -> NumPy dtype of the bytes; bfloat16 is read as its 16 bits.
+NUMPY_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+# The safetensors library's own bound on a header.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor on disk: nothing of it is in memory until `read`.
+
+    Attributes:
+        name: its key in the file.
+        file: the file that holds it.
+        dtype: the safetensors dtype, for example "BF16".
+        shape: its shape.
+        offset: where its first byte is in the file.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size on disk in bytes."""
+        return prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+
+    @property
+    def where(self) -> str:
+        """File and key, for messages."""
+        return f"{self.file.name}: {self.name}"
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of the first axis, as stored (bfloat16 as uint16).
+
+        Raises:
+            CheckpointError: the file became shorter since its header was read.
+        """
+        dtype = NUMPY_DTYPES[self.dtype]
+        if not self.shape:
+            shape: tuple[int, ...] = ()
+            begin = 0
+        else:
+            stop = self.shape[0] if stop is None else min(stop, self.shape[0])
+            shape = (stop - start, *self.shape[1:])
+            begin = start * prod(self.shape[1:]) * dtype.itemsize
+        rows = np.empty(shape, dtype)
+        self._fill(memoryview(rows.reshape(-1).view(np.uint8)), self.offset + begin)
+        return rows
+
+    def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Like `read`, converted to float32 (exact for float16 and bfloat16)."""
+        rows = self.read(start, stop)
+        if self.dtype == "BF16":
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        if self.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"{self.where}: dtype {self.dtype}, expected a float")
+        return rows.astype(np.float32, copy=False)
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        handle = os.open(self.file, os.O_RDONLY)
+        try:
+            while buffer.nbytes:
+                count = os.preadv(handle, [buffer], offset)
+                if count == 0:
+                    raise CheckpointError(f"{self.where}: the file ends within this tensor")
+                buffer, offset = buffer[count:], offset + count
+        finally:
+            os.close(handle)
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """The tensors of a safetensors file, from its header alone.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A `TensorRef` for each key, in the order of their data.
+
+    Raises:
+        CheckpointError: the file is truncated, its header is not JSON or is too long, a dtype is
+            unknown, or offsets overlap, leave gaps or disagree with shapes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path.name}: not a whole safetensors file (its header would take {length} bytes,"
+                f" the file has {size})"
+            )
+        header = parse_json_object(file.read(length), path.name)
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    tensors = [_tensor_ref(path, name, entry, begin) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    end = begin
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise CheckpointError(f"{tensor.where}: its data overlaps another's or leaves a gap")
+        end += tensor.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{path.name}: truncated or padded: its header describes {end} bytes,"
+            f" the file has {size}"
+        )
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _tensor_ref(path: Path, name: str, entry: object, begin: int) -> TensorRef:
+    place = f"{path.name}: {name}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{place}: its header entry is not an object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if dtype not in NUMPY_DTYPES:
+        raise CheckpointError(f"{place}: dtype {dtype!r} is not one this project reads")
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        raise CheckpointError(f"{place}: shape or data_offsets are not lists of sizes")
+    expected = prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != expected:
+        raise CheckpointError(
+            f"{place}: {offsets[1] - offsets[0]} bytes, but {dtype} {tuple(shape)} takes {expected}"
+        )
+    return TensorRef(name, path, dtype, tuple(shape), begin + offsets[0])
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def parse_json(text: bytes, place: str) -> object:
+    """Parse JSON strictly: no key twice in an object, no NaN or Infinity.
+
+    Raises:
+        CheckpointError: not such JSON, or nested too deep; `place` names the file.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{place}: not valid JSON ({error})") from None
+
+
+def parse_json_object(text: bytes, place: str) -> dict:
+    """Parse a JSON object; see `parse_json`."""
+    value = parse_json(text, place)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{place}: a JSON object was expected")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no JSON object.
+    """
+    return parse_json_object(read_bytes(path), path.name)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file's bytes; a `CheckpointError` that names it when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
