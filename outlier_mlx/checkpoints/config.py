@@ -172,14 +172,11 @@ def _size(raw: dict, *names: str, default: int | None = None, least: int = 1) ->
 
 
 def _positive(raw: dict, name: str, default: float | None, shown: str | None = None) -> float:
-    value = raw.get(name, default)
+    value = raw.get(name)
     value = default if value is None else value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise CheckpointError(
-            f"config.json: {shown or name} is {value!r}, expected a positive number"
-        )
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise CheckpointError(f"config.json: {shown or name} is {value!r}, expected a positive number")
 
 
 def _flag(raw: dict, name: str) -> bool:

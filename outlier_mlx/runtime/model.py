@@ -50,6 +50,8 @@ class ModelArgs(qwen2.ModelArgs):
 class Model(qwen2.Model):
     """mlx-lm's Qwen2 with `OutlierMoE` in the layers that `ModelArgs.moe_layers` lists."""
 
+    args: ModelArgs
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
         for number in args.moe_layers:
@@ -61,7 +63,7 @@ class Model(qwen2.Model):
                 args.num_experts_per_tok,
                 args.ternary["format"],
             )
-        scaling = args.rope_scaling or {}
+        scaling: dict[str, Any] = args.rope_scaling or {}
         if scaling.get("rope_type", scaling.get("type")) == "yarn":
             # mlx-lm reads neither `attention_factor` nor a factor below 1 as YaRN's authors do.
             scale = scaling.get("attention_factor") or 0.1 * math.log(scaling["factor"]) + 1

@@ -1,5 +1,7 @@
 """Expert layers: a linear layer per expert, of which each token uses the ones it is routed to."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
@@ -35,10 +37,10 @@ class TernarySwitchLinear(nn.Module):
         self.input_dims = input_dims
         self.weight = mx.full((num_experts, output_dims, row_bytes(input_dims)), 128, mx.uint8)
         self.scales = mx.zeros((num_experts, output_dims))
-        self.prepared = None
+        self.prepared: AffineCopy | None = None
         self.freeze()
 
-    def unfreeze(self, *args, **kwargs) -> nn.Module:
+    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Leave the packed weights frozen: they have no gradient."""
         super().unfreeze(*args, **kwargs)
         return self.freeze(recurse=False)
@@ -46,8 +48,9 @@ class TernarySwitchLinear(nn.Module):
     def prepare(self) -> None:
         """Make and keep the affine copy, once the weights are in place."""
         # Evaluated here: a lazy array can only be evaluated in the thread that made it.
-        self.prepared = AffineCopy(self.weight, self.scales, self.input_dims)
-        mx.eval(self.prepared.arrays)
+        copy = AffineCopy(self.weight, self.scales, self.input_dims)
+        mx.eval(copy.arrays)
+        self.prepared = copy
 
     def affine(self) -> tuple[mx.array, mx.array, mx.array]:
         """Weight, scales and biases for `mx.gather_qmm`, from the copy if it is up to date."""

@@ -19,7 +19,7 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 
 #: Safetensors dtype -> NumPy dtype of the bytes; bfloat16 is read as its 16 bits.
-NUMPY_DTYPES = {
+NUMPY_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -76,14 +76,13 @@ class TensorRef:
         """
         dtype = NUMPY_DTYPES[self.dtype]
         if not self.shape:
-            shape: tuple[int, ...] = ()
+            rows = np.empty((), dtype)
             begin = 0
         else:
             stop = self.shape[0] if stop is None else min(stop, self.shape[0])
-            shape = (stop - start, *self.shape[1:])
+            rows = np.empty((stop - start, *self.shape[1:]), dtype)
             begin = start * prod(self.shape[1:]) * dtype.itemsize
-        rows = np.empty(shape, dtype)
-        self._fill(memoryview(rows.reshape(-1).view(np.uint8)), self.offset + begin)
+        self._fill(rows.reshape(-1).view(np.uint8).data, self.offset + begin)
         return rows
 
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -151,10 +150,11 @@ def _tensor_ref(path: Path, name: str, entry: object, begin: int) -> TensorRef:
     place = f"{path.name}: {name}"
     if not isinstance(entry, dict):
         raise CheckpointError(f"{place}: its header entry is not an object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in NUMPY_DTYPES:
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
         raise CheckpointError(f"{place}: dtype {dtype!r} is not one this project reads")
-    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+    shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
         raise CheckpointError(f"{place}: shape or data_offsets are not lists of sizes")
     expected = prod(shape) * NUMPY_DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
@@ -164,8 +164,10 @@ def _tensor_ref(path: Path, name: str, entry: object, begin: int) -> TensorRef:
     return TensorRef(name, path, dtype, tuple(shape), begin + offsets[0])
 
 
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+def _sizes(value: object) -> list[int] | None:
+    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
+        return value
+    return None
 
 
 def parse_json(text: bytes, place: str) -> object:

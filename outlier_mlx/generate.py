@@ -1,0 +1,108 @@
+"""Generating text: mlx-lm's own loop, sampler and cache behind a few typed options."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import stream_generate
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from outlier_mlx.errors import OutlierError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate; the names, meanings and defaults are those of `mlx_lm.generate`."""
+
+    max_tokens: int = 256
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.0
+    min_tokens_to_keep: int = 1
+    seed: int | None = None
+    system_prompt: str | None = None
+    prefill_response: str | None = None
+    ignore_chat_template: bool = False
+    max_kv_size: int | None = None
+    prefill_step_size: int = 2048
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+
+def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) -> list[int]:
+    """Token ids of a prompt, through the chat template where there is one.
+
+    Raises:
+        OutlierError: nothing is left to start from, or a system prompt has no template to go into.
+    """
+    templated = tokenizer.has_chat_template and not options.ignore_chat_template
+    if not templated:
+        if options.system_prompt is not None:
+            raise OutlierError("--system-prompt needs a chat template; this model has none")
+        tokens = tokenizer.encode(prompt)
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        if options.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": options.system_prompt})
+        prefill = options.prefill_response
+        if prefill is not None:
+            messages.append({"role": "assistant", "content": prefill})
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=prefill is not None,
+            add_generation_prompt=prefill is None,
+        )
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    if not tokens:
+        tokens = [token for token in (tokenizer.bos_token_id,) if token is not None]
+    if not tokens:
+        raise OutlierError("the prompt is empty")
+    return tokens
+
+
+def stream(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompt: str, options: Options
+) -> Iterator[GenerationResponse]:
+    """Generate from a prompt, a piece of text at a time.
+
+    Args:
+        model: as `outlier_mlx.load` returns it.
+        tokenizer: likewise.
+        prompt: the user's text.
+        options: how to sample, and how large the KV cache may be.
+
+    Yields:
+        mlx-lm's responses: `text`, and counts, tokens/s and peak memory so far.
+    """
+    if options.seed is not None:
+        mx.random.seed(options.seed)
+    sampler = make_sampler(
+        options.temp,
+        options.top_p,
+        options.min_p,
+        options.min_tokens_to_keep,
+        top_k=options.top_k,
+        xtc_probability=options.xtc_probability,
+        xtc_threshold=options.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    yield from stream_generate(
+        model,
+        tokenizer,
+        encode_prompt(tokenizer, prompt, options),
+        max_tokens=options.max_tokens,
+        sampler=sampler,
+        max_kv_size=options.max_kv_size,
+        prefill_step_size=options.prefill_step_size,
+        kv_bits=options.kv_bits,
+        kv_group_size=options.kv_group_size,
+        quantized_kv_start=options.quantized_kv_start,
+    )

@@ -1,0 +1,188 @@
+"""What a model is and how large, from its config and the headers of its files alone."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+
+from outlier_mlx.checkpoints import open_overlay
+from outlier_mlx.checkpoints.config import Defaults, parse_config
+from outlier_mlx.checkpoints.shards import read_shards
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.hub import hub_errors, resolve
+from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
+from outlier_mlx.tiers.summary import SummaryRow, kind_of, summarize
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `outlier-mlx info` says.
+
+    Attributes:
+        name: the folder's or repository's name.
+        kind: "tier", "overlay" or "model".
+        form: the overlay's form, or how a tier stores its experts.
+        params: parameters in all.
+        active_params: parameters that a token uses.
+        nbytes: bytes of all tensors.
+        kv_bytes_per_token: bytes that the KV cache grows by with each token, in 16 bits.
+        rows: parameters and bytes by kind of part, the total last.
+        details: layers, experts and so on, for people.
+    """
+
+    name: str
+    kind: str
+    form: str
+    params: int
+    active_params: int
+    nbytes: int
+    kv_bytes_per_token: int
+    rows: list[SummaryRow]
+    details: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict:
+        """Everything, with the bits per weight of each row."""
+        rows = [asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in self.rows]
+        return asdict(self) | {"rows": rows}
+
+
+def inspect(path_or_repo: str | Path, revision: str | None = None) -> Info:
+    """Describe a tier, an overlay or a plain model; no weights are read or downloaded.
+
+    Args:
+        path_or_repo: a folder, or a repository on the hub.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: there is no model, or its files are not sound.
+        OutlierError: the hub cannot be reached.
+    """
+    if Path(path_or_repo).is_dir():
+        folder = Path(path_or_repo)
+        config = _read_config(folder)
+        if "ternary" not in config and _is_overlay(config):
+            overlay = open_overlay(folder)
+            tensors = {ref.name: (ref.dtype, ref.shape) for ref in read_shards(folder).values()}
+            return _describe(folder.resolve().name, config, tensors, overlay.form)
+        tensors = {ref.name: (ref.dtype, ref.shape) for ref in _refs(folder)}
+        return _describe(folder.resolve().name, config, tensors, None)
+    source = resolve(path_or_repo, revision, files=("config.json",))
+    config = _read_config(source.folder)
+    return _describe(source.name, config, _remote_tensors(source.name, source.revision), None)
+
+
+def _read_config(folder: Path) -> dict:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: not a model: no config.json")
+    return read_json(folder / "config.json")
+
+
+def _is_overlay(config: dict) -> bool:
+    return bool(config.get("n_experts") or config.get("outlier_num_experts"))
+
+
+def _refs(folder: Path) -> Iterator[TensorRef]:
+    yield from read_shards(folder).values()
+
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def _remote_tensors(repo: str, revision: str | None) -> Tensors:
+    """Dtypes and shapes by range requests for the files' headers."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    tensors: Tensors = {}
+    with hub_errors(repo):
+        files = api.list_repo_files(repo, revision=revision)
+        for name in files:
+            if name.endswith(".safetensors"):
+                header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+                for key, tensor in header.tensors.items():
+                    tensors[key] = (tensor.dtype, tuple(tensor.shape))
+    if not tensors:
+        raise CheckpointError(f"{repo}: no *.safetensors file")
+    return tensors
+
+
+def _describe(name: str, raw: dict, tensors: Tensors, form: str | None) -> Info:
+    from outlier_mlx.checkpoints.keys import BaseKey, parse_key
+
+    tier = "ternary" in raw
+    experts = raw.get("num_experts") or raw.get("n_experts") or raw.get("outlier_num_experts") or 0
+    overlay = not tier and _is_overlay(raw)
+    sizes = []
+    for key, (dtype, shape) in tensors.items():
+        nbytes = prod(shape) * NUMPY_DTYPES[dtype].itemsize
+        kind = kind_of(key)
+        if overlay:
+            parsed = parse_key(key)
+            kind = kind_of(parsed.name) if isinstance(parsed, BaseKey) else _overlay_kind(key)
+        sizes.append((kind, _params(key, dtype, shape, raw, tensors), nbytes))
+    rows = summarize(sizes)
+    total = rows[-1]
+    top_k = raw.get("num_experts_per_tok") or raw.get("top_k") or 2
+    routed = next((row.params for row in rows if row.kind == "experts"), 0)
+    idle = routed * (experts - min(top_k, experts)) // experts if experts else 0
+    kind_name = "tier" if tier else "overlay" if overlay else "model"
+    return Info(
+        name=name,
+        kind=kind_name,
+        form=raw["ternary"].get("format", "?") if tier else form or raw.get("model_type", "?"),
+        params=total.params,
+        active_params=total.params - idle,
+        nbytes=total.nbytes,
+        kv_bytes_per_token=_kv_bytes(raw),
+        rows=rows,
+        details=_details(raw, experts, top_k),
+    )
+
+
+def _overlay_kind(key: str) -> str:
+    return "experts" if ".experts." in key else "router"
+
+
+def _params(key: str, dtype: str, shape: tuple[int, ...], raw: dict, tensors: Tensors) -> int:
+    """Parameters of the model that a tensor stands for; scales and biases of codes count none."""
+    module, _, leaf = key.rpartition(".")
+    weight = tensors.get(f"{module}.weight")
+    packed = weight is not None and weight[0] in ("U8", "U32")
+    if packed and leaf in ("scales", "biases"):
+        return 0
+    if key.endswith("_scale") or (leaf == "scale" and ".experts." in key):
+        return 0
+    if leaf != "weight" or not packed:
+        return prod(shape)
+    if dtype == "U8":
+        down = ".down_proj" in module
+        return prod(shape[:-1]) * int(raw["moe_intermediate_size" if down else "hidden_size"])
+    quantization = raw.get("quantization") or {}
+    bits = int((quantization.get(module) or quantization).get("bits", 4))
+    return prod(shape) * 32 // bits
+
+
+def _kv_bytes(raw: dict) -> int:
+    try:
+        config = parse_config({**raw, "model_type": "qwen2"}, Defaults())
+    except CheckpointError:
+        return 0
+    return 2 * 2 * config.layers * config.kv_heads * config.head_dim
+
+
+def _details(raw: dict, experts: int, top_k: int) -> dict[str, str]:
+    details = {
+        "architecture": str(raw.get("model_type", "?")),
+        "layers": str(raw.get("num_hidden_layers") or raw.get("n_layers") or "?"),
+    }
+    if experts:
+        lists = [raw[n] for n in ("moe_layers", "moe_layer_indices", "v3_2_moe_layers") if n in raw]
+        count = len(lists[0]) if lists and isinstance(lists[0], list) else "all"
+        details["MoE layers"] = str(count)
+        details["experts"] = f"{experts}, {top_k} used by a token"
+    quantization = raw.get("quantization")
+    if isinstance(quantization, dict):
+        details["base"] = (
+            f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
+        )
+    return details

@@ -1,0 +1,105 @@
+"""Loading a tier into an mlx-lm model and tokenizer. No code from the tier is run."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model as mlx_lm_load_model
+from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
+
+from outlier_mlx.checkpoints.shards import read_shards
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.runtime.model import Model, ModelArgs
+from outlier_mlx.storage.hub import resolve
+from outlier_mlx.storage.safetensors import read_json
+
+
+def load(
+    path_or_repo: str | Path, revision: str | None = None, *, dtype: str | None = None
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a tier.
+
+    Args:
+        path_or_repo: a tier's folder or hub repository.
+        revision: branch, tag or commit on the hub.
+        dtype: "bfloat16", "float16" or "float32" for activations and unquantized weights. The
+            default is the tier's own on a GPU, and float32 on the CPU, where halves are slow.
+
+    Returns:
+        The model, called as `model(tokens, cache=None)` with tokens (batch, length) for logits
+        (batch, length, vocab), and the tokenizer.
+
+    Raises:
+        CheckpointError: it is no tier, or a damaged one.
+    """
+    folder = resolve(path_or_repo, revision).folder
+    model, config = load_model(folder, dtype=dtype)
+    return model, load_tokenizer(folder, config)
+
+
+def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, dict]:
+    """Load the model of a tier in a local folder; see `load`. Returns its config as well."""
+    check_tier(folder)
+    overrides: dict[str, Any] = {"model_file": None, "activation_dtype": dtype}
+    try:
+        return mlx_lm_load_model(
+            folder,
+            model_config=overrides,
+            get_model_classes=lambda config: (Model, ModelArgs),
+            trust_remote_code=False,
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: not a sound tier: {reason}") from error
+
+
+def check_tier(folder: Path) -> dict:
+    """Read a tier's config and its shards' headers.
+
+    Returns:
+        The config.
+
+    Raises:
+        CheckpointError: there is no tier, or its files are truncated or disagree with their index.
+    """
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: not a tier: no config.json")
+    config = read_json(folder / "config.json")
+    if "ternary" not in config:
+        raise CheckpointError(
+            f"{folder}: not a tier; `outlier-mlx convert` makes one from an overlay"
+        )
+    read_shards(folder)
+    return config
+
+
+def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
+    """The tokenizer of a tier.
+
+    Raises:
+        CheckpointError: the folder has none, or it cannot be loaded.
+    """
+    try:
+        with quiet_transformers():
+            return mlx_lm_load_tokenizer(
+                folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: no usable tokenizer: {reason}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warning that it does not know the model type: mlx-lm does."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

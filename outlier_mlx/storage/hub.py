@@ -1,0 +1,97 @@
+"""Names of models: a folder here, or a repository on the Hugging Face hub."""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlier_mlx.errors import CheckpointError, OutlierError
+
+#: What a checkpoint or tier consists of; nothing else is fetched.
+CHECKPOINT_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.jinja",
+    "tokenizer.model",
+    "LICENSE*",
+    "NOTICE*",
+)
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from, without a path of this machine.
+
+    Attributes:
+        folder: where its files are now.
+        name: the repository, or the folder's own name.
+        revision: the commit on the hub; None for a folder.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+
+def resolve(
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    files: tuple[str, ...] = CHECKPOINT_FILES,
+) -> Source:
+    """Find a model's folder, fetching it from the hub if it is a repository.
+
+    Login, cache, mirror and offline mode are huggingface_hub's own (`hf auth login`, HF_HOME,
+    HF_ENDPOINT, HF_HUB_OFFLINE).
+
+    Args:
+        path_or_repo: a folder, or a repository such as "Qwen/Qwen2.5-7B-Instruct".
+        revision: branch, tag or commit on the hub; refused for a folder.
+        files: patterns of the files to fetch.
+
+    Raises:
+        CheckpointError: neither a folder nor the name of a repository.
+        OutlierError: the hub cannot be reached or refuses.
+    """
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{folder}: a folder has no revision")
+        return Source(folder, folder.resolve().name)
+    name = str(path_or_repo)
+    if folder.exists() or not _REPO.fullmatch(name):
+        raise CheckpointError(f"{name}: no such folder, and not a hub repository (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(name):
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    return Source(snapshot, name, snapshot.name)
+
+
+class hub_errors:
+    """A context that turns the hub's many exceptions into one line that says what to do."""
+
+    def __init__(self, repo: str) -> None:
+        self.repo = repo
+
+    def __enter__(self) -> None:
+        # The retries that it logs are told once, by the error that ends them.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        from huggingface_hub import errors
+
+        said = str(error).strip().splitlines()
+        reason = said[0] if said else type(error).__name__
+        if isinstance(error, errors.GatedRepoError):
+            reason = "access is restricted; ask for it on its page, then run `hf auth login`"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = "no such repository on the hub, or it is private (`hf auth login`)"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            reason = "no such revision"
+        elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            reason = "not in the local cache, and the hub cannot be reached"
+        raise OutlierError(f"{self.repo}: {reason}") from error

@@ -1,0 +1,129 @@
+"""What the terminal shows: bars and tables. Results go to stdout, the rest to stderr."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+
+def stderr() -> Console:
+    """A console for people; colours and bars only on a terminal."""
+    return Console(stderr=True, highlight=False)
+
+
+def stdout() -> Console:
+    """A console for results."""
+    return Console(highlight=False)
+
+
+@contextmanager
+def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes, speed and time left; yields a function of (bytes done, bytes in all)."""
+    console = stderr()
+    bar = Progress(
+        TextColumn(title),
+        BarColumn(),
+        TaskProgressColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, in powers of ten."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def count(number: int) -> str:
+    """A number of parameters for people."""
+    value = float(number)
+    for unit in ("", " K", " M"):
+        if value < 1000:
+            return f"{value:.0f}" if not unit else f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.2f} B"
+
+
+def parts_table(rows: list, title: str | None = None) -> Table:
+    """Parameters, bytes and bits per weight by kind of part."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("part")
+    for name in ("parameters", "size", "bits per weight"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        last = row.kind == "total"
+        if last:
+            table.add_section()
+        table.add_row(
+            row.kind,
+            count(row.params),
+            size(row.nbytes),
+            f"{row.bits_per_weight:.2f}",
+            style="bold" if last else None,
+        )
+    return table
+
+
+def print_report(report) -> None:  # type: ignore[no-untyped-def]
+    """What a conversion wrote (a `tiers.convert.Report`)."""
+    console = stderr()
+    recipe = report.recipe
+    console.print(parts_table(report.rows, f"{report.path.name}: {recipe.name}, {recipe.dtype}"))
+    if report.unquantized:
+        shown = ", ".join(report.unquantized[:4])
+        more = len(report.unquantized) - 4
+        console.print(
+            f"unquantized, since no group size divides their width: {shown}"
+            + (f" and {more} more" if more > 0 else ""),
+            soft_wrap=True,
+        )
+    console.print(f"wrote {report.path} from an overlay of form {report.form}", soft_wrap=True)
+
+
+def print_statistics(response) -> None:  # type: ignore[no-untyped-def]
+    """Speed and memory of a finished generation (an mlx-lm `GenerationResponse`)."""
+    stderr().print(
+        f"prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
+        f"generation: {response.generation_tokens} tokens,"
+        f" {response.generation_tps:.1f} tokens/s\n"
+        f"peak memory: {response.peak_memory:.3f} GB"
+    )
+
+
+def print_info(info) -> None:  # type: ignore[no-untyped-def]
+    """What a model is (an `info.Info`)."""
+    console = stdout()
+    console.print(f"[bold]{info.name}[/]: {info.kind} ({info.form})", soft_wrap=True)
+    for name, value in info.details.items():
+        console.print(f"{name}: {value}", soft_wrap=True)
+    console.print(
+        f"parameters: {count(info.params)}, of which a token uses {count(info.active_params)}"
+    )
+    console.print(
+        f"memory: {size(info.nbytes)} of weights, and {size(info.kv_bytes_per_token * 4096)} of KV"
+        " cache for 4096 tokens in 16 bits",
+        soft_wrap=True,
+    )
+    console.print(parts_table(info.rows))

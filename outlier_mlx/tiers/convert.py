@@ -1,0 +1,205 @@
+"""Converting: an overlay and its base, streamed tensor by tensor into a tier."""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+import outlier_mlx
+from outlier_mlx.checkpoints import open_overlay
+from outlier_mlx.checkpoints.base import join, open_base
+from outlier_mlx.errors import CheckpointWarning, OutlierError
+from outlier_mlx.storage.folders import check_free, whole_folder
+from outlier_mlx.storage.hub import Source, resolve
+from outlier_mlx.storage.writer import ShardedWriter, WrittenFile
+from outlier_mlx.tiers.assets import copy_assets
+from outlier_mlx.tiers.bundle import bundle
+from outlier_mlx.tiers.card import model_card
+from outlier_mlx.tiers.plan import FORMAT_VERSION, Plan, make_plan
+from outlier_mlx.tiers.presets import Recipe
+from outlier_mlx.tiers.summary import SummaryRow
+
+#: Called with bytes of source read so far, and in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion wrote.
+
+    Attributes:
+        path: the tier.
+        form: the overlay's form on disk.
+        recipe: the recipe, its dtype settled.
+        rows: parameters and bytes by kind of part, the total last.
+        unquantized: matrices that no group size divides.
+        tokenizer: whether a tokenizer came along.
+    """
+
+    path: Path
+    form: str
+    recipe: Recipe
+    rows: list[SummaryRow]
+    unquantized: list[str]
+    tokenizer: bool
+
+
+def convert_tier(
+    overlay: str | Path,
+    base: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    recipe: Recipe | None = None,
+    alpha: str | Path | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert an overlay into a tier.
+
+    Args:
+        overlay: the overlay's folder or hub repository.
+        base: the base model's folder or repository; None where the overlay contains it.
+        out: the folder to make; by default NAME-RECIPE in the current folder.
+        recipe: how to store it; the default recipe is "q4".
+        alpha: an alpha.json that wins over the overlay's own alphas.
+        force: replace `out` if it exists.
+        revision: the overlay's revision on the hub.
+        base_revision: the base's revision on the hub.
+        progress: called while it runs.
+
+    Raises:
+        OutlierError: the input is not sound, the output exists, or the disk is too small. Nothing
+            is left behind.
+    """
+    recipe = recipe or Recipe()
+    source = resolve(overlay, revision)
+    opened = open_overlay(source.folder)
+    base_source = resolve(base, base_revision) if base is not None else None
+    model = join(opened, open_base(base_source.folder) if base_source else None)
+    plan = make_plan(model, recipe, Path(alpha) if alpha is not None else None)
+    target = Path(out) if out is not None else _default_out(source, plan)
+    check_free(target, force=force)
+    _check_space(target, plan)
+    folders = [source.folder] + ([base_source.folder] if base_source else [])
+    try:
+        with whole_folder(target, force=force) as folder:
+            files = _write_tensors(plan, folder, progress)
+            assets = copy_assets(folders, folder)
+            tokenizer = "tokenizer_config.json" in assets or "tokenizer.json" in assets
+            files += [_write(folder, "config.json", _json(plan.config))]
+            files += [_write(folder, "outlier_moe.py", bundle())]
+            licences = ("LICENSE", "NOTICE")
+            files += [_described(folder, n) for n in assets if not n.startswith(licences)]
+            (folder / "README.md").write_text(
+                model_card(target.name, plan, source, base_source), encoding="utf-8"
+            )
+            manifest = _manifest(plan, opened.form, source, base_source, files)
+            _write(folder, "tier.json", _json(manifest))
+    except OSError as error:
+        raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error
+    if not tokenizer:
+        warnings.warn(
+            f"{source.name}: no tokenizer beside the overlay or base; the tier has none",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    return Report(target, opened.form, plan.recipe, plan.rows(), plan.unquantized, tokenizer)
+
+
+def _default_out(source: Source, plan: Plan) -> Path:
+    return Path(f"{source.name.rsplit('/', 1)[-1]}-{plan.recipe.name}")
+
+
+def _check_space(target: Path, plan: Plan) -> None:
+    place = target.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < plan.nbytes:
+        raise OutlierError(
+            f"{target}: the tier takes {plan.nbytes / 1e9:.2f} GB, but only"
+            f" {free / 1e9:.2f} GB are free"
+        )
+
+
+def _write_tensors(plan: Plan, folder: Path, progress: Progress | None) -> list[WrittenFile]:
+    specs = [spec for part in plan.parts for spec in part.specs()]
+    total, done = plan.source_bytes, 0
+    with (
+        ShardedWriter(folder, specs) as writer,
+        # Left early (an error, Ctrl-C), the pool drops what it has not begun.
+        _pool() as pool,
+        _small_cache(),
+    ):
+        for part in plan.parts:
+            for name, chunk, used in part.chunks(pool):
+                writer.write(name, chunk)
+                done += used
+                if progress is not None and used:
+                    progress(done, total)
+        return writer.finish()
+
+
+class _pool:
+    def __enter__(self) -> ThreadPoolExecutor:
+        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+        return self._pool
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _small_cache:
+    """MLX keeps freed buffers for reuse; while slabs of all sizes pass, that is only memory."""
+
+    def __enter__(self) -> None:
+        self._limit = mx.set_cache_limit(0)
+
+    def __exit__(self, *_: object) -> None:
+        mx.set_cache_limit(self._limit)
+
+
+def _manifest(
+    plan: Plan, form: str, overlay: Source, base: Source | None, files: list[WrittenFile]
+) -> dict:
+    recipe = plan.recipe
+    return {
+        "format_version": FORMAT_VERSION,
+        "producer": f"outlier-mlx {outlier_mlx.__version__}",
+        "overlay": {"name": overlay.name, "revision": overlay.revision, "form": form},
+        "base": {"name": base.name, "revision": base.revision} if base else None,
+        "recipe": {
+            "name": recipe.name,
+            "base_bits": recipe.base_bits,
+            "group_size": recipe.group_size,
+            "experts": recipe.experts,
+            "dtype": recipe.dtype,
+        },
+        "files": {
+            file.name: {"sha256": file.sha256, "bytes": file.nbytes}
+            for file in sorted(files, key=lambda file: file.name)
+        },
+    }
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write(folder: Path, name: str, text: str) -> WrittenFile:
+    (folder / name).write_text(text, encoding="utf-8")
+    return _described(folder, name)
+
+
+def _described(folder: Path, name: str) -> WrittenFile:
+    data = (folder / name).read_bytes()
+    return WrittenFile(name, hashlib.sha256(data).hexdigest(), len(data))

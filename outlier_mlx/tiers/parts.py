@@ -1,0 +1,301 @@
+"""The parts of a tier: what each stores, and how its bytes come from the checkpoint in slabs.
+
+Every part knows its output shapes before it reads anything, and yields the bytes of its tensors
+in order. None holds more than a few slabs.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+
+import mlx.core as mx
+import numpy as np
+
+from outlier_mlx.checkpoints.overlay import ExpertMatrix
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
+from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.writer import TensorSpec
+from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
+
+SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# Slabs are large enough to keep two cores busy, small enough that some in flight do not count.
+SLAB_BYTES = 8 << 20
+
+#: Name of the tensor, its next bytes, and how many bytes of source they used up.
+Chunk = tuple[str, memoryview, int]
+
+
+@dataclass(frozen=True)
+class Part(ABC):
+    """Something that a tier stores.
+
+    Attributes:
+        path: the module it belongs to, as in "model.layers.0.self_attn.q_proj".
+        kind: the line of the summary that counts it.
+    """
+
+    path: str
+    kind: str
+
+    @property
+    @abstractmethod
+    def params(self) -> int:
+        """Parameters of the model in this part."""
+
+    @property
+    @abstractmethod
+    def source_bytes(self) -> int:
+        """Bytes that will be read to make it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the tier."""
+        return sum(spec.nbytes for spec in self.specs())
+
+    @abstractmethod
+    def specs(self) -> list[TensorSpec]:
+        """The tensors it writes, in order."""
+
+    @abstractmethod
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The bytes of those tensors, in order."""
+
+
+@dataclass(frozen=True)
+class Constant(Part):
+    """A small array that is known at once: alphas, biases of zero."""
+
+    name: str
+    value: np.ndarray
+    dtype: str
+
+    @property
+    def params(self) -> int:
+        """Elements of the array."""
+        return self.value.size
+
+    @property
+    def source_bytes(self) -> int:
+        """Nothing is read."""
+        return 0
+
+    def specs(self) -> list[TensorSpec]:
+        """The one tensor."""
+        return [TensorSpec(self.name, SAFETENSORS_NAMES[self.dtype], self.value.shape)]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The array, in the dtype of the tier."""
+        yield self.name, _bytes(mx.array(self.value, _mlx(self.dtype))), 0
+
+
+@dataclass(frozen=True)
+class Plain(Part):
+    """A tensor that stays unquantized: norms, biases, the router, matrices no group divides.
+
+    `twin` is the same tensor from another file, which must hold the same values.
+    """
+
+    name: str
+    tensor: TensorRef
+    dtype: str
+    twin: TensorRef | None = None
+
+    @property
+    def params(self) -> int:
+        """Elements of the tensor."""
+        return prod(self.tensor.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """The tensor's size on disk."""
+        return self.tensor.nbytes
+
+    def specs(self) -> list[TensorSpec]:
+        """The one tensor."""
+        return [TensorSpec(self.name, SAFETENSORS_NAMES[self.dtype], self.tensor.shape)]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The tensor slab by slab, rounded to the tier's dtype."""
+        for slab, used in _float_slabs(self.tensor, self.twin):
+            yield self.name, _bytes(mx.array(slab).astype(_mlx(self.dtype))), used
+
+
+@dataclass(frozen=True)
+class Quantized(Part):
+    """A matrix of the base in MLX's affine format: `weight`, `scales` and `biases`."""
+
+    tensor: TensorRef
+    bits: int
+    group_size: int
+    dtype: str
+    twin: TensorRef | None = None
+
+    @property
+    def params(self) -> int:
+        """Weights of the matrix."""
+        return prod(self.tensor.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """The tensor's size on disk."""
+        return self.tensor.nbytes
+
+    def specs(self) -> list[TensorSpec]:
+        """Packed weight (out, in * bits / 32) uint32; scales and biases (out, in / group)."""
+        out, width = self.tensor.shape
+        groups = (out, width // self.group_size)
+        dtype = SAFETENSORS_NAMES[self.dtype]
+        return [
+            TensorSpec(f"{self.path}.weight", "U32", (out, width * self.bits // 32)),
+            TensorSpec(f"{self.path}.scales", dtype, groups),
+            TensorSpec(f"{self.path}.biases", dtype, groups),
+        ]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The weight slab by slab, then the scales and biases that were put aside."""
+        aside: dict[str, list[memoryview]] = {"scales": [], "biases": []}
+        for slab, used in _float_slabs(self.tensor, self.twin):
+            w = mx.array(slab).astype(_mlx(self.dtype))
+            packed, scales, biases = mx.quantize(w, self.group_size, self.bits)
+            aside["scales"].append(_bytes(scales))
+            aside["biases"].append(_bytes(biases))
+            yield f"{self.path}.weight", _bytes(packed), used
+        for name, pieces in aside.items():
+            for piece in pieces:
+                yield f"{self.path}.{name}", piece, 0
+
+
+@dataclass(frozen=True)
+class TernaryExperts(Part):
+    """One projection of a layer's experts: `weight` (experts, out, row_bytes) and `scales`."""
+
+    matrices: tuple[ExpertMatrix, ...]
+
+    @property
+    def params(self) -> int:
+        """Trits of all experts."""
+        return len(self.matrices) * prod(self.matrices[0].trits.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """A byte a trit, as they are read."""
+        return self.params
+
+    def specs(self) -> list[TensorSpec]:
+        """Packed rows uint8, and a float32 scale a row."""
+        experts = len(self.matrices)
+        out, width = self.matrices[0].trits.shape
+        return [
+            TensorSpec(f"{self.path}.weight", "U8", (experts, out, row_bytes(width))),
+            TensorSpec(f"{self.path}.scales", "F32", (experts, out)),
+        ]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """Rows packed on all of the pool's threads, then the scales."""
+        for _, rows, trits in _packed_slabs(self.matrices, pool):
+            yield f"{self.path}.weight", rows.data, trits
+        for matrix in self.matrices:
+            yield f"{self.path}.scales", matrix.row_scales().data, 0
+
+
+@dataclass(frozen=True)
+class AffineExperts(Part):
+    """One projection of a layer's experts in MLX's affine 2-bit format."""
+
+    matrices: tuple[ExpertMatrix, ...]
+
+    @property
+    def params(self) -> int:
+        """Trits of all experts."""
+        return len(self.matrices) * prod(self.matrices[0].trits.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """A byte a trit, as they are read."""
+        return self.params
+
+    @property
+    def group_size(self) -> int:
+        """The largest affine group that divides the width."""
+        return affine_group(self.matrices[0].trits.shape[1])
+
+    def specs(self) -> list[TensorSpec]:
+        """Codes (experts, out, in / 16) uint32, scales and biases (experts, out, groups)."""
+        experts = len(self.matrices)
+        out, width = self.matrices[0].trits.shape
+        groups = (experts, out, width // self.group_size)
+        return [
+            TensorSpec(f"{self.path}.weight", "U32", (experts, out, width // 16)),
+            TensorSpec(f"{self.path}.scales", "F32", groups),
+            TensorSpec(f"{self.path}.biases", "F32", groups),
+        ]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """Codes slab by slab, then scales and biases."""
+        width = self.matrices[0].trits.shape[1]
+        for _, rows, trits in _packed_slabs(self.matrices, pool):
+            codes, _, _ = rows_to_affine2(mx.array(rows), mx.zeros(rows.shape[:1]), width)
+            yield f"{self.path}.weight", _bytes(codes), trits
+        groups = width // self.group_size
+        for name, sign in (("scales", 1.0), ("biases", -1.0)):
+            for matrix in self.matrices:
+                values = np.repeat(matrix.row_scales()[:, None] * np.float32(sign), groups, axis=1)
+                yield f"{self.path}.{name}", values.data, 0
+
+
+def _mlx(dtype: str) -> mx.Dtype:
+    return getattr(mx, dtype)
+
+
+def _bytes(array: mx.array) -> memoryview:
+    """The bytes of an MLX array; bfloat16 goes by way of its 16 bits, which NumPy can hold."""
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.ascontiguousarray(np.array(array, copy=False)).data.cast("B")
+
+
+def _ranges(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
+    step = max(1, SLAB_BYTES // max(1, row_size))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _float_slabs(tensor: TensorRef, twin: TensorRef | None) -> Iterator[tuple[np.ndarray, int]]:
+    """Slabs of rows as float32, checked for NaN and infinity, and against the twin."""
+    rows = tensor.shape[0]
+    for start, stop in _ranges(rows, 4 * prod(tensor.shape[1:])):
+        slab = tensor.read_float32(start, stop)
+        if not np.isfinite(slab).all():
+            raise CheckpointError(f"{tensor.where}: holds NaN or infinity")
+        if twin is not None and not np.array_equal(slab, twin.read_float32(start, stop)):
+            raise CheckpointError(
+                f"{tensor.where}: differs from {twin.where} of the base; an overlay may repeat base"
+                " tensors, not change them"
+            )
+        yield slab, tensor.nbytes * (stop - start) // max(1, rows)
+
+
+def _packed_slabs(
+    matrices: tuple[ExpertMatrix, ...], pool: ThreadPoolExecutor
+) -> Iterator[tuple[ExpertMatrix, np.ndarray, int]]:
+    """Packed rows (rows, row_bytes) in order; reading and packing run ahead on the pool."""
+    ahead: deque[Future[tuple[ExpertMatrix, np.ndarray, int]]] = deque()
+    for matrix in matrices:
+        for start, stop in _ranges(*matrix.trits.shape):
+            ahead.append(pool.submit(_pack_slab, matrix, start, stop))
+            if len(ahead) > 3:
+                yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
+
+
+def _pack_slab(matrix: ExpertMatrix, start: int, stop: int) -> tuple[ExpertMatrix, np.ndarray, int]:
+    trits = matrix.trits.read(start, stop)
+    try:
+        return matrix, pack_rows(trits), trits.size
+    except TernaryError as error:
+        raise CheckpointError(f"{matrix.trits.where}: from row {start}: {error}") from None

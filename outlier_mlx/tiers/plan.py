@@ -1,0 +1,189 @@
+"""The plan of a tier: every part in the order in which it is written, and the config."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from outlier_mlx.checkpoints.base import WholeModel
+from outlier_mlx.checkpoints.keys import PROJECTIONS
+from outlier_mlx.checkpoints.overlay import base_shapes
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.tiers.parts import AffineExperts, Constant, Part, Plain, Quantized, TernaryExperts
+from outlier_mlx.tiers.presets import GROUP_SIZES, Recipe
+from outlier_mlx.tiers.summary import SummaryRow, kind_of, summarize
+
+FORMAT_VERSION = 1
+
+# What belongs to the overlay's packaging, or is written anew under its usual name.
+_DROPPED = frozenset(
+    ["auto_map", "base_model_name_or_path", "v3_pipeline", "v3_checkpoint", "pipeline", "notes"]
+    + ["hidden_dim", "intermediate_dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"]
+    + ["n_experts", "outlier_num_experts", "top_k", "outlier_num_experts_per_tok"]
+    + ["moe_layer_indices", "v3_2_moe_layers", "rope_parameters", "torch_dtype", "dtype"]
+    + ["quantization_config", "transformers_version"]
+)
+_STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a tier will hold.
+
+    Attributes:
+        parts: in the order in which they are written.
+        config: the tier's `config.json`.
+        recipe: the recipe with its dtype settled.
+        unquantized: matrices that no group size divides, by path.
+    """
+
+    parts: list[Part]
+    config: dict
+    recipe: Recipe
+    unquantized: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes that will be read."""
+        return sum(part.source_bytes for part in self.parts)
+
+    def rows(self) -> list[SummaryRow]:
+        """Parameters and bytes by kind of part, the total last."""
+        return summarize((part.kind, part.params, part.nbytes) for part in self.parts)
+
+
+def make_plan(model: WholeModel, recipe: Recipe, alpha: Path | None = None) -> Plan:
+    """Decide what a tier holds; small tensors (alphas) are read, nothing else.
+
+    Args:
+        model: an overlay on its base.
+        recipe: how to store it; a dtype of None follows the checkpoint, bfloat16 for float32.
+        alpha: an alpha.json that wins over the overlay's own.
+    """
+    if recipe.dtype is None:
+        stored = model.base["model.embed_tokens.weight"].dtype
+        recipe = replace(recipe, dtype=_STORED_DTYPES.get(stored, "bfloat16"))
+    parts = list(_parts(model, recipe, model.overlay.alphas(alpha)))
+    unquantized = [
+        part.path
+        for part in parts
+        if isinstance(part, Plain) and recipe.base_bits and len(part.tensor.shape) == 2
+        if part.kind != "router"
+    ]
+    return Plan(parts, _config(model, recipe, parts), recipe, unquantized)
+
+
+def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> Iterator[Part]:
+    moe_layers = set(model.config.moe_layers)
+    done: set[int] = set()
+    for name, shape in base_shapes(model.config).items():
+        words = name.split(".")
+        layer = int(words[2]) if words[1] == "layers" else None
+        yield _base_part(model, recipe, name, shape, shared=layer in moe_layers)
+        if layer in moe_layers and layer not in done and name.endswith("mlp.down_proj.weight"):
+            assert layer is not None
+            done.add(layer)
+            yield from _moe_parts(model, recipe, layer, alphas[layer])
+
+
+def _base_part(
+    model: WholeModel, recipe: Recipe, name: str, shape: tuple[int, ...], *, shared: bool
+) -> Part:
+    assert recipe.dtype is not None
+    target = name.replace(".mlp.", ".mlp.shared_expert.") if shared else name
+    path = target.rsplit(".", 1)[0]
+    kind = kind_of(target)
+    tensor = model.base.get(name)
+    if tensor is None:
+        return Constant(path, kind, target, np.zeros(shape, np.float32), recipe.dtype)
+    twin = model.twins.get(name)
+    group = _group(shape[-1], recipe.group_size)
+    if recipe.base_bits is None or len(shape) != 2 or group is None:
+        return Plain(path, kind, target, tensor, recipe.dtype, twin)
+    return Quantized(path, kind, tensor, recipe.base_bits, group, recipe.dtype, twin)
+
+
+def _moe_parts(model: WholeModel, recipe: Recipe, layer: int, alphas: np.ndarray) -> Iterator[Part]:
+    prefix = f"model.layers.{layer}.mlp"
+    router = model.overlay.routers[layer]
+    yield Plain(f"{prefix}.gate", "router", f"{prefix}.gate.weight", router, "float32")
+    yield Constant(prefix, "router", f"{prefix}.alpha", alphas, "float32")
+    for projection in PROJECTIONS:
+        matrices = tuple(getattr(expert, projection) for expert in model.overlay.experts[layer])
+        path = f"{prefix}.switch_mlp.{projection}_proj"
+        if recipe.experts == "tq1_0":
+            yield TernaryExperts(path, "experts", matrices)
+            continue
+        width = matrices[0].trits.shape[1]
+        if width % GROUP_SIZES[0]:
+            raise CheckpointError(
+                f"{matrices[0].trits.where}: affine2 needs widths that {GROUP_SIZES[0]} divides,"
+                f" this one is {width}; --experts tq1_0 takes any"
+            )
+        yield AffineExperts(path, "experts", matrices)
+
+
+def _group(width: int, wanted: int) -> int | None:
+    """The wanted group size, or the largest smaller one that divides the width."""
+    sizes = [size for size in GROUP_SIZES if size <= wanted and width % size == 0]
+    return max(sizes, default=None)
+
+
+def _config(model: WholeModel, recipe: Recipe, parts: list[Part]) -> dict:
+    config = model.config
+    kept = {key: value for key, value in config.raw.items() if key not in _DROPPED}
+    activation = kept.get("hidden_act", "silu")
+    if activation != "silu":
+        raise OutlierError(f"config.json: hidden_act {activation!r}, expected 'silu'")
+    experts_format = "tq1_0_rows" if recipe.experts == "tq1_0" else "affine2"
+    ternary: dict = {"format": experts_format, "version": FORMAT_VERSION}
+    if recipe.experts == "tq1_0":
+        ternary["row_bytes_multiple"] = 4
+    kept |= {
+        "model_type": "outlier_moe",
+        "model_file": "outlier_moe.py",
+        "architectures": ["OutlierMoEForCausalLM"],
+        "dtype": recipe.dtype,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.intermediate,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "vocab_size": config.vocab,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling,
+        "tie_word_embeddings": config.tied,
+        "moe_layers": list(config.moe_layers),
+        "num_experts": config.experts,
+        "num_experts_per_tok": config.top_k,
+        "moe_intermediate_size": model.overlay.expert_intermediate,
+        "ternary": ternary,
+    }
+    kept.pop("quantization", None)
+    quantization = _quantization(recipe, parts)
+    if quantization:
+        kept["quantization"] = quantization
+    return kept
+
+
+def _quantization(recipe: Recipe, parts: list[Part]) -> dict:
+    """mlx-lm's `quantization`: a default, and what differs from it by path."""
+    stored = {}
+    for part in parts:
+        if isinstance(part, Quantized):
+            stored[part.path] = {"group_size": part.group_size, "bits": part.bits}
+        elif isinstance(part, AffineExperts):
+            stored[part.path] = {"group_size": part.group_size, "bits": 2}
+    if not stored:
+        return {}
+    default = {"group_size": recipe.group_size, "bits": recipe.base_bits or 2}
+    others = {path: how | {"mode": "affine"} for path, how in stored.items() if how != default}
+    return default | {"mode": "affine"} | others

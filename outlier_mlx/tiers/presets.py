@@ -1,0 +1,89 @@
+"""Recipes: how a tier stores the base and the experts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from outlier_mlx.errors import OutlierError
+
+DTYPES = ("bfloat16", "float16", "float32")
+GROUP_SIZES = (32, 64, 128)
+EXPERT_FORMATS = ("tq1_0", "affine2")
+_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tier is written.
+
+    Attributes:
+        base_bits: 4 or 8 bits a weight for the base's matrices; None leaves them unquantized.
+        group_size: weights that share a scale and a bias in the quantized base.
+        experts: "tq1_0" (1.6 bits a weight) or "affine2" (MLX's own 2-bit format).
+        dtype: of norms, biases, scales and activations; None follows the checkpoint.
+    """
+
+    base_bits: int | None = 4
+    group_size: int = 64
+    experts: str = "tq1_0"
+    dtype: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name, as in "q4" or "q8-g32"; it ends the default output folder's name."""
+        name = f"q{self.base_bits}" if self.base_bits else _SHORT.get(self.dtype or "", "plain")
+        if self.base_bits and self.group_size != 64:
+            name += f"-g{self.group_size}"
+        return name if self.experts == "tq1_0" else f"{name}-{self.experts}"
+
+
+RECIPES = {
+    "q4": Recipe(),
+    "q8": Recipe(base_bits=8),
+    "bf16": Recipe(base_bits=None, dtype="bfloat16"),
+    "f16": Recipe(base_bits=None, dtype="float16"),
+    "f32": Recipe(base_bits=None, dtype="float32"),
+}
+
+
+def make_recipe(
+    tier: str = "q4",
+    *,
+    base_bits: int | str | None = None,
+    group_size: int | None = None,
+    experts: str | None = None,
+    dtype: str | None = None,
+) -> Recipe:
+    """A named recipe with single choices changed.
+
+    Args:
+        tier: a name in `RECIPES`.
+        base_bits: 4, 8, or "none" (also 16 and 32) for an unquantized base.
+        group_size: 32, 64 or 128.
+        experts: "tq1_0" or "affine2".
+        dtype: "bfloat16", "float16" or "float32".
+
+    Raises:
+        OutlierError: a value is not one of these.
+    """
+    _one_of("tier", tier, RECIPES)
+    recipe = RECIPES[tier]
+    if base_bits is not None:
+        bits = str(base_bits).lower()
+        _one_of("base_bits", bits, ("4", "8", "none", "16", "32"))
+        recipe = replace(recipe, base_bits=int(bits) if bits in ("4", "8") else None)
+    if group_size is not None:
+        _one_of("group_size", group_size, GROUP_SIZES)
+        recipe = replace(recipe, group_size=group_size)
+    if experts is not None:
+        _one_of("experts", experts, EXPERT_FORMATS)
+        recipe = replace(recipe, experts=experts)
+    if dtype is not None:
+        _one_of("dtype", dtype, DTYPES)
+        recipe = replace(recipe, dtype=dtype)
+    return recipe
+
+
+def _one_of(name: str, value: object, allowed: Iterable) -> None:
+    if value not in allowed:
+        choices = ", ".join(str(choice) for choice in allowed)
+        raise OutlierError(f"{name} {value!r}: expected one of {choices}")

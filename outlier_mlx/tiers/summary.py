@@ -1,0 +1,56 @@
+"""Sizes by kind of part: the table that the terminal and a tier's card show."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+KINDS = (
+    "embeddings",
+    "attention",
+    "dense FFN",
+    "shared FFN",
+    "experts",
+    "router",
+    "norms",
+    "head",
+)
+# What a tensor's name in a tier has in it, the first that fits.
+_SIGNS = (
+    ("embed_tokens", "embeddings"),
+    ("lm_head", "head"),
+    ("self_attn", "attention"),
+    ("switch_mlp", "experts"),
+    ("shared_expert", "shared FFN"),
+    (".mlp.gate.", "router"),
+    (".mlp.alpha", "router"),
+    (".mlp.", "dense FFN"),
+)
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """Parameters and bytes of one kind of part."""
+
+    kind: str
+    params: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a parameter takes, scales included."""
+        return 8 * self.nbytes / self.params if self.params else 0.0
+
+
+def kind_of(name: str) -> str:
+    """The kind of a tensor, by its name in a tier."""
+    return next((kind for sign, kind in _SIGNS if sign in name), "norms")
+
+
+def summarize(sizes: Iterable[tuple[str, int, int]]) -> list[SummaryRow]:
+    """Add up (kind, parameters, bytes) by kind; the total is last."""
+    params = dict.fromkeys(KINDS, 0)
+    nbytes = dict.fromkeys(KINDS, 0)
+    for kind, count, size in sizes:
+        params[kind] += count
+        nbytes[kind] += size
+    rows = [SummaryRow(kind, params[kind], nbytes[kind]) for kind in KINDS if params[kind]]
+    return [*rows, SummaryRow("total", sum(params.values()), sum(nbytes.values()))]
