@@ -1,0 +1,123 @@
+"""The demo: converts the embedded pair, measures base and tiers on held-out text, and writes."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model as mlx_lm_load_model
+from rich.table import Table
+
+import outlier_mlx
+from outlier_mlx.evaluate import Loss, document_loss
+from outlier_mlx.generate import Options, stream
+from outlier_mlx.loading import load
+from outlier_mlx.terminal import print_statistics, size, stdout
+from outlier_mlx.tiers.convert import convert_tier
+from outlier_mlx.tiers.presets import RECIPES
+
+FOLDER = Path(outlier_mlx.__file__).parent / "demo"
+#: The domain that the base was trained on; all others only the experts have seen.
+OLD_DOMAIN = "old"
+PROMPT = "The schooner Marigold"
+
+
+def heldout() -> dict[str, list[str]]:
+    """Held-out documents by domain, the old domain first; one document a line on disk."""
+    files = sorted((FOLDER / "heldout").glob("*.txt"), key=lambda p: (p.stem != OLD_DOMAIN, p.stem))
+    return {file.stem: file.read_text(encoding="utf-8").splitlines() for file in files}
+
+
+def load_base() -> nn.Module:
+    """The embedded base alone, by mlx-lm's own Qwen2, in float32."""
+    model, _ = mlx_lm_load_model(FOLDER / "base", lazy=True, trust_remote_code=False)
+    model.set_dtype(mx.float32)
+    return model
+
+
+def losses(
+    model: nn.Module, tokenizer: TokenizerWrapper, texts: dict[str, list[str]]
+) -> dict[str, Loss]:
+    """Loss of a model on each domain, and on all new domains together."""
+    found = {name: document_loss(model, tokenizer, docs) for name, docs in texts.items()}
+    new = [loss for name, loss in found.items() if name != OLD_DOMAIN]
+    return found | {"all new": sum(new, Loss(0.0, 0))}
+
+
+def run(out: Path | None = None, *, force: bool = False, quiet: bool = False) -> None:
+    """Do all that `outlier-mlx demo` does; results go to stdout.
+
+    Args:
+        out: keep the int4 tier in this folder.
+        force: replace `out` if it exists.
+        quiet: do not print the statistics of the generation.
+    """
+    console = stdout()
+    with _folder(out) as (folder, shown):
+        console.print("Converting the embedded overlay and its base ...", soft_wrap=True)
+        small = convert_tier(FOLDER / "overlay", FOLDER / "base", folder, force=force)
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = convert_tier(
+                FOLDER / "overlay", FOLDER / "base", Path(scratch) / "f32", recipe=RECIPES["f32"]
+            )
+            whole_model, _ = load(whole.path)
+        small_model, tokenizer = load(small.path)
+        models = {"base": load_base(), "tier, unquantized": whole_model, "tier, int4": small_model}
+        sizes = {
+            "base": _tensor_bytes(FOLDER / "base"),
+            "tier, unquantized": whole.rows[-1].nbytes,
+            "tier, int4": small.rows[-1].nbytes,
+        }
+        console.print(_measure(models, sizes, tokenizer))
+        console.print(f'The int4 tier, asked to go on from "{PROMPT}":\n', soft_wrap=True)
+        options = Options(max_tokens=120, temp=0.7, seed=7)
+        print(PROMPT, end="", flush=True)
+        response = None
+        for response in stream(small_model, tokenizer, PROMPT, options):
+            print(response.text, end="", flush=True)
+        print("\n")
+        if response is not None and not quiet:
+            print_statistics(response)
+        if shown:
+            console.print(
+                f'Kept in {shown}. Go on: outlier-mlx generate --model {shown} -p "At the Saturday'
+                ' market"',
+                soft_wrap=True,
+            )
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    if out is not None:
+        yield out, out
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch) / "q4", None
+
+
+def _tensor_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _measure(
+    models: dict[str, nn.Module], sizes: dict[str, int], tokenizer: TokenizerWrapper
+) -> Table:
+    """Sizes and held-out perplexities, a column a model."""
+    texts = heldout()
+    found = {name: losses(model, tokenizer, texts) for name, model in models.items()}
+    table = Table(title="Perplexity on held-out text (lower is better)", title_justify="left")
+    table.add_column("")
+    for name in models:
+        table.add_column(name, justify="right")
+    table.add_row("size of weights", *(size(sizes[name]) for name in models))
+    table.add_section()
+    for domain in [*texts, "all new"]:
+        known = "known to the base" if domain == OLD_DOMAIN else "new"
+        label = "all new domains" if domain == "all new" else f"{domain} ({known})"
+        if domain == "all new":
+            table.add_section()
+        table.add_row(label, *(f"{found[name][domain].perplexity:.2f}" for name in models))
+    return table
