@@ -45,8 +45,9 @@ def document_loss(model: nn.Module, tokenizer: TokenizerWrapper, documents: Sequ
         # A causal model does not see the padding, which is on the right.
         logits = model(padded[:, :-1]).astype(mx.float32)
         losses = nn.losses.cross_entropy(logits, padded[:, 1:])
-        counts = mx.arange(width - 1) < lengths[:, None]
-        loss += Loss((losses * counts).sum().item(), int(counts.sum().item()))
+        counted = mx.arange(width - 1) < lengths[:, None]
+        tokens = sum(len(tokens) - 1 for tokens in batch)
+        loss += Loss(float(mx.where(counted, losses, 0).sum()), tokens)
     return loss
 
 

@@ -1,12 +1,13 @@
 """What a model is and how large, from its config and the headers of its files alone."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.config import Defaults, parse_config
+from outlier_mlx.checkpoints.keys import AlphaKey, BaseKey, ExpertKey, RouterKey, parse_key
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.hub import hub_errors, resolve
@@ -107,18 +108,14 @@ def _remote_tensors(repo: str, revision: str | None) -> Tensors:
 
 
 def _describe(name: str, raw: dict, tensors: Tensors, form: str | None) -> Info:
-    from outlier_mlx.checkpoints.keys import BaseKey, parse_key
-
     tier = "ternary" in raw
     experts = raw.get("num_experts") or raw.get("n_experts") or raw.get("outlier_num_experts") or 0
     overlay = not tier and _is_overlay(raw)
+    moe_layers = parse_config(raw, Defaults()).moe_layers if overlay else ()
     sizes = []
     for key, (dtype, shape) in tensors.items():
         nbytes = prod(shape) * NUMPY_DTYPES[dtype].itemsize
-        kind = kind_of(key)
-        if overlay:
-            parsed = parse_key(key)
-            kind = kind_of(parsed.name) if isinstance(parsed, BaseKey) else _overlay_kind(key)
+        kind = kind_of(tier_name(key, moe_layers)) if overlay else kind_of(key)
         sizes.append((kind, _params(key, dtype, shape, raw, tensors), nbytes))
     rows = summarize(sizes)
     total = rows[-1]
@@ -139,8 +136,19 @@ def _describe(name: str, raw: dict, tensors: Tensors, form: str | None) -> Info:
     )
 
 
-def _overlay_kind(key: str) -> str:
-    return "experts" if ".experts." in key else "router"
+def tier_name(key: str, moe_layers: Container[int]) -> str:
+    """The module that a key of an overlay belongs to, by its name in a tier."""
+    match parse_key(key):
+        case BaseKey(name):
+            shared = ".mlp." in name and int(name.split(".")[2]) in moe_layers
+            return name.replace(".mlp.", ".mlp.shared_expert.") if shared else name
+        case ExpertKey(layer):
+            return f"model.layers.{layer}.mlp.switch_mlp"
+        case RouterKey(layer):
+            return f"model.layers.{layer}.mlp.gate."
+        case AlphaKey():
+            return "model.layers.mlp.alpha"
+    return key
 
 
 def _params(key: str, dtype: str, shape: tuple[int, ...], raw: dict, tensors: Tensors) -> int:

@@ -1,6 +1,7 @@
 """Loading a tier into an mlx-lm model and tokenizer. No code from the tier is run."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,11 +96,13 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warning that it does not know the model type: mlx-lm does."""
+    """Silence transformers on what is no concern of it: the model's type, and how it writes RoPE."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
