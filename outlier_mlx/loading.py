@@ -96,7 +96,7 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers on what is no concern of it: the model's type, and how it writes RoPE."""
+    """Silence transformers about the model type, and about how the config spells RoPE."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
