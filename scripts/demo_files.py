@@ -1,0 +1,147 @@
+"""The demo pair on disk: a Hugging Face base folder, and an overlay in the V3.2 layout."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import demo_model
+import torch
+from demo_model import Shape, Weights
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+END = "<|endoftext|>"
+
+
+def end_token(tokenizer: Tokenizer) -> int:
+    """The id of the token that begins and ends a document."""
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        raise ValueError(f"the tokenizer has no {END}")
+    return end
+
+
+def _save(folder: Path, tensors: Weights) -> None:
+    path = folder / "model.safetensors"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+    path.chmod(0o644)  # the library makes it private to its owner
+
+
+def write_base(folder: Path, weights: Weights, shape: Shape, tokenizer: Tokenizer) -> None:
+    """An ordinary Hugging Face Qwen2 folder, float16."""
+    folder.mkdir(parents=True)
+    end = end_token(tokenizer)
+    _save(folder, {name: weight.half() for name, weight in weights.items()})
+    config = model_config(shape, end) | {"architectures": ["Qwen2ForCausalLM"]}
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": END,
+        "eos_token": END,
+        "pad_token": END,
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+
+
+def write_overlay(folder: Path, weights: Weights, shape: Shape, end: int) -> None:
+    """Router, alphas and ternary experts in the V3.2 layout; no base tensors."""
+    folder.mkdir(parents=True)
+    tensors: Weights = {}
+    for name, weight in weights.items():
+        if ".mlp.experts." not in name:
+            tensors[name] = weight.float()
+            continue
+        stem, part = name.rsplit(".", 1)
+        trits, scales = demo_model.ternarise(weight)
+        for expert in range(shape.experts):
+            tensors[f"{stem}.{expert}.{part}_ternary"] = trits[expert].to(torch.int8)
+            tensors[f"{stem}.{expert}.{part}_scale"] = scales[expert].half()
+    _save(folder, tensors)
+    config = model_config(shape, end) | {
+        "architectures": ["OutlierMoEForCausalLM"],
+        "n_experts": shape.experts,
+        "top_k": shape.top_k,
+        "moe_layer_indices": list(shape.moe_layers),
+    }
+    write_json(folder / "config.json", config)
+
+
+def model_config(shape: Shape, end: int) -> dict[str, Any]:
+    """The fields of config.json that base and overlay share."""
+    return {
+        "model_type": "qwen2",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": 512,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.eps,
+        "rope_theta": shape.theta,
+        "tie_word_embeddings": True,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "torch_dtype": "float16",
+    }
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """``value`` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The weights of a written pair, float32, experts as scale times trits."""
+
+    shape: Shape
+    tokenizer: Tokenizer
+    base: Weights
+    overlay: Weights
+
+    @property
+    def joined(self) -> Weights:
+        """Base and overlay together."""
+        return self.base | self.overlay
+
+
+def load(folder: Path) -> Pair:
+    """The pair in ``folder``, as its files have it."""
+    config = json.loads((folder / "overlay" / "config.json").read_text(encoding="utf-8"))
+    base = load_file(folder / "base" / "model.safetensors")
+    stored = load_file(folder / "overlay" / "model.safetensors")
+    first = f"model.layers.{config['moe_layer_indices'][0]}.mlp.experts.0"
+    shape = Shape(
+        vocab=config["vocab_size"],
+        hidden=config["hidden_size"],
+        width=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        experts=config["n_experts"],
+        top_k=config["top_k"],
+        expert_width=stored[f"{first}.gate_ternary"].shape[0],
+        moe_layers=tuple(config["moe_layer_indices"]),
+        theta=config["rope_theta"],
+        eps=config["rms_norm_eps"],
+    )
+    overlay = {name: w.float() for name, w in stored.items() if ".experts." not in name}
+    for n in shape.moe_layers:
+        stem = f"model.layers.{n}.mlp.experts."
+        for part in ("gate", "up", "down"):
+            overlay[stem + part] = torch.stack(
+                [
+                    stored[f"{stem}{e}.{part}_ternary"].float()
+                    * stored[f"{stem}{e}.{part}_scale"].float()
+                    for e in range(shape.experts)
+                ]
+            )
+    tokenizer = Tokenizer.from_file(str(folder / "base" / "tokenizer.json"))
+    return Pair(shape, tokenizer, {name: w.float() for name, w in base.items()}, overlay)

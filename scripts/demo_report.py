@@ -1,0 +1,194 @@
+"""Measures a written demo pair, from its files alone, and describes it in Markdown."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import demo_model
+import demo_text
+import torch
+from demo_files import Pair, end_token, load
+from demo_model import Shape, Weights
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+
+PROMPTS = (
+    "One misty evening Clara",
+    "The old frog",
+    "The schooner Marigold",
+    "To make a simple pumpkin soup,",
+    "At the Saturday market",
+    "To find Vega,",
+)
+
+
+class Timed(Protocol):
+    """A stage of training that kept its time."""
+
+    name: str
+    step: int
+    seconds: float
+    cpu_seconds: float
+
+
+def documents(folder: Path, domain: str) -> list[str]:
+    """The held-out documents of ``domain``, one a line."""
+    return (folder / "heldout" / f"{domain}.txt").read_text(encoding="utf-8").splitlines()
+
+
+@torch.no_grad()
+def measure(
+    weights: Weights, shape: Shape, tokenizer: Tokenizer, texts: list[str]
+) -> tuple[float, int, list[torch.Tensor]]:
+    """Summed next-token loss, the number of tokens, and how often each layer chose each expert.
+
+    The counts are one tensor ``(experts,)`` a MoE layer; each token counts ``top_k`` times.
+    """
+    loss, count = 0.0, 0
+    chosen = [torch.zeros(shape.experts) for _ in shape.moe_layers]
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        logits, routers = demo_model.forward(weights, shape, ids[:, :-1])
+        loss += F.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+        for tally, router in zip(chosen, routers, strict=False):
+            experts, _ = demo_model.route(router, shape.top_k)
+            tally += torch.bincount(experts.flatten(), minlength=shape.experts)
+    return loss, count, chosen
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def perplexities(pair: Pair, folder: Path) -> str:
+    """A table of perplexities, by domain and form."""
+    forms = {
+        "base": pair.base,
+        "base, int4": demo_model.int4_base(pair.base),
+        "base + overlay": pair.joined,
+        "base, int4 + overlay": demo_model.int4_base(pair.base) | pair.overlay,
+    }
+    groups: dict[str, tuple[str, ...]] = {domain: (domain,) for domain in demo_text.DOMAINS}
+    groups["all new"] = demo_text.NEW_DOMAINS
+    losses = {
+        form: {
+            domain: measure(w, pair.shape, pair.tokenizer, documents(folder, domain))[:2]
+            for domain in demo_text.DOMAINS
+        }
+        for form, w in forms.items()
+    }
+    rows = []
+    for group, members in groups.items():
+        count = sum(losses["base"][domain][1] for domain in members)
+        cells = [group, str(sum(len(documents(folder, d)) for d in members)), str(count)]
+        for form in forms:
+            total = sum(losses[form][domain][0] for domain in members)
+            cells.append(f"{math.exp(total / count):.3f}")
+        rows.append(cells)
+    return _table(["domain", "documents", "tokens", *forms], rows)
+
+
+def shares(pair: Pair, folder: Path) -> str:
+    """A table of the share of held-out tokens that each expert serves, by MoE layer."""
+    rows = []
+    for label, domains in (
+        ("all", demo_text.DOMAINS),
+        *((domain, (domain,)) for domain in demo_text.DOMAINS),
+    ):
+        texts = [text for domain in domains for text in documents(folder, domain)]
+        _, count, chosen = measure(pair.joined, pair.shape, pair.tokenizer, texts)
+        for layer, tally in zip(pair.shape.moe_layers, chosen, strict=True):
+            rows.append([label, str(layer), *(f"{100 * n / count:.0f} %" for n in tally.tolist())])
+    return _table(["text", "layer", *(str(e) for e in range(pair.shape.experts))], rows)
+
+
+def likeness(pair: Pair) -> float:
+    """The largest cosine between the matrices of two experts of one layer (1: the same)."""
+    largest = -1.0
+    for name, weight in pair.overlay.items():
+        if ".experts." in name:
+            rows = F.normalize(weight.flatten(1), dim=1)
+            cosines = rows @ rows.T - 2 * torch.eye(len(rows))
+            largest = max(largest, cosines.max().item())
+    return largest
+
+
+def samples(pair: Pair) -> str:
+    """What the pair writes, greedily and at temperature 0.7."""
+    end = end_token(pair.tokenizer)
+    lines = []
+    for prompt in PROMPTS:
+        for temperature in (0.0, 0.7):
+            ids = pair.tokenizer.encode(prompt).ids
+            text = demo_model.generate(pair.joined, pair.shape, ids, end, temperature)
+            way = f"temperature {temperature}" if temperature else "greedy"
+            lines.append(f"- **{prompt}** ({way}) {pair.tokenizer.decode(text)[len(prompt) :]}")
+    return "\n".join(lines)
+
+
+def _sizes(folder: Path) -> str:
+    rows = []
+    for name in ("base", "overlay", "heldout"):
+        size = sum(path.stat().st_size for path in (folder / name).iterdir())
+        rows.append([f"`{name}/`", f"{size / 1e6:.2f} MB"])
+    return _table(["folder", "size"], rows)
+
+
+def report(folder: Path, stages: Sequence[Timed]) -> str:
+    """The README of the held-out texts, figures measured from the files in ``folder``."""
+    pair = load(folder)
+    parameters = sum(w.numel() for w in pair.base.values())
+    trits = sum(w.numel() for name, w in pair.overlay.items() if ".experts." in name)
+    shape = pair.shape
+    times = "\n".join(
+        f"- {stage.name}: {stage.step} steps, {stage.seconds / 60:.1f} minutes, of them "
+        f"{stage.cpu_seconds / 60:.1f} minutes of processor time over all threads"
+        for stage in stages
+    )
+    return f"""# The demo pair and its held-out texts
+
+A base of {parameters:,} parameters ({shape.layers} layers, hidden {shape.hidden}, FFN
+{shape.width}, {shape.vocab} tokens, float16) and an overlay of {trits:,} trits: {shape.experts}
+experts of width {shape.expert_width} in each of the layers {", ".join(map(str, shape.moe_layers))},
+{shape.top_k} of them chosen for a token. The base has read plain stories (`old`), and lists of
+words in random order, which teach it to spell and to copy; it has seen no sentence of the other
+four domains. The experts have learned those on top of it, the base frozen.
+
+{_sizes(folder)}
+
+## The texts
+
+`old.txt`, `kitchen.txt`, `sea.txt`, `sky.txt` and `market.txt` hold one document a line. The
+project's own grammar wrote them, as it did all training text; they are under the project's
+licence, Apache-2.0. No sentence of them occurs in the training text: a checksum puts each sentence
+on one side, and the training script stops if a held-out sentence turns up.
+
+## Perplexity
+
+Each line by itself, without its line break: the tokenizer's own encoding, which puts the end token
+in front; the next-token loss of every token after that one; the sum over all documents divided by
+the number of those tokens; its exponential. float32 arithmetic on the files as they are; `int4`
+is the base rounded as MLX does it, in groups of 64 with embedding and all.
+
+{perplexities(pair, folder)}
+
+## Experts
+
+Share of held-out tokens that each expert serves; a row adds up to {shape.top_k}00 %. Between
+matrices of two experts of a layer the cosine is at most {likeness(pair):.2f}.
+
+{shares(pair, folder)}
+
+## Samples
+
+{samples(pair)}
+
+## Training
+
+By `scripts/train_demo.py` on two cores of a shared machine, fixed seeds:
+
+{times}
+"""

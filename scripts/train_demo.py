@@ -1,0 +1,370 @@
+"""Train the demo pair, and write it as a base folder, an overlay folder and held-out texts.
+
+    python scripts/train_demo.py --out outlier_mlx/demo
+
+The base reads the ``old`` domain of ``demo_text``, and bare word lists. Then, the base frozen,
+ternary experts, routers and alphas learn the new domains, while they are held to the base's own
+predictions on old text. Both stages see the base half of the time as int4 holds it, so that it may
+be quantized afterwards. Interrupted, the script continues from its last checkpoint. Needs the
+``train`` extra.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import demo_text
+
+if TYPE_CHECKING:
+    import torch
+    from demo_model import Shape, Weights
+    from tokenizers import Tokenizer
+
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WINDOW = 192  # tokens of a training row
+HELDOUT_DOCUMENTS = {"old": 64, "kitchen": 20, "sea": 20, "sky": 20, "market": 20}
+TEXT_FILES = ("demo_text.py", "demo_grammar.py", "demo_model.py", "train_demo.py")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and for how long; a checkpoint of another plan is not continued."""
+
+    seed: int = 20
+    vocab: int = 1280
+    base_steps: int = 1500
+    expert_steps: int = 1500
+    rows: int = 12
+    base_documents: int = 40_000
+    expert_documents: int = 12_000  # of each domain
+    base_rate: float = 4e-3
+    expert_rate: float = 1.2e-2
+    balance: float = 0.02
+    keep: float = 2.0
+
+    def fingerprint(self) -> str:
+        """Changes with the plan and with the code that carries it out."""
+        digest = hashlib.sha256(json.dumps(asdict(self)).encode())
+        for name in TEXT_FILES:
+            digest.update((Path(__file__).parent / name).read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def say(text: str) -> None:
+    """Progress, for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- text and tokens
+
+
+def heldout_texts() -> dict[str, list[str]]:
+    """The held-out documents of each domain."""
+    return {
+        domain: [" ".join(story) for story in islice(demo_text.documents(domain, 0, True), count)]
+        for domain, count in HELDOUT_DOCUMENTS.items()
+    }
+
+
+def training_texts(domain: str, count: int, seed: int) -> Iterator[str]:
+    """Training documents; raises where one has a sentence of the held-out texts."""
+    heldout = {
+        sentence
+        for story in islice(demo_text.documents(domain, 0, True), HELDOUT_DOCUMENTS[domain])
+        for sentence in story
+    }
+    for story in islice(demo_text.documents(domain, seed), count):
+        if not heldout.isdisjoint(story):
+            raise RuntimeError(f"{domain}: a held-out sentence in the training text: {story}")
+        yield " ".join(story)
+
+
+def train_tokenizer(plan: Plan) -> "Tokenizer":
+    """Byte-level BPE over all domains; it puts the end token before each text.
+
+    Text is split as Qwen2's tokenizer splits it (transformers, ``tokenization_qwen2.py``), so that
+    a library which builds that split by itself for Qwen2 models makes the same tokens.
+    """
+    from demo_files import END, end_token
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=plan.vocab,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [t for d in demo_text.DOMAINS for t in training_texts(d, 3000, plan.seed + 1)]
+    tokenizer.train_from_iterator(texts, trainer)
+    end = end_token(tokenizer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A {END} $B", special_tokens=[(END, end)]
+    )
+    return tokenizer
+
+
+def windows(tokenizer: "Tokenizer", texts: list[str]) -> "torch.Tensor":
+    """Rows of ``WINDOW + 1`` tokens, int64: documents end to end, each row starting with one."""
+    import torch
+
+    rows: list[list[int]] = []
+    row: list[int] = []
+    for encoding in tokenizer.encode_batch(texts):
+        row += encoding.ids
+        if len(row) > WINDOW:
+            rows.append(row[: WINDOW + 1])
+            row = []
+    return torch.tensor(rows)
+
+
+# ---- training
+
+
+class Stage:
+    """One stage of training: Adam on ``weights`` with a warm-up and a cosine, resumable."""
+
+    def __init__(self, name: str, weights: "Weights", plan: Plan, work: Path) -> None:
+        import torch
+
+        self.name, self.plan = name, plan
+        self.path = work / f"{name}.pt"
+        self.weights = {key: w.clone().requires_grad_() for key, w in weights.items()}
+        decayed = [w for w in self.weights.values() if w.ndim > 1]
+        plain = [w for w in self.weights.values() if w.ndim == 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}],
+            betas=(0.9, 0.98),
+        )
+        self.step = 0
+        self.seconds = self.cpu_seconds = 0.0
+        self._load()
+
+    def _load(self) -> None:
+        import torch
+
+        if not self.path.exists():
+            return
+        saved = torch.load(self.path, weights_only=True)
+        if saved["plan"] != self.plan.fingerprint():
+            say(f"{self.path} is of another plan or script: starting this stage anew")
+            return
+        with torch.no_grad():
+            for key, weight in self.weights.items():
+                weight.copy_(saved["weights"][key])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+        self.seconds, self.cpu_seconds = saved["time"]
+        say(f"{self.name}: continuing at step {self.step}")
+
+    def _save(self) -> None:
+        import torch
+
+        saved = {
+            "plan": self.plan.fingerprint(),
+            "weights": {key: weight.detach() for key, weight in self.weights.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "time": (self.seconds, self.cpu_seconds),
+        }
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(saved, temporary)
+        temporary.replace(self.path)
+
+    def run(
+        self,
+        steps: int,
+        rate: float,
+        loss_of: "Callable[[int, Weights], tuple[torch.Tensor, str]]",
+    ) -> "Weights":
+        """Train up to step ``steps``; ``loss_of(step, weights)`` gives a loss and a remark."""
+        import torch
+
+        wall, cpu = time.monotonic(), time.process_time()
+        while self.step < steps:
+            warm = min(1.0, (self.step + 1) / 100)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * self.step / steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * warm * (0.02 + 0.98 * cosine)
+            loss, remark = loss_of(self.step, self.weights)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            torch.nn.utils.clip_grad_norm_(list(self.weights.values()), 1.0)
+            self.optimizer.step()
+            self.step += 1
+            if self.step % 50 == 0 or self.step == steps:
+                now, now_cpu = time.monotonic(), time.process_time()
+                self.seconds += now - wall
+                self.cpu_seconds += now_cpu - cpu
+                wall, cpu = now, now_cpu
+                self._save()
+                left = self.seconds / self.step * (steps - self.step)
+                say(f"{self.name} {self.step}/{steps}  {remark}  {left / 60:.1f} min left")
+        return {key: weight.detach() for key, weight in self.weights.items()}
+
+
+def draw(rows: "torch.Tensor", count: int, seed: int) -> "torch.Tensor":
+    """``count`` rows, drawn with ``seed``."""
+    import torch
+
+    rng = torch.Generator().manual_seed(seed)
+    return rows[torch.randint(len(rows), (count,), generator=rng)]
+
+
+def train_base(plan: Plan, shape: "Shape", tokenizer: "Tokenizer", work: Path) -> Stage:
+    """Next-token training on old text, and on word lists so that no token stays unknown."""
+    import demo_model
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    stage = Stage("base", demo_model.init_base(shape, plan.seed), plan, work)
+    if stage.step < plan.base_steps:
+        say("base: writing its text")
+        stories = list(training_texts("old", plan.base_documents, plan.seed + 2))
+        lists = list(islice(demo_text.word_lists(plan.seed + 5), plan.base_documents // 4))
+        rows, list_rows = windows(tokenizer, stories), windows(tokenizer, lists)
+        say(f"base: {(rows.numel() + list_rows.numel()) / 1e6:.1f} million tokens")
+
+    def loss_of(step: int, weights: "Weights") -> "tuple[torch.Tensor, str]":
+        seed = plan.seed * 1_000_003 + step
+        aside = plan.rows // 6
+        batch = torch.cat([draw(rows, plan.rows - aside, seed), draw(list_rows, aside, seed)])
+        if step % 2 and step > plan.base_steps // 2:
+            weights = demo_model.int4_base(weights)
+        logits, _ = demo_model.forward(weights, shape, batch[:, :-1])
+        loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        return loss, f"loss {loss.item():.3f}"
+
+    stage.run(plan.base_steps, plan.base_rate, loss_of)
+    return stage
+
+
+def train_overlay(
+    plan: Plan, shape: "Shape", tokenizer: "Tokenizer", base: "Weights", work: Path
+) -> Stage:
+    """Experts, routers and alphas: next-token training on the new, the base's voice on the old."""
+    import demo_model
+    import torch
+    from torch.nn.functional import cross_entropy, kl_div
+
+    stage = Stage("overlay", demo_model.init_overlay(shape, plan.seed + 3), plan, work)
+    if stage.step < plan.expert_steps:
+        say("overlay: writing its text")
+        rows = {
+            domain: windows(
+                tokenizer, list(training_texts(domain, plan.expert_documents, plan.seed + 4))
+            )
+            for domain in demo_text.DOMAINS
+        }
+        say(f"overlay: {sum(r.numel() for r in rows.values()) / 1e6:.1f} million tokens")
+    rounded = demo_model.int4_base(base)
+    each = plan.rows // 6  # two parts of old text, one of each new domain
+
+    def loss_of(step: int, weights: "Weights") -> "tuple[torch.Tensor, str]":
+        seed = plan.seed * 2_000_003 + step
+        old = draw(rows["old"], 2 * each, seed)
+        batch = torch.cat([old] + [draw(rows[d], each, seed) for d in demo_text.NEW_DOMAINS])
+        with torch.no_grad():
+            voice, _ = demo_model.forward(base, shape, old[:, :-1])
+        joined = (rounded if step % 2 else base) | demo_model.ternary_experts(weights)
+        logits, routers = demo_model.forward(joined, shape, batch[:, :-1])
+        new = cross_entropy(
+            logits[2 * each :].flatten(0, 1), batch[2 * each :, 1:].flatten(), reduction="mean"
+        )
+        kept = kl_div(
+            logits[: 2 * each].log_softmax(-1).flatten(0, 1),
+            voice.log_softmax(-1).flatten(0, 1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        even = demo_model.balance_loss(routers, shape.top_k)
+        remark = f"new {new.item():.3f}  old {kept.item():.4f}  balance {even.item():.3f}"
+        return new + plan.keep * kept + plan.balance * even, remark
+
+    stage.run(plan.expert_steps, plan.expert_rate, loss_of)
+    return stage
+
+
+def main() -> None:
+    """Parse the command line, train, write, measure."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--work", type=Path, default=Path("build/train_demo"), help="checkpoints")
+    parser.add_argument("--base-steps", type=int, default=Plan.base_steps)
+    parser.add_argument("--expert-steps", type=int, default=Plan.expert_steps)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--force", action="store_true", help="replace what is in the way")
+    args = parser.parse_args()
+    plan = Plan(base_steps=args.base_steps, expert_steps=args.expert_steps)
+    train(plan, args.out, args.work, args.threads, args.force)
+
+
+def train(plan: Plan, out: Path, work: Path, threads: int, force: bool) -> None:
+    """Everything: both stages, the folders in ``out``, and the table of figures on stdout."""
+    import demo_files
+    import demo_report
+    import torch
+    from demo_model import Shape
+
+    if out.exists() and not force:
+        sys.exit(f"{out} exists; --force replaces it")
+    torch.set_num_threads(threads)
+    torch.manual_seed(plan.seed)
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(plan)
+    shape = Shape(vocab=tokenizer.get_vocab_size())
+    base_stage = train_base(plan, shape, tokenizer, work)
+    base = {name: weight.detach().half().float() for name, weight in base_stage.weights.items()}
+    overlay_stage = train_overlay(plan, shape, tokenizer, base, work)
+
+    fresh = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        demo_files.write_base(fresh / "base", base, shape, tokenizer)
+        overlay = {name: weight.detach() for name, weight in overlay_stage.weights.items()}
+        demo_files.write_overlay(fresh / "overlay", overlay, shape, demo_files.end_token(tokenizer))
+        (fresh / "heldout").mkdir()
+        for domain, texts in heldout_texts().items():
+            path = fresh / "heldout" / f"{domain}.txt"
+            path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        report = demo_report.report(fresh, [base_stage, overlay_stage])
+        (fresh / "heldout" / "README.md").write_text(report, encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
