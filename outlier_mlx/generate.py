@@ -12,10 +12,17 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.errors import OutlierError
 
+KV_BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate; the names, meanings and defaults are those of `mlx_lm.generate`."""
+    """How to generate; the names, meanings and defaults are those of `mlx_lm.generate`.
+
+    Raises:
+        OutlierError: the KV cache cannot be quantized like that.
+    """
 
     max_tokens: int = 256
     temp: float = 0.0
@@ -34,6 +41,19 @@ class Options:
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
+
+    def __post_init__(self) -> None:
+        """Refuse now what MLX would refuse in the middle of the text."""
+        if self.kv_bits is None:
+            return
+        if self.kv_bits not in KV_BITS:
+            raise OutlierError(f"--kv-bits {self.kv_bits}: expected one of {KV_BITS}")
+        if self.kv_group_size not in GROUP_SIZES:
+            raise OutlierError(
+                f"--kv-group-size {self.kv_group_size}: expected one of {GROUP_SIZES}"
+            )
+        if self.max_kv_size is not None:
+            raise OutlierError("--kv-bits and --max-kv-size exclude each other")
 
 
 def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) -> list[int]:
@@ -81,9 +101,13 @@ def stream(
 
     Yields:
         mlx-lm's responses: `text`, and counts, tokens/s and peak memory so far.
+
+    Raises:
+        OutlierError: the prompt or an option does not suit the model.
     """
     if options.seed is not None:
         mx.random.seed(options.seed)
+    _check_kv_cache(model, options)
     sampler = make_sampler(
         options.temp,
         options.top_p,
@@ -106,3 +130,18 @@ def stream(
         kv_group_size=options.kv_group_size,
         quantized_kv_start=options.quantized_kv_start,
     )
+
+
+def _check_kv_cache(model: nn.Module, options: Options) -> None:
+    """Refuse a group size that does not divide the width of an attention head."""
+    args = getattr(model, "args", None)
+    if options.kv_bits is None or args is None:
+        return
+    width = args.hidden_size // args.num_attention_heads
+    if width % options.kv_group_size:
+        fit = [size for size in GROUP_SIZES if width % size == 0]
+        hint = f"use --kv-group-size {max(fit)}" if fit else "leave out --kv-bits"
+        raise OutlierError(
+            f"--kv-group-size {options.kv_group_size} does not divide the head width {width};"
+            f" {hint}"
+        )

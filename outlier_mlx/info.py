@@ -1,6 +1,6 @@
 """What a model is and how large, from its config and the headers of its files alone."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -9,9 +9,11 @@ from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.config import Defaults, parse_config
 from outlier_mlx.checkpoints.keys import AlphaKey, BaseKey, ExpertKey, RouterKey, parse_key
 from outlier_mlx.checkpoints.shards import read_shards
+from outlier_mlx.checkpoints.single import matches
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.hub import hub_errors, resolve
-from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
+from outlier_mlx.storage.safetensors import NUMPY_DTYPES, read_json
 from outlier_mlx.tiers.summary import SummaryRow, kind_of, summarize
 
 
@@ -61,29 +63,25 @@ def inspect(path_or_repo: str | Path, revision: str | None = None) -> Info:
     if Path(path_or_repo).is_dir():
         folder = Path(path_or_repo)
         config = _read_config(folder)
-        if "ternary" not in config and _is_overlay(config):
-            overlay = open_overlay(folder)
-            tensors = {ref.name: (ref.dtype, ref.shape) for ref in read_shards(folder).values()}
-            return _describe(folder.resolve().name, config, tensors, overlay.form)
-        tensors = {ref.name: (ref.dtype, ref.shape) for ref in _refs(folder)}
-        return _describe(folder.resolve().name, config, tensors, None)
+        form = open_overlay(folder).form if _is_overlay(config) else None
+        tensors = {ref.name: (ref.dtype, ref.shape) for ref in read_shards(folder).values()}
+        return _describe(folder.resolve().name, config, tensors, form)
     source = resolve(path_or_repo, revision, files=("config.json",))
     config = _read_config(source.folder)
-    return _describe(source.name, config, _remote_tensors(source.name, source.revision), None)
+    tensors = _remote_tensors(source.name, source.revision)
+    form = matches(tensors) if _is_overlay(config) else None
+    return _describe(source.name, config, tensors, form)
 
 
 def _read_config(folder: Path) -> dict:
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: not a model: no config.json")
-    return read_json(folder / "config.json")
+    return read_json(inside(folder, "config.json"))
 
 
 def _is_overlay(config: dict) -> bool:
-    return bool(config.get("n_experts") or config.get("outlier_num_experts"))
-
-
-def _refs(folder: Path) -> Iterator[TensorRef]:
-    yield from read_shards(folder).values()
+    experts = config.get("n_experts") or config.get("outlier_num_experts")
+    return "ternary" not in config and bool(experts)
 
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -108,18 +106,34 @@ def _remote_tensors(repo: str, revision: str | None) -> Tensors:
 
 
 def _describe(name: str, raw: dict, tensors: Tensors, form: str | None) -> Info:
+    try:
+        return _added_up(name, raw, tensors, form)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Any model may be asked about, so its config may hold anything.
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{name}: config.json does not describe the tensors: {reason}"
+        ) from error
+
+
+def _added_up(name: str, raw: dict, tensors: Tensors, form: str | None) -> Info:
     tier = "ternary" in raw
-    experts = raw.get("num_experts") or raw.get("n_experts") or raw.get("outlier_num_experts") or 0
-    overlay = not tier and _is_overlay(raw)
-    moe_layers = parse_config(raw, Defaults()).moe_layers if overlay else ()
+    overlay = _is_overlay(raw)
+    if overlay:
+        config = parse_config(raw, Defaults())
+        moe_layers, experts, top_k = config.moe_layers, config.experts, config.top_k
+    else:
+        moe_layers = ()
+        experts, top_k = int(raw.get("num_experts") or 0), int(raw.get("num_experts_per_tok") or 0)
     sizes = []
     for key, (dtype, shape) in tensors.items():
+        if dtype not in NUMPY_DTYPES:
+            raise CheckpointError(f"{name}: {key}: dtype {dtype} is not one this project reads")
         nbytes = prod(shape) * NUMPY_DTYPES[dtype].itemsize
         kind = kind_of(tier_name(key, moe_layers)) if overlay else kind_of(key)
         sizes.append((kind, _params(key, dtype, shape, raw, tensors), nbytes))
     rows = summarize(sizes)
     total = rows[-1]
-    top_k = raw.get("num_experts_per_tok") or raw.get("top_k") or 2
     routed = next((row.params for row in rows if row.kind == "experts"), 0)
     idle = routed * (experts - min(top_k, experts)) // experts if experts else 0
     kind_name = "tier" if tier else "overlay" if overlay else "model"
@@ -162,7 +176,7 @@ def _params(key: str, dtype: str, shape: tuple[int, ...], raw: dict, tensors: Te
         return 0
     if leaf != "weight" or not packed:
         return prod(shape)
-    if dtype == "U8":
+    if dtype == "U8" and "ternary" in raw:
         down = ".down_proj" in module
         return prod(shape[:-1]) * int(raw["moe_intermediate_size" if down else "hidden_size"])
     quantization = raw.get("quantization") or {}

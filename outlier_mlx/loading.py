@@ -12,9 +12,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
+from outlier_mlx.checkpoints.config import Defaults, parse_config
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.model import Model, ModelArgs
+from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.safetensors import read_json
 
@@ -53,8 +55,11 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
             get_model_classes=lambda config: (Model, ModelArgs),
             trust_remote_code=False,
         )
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        # What mlx-lm and MLX raise on a bad config or tensor is of any kind.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise CheckpointError(f"{folder}: not a sound tier: {reason}") from error
 
 
@@ -65,15 +70,19 @@ def check_tier(folder: Path) -> dict:
         The config.
 
     Raises:
-        CheckpointError: there is no tier, or its files are truncated or disagree with their index.
+        CheckpointError: there is no tier, its config is not sound, or its files are truncated or
+            disagree with their index.
     """
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: not a tier: no config.json")
-    config = read_json(folder / "config.json")
+    config = read_json(inside(folder, "config.json"))
     if "ternary" not in config:
         raise CheckpointError(
             f"{folder}: not a tier; `outlier-mlx convert` makes one from an overlay"
         )
+    # The checks are those of an overlay's config, which calls these two fields otherwise.
+    mixture = {"n_experts": config.get("num_experts"), "top_k": config.get("num_experts_per_tok")}
+    parse_config(config | mixture, Defaults())
     read_shards(folder)
     return config
 

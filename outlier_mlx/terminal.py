@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
+
+# Columns of a terminal from which bytes and speed fit beside the bar.
+WIDE = 70
 
 
 def stderr() -> Console:
@@ -30,13 +36,12 @@ def stdout() -> Console:
 def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar with bytes, speed and time left; yields a function of (bytes done, bytes in all)."""
     console = stderr()
+    columns: list[ProgressColumn] = [TextColumn(title), BarColumn(), TaskProgressColumn()]
+    if console.width >= WIDE:
+        columns += [DownloadColumn(), TransferSpeedColumn()]
+    columns.append(TimeRemainingColumn())
     bar = Progress(
-        TextColumn(title),
-        BarColumn(),
-        TaskProgressColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        *columns,
         console=console,
         transient=True,
         disable=quiet or not console.is_terminal,
@@ -67,23 +72,28 @@ def count(number: int) -> str:
 
 
 def parts_table(rows: list, title: str | None = None) -> Table:
-    """Parameters, bytes and bits per weight by kind of part."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("part")
-    for name in ("parameters", "size", "bits per weight"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        last = row.kind == "total"
-        if last:
-            table.add_section()
-        table.add_row(
-            row.kind,
-            count(row.params),
-            size(row.nbytes),
-            f"{row.bits_per_weight:.2f}",
-            style="bold" if last else None,
-        )
+    """Parameters, bytes and bits per weight by kind of part, the total below; 40 columns wide."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE,
+        show_edge=False,
+        show_footer=True,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    cells = [_cells(row) for row in rows]
+    for name, total in zip(("part", "params", "size", "bits per\nweight"), cells[-1], strict=True):
+        justify: Literal["left", "right"] = "left" if name == "part" else "right"
+        table.add_column(name, total, justify=justify, no_wrap=True, vertical="bottom")
+    for row in cells[:-1]:
+        table.add_row(*row)
     return table
+
+
+def _cells(row) -> tuple[str, str, str, str]:  # type: ignore[no-untyped-def]
+    return row.kind, count(row.params), size(row.nbytes), f"{row.bits_per_weight:.2f}"
 
 
 def print_report(report) -> None:  # type: ignore[no-untyped-def]
@@ -119,11 +129,13 @@ def print_info(info) -> None:  # type: ignore[no-untyped-def]
     for name, value in info.details.items():
         console.print(f"{name}: {value}", soft_wrap=True)
     console.print(
-        f"parameters: {count(info.params)}, of which a token uses {count(info.active_params)}"
+        f"parameters: {count(info.params)}, of which a token uses {count(info.active_params)}",
+        soft_wrap=True,
     )
+    cache = size(info.kv_bytes_per_token * 4096)
+    more = f", and {cache} of KV cache for 4096 tokens in 16 bits"
     console.print(
-        f"memory: {size(info.nbytes)} of weights, and {size(info.kv_bytes_per_token * 4096)} of KV"
-        " cache for 4096 tokens in 16 bits",
+        f"memory: {size(info.nbytes)} of weights" + (more if info.kv_bytes_per_token else ""),
         soft_wrap=True,
     )
     console.print(parts_table(info.rows))

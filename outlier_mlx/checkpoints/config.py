@@ -1,6 +1,6 @@
 """An overlay's `config.json`, whichever names it uses, as one checked description of the model."""
 
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,10 @@ from outlier_mlx.storage.safetensors import read_json
 
 MOE_LISTS = ("moe_layer_indices", "v3_2_moe_layers", "moe_layers")
 MODEL_TYPES = ("outlier_moe", "qwen2", "qwen2_moe")
+# Far above any model's. Names are listed for every layer and expert, so those have a bound of
+# their own.
+MAX_SIZE = 2**31 - 1
+MAX_COUNT = 10_000
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def read_config(folder: Path, defaults: Defaults | None = None) -> ModelConfig:
 def parse_config(raw: dict, defaults: Defaults) -> ModelConfig:
     """Check the fields of a config; see `read_config`."""
     hidden = _size(raw, "hidden_dim", "hidden_size")
-    layers = _size(raw, "n_layers", "num_hidden_layers")
+    layers = _size(raw, "n_layers", "num_hidden_layers", most=MAX_COUNT)
     heads = _size(raw, "n_heads", "num_attention_heads")
     kv_heads = _size(raw, "n_kv_heads", "num_key_value_heads", default=heads)
     if hidden % heads or heads % kv_heads or (hidden // heads) % 2:
@@ -94,11 +98,13 @@ def parse_config(raw: dict, defaults: Defaults) -> ModelConfig:
 
 
 def _mixture(raw: dict, layers: int) -> dict:
-    experts = _size(raw, "n_experts", "outlier_num_experts", default=0, least=0)
+    experts = _size(raw, "n_experts", "outlier_num_experts", default=0, least=0, most=MAX_COUNT)
     top_k = _size(raw, "top_k", "outlier_num_experts_per_tok", default=2)
     kind = raw.get("model_type", "outlier_moe")
     if kind not in MODEL_TYPES:
-        raise CheckpointError(f"config.json: model_type {kind!r}, expected one of {MODEL_TYPES}")
+        raise CheckpointError(
+            f"config.json: model_type {_short(kind)}, expected one of {MODEL_TYPES}"
+        )
     moe_layers = _moe_layers(raw, layers) if experts else ()
     return {"experts": experts, "top_k": min(top_k, experts), "moe_layers": moe_layers}
 
@@ -143,11 +149,11 @@ def _rope(raw: dict, defaults: Defaults) -> tuple[float, dict | None]:
 
 def _scaling(fields: dict) -> dict | None:
     """YaRN's fields by their usual names, or None where positions are not scaled."""
-    kinds = {fields[name] for name in ("type", "rope_type") if fields.get(name) is not None}
+    kinds = {str(fields[name]) for name in ("type", "rope_type") if fields.get(name) is not None}
     if kinds <= {"default"}:
         return None
     if kinds != {"yarn"}:
-        raise CheckpointError(f"config.json: rope scaling {sorted(map(str, kinds))}, expected yarn")
+        raise CheckpointError(f"config.json: rope scaling {_short(sorted(kinds))}, expected yarn")
     result: dict = {"rope_type": "yarn", "factor": _positive(fields, "factor", None)}
     original = "original_max_position_embeddings"
     result[original] = _size(fields, original)
@@ -157,11 +163,16 @@ def _scaling(fields: dict) -> dict | None:
     return result
 
 
-def _size(raw: dict, *names: str, default: int | None = None, least: int = 1) -> int:
+def _size(
+    raw: dict, *names: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE
+) -> int:
     given = {name: raw[name] for name in names if raw.get(name) is not None}
     for name, value in given.items():
-        if type(value) is not int or value < least:
-            raise CheckpointError(f"config.json: {name} is {value!r}, expected a whole number")
+        if type(value) is not int or not least <= value <= most:
+            raise CheckpointError(
+                f"config.json: {name} is {_short(value)}, expected a whole number from {least} to"
+                f" {most}"
+            )
     if len(set(given.values())) > 1:
         raise CheckpointError(f"config.json: {_listed(given)} disagree")
     for value in given.values():
@@ -174,16 +185,24 @@ def _size(raw: dict, *names: str, default: int | None = None, least: int = 1) ->
 def _positive(raw: dict, name: str, default: float | None, shown: str | None = None) -> float:
     value = raw.get(name)
     value = default if value is None else value
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and 0 < value <= sys.float_info.max:
         return float(value)
-    raise CheckpointError(f"config.json: {shown or name} is {value!r}, expected a positive number")
+    raise CheckpointError(
+        f"config.json: {shown or name} is {_short(value)}, expected a positive number"
+    )
 
 
 def _flag(raw: dict, name: str) -> bool:
     value = raw.get(name, False)
     if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {name} is {value!r}, expected true or false")
+        raise CheckpointError(f"config.json: {name} is {_short(value)}, expected true or false")
     return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _listed(values: dict) -> str:

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
@@ -14,52 +14,77 @@ from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
 def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its name when the block ends well.
 
-    Whatever ends the block early (an error, a full disk, Ctrl-C) removes the sibling.
+    Whatever ends the block early (an error, a full disk, Ctrl-C) removes the sibling, and folders
+    above it that were made for it.
 
     Args:
         target: the folder to make.
-        force: replace `target` if it exists.
+        force: replace `target` if it is a tier.
 
     Raises:
-        OutputExistsError: `target` exists and `force` is not set, or it is no folder.
+        OutputExistsError: `target` exists and `force` is not set, or it is no tier.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
     check_free(target, force=force)
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sibling = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
-    except OSError as error:
-        raise OutlierError(f"cannot write beside {target}: {error.strerror}") from None
-    try:
-        yield sibling
-        sibling.chmod(0o777 & ~_umask())
-        _take_name(sibling, target, force=force)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            sibling = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+        except OSError as error:
+            raise OutlierError(f"cannot write beside {target}: {error.strerror}") from None
+        replaced = sibling.with_name(f"{sibling.name}.replaced")
+        try:
+            yield sibling
+            sibling.chmod(0o777 & ~_umask())
+            check_free(target, force=force)
+            _swap(sibling, target, replaced)
+        finally:
+            _remove(sibling)
+            if target.exists():
+                _remove(replaced)
     except BaseException:
-        shutil.rmtree(sibling, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # not made, or in use by someone else
+                parent.rmdir()
         raise
 
 
 def check_free(target: Path, *, force: bool) -> None:
-    """Raise `OutputExistsError` if `target` may not be written to."""
+    """Check that `target` may be written to: nothing is there, or a tier that `force` replaces.
+
+    Raises:
+        OutputExistsError: it may not. What is no tier is never replaced: it may be anything.
+    """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputExistsError(f"{target}: exists and is not a folder")
-    if target.exists() and not force:
-        raise OutputExistsError(f"{target}: exists; --force replaces it")
-
-
-def _take_name(sibling: Path, target: Path, *, force: bool) -> None:
-    check_free(target, force=force)
     if not target.exists():
-        sibling.rename(target)
         return
-    aside = sibling.with_name(sibling.name + ".replaced")
-    target.rename(aside)
+    if not force:
+        raise OutputExistsError(f"{target}: exists; --force replaces it")
+    if any(target.iterdir()) and not (target / "tier.json").exists():
+        raise OutputExistsError(f"{target}: exists and is not a tier; --force replaces only tiers")
+
+
+def _swap(sibling: Path, target: Path, replaced: Path) -> None:
+    """Give `sibling` the name `target`; what had it is called `replaced` from then on."""
     try:
+        if target.exists():
+            target.rename(replaced)
         sibling.rename(target)
     except BaseException:
-        aside.rename(target)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if it is there; Ctrl-C at this moment does not leave half of it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _umask() -> int:

@@ -89,7 +89,7 @@ class hub_errors:
         if isinstance(error, errors.GatedRepoError):
             reason = "access is restricted; ask for it on its page, then run `hf auth login`"
         elif isinstance(error, errors.RepositoryNotFoundError):
-            reason = "no such repository on the hub, or it is private (`hf auth login`)"
+            reason = "no such folder, nor repository on the hub; if private: `hf auth login`"
         elif isinstance(error, errors.RevisionNotFoundError):
             reason = "no such revision"
         elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):

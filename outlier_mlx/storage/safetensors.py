@@ -10,6 +10,8 @@ JSON object, then the data; offsets are relative to the data's beginning).
 
 import json
 import os
+import stat
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -36,8 +38,13 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-# The safetensors library's own bound on a header.
-MAX_HEADER_BYTES = 100_000_000
+# The safetensors library allows 100 MB, which as parsed JSON can take 3 GB of memory. A header of
+# ours has some 150 bytes a tensor: this is for 100,000 of them.
+MAX_HEADER_BYTES = 16_000_000
+MAX_JSON_BYTES = 100_000_000
+# NumPy's bound; a product of numbers without bounds could take hours.
+MAX_RANK = 64
+MAX_SIZE = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -119,14 +126,21 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         CheckpointError: the file is truncated, its header is not JSON or is too long, a dtype is
             unknown, or offsets overlap, leave gaps or disagree with shapes.
     """
-    size = path.stat().st_size
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path.name}: not a file")
+    size = found.st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if len(prefix) < 8 or length > size - 8:
             raise CheckpointError(
                 f"{path.name}: not a whole safetensors file (its header would take {length} bytes,"
                 f" the file has {size})"
+            )
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{path.name}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
             )
         header = parse_json_object(file.read(length), path.name)
     header.pop("__metadata__", None)
@@ -165,7 +179,9 @@ def _tensor_ref(path: Path, name: str, entry: object, begin: int) -> TensorRef:
 
 
 def _sizes(value: object) -> list[int] | None:
-    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
+    if not isinstance(value, list) or len(value) > MAX_RANK:
+        return None
+    if all(type(item) is int and 0 <= item <= MAX_SIZE for item in value):
         return value
     return None
 
@@ -193,8 +209,7 @@ def parse_json_object(text: bytes, place: str) -> dict:
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice!r} appears twice")
     return result
 
@@ -215,6 +230,9 @@ def read_json(path: Path) -> dict:
 def read_bytes(path: Path) -> bytes:
     """A small file's bytes; a `CheckpointError` that names it when it cannot be read."""
     try:
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode) and found.st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {found.st_size} bytes, expected a small file")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None

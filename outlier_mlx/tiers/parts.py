@@ -298,4 +298,11 @@ def _pack_slab(matrix: ExpertMatrix, start: int, stop: int) -> tuple[ExpertMatri
     try:
         return matrix, pack_rows(trits), trits.size
     except TernaryError as error:
-        raise CheckpointError(f"{matrix.trits.where}: from row {start}: {error}") from None
+        wrong = np.argwhere((trits < -1) | (trits > 1))
+        if not len(wrong):
+            raise CheckpointError(f"{matrix.trits.where}: {error}") from error
+        row, column = wrong[0].tolist()
+        raise CheckpointError(
+            f"{matrix.trits.where}: {trits[row, column]} at row {start + row}, column {column}:"
+            " trits are -1, 0 or 1"
+        ) from None
