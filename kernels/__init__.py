@@ -1,0 +1,1 @@
+"""Metal kernels, one a file, and their emulator (not in the wheel)."""

@@ -1,0 +1,142 @@
+"""Small rewrites that turn Metal's text into what clang's C++ for OpenCL accepts."""
+
+import re
+from dataclasses import dataclass
+
+from .compiler import metal_dialect
+from .errors import LintError
+
+FILE = "kernel"  # the name under which diagnostics speak of the kernel's text
+
+# What is warned about is an error. Left out: what the generated signature and C++ templates
+# cause (unused parameters, comparisons of mixed signs), and Metal's own attributes.
+WARNINGS = [
+    "-Wall", "-Wextra", "-Wfloat-conversion", "-Wimplicit-float-conversion",
+    "-Wshorten-64-to-32", "-Wimplicit-int-conversion", "-Werror",
+    "-Wno-unused-parameter", "-Wno-sign-compare", "-Wno-unknown-attributes",
+    "-Wno-ignored-attributes", "-Wno-pass-failed", "-Wno-implicit-int-float-conversion",
+]  # fmt: skip
+
+_SCALARS = "bool char uchar short ushort int uint long ulong half bfloat float void size_t"
+_SCALARS += " int8_t uint8_t int16_t uint16_t int32_t uint32_t int64_t uint64_t bfloat16_t"
+_SPACES = {"device", "constant", "threadgroup", "thread"}
+_SPECIFIERS = {"const", "volatile", "static", "constexpr", "inline", "unsigned", "METAL_FUNC"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A kernel's text, ready for clang."""
+
+    text: str
+    prelude: str  # what comes before it, the same for many kernels
+
+
+def _without_comments(text: str) -> str:
+    """The text with comments and strings blanked: the same length and lines."""
+
+    def blank(found: re.Match[str]) -> str:
+        return re.sub(r"[^\n]", " ", found[0])
+
+    return re.sub(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"", blank, text, flags=re.S)
+
+
+def _innermost(code: str) -> list[str]:
+    """For each character, the bracket that it is directly inside of, or ''."""
+    stack, at = [""], []
+    for c in code:
+        at.append(stack[-1])
+        if c in "([{":
+            stack.append(c)
+        elif c in ")]}" and len(stack) > 1:
+            stack.pop()
+    return at
+
+
+def _threadgroup_arrays(text: str) -> str:
+    """Turns `threadgroup float buf[64];` into a reference to memory that the runtime gives.
+
+    So its size is known, it can lie between guard pages, and it starts as NaN.
+    """
+    code = _without_comments(text)
+    inside = _innermost(code)
+    pieces, last, number = [], 0, 0
+    for found in re.finditer(r"\bthreadgroup\b", code):
+        start = found.start()
+        if start < last or inside[start] not in ("", "{"):
+            continue
+        end = code.find(";", start)
+        declaration = re.fullmatch(
+            r"threadgroup\s+((?:const\s+|volatile\s+)*[\w:]+(?:\s*<[^;=]*?>)?)\s+"
+            r"(\w+\s*(?:\[[^\]]*\]\s*)*(?:,\s*\w+\s*(?:\[[^\]]*\]\s*)*)*)",
+            code[start:end],
+        )
+        if end < 0 or declaration is None:
+            continue
+        made = []
+        for name, dims in re.findall(r"(\w+)\s*((?:\[[^\]]*\]\s*)*)", declaration[2]):
+            made.append(f"MSL_ARRAY({number}, {name}, {dims.strip()}, {declaration[1]})")
+            number += 1
+        pieces.append(text[last:start] + "; ".join(made) + ";" + "\n" * code[start:end].count("\n"))
+        last = end + 1
+    return "".join(pieces) + text[last:]
+
+
+def _swizzle_macros(text: str) -> str:
+    """Defines the vector members that the text uses, like .xy: see include/msl/swizzle.h."""
+    used = sorted(set(re.findall(r"\.\s*([xyzw]{2,4}|[rgba]{2,4})\b", _without_comments(text))))
+    lines = []
+    for n in (2, 3, 4):
+        fields = []
+        for name in used:
+            order = "xyzw" if name[0] in "xyzw" else "rgba"
+            if all(c in order[:n] for c in name):
+                indices = ", ".join(str(order.index(c)) for c in name)
+                fields.append(f"MSL_SWIZZLE(T, {name}, {indices})")
+        lines.append(f"#define MSL_SWIZZLES_{n}(T) {' '.join(fields)}\n")
+    return "".join(lines)
+
+
+def _check_address_spaces(text: str) -> None:
+    """Raises `LintError` for a pointer or reference that names no address space.
+
+    C++ for OpenCL would let it point anywhere; Metal rejects it.
+    """
+    code = _without_comments(text)
+    declared = set(_SCALARS.split())
+    declared |= set(re.findall(r"\b(?:typename|class|struct|using)\s+(\w+)", code))
+    declared |= {f"{t}{n}" for t in _SCALARS.split()[:12] for n in (2, 3, 4)}
+    names = "|".join(sorted(declared, key=len, reverse=True))
+    pattern = rf"\b({names})\b(?:\s*<[^<>;()]*>)?\s*(?:const\s*)?([*&])(?![&=])\s*(?:const\s+)?(?=[\w,)>(])"
+    for found in re.finditer(pattern, code):
+        before = re.findall(r"\w+|[^\w\s]", code[max(0, found.start() - 200) : found.start()])
+        words = set()
+        while before and (before[-1] in _SPECIFIERS | _SPACES or before[-1] in ("metal", ":")):
+            words.add(before.pop())
+        if before and before[-1] in ("typename", "class", "struct", "using", "sizeof"):
+            continue
+        if not words & _SPACES:
+            line = code.count("\n", 0, found.start()) + 1
+            kind = "pointer" if found[2] == "*" else "reference"
+            raise LintError(
+                f"{FILE}:{line}: error: {kind} type must have an explicit address space: "
+                f"{' '.join(text[found.start() : found.end()].split())!r}"
+            )
+
+
+def prepare(text: str, entry: str, includes: tuple[str, ...], swizzles_from: str = "") -> Prepared:
+    """Makes a translation unit of a kernel's text.
+
+    Args:
+        text: the kernel, with the helpers before it.
+        entry: the function that calls it, appended.
+        includes: headers of MLX to put before the text.
+        swizzles_from: further text whose vector members are needed.
+
+    Raises:
+        LintError: a pointer or reference without an address space.
+    """
+    _check_address_spaces(text)
+    prelude = _swizzle_macros(text + swizzles_from) + "#define MLX_METAL_JIT 1\n"
+    prelude += "".join(f'#include "{name}"\n' for name in includes)
+    body = _threadgroup_arrays(metal_dialect(text))
+    return Prepared(f'#line 1 "{FILE}"\n{body}\n#line 1 "entry"\n{entry}', prelude)

@@ -1,0 +1,67 @@
+"""The full text of a kernel, as MLX itself generates it."""
+
+import ctypes
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from .errors import EmulatorError
+
+Template = Sequence[tuple[str, Any]]
+
+
+@contextmanager
+def _captured_output() -> Iterator[list[str]]:
+    """Collects what C++ code writes to the process's standard output."""
+    flush = ctypes.CDLL(None).fflush
+    text: list[str] = []
+    sys.stdout.flush()
+    flush(None)
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield text
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            file.seek(0)
+            text.append(file.read().decode())
+
+
+def generate(kernel: Any, inputs: Sequence[mx.array], **call: Any) -> str:
+    """What MLX would hand to Metal for a call of `kernel`.
+
+    MLX writes a kernel's signature from the dtypes, shapes and template arguments of a call and
+    prints the text when `verbose` is set. Without a GPU a call can still be traced while a
+    function is exported, and that prints it too, after MLX's own checks of the arguments.
+
+    Args:
+        kernel: what the real `mx.fast.metal_kernel` returned.
+        inputs: the arrays of the call.
+        call: its other arguments: template, grid, threadgroup, output_shapes, output_dtypes.
+
+    Returns:
+        The header, the kernel with its signature, and its explicit instantiation if it is a
+        template.
+
+    Raises:
+        ValueError: what MLX raises for arguments that it rejects.
+    """
+
+    def trace(*arrays: mx.array) -> list[mx.array]:
+        return kernel(inputs=list(arrays), verbose=True, stream=mx.gpu, **call)
+
+    with _captured_output() as output:
+        mx.export_function(lambda _: None, trace, *inputs)
+    text = "".join(output)
+    try:
+        return text[text.index("```\n") + 4 : text.rindex("```")]
+    except ValueError:
+        raise EmulatorError(f"MLX printed no kernel source, but: {text!r}") from None
