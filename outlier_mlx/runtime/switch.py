@@ -1,7 +1,5 @@
 """Expert layers: a linear layer per expert, of which each token uses the ones it is routed to."""
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
@@ -38,12 +36,16 @@ class TernarySwitchLinear(nn.Module):
         self.weight = mx.full((num_experts, output_dims, row_bytes(input_dims)), 128, mx.uint8)
         self.scales = mx.zeros((num_experts, output_dims))
         self.prepared: AffineCopy | None = None
-        self.freeze()
 
-    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Leave the packed weights frozen: they have no gradient."""
-        super().unfreeze(*args, **kwargs)
-        return self.freeze(recurse=False)
+    @property
+    def _no_grad(self) -> set[str]:
+        # MLX keeps here what is frozen, and a parent's `unfreeze` empties it directly. The packed
+        # weights have no gradient, so the set is made anew each time.
+        return {"weight", "scales"}
+
+    @_no_grad.setter
+    def _no_grad(self, _: set[str]) -> None:
+        pass
 
     def prepare(self) -> None:
         """Make and keep the affine copy, once the weights are in place."""
@@ -53,11 +55,17 @@ class TernarySwitchLinear(nn.Module):
         self.prepared = copy
 
     def affine(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Weight, scales and biases for `mx.gather_qmm`, from the copy if it is up to date."""
+        """Weight, scales and biases for `mx.gather_qmm`, from the copy if it is up to date.
+
+        A compiled step that takes and returns the state leaves new arrays behind; the first call
+        after training makes the copy again. While MLX traces a function, nothing is kept.
+        """
         copy = self.prepared
         if copy is not None and copy.rows is self.weight and copy.scales is self.scales:
             return copy.arrays
-        return rows_to_affine2(self.weight, self.scales, self.input_dims)
+        copy = AffineCopy(self.weight, self.scales, self.input_dims)
+        self.prepared = None if self.training or not _evaluated(copy.arrays) else copy
+        return copy.arrays
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Multiply x (..., 1, in) by the experts named in `indices` (...): (..., 1, out)."""
@@ -76,6 +84,14 @@ class TernarySwitchLinear(nn.Module):
             bits=2,
             sorted_indices=sorted_indices,
         )
+
+
+def _evaluated(arrays: tuple[mx.array, ...]) -> bool:
+    try:
+        mx.eval(arrays)
+    except ValueError:  # these are placeholders of a function being traced
+        return False
+    return True
 
 
 class TernarySwitchGLU(nn.Module):
