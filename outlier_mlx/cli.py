@@ -192,7 +192,7 @@ def generate(
     prefill_step_size: Annotated[
         int, typer.Option(min=1, help="Prompt tokens processed at a time.")
     ] = 2048,
-    kv_bits: Annotated[int | None, typer.Option(help="Bits of the KV cache: 2, 4 or 8.")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="Bits of the KV cache: 2 to 6, or 8.")] = None,
     kv_group_size: Annotated[int, typer.Option(help="Group size of the KV cache.")] = 64,
     quantized_kv_start: Annotated[
         int, typer.Option(min=0, help="Quantize the KV cache from this token on.")
@@ -243,11 +243,29 @@ def info(
     print_info(found)
 
 
+@app.command(epilog="Example: `outlier-mlx verify ./tier`")
+def verify(
+    tier: Annotated[Path, typer.Argument(help="Folder of a tier.")],
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check every file, shape and byte range of a tier; the first damage is named."""
+    from outlier_mlx.terminal import progress_bar, size
+    from outlier_mlx.tiers.verify import verify_tier
+
+    with progress_bar("verifying", quiet=quiet) as progress:
+        found = verify_tier(tier, progress)
+    print(f"{tier}: whole: {found.files} files, {found.tensors} tensors, {size(found.nbytes)}")
+
+
 @app.command(epilog="Example: `outlier-mlx demo --out ./demo-tier`")
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="Keep the converted tier in this folder.")
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Measure on all held-out documents.")
+    ] = False,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -255,7 +273,7 @@ def demo(
     """Convert the embedded pair, measure it, and write a text with it."""
     from outlier_mlx.showcase import run
 
-    run(out, force=force, quiet=quiet)
+    run(out, full=full, force=force, quiet=quiet)
 
 
 def main() -> None:
