@@ -1,0 +1,107 @@
+"""The embedded pair: small, an overlay in truth, and better where it says it is."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import outlier_mlx
+from outlier_mlx import cli
+from outlier_mlx.checkpoints import open_overlay
+from outlier_mlx.checkpoints.base import open_base
+from outlier_mlx.loading import load
+from outlier_mlx.runtime.moe import OutlierMoE
+from outlier_mlx.showcase import FOLDER, OLD_DOMAIN, heldout, load_base, losses
+from tests.reference import forward
+from tests.reference_reader import read_overlay
+
+
+def test_the_pair_is_small_and_the_overlay_holds_no_base() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 9_000_000
+    overlay, base = open_overlay(FOLDER / "overlay"), open_base(FOLDER / "base")
+    assert overlay.form == "v3.2"
+    assert not overlay.base
+    assert sum(np.prod(tensor.shape) for tensor in base.tensors.values()) <= 2_000_000
+    config = base.config
+    assert all(
+        width % 64 == 0
+        for width in (config.hidden, config.intermediate, overlay.expert_intermediate)
+    )
+
+
+def test_experts_of_a_layer_differ() -> None:
+    for experts in open_overlay(FOLDER / "overlay").experts.values():
+        for one, other in combinations(experts, 2):
+            for (_, a), (_, b) in zip(one, other, strict=True):
+                same = (a.trits.read() == b.trits.read()).mean()
+                assert same < 0.9
+
+
+@pytest.fixture(scope="module")
+def tiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("demo")
+    pair = (FOLDER / "overlay", FOLDER / "base")
+    return {name: outlier_mlx.convert(*pair, folder / name, tier=name) for name in ("f32", "q4")}
+
+
+def test_the_unquantized_tier_is_the_reference_model(tiers: dict[str, Path]) -> None:
+    model, tokenizer = load(tiers["f32"])
+    tokens = tokenizer.encode(heldout()["sea"][0])[:48]
+    expected = forward(read_overlay(FOLDER / "overlay", FOLDER / "base"), tokens)
+    np.testing.assert_allclose(np.array(model(mx.array([tokens])))[0], expected, atol=2e-4)
+
+
+@pytest.fixture
+def chosen() -> Iterator[dict[int, Counter[int]]]:
+    """How often each expert was chosen, by module."""
+    counts: dict[int, Counter[int]] = {}
+    route = OutlierMoE.route
+
+    def counting(self: OutlierMoE, x: mx.array) -> Any:
+        indices, weights = route(self, x)
+        counts.setdefault(id(self), Counter()).update(np.array(indices).ravel().tolist())
+        return indices, weights
+
+    with patch.object(OutlierMoE, "route", counting):
+        yield counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["f32", "q4"])
+def test_perplexity_and_expert_shares(
+    tiers: dict[str, Path], chosen: dict[int, Counter[int]], name: str
+) -> None:
+    model, tokenizer = load(tiers[name])
+    texts = heldout()
+    before = losses(load_base(), tokenizer, texts)
+    after = losses(model, tokenizer, texts)
+    assert after["all new"].perplexity <= 0.5 * before["all new"].perplexity
+    for domain in texts:
+        limit = 1.03 if domain == OLD_DOMAIN else 0.5
+        assert after[domain].perplexity <= limit * before[domain].perplexity, domain
+    blocks = [block for block in model.modules() if isinstance(block, OutlierMoE)]
+    assert len(chosen) == len(blocks) > 1
+    for counts in chosen.values():
+        # A token counts once for each of its experts.
+        tokens = sum(counts.values()) / blocks[0].top_k
+        assert sum(count >= 0.05 * tokens for count in counts.values()) >= 3
+
+
+@pytest.mark.slow
+def test_the_demo_command(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "tier")])
+    assert result.exit_code == 0, result.output
+    for words in ("size of weights", "tier, int4", "all new domains", "generation:"):
+        assert words in result.output
+    assert (tmp_path / "tier" / "tier.json").exists()
+    model: nn.Module = load(tmp_path / "tier")[0]
+    assert model(mx.array([[1]])).shape[-1] > 1
