@@ -153,9 +153,12 @@ def cache_folder() -> Path:
 
 @cache
 def own_digest() -> str:
-    """A digest of the emulator's own files and of the compiler: part of every key."""
+    """A digest of what shapes a compiled kernel here, and of the compiler: part of every key."""
     digest = hashlib.sha256()
-    paths = sorted(p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    modules = ("compiler", "msl", "signature", "ir", "trace", "instrument", "kernel")
+    paths = [PACKAGE / f"{name}.py" for name in modules]
+    for folder in ("include", "runtime"):
+        paths += sorted(p for p in (PACKAGE / folder).rglob("*") if p.is_file())
     for path in paths:
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
     tools = toolchain()
@@ -254,9 +257,13 @@ def runtime_library() -> Path:
 
 
 def compile_ir(text: str, prelude: str, warnings: Sequence[str], to: Path) -> str:
-    """Compiles a kernel's text to optimized LLVM IR; returns the diagnostics.
+    """Compiles a kernel's text to optimized LLVM IR.
 
-    Raises `EmulatorError` with the diagnostics when it is rejected.
+    Returns:
+        The warnings, as clang wrote them.
+
+    Raises:
+        EmulatorError: with the diagnostics, when it is rejected.
     """
     source = to.with_suffix(".msl")
     source.write_text(text, encoding="utf-8")

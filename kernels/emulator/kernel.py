@@ -93,22 +93,25 @@ def compile_kernel(
 
     def make(folder: Path) -> None:
         try:
-            compiler.compile_ir(prepared.text, prepared.prelude, warnings, folder / "kernel.ll")
+            written = compiler.compile_ir(
+                prepared.text, prepared.prelude, warnings, folder / "kernel.ll"
+            )
         except EmulatorError as error:
-            raise LintError(str(error)) from None
+            raise LintError(f"{signature.name}: {error}") from None
+        if wrong := msl.complaints(written):
+            raise LintError(f"{signature.name}: {wrong}")
+        _check_memory(signature.name, (folder / "kernel.ll").read_text(encoding="utf-8"))
 
     folder = compiler.cached("\0".join([prepared.prelude, prepared.text, *warnings]), make)
     kernel = CompiledKernel(text, signature, folder)
-    _check_memory(kernel)
     with _lock:
         return _known.setdefault(key, kernel)
 
 
-def _check_memory(kernel: CompiledKernel) -> None:
-    arrays = kernel.library(count=False)[1].arrays
-    total = sum(arrays.values())
+def _check_memory(name: str, text: str) -> None:
+    total = sum(instrument(text, msl.FILE, count=False).arrays.values())
     if total > MAX_THREADGROUP_MEMORY:
         raise LintError(
-            f"{kernel.signature.name}: {total} bytes of threadgroup memory; "
+            f"{name}: {total} bytes of threadgroup memory; "
             f"a threadgroup has {MAX_THREADGROUP_MEMORY}"
         )

@@ -99,9 +99,9 @@ def run(
     if len(buffers) > runtime.MAX_BUFFERS:
         raise errors.LaunchError(f"{name}: more than {runtime.MAX_BUFFERS} buffers")
     with _one_at_a_time:
-        first, _ = _run_once(kernel, buffers, grid, threadgroup, second=False, count=False)
+        first, _ = _run_once(kernel, buffers, grid, threadgroup, second=False, count=count)
         second, counts = _run_once(kernel, buffers, grid, threadgroup, second=True, count=count)
-    facts = kernel.library(count=False)[1]
+    facts = kernel.library(count)[1]
     for index, one in first.items():
         _compare(kernel, facts, index, buffers[index].item, one, second[index])
     return Outcome(first, counts)
