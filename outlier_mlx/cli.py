@@ -116,7 +116,11 @@ def convert(
         DType | None, typer.Option(help="Of activations and scales. Default: the checkpoint's.")
     ] = None,
     alpha: Annotated[
-        Path | None, typer.Option(help="An alpha.json that wins over the overlay's alphas.")
+        str | None,
+        typer.Option(
+            metavar="FILE|original",
+            help="Alphas that win over the overlay's (JSON); original: without alpha_overlay.pt.",
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="The overlay's revision on the hub.")] = None,
     base_revision: Annotated[

@@ -1,13 +1,30 @@
 """Reading overlays: one small module a form, each turning what is on disk into an `Overlay`."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from outlier_mlx.checkpoints import expert_files, packed, single, toy
 from outlier_mlx.checkpoints.overlay import Overlay
-from outlier_mlx.checkpoints.single import open_single
+from outlier_mlx.checkpoints.shards import read_shards
+from outlier_mlx.checkpoints.unsupported import refuse_unsupported
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.safetensors import TensorRef, read_json
 
 __all__ = ["Overlay", "open_overlay"]
+
+Opener = Callable[[Path, Mapping[str, TensorRef]], Overlay | None]
+
+# Each returns None for what is not of its form; the first that does not decides. What it looks
+# for is said when none does.
+_FORMS: tuple[tuple[str, Opener], ...] = (
+    (toy.SIGN, toy.open_toy),
+    (expert_files.SIGN, expert_files.open_expert_files),
+    (packed.SIGN, packed.open_packed),
+    (single.SIGN, single.open_single),
+)
+_ALPHA_OVERLAY = "alpha_overlay.pt"
 
 
 def open_overlay(path: str | Path) -> Overlay:
@@ -23,12 +40,24 @@ def open_overlay(path: str | Path) -> Overlay:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     config = folder / "config.json"
-    if config.exists() and "ternary" in read_json(config):
+    if config.exists() and "ternary" in read_json(inside(folder, "config.json")):
         raise CheckpointError(f"{folder}: this is a tier already; an overlay was expected")
-    overlay = open_single(folder)
-    if overlay is None:
-        raise CheckpointError(
-            f"{folder}: not an overlay: none of its tensors is an expert or a router"
-            " ([base.]model.layers.N.mlp.experts.* or .mlp.router.weight)"
-        )
-    return overlay
+    tensors = read_shards(folder, required=False)
+    refuse_unsupported(folder, tensors)
+    for _, open_form in _FORMS:
+        overlay = open_form(folder, tensors)
+        if overlay is not None:
+            return _with_new_alphas(overlay)
+    looked_for = "; ".join(sign for sign, _ in _FORMS)
+    raise CheckpointError(
+        f"{folder}: not an overlay: none of its tensors is an expert or a router. Looked for:"
+        f" {looked_for}"
+    )
+
+
+def _with_new_alphas(overlay: Overlay) -> Overlay:
+    """V3.3 is any other form with a file of newer alphas beside it."""
+    if not (overlay.path / _ALPHA_OVERLAY).exists() or not overlay.routers:
+        return overlay
+    file = inside(overlay.path, _ALPHA_OVERLAY)
+    return replace(overlay, form=f"{overlay.form} + {_ALPHA_OVERLAY}", alpha_overlay=file)

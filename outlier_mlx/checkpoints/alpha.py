@@ -7,11 +7,10 @@ out of range, contradictions, NaN) is refused here.
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
-
+from outlier_mlx.checkpoints.keys import parse_number
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.storage.safetensors import TensorRef, parse_json, read_bytes
 
@@ -21,11 +20,13 @@ _WRAPPERS = frozenset(
     ["alpha", "alphas", "expert_alpha", "expert_alphas", "experts", "layer_alpha", "layer_alphas"]
     + ["layers", "per_expert", "per_layer", "values"]
 )
-_LAYER = re.compile(r"(?:^|[._])layers?[._](\d+)(?=$|[._])")
-_EXPERT = re.compile(r"(?:^|[._])experts?[._](\d+)(?=$|[._])")
+_LAYER = re.compile(r"(?:^|[._])layers?[._]([0-9]+)(?=$|[._])")
+_EXPERT = re.compile(r"(?:^|[._])experts?[._]([0-9]+)(?=$|[._])")
 
 
-def alphas_from_json(value: object, layers: int, experts: int, place: str) -> Alphas:
+def alphas_from_json(
+    value: object, layers: int, experts: int, place: str, *, lenient: bool = False
+) -> Alphas:
     """Alphas from a parsed alpha.json.
 
     Args:
@@ -33,37 +34,48 @@ def alphas_from_json(value: object, layers: int, experts: int, place: str) -> Al
         layers: layers of the model; numbers beyond are refused.
         experts: experts of a layer; numbers beyond are refused.
         place: the file's name, for messages.
+        lenient: do as the published runtime does: drop what is out of range, let the last of two
+            values win, count true as 1 and false as 0.
 
     Raises:
         CheckpointError: a boolean, a number that is not finite, a layer or expert out of range,
             or two values for one expert.
     """
-    found: Alphas = {}
     try:
-        for layer, expert, alpha in _walk(value, None, None, place):
-            _check(alpha, layer, expert, layers, experts, place)
-            if found.setdefault((layer, expert), alpha) != alpha:
-                raise CheckpointError(
-                    f"{place}: layer {layer}, expert {expert}: two values,"
-                    f" {found[layer, expert]} and {alpha}"
-                )
+        walk = list(_walk(value, None, None, place, lenient=lenient))
     except RecursionError:
         raise CheckpointError(f"{place}: nested too deep") from None
+    if lenient:
+        return {(n, e): alpha for n, e, alpha in walk if n < layers and e < experts}
+    return gather_alphas(walk, layers, experts, place)
+
+
+def gather_alphas(
+    values: Iterable[tuple[int, int, float]], layers: int, experts: int, place: str
+) -> Alphas:
+    """Alphas from (layer, expert, alpha) of one source, each checked.
+
+    Raises:
+        CheckpointError: a number that is not finite, a layer or expert out of range, or two values
+            for one expert; `place` names the source.
+    """
+    found: Alphas = {}
+    for layer, expert, alpha in values:
+        where = f"{place}: layer {layer}, expert {expert}"
+        if not (0 <= layer < layers and 0 <= expert < experts):
+            raise CheckpointError(f"{where}: the model has {layers} layers of {experts} experts")
+        if not math.isfinite(alpha):
+            raise CheckpointError(f"{where}: alpha is {alpha}")
+        first = found.setdefault((layer, expert), alpha)
+        if first != alpha:
+            raise CheckpointError(f"{where}: two values, {first} and {alpha}")
     return found
 
 
-def _check(alpha: float, layer: int, expert: int, layers: int, experts: int, place: str) -> None:
-    where = f"{place}: layer {layer}, expert {expert}"
-    if not (layer < layers and expert < experts):
-        raise CheckpointError(f"{where}: the model has {layers} layers of {experts} experts")
-    if not math.isfinite(alpha):
-        raise CheckpointError(f"{where}: alpha is {alpha}")
-
-
 def _walk(
-    value: object, layer: int | None, expert: int | None, place: str
+    value: object, layer: int | None, expert: int | None, place: str, *, lenient: bool
 ) -> Iterator[tuple[int, int, float]]:
-    if isinstance(value, bool):
+    if isinstance(value, bool) and not lenient:
         raise CheckpointError(f"{place}: {value} where an alpha was expected")
     if isinstance(value, int | float):
         if layer is None or expert is None:
@@ -73,17 +85,21 @@ def _walk(
                 stacklevel=2,
             )
             return
-        # An int too large for a float is as infinite as JSON's 1e999.
-        yield layer, expert, float(value) if abs(value) < 2**1023 else math.inf
+        yield layer, expert, as_float(value)
     elif isinstance(value, list):
         for number, item in enumerate(value):
             if layer is None:
-                yield from _walk(item, number, None, place)
+                yield from _walk(item, number, expert, place, lenient=lenient)
             elif expert is None:
-                yield from _walk(item, layer, number, place)
+                yield from _walk(item, layer, number, place, lenient=lenient)
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _walk(item, *key_place(key, layer, expert), place)
+            yield from _walk(item, *key_place(key, layer, expert), place, lenient=lenient)
+
+
+def as_float(value: int | float) -> float:
+    """A number as a float; an integer too large for one is infinite, as JSON's 1e999 is."""
+    return float(value) if abs(value) < 2**1023 else math.inf
 
 
 def key_place(key: str, layer: int | None, expert: int | None) -> tuple[int | None, int | None]:
@@ -91,14 +107,14 @@ def key_place(key: str, layer: int | None, expert: int | None) -> tuple[int | No
     key = key.lower()
     if key in _WRAPPERS:
         return layer, expert
-    if re.fullmatch(r"[0-9]{1,9}", key):
+    if re.fullmatch(r"[0-9]+", key):
         if layer is None:
-            return int(key), expert
-        return layer, int(key) if expert is None else expert
+            return parse_number(key), expert
+        return layer, parse_number(key) if expert is None else expert
     if match := _LAYER.search(key):
-        layer = int(match[1])
+        layer = parse_number(match[1])
     if match := _EXPERT.search(key):
-        expert = int(match[1])
+        expert = parse_number(match[1])
     return layer, expert
 
 
@@ -123,39 +139,5 @@ def alphas_from_tensor(tensor: TensorRef, key: str, layers: int, experts: int) -
         )
     numbers = range(experts) if expert is None else [expert]
     values = tensor.read_float32().reshape(-1).tolist()
-    found = {(layer, number): value for number, value in zip(numbers, values, strict=True)}
-    for (_, number), value in found.items():
-        _check(value, layer, number, layers, experts, tensor.where)
-    return found
-
-
-def resolve_alphas(
-    files: list[Path],
-    tensors: dict[str, TensorRef],
-    moe_layers: tuple[int, ...],
-    layers: int,
-    experts: int,
-    override: Path | None = None,
-) -> dict[int, np.ndarray]:
-    """The alphas in force: tensors win over files, and `override` over both.
-
-    An expert that no source names has alpha 0 if there is any alpha.json, else 1: checkpoints
-    with a partial alpha.json rely on the first, those without any on the second.
-
-    Returns:
-        For each MoE layer (experts,) float32.
-    """
-    found: Alphas = {}
-    for file in files:
-        found.update(read_alpha_file(file, layers, experts))
-    for key, tensor in tensors.items():
-        found.update(alphas_from_tensor(tensor, key, layers, experts))
-    if override is not None:
-        found.update(read_alpha_file(override, layers, experts))
-    default = 0.0 if files else 1.0
-    return {
-        layer: np.array(
-            [found.get((layer, expert), default) for expert in range(experts)], np.float32
-        )
-        for layer in moe_layers
-    }
+    places = ((layer, number, value) for number, value in zip(numbers, values, strict=True))
+    return gather_alphas(places, layers, experts, tensor.where)

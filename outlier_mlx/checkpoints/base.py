@@ -1,11 +1,12 @@
 """The base model: an ordinary folder of Qwen2 in Hugging Face's names."""
 
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from outlier_mlx.checkpoints.config import Defaults, ModelConfig, parse_config, read_config
+from outlier_mlx.checkpoints.config import ModelConfig, parse_config, read_config
 from outlier_mlx.checkpoints.keys import BaseKey, parse_key
-from outlier_mlx.checkpoints.overlay import Overlay, check_base
+from outlier_mlx.checkpoints.overlay import Overlay, check_base, check_layers
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import TensorRef
@@ -49,8 +50,13 @@ def open_base(folder: Path) -> BaseModel:
     tensors: dict[str, TensorRef] = {}
     for key, tensor in read_shards(folder).items():
         parsed = parse_key(key)
-        if isinstance(parsed, BaseKey):
-            tensors[parsed.name] = tensor
+        if not isinstance(parsed, BaseKey):
+            continue
+        if parsed.name in tensors:
+            first = tensors[parsed.name].where
+            raise CheckpointError(f"{folder.name}: {tensor.where}: the same weight as {first}")
+        tensors[parsed.name] = tensor
+    check_layers(tensors, config, folder.name)
     return BaseModel(folder, config, tensors)
 
 
@@ -71,12 +77,23 @@ def join(overlay: Overlay, base: BaseModel | None) -> WholeModel:
             raise CheckpointError(
                 f"{overlay.path}: holds no base model; give one with --base{hint}"
             )
-        tensors = check_base(overlay.base, overlay.config, overlay.path.name)
-        return WholeModel(overlay.config, tensors, {}, overlay)
-    config = _agree(overlay.config, base.config)
-    tensors = check_base({**base.tensors, **overlay.base}, config, base.path.name)
-    twins = {name: base.tensors[name] for name in tensors if name in overlay.base}
+        config = _untied(overlay.config, overlay.base)
+        tensors = check_base(overlay.base, config, overlay.path.name)
+        return WholeModel(config, tensors, {}, overlay)
+    both = {**base.tensors, **overlay.base}
+    config = _untied(_agree(overlay.config, base.config), both)
+    tensors = check_base(both, config, base.path.name)
+    twins = {
+        name: base.tensors[name]
+        for name in tensors
+        if name in overlay.base and name in base.tensors
+    }
     return WholeModel(config, tensors, twins, overlay)
+
+
+def _untied(config: ModelConfig, tensors: Container[str]) -> ModelConfig:
+    """A head that is stored is the head, whatever the config says of tying."""
+    return replace(config, tied=False) if "lm_head.weight" in tensors else config
 
 
 def _agree(overlay: ModelConfig, base: ModelConfig) -> ModelConfig:
@@ -88,4 +105,4 @@ def _agree(overlay: ModelConfig, base: ModelConfig) -> ModelConfig:
                 f"overlay and base are for different models: {name} {ours} and {theirs}"
             )
     # What the overlay leaves unsaid is as in the base.
-    return parse_config({**base.raw, **overlay.raw}, Defaults())
+    return parse_config({**base.raw, **overlay.raw}, overlay.defaults)

@@ -27,7 +27,10 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions and constants of a model; `raw` is the config as it was written."""
+    """Dimensions and constants of a model; `raw` is the config as it was written.
+
+    `defaults` is what applied where it did not say.
+    """
 
     hidden: int
     intermediate: int
@@ -44,6 +47,7 @@ class ModelConfig:
     top_k: int
     moe_layers: tuple[int, ...]
     raw: dict
+    defaults: Defaults
 
     @property
     def head_dim(self) -> int:
@@ -94,6 +98,7 @@ def parse_config(raw: dict, defaults: Defaults) -> ModelConfig:
         tied=_flag(raw, "tie_word_embeddings"),
         **_mixture(raw, layers),
         raw=raw,
+        defaults=defaults,
     )
 
 
@@ -106,7 +111,8 @@ def _mixture(raw: dict, layers: int) -> dict:
             f"config.json: model_type {_short(kind)}, expected one of {MODEL_TYPES}"
         )
     moe_layers = _moe_layers(raw, layers) if experts else ()
-    return {"experts": experts, "top_k": min(top_k, experts), "moe_layers": moe_layers}
+    top_k = min(top_k, experts) if experts else top_k
+    return {"experts": experts, "top_k": top_k, "moe_layers": moe_layers}
 
 
 def _moe_layers(raw: dict, layers: int) -> tuple[int, ...]:
@@ -185,9 +191,9 @@ def _size(
 def _positive(raw: dict, name: str, default: float | None, shown: str | None = None) -> float:
     value = raw.get(name)
     value = default if value is None else value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and 0 < value <= sys.float_info.max:
-        return float(value)
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if 0 < number <= sys.float_info.max:
+        return float(number)
     raise CheckpointError(
         f"config.json: {shown or name} is {_short(value)}, expected a positive number"
     )

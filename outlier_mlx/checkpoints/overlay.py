@@ -7,11 +7,30 @@ from typing import Protocol
 
 import numpy as np
 
-from outlier_mlx.checkpoints.alpha import resolve_alphas
+from outlier_mlx.checkpoints.alpha_sources import resolve_alphas
 from outlier_mlx.checkpoints.config import ModelConfig
 from outlier_mlx.checkpoints.keys import PROJECTIONS
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
+
+
+class FloatTensor(Protocol):
+    """A tensor of floats somewhere on disk, or made from what is there."""
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype of what is stored, for example "F16"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def where(self) -> str:
+        """File and key, for messages."""
+
+    def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of the first axis as float32."""
 
 
 class Trits(Protocol):
@@ -34,7 +53,7 @@ class ExpertMatrix:
     """One projection of one expert: W = scale * trits."""
 
     trits: Trits
-    scale: TensorRef
+    scale: FloatTensor
 
     def row_scales(self) -> np.ndarray:
         """One scale a row, (out,) float32; a scale for the whole matrix is repeated.
@@ -76,6 +95,7 @@ class Overlay:
         experts: for each MoE layer, its experts in order.
         alpha_files: alpha.json files, in the order in which they apply.
         alpha_tensors: tensors of alphas by key; they win over the files.
+        alpha_overlay: V3.3's `alpha_overlay.pt`, which wins over both.
         unused: keys that are not loaded.
     """
 
@@ -87,6 +107,7 @@ class Overlay:
     experts: Mapping[int, list[Expert]]
     alpha_files: list[Path] = field(default_factory=list)
     alpha_tensors: Mapping[str, TensorRef] = field(default_factory=dict)
+    alpha_overlay: Path | None = None
     unused: tuple[str, ...] = ()
 
     @property
@@ -94,11 +115,15 @@ class Overlay:
         """Width of an expert; 0 without experts."""
         return next((layer[0].gate.trits.shape[0] for layer in self.experts.values()), 0)
 
-    def alphas(self, override: Path | None = None) -> dict[int, np.ndarray]:
+    def alphas(self, override: Path | str | None = None) -> dict[int, np.ndarray]:
         """The alphas in force, for each MoE layer (experts,) float32.
 
         Args:
-            override: an alpha.json that wins over the overlay's own.
+            override: a file of alphas (JSON, or V3.3's `.pt`) that wins over the overlay's own, or
+                "original" for those that `alpha_overlay.pt` replaced.
+
+        Raises:
+            CheckpointError: a source of alphas is not sound, or there are no originals.
         """
         config = self.config
         return resolve_alphas(
@@ -108,6 +133,7 @@ class Overlay:
             config.layers,
             config.experts,
             override,
+            self.alpha_overlay,
         )
 
     def check(self) -> None:
@@ -117,7 +143,8 @@ class Overlay:
             CheckpointError: names the tensor and what was expected.
         """
         config = self.config
-        if not config.experts:
+        check_layers(self.base, config, self.path.name)
+        if not config.experts and (self.routers or self.experts):
             raise CheckpointError(f"{self.path}: config.json names no experts: not an overlay")
         if set(self.routers) != set(config.moe_layers):
             raise CheckpointError(
@@ -162,6 +189,16 @@ def _check_float(tensor: TensorRef, shape: tuple[int, ...]) -> None:
         raise CheckpointError(
             f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected a float tensor {shape}"
         )
+
+
+def check_layers(base: Mapping[str, TensorRef], config: ModelConfig, place: str) -> None:
+    """Refuse base tensors of layers that the model does not have."""
+    for name, tensor in base.items():
+        words = name.split(".")
+        if words[1] == "layers" and int(words[2]) >= config.layers:
+            raise CheckpointError(
+                f"{place}: {tensor.where}: config.json has {config.layers} layers, numbered from 0"
+            )
 
 
 def base_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -11,15 +11,19 @@ from outlier_mlx.storage.safetensors import TensorRef, read_header, read_json
 INDEX_NAME = "model.safetensors.index.json"
 
 
-def read_shards(folder: Path) -> dict[str, TensorRef]:
+def read_shards(folder: Path, *, required: bool = True) -> dict[str, TensorRef]:
     """All tensors of the `*.safetensors` directly in a folder, from their headers.
+
+    Args:
+        folder: where to look.
+        required: whether there must be one.
 
     Raises:
         CheckpointError: there is none, one is damaged, a key is in two of them, or the index file
             names other files or tensors than there are.
     """
     names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
+    if not names and required:
         raise CheckpointError(f"{folder}: no *.safetensors file")
     tensors: dict[str, TensorRef] = {}
     for name in names:
@@ -52,5 +56,5 @@ def find_files(folder: Path, name: str) -> Iterator[Path]:
         if name in files:
             relative = os.path.relpath(os.path.join(place, name), folder)  # noqa: PTH118
             found.append(relative)
-    for relative in sorted(found):
+    for relative in sorted(found, key=lambda name: Path(name).parts):
         yield inside(folder, relative)

@@ -99,13 +99,18 @@ def inside(folder: Path, name: str) -> Path:
     A hub cache keeps a snapshot's files as links to `blobs` beside `snapshots`; those are followed.
 
     Raises:
-        CheckpointError: `name` is absolute, climbs out, or links out of the folder.
+        CheckpointError: there is no such file (a folder or pipe is none), or `name` is absolute,
+            climbs out, or links out of the folder.
     """
     suspicious = "\\" in name or "\0" in name or ":" in name or name.startswith("/")
     if suspicious or ".." in Path(name).parts:
         raise CheckpointError(f"{folder.name}: {name!r} is not a plain path inside the folder")
     path = folder / name
-    if not path.exists():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{folder.name}: {name[:80]!r}: {error.strerror}") from None
+    if not found:
         raise CheckpointError(f"{path}: no such file")
     root, resolved = folder.resolve(), path.resolve()
     allowed = [root]

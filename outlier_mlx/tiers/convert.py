@@ -70,7 +70,8 @@ def convert_tier(
         base: the base model's folder or repository; None where the overlay contains it.
         out: the folder to make; by default NAME-RECIPE in the current folder.
         recipe: how to store it; the default recipe is "q4".
-        alpha: an alpha.json that wins over the overlay's own alphas.
+        alpha: a file of alphas (JSON, or V3.3's `.pt`) that wins over the overlay's own, or
+            "original" for those that its `alpha_overlay.pt` replaced.
         force: replace `out` if it exists.
         revision: the overlay's revision on the hub.
         base_revision: the base's revision on the hub.
@@ -85,7 +86,7 @@ def convert_tier(
     opened = open_overlay(source.folder)
     base_source = resolve(base, base_revision) if base is not None else None
     model = join(opened, open_base(base_source.folder) if base_source else None)
-    plan = make_plan(model, recipe, Path(alpha) if alpha is not None else None)
+    plan = make_plan(model, recipe, alpha)
     target = Path(out) if out is not None else _default_out(source, plan)
     check_free(target, force=force)
     _check_space(target, plan)

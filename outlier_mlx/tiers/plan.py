@@ -58,13 +58,13 @@ class Plan:
         return summarize((part.kind, part.params, part.nbytes) for part in self.parts)
 
 
-def make_plan(model: WholeModel, recipe: Recipe, alpha: Path | None = None) -> Plan:
+def make_plan(model: WholeModel, recipe: Recipe, alpha: Path | str | None = None) -> Plan:
     """Decide what a tier holds; small tensors (alphas) are read, nothing else.
 
     Args:
         model: an overlay on its base.
         recipe: how to store it; a dtype of None follows the checkpoint, bfloat16 for float32.
-        alpha: an alpha.json that wins over the overlay's own.
+        alpha: a file of alphas that wins over the overlay's own, or "original".
     """
     if recipe.dtype is None:
         stored = model.base["model.embed_tokens.weight"].dtype

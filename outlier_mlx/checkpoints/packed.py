@@ -1,0 +1,235 @@
+"""Overlays whose experts are packed five trits a byte: a file a tensor, or all in `experts.bin`.
+
+`packed_experts/index.json` gives shapes; everything else is in ordinary shards beside it.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from outlier_mlx.checkpoints.collect import Collected, collect
+from outlier_mlx.checkpoints.config import MAX_SIZE, read_config
+from outlier_mlx.checkpoints.keys import ExpertKey, parse_key
+from outlier_mlx.checkpoints.monolith import PARTS, read_monolith
+from outlier_mlx.checkpoints.overlay import Overlay
+from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.safetensors import TensorRef, read_json
+from outlier_mlx.ternary import TernaryError, unpack_tq1_0
+
+SIGN = "packed_experts/index.json"
+FOLDER = "packed_experts"
+MONOLITH = "experts.bin"
+#: Names a monolith that is kept elsewhere; the published runtime knows this variable, too.
+MONOLITH_VARIABLE = "OUTLIER_MONOLITH_PATH"
+
+_GROUP = 5
+_PAD_DIGIT = 1
+
+
+@dataclass(frozen=True)
+class PackedTrits:
+    """A matrix of trits in flat bytes at some place in a file."""
+
+    name: str
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def where(self) -> str:
+        """File and key."""
+        return f"{self.file.name}: {self.name}"
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as int8 (rows, in).
+
+        Rows share bytes with their neighbours where 5 does not divide `in`, so the bytes that
+        cover them are read, and what belongs to other rows is cut off.
+
+        Raises:
+            CheckpointError: a byte encodes no five trits.
+        """
+        out, width = self.shape
+        stop = out if stop is None else min(stop, out)
+        first, end = start * width, stop * width
+        begin = first // _GROUP
+        packed = self._bytes.read(begin, -(-end // _GROUP))
+        try:
+            trits = unpack_tq1_0(packed, (_GROUP * packed.size,))
+        except TernaryError as error:
+            raise CheckpointError(f"{self.where}: from byte {begin}: {error}") from None
+        if stop == out and (trits[end - _GROUP * begin :] != _PAD_DIGIT - 1).any():
+            warnings.warn(
+                f"{self.where}: its last byte is padded with something else than zeros",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+        return trits[first - _GROUP * begin : end - _GROUP * begin].reshape(stop - start, width)
+
+    @property
+    def _bytes(self) -> TensorRef:
+        return TensorRef(self.name, self.file, "U8", (packed_bytes(self.shape),), self.offset)
+
+
+def packed_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes that the trits of a tensor take: ceil(weights / 5)."""
+    return -(-prod(shape) // _GROUP)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of index.json, checked: a part of an expert."""
+
+    key: str
+    part: ExpertKey
+    file: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What its shape takes: a fifth of a byte a trit, or a float16 scale."""
+        return packed_bytes(self.shape) if self.part.part == "trits" else 2 * prod(self.shape)
+
+    def add_to(self, collected: Collected, file: Path, offset: int) -> None:
+        """Put the part into `collected`, given where its bytes are."""
+        place = (self.part.layer, self.part.expert, self.part.projection)
+        if self.part.part == "trits":
+            collected.add_trits(place, PackedTrits(self.key, file, offset, self.shape))
+        else:
+            collected.add_scale(place, TensorRef(self.key, file, "F16", self.shape, offset))
+
+
+def open_packed(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
+    """Open an overlay with packed experts, or return None if this is none.
+
+    Looked for, in this order: the monolith that the environment names (for overlays that hold
+    routers and no experts), `packed_experts/experts.bin`, and the files of `packed_experts/`.
+
+    Raises:
+        CheckpointError: it is one, but not a sound one.
+    """
+    collected = collect(tensors)
+    if collected.trits:
+        if (folder / SIGN).exists():
+            warnings.warn(
+                f"{folder.name}: {FOLDER} is left alone: the shards hold the experts themselves",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+        return None
+    named = os.environ.get(MONOLITH_VARIABLE)
+    if named and collected.routers:
+        monolith = Path(named)
+        if not monolith.is_file():
+            raise CheckpointError(f"{MONOLITH_VARIABLE}: {named}: no such file")
+        _say_origin(folder, monolith)
+        _add_monolith(collected, monolith, _read_index(monolith.parent, "index.json"))
+        return collected.overlay(folder, "monolith", read_config(folder))
+    inner = f"{FOLDER}/{MONOLITH}"
+    if not (folder / SIGN).exists():
+        if (folder / inner).exists():
+            raise CheckpointError(f"{folder}: {inner}: the shapes are in index.json, which is gone")
+        return None
+    entries = _read_index(folder, SIGN)
+    if (folder / inner).exists():
+        _add_monolith(collected, inside(folder, inner), entries)
+        return collected.overlay(folder, "monolith", read_config(folder))
+    for entry in entries.values():
+        file = inside(folder, f"{FOLDER}/{entry.file}")
+        size = file.stat().st_size
+        if size != entry.nbytes:
+            raise CheckpointError(
+                f"{entry.file}: {size} bytes, but index.json says {entry.shape}, which takes"
+                f" {entry.nbytes}"
+            )
+        entry.add_to(collected, file, 0)
+    return collected.overlay(folder, "packed", read_config(folder))
+
+
+def _add_monolith(collected: Collected, path: Path, entries: dict[ExpertKey, Entry]) -> None:
+    monolith = read_monolith(path)
+    for layer, expert in monolith.experts:
+        offsets = monolith.offsets(layer, expert)
+        for (projection, part), offset, length in zip(
+            PARTS, offsets, monolith.lengths, strict=True
+        ):
+            entry = entries.get(ExpertKey(layer, expert, projection, part))
+            place = f"{path.name}: layer {layer}, expert {expert}, {projection} {part}"
+            if entry is None:
+                raise CheckpointError(f"{place}: index.json does not say its shape")
+            if entry.nbytes != length:
+                raise CheckpointError(
+                    f"{place}: {length} bytes, but index.json says {entry.shape}, which takes"
+                    f" {entry.nbytes}"
+                )
+            entry.add_to(collected, path, offset)
+
+
+def _say_origin(folder: Path, monolith: Path) -> None:
+    """Tell that experts come from elsewhere; refuse those of another model, if that is known."""
+    origin = None
+    if (monolith.parent / "meta.json").exists():
+        origin = read_json(inside(monolith.parent, "meta.json")).get("model_ref")
+    wanted = read_json(inside(folder, "config.json")).get("_name_or_path")
+    if _is_repo(origin) and _is_repo(wanted) and origin != wanted:
+        raise CheckpointError(
+            f"{MONOLITH_VARIABLE}: {monolith} holds the experts of {origin}, not of {wanted}"
+        )
+    warnings.warn(
+        f"{folder.name}: its experts come from {monolith} ({MONOLITH_VARIABLE}), packed from"
+        f" {origin or 'an unknown model'}",
+        CheckpointWarning,
+        stacklevel=3,
+    )
+
+
+def _is_repo(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def _read_index(folder: Path, name: str) -> dict[ExpertKey, Entry]:
+    """The entries of an index.json by what they are."""
+    entries: dict[ExpertKey, Entry] = {}
+    for key, fields in read_json(inside(folder, name)).items():
+        entry = _entry(key, fields)
+        if entry.part in entries:
+            raise CheckpointError(
+                f"index.json: {key}: the same weight as {entries[entry.part].key}"
+            )
+        entries[entry.part] = entry
+    return entries
+
+
+def _entry(key: str, fields: object) -> Entry:
+    part = parse_key(key)
+    place = f"index.json: {key}"
+    if not isinstance(part, ExpertKey) or not isinstance(fields, dict):
+        raise CheckpointError(f"{place}: not an entry for a part of an expert")
+    file, shape = fields.get("file"), fields.get("shape")
+    kind = (fields.get("format"), fields.get("dtype"))
+    trits = part.part == "trits"
+    expected = ("tq10", "uint8") if trits else ("raw", "float16")
+    if kind != expected:
+        raise CheckpointError(f"{place}: format and dtype {kind}, expected {expected}")
+    if not isinstance(file, str):
+        raise CheckpointError(f"{place}: file is {str(file)[:80]!r}, expected a name")
+    if not isinstance(shape, list) or not all(
+        type(size) is int and 0 <= size <= MAX_SIZE for size in shape
+    ):
+        raise CheckpointError(f"{place}: shape is not a list of sizes from 0 to {MAX_SIZE}")
+    if len(shape) > 2 or (trits and len(shape) < 2):
+        raise CheckpointError(f"{place}: shape {shape} is not that of {part.part}")
+    entry = Entry(key, part, file, tuple(shape))
+    if fields.get("packed_bytes", entry.nbytes) != entry.nbytes:
+        raise CheckpointError(
+            f"{place}: packed_bytes is {fields['packed_bytes']!r}, but its shape takes"
+            f" {entry.nbytes}"
+        )
+    return entry
