@@ -6,10 +6,12 @@ in order. None holds more than a few slabs.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -22,8 +24,13 @@ from outlier_mlx.storage.writer import TensorSpec
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
 
 SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-# Slabs are large enough to keep two cores busy, small enough that some in flight do not count.
-SLAB_BYTES = 8 << 20
+# Of source. Small enough to stay in a core's cache from reading to packing, and for the allocator
+# to reuse: at 8 MB, fresh pages alone took a quarter of the time.
+SLAB_BYTES = 1 << 20
+# Slabs read ahead: enough that no thread waits while one slab is hashed and written.
+AHEAD = 8
+
+T = TypeVar("T")
 
 #: Name of the tensor, its next bytes, and how many bytes of source they used up.
 Chunk = tuple[str, memoryview, int]
@@ -120,7 +127,7 @@ class Plain(Part):
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The tensor slab by slab, rounded to the tier's dtype."""
-        for slab, used in _float_slabs(self.tensor, self.twin):
+        for slab, used in _float_slabs(self.tensor, self.twin, pool):
             yield self.name, _bytes(mx.array(slab).astype(_mlx(self.dtype))), used
 
 
@@ -158,7 +165,7 @@ class Quantized(Part):
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The weight slab by slab, then the scales and biases that were put aside."""
         aside: dict[str, list[memoryview]] = {"scales": [], "biases": []}
-        for slab, used in _float_slabs(self.tensor, self.twin):
+        for slab, used in _float_slabs(self.tensor, self.twin, pool):
             w = mx.array(slab).astype(_mlx(self.dtype))
             packed, scales, biases = mx.quantize(w, self.group_size, self.bits)
             aside["scales"].append(_bytes(scales))
@@ -196,7 +203,7 @@ class TernaryExperts(Part):
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """Rows packed on all of the pool's threads, then the scales."""
-        for _, rows, trits in _packed_slabs(self.matrices, pool):
+        for rows, trits in _packed_slabs(self.matrices, pool):
             yield f"{self.path}.weight", rows.data, trits
         for matrix in self.matrices:
             yield f"{self.path}.scales", matrix.row_scales().data, 0
@@ -237,7 +244,7 @@ class AffineExperts(Part):
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """Codes slab by slab, then scales and biases."""
         width = self.matrices[0].trits.shape[1]
-        for _, rows, trits in _packed_slabs(self.matrices, pool):
+        for rows, trits in _packed_slabs(self.matrices, pool):
             codes, _, _ = rows_to_affine2(mx.array(rows), mx.zeros(rows.shape[:1]), width)
             yield f"{self.path}.weight", _bytes(codes), trits
         groups = width // self.group_size
@@ -264,10 +271,12 @@ def _ranges(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
         yield start, min(rows, start + step)
 
 
-def _float_slabs(tensor: TensorRef, twin: TensorRef | None) -> Iterator[tuple[np.ndarray, int]]:
+def _float_slabs(
+    tensor: TensorRef, twin: TensorRef | None, pool: ThreadPoolExecutor
+) -> Iterator[tuple[np.ndarray, int]]:
     """Slabs of rows as float32, checked for NaN and infinity, and against the twin."""
-    rows = tensor.shape[0]
-    for start, stop in _ranges(rows, 4 * prod(tensor.shape[1:])):
+
+    def read(start: int, stop: int) -> tuple[np.ndarray, int]:
         slab = tensor.read_float32(start, stop)
         if not np.isfinite(slab).all():
             raise CheckpointError(f"{tensor.where}: holds NaN or infinity")
@@ -276,27 +285,30 @@ def _float_slabs(tensor: TensorRef, twin: TensorRef | None) -> Iterator[tuple[np
                 f"{tensor.where}: differs from {twin.where} of the base; an overlay may repeat base"
                 " tensors, not change them"
             )
-        yield slab, tensor.nbytes * (stop - start) // max(1, rows)
+        return slab, tensor.nbytes * (stop - start) // max(1, tensor.shape[0])
+
+    row_size = tensor.nbytes // max(1, tensor.shape[0])
+    yield from _ahead(pool, (partial(read, *r) for r in _ranges(tensor.shape[0], row_size)))
 
 
 def _packed_slabs(
     matrices: tuple[ExpertMatrix, ...], pool: ThreadPoolExecutor
-) -> Iterator[tuple[ExpertMatrix, np.ndarray, int]]:
-    """Packed rows (rows, row_bytes) in order; reading and packing run ahead on the pool."""
-    ahead: deque[Future[tuple[ExpertMatrix, np.ndarray, int]]] = deque()
-    for matrix in matrices:
-        for start, stop in _ranges(*matrix.trits.shape):
-            ahead.append(pool.submit(_pack_slab, matrix, start, stop))
-            if len(ahead) > 3:
-                yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Packed rows (rows, row_bytes) in order, and how many trits they hold."""
+    yield from _ahead(
+        pool,
+        (
+            partial(_pack_slab, matrix, start, stop)
+            for matrix in matrices
+            for start, stop in _ranges(*matrix.trits.shape)
+        ),
+    )
 
 
-def _pack_slab(matrix: ExpertMatrix, start: int, stop: int) -> tuple[ExpertMatrix, np.ndarray, int]:
+def _pack_slab(matrix: ExpertMatrix, start: int, stop: int) -> tuple[np.ndarray, int]:
     trits = matrix.trits.read(start, stop)
     try:
-        return matrix, pack_rows(trits), trits.size
+        return pack_rows(trits), trits.size
     except TernaryError as error:
         wrong = np.argwhere((trits < -1) | (trits > 1))
         if not len(wrong):
@@ -306,3 +318,14 @@ def _pack_slab(matrix: ExpertMatrix, start: int, stop: int) -> tuple[ExpertMatri
             f"{matrix.trits.where}: {trits[row, column]} at row {start + row}, column {column}:"
             " trits are -1, 0 or 1"
         ) from None
+
+
+def _ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The calls' results in order; the pool works ahead of whoever takes them."""
+    waiting: deque[Future[T]] = deque()
+    for call in calls:
+        waiting.append(pool.submit(call))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
