@@ -15,6 +15,7 @@ from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from .dialect import clang_dialect
 from .errors import CompilerMissing, EmulatorError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -39,7 +40,7 @@ OPTIMIZATION = [
     "-O2", "-ffp-contract=on", "-fno-vectorize", "-fno-slp-vectorize", "-fno-math-errno",
     "-fno-builtin-memset", "-fno-builtin-memcpy", "-fno-unwind-tables",
     "-fno-asynchronous-unwind-tables", "-fno-exceptions", "-gline-tables-only",
-    "-mllvm", "-inline-threshold=1000000",
+    "-mllvm", "-inline-threshold=1000000", "-mllvm", "-indvars-widen-indvars=false", "-mllvm", "-unroll-threshold=2700",
 ]  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def cache_folder() -> Path:
 def own_digest() -> str:
     """A digest of what shapes a compiled kernel here, and of the compiler: part of every key."""
     digest = hashlib.sha256()
-    modules = ("compiler", "msl", "signature", "ir", "trace", "instrument", "kernel")
+    modules = ("compiler", "dialect", "msl", "signature", "ir", "trace", "instrument", "kernel")
     paths = [PACKAGE / f"{name}.py" for name in modules]
     for folder in ("include", "runtime"):
         paths += sorted(p for p in (PACKAGE / folder).rglob("*") if p.is_file())
@@ -190,31 +191,19 @@ def cached(key: str, make: Callable[[Path], None]) -> Path:
 
 @cache
 def mlx_headers() -> Path:
-    """A copy of MLX's Metal headers in which clang accepts what only Apple's compiler does.
-
-    Two things change: the qualifier `thread` of a member function goes (here a member function
-    without one serves every address space), and function constants, which a host sets at
-    launch, become true.
-    """
+    """A copy of MLX's Metal headers, in the dialect that clang accepts."""
     import mlx.core as mx
 
     root = Path(mx.__file__).parent / "include"
 
     def make(folder: Path) -> None:
         for path in sorted((root / "mlx/backend/metal/kernels").rglob("*.h")):
-            text = metal_dialect(path.read_text(encoding="utf-8"))
+            text = clang_dialect(path.read_text(encoding="utf-8"))
             to = folder / path.relative_to(root)
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_text(text, encoding="utf-8")
 
     return cached("mlx headers", make)
-
-
-def metal_dialect(text: str) -> str:
-    """Metal's text with the two changes that `mlx_headers` describes."""
-    text = re.sub(r"(\)\s*(?:const\s+)?)thread\b", r"\1", text)
-    constant = r"^constant bool (\w+) \[\[function_constant\(\d+\)\]\];"
-    return re.sub(constant, r"constexpr constant bool \1 = true;", text, flags=re.M)
 
 
 def include_arguments() -> list[str]:

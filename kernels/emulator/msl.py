@@ -1,9 +1,9 @@
-"""Small rewrites that turn Metal's text into what clang's C++ for OpenCL accepts."""
+"""Makes a translation unit of a kernel's text, and judges what the compiler says of it."""
 
 import re
 from dataclasses import dataclass
 
-from .compiler import metal_dialect
+from .dialect import clang_dialect, without_comments
 from .errors import LintError
 
 FILE = "kernel"  # the name under which diagnostics speak of the kernel's text
@@ -12,7 +12,7 @@ FILE = "kernel"  # the name under which diagnostics speak of the kernel's text
 # (unused parameters, comparisons of mixed signs), and Metal's own attributes.
 WARNINGS = [
     "-Wall", "-Wextra", "-Wfloat-conversion", "-Wimplicit-float-conversion",
-    "-Wimplicit-int-conversion",
+    "-Wimplicit-int-conversion", "-Wno-shorten-64-to-32",
     "-Wno-unused-parameter", "-Wno-sign-compare", "-Wno-unknown-attributes",
     "-Wno-ignored-attributes", "-Wno-pass-failed", "-Wno-implicit-int-float-conversion",
 ]  # fmt: skip
@@ -47,59 +47,9 @@ def complaints(diagnostics: str) -> str:
     return "".join(kept)
 
 
-def _without_comments(text: str) -> str:
-    """The text with comments and strings blanked: the same length and lines."""
-
-    def blank(found: re.Match[str]) -> str:
-        return re.sub(r"[^\n]", " ", found[0])
-
-    return re.sub(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"", blank, text, flags=re.S)
-
-
-def _innermost(code: str) -> list[str]:
-    """For each character, the bracket that it is directly inside of, or ''."""
-    stack, at = [""], []
-    for c in code:
-        at.append(stack[-1])
-        if c in "([{":
-            stack.append(c)
-        elif c in ")]}" and len(stack) > 1:
-            stack.pop()
-    return at
-
-
-def _threadgroup_arrays(text: str) -> str:
-    """Turns `threadgroup float buf[64];` into a reference to memory that the runtime gives.
-
-    So its size is known, it can lie between guard pages, and it starts as NaN.
-    """
-    code = _without_comments(text)
-    inside = _innermost(code)
-    pieces, last, number = [], 0, 0
-    for found in re.finditer(r"\bthreadgroup\b", code):
-        start = found.start()
-        if start < last or inside[start] not in ("", "{"):
-            continue
-        end = code.find(";", start)
-        declaration = re.fullmatch(
-            r"threadgroup\s+((?:const\s+|volatile\s+)*[\w:]+(?:\s*<[^;=]*?>)?)\s+"
-            r"(\w+\s*(?:\[[^\]]*\]\s*)*(?:,\s*\w+\s*(?:\[[^\]]*\]\s*)*)*)",
-            code[start:end],
-        )
-        if end < 0 or declaration is None:
-            continue
-        made = []
-        for name, dims in re.findall(r"(\w+)\s*((?:\[[^\]]*\]\s*)*)", declaration[2]):
-            made.append(f"MSL_ARRAY({number}, {name}, {dims.strip()}, {declaration[1]})")
-            number += 1
-        pieces.append(text[last:start] + "; ".join(made) + ";" + "\n" * code[start:end].count("\n"))
-        last = end + 1
-    return "".join(pieces) + text[last:]
-
-
 def _swizzle_macros(text: str) -> str:
     """Defines the vector members that the text uses, like .xy: see include/msl/swizzle.h."""
-    used = sorted(set(re.findall(r"\.\s*([xyzw]{2,4}|[rgba]{2,4})\b", _without_comments(text))))
+    used = sorted(set(re.findall(r"\.\s*([xyzw]{2,4}|[rgba]{2,4})\b", without_comments(text))))
     lines = []
     for n in (2, 3, 4):
         fields = []
@@ -117,7 +67,7 @@ def _check_address_spaces(text: str) -> None:
 
     C++ for OpenCL would let it point anywhere; Metal rejects it.
     """
-    code = _without_comments(text)
+    code = without_comments(text)
     declared = set(_SCALARS.split())
     declared |= set(re.findall(r"\b(?:typename|class|struct|using)\s+(\w+)", code))
     declared |= {f"{t}{n}" for t in _SCALARS.split()[:12] for n in (2, 3, 4)}
@@ -154,5 +104,5 @@ def prepare(text: str, entry: str, includes: tuple[str, ...], swizzles_from: str
     _check_address_spaces(text)
     prelude = _swizzle_macros(text + swizzles_from) + "#define MLX_METAL_JIT 1\n"
     prelude += "".join(f'#include "{name}"\n' for name in includes)
-    body = _threadgroup_arrays(metal_dialect(text))
+    body = clang_dialect(text)
     return Prepared(f'#line 1 "{FILE}"\n{body}\n#line 1 "entry"\n{entry}', prelude)

@@ -137,21 +137,15 @@ def entry(signature: Signature) -> str:
     arguments = []
     for p in signature.parameters:
         if p.buffer is not None:
-            pointer = p.type[:-1] + "*" if p.type.endswith("&") else p.type
             space = "constant" if re.search(r"\bconstant\b", p.type) else "device"
-            value = f"({pointer})emu_{space}_buffer({p.buffer}u)"
-            arguments.append("*" + value if p.type.endswith("&") else value)
+            how = "reference" if p.type.endswith("&") else "pointer"
+            arguments.append(f"emu_{space}_{how}{{{p.buffer}u}}")
         else:
             at = f"t->a[{ATTRIBUTES.index(p.attribute or '')}]"
             lanes = p.type[-1] if p.type[-1:] in "234" else ""
             values = [f"{at}[{d}]" for d in range(int(lanes or 1))]
             arguments.append(f"{p.type}({', '.join(values)})")
     call = f"{signature.name}{signature.arguments}({', '.join(arguments)})"
-    return f"""
-extern "C" {{
-__attribute__((const)) device void* emu_device_buffer(uint);
-__attribute__((const)) constant void* emu_constant_buffer(uint);
-struct emu_thread {{ uint a[{len(ATTRIBUTES)}][3]; }};
-__attribute__((used)) void emu_entry(const thread emu_thread* t) {{ {call}; }}
-}}
+    return f"""struct emu_thread {{ uint a[{len(ATTRIBUTES)}][3]; }};
+extern "C" __attribute__((used)) void emu_entry(const thread emu_thread* t) {{ {call}; }}
 """

@@ -1,5 +1,29 @@
-// Names of Metal's own library that MLX's headers reach for.
+// What connects a kernel with the runtime, and names of Metal's own library that MLX's headers
+// reach for.
 #pragma once
+
+// The arguments of a kernel: a buffer converts to whatever the kernel declares it as.
+extern "C" {
+__attribute__((const)) device void* emu_device_buffer(uint index);
+__attribute__((const)) constant void* emu_constant_buffer(uint index);
+}
+#define MSL_ARGUMENT(space)                                                             \
+  struct emu_##space##_pointer {                                                        \
+    uint index;                                                                         \
+    template <typename T>                                                               \
+    operator space T*() const {                                                         \
+      return (space T*)emu_##space##_buffer(index);                                     \
+    }                                                                                   \
+  };                                                                                    \
+  struct emu_##space##_reference {                                                      \
+    uint index;                                                                         \
+    template <typename T>                                                               \
+    operator space T&() const {                                                         \
+      return *(space T*)emu_##space##_buffer(index);                                    \
+    }                                                                                   \
+  };
+MSL_ARGUMENT(device)
+MSL_ARGUMENT(constant)
 
 #define MSL_INTERNAL1(name) \
   METAL_FUNC float __metal_##name(float x, int) { return metal::name(x); }

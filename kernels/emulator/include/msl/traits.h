@@ -50,18 +50,20 @@ struct remove_cv<const volatile T> : remove_const<T> {};
 template <typename T>
 using remove_cv_t = typename remove_cv<T>::type;
 template <typename T>
-struct remove_address_space {
+struct remove_addrspace {
   typedef T type;
 };
 #define MSL_REMOVE_SPACE(space)           \
   template <typename T>                   \
-  struct remove_address_space<space T> {  \
+  struct remove_addrspace<space T> {  \
     typedef T type;                       \
   };
 MSL_REMOVE_SPACE(device)
 MSL_REMOVE_SPACE(constant)
 MSL_REMOVE_SPACE(threadgroup)
 MSL_REMOVE_SPACE(thread)
+template <typename T>
+using remove_addrspace_t = typename remove_addrspace<T>::type;
 template <typename T>
 struct remove_reference {
   typedef T type;
@@ -78,7 +80,7 @@ struct remove_pointer {
 };
 template <typename T>
 struct remove_pointer<T*> {
-  typedef typename remove_address_space<T>::type type;
+  typedef typename remove_addrspace<T>::type type;
 };
 template <typename T>
 using remove_pointer_t = typename remove_pointer<T>::type;
@@ -103,8 +105,6 @@ template <typename T>
 struct is_signed : bool_constant<is_floating_point<T>::value || __is_signed(T)> {};
 template <typename T>
 struct is_unsigned : bool_constant<__is_unsigned(T)> {};
-template <typename T>
-struct is_empty : bool_constant<__is_empty(T)> {};
 template <typename T>
 struct is_void : is_same<remove_cv_t<T>, void> {};
 template <typename From, typename To>
@@ -137,7 +137,6 @@ MSL_VALUE(is_arithmetic)
 MSL_VALUE(is_signed)
 MSL_VALUE(is_unsigned)
 MSL_VALUE(is_convertible)
-MSL_VALUE(is_empty)
 MSL_VALUE(is_void)
 
 template <typename T>

@@ -1,0 +1,66 @@
+"""Rewrites Metal's text where clang's C++ for OpenCL has another way to say the same."""
+
+import re
+
+
+def clang_dialect(text: str) -> str:
+    """Metal source that clang accepts, line by line the same.
+
+    Three things change. The qualifier `thread` of a member function goes: here a member function
+    without one serves every address space. Function constants, which a host sets at launch,
+    become true. And arrays of a threadgroup become references to memory of the runtime's.
+    """
+    text = re.sub(r"(\)\s*(?:const\s+)?)thread\b", r"\1", text)
+    constant = r"^constant bool (\w+) \[\[function_constant\(\d+\)\]\];"
+    text = re.sub(constant, r"constexpr constant bool \1 = true;", text, flags=re.M)
+    return _threadgroup_arrays(text)
+
+
+def without_comments(text: str) -> str:
+    """The text with comments and strings blanked: of the same length and lines."""
+
+    def blank(found: re.Match[str]) -> str:
+        return re.sub(r"[^\n]", " ", found[0])
+
+    return re.sub(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"", blank, text, flags=re.S)
+
+
+def _innermost(code: str) -> list[str]:
+    """For each character, the bracket that it is directly inside of, or ''."""
+    stack, at = [""], []
+    for c in code:
+        at.append(stack[-1])
+        if c in "([{":
+            stack.append(c)
+        elif c in ")]}" and len(stack) > 1:
+            stack.pop()
+    return at
+
+
+def _threadgroup_arrays(text: str) -> str:
+    """Turns `threadgroup float buf[64];` into a reference to memory that the runtime gives.
+
+    So its size is known, it can lie between guard pages, and it starts as NaN.
+    """
+    code = without_comments(text)
+    inside = _innermost(code)
+    pieces, last, number = [], 0, 0
+    for found in re.finditer(r"\bthreadgroup\b", code):
+        start = found.start()
+        if start < last or inside[start] not in ("", "{"):
+            continue
+        end = code.find(";", start)
+        declaration = re.fullmatch(
+            r"threadgroup\s+((?:const\s+|volatile\s+)*[\w:]+(?:\s*<[^;=]*?>)?)\s+"
+            r"(\w+\s*(?:\[[^\]]*\]\s*)*(?:,\s*\w+\s*(?:\[[^\]]*\]\s*)*)*)",
+            code[start:end],
+        )
+        if end < 0 or declaration is None:
+            continue
+        made = []
+        for name, dims in re.findall(r"(\w+)\s*((?:\[[^\]]*\]\s*)*)", declaration[2]):
+            made.append(f"MSL_ARRAY({number}, {name}, {dims.strip()}, {declaration[1]})")
+            number += 1
+        pieces.append(text[last:start] + "; ".join(made) + ";" + "\n" * code[start:end].count("\n"))
+        last = end + 1
+    return "".join(pieces) + text[last:]

@@ -1,0 +1,125 @@
+"""MLX's own quantized kernels, from the Metal headers in its wheel: what ours are compared with."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from . import launch
+from .arrays import as_array, filled, memory
+from .compiler import mlx_headers
+from .cost import Cost, price
+from .errors import LaunchError
+from .kernel import UTILS, CompiledKernel, compile_kernel
+from .signature import parse
+
+_FOLDER = "mlx/backend/metal/kernels/"
+_INCLUDES = (
+    UTILS,
+    _FOLDER + "steel/gemm/gemm.h",
+    _FOLDER + "quantized_utils.h",
+    _FOLDER + "quantized.h",
+)
+_TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
+
+
+@dataclass(frozen=True)
+class Product:
+    """The result of `gather_qmv`, and what it cost.
+
+    Attributes:
+        y: (tokens, k, out), dtype of x.
+        cost: of the launch.
+        weights: how many weights were multiplied: tokens · k · out · in.
+    """
+
+    y: mx.array
+    cost: Cost
+    weights: int
+
+
+def gather_qmv(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    indices: mx.array,
+    *,
+    group_size: int,
+    bits: int,
+) -> Product:
+    """The gathered quantized matrix-vector product, by the kernel that MLX launches for it.
+
+    For few tokens `mx.gather_qmm` launches `affine_gather_qmv_fast` when `in` is a multiple of
+    512 and `out` of 8, else `affine_gather_qmv`; two simdgroups of a threadgroup make 8 rows
+    (mlx/backend/metal/quantized.cpp).
+
+    Args:
+        x: (tokens, in), float32, float16 or bfloat16.
+        weight: (experts, out, in · bits / 32), uint32, as `mx.quantize` packs it.
+        scales: (experts, out, in / group_size), dtype of x.
+        biases: (experts, out, in / group_size), dtype of x.
+        indices: (tokens, k), uint32: the experts of each token.
+        group_size: weights of a group.
+        bits: bits of a weight.
+
+    Raises:
+        LaunchError: shapes or dtypes that do not fit.
+    """
+    tokens, k = indices.shape
+    wide = x.shape[-1]
+    experts, out = weight.shape[:2]
+    if x.dtype not in _TYPES or scales.dtype != x.dtype or biases.dtype != x.dtype:
+        raise LaunchError("gather_qmv: x, scales and biases must share one floating dtype")
+    if x.shape != (tokens, wide) or scales.shape != (experts, out, wide // group_size):
+        raise LaunchError(f"gather_qmv: x {x.shape} and scales {scales.shape} do not fit")
+    fast = wide % 512 == 0 and out % 8 == 0
+    kernel = compiled(
+        "affine_gather_qmv_fast" if fast else "affine_gather_qmv",
+        f"<{_TYPES[x.dtype]}, {group_size}, {bits}>",
+    )
+    lhs = mx.broadcast_to(mx.arange(tokens, dtype=mx.uint32)[:, None], (tokens, k)).flatten()
+    arrays = [weight, scales, biases, x, mx.contiguous(lhs), indices.flatten().astype(mx.uint32)]
+    buffers = [launch.Buffer(memory(mx.contiguous(a))[0], item=a.dtype.size) for a in arrays]
+    buffers.append(
+        launch.Buffer(filled((tokens, k, out), x.dtype, None), written=True, item=x.dtype.size)
+    )
+
+    def ints(*values: int) -> None:
+        buffers.append(launch.Buffer(np.array(values, np.int32).view(np.uint8), item=4))
+
+    def strides(*values: int) -> None:
+        buffers.append(launch.Buffer(np.array(values, np.int64).view(np.uint8), item=8))
+
+    ints(wide)
+    ints(out)
+    ints(1)  # batch dimensions of x, (tokens, 1, in)
+    ints(tokens, 1, wide)
+    strides(wide, wide, 1)
+    ints(1)  # batch dimensions of the weight
+    ints(*weight.shape)
+    for array in (weight, scales, biases):
+        strides(array.shape[1] * array.shape[2], array.shape[2], 1)
+    ints(1)  # dimensions of the indices, as one
+    ints(tokens * k)
+    strides(1)
+    strides(1)
+    grid = (32, -(-out // 8) * 2, tokens * k)
+    outcome = launch.run(kernel, buffers, grid, (32, 2, 1), count=True)
+    assert outcome.counts is not None
+    return Product(
+        as_array(outcome.outputs[6], (tokens, k, out), x.dtype),
+        price(kernel, outcome.counts),
+        tokens * k * out * wide,
+    )
+
+
+def compiled(name: str, arguments: str) -> CompiledKernel:
+    """A kernel of MLX's `quantized.h`, compiled.
+
+    Args:
+        name: the kernel.
+        arguments: its template arguments as in C++: "<float16_t, 128, 2>".
+    """
+    header = (mlx_headers() / _INCLUDES[-1]).read_text(encoding="utf-8")
+    return compile_kernel("", parse(header, name, arguments), _INCLUDES, header, strict=False)
