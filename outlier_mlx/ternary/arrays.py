@@ -1,0 +1,125 @@
+"""What every codec here does with its arguments: check them, then walk them in small blocks."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from outlier_mlx.ternary.errors import TernaryError
+
+_CHUNK = 131072  # trits that `check_trits` handles at a time
+
+
+def require_array(name: str, array: Any, dtype: type[np.generic]) -> np.ndarray:
+    """`array` itself, if it is a NumPy array of `dtype`."""
+    if not isinstance(array, np.ndarray):
+        raise TernaryError(f"{name}: expected a NumPy array, got {type(array).__name__}")
+    if array.dtype != dtype:
+        raise TernaryError(f"{name}: expected {np.dtype(dtype)}, got {array.dtype}")
+    return np.asarray(array)
+
+
+def require_rows(name: str, array: Any, dtype: type[np.generic]) -> np.ndarray:
+    """`array` itself, if it is a NumPy array of `dtype` with at least one dimension."""
+    array = require_array(name, array, dtype)
+    if array.ndim == 0:
+        raise TernaryError(f"{name}: expected rows, got a single number")
+    return array
+
+
+def require_out(out: Any, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    """`out` if it can take the result, or a new array where it is None."""
+    if out is None:
+        return np.empty(shape, dtype)
+    out = require_array("out", out, dtype)
+    if out.shape != shape:
+        raise TernaryError(f"out: expected shape {shape}, got {out.shape}")
+    if not out.flags.writeable:
+        raise TernaryError("out: the array is read-only")
+    return out
+
+
+def require_size(name: str, value: Any, least: int = 0) -> int:
+    """`value` as an int of at least `least`; booleans and floats are refused."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise TernaryError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    return number
+
+
+def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """`shape` as a tuple of ints, none negative."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TernaryError(f"shape: expected a tuple of integers, got {shape!r}")
+    return tuple(require_size("shape", size) for size in shape)
+
+
+def check_trits(trits: np.ndarray) -> None:
+    """Refuse an array that holds anything but trits. (Packing does so on its own.)
+
+    Args:
+        trits: int8 of any shape and strides.
+
+    Raises:
+        TernaryError: wrong type, or a value outside -1..1, named with its position.
+    """
+    trits = require_array("trits", trits, np.int8)
+    rows = trits if trits.ndim else trits.reshape(1)
+    scratch = np.empty(min(_CHUNK, trits.size), np.uint8)
+    for first, (matrix,) in matrix_views(rows):
+        for lines, columns in blocks(matrix, _CHUNK):
+            piece = matrix[lines, columns]
+            at = (first + lines.start) * rows.shape[-1] + columns.start
+            write_digits(piece, scratch[: piece.size].reshape(piece.shape), trits.shape, at)
+
+
+def write_digits(trits: np.ndarray, digits: np.ndarray, shape: tuple[int, ...], at: int) -> None:
+    """Write trits + 1 to `digits`; refuse all that is not -1, 0 or 1.
+
+    Args:
+        trits: int8, row-major neighbours within an array of `shape`.
+        digits: uint8 of the same shape as `trits`.
+        shape: of the array that the trits come from.
+        at: the flat index of the first trit in that array.
+    """
+    # In uint8 arithmetic -1, 0, 1 become 0, 1, 2 and everything else lands above.
+    np.add(trits.view(np.uint8), 1, out=digits)
+    if digits.size and digits.max() > 2:
+        first = int((digits > 2).argmax())
+        index = [int(i) for i in np.unravel_index(at + first, shape)]
+        raise TernaryError(
+            f"trit {trits.flat[first]} at {index} (flat index {at + first}) is not -1, 0 or 1"
+        )
+
+
+def matrix_views(*arrays: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """Arrays of shapes (..., a), (..., b) as matrices (rows, a), (rows, b), never copied.
+
+    Yields the number of the first row with the matrices: once where the strides allow it, else
+    once for each leading index.
+    """
+    leading = arrays[0].shape[:-1]
+    try:
+        merged = tuple(a.reshape((prod(leading), a.shape[-1]), copy=False) for a in arrays)
+    except ValueError:
+        for plane, index in enumerate(np.ndindex(leading[:-1])):
+            yield plane * leading[-1], tuple(a[index] for a in arrays)
+    else:
+        yield 0, merged
+
+
+def blocks(matrix: np.ndarray, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix in row-major order: slices of rows and columns, at most `limit` elements each.
+
+    A piece is whole rows where a row fits, else a part of one row.
+    """
+    rows, columns = matrix.shape
+    step = max(1, limit // max(1, columns))
+    for row in range(0, rows, step):
+        for column in range(0, columns, limit):
+            yield slice(row, min(row + step, rows)), slice(column, min(column + limit, columns))

@@ -1,0 +1,224 @@
+"""ggml's ternary blocks, TQ1_0 and TQ2_0, byte for byte.
+
+A row is cut into blocks of 256 weights, each with a float16 scale d at its end; a weight is
+d * trit. Layouts as in ggml's quantization sources and its Python package `gguf`:
+
+TQ1_0, 54 bytes: `qs` (48), `qh` (4), d. Byte n of the first 32 holds weights n, n + 32, ...
+n + 128; of the next 16, weights 160 + n, 176 + n, ... 224 + n; of `qh`, weights 240 + n, 244 + n,
+248 + n, 252 + n and a digit 0. Digits and bytes are those of `rows`: most significant first, as a
+fraction of 256.
+
+TQ2_0, 66 bytes: `qs` (64), d. Byte 32 j + n holds weights 128 j + n + 32 k for k = 0..3, as
+trit + 1 at bit 2 k.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from outlier_mlx.ternary import rows
+from outlier_mlx.ternary.arrays import (
+    blocks,
+    matrix_views,
+    require_array,
+    require_rows,
+    write_digits,
+)
+from outlier_mlx.ternary.digits import NUMBERS
+from outlier_mlx.ternary.errors import TernaryError
+
+BLOCK = 256  # weights
+TQ1_0_BYTES = 54
+TQ2_0_BYTES = 66
+
+_CHUNK = 256  # blocks handled at a time
+_D_BYTES = 2
+_SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+# TQ1_0: first byte, first weight, number of bytes, weights a byte.
+_RUNS = ((0, 0, 32, 5), (32, 160, 16, 5), (48, 240, 4, 4))
+
+
+def pack_tq1_0_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Pack trits and block scales into ggml's TQ1_0.
+
+    Args:
+        trits: (..., in) int8 of any strides, `in` a multiple of 256, every value -1, 0 or 1.
+        d: (..., in / 256) float16, finite.
+
+    Returns:
+        (..., in / 256 * 54) uint8.
+
+    Raises:
+        TernaryError: wrong type or shape, a trit outside -1..1 or a scale that is not finite,
+            named with its position.
+    """
+    packed = _new_blocks(trits, d, TQ1_0_BYTES)
+    for digits, scales, target in _packing(trits, d, packed, TQ1_0_BYTES):
+        for byte, weight, size, depth in _RUNS:
+            run = digits[..., weight : weight + size * depth].reshape(
+                *digits.shape[:2], depth, size
+            )
+            numbers = np.zeros((*digits.shape[:2], size), np.uint16)
+            for k in range(depth):
+                numbers += run[..., k, :] * np.uint8(3 ** (4 - k))
+            target[..., byte : byte + size] = (256 * numbers + (NUMBERS - 1)) // NUMBERS
+        target[..., -_D_BYTES:] = scales
+    return packed
+
+
+def unpack_tq1_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Unpack ggml's TQ1_0; every byte decodes, as in ggml, also those that no encoder writes.
+
+    Args:
+        packed: (..., blocks * 54) uint8 of any strides.
+
+    Returns:
+        Trits (..., blocks * 256) int8 and scales d (..., blocks) float16.
+
+    Raises:
+        TernaryError: wrong type or length, or a scale that is not finite, named with its position.
+    """
+    trits, d = _new_trits(packed, TQ1_0_BYTES)
+    for source, target in _unpacking(packed, trits, TQ1_0_BYTES):
+        for byte, weight, size, depth in _RUNS:
+            digits = rows.DIGITS[source[..., byte : byte + size], :depth].swapaxes(-1, -2)
+            run = target[..., weight : weight + size * depth]
+            run[:] = digits.reshape(run.shape)
+        target -= 1
+    return trits, d
+
+
+def pack_tq2_0_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Pack trits and block scales into ggml's TQ2_0.
+
+    Args:
+        trits: (..., in) int8 of any strides, `in` a multiple of 256, every value -1, 0 or 1.
+        d: (..., in / 256) float16, finite.
+
+    Returns:
+        (..., in / 256 * 66) uint8.
+
+    Raises:
+        TernaryError: wrong type or shape, a trit outside -1..1 or a scale that is not finite,
+            named with its position.
+    """
+    packed = _new_blocks(trits, d, TQ2_0_BYTES)
+    for digits, scales, target in _packing(trits, d, packed, TQ2_0_BYTES):
+        codes = digits.reshape(*digits.shape[:2], 2, 4, 32) << _SHIFTS
+        halves = np.bitwise_or.reduce(codes, axis=-2)
+        target[..., :-_D_BYTES] = halves.reshape(*digits.shape[:2], -1)
+        target[..., -_D_BYTES:] = scales
+    return packed
+
+
+def unpack_tq2_0_blocks(
+    packed: np.ndarray, *, strict: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unpack ggml's TQ2_0.
+
+    Args:
+        packed: (..., blocks * 66) uint8 of any strides.
+        strict: refuse the unused code 3; else it becomes 2, as in ggml.
+
+    Returns:
+        Trits (..., blocks * 256) int8 and scales d (..., blocks) float16.
+
+    Raises:
+        TernaryError: wrong type or length, or a scale that is not finite, or (when strict) a code
+            3, named with its position.
+    """
+    trits, d = _new_trits(packed, TQ2_0_BYTES)
+    for source, target in _unpacking(packed, trits, TQ2_0_BYTES):
+        halves = source[..., :-_D_BYTES].reshape(*source.shape[:2], 2, 1, 32)
+        target[:] = (halves >> _SHIFTS & 3).reshape(target.shape)
+        target -= 1
+    if strict and trits.size and trits.max() > 1:
+        index = [int(i) for i in np.unravel_index(int(trits.argmax()), trits.shape)]
+        raise TernaryError(f"the weight at {index} has code 3, which encodes no trit")
+    return trits, d
+
+
+def quantize(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Trits and block scales of float weights by ggml's rule.
+
+    d is the largest magnitude of a block; a trit is weight / d, rounded, halves away from zero.
+    d is rounded to float16 only afterwards; a block of zeros has d = 0.
+
+    Args:
+        weights: (..., in) float32, `in` a multiple of 256.
+
+    Returns:
+        Trits (..., in) int8 and d (..., in / 256) float16.
+
+    Raises:
+        TernaryError: wrong type or shape, or a block whose d is no finite float16.
+    """
+    weights = require_rows("weights", weights, np.float32)
+    grouped = weights.reshape(*weights.shape[:-1], _blocks_of(weights, BLOCK, "weights"), BLOCK)
+    largest = np.abs(grouped).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scaled = grouped * np.where(largest == 0, np.float32(0), 1 / largest)
+        d = largest[..., 0].astype(np.float16)
+    _require_finite(d)
+    trits = (scaled >= 0.5).view(np.int8) - (scaled <= -0.5).view(np.int8)
+    return trits.reshape(weights.shape), d
+
+
+def _packing(
+    trits: np.ndarray, d: np.ndarray, packed: np.ndarray, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Digits (rows, blocks, 256), scales as bytes and a view of `packed`, a chunk at a time."""
+    for first, (source, scales, target) in matrix_views(trits, d, packed):
+        target = target.reshape(len(target), -1, size)
+        for lines, groups in blocks(scales, _CHUNK):
+            columns = slice(BLOCK * groups.start, BLOCK * groups.stop)
+            piece = source[lines, columns]
+            digits = np.empty(piece.shape, np.uint8)
+            at = (first + lines.start) * source.shape[1] + columns.start
+            write_digits(piece, digits, trits.shape, at)
+            little = scales[lines, groups].astype("<f2")[..., None].view(np.uint8)
+            yield digits.reshape(len(piece), -1, BLOCK), little, target[lines, groups]
+
+
+def _unpacking(
+    packed: np.ndarray, trits: np.ndarray, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks (rows, blocks, size) and a view of their trits, a chunk at a time."""
+    for _, (source, target) in matrix_views(packed, trits):
+        source = source.reshape(len(source), -1, size)
+        target = target.reshape(len(target), -1, BLOCK)
+        for lines, groups in blocks(source[..., 0], _CHUNK):
+            yield source[lines, groups], target[lines, groups]
+
+
+def _new_blocks(trits: np.ndarray, d: np.ndarray, size: int) -> np.ndarray:
+    trits = require_rows("trits", trits, np.int8)
+    d = require_array("d", d, np.float16)
+    shape = (*trits.shape[:-1], _blocks_of(trits, BLOCK, "trits"))
+    if d.shape != shape:
+        raise TernaryError(f"d: expected shape {shape}, one a block, got {d.shape}")
+    _require_finite(d)
+    return np.empty((*shape[:-1], shape[-1] * size), np.uint8)
+
+
+def _new_trits(packed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    packed = require_rows("packed", packed, np.uint8)
+    shape = (*packed.shape[:-1], _blocks_of(packed, size, "packed"))
+    scales = packed.reshape(*shape, size)[..., -_D_BYTES:]
+    d = np.ascontiguousarray(scales).view("<f2")[..., 0].astype(np.float16)
+    _require_finite(d)
+    return np.empty((*shape[:-1], shape[-1] * BLOCK), np.int8), d
+
+
+def _blocks_of(array: np.ndarray, size: int, name: str) -> int:
+    count, rest = divmod(array.shape[-1], size)
+    if rest:
+        raise TernaryError(f"{name}: rows of {array.shape[-1]} are no whole blocks of {size}")
+    return count
+
+
+def _require_finite(d: np.ndarray) -> None:
+    finite = np.isfinite(d)
+    if not finite.all():
+        index = [int(i) for i in np.argwhere(~finite)[0]]
+        raise TernaryError(f"the scale of block {index} is {d[tuple(index)]}")
