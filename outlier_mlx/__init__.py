@@ -38,6 +38,7 @@ def convert(
     group_size: int | None = None,
     experts: str | None = None,
     dtype: str | None = None,
+    portable: bool = False,
     **options: Any,
 ) -> Path:
     """Convert an overlay into a tier.
@@ -51,6 +52,7 @@ def convert(
         group_size: 32, 64 or 128.
         experts: "tq1_0" or "affine2".
         dtype: "bfloat16", "float16" or "float32".
+        portable: write a model that stock mlx-lm loads, its experts in "affine2".
         **options: `alpha`, `force`, `revision`, `base_revision` and `progress`, as
             `outlier_mlx.tiers.convert.convert_tier` takes them.
 
@@ -65,6 +67,11 @@ def convert(
     from outlier_mlx.tiers.presets import make_recipe
 
     recipe = make_recipe(
-        tier, base_bits=base_bits, group_size=group_size, experts=experts, dtype=dtype
+        tier,
+        base_bits=base_bits,
+        group_size=group_size,
+        experts=experts,
+        dtype=dtype,
+        portable=portable,
     )
     return convert_tier(overlay, base, out, recipe=recipe, **options).path

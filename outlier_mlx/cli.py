@@ -115,6 +115,9 @@ def convert(
     dtype: Annotated[
         DType | None, typer.Option(help="Of activations and scales. Default: the checkpoint's.")
     ] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="A model that mlx-lm loads without this package.")
+    ] = False,
     alpha: Annotated[
         str | None,
         typer.Option(
@@ -141,6 +144,7 @@ def convert(
         group_size=int(group_size) if group_size else None,
         experts=experts,
         dtype=dtype,
+        portable=portable,
     )
     with progress_bar("converting", quiet=quiet) as progress:
         report = convert_tier(

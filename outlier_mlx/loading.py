@@ -1,18 +1,18 @@
-"""Loading a tier into an mlx-lm model and tokenizer. No code from the tier is run."""
+"""Loading tiers, and plain MLX models, as mlx-lm models. No code from a folder is run."""
 
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
-from outlier_mlx.checkpoints.config import Defaults, parse_config
+from outlier_mlx.checkpoints.config import tier_config
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.model import Model, ModelArgs
@@ -24,20 +24,20 @@ from outlier_mlx.storage.safetensors import read_json
 def load(
     path_or_repo: str | Path, revision: str | None = None, *, dtype: str | None = None
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """Load a tier.
+    """Load a tier, or any model that stock mlx-lm loads.
 
     Args:
-        path_or_repo: a tier's folder or hub repository.
+        path_or_repo: its folder or hub repository.
         revision: branch, tag or commit on the hub.
         dtype: "bfloat16", "float16" or "float32" for activations and unquantized weights. The
-            default is the tier's own on a GPU, and float32 on the CPU, where halves are slow.
+            default is the model's own on a GPU, and float32 on the CPU, where halves are slow.
 
     Returns:
         The model, called as `model(tokens, cache=None)` with tokens (batch, length) for logits
         (batch, length, vocab), and the tokenizer.
 
     Raises:
-        CheckpointError: it is no tier, or a damaged one.
+        CheckpointError: it is no model, or a damaged one.
     """
     folder = resolve(path_or_repo, revision).folder
     model, config = load_model(folder, dtype=dtype)
@@ -45,44 +45,51 @@ def load(
 
 
 def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, dict]:
-    """Load the model of a tier in a local folder; see `load`. Returns its config as well."""
-    check_tier(folder)
-    overrides: dict[str, Any] = {"model_file": None, "activation_dtype": dtype}
+    """Load the model in a local folder; see `load`. Returns its config as well."""
+    config = check_model(folder)
     try:
-        return mlx_lm_load_model(
-            folder,
-            model_config=overrides,
-            get_model_classes=lambda config: (Model, ModelArgs),
-            trust_remote_code=False,
-        )
+        if "ternary" in config:
+            return mlx_lm_load_model(
+                folder,
+                model_config={"model_file": None, "activation_dtype": dtype},
+                get_model_classes=lambda config: (Model, ModelArgs),
+                trust_remote_code=False,
+            )
+        model, config = mlx_lm_load_model(folder, lazy=True, trust_remote_code=False)
+        wanted = getattr(mx, dtype) if dtype is not None else None
+        if wanted is None and mx.default_device() == mx.cpu:
+            wanted = mx.float32
+        if wanted is not None:
+            model.set_dtype(wanted)
+        mx.eval(model.parameters())
+        return model, config
     except (OSError, MemoryError):
         raise
     except Exception as error:
         # What mlx-lm and MLX raise on a bad config or tensor is of any kind.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        raise CheckpointError(f"{folder}: not a sound tier: {reason}") from error
+        raise CheckpointError(f"{folder}: not a sound model: {reason}") from error
 
 
-def check_tier(folder: Path) -> dict:
-    """Read a tier's config and its shards' headers.
+def check_model(folder: Path) -> dict:
+    """Read the config of a tier or of a plain MLX model, and its shards' headers.
 
     Returns:
         The config.
 
     Raises:
-        CheckpointError: there is no tier, its config is not sound, or its files are truncated or
-            disagree with their index.
+        CheckpointError: there is no model, it is an overlay, its config is not sound, or its files
+            are truncated or disagree with their index.
     """
     if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: not a tier: no config.json")
+        raise CheckpointError(f"{folder}: not a model: no config.json")
     config = read_json(inside(folder, "config.json"))
-    if "ternary" not in config:
-        raise CheckpointError(
-            f"{folder}: not a tier; `outlier-mlx convert` makes one from an overlay"
-        )
-    # The checks are those of an overlay's config, which calls these two fields otherwise.
-    mixture = {"n_experts": config.get("num_experts"), "top_k": config.get("num_experts_per_tok")}
-    parse_config(config | mixture, Defaults())
+    if "ternary" in config:
+        tier_config(config)
+    elif config.get("n_experts") or config.get("outlier_num_experts"):
+        raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
+    elif "model_file" in config:
+        raise CheckpointError(f"{folder}: runs only by code of its own, which is never run here")
     read_shards(folder)
     return config
 

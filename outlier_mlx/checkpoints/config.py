@@ -102,6 +102,12 @@ def parse_config(raw: dict, defaults: Defaults) -> ModelConfig:
     )
 
 
+def tier_config(raw: dict) -> ModelConfig:
+    """Check the `config.json` of a tier, which calls two fields otherwise; see `read_config`."""
+    mixture = {"n_experts": raw.get("num_experts"), "top_k": raw.get("num_experts_per_tok")}
+    return parse_config(raw | mixture, Defaults())
+
+
 def _mixture(raw: dict, layers: int) -> dict:
     experts = _size(raw, "n_experts", "outlier_num_experts", default=0, least=0, most=MAX_COUNT)
     top_k = _size(raw, "top_k", "outlier_num_experts_per_tok", default=2)

@@ -13,6 +13,8 @@ def model_card(name: str, plan: Plan, overlay: Source, base: Source | None) -> s
     sources = f"- overlay: {_cited(overlay)}\n"
     sources += f"- base: {_cited(base)}\n" if base else "- base: contained in the overlay\n"
     metadata = f"base_model: {base.name}\n" if base and base.revision else ""
+    flag = " --trust-remote-code" if "model_file" in plan.config else ""
+    code = "\nThe second command runs `outlier_moe.py` from this folder; the first never does.\n"
     return f"""---
 library_name: mlx
 tags: [mlx, moe, ternary]
@@ -26,11 +28,9 @@ recipe `{plan.recipe.name}` ({plan.recipe.dtype}).
 {sources}
 ```
 outlier-mlx generate --model {name} --prompt "Once upon a time"
-mlx_lm.generate --model {name} --trust-remote-code --prompt "Once upon a time"
+mlx_lm.generate --model {name}{flag} --prompt "Once upon a time"
 ```
-
-The second command runs `outlier_moe.py` from this folder; the first never does.
-
+{code if flag else ""}
 | part | parameters | bytes | bits per weight |
 |---|---|---|---|
 {rows}

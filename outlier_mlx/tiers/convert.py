@@ -23,6 +23,7 @@ from outlier_mlx.tiers.assets import copy_assets
 from outlier_mlx.tiers.bundle import bundle
 from outlier_mlx.tiers.card import model_card
 from outlier_mlx.tiers.plan import FORMAT_VERSION, Plan, make_plan
+from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import Recipe
 from outlier_mlx.tiers.summary import SummaryRow
 
@@ -86,7 +87,8 @@ def convert_tier(
     opened = open_overlay(source.folder)
     base_source = resolve(base, base_revision) if base is not None else None
     model = join(opened, open_base(base_source.folder) if base_source else None)
-    plan = make_plan(model, recipe, alpha)
+    planned = make_portable_plan if recipe.portable else make_plan
+    plan = planned(model, recipe, alpha)
     target = Path(out) if out is not None else _default_out(source, plan)
     check_free(target, force=force)
     _check_space(target, plan)
@@ -97,7 +99,8 @@ def convert_tier(
             assets = copy_assets(folders, folder)
             tokenizer = "tokenizer_config.json" in assets or "tokenizer.json" in assets
             files += [_write(folder, "config.json", _json(plan.config))]
-            files += [_write(folder, "outlier_moe.py", bundle())]
+            if "model_file" in plan.config:
+                files += [_write(folder, "outlier_moe.py", bundle())]
             licences = ("LICENSE", "NOTICE")
             files += [_described(folder, n) for n in assets if not n.startswith(licences)]
             (folder / "README.md").write_text(
@@ -184,6 +187,7 @@ def _manifest(
             "group_size": recipe.group_size,
             "experts": recipe.experts,
             "dtype": recipe.dtype,
+            "portable": recipe.portable,
         },
         "files": {
             file.name: {"sha256": file.sha256, "bytes": file.nbytes}

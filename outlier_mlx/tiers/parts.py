@@ -16,10 +16,10 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from outlier_mlx.checkpoints.overlay import ExpertMatrix
+from outlier_mlx.checkpoints.overlay import ExpertMatrix, FloatTensor
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
-from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.safetensors import NUMPY_DTYPES
 from outlier_mlx.storage.writer import TensorSpec
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
 
@@ -107,9 +107,9 @@ class Plain(Part):
     """
 
     name: str
-    tensor: TensorRef
+    tensor: FloatTensor
     dtype: str
-    twin: TensorRef | None = None
+    twin: FloatTensor | None = None
 
     @property
     def params(self) -> int:
@@ -119,7 +119,7 @@ class Plain(Part):
     @property
     def source_bytes(self) -> int:
         """The tensor's size on disk."""
-        return self.tensor.nbytes
+        return _stored_bytes(self.tensor)
 
     def specs(self) -> list[TensorSpec]:
         """The one tensor."""
@@ -135,11 +135,11 @@ class Plain(Part):
 class Quantized(Part):
     """A matrix of the base in MLX's affine format: `weight`, `scales` and `biases`."""
 
-    tensor: TensorRef
+    tensor: FloatTensor
     bits: int
     group_size: int
     dtype: str
-    twin: TensorRef | None = None
+    twin: FloatTensor | None = None
 
     @property
     def params(self) -> int:
@@ -149,7 +149,7 @@ class Quantized(Part):
     @property
     def source_bytes(self) -> int:
         """The tensor's size on disk."""
-        return self.tensor.nbytes
+        return _stored_bytes(self.tensor)
 
     def specs(self) -> list[TensorSpec]:
         """Packed weight (out, in * bits / 32) uint32; scales and biases (out, in / group)."""
@@ -211,9 +211,14 @@ class TernaryExperts(Part):
 
 @dataclass(frozen=True)
 class AffineExperts(Part):
-    """One projection of a layer's experts in MLX's affine 2-bit format."""
+    """One projection of a layer's experts in MLX's affine 2-bit format.
+
+    Each expert's scales and biases are multiplied by its entry in `factors`, if there are any.
+    """
 
     matrices: tuple[ExpertMatrix, ...]
+    dtype: str = "float32"
+    factors: tuple[float, ...] = ()
 
     @property
     def params(self) -> int:
@@ -237,8 +242,8 @@ class AffineExperts(Part):
         groups = (experts, out, width // self.group_size)
         return [
             TensorSpec(f"{self.path}.weight", "U32", (experts, out, width // 16)),
-            TensorSpec(f"{self.path}.scales", "F32", groups),
-            TensorSpec(f"{self.path}.biases", "F32", groups),
+            TensorSpec(f"{self.path}.scales", SAFETENSORS_NAMES[self.dtype], groups),
+            TensorSpec(f"{self.path}.biases", SAFETENSORS_NAMES[self.dtype], groups),
         ]
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
@@ -248,10 +253,15 @@ class AffineExperts(Part):
             codes, _, _ = rows_to_affine2(mx.array(rows), mx.zeros(rows.shape[:1]), width)
             yield f"{self.path}.weight", _bytes(codes), trits
         groups = width // self.group_size
+        factors = self.factors or (1.0,) * len(self.matrices)
         for name, sign in (("scales", 1.0), ("biases", -1.0)):
-            for matrix in self.matrices:
-                values = np.repeat(matrix.row_scales()[:, None] * np.float32(sign), groups, axis=1)
-                yield f"{self.path}.{name}", values.data, 0
+            for matrix, factor in zip(self.matrices, factors, strict=True):
+                values = mx.array(matrix.row_scales() * np.float32(sign * factor))
+                yield (
+                    f"{self.path}.{name}",
+                    _bytes(mx.repeat(values.astype(_mlx(self.dtype)), groups)),
+                    0,
+                )
 
 
 def _mlx(dtype: str) -> mx.Dtype:
@@ -272,7 +282,7 @@ def _ranges(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _float_slabs(
-    tensor: TensorRef, twin: TensorRef | None, pool: ThreadPoolExecutor
+    tensor: FloatTensor, twin: FloatTensor | None, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Slabs of rows as float32, checked for NaN and infinity, and against the twin."""
 
@@ -285,10 +295,14 @@ def _float_slabs(
                 f"{tensor.where}: differs from {twin.where} of the base; an overlay may repeat base"
                 " tensors, not change them"
             )
-        return slab, tensor.nbytes * (stop - start) // max(1, tensor.shape[0])
+        return slab, row_size * (stop - start)
 
-    row_size = tensor.nbytes // max(1, tensor.shape[0])
+    row_size = _stored_bytes(tensor) // max(1, tensor.shape[0])
     yield from _ahead(pool, (partial(read, *r) for r in _ranges(tensor.shape[0], row_size)))
+
+
+def _stored_bytes(tensor: FloatTensor) -> int:
+    return prod(tensor.shape) * NUMPY_DTYPES[tensor.dtype].itemsize
 
 
 def _packed_slabs(

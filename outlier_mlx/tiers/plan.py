@@ -1,6 +1,6 @@
 """The plan of a tier: every part in the order in which it is written, and the config."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.base import WholeModel
 from outlier_mlx.checkpoints.keys import PROJECTIONS
-from outlier_mlx.checkpoints.overlay import base_shapes
+from outlier_mlx.checkpoints.overlay import FloatTensor, base_shapes
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.tiers.parts import AffineExperts, Constant, Part, Plain, Quantized, TernaryExperts
 from outlier_mlx.tiers.presets import GROUP_SIZES, Recipe
@@ -22,7 +22,7 @@ _DROPPED = frozenset(
     + ["hidden_dim", "intermediate_dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"]
     + ["n_experts", "outlier_num_experts", "top_k", "outlier_num_experts_per_tok"]
     + ["moe_layer_indices", "v3_2_moe_layers", "rope_parameters", "torch_dtype", "dtype"]
-    + ["quantization_config", "transformers_version"]
+    + ["quantization", "quantization_config", "transformers_version"]
 )
 _STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
@@ -66,17 +66,31 @@ def make_plan(model: WholeModel, recipe: Recipe, alpha: Path | str | None = None
         recipe: how to store it; a dtype of None follows the checkpoint, bfloat16 for float32.
         alpha: a file of alphas that wins over the overlay's own, or "original".
     """
-    if recipe.dtype is None:
-        stored = model.base["model.embed_tokens.weight"].dtype
-        recipe = replace(recipe, dtype=_STORED_DTYPES.get(stored, "bfloat16"))
+    recipe = settle_dtype(model, recipe)
     parts = list(_parts(model, recipe, model.overlay.alphas(alpha)))
+    return finish_plan(parts, _config(model, recipe), recipe)
+
+
+def settle_dtype(model: WholeModel, recipe: Recipe) -> Recipe:
+    """The recipe with the dtype that the checkpoint suggests, where it names none."""
+    if recipe.dtype is not None:
+        return recipe
+    stored = model.base["model.embed_tokens.weight"].dtype
+    return replace(recipe, dtype=_STORED_DTYPES.get(stored, "bfloat16"))
+
+
+def finish_plan(parts: list[Part], config: dict, recipe: Recipe) -> Plan:
+    """A plan of these parts; `quantization` is added to the config, as the parts are stored."""
     unquantized = [
         part.path
         for part in parts
         if isinstance(part, Plain) and recipe.base_bits and len(part.tensor.shape) == 2
         if part.kind != "router"
     ]
-    return Plan(parts, _config(model, recipe, parts), recipe, unquantized)
+    quantization = _quantization(recipe, parts)
+    if quantization:
+        config = config | {"quantization": quantization}
+    return Plan(parts, config, recipe, unquantized)
 
 
 def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> Iterator[Part]:
@@ -85,24 +99,42 @@ def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> 
     for name, shape in base_shapes(model.config).items():
         words = name.split(".")
         layer = int(words[2]) if words[1] == "layers" else None
-        yield _base_part(model, recipe, name, shape, shared=layer in moe_layers)
+        shared = layer in moe_layers and ".mlp." in name
+        target = name.replace(".mlp.", ".mlp.shared_expert.") if shared else name
+        yield base_part(model, recipe, name, target, shape)
         if layer in moe_layers and layer not in done and name.endswith("mlp.down_proj.weight"):
             assert layer is not None
             done.add(layer)
             yield from _moe_parts(model, recipe, layer, alphas[layer])
 
 
-def _base_part(
-    model: WholeModel, recipe: Recipe, name: str, shape: tuple[int, ...], *, shared: bool
+def base_part(
+    model: WholeModel,
+    recipe: Recipe,
+    name: str,
+    target: str,
+    shape: tuple[int, ...],
+    change: Callable[[FloatTensor], FloatTensor] | None = None,
 ) -> Part:
+    """How the base tensor `name` is stored under the name `target`.
+
+    Args:
+        model: where it comes from; a bias that the base does not have is zero.
+        recipe: whether and how matrices are quantized.
+        name: its name in the base.
+        target: its name in the tier.
+        shape: its shape.
+        change: wraps the tensor, where it is not stored as it is.
+    """
     assert recipe.dtype is not None
-    target = name.replace(".mlp.", ".mlp.shared_expert.") if shared else name
-    path = target.rsplit(".", 1)[0]
-    kind = kind_of(target)
-    tensor = model.base.get(name)
+    path, kind = target.rsplit(".", 1)[0], kind_of(target)
+    tensor: FloatTensor | None = model.base.get(name)
     if tensor is None:
         return Constant(path, kind, target, np.zeros(shape, np.float32), recipe.dtype)
-    twin = model.twins.get(name)
+    twin: FloatTensor | None = model.twins.get(name)
+    if change is not None:
+        tensor = change(tensor)
+        twin = change(twin) if twin is not None else None
     group = _group(shape[-1], recipe.group_size)
     if recipe.base_bits is None or len(shape) != 2 or group is None:
         return Plain(path, kind, target, tensor, recipe.dtype, twin)
@@ -135,20 +167,36 @@ def _group(width: int, wanted: int) -> int | None:
     return max(sizes, default=None)
 
 
-def _config(model: WholeModel, recipe: Recipe, parts: list[Part]) -> dict:
+def _config(model: WholeModel, recipe: Recipe) -> dict:
+    config = model.config
+    tq1_0 = recipe.experts == "tq1_0"
+    ternary: dict = {"format": "tq1_0_rows" if tq1_0 else "affine2", "version": FORMAT_VERSION}
+    if tq1_0:
+        ternary["row_bytes_multiple"] = 4
+    return common_config(model, recipe) | {
+        "model_type": "outlier_moe",
+        "model_file": "outlier_moe.py",
+        "architectures": ["OutlierMoEForCausalLM"],
+        "moe_layers": list(config.moe_layers),
+        "num_experts": config.experts,
+        "num_experts_per_tok": config.top_k,
+        "moe_intermediate_size": model.overlay.expert_intermediate,
+        "ternary": ternary,
+    }
+
+
+def common_config(model: WholeModel, recipe: Recipe) -> dict:
+    """The fields of a `config.json` that do not depend on how experts are stored.
+
+    Raises:
+        OutlierError: the activation is not SiLU.
+    """
     config = model.config
     kept = {key: value for key, value in config.raw.items() if key not in _DROPPED}
     activation = kept.get("hidden_act", "silu")
     if activation != "silu":
         raise OutlierError(f"config.json: hidden_act {activation!r}, expected 'silu'")
-    experts_format = "tq1_0_rows" if recipe.experts == "tq1_0" else "affine2"
-    ternary: dict = {"format": experts_format, "version": FORMAT_VERSION}
-    if recipe.experts == "tq1_0":
-        ternary["row_bytes_multiple"] = 4
-    kept |= {
-        "model_type": "outlier_moe",
-        "model_file": "outlier_moe.py",
-        "architectures": ["OutlierMoEForCausalLM"],
+    return kept | {
         "dtype": recipe.dtype,
         "hidden_size": config.hidden,
         "intermediate_size": config.intermediate,
@@ -161,17 +209,7 @@ def _config(model: WholeModel, recipe: Recipe, parts: list[Part]) -> dict:
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling,
         "tie_word_embeddings": config.tied,
-        "moe_layers": list(config.moe_layers),
-        "num_experts": config.experts,
-        "num_experts_per_tok": config.top_k,
-        "moe_intermediate_size": model.overlay.expert_intermediate,
-        "ternary": ternary,
     }
-    kept.pop("quantization", None)
-    quantization = _quantization(recipe, parts)
-    if quantization:
-        kept["quantization"] = quantization
-    return kept
 
 
 def _quantization(recipe: Recipe, parts: list[Part]) -> dict:

@@ -20,12 +20,14 @@ class Recipe:
         group_size: weights that share a scale and a bias in the quantized base.
         experts: "tq1_0" (1.6 bits a weight) or "affine2" (MLX's own 2-bit format).
         dtype: of norms, biases, scales and activations; None follows the checkpoint.
+        portable: write a model that stock mlx-lm loads; its experts are affine2.
     """
 
     base_bits: int | None = 4
     group_size: int = 64
     experts: str = "tq1_0"
     dtype: str | None = None
+    portable: bool = False
 
     @property
     def name(self) -> str:
@@ -33,6 +35,8 @@ class Recipe:
         name = f"q{self.base_bits}" if self.base_bits else _SHORT.get(self.dtype or "", "plain")
         if self.base_bits and self.group_size != 64:
             name += f"-g{self.group_size}"
+        if self.portable:
+            return f"{name}-portable"
         return name if self.experts == "tq1_0" else f"{name}-{self.experts}"
 
 
@@ -52,6 +56,7 @@ def make_recipe(
     group_size: int | None = None,
     experts: str | None = None,
     dtype: str | None = None,
+    portable: bool = False,
 ) -> Recipe:
     """A named recipe with single choices changed.
 
@@ -61,6 +66,7 @@ def make_recipe(
         group_size: 32, 64 or 128.
         experts: "tq1_0" or "affine2".
         dtype: "bfloat16", "float16" or "float32".
+        portable: a model that stock mlx-lm loads, its experts in "affine2".
 
     Raises:
         OutlierError: a value is not one of these.
@@ -80,6 +86,10 @@ def make_recipe(
     if dtype is not None:
         _one_of("dtype", dtype, DTYPES)
         recipe = replace(recipe, dtype=dtype)
+    if portable:
+        if experts == "tq1_0":
+            raise OutlierError("a portable tier holds its experts in affine2, not in tq1_0")
+        recipe = replace(recipe, experts="affine2", portable=True)
     return recipe
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from outlier_mlx.checkpoints.config import Defaults, ModelConfig, parse_config
+from outlier_mlx.checkpoints.config import ModelConfig, tier_config
 from outlier_mlx.checkpoints.keys import PROJECTIONS
 from outlier_mlx.checkpoints.overlay import base_shapes
 from outlier_mlx.checkpoints.shards import read_shards
@@ -54,12 +54,7 @@ def verify_tier(folder: Path, progress: Callable[[int, int], None] | None = None
     listed = _read_manifest(folder)
     _check_unlisted(folder, listed)
     _check_files(folder, listed, progress)
-    code = inside(folder, "outlier_moe.py").read_text(encoding="utf-8", errors="replace")
-    if code != bundle():
-        raise CheckpointError(
-            "outlier_moe.py: not what this version of outlier-mlx writes; outlier-mlx never runs"
-            " it, but --trust-remote-code would"
-        )
+    _check_code(folder, listed)
     tensors = _check_tensors(folder)
     return Verified(len(listed), tensors, sum(size for _, size in listed.values()))
 
@@ -84,10 +79,21 @@ def _read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
         if not isinstance(digest, str) or type(size) is not int:
             raise CheckpointError(f"tier.json: {name}: sha256 and bytes were expected")
         listed[name] = (digest, size)
-    for name in ("config.json", "outlier_moe.py"):
-        if name not in listed:
-            raise CheckpointError(f"tier.json: does not list {name}")
+    if "config.json" not in listed:
+        raise CheckpointError("tier.json: does not list config.json")
     return listed
+
+
+def _check_code(folder: Path, listed: dict[str, tuple[str, int]]) -> None:
+    for name in listed:
+        if not name.endswith(".py"):
+            continue
+        code = inside(folder, name).read_text(encoding="utf-8", errors="replace")
+        if name != "outlier_moe.py" or code != bundle():
+            raise CheckpointError(
+                f"{name}: not what this version of outlier-mlx writes; outlier-mlx never runs it,"
+                " but --trust-remote-code would"
+            )
 
 
 def _check_unlisted(folder: Path, listed: dict[str, tuple[str, int]]) -> None:
@@ -145,9 +151,10 @@ def _sha256(path: Path, advance: Callable[[int], None], stop: threading.Event) -
 def _check_tensors(folder: Path) -> int:
     """Every tensor that the config asks for, in its shape and dtype, and no other."""
     raw = read_json(inside(folder, "config.json"))
-    mixture = {"n_experts": raw.get("num_experts"), "top_k": raw.get("num_experts_per_tok")}
-    config = parse_config(raw | mixture, Defaults())
     tensors = read_shards(folder)
+    if "ternary" not in raw:  # a portable tier: mlx-lm's own model, held against its manifest alone
+        return len(tensors)
+    config = tier_config(raw)
     expected = expected_tensors(config, raw, tensors)
     for name, (shape, dtypes) in expected.items():
         tensor = tensors.get(name)

@@ -1,0 +1,151 @@
+"""The portable tier: a model that stock mlx-lm loads, with no code of its own.
+
+mlx-lm's `ernie4_5_moe` computes the same function: softmax routing renormalised over the chosen
+experts, ungated shared experts beside them, dense layers around one contiguous range of MoE
+layers. What differs is put into the weights: biases everywhere (zeros where there are none),
+positions rotated in adjacent pairs (rows of the query and key projections are reordered), and
+alphas (folded into the scales and biases of the down projections).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from outlier_mlx.checkpoints.base import WholeModel
+from outlier_mlx.checkpoints.keys import PROJECTIONS
+from outlier_mlx.checkpoints.overlay import FloatTensor, base_shapes
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.tiers.parts import AffineExperts, Constant, Part, Plain
+from outlier_mlx.tiers.plan import Plan, base_part, common_config, finish_plan, settle_dtype
+from outlier_mlx.tiers.presets import GROUP_SIZES, Recipe
+
+MODEL_TYPE = "ernie4_5_moe"
+
+
+@dataclass(frozen=True)
+class AdjacentPairs:
+    """The rows of a query or key tensor, reordered within each head.
+
+    Qwen2 rotates element j of a head with element j + width / 2; here the two stand side by side.
+    """
+
+    tensor: FloatTensor
+    head_dim: int
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of what is stored."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, unchanged."""
+        return self.tensor.shape
+
+    @property
+    def where(self) -> str:
+        """File and key."""
+        return self.tensor.where
+
+    def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of the reordered tensor."""
+        stop = self.shape[0] if stop is None else stop
+        # Whole heads are read, and the rows asked for taken from them.
+        first, last = start // self.head_dim, -(-stop // self.head_dim)
+        heads = self.tensor.read_float32(first * self.head_dim, last * self.head_dim)
+        halves = heads.reshape(last - first, 2, self.head_dim // 2, *heads.shape[1:])
+        rows = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(heads.shape)
+        return rows[start - first * self.head_dim :][: stop - start]
+
+
+def make_portable_plan(model: WholeModel, recipe: Recipe, alpha: Path | str | None = None) -> Plan:
+    """Decide what a portable tier holds; see `outlier_mlx.tiers.plan.make_plan`.
+
+    Raises:
+        CheckpointError: stock mlx-lm cannot express this overlay; the reason and what can be done
+            instead are named.
+    """
+    _check_expressible(model)
+    recipe = settle_dtype(model, recipe)
+    parts = list(_parts(model, recipe, model.overlay.alphas(alpha)))
+    return finish_plan(parts, _config(model, recipe), recipe)
+
+
+def _check_expressible(model: WholeModel) -> None:
+    config, width = model.config, model.overlay.expert_intermediate
+    layers = config.moe_layers
+    reason = None
+    if not layers:
+        reason = "it has no MoE layer"
+    elif list(layers) != list(range(layers[0], layers[-1] + 1)):
+        reason = f"its MoE layers {list(layers)} leave gaps"
+    elif config.rope_scaling is not None:
+        reason = "it scales positions (YaRN)"
+    elif config.intermediate % width:
+        reason = f"the expert width {width} does not divide the shared width {config.intermediate}"
+    elif width % GROUP_SIZES[0] or config.hidden % GROUP_SIZES[0]:
+        reason = f"{GROUP_SIZES[0]} does not divide the widths {config.hidden} and {width}"
+    if reason is not None:
+        raise CheckpointError(
+            f"{model.overlay.path.name}: no portable tier: {reason}; without --portable the tier"
+            " runs in outlier-mlx, and in mlx-lm with --trust-remote-code"
+        )
+
+
+def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> Iterator[Part]:
+    config = model.config
+    assert recipe.dtype is not None
+    for name, shape in base_shapes(config).items():
+        words = name.split(".")
+        layer = int(words[2]) if words[1] == "layers" else None
+        moe = layer in config.moe_layers and ".mlp." in name
+        target = name.replace(".mlp.", ".mlp.shared_experts.") if moe else name
+        change = None
+        if ".q_proj." in name or ".k_proj." in name:
+            change = _adjacent(config.head_dim)
+        yield base_part(model, recipe, name, target, shape, change)
+        path, leaf = target.rsplit(".", 1)
+        if leaf == "weight" and (".o_proj" in path or ".mlp." in path):
+            zeros = np.zeros(shape[0], np.float32)
+            yield Constant(path, "norms", f"{path}.bias", zeros, recipe.dtype)
+        if moe and name.endswith("mlp.down_proj.weight"):
+            assert layer is not None
+            yield from _moe_parts(model, recipe, layer, alphas[layer])
+
+
+def _adjacent(head_dim: int):  # type: ignore[no-untyped-def]
+    return lambda tensor: AdjacentPairs(tensor, head_dim)
+
+
+def _moe_parts(model: WholeModel, recipe: Recipe, layer: int, alphas: np.ndarray) -> Iterator[Part]:
+    assert recipe.dtype is not None
+    prefix = f"model.layers.{layer}.mlp"
+    router = model.overlay.routers[layer]
+    # float32 here does not spread: mlx-lm takes the routing probabilities in float32 anyway.
+    yield Plain(f"{prefix}.gate", "router", f"{prefix}.gate.weight", router, "float32")
+    for projection in PROJECTIONS:
+        matrices = tuple(getattr(expert, projection) for expert in model.overlay.experts[layer])
+        path = f"{prefix}.switch_mlp.{projection}_proj"
+        factors = tuple(alphas.tolist()) if projection == "down" else ()
+        yield AffineExperts(path, "experts", matrices, recipe.dtype, factors)
+        zeros = np.zeros((len(matrices), matrices[0].trits.shape[0]), np.float32)
+        yield Constant(path, "norms", f"{path}.bias", zeros, recipe.dtype)
+
+
+def _config(model: WholeModel, recipe: Recipe) -> dict:
+    config, width = model.config, model.overlay.expert_intermediate
+    return common_config(model, recipe) | {
+        "model_type": MODEL_TYPE,
+        "architectures": ["Ernie4_5_MoeForCausalLM"],
+        "use_bias": True,
+        "moe_num_experts": config.experts,
+        "moe_k": config.top_k,
+        "moe_intermediate_size": width,
+        "moe_num_shared_experts": config.intermediate // width,
+        "moe_layer_start_index": config.moe_layers[0],
+        "moe_layer_end_index": config.moe_layers[-1],
+        "moe_layer_interval": 1,
+        "moe_gate_act": "softmax",
+    }
