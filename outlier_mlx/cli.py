@@ -182,7 +182,7 @@ def generate(
     ] = 0.0,
     xtc_threshold: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="Threshold of XTC sampling.")
-    ] = 0.0,
+    ] = 0.1,
     min_tokens_to_keep: Annotated[int, typer.Option(min=1, help="Tokens that min-p keeps.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     system_prompt: Annotated[

@@ -18,7 +18,9 @@ GROUP_SIZES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate; the names, meanings and defaults are those of `mlx_lm.generate`.
+    """How to generate: names and meanings are those of `mlx_lm.generate`.
+
+    So are the defaults, but for `max_tokens`.
 
     Raises:
         OutlierError: the KV cache cannot be quantized like that.
@@ -30,7 +32,7 @@ class Options:
     min_p: float = 0.0
     top_k: int = 0
     xtc_probability: float = 0.0
-    xtc_threshold: float = 0.0
+    xtc_threshold: float = 0.1
     min_tokens_to_keep: int = 1
     seed: int | None = None
     system_prompt: str | None = None

@@ -1,0 +1,176 @@
+"""From a prompt to text: the tokens are the reference's, the options are mlx-lm's."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+import outlier_mlx
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.generate import Options, encode_prompt, stream
+from outlier_mlx.runtime.model import Model
+from tests.builders import write_overlay
+from tests.damage import edit_json
+from tests.engine import tier_of
+from tests.goldens import copy_writable
+from tests.reference import ReferenceModel, greedy
+from tests.reference_reader import read_overlay
+
+PROMPT = "The heron stands in the water"
+
+
+@pytest.fixture(scope="module")
+def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_overlay(tmp_path_factory.mktemp("generate") / "overlay").path
+
+
+@pytest.fixture(scope="module")
+def reference(overlay: Path) -> ReferenceModel:
+    return read_overlay(overlay)
+
+
+@pytest.fixture(scope="module")
+def tier(overlay: Path) -> Path:
+    return tier_of(overlay, None, overlay.parent / "tier")
+
+
+Loaded = tuple[Any, TokenizerWrapper]
+
+
+@pytest.fixture(scope="module")
+def loaded(tier: Path) -> Loaded:
+    return outlier_mlx.load(tier)
+
+
+def tokens_of(loaded: Loaded, prompt: str = PROMPT, **options: Any) -> list[int]:
+    return [r.token for r in stream(*loaded, prompt, Options(**{"max_tokens": 12} | options))]
+
+
+def expected_tokens(reference: ReferenceModel, prompt: list[int], n: int = 12) -> list[int]:
+    tokens, logits = greedy(reference, prompt, n)
+    assert np.diff(np.sort(logits, axis=-1)[:, -2:]).min() > 1e-3  # else use another prompt
+    assert not {0, 2} & set(tokens)  # these end a text
+    return tokens
+
+
+def test_load_gives_mlx_lm_s_types(loaded: Loaded):
+    model, tokenizer = loaded
+    assert isinstance(model, Model) and isinstance(tokenizer, TokenizerWrapper)
+    logits = model(mx.array([[1, 2, 3]]))
+    assert logits.shape == (1, 3, 288)
+    assert tokenizer.decode(tokenizer.encode(PROMPT)) == PROMPT
+
+
+def test_greedy_tokens_are_the_references(loaded: Loaded, reference: ReferenceModel):
+    _, tokenizer = loaded
+    chat = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+    for ignore, text in ((True, PROMPT), (False, chat)):
+        prompt = tokenizer.encode(text, add_special_tokens=False)
+        expected = expected_tokens(reference, prompt)
+        for step in (2048, 5, 1):
+            found = tokens_of(loaded, ignore_chat_template=ignore, prefill_step_size=step)
+            assert found == expected
+
+
+def test_text_is_streamed(loaded: Loaded):
+    responses = list(stream(*loaded, PROMPT, Options(max_tokens=12)))
+    pieces = [response.text for response in responses]
+    assert "".join(pieces) == loaded[1].decode([response.token for response in responses])
+    last = responses[-1]
+    assert last.generation_tokens == 12 and last.finish_reason == "length"
+    assert last.prompt_tokens == len(encode_prompt(loaded[1], PROMPT, Options()))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_kv_size": 16}], ids=str)
+def test_options_mean_what_they_mean_to_mlx_lm(loaded: Loaded, options: dict[str, Any]):
+    model, tokenizer = loaded
+    prompt = encode_prompt(tokenizer, PROMPT, Options())
+    text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=12, **options)
+    ours = "".join(r.text for r in stream(*loaded, PROMPT, Options(max_tokens=12, **options)))
+    assert ours == text
+
+
+def test_a_quantized_cache(tmp_path: Path):
+    """8 bits of KV cache change little; the group must divide the head width."""
+    built = write_overlay(tmp_path / "overlay", hidden=128, intermediate=64)
+    loaded = outlier_mlx.load(tier_of(built.path, None, tmp_path / "tier"))
+    exact = tokens_of(loaded)
+    rough = tokens_of(loaded, kv_bits=8, kv_group_size=32, quantized_kv_start=0)
+    assert rough[:4] == exact[:4]
+    with pytest.raises(OutlierError, match="--kv-group-size 64 does not divide the head width 32"):
+        tokens_of(loaded, kv_bits=8)
+
+
+def test_prompts(loaded: Loaded):
+    _, tokenizer = loaded
+    encode = partial(encode_prompt, tokenizer)
+
+    def text(**options: Any) -> str:
+        return tokenizer.decode(encode("Hi", Options(**options)))
+
+    user = "<|im_start|>user\nHi<|im_end|>\n"
+    assert text() == user + "<|im_start|>assistant\n"
+    system = "<|im_start|>system\nBe brief<|im_end|>\n"
+    assert text(system_prompt="Be brief") == system + user + "<|im_start|>assistant\n"
+    assert text(prefill_response="Well,") == user + "<|im_start|>assistant\nWell,"
+    assert text(ignore_chat_template=True) == "Hi"
+    with pytest.raises(OutlierError, match="--system-prompt needs a chat template"):
+        encode("Hi", Options(system_prompt="Be brief", ignore_chat_template=True))
+    with pytest.raises(OutlierError, match="empty"):
+        encode("", Options(ignore_chat_template=True))
+
+
+def test_seeds(loaded: Loaded):
+    first, again, other = (tokens_of(loaded, temp=1.0, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert tokens_of(loaded, temp=1.0, seed=1, top_k=1) == tokens_of(loaded)
+    assert tokens_of(loaded, temp=1.0, seed=1, min_p=1.0) == tokens_of(loaded)
+
+
+def test_generation_config_ends_a_text(tier: Path, tmp_path: Path, loaded: Loaded):
+    """Its eos_token_id, several perhaps, holds; config.json's own is what there is else."""
+    tokens = tokens_of(loaded)
+    place = next(n for n in range(3, 12) if tokens[n] not in tokens[:n])
+    copy = copy_writable(tier, tmp_path / "tier")
+    edit_json(copy / "generation_config.json", eos_token_id=[287, tokens[place]])
+    responses = list(stream(*outlier_mlx.load(copy), PROMPT, Options(max_tokens=12)))
+    assert [r.token for r in responses] == tokens[: place + 1]
+    assert responses[-1].finish_reason == "stop"
+    (copy / "generation_config.json").unlink()
+    edit_json(copy / "config.json", eos_token_id=tokens[3])
+    assert tokens_of(outlier_mlx.load(copy)) == tokens[: tokens.index(tokens[3]) + 1]
+
+
+def test_loading_twice_shares_nothing(tier: Path, loaded: Loaded):
+    model, tokenizer = outlier_mlx.load(tier)
+    layer = model.layers[1].mlp
+    layer.alpha = layer.alpha * 0
+    assert tokens_of((model, tokenizer)) != tokens_of(loaded)
+
+
+def test_options_have_mlx_lms_defaults():
+    from mlx_lm.generate import setup_arg_parser
+
+    theirs = vars(setup_arg_parser().parse_args([]))
+    ours = vars(Options())
+    different = {name: theirs[name] for name, value in ours.items() if theirs[name] != value}
+    assert different == {"max_tokens": 100}
+
+
+def test_the_tokenizer_needs_no_network(tier: Path, monkeypatch: pytest.MonkeyPatch):
+    import socket
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    outlier_mlx.load(tier)
+    assert json.loads((tier / "config.json").read_text())["model_type"] == "outlier_moe"
