@@ -51,7 +51,7 @@ def rows_to_affine2(
         the dtype of `scales`; `padded_width` and `affine_group` give the sizes. The columns past
         `in_features` hold no meaning: pad x with zeros.
     """
-    padded, group = padded_width(in_features), affine_group(in_features)
+    padded = padded_width(in_features)
     # 16 bytes of 5 digits of 2 bits are 5 words of 32.
     spare = -rows.shape[-1] % 16
     rows = mx.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, spare)])
@@ -64,8 +64,49 @@ def rows_to_affine2(
     missing = padded // 16 - weight.shape[-1]
     if missing > 0:
         weight = mx.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, missing)])
-    scale = mx.repeat(scales[..., None], padded // group, axis=-1)
-    return mx.contiguous(weight), scale, -scale
+    return mx.contiguous(weight), *spread_scales(scales, in_features)
+
+
+def affine_product(
+    x: mx.array,
+    affine: tuple[mx.array, mx.array, mx.array],
+    indices: mx.array,
+    sorted_indices: bool = False,
+) -> mx.array:
+    """Multiply x by transcoded experts.
+
+    Args:
+        x: (..., 1, in) float32.
+        affine: what `rows_to_affine2` gives for rows (experts, out, row_bytes) of `in` trits.
+        indices: (...) experts, uint32.
+        sorted_indices: whether `indices` ascend.
+
+    Returns:
+        (..., 1, out) float32.
+    """
+    weight, scales, biases = affine
+    in_features = x.shape[-1]
+    spare = padded_width(in_features) - in_features
+    if spare:
+        x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)])
+    return mx.gather_qmm(
+        x,
+        weight,
+        scales,
+        biases,
+        rhs_indices=indices,
+        transpose=True,
+        group_size=affine_group(in_features),
+        bits=2,
+        sorted_indices=sorted_indices,
+    )
+
+
+def spread_scales(scales: mx.array, in_features: int) -> tuple[mx.array, mx.array]:
+    """Row scales (..., out) as affine scales and biases, (..., out, padded / group) each."""
+    groups = padded_width(in_features) // affine_group(in_features)
+    scale = mx.repeat(scales[..., None], groups, axis=-1)
+    return scale, -scale
 
 
 def _word(codes: mx.array, n: int) -> mx.array:

@@ -82,7 +82,7 @@ class Model(qwen2.Model):
         }
 
     def load_weights(self, *args: Any, **kwargs: Any) -> "Model":
-        """Load as any MLX module does, then transcode the experts once."""
+        """Load as any MLX module does, then get the experts ready."""
         super().load_weights(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, TernarySwitchLinear):

@@ -5,6 +5,7 @@ import mlx.nn as nn
 from mlx_lm.models.qwen2 import MLP
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from .ops import weighted_sum
 from .switch import TernarySwitchGLU
 
 
@@ -80,6 +81,9 @@ class OutlierMoE(nn.Module):
         """Map x (batch, tokens, hidden) to the same shape and dtype."""
         indices, weights = self.route(x)
         weights = weights * self.alpha.astype(mx.float32)[indices]
-        experts = self.switch_mlp(x.astype(mx.float32), indices)  # (batch, tokens, k, hidden)
-        routed = (experts * weights[..., None]).sum(axis=-2)
-        return (self.shared_expert(x).astype(mx.float32) + routed).astype(x.dtype)
+        shared = self.shared_expert(x)
+        if isinstance(self.switch_mlp, TernarySwitchGLU):
+            y = self.switch_mlp.mix(x, indices, weights, shared)
+        else:
+            y = weighted_sum(shared, self.switch_mlp(x.astype(mx.float32), indices), weights)
+        return y.astype(x.dtype)

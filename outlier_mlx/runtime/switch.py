@@ -4,11 +4,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from .affine2 import affine_group, padded_width, row_bytes, rows_to_affine2
+from .affine2 import affine_product, row_bytes, rows_to_affine2
+from .ops import decoded_mix, rows_product, use_matrix_kernels, use_metal, weighted_sum
 
 # From this many (token, expert) pairs on, pairs are sorted by expert, so that MLX's matrix kernels
 # read each expert once. The figure is mlx-lm's.
 SORT_FROM_PAIRS = 64
+FOUR_SILENT_BYTES = 0x80808080  # twenty zero trits
 
 
 class AffineCopy:
@@ -48,11 +50,19 @@ class TernarySwitchLinear(nn.Module):
         pass
 
     def prepare(self) -> None:
-        """Make and keep the affine copy, once the weights are in place."""
+        """Get ready to multiply, once the weights are in place.
+
+        Rows without a trit get the scale 0: their products are then exactly 0 however digits are
+        summed. Where there is no GPU, the affine copy is made and kept.
+        """
+        silent = mx.all(self.weight.view(mx.uint32) == FOUR_SILENT_BYTES, axis=-1)
+        self.scales = mx.where(silent, 0.0, self.scales)
         # Evaluated here: a lazy array can only be evaluated in the thread that made it.
-        copy = AffineCopy(self.weight, self.scales, self.input_dims)
-        mx.eval(copy.arrays)
-        self.prepared = copy
+        mx.eval(self.scales)
+        if not use_metal():
+            copy = AffineCopy(self.weight, self.scales, self.input_dims)
+            mx.eval(copy.arrays)
+            self.prepared = copy
 
     def affine(self) -> tuple[mx.array, mx.array, mx.array]:
         """Weight, scales and biases for `mx.gather_qmm`, from the copy if it is up to date.
@@ -68,22 +78,11 @@ class TernarySwitchLinear(nn.Module):
         return copy.arrays
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Multiply x (..., 1, in) by the experts named in `indices` (...): (..., 1, out)."""
-        weight, scales, biases = self.affine()
-        spare = padded_width(self.input_dims) - self.input_dims
-        if spare:
-            x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)])
-        return mx.gather_qmm(
-            x,
-            weight,
-            scales,
-            biases,
-            rhs_indices=indices,
-            transpose=True,
-            group_size=affine_group(self.input_dims),
-            bits=2,
-            sorted_indices=sorted_indices,
-        )
+        """Multiply x (..., 1, in) by the experts in `indices` (...): (..., 1, out) float32."""
+        if use_metal():
+            packed = self.weight, self.scales
+            return rows_product(x, indices, *packed, sorted_indices, self.training)
+        return affine_product(x.astype(mx.float32), self.affine(), indices, sorted_indices)
 
 
 def _evaluated(arrays: tuple[mx.array, ...]) -> bool:
@@ -104,7 +103,7 @@ class TernarySwitchGLU(nn.Module):
         self.down_proj = TernarySwitchLinear(hidden_dims, input_dims, num_experts)
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Apply the experts `indices` (..., k) to x (..., hidden): (..., k, hidden)."""
+        """Apply the experts `indices` (..., k) to x (..., hidden): (..., k, hidden) float32."""
         indices = mx.stop_gradient(indices)
         x = mx.expand_dims(x, (-2, -3))  # (..., 1, 1, hidden)
         inverse = None
@@ -116,6 +115,26 @@ class TernarySwitchGLU(nn.Module):
         up = self.up_proj(x, indices, in_order)
         y = self.down_proj(swiglu(gate, up), indices, in_order).squeeze(-2)
         return y if inverse is None else mx.unflatten(y[inverse], 0, shape)
+
+    def mix(self, x: mx.array, indices: mx.array, weights: mx.array, shared: mx.array) -> mx.array:
+        """Add the weighted experts of each token to `shared`.
+
+        Args:
+            x: (..., hidden), what the experts see.
+            indices: (..., k) experts, uint32.
+            weights: (..., k) float32, theirs.
+            shared: (..., hidden), what they are added to.
+
+        Returns:
+            (..., hidden) of the dtype of `shared`: summed in float32, rounded once.
+        """
+        indices = mx.stop_gradient(indices)
+        experts = self.gate_proj.weight.shape[0]
+        if self.training or not use_metal() or use_matrix_kernels(indices.size, experts):
+            return weighted_sum(shared, self(x.astype(mx.float32), indices), weights)
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        packed = [(layer.weight, layer.scales) for layer in layers]
+        return decoded_mix(x, weights, shared, indices, *packed)
 
 
 def sort_by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -9,8 +9,10 @@ import ast
 from pathlib import Path
 
 import outlier_mlx.runtime
+from outlier_mlx.runtime.kernel_text import kernel_text
 
-MODULE_ORDER = ("affine2", "switch", "moe", "model")
+MODULE_ORDER = ("affine2", "kernels", "ops", "switch", "moe", "model")
+KERNELS = ("tq1_0", "tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv", "tq1_0_to_affine2")
 
 _HEADER = '''"""Model code of an Outlier tier, written by outlier-mlx.
 
@@ -25,7 +27,7 @@ def bundle() -> str:
     folder = Path(outlier_mlx.runtime.__file__).parent
     plain: set[str] = set()
     froms: dict[str, set[str]] = {}
-    bodies = []
+    bodies = [_kernels()]
     for name in MODULE_ORDER:
         source = (folder / f"{name}.py").read_text(encoding="utf-8")
         bodies.append(_without_imports(source, plain, froms))
@@ -35,6 +37,25 @@ def bundle() -> str:
     others = [line for line in lines if line.split()[1].startswith("mlx")]
     blocks = ["\n".join(sorted(block, key=_import_order)) for block in (standard, others)]
     return _HEADER + "\n" + "\n\n".join(blocks) + "\n\n" + "\n\n\n".join(bodies) + "\n"
+
+
+def _kernels() -> str:
+    """What stands in for `runtime/kernel_text.py`: the same function, with the text built in."""
+    lines = ["KERNEL_TEXT = {"]
+    for name in KERNELS:
+        text = kernel_text(name)
+        if '"""' in text or "\\" in text:
+            raise ValueError(f"kernels/{name}.metal cannot stand in a Python string")
+        lines.append(f'    "{name}": """\n{text}""",')
+    lines += [
+        "}",
+        "",
+        "",
+        "def kernel_text(name: str) -> str:",
+        '    """The text of a kernel."""',
+        "    return KERNEL_TEXT[name]",
+    ]
+    return "\n".join(lines)
 
 
 def _import_order(line: str) -> tuple[bool, str]:

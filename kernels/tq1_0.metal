@@ -1,0 +1,199 @@
+// Dot products of x with rows of trits, a few rows to a simdgroup: what the tq1_0 kernels share.
+//
+// A row byte is a fraction of 256 whose five base-3 digits are the trits plus 1, the most
+// significant first: three times the byte carries the next digit out of its 8 bits. Byte i holds
+// weights 5 i to 5 i + 4, so a 32-bit word holds twenty. Of a row's words, lane l of a simdgroup
+// takes l, l + 32, l + 64 and so on, or pairs of them with 64-bit loads.
+//
+// Nothing here may end in memory: arrays are indexed by unrolled loops only.
+
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+// How digits leave their byte.
+enum Decode : int {
+  // As exponents. With a byte at bits 2 to 9 of a 16-bit lane, three times the lane carries digit d
+  // into bits 10 and 11, the lowest of a half's exponent: these bits alone are the half d * 2^-14.
+  // The sum of x, which the digits' offset of 1 adds, is taken off where a word's sum starts.
+  EXPONENT = 0,
+  // The same, with the offset subtracted from each digit. Every product is exact.
+  EXACT = 1,
+  // With g_n = floor(3^n byte / 256) in floats, d_n = g_(n+1) - 3 g_n: sums of d x are sums of
+  // g c, where c depends on x alone.
+  TELESCOPED = 2,
+  // Not at all: the same loads, and a result without meaning.
+  FLOOR = 3
+};
+
+constant constexpr float DIGIT = 6.103515625e-05f;  // 2^-14, a digit of 1 as an exponent
+
+// x stays a half in registers where it is one: an operand of a float fma may be.
+template <typename T>
+struct Register {
+  typedef float type;
+};
+template <>
+struct Register<half> {
+  typedef half type;
+};
+
+// The part of x that meets one word, from element `at` on, VECTOR (1 or 4) to a load. Where x, of
+// `size` elements, may end within the word, WHOLE is false, and what lies beyond is zero.
+template <typename X, int VECTOR, bool WHOLE>
+struct Loader {
+  template <typename P>
+  static METAL_FUNC void load(thread X* c, P x, uint at, uint size) {
+    const P here = x + at;
+    UNROLL for (uint i = 0; i < 20; i++) {
+      const bool inside = WHOLE || at + i < size;
+      c[i] = inside ? X(*(inside ? here + i : x)) : X(0);
+    }
+  }
+};
+template <typename X, bool WHOLE>
+struct Loader<X, 4, WHOLE> {
+  template <typename T>
+  static METAL_FUNC void load(thread X* c, const device T* x, uint at, uint size) {
+    const device T* here = x + at;
+    UNROLL for (uint i = 0; i < 20; i += 4) {
+      const bool inside = WHOLE || at + i < size;
+      const vec<T, 4> v = *(const device vec<T, 4>*)(inside ? here + i : x);
+      UNROLL for (uint j = 0; j < 4; j++) c[i + j] = inside ? X(v[j]) : X(0);
+    }
+  }
+};
+
+// Digits n of bytes 0 and 2 (x) or 1 and 3 (y) of a word, as halves; the lanes move on to n + 1.
+METAL_FUNC half2 next_digits(thread uint& lanes) {
+  const uint carried = lanes + (lanes << 1);
+  lanes = carried & 0x03FF03FF;
+  return as_type<half2>(carried & 0x0C000C00);
+}
+
+// What a word of x becomes before it meets the rows, and the product of the two.
+template <int DECODE, typename X>
+struct Word {
+  X x[20];
+  float start;
+
+  METAL_FUNC void prepare() {
+    start = 0.0f;
+    if (DECODE == EXPONENT) {
+      start = float(x[0]);
+      UNROLL for (int i = 1; i < 20; i++) start += float(x[i]);
+      start *= -DIGIT;
+    }
+  }
+  // The word's sum of trits times x, times `unit`.
+  METAL_FUNC float dot(uint word) const {
+    const half2 offset = half2(DECODE == EXACT ? half(DIGIT) : half(0));
+    uint even = (word << 2) & 0x03FC03FC;
+    uint odd = (word >> 6) & 0x03FC03FC;
+    float sum = start;
+    UNROLL for (int n = 0; n < 5; n++) {
+      const half2 a = next_digits(even) - offset;
+      const half2 b = next_digits(odd) - offset;
+      sum = fma(float(x[n]), float(a.x), sum);
+      sum = fma(float(x[5 + n]), float(b.x), sum);
+      sum = fma(float(x[10 + n]), float(a.y), sum);
+      sum = fma(float(x[15 + n]), float(b.y), sum);
+    }
+    return sum;
+  }
+};
+template <typename X>
+struct Word<TELESCOPED, X> {
+  X x[20];
+  float c[20];
+  float start;
+
+  METAL_FUNC void prepare() {
+    start = 0.0f;
+    UNROLL for (int i = 0; i < 20; i++) {
+      start -= float(x[i]);
+      c[i] = i % 5 == 4 ? float(x[i]) : fma(-3.0f, float(x[i + 1]), float(x[i]));
+    }
+  }
+  METAL_FUNC float dot(uint word) const {
+    float sum = start;
+    UNROLL for (int i = 0; i < 4; i++) {
+      float power = 0.01171875f;  // 3 / 256
+      const float byte = float((word >> (8 * i)) & 255);
+      UNROLL for (int n = 0; n < 5; n++) {
+        sum = fma(floor(byte * power), c[5 * i + n], sum);
+        power *= 3.0f;
+      }
+    }
+    return sum;
+  }
+};
+template <typename X>
+struct Word<FLOOR, X> {
+  X x[20];
+  float start;
+
+  METAL_FUNC void prepare() {
+    start = 0.0f;
+    UNROLL for (int i = 0; i < 20; i++) start += float(x[i]);
+  }
+  METAL_FUNC float dot(uint word) const { return as_type<float>(word ^ as_type<uint>(start)); }
+};
+
+// The lanes' shares of products of x (K elements) with ROWS rows, which lie one after the other.
+template <int DECODE, int ROWS, int WORDS, int K, typename T>
+struct Rows {
+  typedef typename Register<T>::type X;
+  enum : uint {
+    PITCH = (K + 19) / 20 * 4,          // bytes of a row
+    STRIDE = 32 * WORDS,                // words that a simdgroup reads of a row in one step
+    WHOLE_STEPS = K / (20 * STRIDE),    // steps in which no lane reaches the end of x
+    LAST = PITCH / 4 - WORDS
+  };
+  static_assert(PITCH % (4 * WORDS) == 0, "a load crosses the end of a row");
+
+  static METAL_FUNC void read(thread uint* words, const device uint8_t* row) {
+    if (WORDS == 2) {
+      const uint2 pair = *(const device uint2*)row;
+      words[0] = pair.x;
+      words[1] = pair.y;
+    } else {
+      words[0] = *(const device uint*)row;
+    }
+  }
+
+  // Adds one step to the sums: ROWS of `a`, then with MATRICES == 2 as many of `b`.
+  template <int MATRICES, bool WHOLE, typename P>
+  static METAL_FUNC void step(
+      thread float* sums, const device uint8_t* a, const device uint8_t* b, P x, uint word) {
+    uint words[MATRICES * ROWS * WORDS];
+    const uint at = 4 * (WHOLE ? word : min(word, uint(LAST)));
+    // All loads come before the first use of one.
+    UNROLL for (int r = 0; r < ROWS; r++) read(words + r * WORDS, a + at + r * PITCH);
+    if (MATRICES == 2) {
+      UNROLL for (int r = 0; r < ROWS; r++) read(words + (ROWS + r) * WORDS, b + at + r * PITCH);
+    }
+    Word<DECODE, X> shared[WORDS];
+    UNROLL for (int i = 0; i < WORDS; i++) {
+      Loader<X, K % 4 == 0 ? 4 : 1, WHOLE>::load(shared[i].x, x, (word + i) * 20, K);
+      shared[i].prepare();
+    }
+    UNROLL for (int r = 0; r < MATRICES * ROWS; r++) {
+      UNROLL for (int i = 0; i < WORDS; i++) sums[r] += shared[i].dot(words[r * WORDS + i]);
+    }
+  }
+
+  template <int MATRICES, typename P>
+  static METAL_FUNC void add(
+      thread float* sums, const device uint8_t* a, const device uint8_t* b, P x, uint lane) {
+    uint word = lane * WORDS;
+    for (uint s = 0; s < WHOLE_STEPS; s++) {
+      step<MATRICES, true>(sums, a, b, x, word);
+      word += STRIDE;
+    }
+    if (K % (20 * STRIDE) != 0) step<MATRICES, false>(sums, a, b, x, word);
+  }
+
+  // What the sums have to be multiplied by.
+  static METAL_FUNC float unit() {
+    return DECODE == EXPONENT || DECODE == EXACT ? 1.0f / DIGIT : 1.0f;
+  }
+};
