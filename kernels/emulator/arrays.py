@@ -88,4 +88,4 @@ def filled(shape: Sequence[int], dtype: mx.Dtype, value: Any) -> np.ndarray:
     size = int(np.prod(tuple(shape), dtype=np.int64)) * dtype.size
     if value is None:
         return np.full(size, 0xFF, np.uint8)
-    return memory(mx.contiguous(mx.full(tuple(shape), value, dtype)))[0]
+    return memory(mx.contiguous(mx.full(tuple(shape), value).astype(dtype)))[0]

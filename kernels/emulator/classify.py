@@ -175,9 +175,8 @@ class _Rules:
     def _lshr(self, i: ir.Instruction) -> list[str]:
         amount, wide = self._amount(i), ir.bits(i.type) > 32
         users = self.users(i)
-        halves = (32,) if wide else (16,)
-        if amount in halves and users and all(u.opcode == "trunc" for u in users):
-            return []  # the upper half of a register has a name of its own
+        if amount and users and all(_takes_part(u, amount) for u in users):
+            return []  # each half of a register has a name of its own
         return ["shift, 64 bits" if wide else "shift"]
 
     _ashr = _lshr
@@ -189,6 +188,9 @@ class _Rules:
     def _bitwise(self, i: ir.Instruction) -> list[str]:
         n = 2 if ir.bits(i.type) > 32 else 1
         mask = re.search(r", (\d+)$", i.text)
+        amounts = all(u.opcode in ("shl", "lshr", "ashr") for u in self.users(i))
+        if i.opcode == "and" and mask and int(mask[1]) == ir.bits(i.type) - 1 and amounts:
+            return []  # a shift takes its amount modulo the width
         if i.opcode == "and" and mask and _is_low_mask(int(mask[1])) and i.operands:
             source = self.made(i.operands[0])
             if source and source.opcode == "lshr" and len(self.users(source)) == 1:
@@ -256,7 +258,7 @@ class _Rules:
             )
             if kind == "thread":
                 continue  # positions are in registers
-            if kind == "buffer" and number == "2" or kind == "table":
+            if (kind == "buffer" and number == "2") or kind == "table":
                 found.append("constant load")
             else:
                 where = {"buffer": "device", "array": "threadgroup", "private": "private"}
@@ -321,6 +323,12 @@ class _Rules:
         stem = re.sub(r"\.(?:v\d+)?(?:f\d+|bf16|i\d+)(?:\..*)?$", "", name)
         kind = _FUNCTIONS.get(stem, "other function" if not name.startswith("llvm.") else "unknown")
         return [kind, *(self._bfloat_result(i) if kind == "float arithmetic" else [])]
+
+
+def _takes_part(user: ir.Instruction, amount: int) -> bool:
+    """Whether a user of a value shifted right takes only a 16-bit or 32-bit part of it."""
+    width = re.search(r" to i(\d+)$", user.text) if user.opcode == "trunc" else None
+    return width is not None and int(width[1]) in (16, 32) and amount % int(width[1]) == 0
 
 
 def _is_low_mask(mask: int) -> bool:

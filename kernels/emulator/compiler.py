@@ -40,7 +40,9 @@ OPTIMIZATION = [
     "-O2", "-ffp-contract=on", "-fno-vectorize", "-fno-slp-vectorize", "-fno-math-errno",
     "-fno-builtin-memset", "-fno-builtin-memcpy", "-fno-unwind-tables",
     "-fno-asynchronous-unwind-tables", "-fno-exceptions", "-gline-tables-only",
-    "-mllvm", "-inline-threshold=1000000", "-mllvm", "-indvars-widen-indvars=false", "-mllvm", "-unroll-threshold=2700",
+    "-mllvm", "-inline-threshold=1000000",  # everything: a GPU has no calls
+    "-mllvm", "-indvars-widen-indvars=false",  # a 32-bit loop counter stays one
+    "-mllvm", "-unroll-threshold=2700",  # as LLVM's GPU targets do for private arrays
 ]  # fmt: skip
 
 

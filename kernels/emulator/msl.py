@@ -72,7 +72,8 @@ def _check_address_spaces(text: str) -> None:
     declared |= set(re.findall(r"\b(?:typename|class|struct|using)\s+(\w+)", code))
     declared |= {f"{t}{n}" for t in _SCALARS.split()[:12] for n in (2, 3, 4)}
     names = "|".join(sorted(declared, key=len, reverse=True))
-    pattern = rf"\b({names})\b(?:\s*<[^<>;()]*>)?\s*(?:const\s*)?([*&])(?![&=])\s*(?:const\s+)?(?=[\w,)>(])"
+    pattern = rf"\b({names})\b(?:\s*<[^<>;()]*>)?\s*(?:const\s*)?"
+    pattern += r"([*&])(?![&=])\s*(?:const\s+)?(?=[\w,)>(])"
     for found in re.finditer(pattern, code):
         before = re.findall(r"\w+|[^\w\s]", code[max(0, found.start() - 200) : found.start()])
         words = set()

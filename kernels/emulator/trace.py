@@ -26,10 +26,8 @@ class Origins:
     def of(self, operand: str) -> Origin | None:
         """The origin of a pointer operand; None when it may be one of several, or unknown."""
         operand = operand.strip().rstrip(",")
-        inner = re.match(
-            r"(?:getelementptr|addrspacecast|bitcast)\b.*?ptr(?: addrspace\(\d+\))? ([@%][\w.$\"]+)",
-            operand,
-        )
+        cast = r"(?:getelementptr|addrspacecast|bitcast)\b.*?"
+        inner = re.match(cast + r"ptr(?: addrspace\(\d+\))? ([@%][\w.$\"]+)", operand)
         if inner:
             operand = inner[1]
         if operand.startswith("@"):
