@@ -1,5 +1,6 @@
 """Folders: outputs that appear whole or not at all, and inputs that nothing leads out of."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -15,22 +16,27 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its name when the block ends well.
 
     Whatever ends the block early (an error, a full disk, Ctrl-C) removes the sibling, and folders
-    above it that were made for it.
+    above it that were made for it. What a run that was killed left behind is cleared first.
 
     Args:
         target: the folder to make.
         force: replace `target` if it is a tier.
 
     Raises:
-        OutputExistsError: `target` exists and `force` is not set, or it is no tier.
+        OutputExistsError: `target` exists and `force` is not set, or it is no tier, or another
+            run is writing it.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
-    check_free(target, force=force)
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            sibling = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+            with _locked(target.parent, wait=True):
+                clear_stale(target)
+                check_free(target, force=force)
+                sibling = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+                owned = os.open(sibling, os.O_RDONLY)
+                _lock(owned, wait=False)
         except OSError as error:
             raise OutlierError(f"cannot write beside {target}: {error.strerror}") from None
         replaced = sibling.with_name(f"{sibling.name}.replaced")
@@ -43,11 +49,64 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
             _remove(sibling)
             if target.exists():
                 _remove(replaced)
+            os.close(owned)
     except BaseException:
         for parent in missing:
             with suppress(OSError):  # not made, or in use by someone else
                 parent.rmdir()
         raise
+
+
+def clear_stale(target: Path) -> None:
+    """Clear away what killed runs left beside `target`, and put back what one had moved aside.
+
+    A run holds a lock on its temporary folder for as long as it lives.
+
+    Raises:
+        OutputExistsError: a run that writes `target` is alive.
+    """
+    names = [p for p in target.parent.iterdir() if p.name.startswith(_prefix(target))]
+    for replaced in [p for p in names if p.suffix == ".replaced"]:
+        if not target.exists() and not _is_alive(replaced.with_suffix("")):
+            replaced.rename(target)
+    for folder in names:
+        owner = folder.with_suffix("") if folder.suffix == ".replaced" else folder
+        if _is_alive(owner):
+            raise OutputExistsError(f"{target}: another run is writing it")
+        _remove(folder)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.part-"
+
+
+def _is_alive(folder: Path) -> bool:
+    """Whether a run holds the lock on its temporary folder."""
+    try:
+        with _locked(folder, wait=False) as free:
+            return not free
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock on a folder; yields whether it could be had."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(handle, wait=wait)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: nobody else can be seen, nor held up
+        return True
+    return True
 
 
 def check_free(target: Path, *, force: bool) -> None:
@@ -64,6 +123,22 @@ def check_free(target: Path, *, force: bool) -> None:
         raise OutputExistsError(f"{target}: exists; --force replaces it")
     if any(target.iterdir()) and not (target / "tier.json").exists():
         raise OutputExistsError(f"{target}: exists and is not a tier; --force replaces only tiers")
+
+
+def check_space(target: Path, nbytes: int, what: str) -> None:
+    """Check that `nbytes` fit on the disk that `target` will be on.
+
+    Raises:
+        OutlierError: they do not; `what` is how the message calls what will be written.
+    """
+    place = target.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise OutlierError(
+            f"{target}: {what} takes {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        )
 
 
 def _swap(sibling: Path, target: Path, replaced: Path) -> None:

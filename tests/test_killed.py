@@ -1,0 +1,124 @@
+"""Runs that are killed, and runs at the same time: nothing is lost and nothing stays behind."""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import outlier_mlx
+from outlier_mlx.errors import OutputExistsError
+from outlier_mlx.storage.folders import whole_folder
+from outlier_mlx.tiers.verify import verify_tier
+from tests.builders import write_overlay
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_and_die(target: Path, moment: str) -> None:
+    """In a process of its own: die by SIGKILL within `whole_folder`."""
+    rename = Path.rename
+
+    def dying(self: Path, other: Path) -> Path:
+        if moment == "between the renames" and self.name.startswith(".") and other == target:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, other)
+
+    Path.rename = dying  # type: ignore[method-assign, assignment]
+    with whole_folder(target, force=True) as folder:
+        (folder / "tier.json").write_text("new")
+        if moment == "while writing":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("moment", ["while writing", "between the renames"])
+def test_what_a_killed_run_leaves_is_cleared_by_the_next(tmp_path: Path, moment: str) -> None:
+    target = tmp_path / "tier"
+    target.mkdir()
+    (target / "tier.json").write_text("old")
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=write_and_die, args=(target, moment))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert names(tmp_path) != ["tier"]
+    with pytest.raises(OutputExistsError, match="--force"), whole_folder(target):
+        pass
+    assert names(tmp_path) == ["tier"]
+    assert (target / "tier.json").read_text() == "old"
+
+
+def test_two_runs_into_one_place(tmp_path: Path) -> None:
+    target = tmp_path / "tier"
+    with whole_folder(target) as folder:
+        (folder / "tier.json").write_text("first")
+        with (
+            pytest.raises(OutputExistsError, match="another run is writing it"),
+            whole_folder(target),
+        ):
+            pass
+    assert (target / "tier.json").read_text() == "first"
+    assert names(tmp_path) == ["tier"]
+
+
+def test_a_neighbour_with_a_like_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".tier.partly").mkdir()
+    (tmp_path / ".tier2.part-x").mkdir()
+    with whole_folder(tmp_path / "tier") as folder:
+        (folder / "tier.json").write_text("")
+    assert names(tmp_path) == [".tier.partly", ".tier2.part-x", "tier"]
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
+    """SIGKILL leaves nothing, a whole tier, or a temporary folder that the next run clears."""
+    chance = random.Random(0)
+    sizes = {"hidden": 256, "intermediate": 768, "expert_intermediate": 768, "layers": 8}
+    overlay = write_overlay(tmp_path / "overlay", moe_layers=tuple(range(8)), **sizes)
+    before = _digest(overlay.path)
+    out = tmp_path / "out"
+    out.mkdir()
+    code = "import sys, outlier_mlx; outlier_mlx.convert(sys.argv[1], out=sys.argv[2], force=True)"
+    command = [sys.executable, "-c", code, str(overlay.path), str(out / "tier")]
+    began = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    length = time.monotonic() - began
+    halves = 0
+    for _ in range(50):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.5, 1.0) * length)
+        process.kill()
+        process.wait()
+        left = names(out)
+        assert all(name == "tier" or name.startswith(".tier.part-") for name in left), left
+        halves += any(name != "tier" for name in left)
+        if "tier" in left:
+            verify_tier(out / "tier")
+    assert halves, "no kill came while the tier was written"
+    subprocess.run(command, check=True, capture_output=True)
+    assert names(out) == ["tier"]
+    verify_tier(out / "tier")
+    assert _digest(overlay.path) == before
+
+
+def _digest(folder: Path) -> str:
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        total.update(path.name.encode() + (path.read_bytes() if path.is_file() else b""))
+    return total.hexdigest()
+
+
+def test_a_conversion_at_the_same_time_is_refused_at_once(tmp_path: Path) -> None:
+    overlay = write_overlay(tmp_path / "overlay")
+    with whole_folder(tmp_path / "tier") as folder:
+        with pytest.raises(OutputExistsError, match="another run"):
+            outlier_mlx.convert(overlay.path, out=tmp_path / "tier")
+        (folder / "tier.json").write_text("")
