@@ -68,6 +68,7 @@ BaseBits = Literal["4", "8", "none", "16", "32"]
 GroupSize = Literal["32", "64", "128"]
 Experts = Literal["tq1_0", "affine2"]
 DType = Literal["bfloat16", "float16", "float32"]
+ExportFormat = Literal["overlay", "packed", "gguf"]
 
 app = typer.Typer(
     name="outlier-mlx",
@@ -264,6 +265,28 @@ def verify(
     with progress_bar("verifying", quiet=quiet) as progress:
         found = verify_tier(tier, progress)
     print(f"{tier}: whole: {found.files} files, {found.tensors} tensors, {size(found.nbytes)}")
+
+
+@app.command(epilog="Example: `outlier-mlx export ./tier --format packed --out ./packed`")
+def export(
+    tier: Annotated[str, typer.Argument(help="Folder or hub repository of a tier.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    format: Annotated[
+        ExportFormat, typer.Option(help="V3.2 overlay, packed directory, or GGUF tensors.")
+    ] = "overlay",
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a tier's experts, routers and alphas for other tools, exactly as they are."""
+    from outlier_mlx.exports import export_tier
+    from outlier_mlx.terminal import progress_bar, size
+
+    with progress_bar("exporting", quiet=quiet) as progress:
+        written = export_tier(tier, out, format, revision=revision, progress=progress)
+    if not quiet:
+        base = f"without the base ({written.base})" if written.base else "with the base"
+        _say(f"{written.path}: {written.format}, {size(written.nbytes)}, {base}")
 
 
 @app.command(epilog="Example: `outlier-mlx demo --out ./demo-tier`")

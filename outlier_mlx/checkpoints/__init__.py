@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from outlier_mlx.checkpoints import expert_files, packed, single, toy
+from outlier_mlx.checkpoints import expert_files, gguf, packed, single, toy
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.checkpoints.unsupported import refuse_unsupported
@@ -22,6 +22,7 @@ _FORMS: tuple[tuple[str, Opener], ...] = (
     (toy.SIGN, toy.open_toy),
     (expert_files.SIGN, expert_files.open_expert_files),
     (packed.SIGN, packed.open_packed),
+    (gguf.SIGN, gguf.open_gguf),
     (single.SIGN, single.open_single),
 )
 _ALPHA_OVERLAY = "alpha_overlay.pt"

@@ -11,6 +11,9 @@ from outlier_mlx.errors import CheckpointError, OutlierError
 CHECKPOINT_FILES = (
     "*.json",
     "*.safetensors",
+    "alpha_overlay.pt",
+    "packed_experts/*.bin",
+    "*.gguf",
     "*.txt",
     "*.jinja",
     "tokenizer.model",

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import outlier_mlx
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import join, open_base
 from outlier_mlx.errors import CheckpointWarning, OutlierError
-from outlier_mlx.storage.folders import check_free, whole_folder
+from outlier_mlx.storage.folders import check_free, check_space, whole_folder
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.writer import ShardedWriter, WrittenFile
 from outlier_mlx.tiers.assets import copy_assets
@@ -91,7 +90,7 @@ def convert_tier(
     plan = planned(model, recipe, alpha)
     target = Path(out) if out is not None else _default_out(source, plan)
     check_free(target, force=force)
-    _check_space(target, plan)
+    check_space(target, plan.nbytes, "the tier")
     folders = [source.folder] + ([base_source.folder] if base_source else [])
     try:
         with whole_folder(target, force=force) as folder:
@@ -121,18 +120,6 @@ def convert_tier(
 
 def _default_out(source: Source, plan: Plan) -> Path:
     return Path(f"{source.name.rsplit('/', 1)[-1]}-{plan.recipe.name}")
-
-
-def _check_space(target: Path, plan: Plan) -> None:
-    place = target.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < plan.nbytes:
-        raise OutlierError(
-            f"{target}: the tier takes {plan.nbytes / 1e9:.2f} GB, but only"
-            f" {free / 1e9:.2f} GB are free"
-        )
 
 
 def _write_tensors(plan: Plan, folder: Path, progress: Progress | None) -> list[WrittenFile]:

@@ -1,0 +1,287 @@
+"""Overlays whose experts are ternary tensors of a GGUF file: TQ1_0 or TQ2_0 blocks of 256 weights.
+
+Names as llama.cpp has them (`blk.N.ffn_{gate,up,down}_exps.weight` for all experts of a layer,
+`blk.N.ffn_gate.E.weight` for one, `blk.N.ffn_gate_inp.weight` for the router), or as overlays do.
+Files are read through the package `gguf`, an optional dependency; config.json, alphas and the base
+are beside them as in any other form.
+"""
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from outlier_mlx.checkpoints.collect import Collected, collect
+from outlier_mlx.checkpoints.config import read_config
+from outlier_mlx.checkpoints.keys import ExpertKey, RouterKey, parse_key, parse_number
+from outlier_mlx.checkpoints.overlay import Overlay
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.ternary import TernaryError
+from outlier_mlx.ternary.ggml import (
+    BLOCK,
+    TQ1_0_BYTES,
+    TQ2_0_BYTES,
+    unpack_tq1_0_blocks,
+    unpack_tq2_0_blocks,
+)
+
+SIGN = "blk.N.ffn_*_exps.weight in *.gguf"
+
+_MERGED = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)_exps\.(.+)")
+_SPLIT = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)\.([0-9]+)\.(.+)")
+_ROUTER = re.compile(r"blk\.([0-9]+)\.ffn_gate_inp\.weight")
+_FLOATS = ("F32", "F16", "BF16")  # named as in safetensors
+_BLOCK_BYTES = {"TQ1_0": TQ1_0_BYTES, "TQ2_0": TQ2_0_BYTES}
+_SLAB = 1 << 20
+
+# The package's reader makes objects for every element of the metadata, and trusts what the file
+# says of their number; a whole tokenizer has half a million.
+_MAX_ELEMENTS = 1_000_000
+_MAX_ENTRIES = 100_000
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+@dataclass(frozen=True)
+class BlockTrits:
+    """A matrix in ternary blocks at some place in a file.
+
+    Attributes:
+        name: its tensor's name, and its number if the tensor holds several.
+        file: the file.
+        offset: of its first block.
+        shape: (out, in).
+        kind: "TQ1_0" or "TQ2_0".
+    """
+
+    name: str
+    file: Path
+    offset: int
+    shape: tuple[int, int]
+    kind: str
+
+    @property
+    def where(self) -> str:
+        """File and tensor."""
+        return f"{self.file.name}: {self.name}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.shape[0] * self.shape[1] // BLOCK * _BLOCK_BYTES[self.kind]
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as int8 (rows, in).
+
+        Raises:
+            CheckpointError: a scale is not finite, or a TQ2_0 weight has the unused code 3.
+        """
+        return self.read_blocks(start, stop)[0]
+
+    def read_blocks(self, start: int, stop: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows as int8 (rows, in) and the scales of their blocks, (rows, in / 256) float16."""
+        out, width = self.shape
+        row_bytes = width // BLOCK * _BLOCK_BYTES[self.kind]
+        packed = TensorRef(self.name, self.file, "U8", (out, row_bytes), self.offset)
+        unpack = unpack_tq1_0_blocks if self.kind == "TQ1_0" else unpack_tq2_0_blocks
+        try:
+            return unpack(packed.read(start, stop))
+        except TernaryError as error:
+            raise CheckpointError(f"{self.where}: from row {start}: {error}") from None
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """One scale a row, from the blocks of a matrix: those that hold anything must agree."""
+
+    trits: BlockTrits
+    dtype: str = "F16"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, 1)."""
+        return (self.trits.shape[0], 1)
+
+    @property
+    def where(self) -> str:
+        """File and tensor."""
+        return self.trits.where
+
+    def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Scales of rows `start` to `stop`, (rows, 1).
+
+        Raises:
+            CheckpointError: blocks of one row have different scales.
+        """
+        out, width = self.trits.shape
+        stop = out if stop is None else min(stop, out)
+        step = max(1, _SLAB // width)
+        scales = np.empty((stop - start, 1), np.float32)
+        for row in range(start, stop, step):
+            trits, d = self.trits.read_blocks(row, min(row + step, stop))
+            used = trits.reshape(*d.shape, BLOCK).any(axis=-1)
+            # Of a row of zeros any block's will do.
+            first = np.take_along_axis(d, used.argmax(axis=1, keepdims=True), axis=1)
+            differs = (used & (d != first)).any(axis=1)
+            if differs.any():
+                raise CheckpointError(
+                    f"{self.where}: row {row + int(differs.argmax())} has blocks of different"
+                    " scales; experts have one a row"
+                )
+            scales[row - start :][:step] = first
+        return scales
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What a GGUF file says of a tensor; `shape` in NumPy's order."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def open_gguf(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
+    """Open an overlay with experts in GGUF files, or return None if this is none.
+
+    Raises:
+        CheckpointError: it is one, but not a sound one, or the package `gguf` is missing.
+    """
+    collected = collect(tensors)
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if collected.trits or not files:
+        return None
+    for name in files:
+        path = inside(folder, name)
+        for tensor in _read_tensors(path):
+            _add(collected, path, tensor)
+    if not collected.trits:
+        return None
+    return collected.overlay(folder, "gguf", read_config(folder))
+
+
+def _add(collected: Collected, path: Path, tensor: _Tensor) -> None:
+    place = f"{path.name}: {tensor.name}"
+    if match := _MERGED.fullmatch(tensor.name) or _SPLIT.fullmatch(tensor.name):
+        layer, projection, leaf = parse_number(match[1]), match[2], match[match.re.groups]
+        if leaf != "weight":
+            raise CheckpointError(f"{place}: an expert's {leaf} is nothing that is read")
+        if match.re is _SPLIT:
+            _add_matrices(collected, path, tensor, layer, parse_number(match[3]), projection)
+        else:
+            _add_matrices(collected, path, tensor, layer, None, projection)
+        return
+    key = parse_key(tensor.name)
+    if match := _ROUTER.fullmatch(tensor.name):
+        key = RouterKey(parse_number(match[1]))
+    if isinstance(key, ExpertKey) and key.part == "trits":
+        _add_matrices(collected, path, tensor, key.layer, key.expert, key.projection)
+    elif tensor.kind in _FLOATS:
+        collected.add(key, TensorRef(tensor.name, path, tensor.kind, tensor.shape, tensor.offset))
+    elif key is not None:
+        raise CheckpointError(f"{place}: type {tensor.kind}, expected one of {', '.join(_FLOATS)}")
+    else:
+        collected.unused.append(tensor.name)
+
+
+def _add_matrices(
+    collected: Collected,
+    path: Path,
+    tensor: _Tensor,
+    layer: int,
+    expert: int | None,
+    projection: str,
+) -> None:
+    """Add one expert's matrix, or those of all experts where `expert` is None."""
+    place = f"{path.name}: {tensor.name}"
+    if tensor.kind not in _BLOCK_BYTES:
+        raise CheckpointError(f"{place}: type {tensor.kind}, expected TQ1_0 or TQ2_0")
+    rank = 3 if expert is None else 2
+    if len(tensor.shape) != rank or 0 in tensor.shape or tensor.shape[-1] % BLOCK:
+        raise CheckpointError(
+            f"{place}: shape {tensor.shape}, expected {rank} dimensions with rows of a multiple of"
+            f" {BLOCK}"
+        )
+    out, width = tensor.shape[-2:]
+    count = tensor.shape[0] if expert is None else 1
+    offset = tensor.offset
+    for number in range(count):
+        name = f"{tensor.name}[{number}]" if expert is None else tensor.name
+        trits = BlockTrits(name, path, offset, (out, width), tensor.kind)
+        where = (layer, number if expert is None else expert, projection)
+        collected.add_trits(where, trits)
+        collected.add_scale(where, BlockScales(trits))
+        offset += trits.nbytes
+
+
+def _read_tensors(path: Path) -> list[_Tensor]:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise CheckpointError(
+            f"{path.name}: reading GGUF takes the package gguf: pip install 'outlier-mlx[gguf]'"
+        ) from None
+    _check_metadata(path)
+    try:
+        found = GGUFReader(path, "r").tensors
+    except Exception as error:  # whatever its parsing stumbles over
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"{path.name}: not a sound GGUF file ({reason})") from None
+    size = path.stat().st_size
+    tensors = []
+    for item in found:
+        shape = tuple(reversed([int(n) for n in item.shape]))
+        if item.data_offset + item.n_bytes > size:
+            raise CheckpointError(f"{path.name}: {item.name}: the file ends within this tensor")
+        tensors.append(_Tensor(item.name, item.tensor_type.name, shape, int(item.data_offset)))
+    return tensors
+
+
+def _check_metadata(path: Path) -> None:
+    """Walk a file's metadata without keeping any of it, so that its reader cannot be led astray.
+
+    Raises:
+        CheckpointError: more entries than the bounds above or than the file has room for.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+
+        def number(form: str) -> int:
+            data = file.read(struct.calcsize(form))
+            if len(data) < struct.calcsize(form):
+                raise CheckpointError(f"{path.name}: the file ends within its metadata")
+            return struct.unpack(form, data)[0]
+
+        def skip(count: int) -> None:
+            if count > size - file.tell():
+                raise CheckpointError(f"{path.name}: the file ends within its metadata")
+            file.seek(count, 1)
+
+        if file.read(4) != b"GGUF" or number("<I") not in (2, 3):
+            raise CheckpointError(f"{path.name}: not a GGUF file of version 2 or 3")
+        tensors, entries = number("<Q"), number("<Q")
+        if max(tensors, entries) > _MAX_ENTRIES:
+            raise CheckpointError(f"{path.name}: {tensors} tensors and {entries} fields")
+        left = _MAX_ELEMENTS
+        for _ in range(entries):
+            skip(number("<Q"))
+            kind = number("<I")
+            count = 1
+            if kind == _ARRAY:
+                kind, count = number("<I"), number("<Q")
+            left -= count
+            if left < 0:
+                raise CheckpointError(f"{path.name}: more than {_MAX_ELEMENTS} values of metadata")
+            if kind == _STRING:
+                for _ in range(count):
+                    skip(number("<Q"))
+            elif kind in _SCALARS:
+                skip(count * _SCALARS[kind])
+            else:
+                raise CheckpointError(f"{path.name}: metadata of an unknown kind, {kind}")
