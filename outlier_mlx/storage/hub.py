@@ -13,7 +13,7 @@ CHECKPOINT_FILES = (
     "*.safetensors",
     "alpha_overlay.pt",
     "packed_experts/*.bin",
-    "*.gguf",
+    "*expert*.gguf",
     "*.txt",
     "*.jinja",
     "tokenizer.model",
