@@ -26,7 +26,7 @@ MINIMUM_CLANG = 19  # the oldest that the tests were run with
 # library is declared. half and bfloat round after each operation.
 LANGUAGE = [
     "-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc",
-    "-cl-single-precision-constant",
+    "-cl-single-precision-constant", "-fno-elide-type",
     "-Xclang",
     "-cl-ext=-__opencl_c_program_scope_global_variables,-__opencl_c_pipes,"
     "-__opencl_c_device_enqueue",

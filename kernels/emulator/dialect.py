@@ -6,13 +6,17 @@ import re
 def clang_dialect(text: str) -> str:
     """Metal source that clang accepts, line by line the same.
 
-    Three things change. The qualifier `thread` of a member function goes: here a member function
+    Four things change. The qualifier `thread` of a member function goes: here a member function
     without one serves every address space. Function constants, which a host sets at launch,
-    become true. And arrays of a threadgroup become references to memory of the runtime's.
+    become true. Arrays of a threadgroup become references to memory of the runtime's. And the
+    suffix bf of a literal becomes a conversion.
     """
     text = re.sub(r"(\)\s*(?:const\s+)?)thread\b", r"\1", text)
     constant = r"^constant bool (\w+) \[\[function_constant\(\d+\)\]\];"
     text = re.sub(constant, r"constexpr constant bool \1 = true;", text, flags=re.M)
+    text = re.sub(
+        r"(?<![\w.])((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)bf\b", r"bfloat(float(\1))", text
+    )
     return _threadgroup_arrays(text)
 
 

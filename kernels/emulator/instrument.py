@@ -18,11 +18,23 @@ RENDEZVOUS = {
 _HELPERS = """
 @emu_counters = external global ptr
 @emu_alignment_mask = external global i64
+@emu_arena = external global i64
+@emu_arena_bytes = external global i64
 @emu_read_shadow = external global i64
 @emu_write_shadow = external global i64
 declare void @emu_misaligned(i64, i32) cold noreturn nounwind
+declare void @emu_far_away(i64, i32) cold noreturn nounwind
 declare half @emu_fma_half(half, half, half) nounwind memory(none)
 define internal void @emu.check(i64 %address, i64 %low, i32 %place) alwaysinline nounwind {
+  %start = load i64, ptr @emu_arena
+  %size = load i64, ptr @emu_arena_bytes
+  %offset = sub i64 %address, %start
+  %far = icmp uge i64 %offset, %size
+  br i1 %far, label %outside, label %inside, !prof !{!"branch_weights", i32 1, i32 1000000}
+outside:
+  call void @emu_far_away(i64 %address, i32 %place)
+  unreachable
+inside:
   %on = load i64, ptr @emu_alignment_mask
   %mask = and i64 %on, %low
   %rest = and i64 %address, %mask
@@ -52,7 +64,7 @@ class Instrumented:
 def _may_be_buffer(access: Access) -> bool:
     if access.origin:
         return access.origin.kind == "buffer"
-    return access.pointer.startswith("ptr addrspace")
+    return access.pointer.startswith("ptr addrspace(1)")
 
 
 class _Writer:
@@ -81,11 +93,9 @@ class _Writer:
         """Checks an access to a buffer, and marks the bytes it touches."""
         address = self.name()
         self.emit(f"ptrtoint {access.pointer} to i64", address)
-        if access.align > 1:
-            place = self.place(instruction)
-            self.emit(f"call void @emu.check(i64 {address}, i64 {access.align - 1}, i32 {place})")
-        known = access.origin or access.pointer.startswith("ptr addrspace(1)")
-        if not self.count or not access.bytes or not known:
+        place = self.place(instruction)
+        self.emit(f"call void @emu.check(i64 {address}, i64 {access.align - 1}, i32 {place})")
+        if not self.count or not access.bytes:
             return
         offset, shadow, pointer = self.name(), self.name(), self.name()
         which = "write" if access.write else "read"
@@ -161,7 +171,7 @@ def instrument(text: str, file: str, count: bool) -> Instrumented:
         if line.startswith("!llvm.dbg.cu"):
             continue
         line = re.sub(r' "(?:target-cpu|target-features|tune-cpu)"="[^"]*"', "", line)
-        if line.startswith("declare") and re.search(r"@emu_misaligned|@emu_fma_half", line):
+        if line.startswith("declare") and re.search("@emu_(misaligned|far_away|fma_half)", line):
             continue
         writer.lines.append(line)
     for function in module.functions:

@@ -97,9 +97,10 @@ def compile_kernel(
                 prepared.text, prepared.prelude, warnings, folder / "kernel.ll"
             )
         except EmulatorError as error:
-            raise LintError(f"{signature.name}: {error}") from None
+            wrong = msl.complaints(str(error))
+            raise LintError(f"{signature.name}:\n{wrong or error}") from None
         if wrong := msl.complaints(written):
-            raise LintError(f"{signature.name}: {wrong}")
+            raise LintError(f"{signature.name}:\n{wrong}")
         _check_memory(signature.name, (folder / "kernel.ll").read_text(encoding="utf-8"))
 
     folder = compiler.cached("\0".join([prepared.prelude, prepared.text, *warnings]), make)

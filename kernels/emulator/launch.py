@@ -13,7 +13,8 @@ from .kernel import CompiledKernel, Facts
 Size = tuple[int, int, int]
 
 # Codes of runtime.cpp.
-_MEMORY, _MISALIGNED, _DIVERGED, _BARRIER, _ARITHMETIC, _NO_LANE, _SPINNING, _STACK = range(1, 9)
+_MEMORY, _MISALIGNED, _DIVERGED, _BARRIER, _ARITHMETIC, _NO_LANE = range(1, 7)
+_SPINNING, _STACK, _FAR_AWAY = range(7, 10)
 _AT_SIMD, _AT_BARRIER, _DONE = 1, 2, 3
 _one_at_a_time = threading.Lock()
 
@@ -177,12 +178,14 @@ def _explain(
 ) -> errors.EmulatorError:
     name = kernel.signature.name
     thread = f"thread {tuple(fault.thread)} of threadgroup {tuple(fault.threadgroup)}"
-    if fault.code in (_MEMORY, _MISALIGNED):
-        verb = ("read", "wrote", "accessed")[fault.write]
+    if fault.code in (_MEMORY, _MISALIGNED, _FAR_AWAY):
+        verb = ("read", "wrote", "accessed")[2 if fault.code == _FAR_AWAY else fault.write]
         region = next((r for r in arena.regions if fault.address in r), None)
         if region is None:
+            nearest = min(arena.regions, key=lambda r: abs(fault.address - r.base))
             return errors.OutOfBounds(
-                f"{name}: {thread} {verb} address {fault.address:#x}, far from any buffer"
+                f"{name}: {thread} {verb} memory far from any buffer, at byte "
+                f"{fault.address - nearest.base} of {nearest.name}{_line(facts, fault.place)}"
             )
         offset = fault.address - region.base
         if fault.code == _MISALIGNED:

@@ -31,20 +31,31 @@ class Prepared:
     prelude: str  # what comes before it, the same for many kernels
 
 
+_WORDS = {"__private": "thread", "__global": "device", "__local": "threadgroup",
+          "__constant": "constant"}  # fmt: skip
+
+
 def complaints(diagnostics: str) -> str:
-    """The warnings that count, out of what clang wrote.
+    """The errors and warnings that count, out of what clang wrote, in Metal's words.
 
     A literal such as 1e30 has type float in Metal. Here clang makes it a double first and then
-    warns of the conversion; nothing else is a double.
+    warns of the conversion; nothing else is a double. Notes about candidates in the emulator's
+    own headers go.
     """
-    found = re.split(r"^(?=\S+:\d+:\d+: (?:warning|note|error): )", diagnostics, flags=re.M)
+    found = re.split(r"^(?=\S+:\d+:\d+: |In file included|\d+ \w+s? )", diagnostics, flags=re.M)
     kept, keep = [], False
     for one in found:
-        if ": note: " not in one.split("\n", 1)[0]:
-            keep = ": warning: " in one and "'double' to 'float'" not in one
+        head = one.split("\n", 1)[0]
+        if ": note: " in head:
+            if keep and head.startswith(f"{FILE}:"):
+                kept.append(one)
+            continue
+        literal = "'double' to 'float'" in head
+        keep = (": error: " in head or ": warning: " in head) and not literal
         if keep:
             kept.append(one)
-    return "".join(kept)
+    text = "".join(kept).replace("__generic ", "").replace(": warning: ", ": error: ")
+    return re.sub("|".join(_WORDS), lambda word: _WORDS[word[0]], text)
 
 
 def _swizzle_macros(text: str) -> str:
@@ -106,4 +117,5 @@ def prepare(text: str, entry: str, includes: tuple[str, ...], swizzles_from: str
     prelude = _swizzle_macros(text + swizzles_from) + "#define MLX_METAL_JIT 1\n"
     prelude += "".join(f'#include "{name}"\n' for name in includes)
     body = clang_dialect(text)
-    return Prepared(f'#line 1 "{FILE}"\n{body}\n#line 1 "entry"\n{entry}', prelude)
+    poison = "#pragma clang poison double"  # Metal has no such type
+    return Prepared(f'{poison}\n#line 1 "{FILE}"\n{body}\n#line 1 "entry"\n{entry}', prelude)

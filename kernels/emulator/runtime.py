@@ -177,6 +177,8 @@ def set_globals(arena: Arena, bases: Sequence[int], check_alignment: bool) -> No
         buffers[index] = base & (2**64 - 1)
     mask = ctypes.c_uint64.in_dll(runtime, "emu_alignment_mask")
     mask.value = 2**64 - 1 if check_alignment else 0
+    ctypes.c_uint64.in_dll(runtime, "emu_arena").value = arena.address
+    ctypes.c_uint64.in_dll(runtime, "emu_arena_bytes").value = arena.size
     offset = arena.shadow - arena.address if arena.shadow else 0
     ctypes.c_int64.in_dll(runtime, "emu_read_shadow").value = offset
     ctypes.c_int64.in_dll(runtime, "emu_write_shadow").value = offset + arena.size

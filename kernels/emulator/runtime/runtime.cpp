@@ -38,7 +38,8 @@ struct Job {
   uint64_t* array_bytes;
 };
 enum Code : uint32_t {
-  ok, memory, misaligned, diverged, barrier, arithmetic, no_lane, spinning, stack, no_memory
+  ok, memory, misaligned, diverged, barrier, arithmetic, no_lane, spinning, stack,
+  far_away, no_memory
 };
 enum State : uint32_t { ready, at_simd, at_barrier, done };
 struct Fault {
@@ -70,6 +71,7 @@ static struct sigaction old_segv, old_bus, old_fpe;
 extern "C" {
 uint32_t* emu_counters;           // of the thread that runs
 uint64_t emu_alignment_mask;      // 0 while buffers are placed at their ends
+uint64_t emu_arena, emu_arena_bytes;  // where all buffers and the pages around them are
 int64_t emu_read_shadow, emu_write_shadow;
 char* emu_buffers[64];
 }
@@ -163,6 +165,11 @@ void* emu_constant_buffer(uint32_t i) { return emu_buffers[i]; }
   fault->address = address;
   fault->place = place;
   fail(misaligned);
+}
+[[noreturn]] void emu_far_away(uint64_t address, uint32_t place) {
+  fault->address = address;
+  fault->place = place;
+  fail(far_away);
 }
 
 float emu_rsqrt(float x) { return (float)(1.0 / __builtin_sqrt((double)x)); }
@@ -344,7 +351,7 @@ static void run_grid() {
 extern "C" uint32_t emu_run(Job* the_job, Fault* the_fault) {
   job = the_job;
   fault = the_fault;
-  fault->code = ok;
+  memset(fault, 0, sizeof *fault);
   current = nullptr;
   if (!stacks.reserve()) return fault->code = no_memory;
   size_t need = (size_t)job->blocks * max_threads * 4;

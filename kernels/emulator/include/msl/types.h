@@ -42,9 +42,6 @@ typedef long ptrdiff_t;
 typedef ulong uintptr_t;
 typedef long intptr_t;
 
-constexpr half operator""h(long double x) { return half(x); }
-constexpr bfloat operator""bf(long double x) { return bfloat(float(x)); }
-
 #define NAN __builtin_nanf("")
 #define INFINITY __builtin_inff()
 #define HUGE_VALF __builtin_inff()

@@ -1,0 +1,56 @@
+"""Small launches for the emulator's tests."""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from kernels.emulator import VirtualMetal
+
+
+def launch(
+    metal: VirtualMetal,
+    source: str,
+    inputs: dict[str, Any] | None = None,
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] | None = None,
+    *,
+    grid: tuple[int, int, int] = (32, 1, 1),
+    threadgroup: tuple[int, int, int] = (32, 1, 1),
+    header: str = "",
+    call: dict[str, Any] | None = None,
+    **kernel: Any,
+) -> list[mx.array]:
+    """Makes a kernel of `source` and launches it; the outputs, by default `o`: 32 floats."""
+    inputs = inputs or {}
+    outputs = outputs or {"o": ((32,), mx.float32)}
+    made = metal.metal_kernel(
+        name="tried",
+        input_names=list(inputs),
+        output_names=list(outputs),
+        source=source,
+        header=header,
+        **kernel,
+    )
+    return made(
+        inputs=list(inputs.values()),
+        output_shapes=[shape for shape, _ in outputs.values()],
+        output_dtypes=[dtype for _, dtype in outputs.values()],
+        grid=grid,
+        threadgroup=threadgroup,
+        **(call or {}),
+    )
+
+
+def numbers(array: mx.array) -> np.ndarray:
+    """An MLX array as NumPy's float64, also from bfloat16."""
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def fresh(name: str) -> ModuleType:
+    """A module imported anew, so that kernels it makes on import are made by the emulator."""
+    for known in [n for n in sys.modules if n == name or n.startswith(name + ".")]:
+        del sys.modules[known]
+    return importlib.import_module(name)
