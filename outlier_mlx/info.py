@@ -1,19 +1,20 @@
 """What a model is and how large, from its config and the headers of its files alone."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 
-from outlier_mlx.checkpoints import open_overlay
+from outlier_mlx.checkpoints import Overlay, open_overlay
 from outlier_mlx.checkpoints.config import Defaults, parse_config
+from outlier_mlx.checkpoints.expert_files import expert_of
 from outlier_mlx.checkpoints.keys import AlphaKey, BaseKey, ExpertKey, RouterKey, parse_key
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.checkpoints.single import matches
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.hub import hub_errors, resolve
-from outlier_mlx.storage.safetensors import NUMPY_DTYPES, read_json
+from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
 from outlier_mlx.tiers.summary import SummaryRow, kind_of, summarize
 
 
@@ -63,14 +64,17 @@ def inspect(path_or_repo: str | Path, revision: str | None = None) -> Info:
     if Path(path_or_repo).is_dir():
         folder = Path(path_or_repo)
         config = _read_config(folder)
-        form = open_overlay(folder).form if _is_overlay(config) else None
+        name = folder.resolve().name
+        if _is_overlay(config):
+            overlay = open_overlay(folder)
+            return _describe(name, config, overlay_sizes(overlay), overlay.form)
         tensors = {ref.name: (ref.dtype, ref.shape) for ref in read_shards(folder).values()}
-        return _describe(folder.resolve().name, config, tensors, form)
+        return _describe(name, config, tensor_sizes(name, config, tensors), None)
     source = resolve(path_or_repo, revision, files=("config.json",))
     config = _read_config(source.folder)
     tensors = _remote_tensors(source.name, source.revision)
     form = matches(tensors) if _is_overlay(config) else None
-    return _describe(source.name, config, tensors, form)
+    return _describe(source.name, config, tensor_sizes(source.name, config, tensors), form)
 
 
 def _read_config(folder: Path) -> dict:
@@ -81,10 +85,13 @@ def _read_config(folder: Path) -> dict:
 
 def _is_overlay(config: dict) -> bool:
     experts = config.get("n_experts") or config.get("outlier_num_experts")
-    return "ternary" not in config and bool(experts)
+    dense = config.get("model_type") == "outlier_moe"
+    return "ternary" not in config and bool(experts or dense)
 
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
+#: Kind of part, parameters and bytes.
+Sizes = Iterable[tuple[str, int, int]]
 
 
 def _remote_tensors(repo: str, revision: str | None) -> Tensors:
@@ -98,16 +105,18 @@ def _remote_tensors(repo: str, revision: str | None) -> Tensors:
         for name in files:
             if name.endswith(".safetensors"):
                 header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+                place = expert_of(name)
+                prefix = "model.layers.{}.mlp.experts.{}.".format(*place) if place else ""
                 for key, tensor in header.tensors.items():
-                    tensors[key] = (tensor.dtype, tuple(tensor.shape))
+                    tensors[prefix + key] = (tensor.dtype, tuple(tensor.shape))
     if not tensors:
         raise CheckpointError(f"{repo}: no *.safetensors file")
     return tensors
 
 
-def _describe(name: str, raw: dict, tensors: Tensors, form: str | None) -> Info:
+def _describe(name: str, raw: dict, sizes: Sizes, form: str | None) -> Info:
     try:
-        return _added_up(name, raw, tensors, form)
+        return _added_up(name, raw, sizes, form)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Any model may be asked about, so its config may hold anything.
         reason = f"{type(error).__name__}: {error}"
@@ -116,22 +125,14 @@ def _describe(name: str, raw: dict, tensors: Tensors, form: str | None) -> Info:
         ) from error
 
 
-def _added_up(name: str, raw: dict, tensors: Tensors, form: str | None) -> Info:
+def _added_up(name: str, raw: dict, sizes: Sizes, form: str | None) -> Info:
     tier = "ternary" in raw
     overlay = _is_overlay(raw)
     if overlay:
         config = parse_config(raw, Defaults())
-        moe_layers, experts, top_k = config.moe_layers, config.experts, config.top_k
+        experts, top_k = config.experts, config.top_k
     else:
-        moe_layers = ()
         experts, top_k = int(raw.get("num_experts") or 0), int(raw.get("num_experts_per_tok") or 0)
-    sizes = []
-    for key, (dtype, shape) in tensors.items():
-        if dtype not in NUMPY_DTYPES:
-            raise CheckpointError(f"{name}: {key}: dtype {dtype} is not one this project reads")
-        nbytes = prod(shape) * NUMPY_DTYPES[dtype].itemsize
-        kind = kind_of(tier_name(key, moe_layers)) if overlay else kind_of(key)
-        sizes.append((kind, _params(key, dtype, shape, raw, tensors), nbytes))
     rows = summarize(sizes)
     total = rows[-1]
     routed = next((row.params for row in rows if row.kind == "experts"), 0)
@@ -148,6 +149,31 @@ def _added_up(name: str, raw: dict, tensors: Tensors, form: str | None) -> Info:
         rows=rows,
         details=_details(raw, experts, top_k),
     )
+
+
+def overlay_sizes(overlay: Overlay) -> Sizes:
+    """Kind, parameters and bytes of everything that an overlay holds, whatever its form."""
+    moe_layers = overlay.config.moe_layers
+    for name, tensor in overlay.base.items():
+        yield kind_of(tier_name(name, moe_layers)), prod(tensor.shape), tensor.nbytes
+    for router in [*overlay.routers.values(), *overlay.alpha_tensors.values()]:
+        yield "router", prod(router.shape), router.nbytes
+    for expert in (expert for experts in overlay.experts.values() for expert in experts):
+        for _, matrix in expert:
+            scale = matrix.scale.nbytes if isinstance(matrix.scale, TensorRef) else 0
+            yield "experts", prod(matrix.trits.shape), matrix.trits.nbytes + scale
+
+
+def tensor_sizes(name: str, raw: dict, tensors: Tensors) -> Sizes:
+    """Kind, parameters and bytes of tensors, of whatever kind of model; `name` is for messages."""
+    overlay = _is_overlay(raw)
+    moe_layers = parse_config(raw, Defaults()).moe_layers if overlay else ()
+    for key, (dtype, shape) in tensors.items():
+        if dtype not in NUMPY_DTYPES:
+            raise CheckpointError(f"{name}: {key}: dtype {dtype} is not one this project reads")
+        nbytes = prod(shape) * NUMPY_DTYPES[dtype].itemsize
+        kind = kind_of(tier_name(key, moe_layers)) if overlay else kind_of(key)
+        yield kind, _params(key, dtype, shape, raw, tensors), nbytes
 
 
 def tier_name(key: str, moe_layers: Container[int]) -> str:

@@ -72,7 +72,7 @@ class BlockTrits:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrix."""
+        """Bytes on disk, scales included."""
         return self.shape[0] * self.shape[1] // BLOCK * _BLOCK_BYTES[self.kind]
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -44,6 +44,10 @@ class Trits(Protocol):
     def where(self) -> str:
         """File and key, for messages."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in); values are checked by who packs them."""
 

@@ -47,6 +47,11 @@ class PackedTrits:
         """File and key."""
         return f"{self.file.name}: {self.name}"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return packed_bytes(self.shape)
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
 
@@ -75,7 +80,7 @@ class PackedTrits:
 
     @property
     def _bytes(self) -> TensorRef:
-        return TensorRef(self.name, self.file, "U8", (packed_bytes(self.shape),), self.offset)
+        return TensorRef(self.name, self.file, "U8", (self.nbytes,), self.offset)
 
 
 def packed_bytes(shape: tuple[int, ...]) -> int:

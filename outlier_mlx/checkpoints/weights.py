@@ -32,6 +32,11 @@ class WideTrits:
         """File and key."""
         return self.tensor.where
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.tensor.nbytes
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
 
@@ -64,6 +69,11 @@ class UnscaledTrits:
     def where(self) -> str:
         """File and key."""
         return self.tensor.where
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.tensor.nbytes
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).

@@ -38,6 +38,11 @@ class RowTrits:
         """File and tensor."""
         return self.rows.where
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.rows.nbytes
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
 
@@ -67,6 +72,11 @@ class AffineTrits:
     def where(self) -> str:
         """File and tensor."""
         return self.codes.where
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.codes.nbytes
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
