@@ -84,7 +84,6 @@ def unpack_tq1_0(
     shape = require_shape(shape)
     size = prod(shape)
     packed = require_packed(packed, size)
-    warn_of_padding(packed, size)
     trits = require_out(out, shape, np.int8)
     if not trits.flags.c_contiguous:
         raise TernaryError("out: the array is not contiguous")
@@ -92,7 +91,6 @@ def unpack_tq1_0(
     decoder = Decoder(min(CHUNK, packed.size), _TRITS)
     for start in range(0, packed.size, CHUNK):
         part = packed[start : start + CHUNK]
-        require_numbers(part, start)
         values = flat[GROUP * start : GROUP * (start + CHUNK)]
         whole = values.size // GROUP
         decoder.write(part[:whole], values[: GROUP * whole])
@@ -108,30 +106,29 @@ def packed_bytes(trits: int) -> int:
 
 
 def require_packed(packed: np.ndarray, size: int) -> np.ndarray:
-    """`packed` itself, if it is one-dimensional uint8 of the length that `size` trits take."""
+    """`packed` itself, if it is one-dimensional uint8 that holds `size` trits.
+
+    Refuses another length, and bytes above 242, by position; warns if the digits of the last byte
+    that are beyond `size` trits are not those of trit 0.
+    """
     packed = require_array("packed", packed, np.uint8)
     if packed.shape != (packed_bytes(size),):
         raise TernaryError(
             f"packed: expected {packed_bytes(size)} bytes in one dimension for {size} trits, got"
             f" shape {packed.shape}"
         )
-    return packed
-
-
-def require_numbers(packed: np.ndarray, start: int) -> None:
-    """Refuse bytes above 242; `start` is the position of the first within its tensor."""
-    if packed.size and packed.max() >= NUMBERS:
-        first = int((packed >= NUMBERS).argmax())
-        raise TernaryError(
-            f"byte {packed[first]} at {start + first} encodes no five trits (0..{NUMBERS - 1} do)"
-        )
-
-
-def warn_of_padding(packed: np.ndarray, size: int) -> None:
-    """Warn if the digits of the last byte that are beyond `size` trits are not those of trit 0."""
+    if size and packed.max() >= NUMBERS:
+        for start in range(0, packed.size, CHUNK):
+            wrong = (packed[start : start + CHUNK] >= NUMBERS).nonzero()[0]
+            if wrong.size:
+                first = start + int(wrong[0])
+                raise TernaryError(
+                    f"byte {packed[first]} at {first} encodes no five trits (0..242 do)"
+                )
     used = size % GROUP
     if used and (DIGITS[packed[-1], used:] != ZERO).any():
         warnings.warn(
             f"the last byte, {packed[-1]}, pads {size} trits with something else than 0",
             stacklevel=3,
         )
+    return packed

@@ -173,7 +173,6 @@ def flat_to_rows(
     """
     shape = _require_matrix_shape(shape)
     packed = flat.require_packed(packed, prod(shape))
-    flat.warn_of_padding(packed, prod(shape))
     rows = require_out(out, (*shape[:-1], row_bytes(shape[-1])), np.uint8)
     encoder = _RowEncoder(rows)
     decoder = Decoder(min(CHUNK, rows.size) + 1, _FLAT_DIGITS)
@@ -185,7 +184,6 @@ def flat_to_rows(
             start, phase = divmod(done, GROUP)
             done += len(piece) * width
             source = packed[start : flat.packed_bytes(done)]
-            flat.require_numbers(source, start)
             if shape[-1] % GROUP == 0:
                 piece[:, : width // GROUP] = _FLAT_TO_ROW[source].reshape(len(piece), -1)
                 piece[:, width // GROUP :] = _ZEROS
