@@ -73,31 +73,34 @@ METAL_FUNC half2 next_digits(thread uint& lanes) {
 template <int DECODE, typename X>
 struct Word {
   X x[20];
-  float start;
+  float start[2];  // of the sums over bytes 0 and 2, and over bytes 1 and 3
 
   METAL_FUNC void prepare() {
-    start = 0.0f;
-    if (DECODE == EXPONENT) {
-      start = float(x[0]);
-      UNROLL for (int i = 1; i < 20; i++) start += float(x[i]);
-      start *= -DIGIT;
-    }
+    UNROLL for (int i = 0; i < 2; i++) start[i] = -DIGIT * (five(5 * i) + five(5 * i + 10));
   }
-  // The word's sum of trits times x, times `unit`.
-  METAL_FUNC float dot(uint word) const {
-    const half2 offset = half2(DECODE == EXACT ? half(DIGIT) : half(0));
-    uint even = (word << 2) & 0x03FC03FC;
-    uint odd = (word >> 6) & 0x03FC03FC;
-    float sum = start;
+  METAL_FUNC float five(int at) const {
+    float sum = float(x[at]);
+    UNROLL for (int n = 1; n < 5; n++) sum += float(x[at + n]);
+    return sum;
+  }
+  // Adds the products of bytes 0 and 2 (`at` 0) or 1 and 3 (`at` 5) to a sum.
+  METAL_FUNC float add(float sum, uint lanes, int at) const {
     UNROLL for (int n = 0; n < 5; n++) {
-      const half2 a = next_digits(even) - offset;
-      const half2 b = next_digits(odd) - offset;
-      sum = fma(float(x[n]), float(a.x), sum);
-      sum = fma(float(x[5 + n]), float(b.x), sum);
-      sum = fma(float(x[10 + n]), float(a.y), sum);
-      sum = fma(float(x[15 + n]), float(b.y), sum);
+      half2 digits = next_digits(lanes);
+      if (DECODE == EXACT) digits = digits - half2(half(DIGIT));
+      sum = fma(float(x[at + n]), float(digits.x), sum);
+      sum = fma(float(x[at + n + 10]), float(digits.y), sum);
     }
     return sum;
+  }
+  // The word's sum of trits times x, times DIGIT. An activation that is far above the others makes
+  // `start` as large, and what is added before its own product takes that away loses precision.
+  // Taking off the offset in two steps keeps that short.
+  METAL_FUNC float dot(uint word) const {
+    float sum = DECODE == EXACT ? 0.0f : start[0];
+    sum = add(sum, (word << 2) & 0x03FC03FC, 0);
+    if (DECODE != EXACT) sum += start[1];
+    return add(sum, (word >> 6) & 0x03FC03FC, 5);
   }
 };
 template <typename X>

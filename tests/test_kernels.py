@@ -1,0 +1,443 @@
+"""The Metal kernels, run by the emulator from their own text, against exact arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels.emulator import VirtualMetal, virtual_metal
+from outlier_mlx.runtime import kernels
+from outlier_mlx.runtime.affine2 import padded_width, row_bytes, rows_to_affine2
+from outlier_mlx.runtime.kernels import Variant
+from tests.engine import as_array
+from tests.kernel_cases import (
+    Matrices,
+    assert_within,
+    mixed,
+    products,
+    random_experts,
+    random_matrices,
+    random_x,
+    swiglu,
+)
+from tests.reference import Array
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+DIGITS = np.arange(256)[:, None] * 3 ** np.arange(1, 6) // 256 % 3
+
+
+@pytest.fixture
+def metal() -> Iterator[VirtualMetal]:
+    with virtual_metal(count=False) as device:
+        yield device
+
+
+# Decoding
+
+
+def decoded(first: Array, second: Array, decode: str) -> tuple[Array, Array]:
+    """Products of rows, one word each, with powers of three: the ten trits can be read off them.
+
+    A word's bytes 0 and 1 are those of `first`, 2 and 3 those of `second`. Returns what the kernel
+    makes of bytes 0 and 2, then of 1 and 3, and what both are.
+    """
+    rows = np.stack([first, first, second, second], axis=-1)
+    powers = 3.0 ** np.arange(10, dtype=np.float32)
+    x = np.zeros((2, 20), np.float32)
+    x[0, :5], x[0, 10:15] = powers[:5], powers[5:]
+    x[1, 5:10], x[1, 15:] = powers[:5], powers[5:]
+    y = kernels.tq1_0_qmv(
+        mx.array(x),
+        mx.array(rows[None]),
+        mx.ones((1, len(rows))),
+        mx.zeros((2,), mx.uint32),
+        variant=Variant(decode=decode),
+    )
+    trits = np.concatenate([DIGITS[first], DIGITS[second]], axis=-1) - 1
+    return np.array(y), np.stack([trits @ powers] * 2)
+
+
+def test_every_pair_of_bytes(metal: VirtualMetal):
+    """Bytes 0 and 2 of a word share a register, as do 1 and 3: all 65536 pairs of each."""
+    first, second = (b.astype(np.uint8) for b in np.divmod(np.arange(65536), 256))
+    found, expected = decoded(first, second, "exponent")
+    np.testing.assert_array_equal(found, expected)
+    assert metal.names == ["tq1_0_qmv"]
+
+
+@pytest.mark.parametrize("decode", ["exact", "telescoped"])
+def test_every_byte(decode: str, metal: VirtualMetal):
+    every = np.arange(256, dtype=np.uint8)
+    found, expected = decoded(every, every[::-1], decode)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_every_byte_becomes_its_codes(metal: VirtualMetal):
+    rows = np.arange(256, dtype=np.uint8)
+    rows = np.stack([rows, rows[::-1], np.roll(rows, 77), rows ^ 85], axis=-1)
+    for width in (20, 17):
+        codes = kernels.tq1_0_to_affine2(mx.array(rows), width)
+        expected = rows_to_affine2(mx.array(rows), mx.ones((256,)), width)[0]
+        np.testing.assert_array_equal(codes, expected)
+
+
+# Shapes and dtypes: hidden, width, tokens, experts, k
+
+
+LAYERS: dict[str, tuple[int, int, int, int, int, str]] = {
+    # Whole steps alone, then a step that x ends in; rows of both matrices divide evenly.
+    "even": (640, 1296, 1, 8, 2, "float16"),
+    # Nothing divides anything: four elements of x, rows, simdgroups. All 64 experts, 8 a token.
+    "odd": (44, 37, 3, 64, 8, "bfloat16"),
+    # MLX passes arrays this small in another address space.
+    "smallest": (5, 7, 1, 1, 1, "float32"),
+    # Every expert for every token.
+    "all": (651, 44, 5, 3, 3, "float16"),
+}
+MORE_LAYERS: dict[str, tuple[int, int, int, int, int, str]] = {
+    "two-rows": (20, 2, 2, 2, 1, "float16"),
+    "two-rows-tiny": (5, 2, 1, 1, 1, "bfloat16"),
+    "one-word": (20, 20, 4, 5, 2, "float32"),
+    "k6": (6, 6, 1, 1, 1, "float16"),
+    "k7": (7, 19, 2, 3, 2, "bfloat16"),
+    "k8": (8, 8, 1, 2, 2, "float16"),
+    "k19": (19, 21, 1, 4, 3, "float32"),
+    "k21": (21, 16, 2, 4, 4, "float16"),
+    "k24": (24, 24, 2, 4, 4, "bfloat16"),
+    "below-a-step": (636, 639, 2, 6, 2, "float16"),
+    "above-a-step": (644, 641, 2, 6, 2, "bfloat16"),
+    "two-steps": (1280, 1284, 1, 3, 2, "float32"),
+    "many-tokens": (100, 72, 31, 16, 8, "float16"),
+    "many-experts": (64, 48, 3, 64, 5, "float32"),
+    "one-expert": (333, 250, 9, 1, 1, "bfloat16"),
+    "tail-of-one": (1281, 641, 1, 2, 2, "float16"),
+}
+
+
+def run_layer(
+    hidden: int, width: int, tokens: int, experts: int, k: int, dtype: str, **variant: Any
+) -> None:
+    """All three decode kernels on the matrices of one layer."""
+    form = Variant(**variant)
+    x = random_x(hidden, (tokens, hidden), DTYPES[dtype])
+    gate, up = (random_matrices(seed, experts, width, hidden) for seed in (1, 2))
+    down = random_matrices(3, experts, hidden, width)
+    chosen = random_experts(4, tokens, k, experts)
+    indices = mx.array(chosen)
+
+    h = kernels.tq1_0_swiglu(x, *gate.packed, *up.packed, indices, variant=form)
+    assert h.dtype == mx.float32
+    if form.decode != "telescoped":
+        assert_within(h, swiglu(x, gate, up, chosen))
+
+    weights = random_x(5, (tokens, k), mx.float32)
+    shared = random_x(6, (tokens, hidden), DTYPES[dtype])
+    y = kernels.tq1_0_down(h, *down.packed, indices, weights, shared, variant=form)
+    assert y.dtype == shared.dtype
+    loss = 200.0 if form.decode == "telescoped" else 1.0
+    exact, off = mixed(h, down, chosen, np.array(weights), shared)
+    assert_within(y, (exact, off * loss))
+
+    z = kernels.tq1_0_qmv(x, *gate.packed, indices.flatten(), variant=form)
+    assert z.dtype == mx.float32 and z.shape == (tokens * k, width)
+    exact, off = products(as_array(x), gate, chosen, loss)
+    assert_within(z.reshape(tokens, k, width), (exact, off))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer(name: str, metal: VirtualMetal):
+    run_layer(*LAYERS[name])
+    assert metal.names == ["tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_LAYERS)
+def test_more_layers(name: str, metal: VirtualMetal):
+    run_layer(*MORE_LAYERS[name])
+
+
+VARIANTS = {
+    "exact": Variant(decode="exact"),
+    "telescoped": Variant(decode="telescoped"),
+    "4-rows": Variant(rows=4),
+    "16-rows": Variant(rows=16),
+    "64-bit": Variant(load_bits=64),
+    "exact-64-bit-2-rows": Variant(decode="exact", load_bits=64, rows=2),
+    "exact-64-bit-16-rows": Variant(decode="exact", load_bits=64, rows=16),
+    "telescoped-64-bit-4-rows": Variant(decode="telescoped", load_bits=64, rows=4),
+    "one-simdgroup": Variant(simdgroups=1),
+    "four-simdgroups": Variant(simdgroups=4, rows=2),
+}
+
+
+@pytest.mark.parametrize("name", ["exact-64-bit-2-rows", "telescoped-64-bit-4-rows"])
+def test_a_variant(name: str, metal: VirtualMetal):
+    form = VARIANTS[name]
+    run_layer(
+        1320, 44, 2, 3, 2, "float16", decode=form.decode, rows=form.rows, load_bits=form.load_bits
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_more_variants(name: str, dtype: str, metal: VirtualMetal):
+    form = VARIANTS[name]
+    options = {key: getattr(form, key) for key in ("decode", "rows", "load_bits", "simdgroups")}
+    run_layer(1320, 1348, 2, 3, 2, dtype, **options)
+
+
+def test_variants_that_do_not_fit_are_made_to():
+    assert Variant(rows=16).fitted(640, 5).rows == 4
+    assert Variant(load_bits=64).fitted(640, 64).load_bits == 64
+    assert Variant(load_bits=64).fitted(620, 64).load_bits == 32
+    assert row_bytes(620) % 8 == 4
+
+
+def test_experts_that_tokens_share(metal: VirtualMetal):
+    """Each row of the result depends on its own token and expert alone."""
+    hidden, width, *_ = LAYERS["odd"]
+    gate, up = (random_matrices(seed, 64, width, hidden) for seed in (1, 2))
+    x = random_x(9, (4, hidden), mx.bfloat16)
+    chosen = np.array([[3, 3, 3], [3, 0, 63], [63, 3, 3], [0, 0, 3]], np.uint32)
+    h = kernels.tq1_0_swiglu(x, *gate.packed, *up.packed, mx.array(chosen))
+    assert_within(h, swiglu(x, gate, up, chosen))
+    np.testing.assert_array_equal(h[0, 0], h[0, 2])
+    np.testing.assert_array_equal(h[2, 1], h[2, 2])
+
+
+def test_expert_offsets_beyond_32_bits(metal: VirtualMetal):
+    """An expert's bytes, and its scales, lie further than 2**32 behind the buffer's start."""
+    hidden, width, tokens, _, k, dtype = LAYERS["even"]
+    far = (1 << 32) - 1  # the largest number that an index holds
+    gate, up = (random_matrices(seed, 1, width, hidden) for seed in (1, 2))
+    down = random_matrices(3, 1, hidden, width)
+    x, here = random_x(1, (tokens, hidden), DTYPES[dtype]), np.zeros((tokens, k), np.uint32)
+    there = mx.full((tokens, k), far, mx.uint32)
+
+    gate_bytes, down_bytes = far * width * row_bytes(hidden), far * hidden * row_bytes(width)
+    metal.base_offsets = {
+        "gate": gate_bytes,
+        "up": gate_bytes,
+        "gate_scales": far * width * 4,
+        "up_scales": far * width * 4,
+    }
+    h = kernels.tq1_0_swiglu(x, *gate.packed, *up.packed, there)
+    assert_within(h, swiglu(x, gate, up, here))
+
+    metal.base_offsets = {"down": down_bytes, "scales": far * hidden * 4}
+    weights, shared = mx.ones((tokens, k)), random_x(2, (tokens, hidden), DTYPES[dtype])
+    y = kernels.tq1_0_down(h, *down.packed, there, weights, shared)
+    assert_within(y, mixed(h, down, here, np.ones((tokens, k)), shared))
+
+    metal.base_offsets = {"rows": gate_bytes, "scales": far * width * 4}
+    z = kernels.tq1_0_qmv(x, *gate.packed, there.flatten())
+    assert_within(z.reshape(tokens, k, width), products(as_array(x), gate, here))
+
+
+# What callers hand over
+
+
+def test_inputs_that_are_not_contiguous(metal: VirtualMetal):
+    hidden, width, _, experts, k, dtype = LAYERS["odd"]
+    gate, up = (random_matrices(seed, experts, width, hidden) for seed in (1, 2))
+    x = random_x(1, (6, 2 * hidden), DTYPES[dtype])
+    chosen = random_experts(2, 3, 2 * k, experts)
+    views = x[::2, ::2], mx.array(chosen)[:, ::2]
+    h = kernels.tq1_0_swiglu(
+        views[0],
+        mx.array(np.asfortranarray(np.array(gate.rows))),
+        mx.array(np.repeat(gate.scales, 2, axis=0))[::2],
+        up.rows[::-1][::-1],
+        mx.array(np.ascontiguousarray(up.scales.T)).T,
+        views[1],
+    )
+    copies = mx.array(as_array(views[0])).astype(DTYPES[dtype])
+    assert_within(h, swiglu(copies, gate, up, chosen[:, ::2]))
+
+
+def test_no_tokens(metal: VirtualMetal):
+    gate, down = random_matrices(1, 3, 9, 20), random_matrices(2, 3, 20, 9)
+    none = mx.zeros((0, 2), mx.uint32)
+    h = kernels.tq1_0_swiglu(mx.zeros((0, 20)), *gate.packed, *gate.packed, none)
+    assert h.shape == (0, 2, 9)
+    shared = mx.zeros((0, 20), mx.float16)
+    y = kernels.tq1_0_down(h, *down.packed, none, mx.zeros((0, 2)), shared)
+    assert y.shape == (0, 20) and y.dtype == mx.float16
+    z = kernels.tq1_0_qmv(mx.zeros((0, 20)), *gate.packed, none.flatten())
+    assert z.shape == (0, 9)
+    assert kernels.tq1_0_to_affine2(mx.zeros((0, 4), mx.uint8), 20).shape == (0, 2)
+    assert metal.launches == []
+
+
+def swiglu_call(**changes: Any) -> Callable[[], mx.array]:
+    m = random_matrices(1, 3, 9, 20)
+    arguments: dict[str, Any] = {
+        "x": mx.zeros((2, 20)),
+        "gate": m.rows,
+        "gate_scales": mx.ones((3, 9)),
+        "up": m.rows,
+        "up_scales": mx.ones((3, 9)),
+        "indices": mx.zeros((2, 2), mx.uint32),
+    }
+    return lambda: kernels.tq1_0_swiglu(**arguments | changes)
+
+
+def down_call(**changes: Any) -> Callable[[], mx.array]:
+    arguments: dict[str, Any] = {
+        "h": mx.zeros((2, 2, 9)),
+        "down": random_matrices(1, 3, 20, 9).rows,
+        "scales": mx.ones((3, 20)),
+        "indices": mx.zeros((2, 2), mx.uint32),
+        "weights": mx.zeros((2, 2)),
+        "shared": mx.zeros((2, 20)),
+    }
+    return lambda: kernels.tq1_0_down(**arguments | changes)
+
+
+REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
+    "x-dtype": (swiglu_call(x=mx.zeros((2, 20), mx.int32)), "x is (2, 20) int32"),
+    "x-shape": (swiglu_call(x=mx.zeros((20,))), "x is (20,) float32"),
+    "width": (swiglu_call(x=mx.zeros((2, 21))), "21 trits a row take (experts, out, 8) uint8"),
+    "rows-dtype": (swiglu_call(gate=mx.zeros((3, 9, 4), mx.uint32)), "gate is (3, 9, 4) uint32"),
+    "up-shape": (
+        swiglu_call(up=random_matrices(1, 3, 8, 20).rows, up_scales=mx.ones((3, 8))),
+        "gate (3, 9, 4) and up (3, 8, 4) differ",
+    ),
+    "scales": (swiglu_call(gate_scales=mx.ones((3, 9), mx.float16)), "scales of gate are (3, 9)"),
+    "indices": (swiglu_call(indices=mx.zeros((2, 2), mx.int32)), "indices are (2, 2) int32"),
+    "tokens": (swiglu_call(indices=mx.zeros((3, 2), mx.uint32)), "indices are (3, 2) uint32"),
+    "k": (swiglu_call(indices=mx.zeros((2, 65), mx.uint32)), "65 experts a token"),
+    "no-k": (swiglu_call(indices=mx.zeros((2, 0), mx.uint32)), "0 experts a token"),
+    "no-experts": (
+        swiglu_call(gate=mx.zeros((0, 9, 4), mx.uint8), gate_scales=mx.ones((0, 9))),
+        "0 experts; it takes 1 to 1024",
+    ),
+    "one-row": (
+        swiglu_call(gate=mx.zeros((3, 1, 4), mx.uint8), gate_scales=mx.ones((3, 1))),
+        "1 out features; it takes 2 to",
+    ),
+    "too-wide": (swiglu_call(x=mx.zeros((1, 131073))), "131073 in features; it takes 1 to 131072"),
+    "h-dtype": (down_call(h=mx.zeros((2, 2, 9), mx.float16)), "h is (2, 2, 9) float16"),
+    "h-shape": (down_call(h=mx.zeros((2, 9))), "h is (2, 9) float32"),
+    "h-k": (down_call(h=mx.zeros((2, 3, 9))), "differ in tokens or k"),
+    "weights": (down_call(weights=mx.zeros((2, 2), mx.float16)), "weights are (2, 2) float16"),
+    "shared": (down_call(shared=mx.zeros((2, 19))), "shared is (2, 19) float32"),
+    "pairs": (
+        lambda: kernels.tq1_0_qmv(
+            mx.zeros((2, 20)), *random_matrices(1, 3, 9, 20).packed, mx.zeros((3,), mx.uint32)
+        ),
+        "3 pairs are no multiple of 2 vectors",
+    ),
+    "pairs-shape": (
+        lambda: kernels.tq1_0_qmv(
+            mx.zeros((2, 20)), *random_matrices(1, 3, 9, 20).packed, mx.zeros((1, 2), mx.uint32)
+        ),
+        "indices are (1, 2) uint32",
+    ),
+    "transcode": (
+        lambda: kernels.tq1_0_to_affine2(mx.zeros((3, 8), mx.uint8), 20),
+        "20 trits take uint8 rows of 4 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_before_a_launch(name: str, metal: VirtualMetal):
+    call, reason = REFUSED[name]
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("tq1_0_")
+    assert metal.launches == []
+
+
+def test_the_limits_themselves(metal: VirtualMetal):
+    """The widest row and the most experts that are allowed work."""
+    experts, wide = kernels.LIMITS["experts"][1], kernels.LIMITS["in features"][1]
+    m = random_matrices(1, experts, 2, 5)
+    chosen = np.array([[0], [experts - 1]], np.uint32)
+    x = random_x(1, (2, 5), mx.float32)
+    y = kernels.tq1_0_qmv(x, *m.packed, mx.array(chosen.flatten()))
+    assert_within(y[:, None], products(as_array(x), m, chosen))
+    m = random_matrices(1, 1, 2, wide)
+    x = random_x(1, (1, wide), mx.float16)
+    y = kernels.tq1_0_qmv(x, *m.packed, mx.array([0], mx.uint32))
+    assert_within(y[:, None], products(as_array(x), m, np.zeros((1, 1), np.uint32)))
+
+
+# Transcoding
+
+
+def assert_transcodes(width: int) -> None:
+    rng = np.random.default_rng(width)
+    rows = mx.array(rng.integers(0, 256, (2, 3, row_bytes(width)), dtype=np.uint8))
+    codes = kernels.tq1_0_to_affine2(rows, width)
+    assert codes.shape == (2, 3, padded_width(width) // 16)
+    np.testing.assert_array_equal(codes, rows_to_affine2(rows, mx.ones((2, 3)), width)[0])
+
+
+@pytest.mark.parametrize("width", [1, 79, 81, 704])
+def test_transcoding(width: int, metal: VirtualMetal):
+    assert_transcodes(width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [2, 16, 31, 32, 33, 40, 60, 64, 80, 100, 128, 155, 160, 161, 240])
+def test_more_transcoding(width: int, metal: VirtualMetal):
+    assert_transcodes(width)
+
+
+# How kernels are built
+
+
+def test_a_kernel_is_built_once_by_each_device():
+    x, m = mx.ones((1, 20)), random_matrices(1, 1, 4, 20)
+
+    def launch() -> None:
+        kernels.tq1_0_qmv(x, *m.packed, mx.zeros((1,), mx.uint32))
+
+    made = []
+    for _ in range(2):
+        with virtual_metal(count=False) as device:
+            launch()
+            built = kernels._built[1]["tq1_0_qmv"]
+            launch()
+            assert kernels._built[1]["tq1_0_qmv"] is built
+            assert device.names == ["tq1_0_qmv"] * 2
+        made.append(built)
+    assert made[0] is not made[1]
+
+
+def test_the_variant_in_use_is_the_one_launched(
+    metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch
+):
+    m = random_matrices(1, 1, 8, 20)
+    call = mx.ones((1, 20)), *m.packed, mx.zeros((1,), mx.uint32)
+    kernels.tq1_0_qmv(*call)
+    monkeypatch.setitem(kernels.VARIANTS, "tq1_0_qmv", replace(Variant(), rows=4))
+    kernels.tq1_0_qmv(*call)
+    assert [launch.template["ROWS"] for launch in metal.launches] == [8, 4]
+
+
+def test_rows_are_computed_alike_wherever_they_lie(metal: VirtualMetal):
+    """The last simdgroup's rows overlap its neighbour's, and each is written once: bit for bit."""
+    m = random_matrices(1, 1, 19, 44)
+    x, expert = random_x(1, (1, 44), mx.bfloat16), mx.zeros((1,), mx.uint32)
+    whole = kernels.tq1_0_qmv(x, *m.packed, expert)
+    some = Matrices(m.trits[:, 11:], m.scales[:, 11:])
+    np.testing.assert_array_equal(kernels.tq1_0_qmv(x, *some.packed, expert), whole[:, 11:])
+
+
+def test_no_array_of_a_thread_is_in_memory():
+    """Registers cannot be indexed: an array that is would be spilled to memory on a GPU."""
+    with virtual_metal() as metal:
+        run_layer(*LAYERS["odd"])
+        kernels.tq1_0_to_affine2(mx.zeros((2, row_bytes(704)), mx.uint8), 704)
+    for launch in metal.launches:
+        assert not {"private load", "private store"} & set(launch.cost.instructions), launch.name
