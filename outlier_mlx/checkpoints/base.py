@@ -47,6 +47,8 @@ def open_base(folder: Path) -> BaseModel:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     config = read_config(folder)
+    if "ternary" in config.raw:
+        raise CheckpointError(f"{folder}: this is a tier; a base model was expected")
     tensors: dict[str, TensorRef] = {}
     for key, tensor in read_shards(folder).items():
         parsed = parse_key(key)
