@@ -181,6 +181,11 @@ def test_yarn(place: str, kind: str):
     assert found.rope_theta == 1e6
 
 
+def test_a_tiers_name_for_yarn():
+    for name in ("yarn", "deepseek_yarn"):
+        assert parse(rope_scaling=YARN | {"type": name}, ternary={}).rope_scaling == READ_YARN
+
+
 def test_no_yarn():
     for scaling in (None, {}, {"type": "default"}, {"rope_type": "default"}):
         assert parse(rope_scaling=scaling).rope_scaling is None
@@ -192,6 +197,7 @@ def test_no_yarn():
         {"type": "linear", "factor": 2.0},
         {"rope_type": "llama3", "factor": 8.0},
         {"factor": 4.0, "type": ["yarn"]},
+        YARN | {"type": "deepseek_yarn"},
         YARN | {"rope_type": "dynamic"},
         YARN | {"factor": 0},
         YARN | {"factor": -4.0},

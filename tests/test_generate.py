@@ -149,6 +149,16 @@ def test_generation_config_ends_a_text(tier: Path, tmp_path: Path, loaded: Loade
     assert tokens_of(outlier_mlx.load(copy)) == tokens[: tokens.index(tokens[3]) + 1]
 
 
+def test_a_tokenizer_beside_yarn(tmp_path: Path):
+    """transformers reads config.json, too, and must not stumble over it."""
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32}
+    built = write_overlay(tmp_path / "overlay", yarn=yarn)
+    loaded = outlier_mlx.load(tier_of(built.path, None, tmp_path / "tier"))
+    prompt = loaded[1].encode(PROMPT)
+    expected = expected_tokens(read_overlay(built.path), prompt, 6)
+    assert tokens_of(loaded, ignore_chat_template=True, max_tokens=6) == expected
+
+
 def test_loading_twice_shares_nothing(tier: Path, loaded: Loaded):
     model, tokenizer = outlier_mlx.load(tier)
     layer = model.layers[1].mlp

@@ -14,6 +14,8 @@ MODEL_TYPES = ("outlier_moe", "qwen2", "qwen2_moe")
 # their own.
 MAX_SIZE = 2**31 - 1
 MAX_COUNT = 10_000
+# What tiers call YaRN: see `tiers.plan`.
+TIER_YARN = "deepseek_yarn"
 
 
 @dataclass(frozen=True)
@@ -153,18 +155,19 @@ def _rope(raw: dict, defaults: Defaults) -> tuple[float, dict | None]:
         raise CheckpointError(f"config.json: {_listed(bases)} disagree")
     theta = next(iter(bases.values()), defaults.rope_theta)
     own = {key: value for key, value in nested.items() if key != "rope_theta"}
-    found = [s for s in (_scaling(own), _scaling(scaling)) if s is not None]
+    names = {"yarn", TIER_YARN} if "ternary" in raw else {"yarn"}
+    found = [s for s in (_scaling(own, names), _scaling(scaling, names)) if s is not None]
     if len(found) == 2 and found[0] != found[1]:
         raise CheckpointError("config.json: rope_scaling and rope_parameters disagree")
     return theta, found[0] if found else None
 
 
-def _scaling(fields: dict) -> dict | None:
+def _scaling(fields: dict, names: set[str]) -> dict | None:
     """YaRN's fields by their usual names, or None where positions are not scaled."""
     kinds = {str(fields[name]) for name in ("type", "rope_type") if fields.get(name) is not None}
     if kinds <= {"default"}:
         return None
-    if kinds != {"yarn"}:
+    if len(kinds) > 1 or not kinds <= names:
         raise CheckpointError(f"config.json: rope scaling {_short(sorted(kinds))}, expected yarn")
     result: dict = {"rope_type": "yarn", "factor": _positive(fields, "factor", None)}
     original = "original_max_position_embeddings"

@@ -49,10 +49,9 @@ def overlay_config(overlay: Overlay, origin: Origin) -> dict:
     }
     if origin.base is not None:
         kept["base_model_name_or_path"] = origin.base
-    scaling = kept.get("rope_scaling")
-    if isinstance(scaling, dict) and "rope_type" in scaling:
+    if config.rope_scaling is not None:
         # Published configs call the field so, and so do older tools.
-        kept["rope_scaling"] = {"type": scaling["rope_type"], **scaling}
+        kept["rope_scaling"] = {"type": config.rope_scaling["rope_type"], **config.rope_scaling}
     return kept
 
 

@@ -13,6 +13,8 @@ from .switch import TernarySwitchLinear
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 # These keep float32 whatever the activations are.
 ALWAYS_FLOAT32 = (".mlp.gate.weight", ".mlp.alpha")
+# Both are the same to mlx-lm.
+YARN_NAMES = ("yarn", "deepseek_yarn")
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Model(qwen2.Model):
                 args.ternary["format"],
             )
         scaling: dict[str, Any] = args.rope_scaling or {}
-        if scaling.get("rope_type", scaling.get("type")) == "yarn":
+        if scaling.get("rope_type", scaling.get("type")) in YARN_NAMES:
             # mlx-lm reads neither `attention_factor` nor a factor below 1 as YaRN's authors do.
             scale = scaling.get("attention_factor") or 0.1 * math.log(scaling["factor"]) + 1
             for layer in self.model.layers:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.base import WholeModel
+from outlier_mlx.checkpoints.config import TIER_YARN
 from outlier_mlx.checkpoints.keys import PROJECTIONS
 from outlier_mlx.checkpoints.overlay import FloatTensor, base_shapes
 from outlier_mlx.errors import CheckpointError, OutlierError
@@ -173,10 +174,16 @@ def _config(model: WholeModel, recipe: Recipe) -> dict:
     ternary: dict = {"format": "tq1_0_rows" if tq1_0 else "affine2", "version": FORMAT_VERSION}
     if tq1_0:
         ternary["row_bytes_multiple"] = 4
+    scaling = config.rope_scaling
+    if scaling is not None:
+        # transformers reads this file to load the tokenizer, and of a model type that it does not
+        # know it fails on "yarn". Other names it leaves alone; to mlx-lm this one is the same.
+        scaling = scaling | {"rope_type": TIER_YARN}
     return common_config(model, recipe) | {
         "model_type": "outlier_moe",
         "model_file": "outlier_moe.py",
         "architectures": ["OutlierMoEForCausalLM"],
+        "rope_scaling": scaling,
         "moe_layers": list(config.moe_layers),
         "num_experts": config.experts,
         "num_experts_per_tok": config.top_k,

@@ -1,0 +1,181 @@
+"""`outlier_moe.py`: a tier's own model code, which needs nothing but mlx and mlx-lm."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from mlx_lm.utils import load_model as mlx_lm_load_model
+
+import outlier_mlx.runtime
+from outlier_mlx.tiers.bundle import bundle
+from tests.builders import Built, write_overlay
+from tests.engine import forward, load, tier_of
+from tests.environments import make_environment, mlx_package, pinned, run
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNTIME = Path(outlier_mlx.runtime.__file__).parent
+ALLOWED = {"mlx", "mlx_lm", *sys.stdlib_module_names}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("bundle")
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 0.9}
+    return write_overlay(folder / "overlay", expert_intermediate=96, yarn=yarn)
+
+
+@pytest.fixture(scope="module")
+def tiers(built: Built) -> dict[str, Path]:
+    recipes: dict[str, dict[str, Any]] = {
+        "f32": {},
+        "q4": {"tier": "q4"},
+        "affine2": {"tier": "q8", "experts": "affine2"},
+    }
+    folder = built.path.parent
+    return {name: tier_of(built.path, None, folder / name, **how) for name, how in recipes.items()}
+
+
+# The text
+
+
+def test_the_bundle_is_clean(tmp_path: Path):
+    """By the project's own rules; a tier's code is published with it."""
+    file = tmp_path / "outlier_moe.py"
+    file.write_text(bundle())
+    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
+    assert ruff, "ruff is one of the development requirements"
+    config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", str(file)]
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run([ruff, *command, *config], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_bundle_needs_only_mlx_and_mlx_lm():
+    for node in ast.walk(ast.parse(bundle())):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= ALLOWED
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and (node.module or "").split(".")[0] in ALLOWED
+            # Executed without being registered, a module with these annotations has no dataclass.
+            assert node.module != "__future__"
+
+
+def test_top_level_names_are_unique_in_the_runtime():
+    """Modules are joined into one namespace: a name in two of them would be the later one's."""
+    names: Counter[str] = Counter()
+    for file in RUNTIME.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names[node.name] += 1
+            elif isinstance(node, ast.Assign):
+                names.update(t.id for t in node.targets if isinstance(t, ast.Name))
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names[node.target.id] += 1
+    assert [name for name, count in names.items() if count > 1] == []
+    joined = {
+        node.name
+        for node in ast.parse(bundle()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    assert {"Model", "ModelArgs", "OutlierMoE", "TernarySwitchLinear"} <= joined
+
+
+def test_the_bundle_is_the_same_each_time():
+    """`verify` compares a tier's with it, whatever the order of sets in that process."""
+    script = "from outlier_mlx.tiers.bundle import bundle; print(bundle(), end='')"
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert texts == {bundle()}
+
+
+def test_every_tier_has_it(tiers: dict[str, Path]):
+    for tier in tiers.values():
+        assert (tier / "outlier_moe.py").read_text() == bundle()
+
+
+# Running it
+
+
+def execute(tier: Path, name: str) -> ModuleType:
+    """As mlx-lm does: the module is in no `sys.modules` while it runs."""
+    spec = importlib.util.spec_from_file_location(name, tier / "outlier_moe.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert name not in sys.modules
+    return module
+
+
+def test_the_bundle_runs_unregistered(tiers: dict[str, Path]):
+    first, second = (execute(tiers[name], "custom_model") for name in ("f32", "q4"))
+    assert first.Model is not second.Model
+    assert first.ModelArgs.__module__ == "custom_model"
+    with pytest.raises(ValueError, match="ternary format"):
+        first.ModelArgs.from_dict({**vars(load(tiers["f32"]).args), "ternary": {"format": "x"}})
+
+
+def test_tiers_side_by_side_compute_as_the_package_does(built: Built, tiers: dict[str, Path]):
+    models = {
+        name: mlx_lm_load_model(tier, trust_remote_code=True)[0] for name, tier in tiers.items()
+    }
+    assert len({type(model) for model in models.values()}) == len(models)
+    for name, model in models.items():
+        ours = load(tiers[name])
+        assert type(model) is not type(ours)
+        for length in (1, 7, 40):
+            prompt = built.prompt(length)
+            np.testing.assert_array_equal(forward(model, prompt), forward(ours, prompt))
+
+
+# Elsewhere
+
+
+@pytest.fixture(scope="module")
+def demo_tier(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The embedded pair as an int4 tier, if there is one in this checkout."""
+    demo = ROOT / "outlier_mlx" / "demo"
+    if not (demo / "overlay").is_dir():
+        return None
+    return tier_of(
+        demo / "overlay", demo / "base", tmp_path_factory.mktemp("demo") / "q4", tier="q4"
+    )
+
+
+@pytest.mark.slow
+def test_mlx_lm_alone_generates_the_same_text(
+    tiers: dict[str, Path], demo_tier: Path | None, tmp_path: Path
+):
+    """In an environment with nothing but mlx and mlx-lm in it."""
+    python = make_environment(tmp_path / "env", *pinned(mlx_package(), "mlx-lm"))
+    missing = "import importlib.util as i; print(i.find_spec('outlier_mlx'))"
+    assert run(python, "-c", missing, cwd=tmp_path).strip() == "None"
+    prompts = [(tier, "The heron stands in the water") for tier in tiers.values()]
+    if demo_tier is not None:
+        prompts.append((demo_tier, "The old boat"))
+    for tier, prompt in prompts:
+        flags = ["--model", tier, "--prompt", prompt, "--max-tokens", 40, "--temp", 0]
+        theirs = [python, "-m", "mlx_lm", "generate", "--trust-remote-code", "--verbose", "False"]
+        text = run(*theirs, *flags, cwd=tmp_path)
+        ours = run(sys.executable, "-m", "outlier_mlx", "generate", *flags, "--quiet", cwd=ROOT)
+        assert text == ours and len(text.split()) > 3
+        refused = subprocess.run([*map(str, theirs[:4]), *map(str, flags)], capture_output=True)
+        assert refused.returncode != 0  # without the flag, nothing of the tier runs
