@@ -527,11 +527,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "an overlay for a tier": (
         ("generate", "--model", "{overlay}", "--prompt", "x"),
-        ("overlay", "not a tier", "outlier-mlx convert"),
-    ),
-    "a base for a tier": (
-        ("generate", "--model", "{base}", "--prompt", "x"),
-        ("base", "not a tier"),
+        ("overlay", "an overlay", "outlier-mlx convert"),
     ),
     "no such tier": (("generate", "--model", "{root}/nowhere", "--prompt", "x"), ("nowhere",)),
     "KV cache in 7 bits": (
@@ -692,7 +688,7 @@ def test_python_raises_the_same_errors(site: Site) -> None:
         outlier_mlx.convert(site.root / "nowhere")
     with pytest.raises(OutputExistsError, match="exists"):
         outlier_mlx.convert(site.overlay, out=site.tier)
-    with pytest.raises(CheckpointError, match="not a tier"):
+    with pytest.raises(CheckpointError, match="an overlay"):
         outlier_mlx.load(site.overlay)
     with pytest.raises(OutlierError, match="'q5': expected one of q4"):
         outlier_mlx.convert(site.overlay, tier="q5")
