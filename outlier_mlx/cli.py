@@ -61,9 +61,12 @@ def _print_version(value: bool) -> None:
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no statistics.")]
+IgnoreMemory = Annotated[
+    bool, typer.Option("--ignore-memory", help="Load the model even if it does not fit.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
-Tier = Literal["q4", "q8", "bf16", "f16", "f32"]
+Tier = Literal["auto", "q4", "q4-mixed", "q8", "bf16", "f16", "f32"]
 BaseBits = Literal["4", "8", "none", "16", "32"]
 GroupSize = Literal["32", "64", "128"]
 Experts = Literal["tq1_0", "affine2"]
@@ -105,7 +108,9 @@ def convert(
     out: Annotated[
         Path | None, typer.Option(help="Folder to make. Default: ./NAME-RECIPE.")
     ] = None,
-    tier: Annotated[Tier, typer.Option(help="Recipe.")] = "q4",
+    tier: Annotated[
+        Tier, typer.Option(help="Recipe; auto takes the best that fits this machine.")
+    ] = "q4",
     base_bits: Annotated[
         BaseBits | None, typer.Option(help="Bits a weight of the base; none: unquantized.")
     ] = None,
@@ -139,6 +144,10 @@ def convert(
     from outlier_mlx.tiers.convert import convert_tier
     from outlier_mlx.tiers.presets import make_recipe
 
+    if tier == "auto":
+        from outlier_mlx.tiers.choose import best, list_choices
+
+        tier = best(*list_choices(overlay, base, revision=revision, base_revision=base_revision))
     recipe = make_recipe(
         tier,
         base_bits=base_bits,
@@ -210,6 +219,7 @@ def generate(
     dtype: Annotated[
         DType | None, typer.Option(help="Of activations. Default: the tier's; float32 on the CPU.")
     ] = None,
+    ignore_memory: IgnoreMemory = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -217,14 +227,20 @@ def generate(
     options_given = {
         name: value
         for name, value in locals().items()
-        if name not in ("model", "prompt", "revision", "dtype", "quiet", "debug")
+        if name not in ("model", "prompt", "revision", "dtype", "ignore_memory", "quiet", "debug")
     }
     from outlier_mlx.generate import Options, stream
     from outlier_mlx.loading import load
+    from outlier_mlx.memory import check_fits
+    from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import print_statistics
 
     text = sys.stdin.read() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
-    loaded, tokenizer = load(model, revision, dtype=dtype)
+    folder = resolve(model, revision).folder
+    if not ignore_memory:
+        # A token of English is about four characters; three are on the safe side.
+        check_fits(folder, max_kv_size or len(text) // 3 + max_tokens, kv_bits)
+    loaded, tokenizer = load(folder, dtype=dtype)
     response = None
     for response in stream(loaded, tokenizer, text, Options(**options_given)):
         print(response.text, end="", flush=True)
@@ -250,6 +266,37 @@ def info(
     from outlier_mlx.terminal import print_info
 
     print_info(found)
+
+
+@app.command(epilog="Example: `outlier-mlx tiers ./overlay --base ./base --ram 32`")
+def tiers(
+    overlay: Annotated[str, typer.Argument(help="Folder or hub repository of the overlay.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub repository of the base, if the overlay holds none."),
+    ] = None,
+    ram: Annotated[
+        float | None, typer.Option(min=1, help="Choose for a Mac with so many GB of memory.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The overlay's revision on the hub.")] = None,
+    base_revision: Annotated[
+        str | None, typer.Option(help="The base's revision on the hub.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes: size, memory at two lengths of context, and what fits."""
+    from outlier_mlx.tiers.choose import as_json_object, list_choices
+
+    choices, available = list_choices(
+        overlay, base, ram_gb=ram, revision=revision, base_revision=base_revision
+    )
+    if as_json:
+        print(json.dumps(as_json_object(choices, available), indent=2))
+        return
+    from outlier_mlx.terminal import print_choices
+
+    print_choices(choices, available)
 
 
 @app.command(epilog="Example: `outlier-mlx verify ./tier`")

@@ -139,3 +139,31 @@ def print_info(info) -> None:  # type: ignore[no-untyped-def]
         soft_wrap=True,
     )
     console.print(parts_table(info.rows))
+
+
+def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
+    """What recipes take (a list of `tiers.choose.Choice`), held against a `memory.Budget`."""
+    console = stdout()
+    keys = next((list(choice.memory) for choice in choices if choice.memory), [])
+    table = Table(title="Memory by tokens of context and bits of the KV cache")
+    table.add_column("recipe")
+    table.add_column("weights", justify="right")
+    for tokens, bits in keys:
+        table.add_column(f"{tokens // 1024}k, {bits or 16} bits", justify="right")
+    for choice in choices:
+        if choice.reason is None:
+            cells = [_against(choice.memory[key], available.nbytes) for key in keys]
+            table.add_row(choice.name, size(choice.nbytes), *cells)
+    console.print(table)
+    for choice in choices:
+        if choice.reason is not None:
+            console.print(f"{choice.name}: {choice.reason}", soft_wrap=True)
+    console.print(
+        f"{available.whose} gives a model {size(available.nbytes)}; (what is in brackets) does not"
+        " fit",
+        soft_wrap=True,
+    )
+
+
+def _against(nbytes: int, limit: int) -> str:
+    return size(nbytes) if nbytes <= limit else f"({size(nbytes)})"

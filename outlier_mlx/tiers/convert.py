@@ -175,6 +175,7 @@ def _manifest(
             "experts": recipe.experts,
             "dtype": recipe.dtype,
             "portable": recipe.portable,
+            "mixed": recipe.mixed,
         },
         "files": {
             file.name: {"sha256": file.sha256, "bytes": file.nbytes}

@@ -137,9 +137,10 @@ def base_part(
         tensor = change(tensor)
         twin = change(twin) if twin is not None else None
     group = _group(shape[-1], recipe.group_size)
-    if recipe.base_bits is None or len(shape) != 2 or group is None:
+    bits = recipe.bits(name, model.config.layers)
+    if bits is None or len(shape) != 2 or group is None:
         return Plain(path, kind, target, tensor, recipe.dtype, twin)
-    return Quantized(path, kind, tensor, recipe.base_bits, group, recipe.dtype, twin)
+    return Quantized(path, kind, tensor, bits, group, recipe.dtype, twin)
 
 
 def _moe_parts(model: WholeModel, recipe: Recipe, layer: int, alphas: np.ndarray) -> Iterator[Part]:

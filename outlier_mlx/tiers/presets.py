@@ -7,6 +7,7 @@ from outlier_mlx.errors import OutlierError
 
 DTYPES = ("bfloat16", "float16", "float32")
 GROUP_SIZES = (32, 64, 128)
+MIXED_BITS = 6
 EXPERT_FORMATS = ("tq1_0", "affine2")
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -21,6 +22,7 @@ class Recipe:
         experts: "tq1_0" (1.6 bits a weight) or "affine2" (MLX's own 2-bit format).
         dtype: of norms, biases, scales and activations; None follows the checkpoint.
         portable: write a model that stock mlx-lm loads; its experts are affine2.
+        mixed: 6 bits for the base's most sensitive matrices; see `bits`.
     """
 
     base_bits: int | None = 4
@@ -28,11 +30,36 @@ class Recipe:
     experts: str = "tq1_0"
     dtype: str | None = None
     portable: bool = False
+    mixed: bool = False
+
+    def bits(self, name: str, layers: int) -> int | None:
+        """Bits a weight of a base matrix.
+
+        Args:
+            name: its name, as in "model.layers.3.mlp.down_proj.weight".
+            layers: layers of the model.
+
+        The choice of sensitive matrices is that of mlx-lm's recipe `mixed_4_6`, which follows
+        llama.cpp's Q4_K_M: values and down projections in the first and last eighth of the layers
+        and in every third between, and the head.
+        """
+        if not self.mixed or self.base_bits is None:
+            return self.base_bits
+        words = name.split(".")
+        layer = int(words[2]) if words[1] == "layers" else None
+        if layer is None:
+            return MIXED_BITS if words[0] == "lm_head" else self.base_bits
+        eighth = layers // 8
+        outer = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+        sensitive = ".v_proj." in name or ".down_proj." in name
+        return MIXED_BITS if outer and sensitive else self.base_bits
 
     @property
     def name(self) -> str:
         """A short name, as in "q4" or "q8-g32"; it ends the default output folder's name."""
         name = f"q{self.base_bits}" if self.base_bits else _SHORT.get(self.dtype or "", "plain")
+        if self.mixed:
+            name += "-mixed"
         if self.base_bits and self.group_size != 64:
             name += f"-g{self.group_size}"
         if self.portable:
@@ -42,6 +69,7 @@ class Recipe:
 
 RECIPES = {
     "q4": Recipe(),
+    "q4-mixed": Recipe(mixed=True),
     "q8": Recipe(base_bits=8),
     "bf16": Recipe(base_bits=None, dtype="bfloat16"),
     "f16": Recipe(base_bits=None, dtype="float16"),
@@ -76,7 +104,7 @@ def make_recipe(
     if base_bits is not None:
         bits = str(base_bits).lower()
         _one_of("base_bits", bits, ("4", "8", "none", "16", "32"))
-        recipe = replace(recipe, base_bits=int(bits) if bits in ("4", "8") else None)
+        recipe = replace(recipe, base_bits=int(bits) if bits in ("4", "8") else None, mixed=False)
     if group_size is not None:
         _one_of("group_size", group_size, GROUP_SIZES)
         recipe = replace(recipe, group_size=group_size)

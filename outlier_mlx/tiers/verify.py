@@ -223,7 +223,7 @@ def _affine(
     how = default.get(path, default)
     how = how if isinstance(how, dict) else {}
     bits, group = how.get("bits"), how.get("group_size")
-    if bits not in (2, 4, 8) or group not in (32, 64, 128) or prod(shape) % group:
+    if bits not in (2, 4, 6, 8) or group not in (32, 64, 128) or prod(shape) % group:
         raise CheckpointError(f"config.json: quantization does not say how {path} is stored")
     *lead, width = shape
     groups = ((*lead, width // group), dtypes)
