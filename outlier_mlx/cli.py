@@ -144,12 +144,13 @@ def convert(
     from outlier_mlx.tiers.convert import convert_tier
     from outlier_mlx.tiers.presets import make_recipe
 
+    name: str = tier
     if tier == "auto":
         from outlier_mlx.tiers.choose import best, list_choices
 
-        tier = best(*list_choices(overlay, base, revision=revision, base_revision=base_revision))
+        name = best(*list_choices(overlay, base, revision=revision, base_revision=base_revision))
     recipe = make_recipe(
-        tier,
+        name,
         base_bits=base_bits,
         group_size=int(group_size) if group_size else None,
         experts=experts,

@@ -15,7 +15,7 @@ import outlier_mlx
 from outlier_mlx.evaluate import Loss, document_loss
 from outlier_mlx.generate import Options, stream
 from outlier_mlx.loading import load
-from outlier_mlx.terminal import print_statistics, size, stdout
+from outlier_mlx.terminal import plain_table, print_statistics, size, stdout
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import RECIPES
 
@@ -118,7 +118,7 @@ def _measure(
 ) -> Table:
     """Sizes and held-out perplexities, a column a model."""
     found = {name: losses(model, tokenizer, texts) for name, model in models.items()}
-    table = Table(title="Perplexity on held-out text (lower is better)", title_justify="left")
+    table = plain_table("Perplexity on held-out text (lower is better)")
     table.add_column("")
     for name in models:
         table.add_column(name, justify="right")

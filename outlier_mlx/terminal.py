@@ -71,18 +71,23 @@ def count(number: int) -> str:
     return f"{value:.2f} B"
 
 
-def parts_table(rows: list, title: str | None = None) -> Table:
-    """Parameters, bytes and bits per weight by kind of part, the total below; 40 columns wide."""
-    table = Table(
+def plain_table(title: str | None = None) -> Table:
+    """An empty table that takes little room."""
+    return Table(
         title=title,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE,
         show_edge=False,
-        show_footer=True,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
+
+
+def parts_table(rows: list, title: str | None = None) -> Table:
+    """Parameters, bytes and bits per weight by kind of part, the total below; 40 columns wide."""
+    table = plain_table(title)
+    table.show_footer = True
     cells = [_cells(row) for row in rows]
     for name, total in zip(("part", "params", "size", "bits per\nweight"), cells[-1], strict=True):
         justify: Literal["left", "right"] = "left" if name == "part" else "right"
@@ -145,11 +150,11 @@ def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
     """What recipes take (a list of `tiers.choose.Choice`), held against a `memory.Budget`."""
     console = stdout()
     keys = next((list(choice.memory) for choice in choices if choice.memory), [])
-    table = Table(title="Memory by tokens of context and bits of the KV cache")
-    table.add_column("recipe")
-    table.add_column("weights", justify="right")
+    table = plain_table("Memory by tokens of context and bits of the KV cache")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("weights", justify="right", no_wrap=True)
     for tokens, bits in keys:
-        table.add_column(f"{tokens // 1024}k, {bits or 16} bits", justify="right")
+        table.add_column(f"{tokens // 1024}k\n{bits or 16} bits", justify="right", no_wrap=True)
     for choice in choices:
         if choice.reason is None:
             cells = [_against(choice.memory[key], available.nbytes) for key in keys]
@@ -159,8 +164,7 @@ def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
         if choice.reason is not None:
             console.print(f"{choice.name}: {choice.reason}", soft_wrap=True)
     console.print(
-        f"{available.whose} gives a model {size(available.nbytes)}; (what is in brackets) does not"
-        " fit",
+        f"{available.whose} gives a model {size(available.nbytes)}; (in brackets: does not fit)",
         soft_wrap=True,
     )
 

@@ -1,0 +1,114 @@
+"""Choosing a recipe, and refusing to load what does not fit."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from typer.testing import CliRunner
+
+import outlier_mlx
+from outlier_mlx import cli, memory
+from outlier_mlx.checkpoints.config import tier_config
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.memory import Budget, budget, check_fits, kv_bytes
+from outlier_mlx.tiers.choose import best, list_choices
+from outlier_mlx.tiers.presets import RECIPES
+from tests.builders import Built, write_overlay
+from tests.engine import forward, load
+
+
+@pytest.fixture(scope="module")
+def overlay(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    path = tmp_path_factory.mktemp("choose") / "overlay"
+    return write_overlay(path, tokenizer=True, layers=8, moe_layers=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def tier(overlay: Built) -> Path:
+    return outlier_mlx.convert(overlay.path, out=overlay.path.parent / "tier")
+
+
+@pytest.mark.parametrize("name", ["q4", "q4-mixed", "q8", "bf16", "f32"])
+def test_predicted_sizes_are_those_of_the_files(overlay: Built, tmp_path: Path, name: str) -> None:
+    choices, _ = list_choices(overlay.path)
+    predicted = next(choice.nbytes for choice in choices if choice.name == name)
+    tier = outlier_mlx.convert(overlay.path, out=tmp_path / "tier", tier=name)
+    index = json.loads((tier / "model.safetensors.index.json").read_text())
+    assert predicted == index["metadata"]["total_size"]
+
+
+def test_the_cache_is_as_large_as_mlx_lms(tier: Path, overlay: Built) -> None:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = load(tier)
+    cache = make_prompt_cache(model)
+    forward(model, overlay.prompt(12) * 22, cache)  # 264 tokens: the cache grows in steps of 256
+    config = tier_config(json.loads((tier / "config.json").read_text()))
+    # On the CPU the cache holds float32.
+    assert sum(entry.nbytes for entry in cache) == 2 * kv_bytes(config, 512)
+    # 64 values of 8 bits, and a scale and a bias of 16 bits each.
+    assert kv_bytes(config, 64, 8) == kv_bytes(config, 64) * (64 * 8 + 32) / (64 * 16)
+
+
+@pytest.mark.parametrize(("room", "name"), [("bf16", "bf16"), ("q8", "q8"), ("q4", "q4")])
+def test_the_best_that_fits_is_chosen(overlay: Built, room: str, name: str) -> None:
+    choices, _ = list_choices(overlay.path)
+    limit = next(choice.memory[4096, None] for choice in choices if choice.name == room)
+    fitting, available = list_choices(overlay.path, ram_gb=limit / memory.GPU_SHARE / 2**30 + 1e-9)
+    assert best(fitting, available) == name
+    with pytest.raises(OutlierError, match="no recipe fits: the smallest needs"):
+        best(*list_choices(overlay.path, ram_gb=1e-6))
+
+
+def test_mixed_keeps_more_of_the_sensitive_matrices(overlay: Built, tmp_path: Path) -> None:
+    tier = outlier_mlx.convert(overlay.path, out=tmp_path / "tier", tier="q4-mixed")
+    quantization = json.loads((tier / "config.json").read_text())["quantization"]
+    assert quantization["lm_head"]["bits"] == 6
+    assert quantization["model.layers.0.self_attn.v_proj"]["bits"] == 6
+    assert quantization["model.layers.3.mlp.shared_expert.down_proj"]["bits"] == 6
+    assert "model.layers.2.mlp.shared_expert.down_proj" not in quantization
+    assert "model.layers.0.self_attn.q_proj" not in quantization
+    assert forward(load(tier), overlay.prompt()).shape[-1] == overlay.dims.vocab
+    assert RECIPES["q4-mixed"].bits("model.norm.weight", 8) == 4
+
+
+def test_what_does_not_fit_is_refused_with_cures(tier: Path) -> None:
+    check_fits(tier, 4096)
+    weights = json.loads((tier / "model.safetensors.index.json").read_text())["metadata"]
+    little = Budget(weights["total_size"] * 8, "this Mac's GPU")
+    with pytest.raises(OutlierError) as refused:
+        check_fits(tier, 4096, available=little)
+    text = str(refused.value)
+    for words in ("KV cache", "--kv-bits 4", "smaller recipe", "iogpu.wired_limit_mb=", "--ignore"):
+        assert words in text
+    assert "\n" not in text
+    check_fits(tier, 4096, kv_bits=4, available=little)
+
+
+def test_generate_checks_unless_told_not_to(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "budget", lambda ram_gb=None: Budget(1000, "this machine"))
+    command = ["generate", "--model", str(tier), "-p", "hello", "-m", "2"]
+    refused = CliRunner().invoke(cli.app, command)
+    assert refused.exit_code == 1
+    assert "this machine gives 0.0" in refused.stderr
+    assert CliRunner().invoke(cli.app, [*command, "--ignore-memory"]).exit_code == 0
+
+
+def test_the_budget_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert budget(32).nbytes == 24 * 2**30
+    assert budget().nbytes > 2**28
+    limit = {"max_recommended_working_set_size": 12345}
+    monkeypatch.setattr(mx, "device_info", lambda: limit)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert budget() == Budget(12345, "this Mac's GPU")
+
+
+def test_the_command(overlay: Built) -> None:
+    run = CliRunner().invoke(cli.app, ["tiers", str(overlay.path), "--ram", "16"])
+    assert run.exit_code == 0
+    assert "q4-mixed" in run.stdout
+    assert all(len(line) <= 80 for line in run.stdout.splitlines() if "portable" not in line)
+    listed = json.loads(CliRunner().invoke(cli.app, ["tiers", str(overlay.path), "--json"]).stdout)
+    names = [recipe["name"] for recipe in listed["recipes"]]
+    assert names[:4] == ["bf16", "q8", "q4-mixed", "q4"]
