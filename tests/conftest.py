@@ -1,3 +1,8 @@
-"""Fixtures for every test."""
+"""Fixtures for every test, and what keeps tests apart from their user's settings."""
+
+import os
 
 pytest_plugins = ["kernels.emulator.pytest_plugin"]
+
+# No kernel variants that were chosen on this machine.
+os.environ["OUTLIER_MLX_KERNELS"] = ""

@@ -4,15 +4,14 @@ Rows of trits are in the layout `tq1_0_rows` (affine2.py). A kernel takes what i
 `kernels/` says; what it cannot take is refused here.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from .affine2 import padded_width, row_bytes
 from .kernel_text import kernel_text
+from .variants import DECODES, Variant, saved_variant
 
-DECODES = ("exponent", "exact", "telescoped", "floor")
 ACTIVATIONS = (mx.float32, mx.float16, mx.bfloat16)
 # What the kernels were tested with, smallest and largest.
 LIMITS = {
@@ -36,33 +35,8 @@ _OUTPUT = {
 }
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One of the forms of a decode kernel; they differ in speed and rounding.
-
-    Attributes:
-        decode: how digits leave their byte: "exponent", "exact", "telescoped", or "floor", which
-            only loads and whose results mean nothing. See kernels/tq1_0.metal.
-        rows: rows of a matrix that a simdgroup computes, a power of two.
-        load_bits: 32 or 64, what a lane loads of a row at a time.
-        simdgroups: simdgroups in a threadgroup.
-    """
-
-    decode: str = "exponent"
-    rows: int = 8
-    load_bits: int = 32
-    simdgroups: int = 2
-
-    def fitted(self, in_features: int, out_features: int) -> "Variant":
-        """This variant, with fewer rows or smaller loads where the matrix does not allow them."""
-        rows = self.rows
-        while rows > out_features:
-            rows //= 2
-        odd = row_bytes(in_features) % (self.load_bits // 8)
-        return replace(self, rows=rows, load_bits=32 if odd else self.load_bits)
-
-
-# What a kernel is launched in when the call names no variant. docs/kernels.md has the reasons.
+# What a kernel is launched in when the call names no variant and none was measured to be the
+# fastest here (variants.py). docs/kernels.md has the reasons.
 VARIANTS = {"tq1_0_swiglu": Variant(), "tq1_0_down": Variant(), "tq1_0_qmv": Variant()}
 
 # What `mx.fast.metal_kernel` made, and the kernels made by it: tests put another in its place.
@@ -241,7 +215,8 @@ def _launch(
 ) -> mx.array:
     """Launch a decode kernel for an output of `shape` (columns, out)."""
     columns, out_features = shape
-    variant = (variant or VARIANTS[name]).fitted(in_features, out_features)
+    variant = variant or saved_variant(name) or VARIANTS[name]
+    variant = variant.fitted(in_features, out_features)
     width = 32 * variant.simdgroups
     groups = -(-out_features // (variant.rows * variant.simdgroups))
     return _kernel(name)(

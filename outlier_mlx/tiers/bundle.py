@@ -11,7 +11,7 @@ from pathlib import Path
 import outlier_mlx.runtime
 from outlier_mlx.runtime.kernel_text import kernel_text
 
-MODULE_ORDER = ("affine2", "kernels", "ops", "switch", "moe", "model")
+MODULE_ORDER = ("affine2", "variants", "kernels", "ops", "switch", "moe", "model")
 KERNELS = ("tq1_0", "tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv", "tq1_0_to_affine2")
 
 _HEADER = '''"""Model code of an Outlier tier, written by outlier-mlx.
