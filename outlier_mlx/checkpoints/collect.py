@@ -129,6 +129,11 @@ def assemble_experts(
                     f"{folder}: {tensor.where}: config.json has {config.layers} layers of"
                     f" {config.experts} experts, numbered from 0"
                 )
+            if layer not in config.moe_layers:
+                raise CheckpointError(
+                    f"{folder}: {tensor.where}: layers [{layer}] have experts but are not MoE"
+                    f" layers; those are {list(config.moe_layers)}"
+                )
 
     def matrix(layer: int, expert: int, projection: str) -> ExpertMatrix:
         place = (layer, expert, projection)
