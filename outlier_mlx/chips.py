@@ -85,8 +85,8 @@ def this_chip() -> Chip:
         note = "on the CPU: no published bandwidth to compare with"
         return Chip(name, "cpu", memory_gb=memory, note=note)
     cores = _gpu_cores() if sys.platform == "darwin" else None
-    gb_s, note = published_bandwidth(name, cores, memory)
-    return Chip(name, "gpu", cores, memory, gb_s, note)
+    gb_s, why = published_bandwidth(name, cores, memory)
+    return Chip(name, "gpu", cores, memory, gb_s, why)
 
 
 def published_bandwidth(

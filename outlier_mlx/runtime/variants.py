@@ -102,10 +102,10 @@ def parse_variant(fields: dict[str, Any]) -> Variant:
         ValueError: a value that is not one of `CHOICES`.
     """
     variant = Variant(**fields)
-    for field, choices in CHOICES.items():
-        value = getattr(variant, field)
+    for name, choices in CHOICES.items():
+        value = getattr(variant, name)
         if type(value) is not type(choices[0]) or value not in choices:
-            raise ValueError(f"{field} {value!r} is not one of {choices}")
+            raise ValueError(f"{name} {value!r} is not one of {choices}")
     return variant
 
 
