@@ -65,7 +65,13 @@ class Toolchain:
 
     @cached_property
     def machine(self) -> list[str]:
-        """Arguments that allow instructions which this processor has."""
+        """Arguments that allow instructions which this processor has.
+
+        None with $KERNEL_EMULATOR_PORTABLE, which also makes the runtime switch stacks by the C
+        library: so what other processors need is tested on this one.
+        """
+        if os.environ.get("KERNEL_EMULATOR_PORTABLE"):
+            return ["-DEMU_UCONTEXT"]
         try:
             flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
         except OSError:

@@ -6,10 +6,11 @@ import re
 def clang_dialect(text: str) -> str:
     """Metal source that clang accepts, line by line the same.
 
-    Four things change. The qualifier `thread` of a member function goes: here a member function
+    Five things change. The qualifier `thread` of a member function goes: here a member function
     without one serves every address space. Function constants, which a host sets at launch,
-    become true. Arrays of a threadgroup become references to memory of the runtime's. And the
-    suffix bf of a literal becomes a conversion.
+    become true. Arrays of a threadgroup become references to memory of the runtime's. The
+    suffix bf of a literal becomes a conversion. And kernels become internal, so that nothing is
+    left of them but the one that is called.
     """
     text = re.sub(r"(\)\s*(?:const\s+)?)thread\b", r"\1", text)
     constant = r"^constant bool (\w+) \[\[function_constant\(\d+\)\]\];"
@@ -17,6 +18,7 @@ def clang_dialect(text: str) -> str:
     text = re.sub(
         r"(?<![\w.])((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)bf\b", r"bfloat(float(\1))", text
     )
+    text = re.sub(r"\[\[kernel\]\](\s+)void\b", r"[[kernel]]\1static void", text)
     return _threadgroup_arrays(text)
 
 

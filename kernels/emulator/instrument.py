@@ -18,6 +18,7 @@ RENDEZVOUS = {
 _HELPERS = """
 @emu_counters = external global ptr
 @emu_alignment_mask = external global i64
+@emu_interleave = external global i32
 @emu_arena = external global i64
 @emu_arena_bytes = external global i64
 @emu_read_shadow = external global i64
@@ -25,6 +26,17 @@ _HELPERS = """
 declare void @emu_misaligned(i64, i32) cold noreturn nounwind
 declare void @emu_far_away(i64, i32) cold noreturn nounwind
 declare half @emu_fma_half(half, half, half) nounwind memory(none)
+declare void @emu_yield() nounwind
+define internal void @emu.before_store() alwaysinline nounwind {
+  %interleave = load i32, ptr @emu_interleave
+  %yields = icmp ne i32 %interleave, 0
+  br i1 %yields, label %others, label %go
+others:
+  call void @emu_yield()
+  br label %go
+go:
+  ret void
+}
 define internal void @emu.check(i64 %address, i64 %low, i32 %place) alwaysinline nounwind {
   %start = load i64, ptr @emu_arena
   %size = load i64, ptr @emu_arena_bytes
@@ -59,12 +71,21 @@ class Instrumented:
     waits: bool = False  # whether any thread ever waits for another
     float_atomics: bool = False  # whether rounding depends on the order of threads
     blocks: int = 0
+    private: int = 0  # bytes of a thread's variables that are in memory
 
 
 def _may_be_buffer(access: Access) -> bool:
     if access.origin:
         return access.origin.kind == "buffer"
     return access.pointer.startswith("ptr addrspace(1)")
+
+
+def _is_shared(store: ir.Instruction, origins: Origins) -> bool:
+    """Whether a store writes memory that other threads see."""
+    access = accesses(store, origins)[0]
+    if access.origin:
+        return access.origin.kind in ("buffer", "array")
+    return access.pointer.startswith(("ptr addrspace(1)", "ptr addrspace(3)"))
 
 
 class _Writer:
@@ -127,10 +148,14 @@ class _Writer:
         checked = [a for a in accesses(instruction, origins) if _may_be_buffer(a)]
         for access in checked:
             self.guard(access, instruction)
+        if instruction.opcode == "store" and _is_shared(instruction, origins):
+            self.emit("call void @emu.before_store()")
         if checked and not any(a.atomic for a in checked):
             text = re.sub(r"\balign \d+", "align 1", text)
         if instruction.opcode in ("atomicrmw", "cmpxchg"):
             self.result.float_atomics |= bool(re.search(r"\batomicrmw (?:volatile )?f", text))
+        if instruction.opcode == "alloca":
+            self.result.private += ir.byte_size(instruction.type)
         callee = instruction.callee or ""
         if callee in RENDEZVOUS:
             place = self.place(instruction)
@@ -156,8 +181,9 @@ class _Writer:
 def instrument(text: str, file: str, count: bool) -> Instrumented:
     """Rewrites optimized IR for a run on the CPU.
 
-    Every access to a buffer is checked for alignment, every wait gets the number of its place,
-    and an `fmuladd` becomes two operations. With `count`, every basic block counts its runs for
+    Every access to a buffer is checked for alignment, every wait gets the number of its place, a
+    store lets the other threads go first where the runtime wants it, and an `fmuladd` becomes two
+    operations. With `count`, every basic block counts its runs for
     the thread that runs it, and every byte read or written is marked in a shadow of the buffers.
 
     Args:

@@ -13,6 +13,7 @@ from .instrument import instrument
 from .signature import Signature, entry, parse_generated
 
 MAX_THREADGROUP_MEMORY = 32 * 1024
+MAX_PRIVATE_MEMORY = 128 * 1024  # half of a fiber's stack
 UTILS = "mlx/backend/metal/kernels/utils.h"  # MLX puts it before every custom kernel
 
 
@@ -110,9 +111,15 @@ def compile_kernel(
 
 
 def _check_memory(name: str, text: str) -> None:
-    total = sum(instrument(text, msl.FILE, count=False).arrays.values())
+    made = instrument(text, msl.FILE, count=False)
+    total = sum(made.arrays.values())
     if total > MAX_THREADGROUP_MEMORY:
         raise LintError(
             f"{name}: {total} bytes of threadgroup memory; "
             f"a threadgroup has {MAX_THREADGROUP_MEMORY}"
+        )
+    if made.private > MAX_PRIVATE_MEMORY:
+        raise LintError(
+            f"{name}: {made.private} bytes of private memory for each thread; "
+            f"the emulator has {MAX_PRIVATE_MEMORY}"
         )

@@ -81,9 +81,11 @@ def run(
 ) -> Outcome:
     """Runs a kernel over a grid.
 
-    The first run goes through threads in ascending order with every buffer at the start of its
-    pages, the second in descending order with every buffer at their end. Both must leave the
-    same bits in every buffer that may be written.
+    The first run goes through threads in ascending order, each as far as it gets, with every
+    buffer at the start of its pages. The second goes in descending order and stops every thread
+    of a threadgroup before each of its writes until the others have come as far, with every
+    buffer at the end of its pages. Both must leave the same bits in every buffer that may be
+    written.
 
     Args:
         kernel: the kernel.
@@ -139,7 +141,7 @@ def _run_once(
             entry=runtime.entry_point(path),
             grid=grid,
             group=threadgroup,
-            reversed=second,
+            second=second,
             fibers=facts.waits,
             blocks=facts.blocks if counts else 0,
             arrays=arrays,
@@ -185,13 +187,14 @@ def _explain(
             nearest = min(arena.regions, key=lambda r: abs(fault.address - r.base))
             return errors.OutOfBounds(
                 f"{name}: {thread} {verb} memory far from any buffer, at byte "
-                f"{fault.address - nearest.base} of {nearest.name}{_line(facts, fault.place)}"
+                f"{fault.address - nearest.base} of {nearest.name}"
+                f"{_line(kernel, facts, fault.place)}"
             )
         offset = fault.address - region.base
         if fault.code == _MISALIGNED:
             return errors.Misaligned(
                 f"{name}: {thread} accessed {region.name} at byte {offset}, which is not a "
-                f"multiple of the type's alignment{_line(facts, fault.place)}"
+                f"multiple of the type's alignment{_line(kernel, facts, fault.place)}"
             )
         if 0 <= offset < region.bytes:
             return errors.OutOfBounds(
@@ -209,32 +212,35 @@ def _explain(
     if fault.code == _NO_LANE:
         return errors.Divergence(
             f"{name}: lane {fault.lane} ({thread}) asks for the value of a lane that its "
-            f"simdgroup of {fault.lanes} threads does not have{_line(facts, fault.place)}"
+            f"simdgroup of {fault.lanes} threads does not have{_line(kernel, facts, fault.place)}"
         )
     if fault.code == _SPINNING:
         return errors.EmulatorError(
             f"{name}: {thread} waits at an atomic for something that never happens"
-            f"{_line(facts, fault.place)}"
+            f"{_line(kernel, facts, fault.place)}"
         )
     if fault.code in (_DIVERGED, _BARRIER):
         what = "lanes of a simdgroup" if fault.code == _DIVERGED else "threads of a threadgroup"
         kind = errors.Divergence if fault.code == _DIVERGED else errors.BarrierError
-        return kind(f"{name}: the {what} parted at {thread}: {_groups(facts, fault)}")
+        return kind(f"{name}: the {what} parted at {thread}: {_groups(kernel, facts, fault)}")
     return errors.EmulatorError(f"{name}: the emulator has no memory left")
 
 
-def _line(facts: Facts, place: int) -> str:
+def _line(kernel: CompiledKernel, facts: Facts, place: int) -> str:
     line = facts.places[place] if place < len(facts.places) else None
-    return f" (line {line} of the kernel)" if line else ""
+    text = kernel.text.splitlines()
+    if line is None or line > len(text):
+        return ""
+    return f" (line {line}: `{text[line - 1].strip()}`)"
 
 
-def _groups(facts: Facts, fault: runtime.Fault) -> str:
+def _groups(kernel: CompiledKernel, facts: Facts, fault: runtime.Fault) -> str:
     """Who is where: `0-15 wait at simd operation (line 7 of the kernel); 16-31 have returned`."""
     where: dict[str, list[int]] = {}
     for i in range(fault.lanes):
         state = fault.state[i]
         what = {_AT_SIMD: "wait at a simd operation", _AT_BARRIER: "wait at a barrier"}.get(state)
-        text = f"{what}{_line(facts, fault.where[i])}" if what else "have returned"
+        text = f"{what}{_line(kernel, facts, fault.where[i])}" if what else "have returned"
         where.setdefault(text, []).append(i)
     return "; ".join(f"{_ranges(numbers)} {text}" for text, numbers in where.items())
 

@@ -15,6 +15,7 @@ WARNINGS = [
     "-Wimplicit-int-conversion", "-Wno-shorten-64-to-32",
     "-Wno-unused-parameter", "-Wno-sign-compare", "-Wno-unknown-attributes",
     "-Wno-ignored-attributes", "-Wno-pass-failed", "-Wno-implicit-int-float-conversion",
+    "-Wno-unused-function",
 ]  # fmt: skip
 
 _SCALARS = "bool char uchar short ushort int uint long ulong half bfloat float void size_t"

@@ -27,7 +27,7 @@ class Job(ctypes.Structure):
         ("entry", ctypes.c_void_p),
         ("grid", ctypes.c_uint32 * 3),
         ("group", ctypes.c_uint32 * 3),
-        ("reversed", ctypes.c_uint32),
+        ("second", ctypes.c_uint32),
         ("fibers", ctypes.c_uint32),
         ("blocks", ctypes.c_uint32),
         ("arrays", ctypes.c_uint32),

@@ -93,7 +93,8 @@ def _pointer(text: str) -> tuple[str, str]:
     )
     if found is None:
         raise ValueError(f"not a pointer operand: {text}")
-    return found[1], found[3]
+    operand = found[3]
+    return found[1], operand.split()[0] if operand[0] in "%@" else operand
 
 
 def _after(text: str, start: int) -> str:

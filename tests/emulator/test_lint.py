@@ -5,7 +5,7 @@ import pytest
 
 from kernels.emulator import LintError, VirtualMetal
 
-from .tools import launch
+from .tools import launch, numbers
 
 AT = "uint i = thread_position_in_grid.x; "
 
@@ -53,6 +53,11 @@ MISTAKES = {
         "threadgroup float b[8193]; b[thread_index_in_threadgroup] = 1; "
         "threadgroup_barrier(mem_flags::mem_threadgroup); o[0] = b[0];",
         "32772 bytes of threadgroup memory; a threadgroup has 32768",
+    ),
+    "too much private memory": (
+        "float z[40000]; for (int j = 0; j < 40000; j++) z[j * 7 % 40000] = x[j % 32];\n"
+        "o[0] = z[int(x[3])];",
+        "160000 bytes of private memory",
     ),
     "no such fma": (
         "half h = half(x[0]); o[0] = fma(h, x[1], x[2]);",
@@ -131,7 +136,7 @@ def test_accepts_what_metal_has(virtual_metal: VirtualMetal) -> None:
     """
     x = mx.arange(32).astype(mx.float32)
     (o,) = launch(virtual_metal, source, {"x": x}, header=header)
-    for i, got in enumerate(o.tolist()):
+    for i, got in enumerate(numbers(o)):
         a, b, c, d = range(i & ~3, (i & ~3) + 4)
         v = [d, c, b + 2 * d, a + 2 * c]
         r = sum(v) + v[0] + 3 + 2 + (0.5 + i % 4) + 2

@@ -1,5 +1,7 @@
 """The kernel that is run is the one that MLX generates, with MLX's own checks."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -93,12 +95,12 @@ def test_every_thread_attribute(virtual_metal: VirtualMetal) -> None:
         size = np.minimum(group, grid - groups * group)
         index = inside[0] + size[0] * (inside[1] + size[1] * inside[2])
         threads = int(size.prod())
-        expected = [
+        expected: list[Any] = [
             at, inside, groups, size, group, grid, grid, -(-np.array(grid) // group), [0, 0, 0],
         ]  # fmt: skip
         rest = [index, index % 32, index // 32, -(-threads // 32), 1, index % 4, index // 4,
                 -(-threads // 4), 32, 32]  # fmt: skip
-        assert seen[z, y, x].tolist() == [int(v) for e in [*expected, rest] for v in e]
+        assert seen[z, y, x].tolist() == [int(v) for e in expected for v in e] + rest
 
 
 def test_strided_inputs(virtual_metal: VirtualMetal) -> None:

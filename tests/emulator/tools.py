@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ def launch(
     metal: VirtualMetal,
     source: str,
     inputs: dict[str, Any] | None = None,
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] | None = None,
+    outputs: Mapping[str, tuple[tuple[int, ...], mx.Dtype]] | None = None,
     *,
     grid: tuple[int, int, int] = (32, 1, 1),
     threadgroup: tuple[int, int, int] = (32, 1, 1),
@@ -46,7 +47,8 @@ def launch(
 
 def numbers(array: mx.array) -> np.ndarray:
     """An MLX array as NumPy's float64, also from bfloat16."""
-    return np.array(array.astype(mx.float32)).astype(np.float64)
+    exact = array.astype(mx.float32) if array.dtype == mx.bfloat16 else array
+    return np.array(exact).astype(np.float64)
 
 
 def fresh(name: str) -> ModuleType:

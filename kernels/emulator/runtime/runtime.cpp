@@ -28,7 +28,7 @@ struct Thread {
 struct Job {
   void (*entry)(const Thread*);
   uint32_t grid[3], group[3];
-  uint32_t reversed;  // the second order: everything from last to first
+  uint32_t second;    // the second order: from last to first, and all reads before any write
   uint32_t fibers;    // 0 when no thread ever waits
   uint32_t blocks;    // basic blocks counted; 0 for none
   uint32_t arrays;    // threadgroup arrays
@@ -71,6 +71,7 @@ static struct sigaction old_segv, old_bus, old_fpe;
 extern "C" {
 uint32_t* emu_counters;           // of the thread that runs
 uint64_t emu_alignment_mask;      // 0 while buffers are placed at their ends
+uint32_t emu_interleave;          // whether threads wait for one another before each write
 uint64_t emu_arena, emu_arena_bytes;  // where all buffers and the pages around them are
 int64_t emu_read_shadow, emu_write_shadow;
 char* emu_buffers[64];
@@ -151,13 +152,14 @@ uint32_t emu_lane() {
 void emu_atomic_load(uint32_t place) {
   if (!current) return;
   if (++current->spins % 256 == 0) {
-    if (current->spins > (1u << 24)) {
+    if (current->spins > (1u << 20)) {
       fault->place = place;
       fail(spinning);
     }
     wait(ready, place);
   }
 }
+void emu_yield() { wait(ready, 0); }
 void* emu_threadgroup(uint32_t id, uint64_t) { return job->array_base[id]; }
 void* emu_device_buffer(uint32_t i) { return emu_buffers[i]; }
 void* emu_constant_buffer(uint32_t i) { return emu_buffers[i]; }
@@ -203,20 +205,20 @@ static void resume(int i, uint32_t blocks) {
   change(&scheduler, &current->context);
 }
 
-// Runs the lanes of a simdgroup until each has returned or waits at a threadgroup barrier.
+// Runs the lanes of a simdgroup until each has returned, waits at a threadgroup barrier, or wants
+// other simdgroups to go on.
 static void run_simdgroup(int first, int lanes) {
   for (;;) {
     for (int k = 0; k < lanes; k++) {
-      int i = first + (job->reversed ? lanes - 1 - k : k);
+      int i = first + (job->second ? lanes - 1 - k : k);
       if (fibers[i].state == ready) resume(i, job->blocks);
     }
-    int simd = 0, spinning_lanes = 0;
+    int simd = 0, yielding = 0;
     for (int i = first; i < first + lanes; i++) {
       simd += fibers[i].state == at_simd;
-      spinning_lanes += fibers[i].state == ready;
+      yielding += fibers[i].state == ready;
     }
-    if (simd == 0) return;
-    if (spinning_lanes) continue;
+    if (yielding || simd == 0) return;  // the other simdgroups come first
     Fiber& head = fibers[first];
     for (int i = first; i < first + lanes; i++) {
       if (fibers[i].state != at_simd || fibers[i].place != head.place) {
@@ -249,19 +251,19 @@ static void run_with_fibers(int n) {
   }
   for (;;) {
     for (int k = 0; k < groups; k++) {
-      int g = job->reversed ? groups - 1 - k : k;
+      int g = job->second ? groups - 1 - k : k;
       run_simdgroup(g * 32, n - g * 32 < 32 ? n - g * 32 : 32);
     }
-    int waiting = 0, finished = 0, spinning_threads = 0;
+    int waiting = 0, finished = 0, yielding = 0;
     bool same = true;
     for (int i = 0; i < n; i++) {
       waiting += fibers[i].state == at_barrier;
       finished += fibers[i].state == done;
-      spinning_threads += fibers[i].state == ready;
+      yielding += fibers[i].state == ready;
       same = same && fibers[i].place == fibers[0].place;
     }
     if (finished == n) return;
-    if (spinning_threads) continue;
+    if (yielding) continue;
     if (waiting != n || !same) report_group(barrier, 0, n);
     for (int i = 0; i < n; i++) fibers[i].state = ready;
   }
@@ -321,13 +323,13 @@ static void run_threadgroup(const uint32_t* groups, const uint32_t* at) {
   }
   int n = (int)(size[0] * size[1] * size[2]);
   for (uint32_t i = 0; i < job->arrays; i++) memset(job->array_base[i], 0xFF, job->array_bytes[i]);
-  if (job->fibers) {
+  if (job->fibers || emu_interleave) {
     for (int i = 0; i < n; i++) describe(fibers[i].thread, origin, size, groups, at, i, n);
     run_with_fibers(n);
   } else {
     current = nullptr;
     for (int k = 0; k < n; k++) {
-      int i = job->reversed ? n - 1 - k : k;
+      int i = job->second ? n - 1 - k : k;
       describe(lone, origin, size, groups, at, i, n);
       if (job->blocks) emu_counters = lane_counters + (size_t)i * job->blocks;
       job->entry(&lone);
@@ -341,7 +343,7 @@ static void run_grid() {
   for (int d = 0; d < 3; d++) groups[d] = (job->grid[d] + job->group[d] - 1) / job->group[d];
   uint64_t total = (uint64_t)groups[0] * groups[1] * groups[2];
   for (uint64_t k = 0; k < total; k++) {
-    uint64_t g = job->reversed ? total - 1 - k : k;
+    uint64_t g = job->second ? total - 1 - k : k;
     uint32_t at[3] = {(uint32_t)(g % groups[0]), (uint32_t)(g / groups[0] % groups[1]),
                       (uint32_t)(g / groups[0] / groups[1])};
     run_threadgroup(groups, at);
@@ -376,6 +378,7 @@ extern "C" uint32_t emu_run(Job* the_job, Fault* the_fault) {
   sigaction(SIGSEGV, &action, &old_segv);
   sigaction(SIGBUS, &action, &old_bus);
   sigaction(SIGFPE, &action, &old_fpe);
+  emu_interleave = job->second;
   running = 1;
   if (sigsetjmp(escape, 1) == 0) run_grid();
   running = 0;

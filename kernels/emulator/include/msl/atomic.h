@@ -17,42 +17,63 @@ typedef atomic<ulong> atomic_ulong;
 typedef atomic<bool> atomic_bool;
 typedef atomic<float> atomic_float;
 
-#define MSL_ATOMIC_RMW(space, name)                                                           \
-  template <typename T>                                                                       \
+// Loads, stores and exchanges move bits, so that they serve float as well.
+template <typename T>
+struct msl_atomic_bits {
+  typedef T type;
+};
+template <>
+struct msl_atomic_bits<float> {
+  typedef uint type;
+};
+template <>
+struct msl_atomic_bits<bool> {
+  typedef uchar type;
+};
+
+#define MSL_ATOMIC_RMW(space, name)                                                             \
+  template <typename T>                                                                         \
   METAL_FUNC T atomic_fetch_##name##_explicit(volatile space atomic<T>* p, T x, memory_order) { \
-    return __atomic_fetch_##name(&p->value, x, __ATOMIC_RELAXED);                             \
+    return __atomic_fetch_##name(&p->value, x, __ATOMIC_RELAXED);                               \
   }
-#define MSL_ATOMICS(space)                                                                    \
-  template <typename T>                                                                       \
-  METAL_FUNC T atomic_load_explicit(const volatile space atomic<T>* p, memory_order) {        \
-    emu_atomic_load(0);                                                                       \
-    T x;                                                                                      \
-    __atomic_load(&p->value, &x, __ATOMIC_RELAXED);                                           \
-    return x;                                                                                 \
-  }                                                                                           \
-  template <typename T>                                                                       \
-  METAL_FUNC void atomic_store_explicit(volatile space atomic<T>* p, T x, memory_order) {     \
-    __atomic_store(&p->value, &x, __ATOMIC_RELAXED);                                          \
-  }                                                                                           \
-  template <typename T>                                                                       \
-  METAL_FUNC T atomic_exchange_explicit(volatile space atomic<T>* p, T x, memory_order) {     \
-    T old;                                                                                    \
-    __atomic_exchange(&p->value, &x, &old, __ATOMIC_RELAXED);                                 \
-    return old;                                                                               \
-  }                                                                                           \
-  template <typename T>                                                                       \
-  METAL_FUNC bool atomic_compare_exchange_weak_explicit(                                      \
-      volatile space atomic<T>* p, thread T* expected, T x, memory_order, memory_order) {     \
-    emu_atomic_load(0);                                                                       \
-    return __atomic_compare_exchange(&p->value, expected, &x, false, __ATOMIC_RELAXED,        \
-                                     __ATOMIC_RELAXED);                                       \
-  }                                                                                           \
-  MSL_ATOMIC_RMW(space, add)                                                                  \
-  MSL_ATOMIC_RMW(space, sub)                                                                  \
-  MSL_ATOMIC_RMW(space, and)                                                                  \
-  MSL_ATOMIC_RMW(space, or)                                                                   \
-  MSL_ATOMIC_RMW(space, xor)                                                                  \
-  MSL_ATOMIC_RMW(space, min)                                                                  \
+#define MSL_ATOMICS(space)                                                                      \
+  template <typename T>                                                                         \
+  METAL_FUNC T atomic_load_explicit(const volatile space atomic<T>* p, memory_order) {          \
+    typedef typename msl_atomic_bits<T>::type bits;                                             \
+    emu_atomic_load(0);                                                                         \
+    return __builtin_bit_cast(                                                                  \
+        T, __atomic_load_n((const volatile space bits*)&p->value, __ATOMIC_RELAXED));           \
+  }                                                                                             \
+  template <typename T>                                                                         \
+  METAL_FUNC void atomic_store_explicit(volatile space atomic<T>* p, T x, memory_order) {       \
+    typedef typename msl_atomic_bits<T>::type bits;                                             \
+    __atomic_store_n((volatile space bits*)&p->value, __builtin_bit_cast(bits, x),              \
+                     __ATOMIC_RELAXED);                                                         \
+  }                                                                                             \
+  template <typename T>                                                                         \
+  METAL_FUNC T atomic_exchange_explicit(volatile space atomic<T>* p, T x, memory_order) {       \
+    typedef typename msl_atomic_bits<T>::type bits;                                             \
+    return __builtin_bit_cast(                                                                  \
+        T, __atomic_exchange_n((volatile space bits*)&p->value, __builtin_bit_cast(bits, x),    \
+                               __ATOMIC_RELAXED));                                              \
+  }                                                                                             \
+  template <typename T>                                                                         \
+  METAL_FUNC bool atomic_compare_exchange_weak_explicit(                                        \
+      volatile space atomic<T>* p, thread T* expected, T x, memory_order, memory_order) {       \
+    typedef typename msl_atomic_bits<T>::type bits;                                             \
+    emu_atomic_load(0);                                                                         \
+    bits hoped = __builtin_bit_cast(bits, *expected);                                           \
+    bits found = __sync_val_compare_and_swap((volatile space bits*)&p->value, hoped,            \
+                                             __builtin_bit_cast(bits, x));                      \
+    *expected = __builtin_bit_cast(T, found);                                                   \
+    return found == hoped;                                                                      \
+  }                                                                                             \
+  MSL_ATOMIC_RMW(space, add)                                                                    \
+  MSL_ATOMIC_RMW(space, sub)                                                                    \
+  MSL_ATOMIC_RMW(space, and)                                                                    \
+  MSL_ATOMIC_RMW(space, or)                                                                     \
+  MSL_ATOMIC_RMW(space, xor)                                                                    \
+  MSL_ATOMIC_RMW(space, min)                                                                    \
   MSL_ATOMIC_RMW(space, max)
 MSL_ATOMICS(device)
 MSL_ATOMICS(threadgroup)

@@ -15,6 +15,10 @@
 #define read_only msl_read_only
 #define write_only msl_write_only
 #define read_write msl_read_write
+#define atomic_int msl_atomic_int
+#define atomic_uint msl_atomic_uint
+#define atomic_ulong msl_atomic_ulong
+#define atomic_float msl_atomic_float
 
 #define METAL_FUNC inline __attribute__((always_inline))
 #define METAL_CONST_ARG(x)
