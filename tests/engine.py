@@ -20,6 +20,7 @@ from outlier_mlx.errors import CheckpointWarning
 from outlier_mlx.loading import load_model
 from outlier_mlx.runtime.model import Model
 from outlier_mlx.runtime.moe import OutlierMoE
+from outlier_mlx.runtime.switch import TernarySwitchGLU
 from tests.builders import Dims
 from tests.goldens import assert_logits_close
 from tests.reference import Array, Routing, Trace
@@ -150,3 +151,21 @@ def tier_name(key: str, dims: Dims) -> str:
     if "mlp" in words and int(words[2]) in dims.routed_layers:
         return key.replace(".mlp.", ".mlp.shared_expert.")
     return key
+
+
+def random_experts(shape: tuple[int, ...], seed: int = 0) -> tuple[Array, Array]:
+    """Trits (..., out, in) and scales (..., out)."""
+    rng = np.random.default_rng(seed)
+    scales = np.exp(rng.standard_normal(shape[:-1])).astype(np.float32)
+    return rng.integers(-1, 2, shape, dtype=np.int8), scales
+
+
+def swiglu_experts(hidden: int, width: int, count: int) -> TernarySwitchGLU:
+    """Routed experts with random trits, scaled to keep the variance."""
+    glu = TernarySwitchGLU(hidden, width, count)
+    for name in ("gate", "up", "down"):
+        shape = (hidden, width) if name == "down" else (width, hidden)
+        trits, scales = random_experts((count, *shape), seed=ord(name[0]))
+        rows = {"weight": mx.array(pack_rows(trits)), "scales": mx.array(scales / shape[1] ** 0.5)}
+        getattr(glu, f"{name}_proj").load_weights(list(rows.items()))
+    return glu

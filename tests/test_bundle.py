@@ -176,6 +176,6 @@ def test_mlx_lm_alone_generates_the_same_text(
         theirs = [python, "-m", "mlx_lm", "generate", "--trust-remote-code", "--verbose", "False"]
         text = run(*theirs, *flags, cwd=tmp_path)
         ours = run(sys.executable, "-m", "outlier_mlx", "generate", *flags, "--quiet", cwd=ROOT)
-        assert text == ours and len(text.split()) > 3
+        assert text == ours and len(text) > 20
         refused = subprocess.run([*map(str, theirs[:4]), *map(str, flags)], capture_output=True)
         assert refused.returncode != 0  # without the flag, nothing of the tier runs

@@ -134,7 +134,8 @@ def as_stored(x: mx.array, dtype: str) -> Stored:
 
 def test_slabs_and_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Parts are read, quantized and packed in slabs of rows: of any size the tier is the same."""
-    built = builders.write_overlay(tmp_path / "overlay", scale_form="per_row", hidden=96)
+    dims: dict[str, Any] = {"layers": 2, "moe_layers": (1,), "hidden": 96, "experts": 2}
+    built = builders.write_overlay(tmp_path / "overlay", scale_form="per_row", **dims)
     whole = convert(built, tmp_path / "whole", 4, 32, "BF16")
     for size in (1, 3000):
         monkeypatch.setattr(parts, "SLAB_BYTES", size)
