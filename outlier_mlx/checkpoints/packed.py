@@ -19,7 +19,7 @@ from outlier_mlx.checkpoints.keys import ExpertKey, parse_key
 from outlier_mlx.checkpoints.monolith import PARTS, read_monolith
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.folders import inside, require_plain
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.ternary import TernaryError, unpack_tq1_0
 
@@ -139,8 +139,8 @@ def open_packed(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | Non
         return collected.overlay(folder, "monolith", read_config(folder))
     inner = f"{FOLDER}/{MONOLITH}"
     if not (folder / SIGN).exists():
-        if (folder / inner).exists():
-            raise CheckpointError(f"{folder}: {inner}: the shapes are in index.json, which is gone")
+        if (folder / FOLDER).is_dir():
+            raise CheckpointError(f"{folder}: {FOLDER}: no index.json: it has the tensors' shapes")
         return None
     entries = _read_index(folder, SIGN)
     if (folder / inner).exists():
@@ -225,6 +225,7 @@ def _entry(key: str, fields: object) -> Entry:
         raise CheckpointError(f"{place}: format and dtype {kind}, expected {expected}")
     if not isinstance(file, str):
         raise CheckpointError(f"{place}: file is {str(file)[:80]!r}, expected a name")
+    require_plain(file, place)
     if not isinstance(shape, list) or not all(
         type(size) is int and 0 <= size <= MAX_SIZE for size in shape
     ):

@@ -168,6 +168,18 @@ def _umask() -> int:
     return mask
 
 
+def require_plain(name: str, place: str) -> None:
+    """Refuse a relative path that leads, or on some system would lead, somewhere else.
+
+    Raises:
+        CheckpointError: `name` is absolute, climbs out, or has a drive or backslash; `place` says
+            where it was found.
+    """
+    suspicious = "\\" in name or "\0" in name or ":" in name or name.startswith("/")
+    if suspicious or ".." in Path(name).parts:
+        raise CheckpointError(f"{place}: {name[:300]!r} is not a plain path inside the folder")
+
+
 def inside(folder: Path, name: str) -> Path:
     """The file `name` in `folder`, refused if it is elsewhere.
 
@@ -177,9 +189,7 @@ def inside(folder: Path, name: str) -> Path:
         CheckpointError: there is no such file (a folder or pipe is none), or `name` is absolute,
             climbs out, or links out of the folder.
     """
-    suspicious = "\\" in name or "\0" in name or ":" in name or name.startswith("/")
-    if suspicious or ".." in Path(name).parts:
-        raise CheckpointError(f"{folder.name}: {name!r} is not a plain path inside the folder")
+    require_plain(name, folder.name)
     path = folder / name
     try:
         found = path.is_file()
