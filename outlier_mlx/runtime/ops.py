@@ -73,13 +73,6 @@ def with_gradient_of(
         gradients = mx.vjp(of_inputs, given, [cotangent])[1]
         return (*gradients, *(mx.zeros_like(p) for p in primals[len(inputs) :]))
 
-    @run.jvp
-    def jvp(primals: Sequence[mx.array], tangents: Sequence[mx.array | None]) -> mx.array:
-        given = list(primals[: len(inputs)])
-        moved = zip(given, tangents[: len(inputs)], strict=True)
-        steps = [mx.zeros_like(p) if t is None else t for p, t in moved]
-        return mx.jvp(of_inputs, given, steps)[1][0]
-
     return run(*inputs, *constants)
 
 

@@ -1,0 +1,286 @@
+"""What the expert layers launch on a GPU, and what they leave to plain MLX."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernels.emulator import VirtualMetal, virtual_metal
+from outlier_mlx.runtime import ops, switch
+from outlier_mlx.runtime.affine2 import rows_to_affine2
+from outlier_mlx.runtime.moe import OutlierMoE
+from outlier_mlx.runtime.ops import use_matrix_kernels, use_metal
+from tests.engine import as_array
+from tests.kernel_cases import random_matrices
+
+HIDDEN, WIDTH, EXPERTS, K = 64, 96, 4, 2
+DECODE = ["tq1_0_swiglu", "tq1_0_down"]
+TRANSCODE = ["tq1_0_to_affine2"] * 3
+
+
+@pytest.fixture
+def metal() -> Iterator[VirtualMetal]:
+    with virtual_metal(count=False) as device:
+        yield device
+
+
+def layer(hidden: int = HIDDEN, width: int = WIDTH, experts: int = EXPERTS) -> OutlierMoE:
+    """A MoE layer with random weights of every kind, ready for the CPU, in evaluation mode."""
+    mx.random.seed(0)
+    block = OutlierMoE(hidden, 80, width, experts, K, "tq1_0_rows")
+    block.gate.weight = mx.random.normal((experts, hidden)) / hidden**0.5
+    block.alpha = mx.random.normal((experts,))
+    for seed, name in enumerate(("gate", "up", "down")):
+        linear = getattr(block.switch_mlp, f"{name}_proj")
+        shape = (hidden, width) if name == "down" else (width, hidden)
+        linear.weight, linear.scales = random_matrices(seed, experts, *shape).packed
+        linear.prepare()
+    mx.eval(block.parameters())
+    block.eval()
+    return block
+
+
+def inputs(tokens: int, dtype: mx.Dtype = mx.float32, hidden: int = HIDDEN) -> mx.array:
+    mx.random.seed(tokens)
+    return mx.random.normal((1, tokens, hidden)).astype(dtype)
+
+
+# Which device, which path
+
+
+def test_the_device_is_decided_at_call_time(monkeypatch: pytest.MonkeyPatch):
+    assert not use_metal()
+    with virtual_metal(count=False):
+        assert use_metal()
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert use_metal() == (mx.default_device() == mx.gpu)
+    assert not use_metal()
+
+
+def test_the_switch_to_matrix_kernels():
+    """A tile of pairs for each expert, however many experts a token has."""
+    for experts in (1, 3, 8, 64):
+        switches = [pairs for pairs in range(2048) if use_matrix_kernels(pairs, experts)]
+        assert switches == list(range(16 * experts, 2048))
+
+
+@pytest.mark.parametrize(("tokens", "launched"), [(1, DECODE), (31, DECODE), (32, TRANSCODE)])
+def test_launches_of_a_layer(tokens: int, launched: list[str], metal: VirtualMetal):
+    """Two for few pairs; for many, one a projection, which MLX's own kernels then multiply."""
+    block, x = layer(), inputs(tokens)
+    y = block(x)
+    assert metal.names == launched
+    plain = block.switch_mlp(x, block.route(x)[0])
+    assert plain.shape == (1, tokens, K, HIDDEN)
+    metal.clear()
+    block.train()
+    np.testing.assert_allclose(y, block(x), rtol=2e-5, atol=2e-5)
+    assert metal.names == []
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_layer_is_the_same_on_both_devices(dtype: mx.Dtype, tokens: int):
+    """In every dtype: sums in float32 and one rounding, so results differ by one at most."""
+    block, x = layer(), inputs(tokens, dtype)
+    block.shared_expert.set_dtype(dtype)
+    expected = as_array(block(x))
+    with virtual_metal(count=False) as metal:
+        found = as_array(block(x))
+        assert metal.names == (DECODE if tokens == 3 else TRANSCODE)
+    step = {mx.float16: 2**-10, mx.bfloat16: 2**-7, mx.float32: 2e-5}[dtype]
+    np.testing.assert_allclose(found, expected, rtol=step, atol=2e-5)
+
+
+@pytest.mark.parametrize(("tokens", "launched"), [(3, ["tq1_0_qmv"]), (40, TRANSCODE[:1])])
+def test_a_linear_layer_by_itself(tokens: int, launched: list[str], metal: VirtualMetal):
+    linear = layer().switch_mlp.gate_proj
+    x = inputs(tokens)[0][:, None, None]  # (tokens, 1, 1, hidden)
+    experts = mx.array(np.random.default_rng(0).integers(0, EXPERTS, (tokens, K)).astype(np.uint32))
+    y = linear(x, experts)
+    assert y.shape == (tokens, K, 1, WIDTH) and metal.names == launched
+    for rows, chosen in ((mx.broadcast_to(x, (tokens, K, 1, HIDDEN)), experts), (x[:1], experts)):
+        expected = ops.affine_product(rows, linear.affine(), chosen)
+        np.testing.assert_allclose(linear(rows, chosen), expected, rtol=2e-5, atol=2e-5)
+    pairs = x[:, 0], experts[:, 0]
+    np.testing.assert_allclose(linear(*pairs), y[:, 0], rtol=2e-5, atol=2e-5)
+    wider = mx.concatenate([x, 2 * x], axis=-2)  # two vectors to an expert: no decode kernel
+    metal.clear()
+    np.testing.assert_allclose(linear(wider, experts)[:, :, 1:], 2 * y, rtol=2e-5, atol=2e-5)
+    assert metal.names == TRANSCODE[:1]
+
+
+def test_widths_that_no_group_divides(metal: VirtualMetal):
+    block = layer(44, 37, 3)
+    for tokens, launched in ((2, DECODE), (30, TRANSCODE)):
+        metal.clear()
+        x = inputs(tokens, hidden=44)
+        y = block(x)
+        assert metal.names == launched
+        block.train()
+        np.testing.assert_allclose(y, block(x), rtol=2e-5, atol=2e-5)
+        block.eval()
+
+
+def test_sorting_changes_nothing(metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch):
+    block, x = layer(), inputs(40)
+    sorted_pairs = np.array(block(x))
+    monkeypatch.setattr(switch, "SORT_FROM_PAIRS", 10**9)
+    np.testing.assert_allclose(block(x), sorted_pairs, rtol=2e-5, atol=2e-5)
+
+
+# Exactly the base
+
+
+@pytest.mark.parametrize("how", ["alpha", "trits", "down-trits", "gate-trits", "scales"])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_silent_experts_leave_exactly_the_base(how: str, tokens: int):
+    block, x = layer(), inputs(tokens)
+    expected = np.array(block.shared_expert(x))
+    experts = block.switch_mlp
+    if how == "alpha":
+        block.alpha = mx.zeros((EXPERTS,))
+    names = {"trits": ("gate", "up", "down"), "down-trits": ("down",), "gate-trits": ("gate",)}
+    with virtual_metal(count=False) as metal:
+        assert np.abs(np.array(block(x)) - expected).max() > 0.1 or how == "alpha"
+        for linear in (getattr(experts, f"{n}_proj") for n in names.get(how, ())):
+            linear.weight = mx.full(linear.weight.shape, 128, mx.uint8)
+            linear.prepare()
+        if how == "scales":
+            experts.up_proj.scales = mx.zeros_like(experts.up_proj.scales)
+        metal.clear()
+        np.testing.assert_array_equal(block(x), expected)
+        assert metal.names == (DECODE if tokens == 2 else TRANSCODE)
+
+
+def test_only_rows_without_a_trit_lose_their_scale():
+    m = random_matrices(1, 2, 5, 33)
+    m.trits[0, 1] = m.trits[1, 4] = 0
+    m.trits[1, 2] = 0
+    m.trits[1, 2, 32] = -1
+    linear = switch.TernarySwitchLinear(33, 5, 2)
+    linear.weight, linear.scales = m.packed
+    linear.prepare()
+    expected = m.scales.copy()
+    expected[0, 1] = expected[1, 4] = 0
+    np.testing.assert_array_equal(linear.scales, expected)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_are_those_of_plain_mlx(tokens: int, training: bool):
+    block, x = layer(), inputs(tokens)
+    block.train(training)
+    mx.random.seed(1)
+    weights = mx.random.normal(x.shape)
+
+    def loss(x: mx.array, alpha: mx.array, router: mx.array, shared: mx.array) -> mx.array:
+        block.alpha, block.gate.weight = alpha, router
+        block.shared_expert.down_proj.weight = shared
+        return (block(x) * weights).sum()
+
+    arguments = x, block.alpha, block.gate.weight, block.shared_expert.down_proj.weight
+    gradient = mx.grad(loss, argnums=(0, 1, 2, 3))
+    expected = [np.array(g) for g in gradient(*arguments)]
+    with virtual_metal(count=False) as metal:
+        found = [np.array(g) for g in gradient(*arguments)]
+        launched = DECODE if tokens == 3 else TRANSCODE
+        assert metal.names == ([] if training else launched)
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(other).max() > 0.01
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_in_half_precision(metal: VirtualMetal):
+    block, x = layer(), inputs(3, mx.float16)
+    block.shared_expert.set_dtype(mx.float16)
+
+    def loss(x: mx.array) -> mx.array:
+        return block(x).astype(mx.float32).sum()
+
+    found = mx.grad(loss)(x)
+    assert found.dtype == mx.float16
+    block.train()
+    np.testing.assert_allclose(found, mx.grad(loss)(x), rtol=2**-9, atol=2**-9)
+
+
+def test_a_linear_layer_has_gradients(metal: VirtualMetal):
+    linear = layer().switch_mlp.gate_proj
+    experts = mx.array([[0, 3]], mx.uint32)
+
+    def loss(x: mx.array) -> mx.array:
+        return (linear(x, experts) ** 2).sum()
+
+    x = inputs(1)[0][:, None, None]
+    found = mx.grad(loss)(x)
+    assert metal.names == ["tq1_0_qmv"]
+    linear.train()
+    np.testing.assert_allclose(found, mx.grad(loss)(x), rtol=1e-4)
+
+
+# Memory
+
+
+def resident_layer(hidden: int, width: int, experts: int) -> tuple[OutlierMoE, int]:
+    """A layer as it is loaded where there is Metal, and the bytes of its packed experts."""
+    block, packed = layer(hidden, width, experts), 0
+    for name in ("gate", "up", "down"):
+        linear = getattr(block.switch_mlp, f"{name}_proj")
+        linear.prepared = None  # made for the CPU
+        linear.prepare()
+        assert linear.prepared is None
+        packed += linear.weight.nbytes + linear.scales.nbytes
+    gc.collect()
+    return block, packed
+
+
+@pytest.mark.parametrize(("tokens", "launched"), [(1, DECODE), (32, TRANSCODE)])
+def test_nothing_but_the_result_stays_in_memory(
+    tokens: int, launched: list[str], metal: VirtualMetal
+):
+    hidden, width, experts = 640, 1280, 4
+    block, packed = resident_layer(hidden, width, experts)
+    assert packed * 8 / (3 * experts * hidden * width) < 1.7
+    x = inputs(tokens, hidden=hidden)
+    mx.eval(x)
+    before = mx.get_active_memory()
+    y = block(x)
+    mx.eval(y)
+    assert metal.names == launched
+    # A copy of one projection has 800 kB; MLX keeps a few small constants.
+    assert mx.get_active_memory() - before < y.nbytes + 16384
+
+
+def test_the_peak_of_a_long_prompt_does_not_grow_with_layers(
+    metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch
+):
+    """What MLX evaluates together, it still transcodes in the order of the layers."""
+
+    def transcode(rows: mx.array, in_features: int) -> mx.array:
+        # As lazy as a launch is on a GPU; MLX would bring forward as much of it as it can.
+        return rows_to_affine2(rows, mx.ones(rows.shape[:-1]), in_features)[0]
+
+    monkeypatch.setattr(ops, "tq1_0_to_affine2", transcode)
+    blocks = [resident_layer(320, 640, 4)[0] for _ in range(6)]
+    peaks = []
+    for count in (1, 6):
+        x = inputs(32, hidden=320)
+        mx.eval(x)
+        gc.collect()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        y = x
+        for block in blocks[:count]:
+            y = y + block(y)
+        mx.eval(y)
+        peaks.append(mx.get_peak_memory() - before)
+    assert metal.names == []
+    assert peaks[1] < 1.5 * peaks[0]
