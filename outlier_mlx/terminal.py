@@ -51,6 +51,25 @@ def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], No
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def counting_bar(title: str, unit: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar that counts; yields a function of (done, in all)."""
+    console = stderr()
+    bar = Progress(
+        TextColumn(title),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:.0f} " + unit),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def size(nbytes: int) -> str:
     """Bytes for people, in powers of ten."""
     value = float(nbytes)
@@ -171,3 +190,16 @@ def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
 
 def _against(nbytes: int, limit: int) -> str:
     return size(nbytes) if nbytes <= limit else f"({size(nbytes)})"
+
+
+def print_routing(layers) -> None:  # type: ignore[no-untyped-def]
+    """Which experts serve (a list of `routing.LayerRouting`), a row a layer."""
+    table = plain_table(f"Share of {layers[0].tokens} tokens that each expert serves, %")
+    table.add_column("layer", justify="right")
+    table.add_column("entropy, bits", justify="right")
+    for expert in range(len(layers[0].share)):
+        table.add_column(str(expert), justify="right", no_wrap=True)
+    for layer in layers:
+        shares = [f"{100 * share:.0f}" for share in layer.share]
+        table.add_row(str(layer.layer), f"{layer.entropy:.2f}", *shares)
+    stdout().print(table)

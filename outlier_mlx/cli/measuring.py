@@ -1,0 +1,131 @@
+"""Commands that measure models and tune them."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from outlier_mlx.cli.app import app
+from outlier_mlx.cli.options import Debug, DType, Force, Quiet
+
+Text = Annotated[
+    Path, typer.Option(exists=True, dir_okay=False, help="A text file, UTF-8.", show_default=False)
+]
+Window = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Windows = Annotated[int | None, typer.Option(min=1, help="Windows at most. Default: all.")]
+
+
+@app.command(epilog="Example: `outlier-mlx perplexity ./tier --text book.txt --against ./other`")
+def perplexity(
+    model: Annotated[str, typer.Argument(help="Folder or hub repository of a model.")],
+    text: Text,
+    against: Annotated[
+        str | None, typer.Option(help="Another model, to measure the distance to.")
+    ] = None,
+    window: Window = 512,
+    windows: Windows = None,
+    dtype: Annotated[DType | None, typer.Option(help="Of activations.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity on a text, and the distance from another model."""
+    from outlier_mlx import compare
+    from outlier_mlx.loading import load
+    from outlier_mlx.terminal import counting_bar
+
+    loaded, tokenizer = load(model, dtype=dtype)
+    content = text.read_text(encoding="utf-8")
+    other = None
+    if against is not None:
+        other, other_tokenizer = load(against, dtype=dtype)
+        compare.same_tokens(tokenizer, other_tokenizer, content)
+    texts = compare.windows(tokenizer, content, window, windows)
+    with counting_bar("measuring", "tokens", quiet=quiet) as progress:
+        found = compare.compare(loaded, texts, other, progress)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    print(f"perplexity: {found.perplexity:.4f}")
+    print(f"loss: {found.loss:.4f} +- {found.standard_error:.4f} nats, {found.tokens} tokens")
+    if found.kl is not None and found.agreement is not None:
+        print(f"KL divergence: {found.kl:.5f} nats")
+        print(f"same likeliest token: {100 * found.agreement:.2f} %")
+
+
+@app.command(epilog="Example: `outlier-mlx routing ./tier --text book.txt --out routing`")
+def routing(
+    model: Annotated[str, typer.Argument(help="Folder or hub repository of a tier.")],
+    text: Text,
+    out: Annotated[
+        Path | None, typer.Option(help="Write routing.json and routing.png into this folder.")
+    ] = None,
+    window: Window = 512,
+    windows: Windows = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show which experts serve a text, layer by layer."""
+    from outlier_mlx import compare
+    from outlier_mlx.loading import load
+    from outlier_mlx.routing import draw, observe_routing
+    from outlier_mlx.terminal import counting_bar, print_routing
+
+    loaded, tokenizer = load(model)
+    texts = compare.windows(tokenizer, text.read_text(encoding="utf-8"), window, windows)
+    with counting_bar("routing", "tokens", quiet=quiet) as progress:
+        layers = observe_routing(loaded, texts, progress)
+    report = json.dumps([layer.as_json() for layer in layers], indent=2)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "routing.json").write_text(report + "\n", encoding="utf-8")
+        draw(layers, out / "routing.png")
+    if as_json:
+        print(report)
+    else:
+        print_routing(layers)
+
+
+@app.command(epilog="Example: `outlier-mlx tune-alpha ./tier --text book.txt --out alpha.json`")
+def tune_alpha(
+    model: Annotated[str, typer.Argument(help="Folder or hub repository of a tier.")],
+    text: Text,
+    out: Annotated[Path, typer.Option(help="The alpha.json to write.")] = Path("alpha.json"),
+    teacher: Annotated[
+        str | None, typer.Option(help="Learn this model's predictions, not the text's tokens.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 2,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Adam's.")] = 0.02,
+    window: Window = 256,
+    windows: Windows = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train the alphas alone; a fifth of the text is held out to judge them."""
+    from outlier_mlx import compare
+    from outlier_mlx.loading import load
+    from outlier_mlx.terminal import counting_bar
+    from outlier_mlx.tuning import save_alphas, tune_alphas
+
+    loaded, tokenizer = load(model)
+    other = load(teacher)[0] if teacher is not None else None
+    texts = compare.windows(tokenizer, text.read_text(encoding="utf-8"), window, windows)
+    with counting_bar("tuning", "windows", quiet=quiet) as progress:
+        tuned = tune_alphas(
+            loaded,
+            texts,
+            teacher=other,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            progress=progress,
+        )
+    print(f"held-out perplexity before: {tuned.before.perplexity:.4f}")
+    print(f"held-out perplexity after: {tuned.after.perplexity:.4f}")
+    if tuned.before.kl is not None and tuned.after.kl is not None:
+        print(f"KL from the teacher before: {tuned.before.kl:.5f} nats")
+        print(f"KL from the teacher after: {tuned.after.kl:.5f} nats")
+    save_alphas(tuned, out, force=force)
+    print(f"wrote {out}")

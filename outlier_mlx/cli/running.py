@@ -1,0 +1,133 @@
+"""Commands that run models and say what they are."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from outlier_mlx.cli.app import app
+from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
+
+
+@app.command(
+    epilog='Example: `outlier-mlx generate --model ./tier --prompt "Once upon a time" --temp 0.7`'
+)
+def generate(
+    model: Annotated[str, typer.Option(help="Folder or hub repository of a tier.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")
+    ],
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate at most.")
+    ] = 256,
+    temp: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Minimum probability.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest; 0: all.")] = 0,
+    xtc_probability: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Probability of XTC sampling.")
+    ] = 0.0,
+    xtc_threshold: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Threshold of XTC sampling.")
+    ] = 0.1,
+    min_tokens_to_keep: Annotated[int, typer.Option(min=1, help="Tokens that min-p keeps.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System prompt for the chat template.")
+    ] = None,
+    prefill_response: Annotated[
+        str | None, typer.Option(help="How the answer begins, in the chat template.")
+    ] = None,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Use the prompt as it is.")
+    ] = False,
+    max_kv_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the KV cache holds at most.")
+    ] = None,
+    prefill_step_size: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens processed at a time.")
+    ] = 2048,
+    kv_bits: Annotated[int | None, typer.Option(help="Bits of the KV cache: 2 to 6, or 8.")] = None,
+    kv_group_size: Annotated[int, typer.Option(help="Group size of the KV cache.")] = 64,
+    quantized_kv_start: Annotated[
+        int, typer.Option(min=0, help="Quantize the KV cache from this token on.")
+    ] = 5000,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Of activations. Default: the tier's; float32 on the CPU.")
+    ] = None,
+    alpha: Annotated[
+        Path | None, typer.Option(help="An alpha.json to use instead of the tier's own alphas.")
+    ] = None,
+    ignore_memory: IgnoreMemory = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text from a prompt: the text on stdout, speed and memory on stderr."""
+    options_given = {
+        name: value
+        for name, value in locals().items()
+        if name
+        not in ("model", "prompt", "revision", "dtype", "alpha", "ignore_memory", "quiet", "debug")
+    }
+    from outlier_mlx.generate import Options, stream
+    from outlier_mlx.loading import load
+    from outlier_mlx.memory import check_fits
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.terminal import print_statistics
+
+    text = sys.stdin.read() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
+    folder = resolve(model, revision).folder
+    if not ignore_memory:
+        # A token of English is about four characters; three are on the safe side.
+        check_fits(folder, max_kv_size or len(text) // 3 + max_tokens, kv_bits)
+    loaded, tokenizer = load(folder, dtype=dtype)
+    if alpha is not None:
+        from outlier_mlx.tuning import apply_alphas
+
+        apply_alphas(loaded, alpha)
+    response = None
+    for response in stream(loaded, tokenizer, text, Options(**options_given)):
+        print(response.text, end="", flush=True)
+    print()
+    if response is not None and not quiet:
+        print_statistics(response)
+
+
+@app.command(epilog="Example: `outlier-mlx info Qwen/Qwen2.5-7B-Instruct --json`")
+def info(
+    path_or_repo: Annotated[str, typer.Argument(help="Folder or hub repository.")],
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a tier, overlay or model is, how large, and what memory it needs."""
+    from outlier_mlx.info import inspect
+
+    found = inspect(path_or_repo, revision)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    from outlier_mlx.terminal import print_info
+
+    print_info(found)
+
+
+@app.command(epilog="Example: `outlier-mlx demo --out ./demo-tier`")
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the converted tier in this folder.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Measure on all held-out documents.")
+    ] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Convert the embedded pair, measure it, and write a text with it."""
+    from outlier_mlx.showcase import run
+
+    run(out, full=full, force=force, quiet=quiet)
