@@ -99,7 +99,7 @@ def _walk(
 
 def as_float(value: int | float) -> float:
     """A number as a float; an integer too large for one is infinite, as JSON's 1e999 is."""
-    return float(value) if abs(value) < 2**1023 else math.inf
+    return float(value) if isinstance(value, float) or abs(value) < 2**1023 else math.inf
 
 
 def key_place(key: str, layer: int | None, expert: int | None) -> tuple[int | None, int | None]:

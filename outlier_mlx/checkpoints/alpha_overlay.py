@@ -26,7 +26,7 @@ _ALPHA_OF_EXPERT = re.compile(r"(?:^|[._])alpha_e([0-9]+)$")
 _TOLERANCE = 1e-3
 # A file of four megabytes can refer to one list a million times, and lists can hold themselves.
 _MAX_DEPTH = 12
-_MAX_VALUES = 1_000_000
+_MAX_VALUES = 20_000
 
 
 @dataclass(frozen=True)

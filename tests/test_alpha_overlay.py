@@ -1,0 +1,443 @@
+"""V3.3's alpha_overlay.pt: every layout that it may have, and files that attack their reader."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import pickle
+import struct
+import time
+import tracemalloc
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from outlier_mlx import open_overlay
+from outlier_mlx.checkpoints.alpha import alphas_from_json
+from outlier_mlx.checkpoints.alpha_overlay import AlphaOverlay, read_alpha_overlay
+from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from tests.builders import Built, write_overlay
+from tests.engine import tier_of
+from tests.form_builders import Pickle, torch_save, torch_zip
+from tests.goldens import require_shared
+from tests.tensor_file import read_arrays, rounded
+
+LAYERS, EXPERTS = 5, 3
+NEW = {1: [0.25, 0.5, -0.75], 3: [1.25, 0.0, 2.0]}
+OLD = {1: [1.0, 1.5, 0.5], 3: [0.125, 0.625, 0.375]}
+
+
+def read(path: Path, value: Any) -> AlphaOverlay:
+    """What is found in a file that holds a value, or the bytes or pickle that are given."""
+    if isinstance(value, Pickle):
+        value = torch_zip(value)
+    if isinstance(value, bytes):
+        path.write_bytes(value)
+    else:
+        torch_save(path, value)
+    return read_alpha_overlay(path, LAYERS, EXPERTS)
+
+
+def flat(table: dict[int, list[float]]) -> dict[tuple[int, int], float]:
+    return {(n, e): value for n, values in table.items() for e, value in enumerate(values)}
+
+
+def f32(values: Any) -> np.ndarray:
+    return np.asarray(values, np.float32)
+
+
+# The same two layers in every shape: each takes NEW or OLD.
+LAYOUTS: dict[str, Callable[[dict[int, list[float]]], Any]] = {
+    "nested floats": lambda t: {n: dict(enumerate(v)) for n, v in t.items()},
+    "nested floats, keys as text": lambda t: {
+        str(n): {str(e): x for e, x in enumerate(v)} for n, v in t.items()
+    },
+    "lists": dict,
+    "tuples": lambda t: {n: tuple(v) for n, v in t.items()},
+    "lists by layer_N": lambda t: {f"layer_{n}": v for n, v in t.items()},
+    "pairs": flat,
+    "tensors": lambda t: {n: f32(v) for n, v in t.items()},
+    "half tensors": lambda t: {n: np.asarray(v, np.float16) for n, v in t.items()},
+    "double tensors": lambda t: {n: np.asarray(v, np.float64) for n, v in t.items()},
+    "tensors by key": lambda t: {
+        f"model.layers.{n}.mlp.alpha_values": f32(v) for n, v in t.items()
+    },
+    "base.": lambda t: {f"base.model.layers.{n}.mlp.alpha": f32(v) for n, v in t.items()},
+    "a tensor a scalar": lambda t: {
+        f"model.layers.{n}.mlp.experts.{e}.alpha": f32(x) for (n, e), x in flat(t).items()
+    },
+    "a vector a scalar": lambda t: {
+        f"layers.{n}.experts.{e}.alpha": f32([x]) for (n, e), x in flat(t).items()
+    },
+    "alpha_e": lambda t: {f"model.layers.{n}.mlp.alpha_e{e}": x for (n, e), x in flat(t).items()},
+    "a list by layer": lambda t: [t.get(n) for n in range(LAYERS)],
+    "a list of tensors": lambda t: [f32(t[n]) if n in t else None for n in range(LAYERS)],
+    "words of alpha.json": lambda t: {
+        "layers": {f"layer.{n}": {"experts": {"values": v}} for n, v in t.items()}
+    },
+}
+
+
+@pytest.mark.parametrize("wrapper", [None, "alphas", "alpha", "overlay", "alpha_values", "trained"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, wrapper: str | None, tmp_path: Path):
+    """Originals are beside the wrapper, or within; nowhere are they read as alphas."""
+    make = LAYOUTS[layout]
+    new: Any = make(NEW)
+    if wrapper:
+        places = [
+            {wrapper: new, "originals": make(OLD), "n_trained": 6, "note": "x"},
+            {"version": "v3.3", "originals": make(OLD), wrapper: new},
+        ]
+        if isinstance(new, dict):
+            places.append({wrapper: {**new, "originals": make(OLD)}})
+    else:
+        places = [{**new, "originals": make(OLD)} if isinstance(new, dict) else new]
+    for value in places:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = read(tmp_path / "alpha_overlay.pt", value)
+        assert found.alphas == flat(NEW)
+        assert found.originals == (flat(OLD) if isinstance(value, dict) else {})
+
+
+def test_bfloat16_and_parameters(tmp_path: Path):
+    values = f32([0.1, 0.2, 0.3])
+    made = Pickle()
+    made.code += b"}("
+    made.dump(1).tensor(values, "BFloat16")
+    made.dump(3).tensor(values, parameter=True)
+    made.code += b"u"
+    found = read(tmp_path / "x.pt", made)
+    for layer, expected in ((1, rounded(values, "BF16")), (3, values)):
+        assert [found.alphas[layer, e] for e in range(3)] == expected.tolist()
+
+
+def test_other_ways_to_write_the_same(tmp_path: Path):
+    """Big-endian storages; newer pickle protocols; views into a larger storage."""
+    made = Pickle().dump({1: np.asarray([0.5, 1.5, 2.5], ">f4").astype("<f4")})
+    made.storages = [np.asarray([0.5, 1.5, 2.5], ">f4").tobytes()]
+    found = read(tmp_path / "big.pt", torch_zip(made, byteorder="big", folder="any name"))
+    assert found.alphas == flat({1: [0.5, 1.5, 2.5]})
+
+    made = Pickle()
+    made.code = pickle.dumps({"alphas": {1: [0.5, 1.5, 2.5], 3: (1, 2, 3)}}, protocol=4)[:-1]
+    found = read(tmp_path / "protocol4.pt", made)
+    assert found.alphas == flat({1: [0.5, 1.5, 2.5], 3: [1.0, 2.0, 3.0]})
+
+    made = Pickle().dump({1: f32([9, 9, 9])})
+    made.storages = [f32([0, 1, 9, 2, 9, 3, 9]).tobytes()]
+    size, offset, stride = b"J" + struct.pack("<i", 3), b"tQJ\0\0\0\0", b"(J\1\0\0\0t\x89"
+    assert made.code.count(size) == 2 and offset in made.code and stride in made.code
+    made.code = made.code.replace(size, b"J\7\0\0\0", 1)
+    made.code = made.code.replace(offset, b"tQJ\1\0\0\0").replace(stride, b"(J\2\0\0\0t\x89")
+    assert read(tmp_path / "view.pt", made).alphas == flat({1: [1.0, 2.0, 3.0]})
+
+
+def test_an_empty_dictionary_of_versions_is_dropped(tmp_path: Path):
+    """As a state_dict has one, in an attribute of its OrderedDict."""
+    made = Pickle()
+    made.code += b"ccollections\nOrderedDict\n)R("
+    made.dump("layers.1.alpha").dump([1.0, 2.0, 3.0])
+    made.code += b"u}"
+    made.dump("_metadata").dump({})
+    made.code += b"sb"
+    assert read(tmp_path / "x.pt", made).alphas == flat({1: [1.0, 2.0, 3.0]})
+
+
+# The reference cases
+
+
+def table(cases: dict[str, Any], name: str) -> dict[tuple[int, int], float]:
+    return {(int(n), int(e)): x for n, v in cases[name].items() for e, x in v.items()}
+
+
+def test_reference_files():
+    folder = require_shared() / "goldens/alpha_overlay_shapes"
+    cases = json.loads((folder / "expected.json").read_text())
+    assert len(cases["files"]) == 5 and len(cases["must_refuse"]) == 5
+    for name in cases["files"]:
+        found = read_alpha_overlay(folder / name, cases["n_layers"], cases["n_experts"])
+        tolerance = cases["tolerance"].get(Path(name).stem, cases["tolerance"]["others"])
+        for part in ("alpha", "originals"):
+            stated = table(cases, part)
+            read_ = found.alphas if part == "alpha" else found.originals
+            assert set(read_) == set(stated)
+            for place, value in stated.items():
+                assert abs(read_[place] - value) <= tolerance, (name, place)
+    for name in cases["must_refuse"]:
+        with pytest.raises(CheckpointError, match=rf"^{name}: ") as error:
+            read_alpha_overlay(folder / name, cases["n_layers"], cases["n_experts"])
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.filterwarnings("ignore::outlier_mlx.errors.CheckpointWarning")
+def test_alpha_json_as_the_reference_reads_it():
+    """The lenient switch: what our rule refuses is dropped or overwritten, as there."""
+    cases = json.loads((require_shared() / "goldens/alpha_json/cases.json").read_text())
+    for case in cases["cases"]:
+        size = (cases["n_layers"], cases["n_experts"])
+        found = alphas_from_json(case["payload"], *size, "alpha.json", lenient=True)
+        assert found == table(case, "expected"), case
+
+
+# Within a checkpoint
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Built:
+    """V3.2 with alphas by tensors, to which a test adds an alpha_overlay.pt."""
+    return write_overlay(tmp_path / "o", tokenizer=False, experts=EXPERTS, layers=LAYERS)
+
+
+def test_it_wins_over_tensors(built: Built):
+    """Experts that it does not name keep their alpha."""
+    torch_save(built.path / "alpha_overlay.pt", {"alphas": {1: {0: 0.25, 2: -0.5}}})
+    overlay = open_overlay(built.path)
+    assert overlay.form == "v3.2 + alpha_overlay.pt"
+    found = overlay.alphas()
+    np.testing.assert_array_equal(found[1], f32([0.25, built.alphas[1][1], -0.5]))
+    np.testing.assert_array_equal(found[3], built.alphas[3])
+
+
+def originals(built: Built, add: float = 0.0) -> dict[int, list[float]]:
+    return {n: [float(a) + add for a in alphas] for n, alphas in built.alphas.items()}
+
+
+def test_original_alphas(built: Built):
+    stored = {"alphas": NEW, "originals": originals(built, 5e-4)}
+    torch_save(built.path / "alpha_overlay.pt", stored)
+    overlay = open_overlay(built.path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for layer in (1, 3):
+            np.testing.assert_array_equal(overlay.alphas()[layer], f32(NEW[layer]))
+            found = overlay.alphas("original")[layer]
+            np.testing.assert_array_equal(found, f32(stored["originals"][layer]))
+
+
+def test_originals_of_another_checkpoint(built: Built):
+    stored = {"alphas": NEW, "originals": originals(built, 2e-3)}
+    torch_save(built.path / "alpha_overlay.pt", stored)
+    with pytest.warns(CheckpointWarning, match=r"alpha_overlay\.pt: made for another checkpoint"):
+        open_overlay(built.path).alphas()
+
+
+def test_original_alphas_without_originals(built: Built):
+    """Then the checkpoint's own are the original ones."""
+    torch_save(built.path / "alpha_overlay.pt", {"alphas": NEW})
+    found = open_overlay(built.path).alphas("original")
+    np.testing.assert_array_equal(found[1], built.alphas[1])
+
+
+def test_original_alphas_without_an_overlay(built: Built):
+    with pytest.raises(CheckpointError, match=r"there is no alpha_overlay\.pt"):
+        open_overlay(built.path).alphas("original")
+
+
+def test_it_may_be_given_as_a_file(built: Built, tmp_path: Path):
+    torch_save(tmp_path / "mine.pt", {"alphas": {1: [3.0, 4.0, 5.0]}})
+    found = open_overlay(built.path).alphas(tmp_path / "mine.pt")
+    np.testing.assert_array_equal(found[1], f32([3, 4, 5]))
+    np.testing.assert_array_equal(found[3], built.alphas[3])
+
+
+def test_conversion(built: Built, tmp_path: Path):
+    torch_save(built.path / "alpha_overlay.pt", {"alphas": NEW, "originals": originals(built)})
+    for alpha, expected in ((None, f32(NEW[1])), ("original", built.alphas[1])):
+        tier = tier_of(built.path, None, tmp_path / f"tier-{alpha}", alpha=alpha)
+        stored = read_arrays(tier / "model-00001-of-00001.safetensors")
+        np.testing.assert_array_equal(stored["model.layers.1.mlp.alpha"], expected)
+
+
+# What is refused
+
+
+def pickled(code: bytes, *storages: bytes) -> Pickle:
+    """A pickle of just these instructions."""
+    made = Pickle()
+    made.code += code
+    made.storages = list(storages)
+    return made
+
+
+def tensor(count: int = 3, size: int = 3, offset: int = 0, stride: int = 1, kind: str = "Float"):
+    """A layer's tensor whose numbers may contradict each other."""
+
+    def number(value: int) -> bytes:
+        return b"J" + struct.pack("<i", value)
+
+    code = b"}" + number(1) + b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\n"
+    code += kind.encode() + b"Storage\nX\1\0\0\x000X\3\0\0\0cpu" + number(count) + b"tQ"
+    code += number(offset) + number(size) + b"\x85" + number(stride) + b"\x85\x89}tRs"
+    return pickled(code, f32([1, 2, 3]).tobytes())
+
+
+def zipped(compression: int = zipfile.ZIP_STORED, **entries: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name.replace("_", "/", 1).replace("__", "."), data)
+    return buffer.getvalue()
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Dictionaries within dictionaries."""
+    return {"a": nested(depth - 1)} if depth else {}
+
+
+GOOD = Pickle().dump(NEW).code + b"."
+# A dictionary that holds the one before it ten times, and so on: 10^9 values to walk.
+SHARED = b"}q\0" + b"".join(
+    b"}(" + b"".join(b"X\1\0\0\0%ch%c" % (97 + k, i) for k in range(10)) + b"uq%c" % (i + 1)
+    for i in range(9)
+)
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no zip": (b"not a zip", "zip"),
+    "a raw pickle": (pickle.dumps(NEW), "zip"),
+    "empty": (b"", "zip"),
+    "no data.pkl": (zipped(a_x=b""), "no data.pkl"),
+    "two data.pkl": (zipped(a_data__pkl=GOOD, b_data__pkl=GOOD), "data.pkl"),
+    "compressed": (zipped(zipfile.ZIP_DEFLATED, a_data__pkl=GOOD), "compressed"),
+    "absurdly large": (bytes(4_000_001), "4000001 bytes"),
+    "a layer out of range": ({5: [1.0, 2.0, 3.0]}, "layer 5"),
+    "a negative layer": ({-1: [1.0, 2.0, 3.0]}, "layer -1"),
+    "an expert out of range": ({1: {3: 1.0}}, "expert 3"),
+    "a pair out of range": ({(1, -1): 1.0}, "expert -1"),
+    "too many experts": ({1: [1.0, 2.0, 3.0, 4.0]}, "a list of 4"),
+    "too few experts": ({1: f32([1, 2])}, "a list of 2"),
+    "too few layers": ([[1.0, 2.0, 3.0]] * 4, "a list of 4"),
+    "a matrix": ({1: f32([[1, 2, 3]])}, "shape (1, 3)"),
+    "NaN": ({1: [1.0, float("nan"), 2.0]}, "alpha is nan"),
+    "infinity": ({1: f32([1, np.inf, 2])}, "alpha is inf"),
+    "infinity by rounding": ({1: np.asarray([1, 1e300, 2])}, "alpha is inf"),
+    "a boolean": ({1: [1.0, True, 2.0]}, "True"),
+    "two values": ({1: [1.0, 2.0, 3.0], "layer_1": [1.0, 2.0, 4.0]}, "two values"),
+    "two wrappers": ({"alphas": NEW, "trained": NEW}, "'alphas' and 'trained'"),
+    "nothing in it": ({}, "no alphas recognised"),
+    "nothing known in it": ({"state": "x", "names": ["a"]}, "'state', 'names'"),
+    "only originals": ({"originals": OLD}, "'originals'"),
+    "a string": ("x", "no alphas recognised"),
+    "NaN among the originals": (
+        {1: NEW[1], "originals": {1: [1.0, 2.0, float("nan")]}},
+        "originals",
+    ),
+    "nested too deep": (nested(14), "too deep"),
+    "a storage that is short": (tensor(count=4), "shorter"),
+    "a tensor beyond its storage": (tensor(size=4), "shorter than its tensor"),
+    "an offset beyond": (tensor(offset=1), "shorter than its tensor"),
+    "strides beyond": (tensor(stride=2), "shorter than its tensor"),
+    "a negative offset": (tensor(offset=-1), "without a storage"),
+    "a negative size": (tensor(size=-1), "list of sizes"),
+    "a negative stride": (tensor(stride=-1), "list of sizes"),
+    "a large stride": (tensor(stride=2**31 - 1), "shorter than its tensor"),
+    "a negative count": (tensor(count=-1), "shorter"),
+    "integers": (tensor(kind="Int"), "torch IntStorage"),
+    "a storage that is missing": (
+        pickled(b"}J\1\0\0\0" + tensor().code[8:].replace(b"\x000X", b"\x009X")),
+        "'9' is missing",
+    ),
+    "os.system": (pickled(b"cos\nsystem\nX\2\0\0\0id\x85R"), "os system"),
+    "eval": (pickled(b"cbuiltins\neval\nX\1\0\0\x001\x85R"), "builtins eval"),
+    "a name on the stack": (
+        pickled(b"X\2\0\0\0osX\6\0\0\0system\x93)R"),
+        "os system",
+    ),
+    "a longer name": (pickled(b"ctorch._utils\n_rebuild_tensor_v2.x\n)R"), "_v2.x"),
+    "a name of another module": (pickled(b"cx.collections\nOrderedDict\n)R"), "x.collections"),
+    "INST": (pickled(b"(ios\nsystem\n"), "INST"),
+    "OBJ": (pickled(b"(cos\nsystem\no"), "os system"),
+    "NEWOBJ": (pickled(b"ccollections\nOrderedDict\n)\x81"), "NEWOBJ"),
+    "EXT1": (pickled(b"\x82\1"), "EXT1"),
+    "calling a string": (pickled(b"X\1\0\0\0x)R"), "not a name"),
+    "calling with a list": (pickled(b"ccollections\nOrderedDict\n]R"), "not a name"),
+    "OrderedDict of something": (
+        pickled(b"ccollections\nOrderedDict\n]\x85R"),
+        "other arguments",
+    ),
+    "a tensor of nothing": (pickled(b"ctorch._utils\n_rebuild_tensor_v2\n(NNNNNNtR"), "storage"),
+    "a parameter of nothing": (pickled(b"ctorch._utils\n_rebuild_parameter\nNNN\x87R"), "tensor"),
+    "attributes of a name": (pickled(b"ctorch._utils\n_rebuild_tensor_v2\n}b"), "attributes"),
+    "a key of tuples": (pickled(b"}(NNt(NNt\x86Ns"), "a key"),
+    "a list for a key": (pickled(b"}]Ns"), "a key"),
+    "items without values": (pickled(b"}(Nu"), "malformed"),
+    "appending to a number": (pickled(b"NNa"), "malformed"),
+    "a mark for a value": (pickled(b"}N(s"), "malformed"),
+    "an empty stack": (pickled(b"\x85"), "pop"),
+    "no such memory": (pickled(b"h\5"), "damaged"),
+    "a far memory": (pickled(b"Nr\xff\xff\xff\x7f"), "no alphas recognised"),
+    "an integer of 1000 digits": (pickled(b"\x8b" + struct.pack("<i", 400) + 400 * b"\x7f"), "64"),
+    "a text as long as memory": (pickled(b"X\xff\xff\xff\xff"), "damaged"),
+    "an unknown instruction": (pickled(b"\xff"), "damaged"),
+    "no end": (zipped(a_data__pkl=GOOD[:-1]), "damaged"),
+    "a list within itself": (pickled(b"]q\0h\0a"), "list"),
+    "a dictionary within itself": (pickled(b"}q\0J\1\0\0\0h\0s"), "nested too deep"),
+    "dictionaries that share dictionaries": (pickled(SHARED), "more values than alphas"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In one line, at once, in little memory, and with nothing looked up or run."""
+    value, said = REFUSED[case]
+    path = tmp_path / "alpha_overlay.pt"
+    path.write_bytes(value if isinstance(value, bytes) else torch_zip(_made(value)))
+    monkeypatch.setattr(builtins, "eval", lambda *_: pytest.fail("eval was called"))
+    monkeypatch.setattr("os.system", lambda *_: pytest.fail("os.system was called"))
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(CheckpointError) as error:
+        read_alpha_overlay(path, LAYERS, EXPERTS)
+    assert time.process_time() - start < 5
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+    message = str(error.value)
+    assert message.startswith("alpha_overlay.pt: ") and said in message, message
+    assert "\n" not in message and len(message) < 400
+
+
+def _made(value: Any) -> Pickle:
+    return value if isinstance(value, Pickle) else Pickle().dump(value)
+
+
+def test_pickles_of_python_run_nothing(tmp_path: Path):
+    """The classic attack, as Python's own pickler writes it in every protocol."""
+    ran = tmp_path / "ran"
+
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (ran,))
+
+    for protocol in range(6):
+        code = pickle.dumps({"alphas": NEW, "x": Attack()}, protocol)
+        for attack in (pickled(code[2:-1]), pickled(code[:-1])):
+            with pytest.raises(CheckpointError):
+                read(tmp_path / "x.pt", attack)
+    assert not ran.exists()
+
+
+def test_what_is_read_again_and_again_is_bounded(tmp_path: Path):
+    """A small file may ask for a storage ten thousand times; the sum of it is what counts."""
+    made = Pickle().dump({1: f32(np.zeros(100_000))})
+    call = made.code[made.code.index(b"ctorch._utils") : -1]
+    made.code = b"\x80\x02](" + 1000 * call + b"e"
+    with pytest.raises(CheckpointError, match="more than 1000000 elements"):
+        read(tmp_path / "x.pt", made)
+
+
+def test_a_number_of_nothing_only_warns(tmp_path: Path):
+    with pytest.warns(CheckpointWarning, match="the number 0.5 belongs to no layer"):
+        found = read(tmp_path / "x.pt", {**NEW, "learning_rate": 0.5})
+    assert found.alphas == flat(NEW)
+
+
+def test_no_such_file(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_alpha_overlay(tmp_path / "x.pt", LAYERS, EXPERTS)
