@@ -1,7 +1,8 @@
 """Generating text: mlx-lm's own loop, sampler and cache behind a few typed options."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -109,7 +110,35 @@ def stream(
     """
     if options.seed is not None:
         mx.random.seed(options.seed)
-    _check_kv_cache(model, options)
+    tokens = encode_prompt(tokenizer, prompt, options)
+    yield from stream_tokens(model, tokenizer, tokens, options)
+
+
+def stream_tokens(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    tokens: list[int],
+    options: Options,
+    cache: list[Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[GenerationResponse]:
+    """Generate from tokens, going on from a KV cache if there is one.
+
+    Args:
+        model: as `outlier_mlx.load` returns it.
+        tokenizer: likewise.
+        tokens: what the cache does not hold yet, one token at least.
+        options: as for `stream`; the seed is not used.
+        cache: mlx-lm's cache of each layer, extended in place; None: a new one.
+        progress: told tokens read and tokens to read.
+
+    Yields:
+        As `stream` does. Each token is in the cache by the time it is yielded.
+
+    Raises:
+        OutlierError: an option does not suit the model.
+    """
+    check_kv_cache(model, options)
     sampler = make_sampler(
         options.temp,
         options.top_p,
@@ -123,19 +152,25 @@ def stream(
     yield from stream_generate(
         model,
         tokenizer,
-        encode_prompt(tokenizer, prompt, options),
+        tokens,
         max_tokens=options.max_tokens,
         sampler=sampler,
+        prompt_cache=cache,
         max_kv_size=options.max_kv_size,
         prefill_step_size=options.prefill_step_size,
         kv_bits=options.kv_bits,
         kv_group_size=options.kv_group_size,
         quantized_kv_start=options.quantized_kv_start,
+        prompt_progress_callback=progress,
     )
 
 
-def _check_kv_cache(model: nn.Module, options: Options) -> None:
-    """Refuse a group size that does not divide the width of an attention head."""
+def check_kv_cache(model: nn.Module, options: Options) -> None:
+    """Refuse a group size that does not divide the width of an attention head.
+
+    Raises:
+        OutlierError: it does not.
+    """
     args = getattr(model, "args", None)
     if options.kv_bits is None or args is None:
         return
@@ -147,3 +182,14 @@ def _check_kv_cache(model: nn.Module, options: Options) -> None:
             f"--kv-group-size {options.kv_group_size} does not divide the head width {width};"
             f" {hint}"
         )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens of context that the model was made for, stretched by YaRN if it is; None: unknown."""
+    args = getattr(model, "args", None)
+    length = getattr(args, "max_position_embeddings", None)
+    scaling = getattr(args, "rope_scaling", None) or {}
+    if length is None:
+        return None
+    original = scaling.get("original_max_position_embeddings", 0)
+    return max(length, int(original * scaling.get("factor", 1)))
