@@ -50,6 +50,7 @@ class V32Export:
                     advance(slab.size)
                 scale = self.scales.values(projection, matrix).astype(self._numpy_dtype)
                 writer.write(f"{name}_scale", scale.data)
+                advance(scale.nbytes)
             writer.finish()
 
     @property
