@@ -134,10 +134,17 @@ def test_activations_keep_the_dtype_asked_for(tier: Path, name: str):
     assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
 
 
+def test_routing_is_as_exact_for_half_activations():
+    block = moe_block()
+    for dtype in (mx.bfloat16, mx.float16):
+        x = mx.random.normal((1, 12, 64)).astype(dtype)
+        np.testing.assert_array_equal(block.gate(x), block.gate(x.astype(mx.float32)))
+
+
 def test_the_routed_path_is_rounded_once():
     """Shared and routed path are added in float32: one rounding, not one each and one for all."""
     block = moe_block()
-    mx.eval(block.parameters())
+    block.shared_expert.set_dtype(mx.bfloat16)
     x = mx.random.normal((1, 12, 64)).astype(mx.bfloat16)
     indices, weights = block.route(x)
     weights = weights * block.alpha[indices]

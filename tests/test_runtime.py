@@ -163,6 +163,21 @@ def test_sorted_and_unsorted_agree(hidden: int, width: int, monkeypatch: pytest.
         np.testing.assert_array_equal(results[1], results[0] if pairs >= 64 else results[2])
 
 
+def test_sorted_from_64_pairs_on(monkeypatch: pytest.MonkeyPatch):
+    glu = swiglu_experts(64, 32, 2)
+    sizes: list[int] = []
+    sort = switch.sort_by_expert
+
+    def spy(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        sizes.append(indices.size)
+        return sort(x, indices)
+
+    monkeypatch.setattr(switch, "sort_by_expert", spy)
+    for tokens in (31, 32):
+        glu(mx.ones((1, tokens, 64)), mx.zeros((1, tokens, 2), mx.uint32))
+    assert sizes == [64]
+
+
 def test_sorting_by_expert_is_undone():
     x = mx.arange(40, dtype=mx.float32).reshape(20, 1, 1, 2)
     experts = mx.array(np.random.default_rng(0).integers(0, 7, (20, 3)).astype(np.uint32))

@@ -161,9 +161,8 @@ def test_tensors(options: dict[str, Any], tmp_path: Path):
 
 def test_experts_in_mlx_own_format(tmp_path: Path):
     """Codes are trit + 1, sixteen to a word from the lowest bits; scale s and bias -s."""
-    built = write_overlay(
-        tmp_path / "overlay", expert_intermediate=96, scale_form="per_row", tokenizer=False
-    )
+    widths: dict[str, Any] = {"hidden": 128, "expert_intermediate": 96}
+    built = write_overlay(tmp_path / "overlay", scale_form="per_row", tokenizer=False, **widths)
     found = read_stored(tier_of(built.path, None, tmp_path / "tier", experts="affine2") / ONE_FILE)
     for (n, expert, part), trits in built.trits.items():
         module = f"model.layers.{n}.mlp.switch_mlp.{part}_proj"
@@ -171,7 +170,7 @@ def test_experts_in_mlx_own_format(tmp_path: Path):
         assert (weight.dtype, weight.shape[1:]) == ("U32", (len(trits), trits.shape[1] // 16))
         words = weight.array()[expert][..., None] >> np.arange(0, 32, 2, dtype=np.uint32) & 3
         np.testing.assert_array_equal(words.reshape(trits.shape), trits + 1)
-        group = 64 if trits.shape[1] == 64 else 32
+        group = {128: 128, 96: 32}[trits.shape[1]]
         scales = np.repeat(built.scales[n, expert, part], trits.shape[1] // group, axis=1)
         np.testing.assert_array_equal(found[f"{module}.scales"].array()[expert], scales)
         np.testing.assert_array_equal(found[f"{module}.biases"].array()[expert], -scales)

@@ -182,6 +182,13 @@ def packed(model: Model) -> dict[str, Array]:
     return {key: np.array(value) for key, value in flat.items() if is_ternary(key)}
 
 
+def assert_nothing_kept(model: Model) -> None:
+    """No layer holds a copy that was made from a graph's placeholders."""
+    for layer in model.modules():
+        if isinstance(layer, TernarySwitchLinear) and layer.prepared is not None:
+            assert layer.prepared.rows is layer.weight and layer.prepared.scales is layer.scales
+
+
 @pytest.mark.parametrize("name", ["f32", "q4", "affine2"])
 def test_lora_trains_under_compile_and_leaks_nothing(tiers: dict[str, Path], name: str):
     """As mlx-lm's trainer steps: the model's whole state goes in and comes out of the graph."""
@@ -206,6 +213,7 @@ def test_lora_trains_under_compile_and_leaks_nothing(tiers: dict[str, Path], nam
         losses.append(float(step(tokens)))
         mx.eval(state)
     assert losses[-1] < losses[0] - 0.3
+    assert_nothing_kept(model)
     model.eval()
     after = forward(model, PROMPT)
     assert np.abs(after - before).max() > 0.1
@@ -231,6 +239,7 @@ def test_a_compiled_forward_leaks_nothing(tiers: dict[str, Path]):
         for _ in range(2):
             logits = np.array(compiled(mx.array([PROMPT]))[0])
             np.testing.assert_allclose(logits, before, atol=1e-4)
+        assert_nothing_kept(model)
         np.testing.assert_array_equal(forward(model, PROMPT), before)
 
 
