@@ -16,6 +16,7 @@ _FREE = {
     "extractvalue", "insertvalue", "shufflevector", "unreachable", "fence",
 }  # fmt: skip
 _MEMORY = {"load", "store"}  # one instruction moves up to four components
+_ALU = {"add", "sub", "mul", "and", "or", "xor", "icmp", "uitofp", "sitofp"}
 _FLOAT_USERS = {"fadd", "fsub", "fmul", "fdiv", "fcmp", "fneg", "fptrunc"}
 _FLOAT_CALLS = ("llvm.fma.", "llvm.fmuladd.", "llvm.maxnum.", "llvm.minnum.", "llvm.fabs.")
 _FUNCTIONS = {
@@ -177,6 +178,9 @@ class _Rules:
         users = self.users(i)
         if amount and users and all(_takes_part(u, amount) for u in users):
             return []  # each half of a register has a name of its own
+        if amount == 16 and i.opcode == "lshr" and not wide:
+            # An upper half that is zero-extended: an operand of arithmetic may be one.
+            return [] if users and all(u.opcode in _ALU for u in users) else ["integer add"]
         return ["shift, 64 bits" if wide else "shift"]
 
     _ashr = _lshr

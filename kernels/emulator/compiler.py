@@ -26,7 +26,7 @@ MINIMUM_CLANG = 19  # the oldest that the tests were run with
 # library is declared. half and bfloat round after each operation.
 LANGUAGE = [
     "-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc",
-    "-cl-single-precision-constant", "-fno-elide-type",
+    "-cl-single-precision-constant", "-fno-elide-type", "-fdeclspec",
     "-Xclang",
     "-cl-ext=-__opencl_c_program_scope_global_variables,-__opencl_c_pipes,"
     "-__opencl_c_device_enqueue",
@@ -42,6 +42,7 @@ OPTIMIZATION = [
     "-fno-asynchronous-unwind-tables", "-fno-exceptions", "-gline-tables-only",
     "-mllvm", "-inline-threshold=1000000",  # everything: a GPU has no calls
     "-mllvm", "-indvars-widen-indvars=false",  # a 32-bit loop counter stays one
+    "-mllvm", "-disable-vector-combine",  # a vector is loaded as one
     "-mllvm", "-unroll-threshold=2700",  # as LLVM's GPU targets do for private arrays
 ]  # fmt: skip
 

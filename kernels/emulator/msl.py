@@ -60,7 +60,7 @@ def complaints(diagnostics: str) -> str:
 
 
 def _swizzle_macros(text: str) -> str:
-    """Defines the vector members that the text uses, like .xy: see include/msl/swizzle.h."""
+    """Defines the vector members that the text uses, like .xy: see include/msl/vector.h."""
     used = sorted(set(re.findall(r"\.\s*([xyzw]{2,4}|[rgba]{2,4})\b", without_comments(text))))
     lines = []
     for n in (2, 3, 4):
@@ -69,8 +69,8 @@ def _swizzle_macros(text: str) -> str:
             order = "xyzw" if name[0] in "xyzw" else "rgba"
             if all(c in order[:n] for c in name):
                 indices = ", ".join(str(order.index(c)) for c in name)
-                fields.append(f"MSL_SWIZZLE(T, {name}, {indices})")
-        lines.append(f"#define MSL_SWIZZLES_{n}(T) {' '.join(fields)}\n")
+                fields.append(f"MSL_SWIZZLE({len(name)}, {name}, {indices})")
+        lines.append(f"#define MSL_SWIZZLES_{n} {' '.join(fields)}\n")
     return "".join(lines)
 
 

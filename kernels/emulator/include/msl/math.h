@@ -35,7 +35,7 @@ namespace metal {
   METAL_FUNC vec<T, N> name(vec<T, N> x, vec<T, N> y) {                 \
     vec<T, N> r;                                                        \
     _Pragma("clang loop unroll(full)") for (int i = 0; i < N; i++) {    \
-      r.s[i] = name(T(x.s[i]), T(y.s[i]));                              \
+      r.v[i] = name(T(x.v[i]), T(y.v[i]));                              \
     }                                                                   \
     return r;                                                           \
   }
@@ -43,7 +43,7 @@ namespace metal {
   METAL_FUNC vec<T, N> name(vec<T, N> x, vec<T, N> y, vec<T, N> z) {    \
     vec<T, N> r;                                                        \
     _Pragma("clang loop unroll(full)") for (int i = 0; i < N; i++) {    \
-      r.s[i] = name(T(x.s[i]), T(y.s[i]), T(z.s[i]));                   \
+      r.v[i] = name(T(x.v[i]), T(y.v[i]), T(z.v[i]));                   \
     }                                                                   \
     return r;                                                           \
   }
@@ -239,26 +239,26 @@ template <typename T, int N>
 METAL_FUNC vec<T, N> select(vec<T, N> no, vec<T, N> yes, vec<bool, N> choose) {
   vec<T, N> r;
   _Pragma("clang loop unroll(full)") for (int i = 0; i < N; i++) {
-    r.s[i] = choose.s[i] ? yes.s[i] : no.s[i];
+    r.v[i] = choose.v[i] ? yes.v[i] : no.v[i];
   }
   return r;
 }
 template <int N>
 METAL_FUNC bool any(vec<bool, N> x) {
   bool r = false;
-  _Pragma("clang loop unroll(full)") for (int i = 0; i < N; i++) { r = r || x.s[i]; }
+  _Pragma("clang loop unroll(full)") for (int i = 0; i < N; i++) { r = r || x.v[i]; }
   return r;
 }
 template <int N>
 METAL_FUNC bool all(vec<bool, N> x) {
   bool r = true;
-  _Pragma("clang loop unroll(full)") for (int i = 0; i < N; i++) { r = r && x.s[i]; }
+  _Pragma("clang loop unroll(full)") for (int i = 0; i < N; i++) { r = r && x.v[i]; }
   return r;
 }
 template <typename T, int N>
 METAL_FUNC T dot(vec<T, N> x, vec<T, N> y) {
-  T r = T(x.s[0]) * T(y.s[0]);
-  _Pragma("clang loop unroll(full)") for (int i = 1; i < N; i++) { r = r + T(x.s[i]) * T(y.s[i]); }
+  T r = T(x.v[0]) * T(y.v[0]);
+  _Pragma("clang loop unroll(full)") for (int i = 1; i < N; i++) { r = r + T(x.v[i]) * T(y.v[i]); }
   return r;
 }
 template <typename T, int N>

@@ -62,7 +62,7 @@ template <uint op, typename T, int N>
 METAL_FUNC vec<T, N> msl_across(vec<T, N> x, ulong argument) {
   vec<T, N> r;
   _Pragma("clang loop unroll(full)") for (int i = 0; i < N; i++) {
-    r.s[i] = msl_across<op>(T(x.s[i]), argument);
+    r.v[i] = msl_across<op>(T(x.v[i]), argument);
   }
   return r;
 }
@@ -77,7 +77,7 @@ template <uint op, typename T, int N>
 METAL_FUNC vec<T, N> msl_across_filled(vec<T, N> x, vec<T, N> fill, ulong argument) {
   vec<T, N> r;
   _Pragma("clang loop unroll(full)") for (int i = 0; i < N; i++) {
-    r.s[i] = msl_across_filled<op>(T(x.s[i]), T(fill.s[i]), argument);
+    r.v[i] = msl_across_filled<op>(T(x.v[i]), T(fill.v[i]), argument);
   }
   return r;
 }

@@ -96,13 +96,6 @@ struct msl_width<vec<T, N>> {
   static constexpr constant int n = N;
 };
 
-template <typename T, int... I>
-struct msl_swizzle;
-template <typename T, int... I>
-struct msl_width<msl_swizzle<T, I...>> {
-  static constexpr constant int n = sizeof...(I);
-};
-
 template <bool B, typename T = void>
 struct msl_if {};
 template <typename T>
@@ -121,7 +114,6 @@ struct msl_total<T, A...> {
   static constexpr constant int n = msl_width<T>::n + msl_total<A...>::n;
 };
 
-#include "msl/swizzle.h"
 #include "msl/vector.h"
 
 #define MSL_VECTORS(T)          \
@@ -146,24 +138,25 @@ typedef vec<bool, 2> bool2;
 typedef vec<bool, 3> bool3;
 typedef vec<bool, 4> bool4;
 
-// The same bits as another type of the same size.
+// The same bits as another type of the same size: a cast between clang's vectors, a scalar being
+// a vector of one. (By way of memory, the optimizer would split the load that the bits come from.)
 template <typename T>
 struct msl_bits {
-  typedef T type;
-  static T take(T x) { return x; }
-  static T give(T x) { return x; }
+  typedef msl_raw<T, 1> type;
+  static METAL_FUNC type take(T x) { return type(x); }
+  static METAL_FUNC T give(type x) { return T(x[0]); }
 };
 template <typename T, int N>
 struct msl_bits<vec<T, N>> {
   typedef msl_raw<T, N> type;
-  static type take(vec<T, N> x) { return x.v; }
-  static vec<T, N> give(type x) { return vec<T, N>(msl_raw_tag(), x); }
+  static METAL_FUNC type take(vec<T, N> x) { return x.v; }
+  static METAL_FUNC vec<T, N> give(type x) { return vec<T, N>(msl_raw_tag(), x); }
 };
 template <typename To, typename From>
 METAL_FUNC To as_type(From x) {
   static_assert(sizeof(To) == sizeof(From), "as_type needs two types of the same size");
   typedef typename msl_bits<To>::type bits;
-  return msl_bits<To>::give(__builtin_bit_cast(bits, msl_bits<From>::take(x)));
+  return msl_bits<To>::give((bits)msl_bits<From>::take(x));
 }
 
 namespace metal {

@@ -1,59 +1,15 @@
 // vec<T, N> and packed<T, N>. Included by types.h.
+//
+// Components are properties, read out of the whole vector: so a load of a vector stays one, and a
+// component has no address, as in Metal. The emulator defines MSL_SWIZZLES_N, the names like .xy
+// that a kernel uses, from the kernel's text: all 340 would cost a second of every compilation.
 #pragma once
 
-template <typename T, int N>
-struct msl_store;
-template <typename T>
-struct msl_store<T, 2> {
-  typedef typename msl_lane<T>::type lane;
-  union {
-    msl_raw<T, 2> v;
-    lane s[2];
-    struct {
-      lane x, y;
-    };
-    struct {
-      lane r, g;
-    };
-    MSL_SWIZZLES_2(T)
-  };
-  msl_store() = default;
-  constexpr msl_store(msl_raw<T, 2> raw) : v(raw) {}
-};
-template <typename T>
-struct msl_store<T, 3> {
-  typedef typename msl_lane<T>::type lane;
-  union {
-    msl_raw<T, 3> v;
-    lane s[3];
-    struct {
-      lane x, y, z;
-    };
-    struct {
-      lane r, g, b;
-    };
-    MSL_SWIZZLES_3(T)
-  };
-  msl_store() = default;
-  constexpr msl_store(msl_raw<T, 3> raw) : v(raw) {}
-};
-template <typename T>
-struct msl_store<T, 4> {
-  typedef typename msl_lane<T>::type lane;
-  union {
-    msl_raw<T, 4> v;
-    lane s[4];
-    struct {
-      lane x, y, z, w;
-    };
-    struct {
-      lane r, g, b, a;
-    };
-    MSL_SWIZZLES_4(T)
-  };
-  msl_store() = default;
-  constexpr msl_store(msl_raw<T, 4> raw) : v(raw) {}
-};
+#ifndef MSL_SWIZZLES_4
+#define MSL_SWIZZLES_2
+#define MSL_SWIZZLES_3
+#define MSL_SWIZZLES_4
+#endif
 
 template <typename T, int N>
 struct packed;
@@ -61,10 +17,65 @@ struct packed;
 struct msl_raw_tag {};
 
 template <typename T, int N>
+struct vec_memory {
+  typedef msl_raw<T, N> raw;
+  typedef typename msl_lane<T>::type lane;
+  union {
+    raw v;
+    lane s[N];
+  };
+  vec_memory() = default;
+  constexpr vec_memory(raw x) : v(x) {}
+};
+
+#define MSL_COMPONENT(i, name)                                             \
+  T get_##name() const { return T(this->v[i]); }                           \
+  T get_##name() const constant { return T(this->v[i]); }                  \
+  void put_##name(T x) { this->s[i] = typename msl_lane<T>::type(x); }     \
+  __declspec(property(get = get_##name, put = put_##name)) T name;
+#define MSL_SWIZZLE(n, name, ...)                                          \
+  vec<T, n> get_##name() const {                                           \
+    return vec<T, n>(msl_raw_tag(), __builtin_shufflevector(this->v, this->v, __VA_ARGS__)); \
+  }                                                                        \
+  vec<T, n> get_##name() const constant {                                  \
+    return vec<T, n>(msl_raw_tag(), __builtin_shufflevector(this->v, this->v, __VA_ARGS__)); \
+  }                                                                        \
+  void put_##name(vec<T, n> x) {                                           \
+    constexpr int to[n] = {__VA_ARGS__};                                   \
+    for (int i = 0; i < n; i++) {                                          \
+      this->s[to[i]] = x.v[i];                                             \
+    }                                                                      \
+  }                                                                        \
+  __declspec(property(get = get_##name, put = put_##name)) vec<T, n> name;
+
+template <typename T, int N>
+struct msl_store;
+template <typename T>
+struct msl_store<T, 2> : vec_memory<T, 2> {
+  using vec_memory<T, 2>::vec_memory;
+  MSL_COMPONENT(0, x) MSL_COMPONENT(1, y) MSL_COMPONENT(0, r) MSL_COMPONENT(1, g)
+  MSL_SWIZZLES_2
+};
+template <typename T>
+struct msl_store<T, 3> : vec_memory<T, 3> {
+  using vec_memory<T, 3>::vec_memory;
+  MSL_COMPONENT(0, x) MSL_COMPONENT(1, y) MSL_COMPONENT(2, z)
+  MSL_COMPONENT(0, r) MSL_COMPONENT(1, g) MSL_COMPONENT(2, b)
+  MSL_SWIZZLES_3
+};
+template <typename T>
+struct msl_store<T, 4> : vec_memory<T, 4> {
+  using vec_memory<T, 4>::vec_memory;
+  MSL_COMPONENT(0, x) MSL_COMPONENT(1, y) MSL_COMPONENT(2, z) MSL_COMPONENT(3, w)
+  MSL_COMPONENT(0, r) MSL_COMPONENT(1, g) MSL_COMPONENT(2, b) MSL_COMPONENT(3, a)
+  MSL_SWIZZLES_4
+};
+
+template <typename T, int N>
 struct vec : msl_store<T, N> {
   typedef msl_raw<T, N> raw;
   typedef msl_store<T, N> store;
-  typedef typename store::lane lane;
+  typedef typename msl_lane<T>::type lane;
 
   vec() = default;
   constexpr vec(msl_raw_tag, raw x) : store(x) {}
@@ -75,13 +86,13 @@ struct vec : msl_store<T, N> {
   explicit vec(const vec<U, N>& o) : store(convert(o.v)) {}
   template <typename U>
   explicit vec(const constant vec<U, N>& o) : store(convert(o.v)) {}
-  template <typename U, int... I, typename = typename msl_if<sizeof...(I) == N>::type>
-  explicit vec(const msl_swizzle<U, I...>& o) : store(convert(o.get().v)) {}
-  vec(const packed<T, N>& o) { copy(o.s); }
+  vec(const packed<T, N>& o) : store(gathered(o)) {}
   template <typename... A, typename = typename msl_if<(sizeof...(A) > 1) && msl_total<A...>::n == N>::type>
   vec(A... a) {
+    raw r;
     int at = 0;
-    (put(a, at), ...);
+    (put(r, at, a), ...);
+    this->v = r;
   }
   vec& operator=(const vec& o) {
     this->v = o.v;
@@ -92,7 +103,7 @@ struct vec : msl_store<T, N> {
     return *this;
   }
   lane& operator[](int i) { return this->s[i]; }
-  const lane& operator[](int i) const { return this->s[i]; }
+  T operator[](int i) const { return T(this->v[i]); }
 
   template <typename U>
   static raw convert(U o) {
@@ -101,29 +112,27 @@ struct vec : msl_store<T, N> {
 
  private:
   template <typename P>
-  void copy(const P& from) {
+  static raw gathered(const P& from) {
+    raw r;
     for (int i = 0; i < N; i++) {
-      this->s[i] = from[i];
+      r[i] = from[i];
     }
+    return r;
   }
   template <typename U>
-  void put(U x, thread int& at) {
-    this->s[at++] = lane(T(x));
+  static void put(thread raw& r, thread int& at, U x) {
+    r[at++] = lane(T(x));
   }
   template <typename U, int M>
-  void put(vec<U, M> x, thread int& at) {
+  static void put(thread raw& r, thread int& at, vec<U, M> x) {
     for (int i = 0; i < M; i++) {
-      this->s[at++] = lane(T(x.s[i]));
+      r[at++] = lane(T(x.v[i]));
     }
   }
-  template <typename U, int... I>
-  void put(msl_swizzle<U, I...> x, thread int& at) {
-    put(vec<U, sizeof...(I)>(x), at);
-  }
 
-#define MSL_ARITHMETIC(op)                                                               \
- public:                                                                                 \
-  friend METAL_FUNC vec operator op(vec a, vec b) { return vec(msl_raw_tag(), a.v op b.v); } \
+#define MSL_ARITHMETIC(op)                                                                      \
+ public:                                                                                        \
+  friend METAL_FUNC vec operator op(vec a, vec b) { return vec(msl_raw_tag(), a.v op b.v); }    \
   vec& operator op##=(vec b) { return *this = *this op b; }
   MSL_ARITHMETIC(+)
   MSL_ARITHMETIC(-)
@@ -136,9 +145,9 @@ struct vec : msl_store<T, N> {
   MSL_ARITHMETIC(<<)
   MSL_ARITHMETIC(>>)
 #undef MSL_ARITHMETIC
-#define MSL_COMPARE(op)                                                            \
-  friend METAL_FUNC vec<bool, N> operator op(vec a, vec b) {                       \
-    return vec<bool, N>(msl_raw_tag(), vec<bool, N>::convert(a.v op b.v) & char(1));  \
+#define MSL_COMPARE(op)                                                                         \
+  friend METAL_FUNC vec<bool, N> operator op(vec a, vec b) {                                    \
+    return vec<bool, N>(msl_raw_tag(), vec<bool, N>::convert(a.v op b.v) & char(1));            \
   }
   MSL_COMPARE(==)
   MSL_COMPARE(!=)
@@ -163,11 +172,7 @@ struct packed {
   T s[N];
   packed() = default;
   packed(const vec<T, N>& o) { copy(o); }
-  packed(T x) {
-    for (int i = 0; i < N; i++) {
-      s[i] = x;
-    }
-  }
+  packed(T x) { copy(vec<T, N>(x)); }
   template <typename... A, typename = typename msl_if<(sizeof...(A) > 1) && msl_total<A...>::n == N>::type>
   packed(A... a) {
     copy(vec<T, N>(a...));
@@ -178,12 +183,9 @@ struct packed {
   packed& operator*=(vec<T, N> o) { return *this = packed(vec<T, N>(*this) * o); }
 
  private:
-  void copy(const vec<T, N>& o) {
+  void copy(vec<T, N> o) {
     for (int i = 0; i < N; i++) {
-      s[i] = o.s[i];
+      s[i] = T(o.v[i]);
     }
   }
 };
-
-#define MSL_EVERY_OPERATOR(M) M(+) M(-) M(*) M(/) M(%) M(&) M(|) M(^) M(<<) M(>>)
-MSL_EVERY_OPERATOR(MSL_SWIZZLE_OPERATOR)
