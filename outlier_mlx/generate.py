@@ -13,6 +13,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.errors import OutlierError
 
+# Tokens between two looks at whether the output is still finite.
+CHECK_EVERY = 16
 KV_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
@@ -149,7 +151,7 @@ def stream_tokens(
         xtc_threshold=options.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    yield from stream_generate(
+    responses = stream_generate(
         model,
         tokenizer,
         tokens,
@@ -163,6 +165,19 @@ def stream_tokens(
         quantized_kv_start=options.quantized_kv_start,
         prompt_progress_callback=progress,
     )
+    for number, response in enumerate(responses):
+        if number % CHECK_EVERY == 0:
+            _check_finite(response)
+        yield response
+
+
+def _check_finite(response: GenerationResponse) -> None:
+    """Stop where activations overflowed: once in the KV cache, NaN stays in every later token."""
+    if bool(mx.isnan(response.logprobs).any()):
+        raise OutlierError(
+            "the model's output is not a number: activations overflowed, as they may in float16;"
+            " --dtype bfloat16 or --dtype float32 helps"
+        )
 
 
 def check_kv_cache(model: nn.Module, options: Options) -> None:

@@ -1,6 +1,7 @@
 """Loading tiers, and plain MLX models, as mlx-lm models. No code from a folder is run."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ def load(
         path_or_repo: its folder or hub repository.
         revision: branch, tag or commit on the hub.
         dtype: "bfloat16", "float16" or "float32" for activations and unquantized weights. The
-            default is the model's own on a GPU, and float32 on the CPU, where halves are slow.
+            default is the model's own on a GPU (float16 for bfloat16 where the chip has no
+            bfloat16; see `suited_dtype`), and float32 on the CPU, where halves are slow.
 
     Returns:
         The model, called as `model(tokens, cache=None)` with tokens (batch, length) for logits
@@ -47,6 +49,7 @@ def load(
 def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, dict]:
     """Load the model in a local folder; see `load`. Returns its config as well."""
     config = check_model(folder)
+    dtype = dtype or suited_dtype(folder, config)
     try:
         if "ternary" in config:
             return mlx_lm_load_model(
@@ -69,6 +72,24 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
         # What mlx-lm and MLX raise on a bad config or tensor is of any kind.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise CheckpointError(f"{folder}: not a sound model: {reason}") from error
+
+
+def suited_dtype(folder: Path, config: dict) -> str | None:
+    """The dtype to use instead of a model's own on this chip, or None to keep it.
+
+    The GPUs of M1 and M2 have no bfloat16 arithmetic (Metal's feature set tables give it from the
+    family Apple9 on, which is M3's), so float16 takes its place there. Not for tiers of V1 and V2
+    checkpoints: of those it is known that activations overflow float16.
+    """
+    if not mx.metal.is_available() or mx.default_device() == mx.cpu:
+        return None
+    chip = str(mx.device_info().get("device_name", ""))
+    if not re.match(r"Apple M[12]\b", chip) or config.get("dtype") != "bfloat16":
+        return None
+    manifest = read_json(inside(folder, "tier.json")) if (folder / "tier.json").exists() else {}
+    overlay = manifest.get("overlay")
+    form = overlay.get("form") if isinstance(overlay, dict) else None
+    return None if form in ("real", "toy") else "float16"
 
 
 def check_model(folder: Path) -> dict:
