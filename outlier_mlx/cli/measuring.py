@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from outlier_mlx.cli.app import app
-from outlier_mlx.cli.options import Debug, DType, Force, Quiet
+from outlier_mlx.cli.app import app, say
+from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
 
 Text = Annotated[
     Path, typer.Option(exists=True, dir_okay=False, help="A text file, UTF-8.", show_default=False)
@@ -129,3 +129,80 @@ def tune_alpha(
         print(f"KL from the teacher after: {tuned.after.kl:.5f} nats")
     save_alphas(tuned, out, force=force)
     print(f"wrote {out}")
+
+
+@app.command(epilog="Example: `outlier-mlx bench --model ./tier -p 512 -g 128`")
+def bench(
+    model: Annotated[str, typer.Option(help="Folder or hub repository of a tier.")],
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "-p", min=1, help="Length of the prompt.")
+    ] = 512,
+    generation_tokens: Annotated[
+        int, typer.Option("--generation-tokens", "-g", min=2, help="Length of what is written.")
+    ] = 128,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, help="Prompts at a time.")
+    ] = 1,
+    num_trials: Annotated[
+        int, typer.Option("--num-trials", "-n", min=1, help="Runs that are timed.")
+    ] = 5,
+    prefill_step_size: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens processed at a time.")
+    ] = 2048,
+    delay: Annotated[int, typer.Option(min=0, help="Seconds between runs.")] = 0,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Time the decode kernels' variants instead.")
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="With --kernels: use the best from now on.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Of activations. Default: the tier's; float32 on the CPU.")
+    ] = None,
+    ignore_memory: IgnoreMemory = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure speed and memory; the flags are those of `mlx_lm.benchmark`."""
+    from outlier_mlx.bench import BenchOptions, bench_model
+    from outlier_mlx.bench_kernels import bench_kernels, kernels_run_here, save_best
+    from outlier_mlx.bench_tables import print_kernels, print_result
+    from outlier_mlx.loading import load
+    from outlier_mlx.memory import check_fits
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.terminal import counting_bar
+
+    if save and not kernels:
+        raise typer.BadParameter(
+            "keeps what --kernels finds, so it goes with it", param_hint="--save"
+        )
+    if kernels and not kernels_run_here(required=save):
+        say("no Metal here, so there are no kernels to time: this is the plain path in MLX alone")
+    source = resolve(model, revision)
+    if not ignore_memory:
+        check_fits(source.folder, batch_size * (prompt_tokens + generation_tokens))
+    loaded, tokenizer = load(source.folder, dtype=dtype)
+    with counting_bar("measuring", "runs", quiet=quiet) as progress:
+        if kernels:
+            timed = bench_kernels(loaded, num_trials, batch_size, progress)
+        else:
+            options = BenchOptions(
+                prompt_tokens, generation_tokens, batch_size, num_trials, prefill_step_size, delay
+            )
+            result = bench_model(loaded, tokenizer, options, progress)
+    if as_json:
+        found = timed.as_json() if kernels else result.as_json()
+        print(json.dumps({"model": source.name} | found, indent=2))
+    elif kernels:
+        print_kernels(source.name, timed)
+    else:
+        print_result(source.name, result)
+    if kernels:
+        for error in timed.errors:
+            say(error)
+        if save:
+            say(f"saved the best variants in {save_best(timed)}")
+        if timed.errors:
+            raise typer.Exit(1)
