@@ -143,7 +143,8 @@ def read_header(path: Path) -> dict[str, TensorRef]:
                 f"{path.name}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
             )
         header = parse_json_object(file.read(length), path.name)
-    header.pop("__metadata__", None)
+    if not _is_metadata(header.pop("__metadata__", None)):
+        raise CheckpointError(f"{path.name}: __metadata__ must map text to text")
     begin = 8 + length
     tensors = [_tensor_ref(path, name, entry, begin) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
@@ -170,12 +171,22 @@ def _tensor_ref(path: Path, name: str, entry: object, begin: int) -> TensorRef:
     shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise CheckpointError(f"{place}: shape or data_offsets are not lists of sizes")
+    # NumPy cannot make arrays that would be too large if a size of 0 were 1.
+    if prod(max(1, size) for size in shape) * NUMPY_DTYPES[dtype].itemsize > MAX_SIZE:
+        raise CheckpointError(f"{place}: shape {tuple(shape)} is too large")
     expected = prod(shape) * NUMPY_DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
         raise CheckpointError(
             f"{place}: {offsets[1] - offsets[0]} bytes, but {dtype} {tuple(shape)} takes {expected}"
         )
     return TensorRef(name, path, dtype, tuple(shape), begin + offsets[0])
+
+
+def _is_metadata(value: object) -> bool:
+    # MLX writes null where there is none.
+    if not isinstance(value, dict):
+        return value is None
+    return all(isinstance(text, str) for text in value.values())
 
 
 def _sizes(value: object) -> list[int] | None:
@@ -187,13 +198,16 @@ def _sizes(value: object) -> list[int] | None:
 
 
 def parse_json(text: bytes, place: str) -> object:
-    """Parse JSON strictly: no key twice in an object, no NaN or Infinity.
+    """Parse JSON strictly: UTF-8, no key twice in an object, no NaN or Infinity.
 
     Raises:
         CheckpointError: not such JSON, or nested too deep; `place` names the file.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        # Decoded here: given bytes, json would guess at other encodings.
+        return json.loads(
+            text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{place}: not valid JSON ({error})") from None
 
