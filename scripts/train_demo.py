@@ -45,13 +45,13 @@ class Plan:
 
     seed: int = 20
     vocab: int = 1280
-    base_steps: int = 1500
-    expert_steps: int = 1500
+    base_steps: int = 1600
+    expert_steps: int = 1800
     rows: int = 12
     base_documents: int = 40_000
     expert_documents: int = 12_000  # of each domain
-    base_rate: float = 4e-3
-    expert_rate: float = 1.2e-2
+    base_rate: float = 8e-3
+    expert_rate: float = 2e-2
     balance: float = 0.02
     keep: float = 2.0
 
