@@ -41,12 +41,13 @@ def expected(built: Built, *, base: bool = True) -> dict[str, np.ndarray]:
     return {key: v for key, v in written(built).items() if base or key not in built.base}
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("shape", SHAPES)
+# 256 divides the widths of one of them, which is what GGUF takes.
+ROUND_TRIPS = [(f, s) for f in FORMATS for s in SHAPES if f != "gguf" or s == "blocks"]
+
+
+@pytest.mark.parametrize(("format", "shape"), ROUND_TRIPS)
 def test_round_trip(format: str, shape: str, tmp_path: Path):
     """Overlay, tier, export, overlay: trits, scales, alphas, routers and base are the same."""
-    if format == "gguf" and shape != "blocks":
-        pytest.skip("256 does not divide its widths")
     built = write_overlay(tmp_path / "o", **({"base_dtype": "BF16"} | SHAPES[shape]))
     tier = tier_of(built.path, None, tmp_path / "t")
     done: list[tuple[int, int]] = []
