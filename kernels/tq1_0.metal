@@ -44,8 +44,8 @@ struct Loader {
   static METAL_FUNC void load(thread X* c, P x, uint at, uint size) {
     const P here = x + at;
     UNROLL for (uint i = 0; i < 20; i++) {
-      const bool inside = WHOLE || at + i < size;
-      c[i] = inside ? X(*(inside ? here + i : x)) : X(0);
+      const X v = X(WHOLE ? here[i] : x[min(at + i, size - 1)]);
+      c[i] = WHOLE || at + i < size ? v : X(0);
     }
   }
 };
@@ -55,9 +55,9 @@ struct Loader<X, 4, WHOLE> {
   static METAL_FUNC void load(thread X* c, const device T* x, uint at, uint size) {
     const device T* here = x + at;
     UNROLL for (uint i = 0; i < 20; i += 4) {
-      const bool inside = WHOLE || at + i < size;
-      const vec<T, 4> v = *(const device vec<T, 4>*)(inside ? here + i : x);
-      UNROLL for (uint j = 0; j < 4; j++) c[i + j] = inside ? X(v[j]) : X(0);
+      const device T* from = WHOLE ? here + i : x + min(at + i, size - 4);
+      const vec<T, 4> v = *(const device vec<T, 4>*)from;
+      UNROLL for (uint j = 0; j < 4; j++) c[i + j] = WHOLE || at + i < size ? X(v[j]) : X(0);
     }
   }
 };
@@ -146,10 +146,10 @@ template <int DECODE, int ROWS, int WORDS, int K, typename T>
 struct Rows {
   typedef typename Register<T>::type X;
   enum : uint {
-    PITCH = (K + 19) / 20 * 4,          // bytes of a row
-    STRIDE = 32 * WORDS,                // words that a simdgroup reads of a row in one step
-    WHOLE_STEPS = K / (20 * STRIDE),    // steps in which no lane reaches the end of x
-    LAST = PITCH / 4 - WORDS
+    PITCH = (K + 19) / 20 * 4,    // bytes of a row
+    STEP = 32 * 4 * WORDS,        // bytes of a row that a simdgroup reads at a time
+    WHOLE = K / 5 / STEP * STEP,  // bytes of a row before the step in which x ends
+    LAST = PITCH - 4 * WORDS
   };
   static_assert(PITCH % (4 * WORDS) == 0, "a load crosses the end of a row");
 
@@ -163,20 +163,21 @@ struct Rows {
     }
   }
 
-  // Adds one step to the sums: ROWS of `a`, then with MATRICES == 2 as many of `b`.
-  template <int MATRICES, bool WHOLE, typename P>
+  // Adds what lies at byte `at` of the rows: ROWS of `a`, then with MATRICES == 2 as many of `b`.
+  // INSIDE is false where rows and x may end before.
+  template <int MATRICES, bool INSIDE, typename P>
   static METAL_FUNC void step(
-      thread float* sums, const device uint8_t* a, const device uint8_t* b, P x, uint word) {
+      thread float* sums, const device uint8_t* a, const device uint8_t* b, P x, uint at) {
     uint words[MATRICES * ROWS * WORDS];
-    const uint at = 4 * (WHOLE ? word : min(word, uint(LAST)));
+    const uint from = INSIDE ? at : min(at, uint(LAST));
     // All loads come before the first use of one.
-    UNROLL for (int r = 0; r < ROWS; r++) read(words + r * WORDS, a + at + r * PITCH);
+    UNROLL for (int r = 0; r < ROWS; r++) read(words + r * WORDS, a + from + r * PITCH);
     if (MATRICES == 2) {
-      UNROLL for (int r = 0; r < ROWS; r++) read(words + (ROWS + r) * WORDS, b + at + r * PITCH);
+      UNROLL for (int r = 0; r < ROWS; r++) read(words + (ROWS + r) * WORDS, b + from + r * PITCH);
     }
     Word<DECODE, X> shared[WORDS];
     UNROLL for (int i = 0; i < WORDS; i++) {
-      Loader<X, K % 4 == 0 ? 4 : 1, WHOLE>::load(shared[i].x, x, (word + i) * 20, K);
+      Loader<X, K % 4 == 0 ? 4 : 1, INSIDE>::load(shared[i].x, x, 5 * at + 20 * i, K);
       shared[i].prepare();
     }
     UNROLL for (int r = 0; r < MATRICES * ROWS; r++) {
@@ -187,12 +188,9 @@ struct Rows {
   template <int MATRICES, typename P>
   static METAL_FUNC void add(
       thread float* sums, const device uint8_t* a, const device uint8_t* b, P x, uint lane) {
-    uint word = lane * WORDS;
-    for (uint s = 0; s < WHOLE_STEPS; s++) {
-      step<MATRICES, true>(sums, a, b, x, word);
-      word += STRIDE;
-    }
-    if (K % (20 * STRIDE) != 0) step<MATRICES, false>(sums, a, b, x, word);
+    uint at = 4 * WORDS * lane;
+    for (; at < WHOLE; at += STEP) step<MATRICES, true>(sums, a, b, x, at);
+    if (WHOLE * 5 < K) step<MATRICES, false>(sums, a, b, x, at);
   }
 
   // What the sums have to be multiplied by.
