@@ -80,6 +80,19 @@ def test_greedy_tokens_are_the_references(loaded: Loaded, reference: ReferenceMo
             assert found == expected
 
 
+def test_prefill_comes_in_steps(loaded: Loaded, monkeypatch: pytest.MonkeyPatch):
+    lengths: list[int] = []
+    call = Model.__call__
+
+    def spy(self: Model, inputs: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        lengths.append(inputs.shape[1])
+        return call(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "__call__", spy)
+    tokens_of(loaded, prefill_step_size=5, max_tokens=1)
+    assert max(lengths) == 5 and lengths.count(5) > 3
+
+
 def test_text_is_streamed(loaded: Loaded):
     responses = list(stream(*loaded, PROMPT, Options(max_tokens=12)))
     pieces = [response.text for response in responses]
@@ -157,6 +170,20 @@ def test_a_tokenizer_beside_yarn(tmp_path: Path):
     prompt = loaded[1].encode(PROMPT)
     expected = expected_tokens(read_overlay(built.path), prompt, 6)
     assert tokens_of(loaded, ignore_chat_template=True, max_tokens=6) == expected
+
+
+def test_no_code_of_a_tier_runs(tier: Path, tmp_path: Path, loaded: Loaded):
+    copy = copy_writable(tier, tmp_path / "tier")
+    mark = tmp_path / "it ran"
+    code = f"open({str(mark)!r}, 'w').close()\nraise SystemExit\n"
+    for name in ("outlier_moe.py", "tokenizer.py", "modeling.py"):
+        (copy / name).write_text(code)
+    edit_json(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenizer.T", None]})
+    edit_json(
+        copy / "config.json", auto_map={"AutoConfig": "modeling.C", "AutoModel": "modeling.M"}
+    )
+    assert tokens_of(outlier_mlx.load(copy)) == tokens_of(loaded)
+    assert not mark.exists()
 
 
 def test_loading_twice_shares_nothing(tier: Path, loaded: Loaded):
