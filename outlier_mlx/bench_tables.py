@@ -7,7 +7,7 @@ from outlier_mlx.bench import BenchResult, Runs
 from outlier_mlx.bench_kernels import FLOOR, Arm, KernelBench, KernelResult
 from outlier_mlx.chips import Chip
 from outlier_mlx.runtime.variants import DECODES, Variant
-from outlier_mlx.terminal import plain_table, size, stderr, stdout
+from outlier_mlx.terminal import plain_table, print_heading, size, stderr, stdout
 
 
 def print_result(name: str, result: BenchResult) -> None:
@@ -40,7 +40,8 @@ def print_kernels(name: str, bench: KernelBench) -> None:
     for result in bench.results:
         pairs = f"{result.pairs} pairs of token and expert"
         shape = f"{result.out_features} x {result.in_features}"
-        console.print(f"\n[bold]{result.kernel}[/], {shape}, {pairs}", soft_wrap=True)
+        console.print()
+        print_heading(console, result.kernel, f", {shape}, {pairs}")
         if any(arm.variant for arm in result.arms):
             console.print(_variants(result))
         for arm in (result.arms[0], _best(result)):
@@ -54,7 +55,7 @@ def _print_heading(console: Console, name: str, chip: Chip, dtype: str) -> None:
     about = [f"{chip.gpu_cores} GPU cores"] if chip.gpu_cores else []
     about += [f"{chip.memory_gb} GB"] if chip.memory_gb else []
     where = f"{chip.name} ({', '.join(about)})" if about else chip.name
-    console.print(f"[bold]{name}[/] on {where}, {chip.device.upper()}, {dtype}", soft_wrap=True)
+    print_heading(console, name, f" on {where}, {chip.device.upper()}, {dtype}")
 
 
 def _table(first: str, *others: str) -> Table:

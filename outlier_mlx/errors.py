@@ -15,3 +15,9 @@ class OutputExistsError(OutlierError):
 
 class CheckpointWarning(UserWarning):
     """A checkpoint holds something that is ignored and that its author may have meant."""
+
+
+def one_line(text: str) -> str:
+    """Text as one line that a terminal only prints: names in files may hold control characters."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

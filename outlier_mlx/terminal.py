@@ -17,6 +17,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from outlier_mlx.errors import one_line
 
 # Columns of a terminal from which bytes and speed fit beside the bar.
 WIDE = 70
@@ -24,12 +27,19 @@ WIDE = 70
 
 def stderr() -> Console:
     """A console for people; colours and bars only on a terminal."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def stdout() -> Console:
     """A console for results."""
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def print_heading(console: Console, name: str, rest: str) -> None:
+    """A name, in bold, and what is said of it."""
+    text = Text(one_line(name + rest))
+    text.stylize("bold", 0, len(one_line(name)))
+    console.print(text, soft_wrap=True)
 
 
 @contextmanager
@@ -124,7 +134,9 @@ def print_report(report) -> None:  # type: ignore[no-untyped-def]
     """What a conversion wrote (a `tiers.convert.Report`)."""
     console = stderr()
     recipe = report.recipe
-    console.print(parts_table(report.rows, f"{report.path.name}: {recipe.name}, {recipe.dtype}"))
+    console.print(
+        parts_table(report.rows, one_line(f"{report.path.name}: {recipe.name}, {recipe.dtype}"))
+    )
     if report.unquantized:
         shown = ", ".join(report.unquantized[:4])
         more = len(report.unquantized) - 4
@@ -133,7 +145,9 @@ def print_report(report) -> None:  # type: ignore[no-untyped-def]
             + (f" and {more} more" if more > 0 else ""),
             soft_wrap=True,
         )
-    console.print(f"wrote {report.path} from an overlay of form {report.form}", soft_wrap=True)
+    console.print(
+        one_line(f"wrote {report.path} from an overlay of form {report.form}"), soft_wrap=True
+    )
 
 
 def print_statistics(response) -> None:  # type: ignore[no-untyped-def]
@@ -149,9 +163,9 @@ def print_statistics(response) -> None:  # type: ignore[no-untyped-def]
 def print_info(info) -> None:  # type: ignore[no-untyped-def]
     """What a model is (an `info.Info`)."""
     console = stdout()
-    console.print(f"[bold]{info.name}[/]: {info.kind} ({info.form})", soft_wrap=True)
+    print_heading(console, info.name, f": {info.kind} ({info.form})")
     for name, value in info.details.items():
-        console.print(f"{name}: {value}", soft_wrap=True)
+        console.print(one_line(f"{name}: {value}"), soft_wrap=True)
     console.print(
         f"parameters: {count(info.params)}, of which a token uses {count(info.active_params)}",
         soft_wrap=True,

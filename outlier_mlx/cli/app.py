@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from outlier_mlx import __version__
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, one_line
 
 # The order in which people meet them.
 ORDER = (
@@ -38,23 +38,23 @@ class Commands(TyperGroup):
         except (OutlierError, OSError, MemoryError) as error:
             if ctx.meta.get("debug"):
                 raise
-            say(f"error: {_one_line(error)}")
+            say(f"error: {_told(error)}")
             raise typer.Exit(1) from None
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+def _told(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"warning: {_one_line(message) if isinstance(message, Warning) else message}")
+    say(f"warning: {_told(message) if isinstance(message, Warning) else message}")
 
 
 def say(text: str) -> None:
     """A line for people, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)
 
 
 def _print_version(value: bool) -> None:

@@ -1,5 +1,6 @@
 """Options that commands share."""
 
+import os
 from typing import Annotated, Literal
 
 import typer
@@ -10,8 +11,17 @@ def _set_debug(ctx: typer.Context, value: bool) -> bool:
     return value
 
 
+def _set_quiet(value: bool) -> bool:
+    if value:
+        # huggingface_hub reads it when it is imported, which is later.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return value
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no statistics.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="No progress, no statistics.", callback=_set_quiet)
+]
 IgnoreMemory = Annotated[
     bool, typer.Option("--ignore-memory", help="Load the model even if it does not fit.")
 ]

@@ -9,6 +9,7 @@ import typer
 
 from outlier_mlx.cli.app import app
 from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
+from outlier_mlx.errors import OutlierError
 
 
 @app.command(
@@ -78,7 +79,7 @@ def generate(
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import print_statistics
 
-    text = sys.stdin.read() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
+    text = _read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
     folder = resolve(model, revision).folder
     if not ignore_memory:
         # A token of English is about four characters; three are on the safe side.
@@ -94,6 +95,13 @@ def generate(
     print()
     if response is not None and not quiet:
         print_statistics(response)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise OutlierError(f"stdin: the prompt is not UTF-8 text: {error.reason}") from None
 
 
 @app.command(epilog="Example: `outlier-mlx info Qwen/Qwen2.5-7B-Instruct --json`")
