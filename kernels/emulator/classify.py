@@ -28,7 +28,7 @@ _FUNCTIONS = {
     "llvm.round": "round to integer", "llvm.roundeven": "round to integer",
     "llvm.sqrt": "square root", "emu_rsqrt": "reciprocal square root",
     "llvm.exp2": "exp2 or log2", "llvm.log2": "exp2 or log2",
-    "llvm.exp": "exp or log", "llvm.log": "exp or log", "llvm.exp10": "exp or log",
+    "llvm.exp": "exp or log", "llvm.log": "exp or log", "emu_exp10": "exp or log",
     "llvm.log10": "exp or log", "llvm.pow": "power", "llvm.tanh": "tanh",
     "llvm.sin": "sine or cosine", "llvm.cos": "sine or cosine",
     "emu_sinpi": "sine or cosine", "emu_cospi": "sine or cosine",

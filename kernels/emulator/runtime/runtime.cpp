@@ -178,6 +178,7 @@ float emu_rsqrt(float x) { return (float)(1.0 / __builtin_sqrt((double)x)); }
 _Float16 emu_fma_half(_Float16 a, _Float16 b, _Float16 c) {
   return __truncdfhf2(fma((double)(float)a, (double)(float)b, (double)(float)c));
 }
+float emu_exp10(float x) { return (float)pow(10.0, (double)x); }
 int emu_exponent(float x) {
   int e = 0;
   frexpf(x, &e);

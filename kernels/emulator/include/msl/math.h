@@ -13,11 +13,19 @@ MSL_PURE float msl_atanh(float x) __asm__("atanhf");
 MSL_PURE float msl_sinpi(float x) __asm__("emu_sinpi");
 MSL_PURE float msl_cospi(float x) __asm__("emu_cospi");
 MSL_PURE float msl_fmod(float x, float y) __asm__("fmodf");
+MSL_PURE float msl_atan2(float x, float y) __asm__("atan2f");
+MSL_PURE float msl_exp10(float x) __asm__("emu_exp10");
 MSL_PURE float msl_nextafter(float x, float y) __asm__("nextafterf");
 MSL_PURE float msl_ldexp(float x, int k) __asm__("ldexpf");
 MSL_PURE int msl_exponent(float x) __asm__("emu_exponent");
 MSL_PURE float msl_tanpi(float x) __asm__("emu_tanpi");
 }
+
+// The smaller and the larger; where one is NaN, the other.
+METAL_FUNC float msl_least(float x, float y) { return __builtin_fminf(x, y); }
+METAL_FUNC float msl_most(float x, float y) { return __builtin_fmaxf(x, y); }
+METAL_FUNC half msl_least(half x, half y) { return half(__builtin_fminf16(x, y)); }
+METAL_FUNC half msl_most(half x, half y) { return half(__builtin_fmaxf16(x, y)); }
 
 namespace metal {
 
@@ -88,7 +96,7 @@ MSL_BUILTIN1(trunc, __builtin_elementwise_trunc)
 MSL_BUILTIN1(sqrt, __builtin_elementwise_sqrt)
 MSL_BUILTIN1(exp, __builtin_elementwise_exp)
 MSL_BUILTIN1(exp2, __builtin_elementwise_exp2)
-MSL_BUILTIN1(exp10, __builtin_elementwise_exp10)
+MSL_FLOAT1(exp10, msl_exp10(x))
 MSL_BUILTIN1(log, __builtin_elementwise_log)
 MSL_BUILTIN1(log2, __builtin_elementwise_log2)
 MSL_BUILTIN1(log10, __builtin_elementwise_log10)
@@ -108,16 +116,16 @@ MSL_FLOAT1(sinpi, msl_sinpi(x))
 MSL_FLOAT1(cospi, msl_cospi(x))
 MSL_FLOAT1(tanpi, msl_tanpi(x))
 MSL_FLOAT1(rsqrt, msl_rsqrt(x))
-MSL_FLOAT1(fract, __builtin_elementwise_minnum(x - __builtin_elementwise_floor(x), 0.99999994f))
+MSL_FLOAT1(fract, msl_least(x - __builtin_elementwise_floor(x), 0.99999994f))
 MSL_FLOAT1(sign, x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x == 0.0f ? x : 0.0f)
-MSL_FLOAT1(saturate, __builtin_elementwise_minnum(__builtin_elementwise_maxnum(x, 0.0f), 1.0f))
+MSL_FLOAT1(saturate, msl_least(msl_most(x, 0.0f), 1.0f))
 
-MSL_BUILTIN2(fmax, __builtin_elementwise_maxnum)
-MSL_BUILTIN2(fmin, __builtin_elementwise_minnum)
+MSL_BUILTIN2(fmax, msl_most)
+MSL_BUILTIN2(fmin, msl_least)
 MSL_BUILTIN2(copysign, __builtin_elementwise_copysign)
 MSL_BUILTIN2(pow, __builtin_elementwise_pow)
 MSL_BUILTIN2(powr, __builtin_elementwise_pow)
-MSL_FLOAT2(atan2, __builtin_elementwise_atan2(x, y))
+MSL_FLOAT2(atan2, msl_atan2(x, y))
 MSL_FLOAT2(fmod, msl_fmod(x, y))
 MSL_FLOAT2(fdim, x > y ? x - y : x <= y ? 0.0f : __builtin_nanf(""))
 MSL_FLOAT2(divide, x / y)
@@ -184,8 +192,8 @@ METAL_FUNC bool signbit(half x) { return as_type<short>(x) < 0; }
   MSL_ORDERED(T, __builtin_elementwise_abs, __builtin_elementwise_min, __builtin_elementwise_max)
 #define MSL_ORDERED_UINT(T) \
   MSL_ORDERED(T, MSL_SAME, __builtin_elementwise_min, __builtin_elementwise_max)
-MSL_ORDERED(float, __builtin_elementwise_abs, __builtin_elementwise_minnum, __builtin_elementwise_maxnum)
-MSL_ORDERED(half, __builtin_elementwise_abs, __builtin_elementwise_minnum, __builtin_elementwise_maxnum)
+MSL_ORDERED(float, __builtin_elementwise_abs, msl_least, msl_most)
+MSL_ORDERED(half, __builtin_elementwise_abs, msl_least, msl_most)
 MSL_ORDERED_INT(char)
 MSL_ORDERED_INT(short)
 MSL_ORDERED_INT(int)
@@ -197,8 +205,8 @@ MSL_ORDERED_UINT(ulong)
 
 #define MSL_BITWISE(T, wide)                                                                 \
   METAL_FUNC T popcount(T x) { return T(__builtin_elementwise_popcount(x)); }                \
-  METAL_FUNC T clz(T x) { return T(__builtin_elementwise_clzg(x, T(sizeof(T) * 8))); }       \
-  METAL_FUNC T ctz(T x) { return T(__builtin_elementwise_ctzg(x, T(sizeof(T) * 8))); }       \
+  METAL_FUNC T clz(T x) { return T(__builtin_clzg((__make_unsigned(T))x, int(sizeof(T) * 8))); }       \
+  METAL_FUNC T ctz(T x) { return T(__builtin_ctzg((__make_unsigned(T))x, int(sizeof(T) * 8))); }       \
   METAL_FUNC T reverse_bits(T x) { return T(__builtin_elementwise_bitreverse(x)); }          \
   METAL_FUNC T addsat(T x, T y) { return __builtin_elementwise_add_sat(x, y); }              \
   METAL_FUNC T subsat(T x, T y) { return __builtin_elementwise_sub_sat(x, y); }              \
