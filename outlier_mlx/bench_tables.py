@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from outlier_mlx.bench import BenchResult, Runs
 from outlier_mlx.bench_kernels import FLOOR, Arm, KernelBench, KernelResult
@@ -82,11 +83,9 @@ def _variants(result: KernelResult) -> Table:
     return table
 
 
-def _cell(runs: Runs | None, best: bool) -> str:
-    if runs is None:
-        return "-"
-    text = f"{runs.median * 1e6:.1f}"
-    return f"[bold]{text}[/]" if best else text
+def _cell(runs: Runs | None, best: bool) -> Text:
+    text = "-" if runs is None else f"{runs.median * 1e6:.1f}"
+    return Text(text, style="bold" if best else "")
 
 
 def _best(result: KernelResult) -> Arm | None:
