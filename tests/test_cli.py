@@ -1,0 +1,395 @@
+"""The command line: what goes where, what options do, and how it looks on a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+import outlier_mlx
+from outlier_mlx.cli import app
+from outlier_mlx.generate import Options, stream
+from tests.builders import write_base, write_overlay
+from tests.damage import edit_config
+
+PROMPT = "The heron stands in the water"
+SCRIPT = Path(sys.executable).with_name("outlier-mlx")
+COMMANDS = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `overlay`, its `base`, and `tier`; heads are 32 wide."""
+    folder = tmp_path_factory.mktemp("cli")
+    dims: dict[str, Any] = {"layers": 2, "heads": 2, "kv_heads": 1}
+    write_overlay(folder / "overlay", moe_layers=(1,), **dims)
+    write_base(folder / "base", **dims)
+    outlier_mlx.convert(folder / "overlay", out=folder / "tier")
+    return folder
+
+
+def run(*arguments: object, code: int = 0, **how: Any) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], **how)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+# -- convert ----------------------------------------------------------------------------------
+
+
+def test_convert_reports_on_stderr(place: Path, tmp_path: Path) -> None:
+    result = run("convert", place / "overlay", "--out", tmp_path / "out")
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[0].strip() == "out: q4, bfloat16"
+    words = [line.split() for line in lines]
+    assert ["bits", "per"] in words and ["part", "params", "size", "weight"] in words
+    # 2 experts' worth of rows: 5 trits a byte in rows of multiples of 4 bytes, a scale a row.
+    assert ["experts", "61.4", "K", "17.9", "kB", "2.33"] in words
+    assert any(line[0] == "total" for line in words if line)
+    assert lines[-1] == f"wrote {tmp_path / 'out'} from an overlay of form v3.2"
+    assert "\x1b" not in result.stderr
+
+
+def test_convert_names_what_stays_unquantized(tmp_path: Path) -> None:
+    dims: dict[str, Any] = {"hidden": 48, "layers": 1, "moe_layers": (0,)}
+    overlay = write_overlay(tmp_path / "overlay", **dims).path
+    stderr = run("convert", overlay, "--out", tmp_path / "out").stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("unquantized")]
+    assert "model.embed_tokens" in line and re.search(r"and \d+ more$", line)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ("", "overlay-q4"),
+        ("--tier q8", "overlay-q8"),
+        ("--tier f32", "overlay-f32"),
+        ("--group-size 32", "overlay-q4-g32"),
+        ("--base-bits 8 --experts affine2", "overlay-q8-affine2"),
+        ("--base-bits none --dtype float16", "overlay-f16"),
+        ("--base-bits 16 --dtype bfloat16", "overlay-bf16"),
+    ],
+)
+def test_default_output(
+    tmp_path: Path, options: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay = write_overlay(
+        tmp_path / "overlay", layers=1, moe_layers=(0,), expert_intermediate=64
+    ).path
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run("convert", overlay, *options.split())
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [name]
+    assert (tmp_path / "here" / name / "tier.json").exists()
+
+
+def test_quiet_is_silent(place: Path, tmp_path: Path) -> None:
+    result = run("convert", place / "overlay", "--out", tmp_path / "out", "--quiet")
+    assert result.output == ""
+    result = run("verify", tmp_path / "out", "--quiet")
+    assert result.stderr == ""
+
+
+def test_names_are_printed_as_they_are(place: Path, tmp_path: Path) -> None:
+    """No markup, no emoji, no control characters: names come from folders and files."""
+    out = tmp_path / "[" / "b] [c] :smile: \x1b[31mred"
+    shown = "b] [c] :smile: \\x1b[31mred"
+    stderr = run("convert", place / "overlay", "--out", out).stderr
+    assert stderr.startswith(f"{shown}: q4") and f"[/{shown} from" in stderr
+    stdout = run("info", out).stdout
+    assert stdout.startswith(f"{shown}: tier (tq1_0_rows)\n")
+    edit_config(out, model_type="\x1b[31mred\nand more")
+    assert "\x1b" not in run("info", out).stdout
+    overlay = write_overlay(tmp_path / "overlay", layers=1, moe_layers=(0,)).path
+    edit_config(overlay, hidden_act="\x1b]0;title\a")
+    stderr = run("convert", overlay, code=1).stderr
+    assert len(stderr.splitlines()) == 1 and stderr.strip().isprintable()
+
+
+# -- generate ---------------------------------------------------------------------------------
+
+
+def generate(place: Path, *options: object, **how: Any) -> Result:
+    return run("generate", "--model", place / "tier", *options, **how)
+
+
+def test_generate_prints_the_text_and_then_statistics(place: Path) -> None:
+    result = generate(place, "--prompt", PROMPT, "--max-tokens", 8)
+    model, tokenizer = outlier_mlx.load(place / "tier")
+    text = "".join(r.text for r in stream(model, tokenizer, PROMPT, Options(max_tokens=8)))
+    assert result.stdout == text + "\n"
+    pattern = (
+        r"prompt: (\d+) tokens, [\d.]+ tokens/s\n"
+        r"generation: 8 tokens, [\d.]+ tokens/s\n"
+        r"peak memory: \d+\.\d{3} GB\n"
+    )
+    assert re.fullmatch(pattern, result.stderr)
+    quiet = generate(place, "--prompt", PROMPT, "--max-tokens", 8, "--quiet")
+    assert (quiet.stdout, quiet.stderr) == (result.stdout, "")
+
+
+def prompt_tokens(result: Result) -> int:
+    match = re.match(r"prompt: (\d+) tokens", result.stderr)
+    assert match
+    return int(match[1])
+
+
+def test_generate_uses_the_chat_template(place: Path) -> None:
+    _, tokenizer = outlier_mlx.load(place / "tier")
+    templated = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+    with_system = f"<|im_start|>system\nBe brief<|im_end|>\n{templated}"
+    for text, options in [
+        (templated, []),
+        (PROMPT, ["--ignore-chat-template"]),
+        (with_system, ["--system-prompt", "Be brief"]),
+        (templated + "It", ["--prefill-response", "It"]),
+    ]:
+        result = generate(place, "-p", PROMPT, "-m", 1, *options)
+        expected = len(tokenizer.encode(text, add_special_tokens=False))
+        # What the answer begins with is not closed, so a newline or end mark may be missing.
+        assert prompt_tokens(result) in (
+            {expected, expected + 2} if "--pre" in str(options) else {expected}
+        )
+
+
+def test_generate_reads_stdin(place: Path) -> None:
+    given = generate(place, "--prompt", "-", "-m", 8, input="Line one\nline two: é")
+    expected = generate(place, "--prompt", "Line one\\nline two: é", "-m", 8)
+    assert given.stdout == expected.stdout
+    assert prompt_tokens(given) == prompt_tokens(expected)
+    result = generate(place, "--prompt", "-", input=b"\xff\xfe", code=1)
+    assert result.stderr == "error: stdin: the prompt is not UTF-8 text: invalid start byte\n"
+
+
+def test_seeds_reproduce(place: Path) -> None:
+    def sampled(seed: int) -> str:
+        return generate(place, "-p", PROMPT, "-m", 16, "--temp", 1, "--seed", seed).stdout
+
+    first = sampled(1)
+    assert sampled(1) == first
+    assert sampled(2) != first
+    assert generate(place, "-p", PROMPT, "-m", 16).stdout != first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--kv-bits 8 --kv-group-size 32 --quantized-kv-start 0",
+        "--kv-bits 4 --kv-group-size 32",
+        "--max-kv-size 8",
+        "--top-k 1 --temp 1",
+        "--prefill-step-size 3",
+        "--dtype bfloat16",
+        # MLX compiles these samplers, for seconds on a CPU.
+        pytest.param(
+            "--min-p 0.1 --top-p 0.9 --xtc-probability 0.5 --xtc-threshold 0.1 --temp 1",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_generation_options_are_taken(place: Path, options: str) -> None:
+    result = generate(place, "-p", PROMPT, "-m", 4, *options.split())
+    assert "generation: 4 tokens" in result.stderr
+    if options in ("--top-k 1 --temp 1", "--prefill-step-size 3"):
+        assert result.stdout == generate(place, "-p", PROMPT, "-m", 4).stdout
+
+
+# -- help -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example_that_is_valid(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = run(command, "--help", env={"COLUMNS": "400", "TERM": "dumb"}).stdout
+    (line,) = [line.strip() for line in text.splitlines() if "Example: " in line]
+    program, name, *arguments = shlex.split(line.removeprefix("Example: "))
+    assert (program, name) == ("outlier-mlx", command)
+    monkeypatch.chdir(tmp_path)
+    for argument in arguments:
+        if Path(argument).suffix in (".txt", ".json"):
+            Path(argument).write_text("{}")
+    group: Any = typer.main.get_command(app)
+    group.commands[command].make_context(command, arguments)  # complains of what it does not know
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"outlier-mlx {outlier_mlx.__version__}\n"
+
+
+HEAVY = ["mlx", "mlx_lm", "transformers", "huggingface_hub", "numpy", "safetensors", "tokenizers"]
+LOOK = f"""
+import sys
+from typer.testing import CliRunner
+from outlier_mlx.cli import app
+for command in [[], *([name] for name in {COMMANDS!r})]:
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.stdout, command
+    loaded = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not loaded, (command, loaded)
+"""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """So it answers at once; what is imported is certain, how long it takes is not."""
+    subprocess.run([sys.executable, "-c", LOOK], check=True)
+
+
+# -- as a program -----------------------------------------------------------------------------
+
+
+def program(*arguments: object, code: int = 0, **how: Any) -> subprocess.CompletedProcess[str]:
+    command = [str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
+    assert done.returncode == code, done
+    return done
+
+
+def test_each_command_as_a_program(place: Path, tmp_path: Path) -> None:
+    done = program("convert", place / "overlay", cwd=tmp_path)
+    tier = tmp_path / "overlay-q4"
+    assert done.stdout == "" and "wrote overlay-q4" in done.stderr and "\x1b" not in done.stderr
+    done = program("generate", "--model", tier, "--prompt", "-", "-m", 6, input=PROMPT)
+    assert done.stdout == generate(place, "--prompt", PROMPT, "-m", 6).stdout
+    assert len(done.stderr.splitlines()) == 3
+    assert '"kind": "tier"' in program("info", tier, "--json").stdout
+    assert "whole: " in program("verify", tier).stdout
+
+
+def test_python_m_and_debug(place: Path) -> None:
+    command = [sys.executable, "-m", "outlier_mlx", "convert", str(place / "base"), "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "CheckpointError: " in done.stderr.splitlines()[-1]
+
+
+def test_a_reader_that_leaves(place: Path) -> None:
+    """As in `outlier-mlx generate ... | head -c 1`."""
+    command = [str(SCRIPT), "generate", "--model", str(place / "tier"), "-p", PROMPT, "-m", "4000"]
+    options = ["--temp", "1", "--seed", "1", "--ignore-memory"]
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=120) != 0
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_result_that_cannot_be_written(place: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [str(SCRIPT), "info", str(place / "tier"), "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr
+
+
+# -- on a terminal ----------------------------------------------------------------------------
+
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|4[0-7]|9[0-7])(?:;[0-9;]*)?m")
+
+
+def on_terminal(columns: int, *arguments: object, **variables: str) -> str:
+    """What a program writes to a terminal of some width, escapes included."""
+
+    def set_size() -> None:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    ours, theirs = pty.openpty()
+    settings = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    settings |= {"TERM": "xterm-256color"} | variables
+    process = subprocess.Popen(
+        [SCRIPT, *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=settings,
+        preexec_fn=set_size,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, written
+    return written.decode()
+
+
+def lines_shown(written: str) -> list[str]:
+    """Lines that were ever on the screen, a state of the bar each."""
+    return [line.rstrip() for line in re.split(r"[\r\n]+", ESCAPE.sub("", written))]
+
+
+def fits(columns: int, lines: list[str]) -> list[str]:
+    """Lines that are too long for the terminal or were cut to fit."""
+    return [line for line in lines if len(line) > columns or "…" in line]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_convert_on_a_terminal(place: Path, tmp_path: Path, columns: int) -> None:
+    written = on_terminal(columns, "convert", place / "overlay", "--out", tmp_path / "out")
+    assert COLOUR.search(written)
+    shown = lines_shown(written)
+    bars = [line for line in shown if "converting" in line]
+    assert any("100%" in line for line in bars)
+    assert any("MB/s" in line for line in bars) == (columns == 80)
+    # The last line holds a path and is left to the terminal to wrap.
+    assert not fits(columns, [line for line in shown if not line.startswith("wrote ")])
+    # The bar is gone in the end, and the cursor is back.
+    after = written[written.rindex("converting") :]
+    assert "\x1b[2K" in after and "\x1b[?25h" in after
+    total = next(line for line in shown if line.startswith("total"))
+    assert re.fullmatch(r"total +[\d.]+ K +[\d.]+ kB +[\d.]+", total)
+
+
+def test_info_without_colour(place: Path) -> None:
+    written = on_terminal(80, "info", place / "tier", NO_COLOR="1")
+    assert not COLOUR.search(written)
+    assert not fits(80, lines_shown(written))
+    piped = program("info", place / "tier").stdout
+    assert [line.rstrip() for line in piped.splitlines()] == lines_shown(written)[:-1]
+
+
+@pytest.mark.parametrize("command", [(), ("convert",), ("generate",)], ids=str)
+def test_help_fits_a_terminal(command: tuple[str, ...]) -> None:
+    text = run(*command, "--help", env={"COLUMNS": "80"}).stdout
+    assert max(len(ESCAPE.sub("", line)) for line in text.splitlines()) <= 80
+    assert "Usage: " in text
+
+
+def test_speech_is_kept_apart(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The library itself prints nothing."""
+    calls: list[Callable[[], object]] = [
+        lambda: outlier_mlx.load(place / "tier"),
+        lambda: outlier_mlx.open_overlay(place / "overlay"),
+    ]
+    for call in calls:
+        call()
+    assert capfd.readouterr() == ("", "")
