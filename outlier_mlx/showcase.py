@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from rich.table import Table
@@ -81,12 +82,7 @@ def run(
         console.print(f"Measuring on {count} documents that neither was trained on ...\n")
         console.print(_measure(models, sizes, tokenizer, texts))
         console.print(f'The int4 tier, asked to go on from "{PROMPT}":\n', soft_wrap=True)
-        options = Options(max_tokens=120, temp=0.7, seed=7)
-        print(PROMPT, end="", flush=True)
-        response = None
-        for response in stream(small_model, tokenizer, PROMPT, options):
-            print(response.text, end="", flush=True)
-        print("\n")
+        response = _write(small_model, tokenizer)
         if response is not None and not quiet:
             print_statistics(response)
         if shown:
@@ -95,6 +91,20 @@ def run(
                 ' market"',
                 soft_wrap=True,
             )
+
+
+def _write(model: nn.Module, tokenizer: TokenizerWrapper) -> GenerationResponse | None:
+    """Print the prompt and what the model adds to it, as it comes."""
+    response = None
+    print(PROMPT, end="", flush=True)
+    for response in stream(model, tokenizer, PROMPT, Options(max_tokens=200, temp=0.7, seed=1)):
+        if response.generation_tokens == 1:
+            # A text that is decoded by itself loses the space that it begins with.
+            both = tokenizer.decode([*tokenizer.encode(PROMPT), response.token])
+            print(" " if both.endswith(" " + response.text.strip()) else "", end="")
+        print(response.text, end="", flush=True)
+    print("\n")
+    return response
 
 
 @contextmanager
