@@ -25,6 +25,7 @@ from tests.kernel_cases import (
     random_x,
     swiglu,
 )
+from tests.metal import Metal, any_metal, needs_emulator
 from tests.reference import Array
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -32,8 +33,8 @@ DIGITS = np.arange(256)[:, None] * 3 ** np.arange(1, 6) // 256 % 3
 
 
 @pytest.fixture
-def metal() -> Iterator[VirtualMetal]:
-    with virtual_metal(count=False) as device:
+def metal() -> Iterator[Metal]:
+    with any_metal() as device:
         yield device
 
 
@@ -62,7 +63,7 @@ def decoded(first: Array, second: Array, decode: str) -> tuple[Array, Array]:
     return np.array(y), np.stack([trits @ powers] * 2)
 
 
-def test_every_pair_of_bytes(metal: VirtualMetal):
+def test_every_pair_of_bytes(metal: Metal):
     """Bytes 0 and 2 of a word share a register, as do 1 and 3: all 65536 pairs of each."""
     first, second = (b.astype(np.uint8) for b in np.divmod(np.arange(65536), 256))
     found, expected = decoded(first, second, "exponent")
@@ -71,13 +72,13 @@ def test_every_pair_of_bytes(metal: VirtualMetal):
 
 
 @pytest.mark.parametrize("decode", ["exact", "telescoped"])
-def test_every_byte(decode: str, metal: VirtualMetal):
+def test_every_byte(decode: str, metal: Metal):
     every = np.arange(256, dtype=np.uint8)
     found, expected = decoded(every, every[::-1], decode)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_every_byte_becomes_its_codes(metal: VirtualMetal):
+def test_every_byte_becomes_its_codes(metal: Metal):
     rows = np.arange(256, dtype=np.uint8)
     rows = np.stack([rows, rows[::-1], np.roll(rows, 77), rows ^ 85], axis=-1)
     for width in (20, 17):
@@ -150,14 +151,14 @@ def run_layer(
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer(name: str, metal: VirtualMetal):
+def test_a_layer(name: str, metal: Metal):
     run_layer(*LAYERS[name])
     assert metal.names == ["tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_LAYERS)
-def test_more_layers(name: str, metal: VirtualMetal):
+def test_more_layers(name: str, metal: Metal):
     run_layer(*MORE_LAYERS[name])
 
 
@@ -176,7 +177,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", ["exact-64-bit-2-rows", "telescoped-64-bit-4-rows"])
-def test_a_variant(name: str, metal: VirtualMetal):
+def test_a_variant(name: str, metal: Metal):
     form = VARIANTS[name]
     run_layer(
         1320, 44, 2, 3, 2, "float16", decode=form.decode, rows=form.rows, load_bits=form.load_bits
@@ -186,7 +187,7 @@ def test_a_variant(name: str, metal: VirtualMetal):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_more_variants(name: str, dtype: str, metal: VirtualMetal):
+def test_more_variants(name: str, dtype: str, metal: Metal):
     form = VARIANTS[name]
     options = {key: getattr(form, key) for key in ("decode", "rows", "load_bits", "simdgroups")}
     run_layer(1320, 1348, 2, 3, 2, dtype, **options)
@@ -199,7 +200,7 @@ def test_variants_that_do_not_fit_are_made_to():
     assert row_bytes(620) % 8 == 4
 
 
-def test_experts_that_tokens_share(metal: VirtualMetal):
+def test_experts_that_tokens_share(metal: Metal):
     """Each row of the result depends on its own token and expert alone."""
     hidden, width, *_ = LAYERS["odd"]
     gate, up = (random_matrices(seed, 64, width, hidden) for seed in (1, 2))
@@ -211,8 +212,10 @@ def test_experts_that_tokens_share(metal: VirtualMetal):
     np.testing.assert_array_equal(h[2, 1], h[2, 2])
 
 
-def test_expert_offsets_beyond_32_bits(metal: VirtualMetal):
+@needs_emulator
+def test_expert_offsets_beyond_32_bits(metal: Metal):
     """An expert's bytes, and its scales, lie further than 2**32 behind the buffer's start."""
+    assert isinstance(metal, VirtualMetal)
     hidden, width, tokens, _, k, dtype = LAYERS["even"]
     far = (1 << 32) - 1  # the largest number that an index holds
     gate, up = (random_matrices(seed, 1, width, hidden) for seed in (1, 2))
@@ -243,7 +246,7 @@ def test_expert_offsets_beyond_32_bits(metal: VirtualMetal):
 # What callers hand over
 
 
-def test_inputs_that_are_not_contiguous(metal: VirtualMetal):
+def test_inputs_that_are_not_contiguous(metal: Metal):
     hidden, width, _, experts, k, dtype = LAYERS["odd"]
     gate, up = (random_matrices(seed, experts, width, hidden) for seed in (1, 2))
     x = random_x(1, (6, 2 * hidden), DTYPES[dtype])
@@ -261,7 +264,7 @@ def test_inputs_that_are_not_contiguous(metal: VirtualMetal):
     assert_within(h, swiglu(copies, gate, up, chosen[:, ::2]))
 
 
-def test_no_tokens(metal: VirtualMetal):
+def test_no_tokens(metal: Metal):
     gate, down = random_matrices(1, 3, 9, 20), random_matrices(2, 3, 20, 9)
     none = mx.zeros((0, 2), mx.uint32)
     h = kernels.tq1_0_swiglu(mx.zeros((0, 20)), *gate.packed, *gate.packed, none)
@@ -348,7 +351,7 @@ REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_before_a_launch(name: str, metal: VirtualMetal):
+def test_what_is_refused_before_a_launch(name: str, metal: Metal):
     call, reason = REFUSED[name]
     with pytest.raises(ValueError) as caught:
         call()
@@ -357,7 +360,7 @@ def test_what_is_refused_before_a_launch(name: str, metal: VirtualMetal):
     assert metal.launches == []
 
 
-def test_the_limits_themselves(metal: VirtualMetal):
+def test_the_limits_themselves(metal: Metal):
     """The widest row and the most experts that are allowed work."""
     experts, wide = kernels.LIMITS["experts"][1], kernels.LIMITS["in features"][1]
     m = random_matrices(1, experts, 2, 5)
@@ -383,13 +386,13 @@ def assert_transcodes(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 79, 81, 704])
-def test_transcoding(width: int, metal: VirtualMetal):
+def test_transcoding(width: int, metal: Metal):
     assert_transcodes(width)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [2, 16, 31, 32, 33, 40, 60, 64, 80, 100, 128, 155, 160, 161, 240])
-def test_more_transcoding(width: int, metal: VirtualMetal):
+def test_more_transcoding(width: int, metal: Metal):
     assert_transcodes(width)
 
 
@@ -404,7 +407,7 @@ def test_a_kernel_is_built_once_by_each_device():
 
     made = []
     for _ in range(2):
-        with virtual_metal(count=False) as device:
+        with any_metal() as device:
             launch()
             built = kernels._built[1]["tq1_0_qmv"]
             launch()
@@ -414,9 +417,7 @@ def test_a_kernel_is_built_once_by_each_device():
     assert made[0] is not made[1]
 
 
-def test_the_variant_in_use_is_the_one_launched(
-    metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_variant_in_use_is_the_one_launched(metal: Metal, monkeypatch: pytest.MonkeyPatch):
     m = random_matrices(1, 1, 8, 20)
     call = mx.ones((1, 20)), *m.packed, mx.zeros((1,), mx.uint32)
     kernels.tq1_0_qmv(*call)
@@ -425,7 +426,7 @@ def test_the_variant_in_use_is_the_one_launched(
     assert [launch.template["ROWS"] for launch in metal.launches] == [8, 4]
 
 
-def test_rows_are_computed_alike_wherever_they_lie(metal: VirtualMetal):
+def test_rows_are_computed_alike_wherever_they_lie(metal: Metal):
     """The last simdgroup's rows overlap its neighbour's, and each is written once: bit for bit."""
     m = random_matrices(1, 1, 19, 44)
     x, expert = random_x(1, (1, 44), mx.bfloat16), mx.zeros((1,), mx.uint32)
@@ -434,6 +435,7 @@ def test_rows_are_computed_alike_wherever_they_lie(metal: VirtualMetal):
     np.testing.assert_array_equal(kernels.tq1_0_qmv(x, *some.packed, expert), whole[:, 11:])
 
 
+@needs_emulator
 def test_no_array_of_a_thread_is_in_memory():
     """Registers cannot be indexed: an array that is would be spilled to memory on a GPU."""
     with virtual_metal() as metal:
