@@ -1,0 +1,66 @@
+"""How far the decode kernels are from float64 when a few activations are far above the others."""
+
+import mlx.core as mx
+import numpy as np
+
+from outlier_mlx.runtime.affine2 import row_bytes
+from outlier_mlx.runtime.kernels import tq1_0_qmv
+from outlier_mlx.runtime.variants import Variant
+
+
+def planted(
+    seed: int, wide: int, rows: int, outliers: int, size: float, together: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Normal x with outliers, and trits that are 0 there in every even row.
+
+    Args:
+        seed: of everything random.
+        wide: elements of x.
+        rows: of trits.
+        outliers: how many elements of x are large.
+        size: their magnitude.
+        together: whether they are among twenty neighbours: in one word of a row.
+
+    Returns:
+        x (wide,) float16, trits (rows, wide) int8, and where the outliers are.
+    """
+    rng = np.random.default_rng([seed, wide, outliers])
+    x = rng.standard_normal(wide)
+    among = 20 * rng.integers(wide // 20) + np.arange(20) if together else np.arange(wide)
+    dims = rng.choice(among, outliers, replace=False)
+    x[dims] = size * rng.choice([-1, 1], outliers)
+    trits = rng.integers(-1, 2, (rows, wide), dtype=np.int8)
+    trits[::2, dims] = 0
+    return x.astype(np.float16), trits, dims
+
+
+def pack(trits: np.ndarray) -> np.ndarray:
+    """Rows of trits (..., wide) as `tq1_0_rows`."""
+    wide = trits.shape[-1]
+    digits = np.ones((*trits.shape[:-1], row_bytes(wide) * 5), np.int64)
+    digits[..., :wide] = trits + 1
+    q = digits.reshape(*trits.shape[:-1], -1, 5) @ 3 ** np.arange(4, -1, -1)
+    return ((256 * q + 242) // 243).astype(np.uint8)
+
+
+def half_ulp(typical: float) -> float:
+    """Half the distance between float16 numbers near a value."""
+    return float(2.0 ** (np.floor(np.log2(typical)) - 11))
+
+
+def errors(
+    x: np.ndarray, trits: np.ndarray, decode: str, dtype: mx.Dtype = mx.float16
+) -> np.ndarray:
+    """Errors of the product `trits x` in half ulps of a typical float16 output, (rows,).
+
+    Typical is an output without outliers: of trits of equal probability and x of variance 1.
+    """
+    y = tq1_0_qmv(
+        mx.array(x[None]).astype(dtype),
+        mx.array(pack(trits)[None]),
+        mx.ones((1, len(trits))),
+        mx.zeros((1,), mx.uint32),
+        variant=Variant(decode=decode),
+    )
+    exact = trits.astype(np.float64) @ x.astype(np.float64)
+    return np.abs(np.array(y)[0] - exact) / half_ulp((len(x) * 2 / 3) ** 0.5)
