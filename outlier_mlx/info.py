@@ -17,6 +17,10 @@ from outlier_mlx.storage.hub import hub_errors, resolve
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
 from outlier_mlx.tiers.summary import SummaryRow, kind_of, summarize
 
+# A tier's own names, and those of models that portable tiers are.
+EXPERT_NAMES = ("num_experts", "moe_num_experts")
+TOP_K_NAMES = ("num_experts_per_tok", "moe_k")
+
 
 @dataclass(frozen=True)
 class Info:
@@ -114,6 +118,10 @@ def _remote_tensors(repo: str, revision: str | None) -> Tensors:
     return tensors
 
 
+def _number(raw: dict, names: tuple[str, ...]) -> int:
+    return next((int(raw[name]) for name in names if raw.get(name)), 0)
+
+
 def _describe(name: str, raw: dict, sizes: Sizes, form: str | None) -> Info:
     try:
         return _added_up(name, raw, sizes, form)
@@ -132,7 +140,7 @@ def _added_up(name: str, raw: dict, sizes: Sizes, form: str | None) -> Info:
         config = parse_config(raw, Defaults())
         experts, top_k = config.experts, config.top_k
     else:
-        experts, top_k = int(raw.get("num_experts") or 0), int(raw.get("num_experts_per_tok") or 0)
+        experts, top_k = _number(raw, EXPERT_NAMES), _number(raw, TOP_K_NAMES)
     rows = summarize(sizes)
     total = rows[-1]
     routed = next((row.params for row in rows if row.kind == "experts"), 0)
@@ -195,14 +203,14 @@ def _params(key: str, dtype: str, shape: tuple[int, ...], raw: dict, tensors: Te
     """Parameters of the model that a tensor stands for; scales and biases of codes count none."""
     module, _, leaf = key.rpartition(".")
     weight = tensors.get(f"{module}.weight")
-    packed = weight is not None and weight[0] in ("U8", "U32")
+    packed = weight is not None and weight[0] in (("U8", "U32") if "ternary" in raw else ("U32",))
     if packed and leaf in ("scales", "biases"):
         return 0
     if key.endswith("_scale") or (leaf == "scale" and ".experts." in key):
         return 0
     if leaf != "weight" or not packed:
         return prod(shape)
-    if dtype == "U8" and "ternary" in raw:
+    if dtype == "U8":
         down = ".down_proj" in module
         return prod(shape[:-1]) * int(raw["moe_intermediate_size" if down else "hidden_size"])
     quantization = raw.get("quantization") or {}
