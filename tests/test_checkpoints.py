@@ -131,6 +131,10 @@ def test_a_base_gives_what_the_overlay_has_not(tmp_path: Path):
         base.base, base.path
     )
     assert not model.twins and list(model.config.moe_layers) == list(overlay.dims.routed_layers)
+    assert model.config.max_positions == 512
+    damage.edit_config(overlay.path, max_position_embeddings=damage.REMOVE, max_seq_len=4096)
+    model = join(open_overlay(overlay.path), open_base(base.path))
+    assert model.config.max_positions == 4096
 
     # A tensor that both hold is taken from the overlay, and kept to be compared with the base's.
     damage.add_tensor(overlay.path, "model.norm.weight", base.base["model.norm.weight"], "F32")

@@ -203,8 +203,10 @@ def test_an_overlay_that_repeats_its_base_is_the_same_model(tmp_path: Path):
     base = builders.write_base(tmp_path / "base", tokenizer=False, base_dtype="BF16").path
     alone = tier_of(built.path, None, tmp_path / "alone", tier="q4")
     both = tier_of(built.path, base, tmp_path / "both", tier="q4")
-    for name in ("model-00001-of-00001.safetensors", "config.json"):
-        assert (alone / name).read_bytes() == (both / name).read_bytes()
+    name = "model-00001-of-00001.safetensors"
+    assert (alone / name).read_bytes() == (both / name).read_bytes()
+    configs = [json.loads((tier / "config.json").read_text()) for tier in (alone, both)]
+    assert configs[0] == configs[1]
 
 
 def test_mlx_lm_loads_a_tier_only_when_told_to_trust_it(tmp_path: Path):

@@ -1,15 +1,20 @@
 """The base model: an ordinary folder of Qwen2 in Hugging Face's names."""
 
+import re
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from outlier_mlx.checkpoints.config import ModelConfig, parse_config, read_config
+from outlier_mlx.checkpoints.config import POSITIONS, ModelConfig, parse_config, read_config
 from outlier_mlx.checkpoints.keys import BaseKey, parse_key
 from outlier_mlx.checkpoints.overlay import Overlay, check_base, check_layers
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import TensorRef
+
+# `base_model: OWNER/NAME` in a card's metadata, or a list of one.
+_CARD_BASE = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w./-]+)", re.MULTILINE)
+_CARD_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,8 @@ def join(overlay: Overlay, base: BaseModel | None) -> WholeModel:
     """
     if base is None:
         if not overlay.base:
-            likely = overlay.config.raw.get("base_model_name_or_path")
-            hint = f" (its config names {str(likely).rsplit('/', 1)[-1]!r})" if likely else ""
             raise CheckpointError(
-                f"{overlay.path}: holds no base model; give one with --base{hint}"
+                f"{overlay.path}: holds no base model; give one with --base{_likely_base(overlay)}"
             )
         config = _untied(overlay.config, overlay.base)
         tensors = check_base(overlay.base, config, overlay.path.name)
@@ -93,6 +96,20 @@ def join(overlay: Overlay, base: BaseModel | None) -> WholeModel:
     return WholeModel(config, tensors, twins, overlay)
 
 
+def _likely_base(overlay: Overlay) -> str:
+    """What the config or the model card calls the base: to be told, not to be believed."""
+    named = overlay.config.raw.get("base_model_name_or_path")
+    if isinstance(named, str) and named:
+        return f" (its config names {named.rsplit('/', 1)[-1][:80]!r})"
+    card = overlay.path / "README.md"
+    if card.is_file():
+        with card.open(encoding="utf-8", errors="replace") as file:
+            match = _CARD_BASE.search(file.read(_CARD_CHARACTERS))
+        if match:
+            return f" (its card names {match[1][:80]!r})"
+    return ""
+
+
 def _untied(config: ModelConfig, tensors: Container[str]) -> ModelConfig:
     """A head that is stored is the head, whatever the config says of tying."""
     return replace(config, tied=False) if "lm_head.weight" in tensors else config
@@ -106,5 +123,9 @@ def _agree(overlay: ModelConfig, base: ModelConfig) -> ModelConfig:
             raise CheckpointError(
                 f"overlay and base are for different models: {name} {ours} and {theirs}"
             )
-    # What the overlay leaves unsaid is as in the base.
-    return parse_config({**base.raw, **overlay.raw}, overlay.defaults)
+    # What the overlay leaves unsaid is as in the base. The number of positions may differ, and
+    # each may have its own name for it.
+    raw = dict(base.raw)
+    if any(overlay.raw.get(name) is not None for name in POSITIONS):
+        raw = {key: value for key, value in raw.items() if key not in POSITIONS}
+    return parse_config({**raw, **overlay.raw}, overlay.defaults)

@@ -8,6 +8,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.safetensors import read_json
 
+POSITIONS = ("max_seq_len", "max_position_embeddings")
 MOE_LISTS = ("moe_layer_indices", "v3_2_moe_layers", "moe_layers")
 MODEL_TYPES = ("outlier_moe", "qwen2", "qwen2_moe")
 # Far above any model's. Names are listed for every layer and expert, so those have a bound of
@@ -91,9 +92,7 @@ def parse_config(raw: dict, defaults: Defaults) -> ModelConfig:
         heads=heads,
         kv_heads=kv_heads,
         vocab=_size(raw, "vocab_size"),
-        max_positions=_size(
-            raw, "max_seq_len", "max_position_embeddings", default=defaults.max_positions
-        ),
+        max_positions=_size(raw, *POSITIONS, default=defaults.max_positions),
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=_positive(raw, "rms_norm_eps", defaults.rms_norm_eps),
