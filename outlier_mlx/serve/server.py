@@ -273,7 +273,14 @@ def _resolve(options: ServeOptions) -> tuple[socket.AddressFamily, Any]:
     return family, address
 
 
-def serve(name: str, load: Load, options: ServeOptions, log: Callable[[str], None]) -> NoReturn:
+def serve(
+    name: str,
+    load: Load,
+    options: ServeOptions,
+    log: Callable[[str], None],
+    *,
+    quiet: bool = False,
+) -> NoReturn:
     """Serve until SIGINT or SIGTERM, then end the process with status 0. For the main thread.
 
     Args:
@@ -281,11 +288,12 @@ def serve(name: str, load: Load, options: ServeOptions, log: Callable[[str], Non
         load: makes model and tokenizer; called in the thread that generates.
         options: where to serve, to whom, and how.
         log: takes lines for people.
+        quiet: no line for each request.
 
     Raises:
         OutlierError: the address cannot be bound or needs a key, or the model cannot be loaded.
     """
-    server = Server(name, load, options, log)
+    server = Server(name, load, options, (lambda _: None) if quiet else log)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:

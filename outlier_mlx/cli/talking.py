@@ -1,0 +1,179 @@
+"""Commands that talk: chat on a terminal, serve over HTTP."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from outlier_mlx.cli.app import app, say
+from outlier_mlx.cli.options import Debug, DType, IgnoreMemory, Quiet
+
+Model = Annotated[str, typer.Option(help="Folder or hub repository of a tier.")]
+Revision = Annotated[str | None, typer.Option(help="Revision on the hub.")]
+ActivationDType = Annotated[
+    DType | None, typer.Option(help="Of activations. Default: the tier's; float32 on the CPU.")
+]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from the k likeliest; 0: all.")]
+MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Minimum probability.")]
+PrefillStep = Annotated[int, typer.Option(min=1, help="Prompt tokens processed at a time.")]
+KVBits = Annotated[int | None, typer.Option(help="Bits of the KV cache: 2 to 6, or 8.")]
+KVGroupSize = Annotated[int, typer.Option(help="Group size of the KV cache.")]
+KVStart = Annotated[int, typer.Option(min=0, help="Quantize the KV cache from this token on.")]
+
+
+@app.command(epilog='Example: `outlier-mlx chat --model ./tier --system-prompt "Be brief."`')
+def chat(
+    model: Model,
+    system_prompt: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", min=1, help="Tokens that a reply has at most.")
+    ] = 2048,
+    temp: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")] = 0.7,
+    top_p: TopP = 0.9,
+    min_p: MinP = 0.0,
+    top_k: TopK = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.safetensors",
+            help="Go on where this file ends if it exists; keep conversation and KV cache in it.",
+        ),
+    ] = None,
+    max_kv_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the KV cache holds at most.")
+    ] = None,
+    prefill_step_size: PrefillStep = 2048,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    quantized_kv_start: KVStart = 5000,
+    revision: Revision = None,
+    dtype: ActivationDType = None,
+    ignore_memory: IgnoreMemory = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model: on a terminal, or a message a line from a pipe."""
+    from outlier_mlx.chat.conversation import Conversation
+    from outlier_mlx.chat.files import SUFFIX, identity
+    from outlier_mlx.chat.repl import Chat
+    from outlier_mlx.generate import Options
+    from outlier_mlx.loading import load
+    from outlier_mlx.memory import check_fits
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.terminal import stderr
+
+    if prompt_cache is not None and prompt_cache.suffix != SUFFIX:
+        raise typer.BadParameter(f"its name must end in {SUFFIX}", param_hint="--prompt-cache")
+    options = Options(
+        max_tokens=max_tokens,
+        temp=temp,
+        top_p=top_p,
+        min_p=min_p,
+        top_k=top_k,
+        seed=seed,
+        system_prompt=system_prompt,
+        max_kv_size=max_kv_size,
+        prefill_step_size=prefill_step_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+    )
+    source = resolve(model, revision)
+    if not ignore_memory:
+        check_fits(source.folder, max_kv_size or 4096 + max_tokens, kv_bits)
+    with stderr().status(f"loading {source.name}"):
+        conversation = Conversation(*load(source.folder, dtype=dtype), options)
+    Chat(conversation, identity(source.folder, dtype), prompt_cache, quiet=quiet).run()
+
+
+@app.command(epilog="Example: `outlier-mlx serve --model ./tier --port 8080`")
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to serve at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="OUTLIER_MLX_API_KEY",
+            show_envvar=True,
+            help="What requests must carry. Better set as variable: others see arguments.",
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web origin that may ask; *: any. Repeatable.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name of this server. Repeatable.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", min=1, help="Tokens that an answer has at most.")
+    ] = 4096,
+    max_context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of prompt and answer. Default: as the model has it."),
+    ] = None,
+    max_body: Annotated[
+        float, typer.Option(min=0.001, help="MB that a request's body may have.")
+    ] = 4.0,
+    max_clients: Annotated[int, typer.Option(min=1, help="Connections at a time.")] = 64,
+    temp: Annotated[float, typer.Option(min=0.0, help="Temperature if a request has none.")] = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    decode_concurrency: Annotated[
+        int, typer.Option(min=1, help="Answers generated together.")
+    ] = 32,
+    prompt_concurrency: Annotated[int, typer.Option(min=1, help="Prompts read together.")] = 8,
+    prompt_cache_size: Annotated[
+        int, typer.Option(min=1, help="Conversations whose KV cache is kept.")
+    ] = 10,
+    prompt_cache_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Bytes that these may take. Default: any number.")
+    ] = None,
+    prefill_step_size: PrefillStep = 2048,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    quantized_kv_start: KVStart = 5000,
+    revision: Revision = None,
+    dtype: ActivationDType = None,
+    ignore_memory: IgnoreMemory = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model to programs that speak OpenAI's API; to this machine alone unless told."""
+    from functools import partial
+
+    from outlier_mlx import serve as server
+    from outlier_mlx.loading import load
+    from outlier_mlx.memory import check_fits
+    from outlier_mlx.storage.hub import resolve
+
+    options = server.ServeOptions(
+        host=host,
+        port=port,
+        api_key=api_key,
+        allow_origins=tuple(allow_origin or ()),
+        allow_hosts=tuple(allow_host or ()),
+        max_tokens=max_tokens,
+        max_body=int(max_body * 1e6),
+        max_context=max_context,
+        max_clients=max_clients,
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        prefill_step_size=prefill_step_size,
+        decode_concurrency=decode_concurrency,
+        prompt_concurrency=prompt_concurrency,
+        prompt_cache_size=prompt_cache_size,
+        prompt_cache_bytes=prompt_cache_bytes,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+    )
+    source = resolve(model, revision)
+    if not ignore_memory:
+        check_fits(source.folder, max_context or 4096 + max_tokens, kv_bits)
+    server.serve(source.name, partial(load, source.folder, dtype=dtype), options, say, quiet=quiet)
