@@ -159,7 +159,12 @@ def test_a_base_for_another_model(tmp_path: Path):
 def test_a_base_is_named_and_not_chosen(tmp_path: Path):
     built = build(tmp_path / "o", "per-file")
     damage.edit_config(built.path, base_model_name_or_path="/cluster/path/Qwen2.5-32B")
-    refused(built, "--base", "Qwen2.5-32B")
+    refused(built, "--base", "config names 'Qwen2.5-32B'")
+    damage.edit_config(built.path, base_model_name_or_path=damage.REMOVE)
+    refused(built, "give one with --base")
+    for card in ("base_model: Qwen/Qwen2.5-14B", "base_model:\n- 'Qwen/Qwen2.5-14B'"):
+        (built.path / "README.md").write_text(f"---\n{card}\n---\n# A model\n")
+        refused(built, "--base", "card names 'Qwen/Qwen2.5-14B'")
 
 
 def test_an_overlay_may_not_change_the_base(tmp_path: Path):

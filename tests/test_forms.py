@@ -188,6 +188,21 @@ def test_when_nothing_fits_it_says_what_it_looked_for(tmp_path: Path):
     assert ".gguf" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_tensors_that_mean_nothing_are_told(tmp_path: Path):
+    """Once, and not of RoPE's table, which old files hold."""
+    built = write_overlay(tmp_path / "o", tokenizer=False)
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    damage.add_tensor(built.path, table, np.ones(8, np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_overlay(built.path)
+    for n in range(5):
+        damage.add_tensor(built.path, f"model.layers.{n}.mlp.gate_proj.bias", np.ones(8))
+    with pytest.warns(CheckpointWarning, match=r"layers\.0\.mlp\.gate_proj\.bias.* and 2 more"):
+        overlay = open_overlay(built.path)
+    assert len(overlay.unused) == 6
+
+
 @pytest.mark.parametrize("name", ["per-file", "packed", "monolith", "toy", "gguf"])
 def test_info_counts_all_weights(name: str, tmp_path: Path):
     built = build(tmp_path / "o", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ def rename_experts(built: Built, change: Callable[[str], str]) -> None:
         data = file.read()
         file.seek(0)
         file.write(change(data.decode("latin-1")).encode("latin-1"))
+
+
+def sizes(width: int, out: int) -> str:
+    """How dimensions of two experts are written, as text of bytes."""
+    return struct.pack("<3Q", width, out, 2).decode("latin-1")
 
 
 GGUFS: dict[str, tuple[Callable[[Built], Any], tuple[str, ...]]] = {
@@ -59,6 +65,14 @@ GGUFS: dict[str, tuple[Callable[[Built], Any], tuple[str, ...]]] = {
             b, lambda t: t.replace("blk.1.ffn_gate_inp.weight", "blk.1.ffn_up_exps.scalexx")
         ),
         ("scalexx",),
+    ),
+    "rows that blocks do not divide": (
+        lambda b: rename_experts(b, lambda t: t.replace(sizes(256, 512), sizes(128, 1024), 1)),
+        ("experts.gguf", "not a multiple of", "256"),
+    ),
+    "fewer bytes than weights": (
+        lambda b: rename_experts(b, lambda t: t.replace(sizes(512, 256), sizes(512, 2**30), 1)),
+        ("experts.gguf",),
     ),
     "a router in blocks": (
         lambda b: rename_experts(

@@ -1,5 +1,6 @@
 """Reading overlays: one small module a form, each turning what is on disk into an `Overlay`."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from outlier_mlx.checkpoints import expert_files, gguf, packed, single, toy
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.checkpoints.unsupported import refuse_unsupported
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 
@@ -48,12 +49,26 @@ def open_overlay(path: str | Path) -> Overlay:
     for _, open_form in _FORMS:
         overlay = open_form(folder, tensors)
         if overlay is not None:
+            _tell_unused(overlay)
             return _with_new_alphas(overlay)
     looked_for = "; ".join(sign for sign, _ in _FORMS)
     raise CheckpointError(
         f"{folder}: not an overlay: none of its tensors is an expert or a router. Looked for:"
         f" {looked_for}"
     )
+
+
+def _tell_unused(overlay: Overlay) -> None:
+    """Warn of tensors that nothing is known of; RoPE's table is known, and computed anew."""
+    names = [name for name in overlay.unused if not name.endswith("rotary_emb.inv_freq")]
+    if names:
+        shown = ", ".join(name[:80] for name in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"{overlay.path.name}: not loaded, for want of a meaning: {shown}{more}",
+            CheckpointWarning,
+            stacklevel=3,
+        )
 
 
 def _with_new_alphas(overlay: Overlay) -> Overlay:

@@ -79,7 +79,8 @@ def load_torch_zip(path: Path) -> Any:
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from None
     except (zipfile.BadZipFile, zipfile.LargeZipFile) as error:
-        raise CheckpointError(f"{path.name}: not a file of torch.save (a zip): {error}") from None
+        reason = str(error)[:200]
+        raise CheckpointError(f"{path.name}: not a file of torch.save (a zip): {reason}") from None
     except _DAMAGE as error:
         raise CheckpointError(f"{path.name}: damaged: {str(error)[:200]}") from None
 
