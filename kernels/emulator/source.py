@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +13,12 @@ import mlx.core as mx
 
 from .errors import EmulatorError
 
-Template = Sequence[tuple[str, Any]]
+_one_at_a_time = threading.Lock()
 
 
 @contextmanager
 def _captured_output() -> Iterator[list[str]]:
-    """Collects what C++ code writes to the process's standard output."""
+    """Collects what the whole process writes to its standard output."""
     flush = ctypes.CDLL(None).fflush
     text: list[str] = []
     sys.stdout.flush()
@@ -58,7 +59,7 @@ def generate(kernel: Any, inputs: Sequence[mx.array], **call: Any) -> str:
     def trace(*arrays: mx.array) -> list[mx.array]:
         return kernel(inputs=list(arrays), verbose=True, stream=mx.gpu, **call)
 
-    with _captured_output() as output:
+    with _one_at_a_time, _captured_output() as output:
         mx.export_function(lambda _: None, trace, *inputs)
     text = "".join(output)
     try:

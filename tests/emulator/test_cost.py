@@ -158,7 +158,7 @@ def test_mlx_gathered_product(bits: int, group: int, wide: int, rows: int) -> No
         assert error <= step * np.abs(numbers(exact)).max()
 
 
-def test_mlx_two_bit_costs_what_the_design_says() -> None:
+def test_cost_of_mlx_two_bit() -> None:
     """3.3 main and 4.1 second cycles a weight, 0.281 bytes, for rows of 5120 and groups of 128."""
     weight = mx.random.normal((2, 64, 5120), key=mx.random.key(1)).astype(mx.float16)
     w, scales, biases = mx.quantize(weight, group_size=128, bits=2)
@@ -172,7 +172,7 @@ def test_mlx_two_bit_costs_what_the_design_says() -> None:
     assert "private load" not in got.cost.instructions
 
 
-def test_bitlinear_costs_what_the_design_says(virtual_metal: VirtualMetal) -> None:
+def test_cost_of_bitlinear(virtual_metal: VirtualMetal) -> None:
     """3.1 main and 7.0 second cycles a weight, 0.25 bytes."""
     module = fresh("mlx_lm.models.bitlinear_layers")
     layer = module.BitLinear(5120, 64, bias=False)
