@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,8 @@ HELP = {
     "/help": "this list",
     "/reset": "begin anew; the system prompt stays",
     "/system [TEXT]": "set the system prompt, or show it",
-    "/temp [X]": "set the sampling temperature (0: always the likeliest), or show it",
-    "/save FILE": "save the conversation; FILE.safetensors holds the KV cache as well",
+    "/temp [X]": "set the sampling temperature, or show it; 0: greedy",
+    "/save FILE": "save the conversation; in FILE.safetensors, with KV cache",
     "/load FILE": "go on with a saved conversation",
     "/exit": "end; so does Ctrl-D",
 }
@@ -261,9 +262,27 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: bool(seen)
+        with _no_echo():
+            yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _no_echo() -> Iterator[None]:
+    """Keep what is typed, Ctrl-C too, from being shown amid what is being drawn."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    place = sys.stdin.fileno()
+    before = termios.tcgetattr(place)
+    changed = termios.tcgetattr(place)
+    changed[3] &= ~termios.ECHO
+    termios.tcsetattr(place, termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(place, termios.TCSADRAIN, before)
 
 
 def _use_readline() -> None:
@@ -275,7 +294,7 @@ def _use_readline() -> None:
     names = [usage.split()[0] for usage in HELP]
 
     def complete(text: str, state: int) -> str | None:
-        found = [name for name in names if name.startswith(text)] if text[:1] == "/" else []
+        found = [f"{name} " for name in names if name.startswith(text)] if text[:1] == "/" else []
         return found[state] if state < len(found) else None
 
     readline.set_completer(complete)
