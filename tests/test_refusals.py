@@ -695,14 +695,21 @@ def test_python_raises_the_same_errors(site: Site) -> None:
 
 
 def test_links_of_a_hub_cache_are_followed(site: Site) -> None:
-    """Snapshots there hold links to blobs beside `snapshots`, and nothing else."""
+    """Snapshots there hold links to blobs of the repository, which may be links to shared ones."""
     repo = site.root / "models--owner--name"
     snapshot_folder = repo / "snapshots" / "0123abcd"
     (repo / "blobs").mkdir(parents=True)
     snapshot_folder.mkdir(parents=True)
+    shared = site.root / "blobs" / "ab"
+    shared.mkdir(parents=True)
     for number, path in enumerate(sorted(site.overlay.iterdir())):
-        path.rename(repo / "blobs" / f"{number:040x}")
-        (snapshot_folder / path.name).symlink_to(Path("../../blobs") / f"{number:040x}")
+        blob = f"{number:040x}"
+        if path.suffix == ".safetensors":
+            path.rename(shared / blob)
+            (repo / "blobs" / blob).symlink_to(Path("../../blobs/ab") / blob)
+        else:
+            path.rename(repo / "blobs" / blob)
+        (snapshot_folder / path.name).symlink_to(Path("../../blobs") / blob)
     assert run("convert", snapshot_folder, "--out", site.outputs / "tier").exit_code == 0
     written, expected = snapshot(site.outputs / "tier"), snapshot(site.tier)
     for differs in ("README.md", "tier.json"):

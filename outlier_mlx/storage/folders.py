@@ -183,7 +183,8 @@ def require_plain(name: str, place: str) -> None:
 def inside(folder: Path, name: str) -> Path:
     """The file `name` in `folder`, refused if it is elsewhere.
 
-    A hub cache keeps a snapshot's files as links to `blobs` beside `snapshots`; those are followed.
+    A hub cache keeps a snapshot's files as links to `blobs` beside `snapshots`, and some of those
+    as links to the `blobs` that all repositories share; both are followed.
 
     Raises:
         CheckpointError: there is no such file (a folder or pipe is none), or `name` is absolute,
@@ -200,7 +201,10 @@ def inside(folder: Path, name: str) -> Path:
     root, resolved = folder.resolve(), path.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
+        repo = root.parent.parent
+        allowed.append(repo / "blobs")
+        if repo.name.startswith("models--"):
+            allowed.append(repo.parent / "blobs")
     if not any(resolved.is_relative_to(place) for place in allowed):
         raise CheckpointError(f"{path}: links out of its folder; put a copy or a hard link there")
     return path
