@@ -1,0 +1,70 @@
+"""Is there a GPU here whose results can be trusted? Prints its name and ends with 0, or says why
+not and ends with 1.
+
+A virtual machine may offer a Metal device that computes nothing, or that ends the process. So the
+launches are made by a process of their own, and their results are looked at.
+"""
+
+import subprocess
+import sys
+from typing import Any
+
+import mlx.core as mx
+
+SECONDS = 180
+
+SOURCE = """
+    const uint i = thread_position_in_grid.x;
+    const half2 digits = as_type<half2>(words[i]);
+    y[i] = fma(2.0f, x[i], simd_sum(x[i])) + 16384.0f * (float(digits.x) + float(digits.y));
+"""
+
+
+def wrong_result() -> str | None:
+    """What a custom kernel or one of MLX's own computes wrongly on the default device, if any.
+
+    The custom kernel adds over a simdgroup, and reads halves from their exponents as ours do.
+    """
+    kernel: Any = mx.fast.metal_kernel(
+        name="probe", input_names=["x", "words"], output_names=["y"], source=SOURCE
+    )
+    x = mx.arange(64, dtype=mx.float32)
+    words = mx.full((64,), 0x08000400, mx.uint32)  # 2^-14 and 2^-13
+    call = {"grid": (64, 1, 1), "threadgroup": (64, 1, 1)}
+    y = kernel(inputs=[x, words], output_shapes=[(64,)], output_dtypes=[mx.float32], **call)[0]
+    sums = [sum(range(32)), sum(range(32, 64))]
+    if y.tolist() != [2 * i + sums[i // 32] + 3 for i in range(64)]:
+        return f"a custom kernel computed {y[:3].tolist()} and so on"
+    product = mx.ones((64, 64), mx.float16) @ mx.full((64, 1), 0.5, mx.float16)
+    if product.tolist() != [[32.0]] * 64:
+        return f"MLX's own product was {product[:3].tolist()} and so on"
+    return None
+
+
+def probe() -> tuple[bool, str]:
+    """Whether there is a usable GPU, and its name, or why there is none."""
+    if not mx.metal.is_available():
+        return False, "MLX finds no Metal device"
+    name = str(mx.device_info(mx.gpu).get("device_name", "an unnamed GPU"))
+    command = [sys.executable, __file__, "--launch"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return False, f"{name}: a launch did not end within {SECONDS} s"
+    if done.returncode:
+        last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+        return False, f"{name}: {last[0] if last else f'ended with {done.returncode}'}"
+    return True, name
+
+
+def main() -> None:
+    """Run as a program."""
+    if "--launch" in sys.argv:
+        sys.exit(wrong_result())
+    usable, about = probe()
+    print(about)
+    sys.exit(not usable)
+
+
+if __name__ == "__main__":
+    main()
