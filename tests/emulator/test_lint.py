@@ -67,7 +67,8 @@ MISTAKES = {
     "as_type of another size": ("o[0] = as_type<float>(half(1));", "two types of the same size"),
     "half from bfloat": ("half h = bfloat(1); o[0] = h;", "incompatible|cannot initialize"),
     "program scope variable": ("o[0] = COUNT;", "must reside in constant address space"),
-    "unused variable": ("int n = 3; o[0] = 1;", "unused variable 'n'"),
+    "a condition that is an assignment": ("int n = 3; if (n = 2) o[0] = 1;", "as a condition"),
+    "a result that is not used": ("o[0]; o[1] = 1;", "result unused"),
     "double": ("double d = 1; o[0] = float(d);", "poisoned"),
     "function pointer": ("float (*f)(float) = nullptr; o[0] = f(1);", "pointers to functions"),
 }

@@ -201,22 +201,46 @@ def test_residual_mix_and_sinkhorn(
     assert virtual_metal.names == ["attnres_mix", "deepseek_v41_sinkhorn"]
 
 
-def test_distillation_losses(virtual_metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their threadgroups write an array again before all have read it, which shows here.
+@pytest.mark.parametrize("repaired", [False, True])
+def test_distillation_losses(
+    virtual_metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch, repaired: bool
+) -> None:
+    """Their simdgroups write an array again before all have read it, which shows here.
 
-    docs/emulator.md lists it. A version of mlx-lm with another barrier computes the loss.
+    docs/emulator.md lists it. With one more barrier they compute the losses.
     """
-    utils = fresh("mlx_lm.utils")
-    monkeypatch.setattr(utils, "can_run_metal", lambda: True)
+
+    def metal_kernel(**arguments: Any) -> Any:
+        if repaired:
+            barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+            mark = "// Share the sum_exp across the threadgroup"
+            assert mark in arguments["source"]
+            arguments["source"] = arguments["source"].replace(mark, barrier)
+        return virtual_metal.metal_kernel(**arguments)
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
+    monkeypatch.setattr(fresh("mlx_lm.utils"), "can_run_metal", lambda: True)
     module = fresh("mlx_lm.tuner.losses")
     q, p = normal(3, 2000, seed=1), normal(3, 2000, seed=2)
     log_q, log_p = (x - mx.logsumexp(x, -1, keepdims=True) for x in (q, p))
     kl = nn.losses.kl_div_loss(log_q, log_p, axis=-1, reduction="none")
     middle = mx.logaddexp(log_q, log_p) - math.log(2)
     halves = [nn.losses.kl_div_loss(middle, x, axis=-1, reduction="none") for x in (log_q, log_p)]
-    js = 0.5 * (halves[0] + halves[1])
-    for got, expected in ((module.kl_div_loss, kl), (module.js_div_loss, js)):
+    cotangent = mx.array([1.0, 2.0, 3.0])
+
+    def slope() -> mx.array:
+        return module._kl_backward_kernel(
+            inputs=[q, p, cotangent], output_shapes=[q.shape], output_dtypes=[q.dtype],
+            template=[("T", q.dtype), ("V", 2000)], grid=(1024, 3, 1), threadgroup=(1024, 1, 1),
+        )[0]  # fmt: skip
+
+    cases = [
+        (lambda: module.kl_div_loss(q, p), kl),
+        (lambda: module.js_div_loss(q, p), 0.5 * (halves[0] + halves[1])),
+        (slope, cotangent[:, None] * (mx.exp(log_q) - mx.exp(log_p))),
+    ]
+    for run, expected in cases:
         try:
-            assert_close(got(q, p), expected, 64)
+            assert_close(run(), expected, 64)
         except RaceError as race:
-            assert "_forward" in str(race) and "depends on the order of threads" in str(race)
+            assert not repaired and "depends on the order of threads" in str(race)
