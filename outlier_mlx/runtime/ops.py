@@ -8,6 +8,7 @@ gradient, so gradients are those of the same operation in plain MLX.
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -49,31 +50,68 @@ def weighted_sum(shared: mx.array, experts: mx.array, weights: mx.array) -> mx.a
 
 
 def with_gradient_of(
-    plain: Callable[..., mx.array],
-    compute: Callable[..., mx.array],
-    inputs: Sequence[mx.array],
-    constants: Sequence[mx.array],
-) -> mx.array:
-    """compute(*inputs, *constants), whose gradients are those of `plain`, which equals it.
+    plain: Callable[..., mx.array], compute: Callable[..., mx.array], inputs: int
+) -> Callable[..., mx.array]:
+    """`compute`, with the gradients of `plain`, which is the same in plain MLX.
 
     Args:
-        plain: in plain MLX.
-        compute: in whatever way; it is never differentiated.
-        inputs: what there are gradients for.
-        constants: what there are none for: packed weights, indices.
+        plain: what is differentiated, when it is.
+        compute: what is computed otherwise, in whatever way.
+        inputs: there are gradients for so many of the first arguments; the others, packed weights
+            and indices, have none.
     """
     run: Any = mx.custom_function(compute)
 
-    def of_inputs(*given: mx.array) -> mx.array:
-        return plain(*given, *constants)
-
     @run.vjp
     def vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        given = list(primals[: len(inputs)])
-        gradients = mx.vjp(of_inputs, given, [cotangent])[1]
-        return (*gradients, *(mx.zeros_like(p) for p in primals[len(inputs) :]))
+        constants = primals[inputs:]
 
-    return run(*inputs, *constants)
+        def of_inputs(*given: mx.array) -> mx.array:
+            return plain(*given, *constants)
+
+        gradients = mx.vjp(of_inputs, list(primals[:inputs]), [cotangent])[1]
+        return (*gradients, *(mx.zeros_like(constant) for constant in constants))
+
+    return run
+
+
+# Products of x (..., 1, in) with experts `indices` (...), rows (experts, out, row_bytes) and scales
+# (experts, out): (..., 1, out) float32.
+
+
+def _plain_product(
+    x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array, ordered: bool
+) -> mx.array:
+    return affine_product(x, rows_to_affine2(rows, scales, x.shape[-1]), indices, ordered)
+
+
+def _transcoded_product(
+    x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array, ordered: bool
+) -> mx.array:
+    # Without x to wait for, MLX might transcode every layer of a model before the first one runs.
+    rows = mx.depends([rows], [x])[0]
+    codes = tq1_0_to_affine2(rows, x.shape[-1])
+    return affine_product(x, (codes, *spread_scales(scales, x.shape[-1])), indices, ordered)
+
+
+def _decoded_product(
+    x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array, ordered: bool
+) -> mx.array:
+    batch = indices.shape
+    # A vector may serve the neighbouring pairs of its token; what is broadcast otherwise is copied.
+    if x.shape[:-2] not in (batch, (*batch[:-1], 1)):
+        x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
+    y = tq1_0_qmv(x.reshape(-1, x.shape[-1]), rows, scales, indices.flatten())
+    return y.reshape(*batch, 1, -1)
+
+
+_PRODUCTS = {
+    (compute, ordered): with_gradient_of(
+        partial(_plain_product, ordered=ordered), partial(compute, ordered=ordered), 1
+    )
+    for compute in (_plain_product, _transcoded_product, _decoded_product)
+    for ordered in (False, True)
+}
 
 
 def rows_product(
@@ -97,36 +135,34 @@ def rows_product(
     Returns:
         (..., 1, out) float32.
     """
-
-    def plain(x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array) -> mx.array:
-        affine = rows_to_affine2(rows, scales, x.shape[-1])
-        return affine_product(x, affine, indices, sorted_indices)
-
-    compute = plain
-    if not training:
-        few = x.shape[-2] == 1 and not use_matrix_kernels(indices.size, rows.shape[0])
-        compute = _decoded_product if few else _transcoded_product(sorted_indices)
-    return with_gradient_of(plain, compute, [x], [indices, rows, scales])
+    compute = _decoded_product
+    if training:
+        compute = _plain_product
+    elif x.shape[-2] > 1 or use_matrix_kernels(indices.size, rows.shape[0]):
+        compute = _transcoded_product
+    return _PRODUCTS[compute, sorted_indices](x, indices, rows, scales)
 
 
-def _decoded_product(x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array) -> mx.array:
-    batch = indices.shape
-    # A vector may serve the neighbouring pairs of its token; what is broadcast otherwise is copied.
-    if x.shape[:-2] not in (batch, (*batch[:-1], 1)):
-        x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
-    y = tq1_0_qmv(x.reshape(-1, x.shape[-1]), rows, scales, indices.flatten())
-    return y.reshape(*batch, 1, -1)
+def _decoded_mix(
+    x: mx.array, weights: mx.array, shared: mx.array, indices: mx.array, *packed: mx.array
+) -> mx.array:
+    gate, gate_scales, up, up_scales, down, scales = packed
+    h = tq1_0_swiglu(x, gate, gate_scales, up, up_scales, indices)
+    return tq1_0_down(h, down, scales, indices, weights, shared)
 
 
-def _transcoded_product(sorted_indices: bool) -> Callable[..., mx.array]:
-    def product(x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array) -> mx.array:
-        # Without x to wait for, MLX might transcode every layer of a model before the first runs.
-        rows = mx.depends([rows], [x])[0]
-        codes = tq1_0_to_affine2(rows, x.shape[-1])
-        affine = (codes, *spread_scales(scales, x.shape[-1]))
-        return affine_product(x, affine, indices, sorted_indices)
+def _plain_mix(
+    x: mx.array, weights: mx.array, shared: mx.array, indices: mx.array, *packed: mx.array
+) -> mx.array:
+    gate, gate_scales, up, up_scales, down, scales = packed
+    x = mx.expand_dims(x.astype(mx.float32), (-2, -3))
+    g = _plain_product(x, indices, gate, gate_scales, False)
+    u = _plain_product(x, indices, up, up_scales, False)
+    experts = _plain_product(swiglu(g, u), indices, down, scales, False).squeeze(-2)
+    return weighted_sum(shared, experts, weights)
 
-    return product
+
+_MIX = with_gradient_of(_plain_mix, _decoded_mix, 3)
 
 
 def decoded_mix(
@@ -134,9 +170,7 @@ def decoded_mix(
     weights: mx.array,
     shared: mx.array,
     indices: mx.array,
-    gate: tuple[mx.array, mx.array],
-    up: tuple[mx.array, mx.array],
-    down: tuple[mx.array, mx.array],
+    *packed: mx.array,
 ) -> mx.array:
     """shared + the weighted sum of each token's experts, in two launches.
 
@@ -145,33 +179,10 @@ def decoded_mix(
         weights: (..., k) float32.
         shared: (..., hidden) of the dtype of the result.
         indices: (..., k) uint32.
-        gate: rows (experts, expert_size, row_bytes) and scales (experts, expert_size).
-        up: as `gate`.
-        down: rows (experts, hidden, row_bytes) and scales (experts, hidden).
+        packed: of gate, up and down, the rows (experts, out, row_bytes) and scales (experts, out).
 
     Returns:
         (..., hidden) of the dtype of `shared`: summed in float32, rounded once.
     """
-
-    def compute(
-        x: mx.array, weights: mx.array, shared: mx.array, indices: mx.array, *packed: mx.array
-    ) -> mx.array:
-        gate, gate_scales, up, up_scales, down, scales = packed
-        h = tq1_0_swiglu(x, gate, gate_scales, up, up_scales, indices)
-        return tq1_0_down(h, down, scales, indices, weights, shared)
-
-    def plain(
-        x: mx.array, weights: mx.array, shared: mx.array, indices: mx.array, *packed: mx.array
-    ) -> mx.array:
-        def product(x: mx.array, rows: mx.array, scales: mx.array) -> mx.array:
-            affine = rows_to_affine2(rows, scales, x.shape[-1])
-            return affine_product(x, affine, indices)
-
-        gate, gate_scales, up, up_scales, down, scales = packed
-        x = mx.expand_dims(x.astype(mx.float32), (-2, -3))
-        h = swiglu(product(x, gate, gate_scales), product(x, up, up_scales))
-        return weighted_sum(shared, product(h, down, scales).squeeze(-2), weights)
-
-    inputs = [a.reshape(-1, a.shape[-1]) for a in (x, weights, shared)]
-    constants = [indices.reshape(-1, indices.shape[-1]), *gate, *up, *down]
-    return with_gradient_of(plain, compute, inputs, constants).reshape(shared.shape)
+    flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, shared, indices))
+    return _MIX(*flat, *packed).reshape(shared.shape)

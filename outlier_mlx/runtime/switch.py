@@ -132,8 +132,8 @@ class TernarySwitchGLU(nn.Module):
         experts = self.gate_proj.weight.shape[0]
         if self.training or not use_metal() or use_matrix_kernels(indices.size, experts):
             return weighted_sum(shared, self(x.astype(mx.float32), indices), weights)
-        layers = (self.gate_proj, self.up_proj, self.down_proj)
-        packed = [(layer.weight, layer.scales) for layer in layers]
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        packed = gate.weight, gate.scales, up.weight, up.scales, down.weight, down.scales
         return decoded_mix(x, weights, shared, indices, *packed)
 
 

@@ -48,6 +48,8 @@ class Variant:
         while rows > out_features:
             rows //= 2
         odd = row_bytes(in_features) % (self.load_bits // 8)
+        if rows == self.rows and not odd:
+            return self
         return replace(self, rows=rows, load_bits=32 if odd else self.load_bits)
 
 
@@ -59,11 +61,17 @@ def variants_file() -> Path | None:
     named = os.environ.get(VARIANTS_VARIABLE)
     if named is not None:
         return Path(named) if named else None
+    return _settings_file(sys.platform, os.environ.get("XDG_CONFIG_HOME"), os.environ.get("HOME"))
+
+
+@cache
+def _settings_file(platform: str, config: str | None, home: str | None) -> Path | None:
+    # Kept, because every launch asks. `home` is what Path.home() goes by.
     try:
-        if sys.platform == "darwin":
+        if platform == "darwin":
             settings = Path.home() / "Library" / "Application Support"
         else:
-            settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+            settings = Path(config or Path.home() / ".config")
     except RuntimeError:  # a user without a home
         return None
     return settings / "outlier-mlx" / "kernels.json"
