@@ -2,8 +2,10 @@
 
 import logging
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from outlier_mlx.errors import CheckpointError, OutlierError
 
@@ -68,8 +70,22 @@ def resolve(
     from huggingface_hub import snapshot_download
 
     with hub_errors(name):
-        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    return Source(snapshot, name, snapshot.name)
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(files), tqdm_class=_terminal_bar()
+        )
+    return Source(Path(found), name, Path(found).name)
+
+
+def _terminal_bar() -> type:
+    """The hub's progress bar, on a terminal only."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            hidden = kwargs.get("disable") or not sys.stderr.isatty()
+            super().__init__(*args, **kwargs | {"disable": hidden})
+
+    return Bar
 
 
 class hub_errors:

@@ -1,0 +1,474 @@
+"""Repositories instead of folders, served by a local stand-in for the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from typer.testing import CliRunner, Result
+
+import outlier_mlx
+from outlier_mlx.cli import app
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.info import inspect
+from tests.builders import write_base, write_overlay
+
+DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
+OVERLAY_DIMS: dict[str, Any] = DIMS | {"moe_layers": (1,), "experts": 2}
+PROMPT = "The heron stands in the water"
+NOT_OURS = ["pytorch_model.bin", "modeling_outlier.py", "training.log", "deep/optimizer.pt"]
+
+
+@dataclass
+class Repo:
+    """A repository: folders by commit, and commits by branch or tag."""
+
+    commits: dict[str, Path]
+    refs: dict[str, str]
+    refusal: tuple[int, str] | None = None  # status and error code for everything but the listing
+
+
+@dataclass
+class Request:
+    """What was asked for, and how many bytes of content went out."""
+
+    method: str
+    path: str
+    sent: int
+    token: str | None
+    part: str | None
+
+
+@dataclass
+class Hub:
+    """A stand-in for the hub; `url` is its address."""
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    url: str = ""
+    private: set[str] = field(default_factory=set)
+    down: bool = False
+
+    def add(self, name: str, *folders: Path) -> list[str]:
+        """A repository whose commits are these folders: the last is `main`, all are v1, v2 ..."""
+        commits = {
+            hashlib.sha1(f"{name} {n}".encode()).hexdigest(): f for n, f in enumerate(folders)
+        }
+        refs = {f"v{n + 1}": commit for n, commit in enumerate(commits)}
+        self.repos[name] = Repo(commits, refs | {"main": list(commits)[-1]})
+        return list(commits)
+
+    def asked(self, name: str) -> list[Request]:
+        """Requests for files of a repository."""
+        return [r for r in self.requests if r.path.startswith(f"/{name}/resolve/")]
+
+    def files_asked(self, name: str) -> set[str]:
+        return {request.path.split("/", 5)[5] for request in self.asked(name)}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The endpoints that huggingface_hub uses to list and to fetch."""
+
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if self.hub.down:
+            self.reply(503, b"down for maintenance")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+            self.describe(match[1], match[2], match[3] or "main")
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.serve(*match.groups())
+        else:
+            self.refuse(404, "")
+
+    def commit(self, name: str, revision: str) -> str | None:
+        """The commit, or None once a refusal was sent."""
+        repo = self.hub.repos.get(name)
+        if name in self.hub.private and not self.headers.get("Authorization"):
+            self.refuse(401, "RepoNotFound")
+        elif repo is None:
+            self.refuse(404, "RepoNotFound")
+        elif (commit := repo.refs.get(revision, revision)) not in repo.commits:
+            self.refuse(404, "RevisionNotFound")
+        else:
+            return commit
+        return None
+
+    def describe(self, name: str, what: str | None, revision: str) -> None:
+        commit = self.commit(name, revision)
+        if commit is None:
+            return
+        folder = self.hub.repos[name].commits[commit]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = {path: path.relative_to(folder).as_posix() for path in files}
+        body: Any = [
+            {"type": "file", "path": names[p], "size": p.stat().st_size, "oid": etag(p)}
+            for p in files
+        ]
+        if what != "tree":
+            siblings = [{"rfilename": file} for file in names.values()]
+            body = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []}
+        self.reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def serve(self, name: str, revision: str, file: str) -> None:
+        commit = self.commit(name, revision)
+        if commit is None:
+            return
+        repo = self.hub.repos[name]
+        if repo.refusal is not None:
+            self.refuse(*repo.refusal)
+            return
+        path = repo.commits[commit] / file
+        if not path.is_file():
+            self.refuse(404, "EntryNotFound")
+            return
+        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        content = path.read_bytes()
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if part is None:
+            self.reply(200, content, headers)
+            return
+        start = int(part[1])
+        stop = min(len(content), int(part[2]) + 1 if part[2] else len(content))
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        self.reply(206, content[start:stop], headers)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.reply(status, b"", {"X-Error-Code": code} if code else {})
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        sent = 0 if self.command == "HEAD" else len(body)
+        token, part = self.headers.get("Authorization"), self.headers.get("Range")
+        self.hub.requests.append(Request(self.command, unquote(self.path), sent, token, part))
+        if sent:
+            self.wfile.write(body)
+
+
+def etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two commits each of an overlay and of its base, and a tier of the second ones."""
+    root = tmp_path_factory.mktemp("hub")
+    for n in (1, 2):
+        write_overlay(
+            root / f"overlay-{n}", with_base=False, tokenizer=False, seed=n, **OVERLAY_DIMS
+        )
+        write_base(root / f"base-{n}", shards=2, seed=n, **DIMS)
+        for folder in (root / f"overlay-{n}", root / f"base-{n}"):
+            for name in NOT_OURS:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text("not for us")
+    outlier_mlx.convert(root / "overlay-2", root / "base-2", root / "tier")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(folders: Path) -> Iterator[Hub]:
+    hub = Hub()
+    handler = type("BoundHandler", (Handler,), {"hub": hub})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        http.daemon_threads = True
+        hub.url = f"http://127.0.0.1:{http.server_port}"
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+        thread.start()
+        yield hub
+        http.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def hub(
+    server: Hub, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Hub]:
+    """The stand-in as this process's hub, with an empty cache and nobody logged in."""
+    server.repos, server.private, server.down = {}, set(), False
+    server.add("owner/overlay", folders / "overlay-1", folders / "overlay-2")
+    server.add("owner/base", folders / "base-1", folders / "base-2")
+    server.add("owner/tier", folders / "tier")
+    server.requests.clear()
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        assert hasattr(constants, name)
+        monkeypatch.setattr(constants, name, value)
+    huggingface_hub.close_session()
+    yield server
+    huggingface_hub.close_session()
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def convert(out: Path, *options: str, code: int = 0) -> Result:
+    arguments = ["convert", "owner/overlay", "--base", "owner/base", "--out", out, "--quiet"]
+    return run(*arguments, *options, code=code)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a tier that do not tell where it came from."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name not in ("README.md", "tier.json")
+    }
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_convert(hub: Hub, folders: Path, tmp_path: Path, which: int) -> None:
+    options = ["--revision", "v1", "--base-revision", "v1"] if which == 1 else []
+    result = convert(tmp_path / "tier", *options)
+    assert result.output == ""
+    local = outlier_mlx.convert(
+        folders / f"overlay-{which}", folders / f"base-{which}", tmp_path / "local"
+    )
+    assert contents(tmp_path / "tier") == contents(local)
+    # The commits are recorded, whatever they were asked for as.
+    manifest = json.loads((tmp_path / "tier" / "tier.json").read_text())
+    overlay_commit = hub.repos["owner/overlay"].refs[f"v{which}"]
+    base_commit = hub.repos["owner/base"].refs[f"v{which}"]
+    overlay, base = manifest["overlay"], manifest["base"]
+    assert (overlay["name"], overlay["revision"]) == ("owner/overlay", overlay_commit)
+    assert (base["name"], base["revision"]) == ("owner/base", base_commit)
+    card = (tmp_path / "tier" / "README.md").read_text()
+    assert overlay_commit in card and base_commit in card
+    assert "base_model: owner/base\n" in card
+
+
+def test_one_revision_of_each(hub: Hub, folders: Path, tmp_path: Path) -> None:
+    commit = hub.repos["owner/overlay"].refs["v1"]
+    convert(tmp_path / "tier", "--revision", commit)
+    local = outlier_mlx.convert(folders / "overlay-1", folders / "base-2", tmp_path / "local")
+    assert contents(tmp_path / "tier") == contents(local)
+
+
+def test_only_what_is_needed_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    convert(tmp_path / "tier")
+    assert hub.files_asked("owner/overlay") == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+    assert not hub.files_asked("owner/base") & set(NOT_OURS)
+    full = [r for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
+    assert len(full) == len({request.path for request in full}) == 3
+
+
+def test_a_warm_cache_needs_no_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(tmp_path / "first")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    hub.requests.clear()
+    convert(tmp_path / "second")
+    assert contents(tmp_path / "second") == contents(tmp_path / "first")
+    assert hub.requests == []
+    first = json.loads((tmp_path / "first" / "tier.json").read_text())
+    assert json.loads((tmp_path / "second" / "tier.json").read_text()) == first
+
+
+def test_a_hub_that_is_away(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is in the cache everything works; without, one line."""
+    convert(tmp_path / "first")
+    gone = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", gone)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.url, gone),
+    )
+    convert(tmp_path / "second")
+    assert contents(tmp_path / "second") == contents(tmp_path / "first")
+    result = run("convert", "owner/tier", code=1)
+    assert_one_line(result, "owner/tier", "cannot be reached")
+
+
+def assert_one_line(result: Result, *words: str) -> None:
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and result.stdout == ""
+    assert not [word for word in words if word not in line], line
+
+
+def test_offline_with_a_cold_cache(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    result = convert(tmp_path / "tier", code=1)
+    assert_one_line(result, "owner/overlay", "not in the local cache")
+    assert_one_line(run("info", "owner/overlay", code=1), "owner/overlay", "not in the local cache")
+    assert hub.requests == []
+    assert not (tmp_path / "tier").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["convert"], ["info"], ["generate", "--prompt", "x", "--model"]],
+    ids=lambda command: command[0],
+)
+def test_refusals(hub: Hub, command: list[str]) -> None:
+    def refused(name: str, *words: str, options: tuple[str, ...] = ()) -> None:
+        assert_one_line(run(*command, name, *options, code=1), name, *words)
+
+    refused("owner/nothing", "no such folder", "hf auth login")
+    hub.private.add("owner/tier")
+    refused("owner/tier", "private", "hf auth login")
+    hub.repos["owner/overlay"].refusal = (403, "GatedRepo")
+    refused("owner/overlay", "access is restricted", "hf auth login")
+    refused("owner/base", "no such revision", options=("--revision", "v9"))
+
+
+def test_names_that_lead_elsewhere_are_not_asked_for(hub: Hub) -> None:
+    for name in ("owner/..", "owner/name/more", "../owner", "owner/na me", "owner//name"):
+        assert len(run("info", name, code=1).stderr.splitlines()) == 1
+    assert hub.requests == []
+
+
+def test_a_base_that_is_refused_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["owner/base"].refusal = (403, "GatedRepo")
+    (tmp_path / "outputs").mkdir()
+    assert_one_line(convert(tmp_path / "outputs" / "tier", code=1), "owner/base", "restricted")
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_the_login_is_sent_and_kept_secret(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.private |= {"owner/overlay", "owner/base"}
+    token = "hf_" + "s" * 34
+    monkeypatch.setenv("HF_TOKEN", token)
+    result = convert(tmp_path / "tier")
+    run("info", "owner/overlay")
+    assert {r.token for r in hub.requests if "owner" in r.path} == {f"Bearer {token}"}
+    assert token not in result.output
+    for path in (tmp_path / "tier").iterdir():
+        assert token.encode() not in path.read_bytes()
+
+
+def same_but_for_the_name(repo: str, folder: Path) -> bool:
+    found = inspect(repo)
+    assert found.name == repo
+    return found.as_json() | {"name": ""} == inspect(folder).as_json() | {"name": ""}
+
+
+def test_info_reads_headers_only(hub: Hub, folders: Path, tmp_path: Path) -> None:
+    large = write_overlay(tmp_path / "large", shards=2, vocab=4096, **OVERLAY_DIMS).path
+    hub.add("owner/large", large)
+    assert same_but_for_the_name("owner/large", large)
+    shards = {path.name: path.stat().st_size for path in large.glob("*.safetensors")}
+    assert hub.files_asked("owner/large") == {"config.json", *shards}
+    # A header is somewhere in the first 100 kB; that much is asked for, and no more.
+    weights = [r for r in hub.asked("owner/large") if r.path.endswith(".safetensors")]
+    assert [request.part for request in weights] == ["bytes=0-100000"] * 2
+    assert sum(request.sent for request in weights) <= 2 * 100_001 < sum(shards.values()) / 4
+    for name, folder in [("overlay", "overlay-2"), ("base", "base-2"), ("tier", "tier")]:
+        assert same_but_for_the_name(f"owner/{name}", folders / folder)
+
+
+def test_info_of_a_long_header(hub: Hub, tmp_path: Path) -> None:
+    """One that 100 kB do not hold takes a second request, and still no weights."""
+    dims: dict[str, Any] = {"layers": 1, "moe_layers": (0,), "experts": 150, "intermediate": 512}
+    folder = write_overlay(tmp_path / "many", vocab=2048, expert_intermediate=4, **dims).path
+    shard = folder / "model.safetensors"
+    header = int.from_bytes(shard.read_bytes()[:8], "little")
+    assert header > 100_000 and 2 * header + 100_000 < shard.stat().st_size
+    hub.add("owner/many", folder)
+    assert inspect("owner/many").params == inspect(folder).params
+    weights = [r for r in hub.asked("owner/many") if r.path.endswith(".safetensors")]
+    assert [r.part for r in weights] == ["bytes=0-100000", f"bytes=8-{header + 7}"]
+    assert sum(request.sent for request in weights) <= 100_001 + header
+
+
+def test_info_as_of_a_revision(hub: Hub, folders: Path) -> None:
+    outlier_mlx.convert(folders / "overlay-1", folders / "base-1", folders / "f32", tier="f32")
+    hub.add("owner/both", folders / "f32", folders / "tier")
+    assert inspect("owner/both").nbytes == inspect(folders / "tier").nbytes
+    assert inspect("owner/both", "v1").nbytes == inspect(folders / "f32").nbytes
+
+
+def test_generate_from_a_repository(hub: Hub, folders: Path) -> None:
+    options = ["--prompt", PROMPT, "--max-tokens", "6"]
+    text = run("generate", "--model", "owner/tier", *options).stdout
+    assert text == run("generate", "--model", folders / "tier", *options).stdout
+    # Code in a repository is not run, so it is not even fetched.
+    asked = hub.files_asked("owner/tier")
+    assert "config.json" in asked and "outlier_moe.py" not in asked
+
+
+def test_python(hub: Hub, folders: Path) -> None:
+    model, tokenizer = outlier_mlx.load("owner/tier", "v1")
+    assert model.args.num_experts == 2 and tokenizer.encode(PROMPT)
+    with pytest.raises(OutlierError, match="owner/tier: no such revision"):
+        outlier_mlx.load("owner/tier", "v2")
+
+
+def test_the_environment_of_a_program(hub: Hub, tmp_path: Path, folders: Path) -> None:
+    """HF_ENDPOINT, HF_HOME and HF_TOKEN as a shell sets them; nothing but errors on stderr."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    command = [sys.executable, "-m", "outlier_mlx", "convert", "owner/overlay", "--base"]
+    out = tmp_path / "tier"
+    options = ["owner/base", "--out", str(out), "--quiet"]
+    for offline in ("0", "1"):
+        shutil.rmtree(out, ignore_errors=True)
+        hub.requests.clear()
+        settings = environment | {"HF_HUB_OFFLINE": offline}
+        done = subprocess.run(
+            [*command, *options], capture_output=True, text=True, check=False, env=settings
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert contents(out) == contents(folders / "tier")
+        assert {r.token for r in hub.requests if "owner" in r.path} == (
+            {"Bearer hf_secret"} if offline == "0" else set()
+        )
