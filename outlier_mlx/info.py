@@ -11,9 +11,9 @@ from outlier_mlx.checkpoints.expert_files import expert_of
 from outlier_mlx.checkpoints.keys import AlphaKey, BaseKey, ExpertKey, RouterKey, parse_key
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.checkpoints.single import matches
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.folders import inside
-from outlier_mlx.storage.hub import hub_errors, resolve
+from outlier_mlx.storage.hub import cached, hub_errors, resolve
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
 from outlier_mlx.tiers.summary import SummaryRow, kind_of, summarize
 
@@ -66,19 +66,28 @@ def inspect(path_or_repo: str | Path, revision: str | None = None) -> Info:
         OutlierError: the hub cannot be reached.
     """
     if Path(path_or_repo).is_dir():
-        folder = Path(path_or_repo)
-        config = _read_config(folder)
-        name = folder.resolve().name
-        if _is_overlay(config):
-            overlay = open_overlay(folder)
-            return _describe(name, config, overlay_sizes(overlay), overlay.form)
-        tensors = {ref.name: (ref.dtype, ref.shape) for ref in read_shards(folder).values()}
-        return _describe(name, config, tensor_sizes(name, config, tensors), None)
+        folder = resolve(path_or_repo, revision).folder
+        return _inspect_folder(folder, folder.resolve().name)
     source = resolve(path_or_repo, revision, files=("config.json",))
     config = _read_config(source.folder)
-    tensors = _remote_tensors(source.name, source.revision)
+    try:
+        tensors = _remote_tensors(source.name, source.revision)
+    except OutlierError:
+        snapshot = cached(source.name, source.revision)
+        if snapshot is None:
+            raise
+        return _inspect_folder(snapshot, source.name)
     form = matches(tensors) if _is_overlay(config) else None
     return _describe(source.name, config, tensor_sizes(source.name, config, tensors), form)
+
+
+def _inspect_folder(folder: Path, name: str) -> Info:
+    config = _read_config(folder)
+    if _is_overlay(config):
+        overlay = open_overlay(folder)
+        return _describe(name, config, overlay_sizes(overlay), overlay.form)
+    tensors = {ref.name: (ref.dtype, ref.shape) for ref in read_shards(folder).values()}
+    return _describe(name, config, tensor_sizes(name, config, tensors), None)
 
 
 def _read_config(folder: Path) -> dict:

@@ -300,7 +300,7 @@ def test_only_what_is_needed_is_fetched(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_warm_cache_needs_no_hub(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(tmp_path / "first")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -308,6 +308,7 @@ def test_a_warm_cache_needs_no_hub(
     hub.requests.clear()
     convert(tmp_path / "second")
     assert contents(tmp_path / "second") == contents(tmp_path / "first")
+    assert same_but_for_the_name("owner/base", folders / "base-2")
     assert hub.requests == []
     first = json.loads((tmp_path / "first" / "tier.json").read_text())
     assert json.loads((tmp_path / "second" / "tier.json").read_text()) == first
@@ -362,6 +363,8 @@ def test_refusals(hub: Hub, command: list[str]) -> None:
     hub.repos["owner/overlay"].refusal = (403, "GatedRepo")
     refused("owner/overlay", "access is restricted", "hf auth login")
     refused("owner/base", "no such revision", options=("--revision", "v9"))
+    hub.down = True
+    refused("owner/base", "cannot be reached")
 
 
 def test_names_that_lead_elsewhere_are_not_asked_for(hub: Hub) -> None:

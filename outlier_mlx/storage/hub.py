@@ -76,6 +76,22 @@ def resolve(
     return Source(Path(found), name, Path(found).name)
 
 
+def cached(repo: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a repository if all that `resolve` fetches is in the local cache."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        found = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(CHECKPOINT_FILES),
+            local_files_only=True,
+        )
+    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
+        return None
+    return Path(found)
+
+
 def _terminal_bar() -> type:
     """The hub's progress bar, on a terminal only."""
     from huggingface_hub.utils import tqdm
