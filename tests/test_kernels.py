@@ -101,6 +101,8 @@ LAYERS: dict[str, tuple[int, int, int, int, int, str]] = {
     "all": (651, 44, 5, 3, 3, "float16"),
 }
 MORE_LAYERS: dict[str, tuple[int, int, int, int, int, str]] = {
+    "k3": (3, 3, 2, 2, 1, "float16"),
+    "64-experts-a-token": (24, 9, 2, 64, 64, "float16"),
     "two-rows": (20, 2, 2, 2, 1, "float16"),
     "two-rows-tiny": (5, 2, 1, 1, 1, "bfloat16"),
     "one-word": (20, 20, 4, 5, 2, "float32"),
@@ -370,6 +372,21 @@ def test_the_limits_themselves(metal: Metal):
     assert_within(y[:, None], products(as_array(x), m, chosen))
     m = random_matrices(1, 1, 2, wide)
     x = random_x(1, (1, wide), mx.float16)
+    y = kernels.tq1_0_qmv(x, *m.packed, mx.array([0], mx.uint32))
+    assert_within(y[:, None], products(as_array(x), m, np.zeros((1, 1), np.uint32)))
+
+
+@pytest.mark.slow
+def test_the_limits_of_a_grid(metal: Metal):
+    """The most tokens and the most rows that are allowed work."""
+    tokens, rows = kernels.LIMITS["tokens"][1], kernels.LIMITS["out features"][1]
+    m = random_matrices(1, 3, 2, 5)
+    chosen = (np.arange(tokens, dtype=np.uint32) % 3)[:, None]
+    x = random_x(1, (tokens, 5), mx.float32)
+    y = kernels.tq1_0_qmv(x, *m.packed, mx.array(chosen.flatten()))
+    assert_within(y[:, None], products(as_array(x), m, chosen))
+    m = random_matrices(1, 1, rows, 5)
+    x = random_x(2, (1, 5), mx.float32)
     y = kernels.tq1_0_qmv(x, *m.packed, mx.array([0], mx.uint32))
     assert_within(y[:, None], products(as_array(x), m, np.zeros((1, 1), np.uint32)))
 

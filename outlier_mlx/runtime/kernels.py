@@ -15,11 +15,11 @@ from .variants import DECODES, Variant, saved_variant
 ACTIVATIONS = (mx.float32, mx.float16, mx.bfloat16)
 # What the kernels were tested with, smallest and largest.
 LIMITS = {
-    "tokens": (0, 1 << 16),
+    "tokens": (0, 1 << 14),
     "experts": (1, 1 << 10),
     "experts a token": (1, 64),
     "in features": (1, 1 << 17),
-    "out features": (2, 1 << 20),
+    "out features": (2, 1 << 18),
 }
 _INPUTS = {
     "tq1_0_swiglu": ("x", "gate", "gate_scales", "up", "up_scales", "indices"),

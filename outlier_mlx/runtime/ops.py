@@ -17,7 +17,10 @@ from mlx_lm.models.activations import swiglu
 from .affine2 import affine_product, rows_to_affine2, spread_scales
 from .kernels import tq1_0_down, tq1_0_qmv, tq1_0_swiglu, tq1_0_to_affine2
 
-# Pairs of one expert that a tile of MLX's sorted `gather_qmm` has room for.
+# From this many (token, expert) pairs on, pairs are sorted by expert, so that MLX's matrix kernels
+# read each expert once. The figure is mlx-lm's.
+SORT_FROM_PAIRS = 64
+# Pairs of one expert that a tile of these kernels has room for.
 TILE_PAIRS = 16
 
 
@@ -30,13 +33,13 @@ def use_matrix_kernels(pairs: int, experts: int) -> bool:
     """Whether to transcode all experts once rather than decode an expert for every pair.
 
     Transcoding reads and writes each expert, then MLX multiplies it with a tile of pairs in the
-    time of one: that is worth it from a full tile an expert on.
+    time of one: that is worth it from a full tile an expert on, if the pairs are sorted.
 
     Args:
         pairs: (token, expert) pairs.
         experts: experts of the layer.
     """
-    return pairs >= TILE_PAIRS * experts
+    return pairs >= max(SORT_FROM_PAIRS, TILE_PAIRS * experts)
 
 
 def weighted_sum(shared: mx.array, experts: mx.array, weights: mx.array) -> mx.array:

@@ -5,11 +5,15 @@ import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
 from .affine2 import affine_product, row_bytes, rows_to_affine2
-from .ops import decoded_mix, rows_product, use_matrix_kernels, use_metal, weighted_sum
+from .ops import (
+    SORT_FROM_PAIRS,
+    decoded_mix,
+    rows_product,
+    use_matrix_kernels,
+    use_metal,
+    weighted_sum,
+)
 
-# From this many (token, expert) pairs on, pairs are sorted by expert, so that MLX's matrix kernels
-# read each expert once. The figure is mlx-lm's.
-SORT_FROM_PAIRS = 64
 FOUR_SILENT_BYTES = 0x80808080  # twenty zero trits
 
 
