@@ -173,6 +173,7 @@ def own_digest() -> str:
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
     tools = toolchain()
     digest.update(repr((tools.clang, tools.description, tools.machine)).encode())
+    digest.update(repr((PACKAGE, cache_folder())).encode())  # compiled files name them
     digest.update(version("mlx").encode())
     return digest.hexdigest()[:16]
 

@@ -71,6 +71,7 @@ def test_every_thread_attribute(virtual_metal: VirtualMetal) -> None:
         "simdgroup_index_in_threadgroup", "simdgroups_per_threadgroup",
         "dispatch_simdgroups_per_threadgroup", "thread_index_in_quadgroup",
         "quadgroup_index_in_threadgroup", "quadgroups_per_threadgroup",
+        "dispatch_quadgroups_per_threadgroup",
         "threads_per_simdgroup", "thread_execution_width",
     ]  # fmt: skip
     per = 3 * len(vectors) + len(scalars)
@@ -99,7 +100,7 @@ def test_every_thread_attribute(virtual_metal: VirtualMetal) -> None:
             at, inside, groups, size, group, grid, grid, -(-np.array(grid) // group), [0, 0, 0],
         ]  # fmt: skip
         rest = [index, index % 32, index // 32, -(-threads // 32), 1, index % 4, index // 4,
-                -(-threads // 4), 32, 32]  # fmt: skip
+                -(-threads // 4), 8, 32, 32]  # fmt: skip
         assert seen[z, y, x].tolist() == [int(v) for e in expected for v in e] + rest
 
 
