@@ -100,16 +100,10 @@ class Constant(Part):
 
 
 @dataclass(frozen=True)
-class Plain(Part):
-    """A tensor that stays unquantized: norms, biases, the router, matrices no group divides.
+class FromTensor(Part):
+    """A part that is made from one tensor of floats."""
 
-    `twin` is the same tensor from another file, which must hold the same values.
-    """
-
-    name: str
     tensor: FloatTensor
-    dtype: str
-    twin: FloatTensor | None = None
 
     @property
     def params(self) -> int:
@@ -120,6 +114,18 @@ class Plain(Part):
     def source_bytes(self) -> int:
         """The tensor's size on disk."""
         return _stored_bytes(self.tensor)
+
+
+@dataclass(frozen=True)
+class Plain(FromTensor):
+    """A tensor that stays unquantized: norms, biases, the router, matrices no group divides.
+
+    `twin` is the same tensor from another file, which must hold the same values.
+    """
+
+    name: str
+    dtype: str
+    twin: FloatTensor | None = None
 
     def specs(self) -> list[TensorSpec]:
         """The one tensor."""
@@ -132,24 +138,13 @@ class Plain(Part):
 
 
 @dataclass(frozen=True)
-class Quantized(Part):
+class Quantized(FromTensor):
     """A matrix of the base in MLX's affine format: `weight`, `scales` and `biases`."""
 
-    tensor: FloatTensor
     bits: int
     group_size: int
     dtype: str
     twin: FloatTensor | None = None
-
-    @property
-    def params(self) -> int:
-        """Weights of the matrix."""
-        return prod(self.tensor.shape)
-
-    @property
-    def source_bytes(self) -> int:
-        """The tensor's size on disk."""
-        return _stored_bytes(self.tensor)
 
     def specs(self) -> list[TensorSpec]:
         """Packed weight (out, in * bits / 32) uint32; scales and biases (out, in / group)."""
@@ -177,8 +172,8 @@ class Quantized(Part):
 
 
 @dataclass(frozen=True)
-class TernaryExperts(Part):
-    """One projection of a layer's experts: `weight` (experts, out, row_bytes) and `scales`."""
+class FromExperts(Part):
+    """A part that is made from one projection of a layer's experts."""
 
     matrices: tuple[ExpertMatrix, ...]
 
@@ -191,6 +186,11 @@ class TernaryExperts(Part):
     def source_bytes(self) -> int:
         """A byte a trit, as they are read."""
         return self.params
+
+
+@dataclass(frozen=True)
+class TernaryExperts(FromExperts):
+    """One projection of a layer's experts: `weight` (experts, out, row_bytes) and `scales`."""
 
     def specs(self) -> list[TensorSpec]:
         """Packed rows uint8, and a float32 scale a row."""
@@ -210,25 +210,14 @@ class TernaryExperts(Part):
 
 
 @dataclass(frozen=True)
-class AffineExperts(Part):
+class AffineExperts(FromExperts):
     """One projection of a layer's experts in MLX's affine 2-bit format.
 
     Each expert's scales and biases are multiplied by its entry in `factors`, if there are any.
     """
 
-    matrices: tuple[ExpertMatrix, ...]
     dtype: str = "float32"
     factors: tuple[float, ...] = ()
-
-    @property
-    def params(self) -> int:
-        """Trits of all experts."""
-        return len(self.matrices) * prod(self.matrices[0].trits.shape)
-
-    @property
-    def source_bytes(self) -> int:
-        """A byte a trit, as they are read."""
-        return self.params
 
     @property
     def group_size(self) -> int:

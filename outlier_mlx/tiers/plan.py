@@ -139,14 +139,14 @@ def base_part(
     group = _group(shape[-1], recipe.group_size)
     bits = recipe.bits(name, model.config.layers)
     if bits is None or len(shape) != 2 or group is None:
-        return Plain(path, kind, target, tensor, recipe.dtype, twin)
+        return Plain(path, kind, tensor, target, recipe.dtype, twin)
     return Quantized(path, kind, tensor, bits, group, recipe.dtype, twin)
 
 
 def _moe_parts(model: WholeModel, recipe: Recipe, layer: int, alphas: np.ndarray) -> Iterator[Part]:
     prefix = f"model.layers.{layer}.mlp"
     router = model.overlay.routers[layer]
-    yield Plain(f"{prefix}.gate", "router", f"{prefix}.gate.weight", router, "float32")
+    yield Plain(f"{prefix}.gate", "router", router, f"{prefix}.gate.weight", "float32")
     yield Constant(prefix, "router", f"{prefix}.alpha", alphas, "float32")
     for projection in PROJECTIONS:
         matrices = tuple(getattr(expert, projection) for expert in model.overlay.experts[layer])

@@ -124,7 +124,7 @@ def _moe_parts(model: WholeModel, recipe: Recipe, layer: int, alphas: np.ndarray
     prefix = f"model.layers.{layer}.mlp"
     router = model.overlay.routers[layer]
     # float32 here does not spread: mlx-lm takes the routing probabilities in float32 anyway.
-    yield Plain(f"{prefix}.gate", "router", f"{prefix}.gate.weight", router, "float32")
+    yield Plain(f"{prefix}.gate", "router", router, f"{prefix}.gate.weight", "float32")
     for projection in PROJECTIONS:
         matrices = tuple(getattr(expert, projection) for expert in model.overlay.experts[layer])
         path = f"{prefix}.switch_mlp.{projection}_proj"
