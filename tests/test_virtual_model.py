@@ -23,10 +23,10 @@ from tests.goldens import assert_logits_close, golden
 from tests.kernel_cases import ROUNDING
 from tests.reference import Array, Routing, Trace
 
-# Every model among the reference cases; the first few run each time.
-GOLDENS = ["v1_real_sharded", "v33_overlay_yarn"]
+# Every model among the reference cases; the first runs each time.
+GOLDENS = ["v1_real_sharded"]
 MORE_GOLDENS = ["v2_real_perchannel", "v32_alpha_tensors", "v32_alpha_json_partial"]
-MORE_GOLDENS += ["export_per_file", "packed_experts_dir", "packed_monolith"]
+MORE_GOLDENS += ["v33_overlay_yarn", "export_per_file", "packed_experts_dir", "packed_monolith"]
 MORE_GOLDENS += ["v0_toy_moe", "v0_toy_gqa_bias"]
 
 DECODE = ["tq1_0_swiglu", "tq1_0_down"]
@@ -112,7 +112,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prompt(pair: Path) -> list[int]:
     _, tokenizer = load_with_tokenizer(pair)
-    return tokenizer.encode(heldout()["sea"][0])[:40]
+    return tokenizer.encode(heldout()["sea"][0])[:24]
 
 
 def error(found: Array, exact: Array) -> float:
@@ -126,16 +126,16 @@ def test_the_embedded_pair(pair: Path, prompt: list[int], metal: VirtualMetal):
     assert_resident(model)
     layers = len(model.args.moe_layers)
     logits = forward(model, prompt)
-    tokens, _ = greedy_cached(model, prompt[:12], 5)
-    assert metal.names == DECODE * layers * 6
+    tokens, _ = greedy_cached(model, prompt[:12], 3)
+    assert metal.names == DECODE * layers * 4
     metal.clear()
     twice = np.array(model(mx.array([prompt, prompt])))
-    assert metal.names == TRANSCODE * layers  # 160 pairs for 6 experts
+    assert metal.names == TRANSCODE * layers  # 96 pairs for 6 experts
     model.train()  # plain MLX
     metal.clear()
     assert_logits_close(logits, forward(model, prompt))
     assert_logits_close(twice[1], forward(model, prompt))
-    assert greedy_cached(model, prompt[:12], 5)[0] == tokens
+    assert greedy_cached(model, prompt[:12], 3)[0] == tokens
     assert metal.names == []
 
 
