@@ -8,6 +8,7 @@ import gc
 import inspect
 import io
 import json
+import math
 import select
 import socket
 import sys
@@ -45,6 +46,10 @@ except ImportError as error:
 
 Load = Callable[[], tuple[nn.Module, TokenizerWrapper]]
 
+NOT_A_NUMBER = (
+    "the model's output is not a number: activations overflowed, as they may in float16;"
+    " serve it with --dtype bfloat16 or --dtype float32"
+)
 TEMPLATE_NAMES = frozenset(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 )
@@ -238,6 +243,8 @@ class Reply:
         state = machine.make_state("normal")
         for response in responses:
             self._check_client()
+            if math.isnan(response.logprob):
+                raise Refused(500, NOT_A_NUMBER)
             state, segments = TextStateMachine.split(state, response.text)
             text = segments[0][1]
             if response.finish_reason != "stop":
@@ -266,10 +273,13 @@ class Reply:
         return entry
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.generator.provider.tokenizer.decode([token])
-        # A token may be part of a character.
-        known = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "id": token, "logprob": logprob, "bytes": known}
+        """A token by its text, or, if it is part of a character, by its name in the vocabulary."""
+        tokenizer = self.generator.provider.tokenizer
+        text = tokenizer.decode([token])
+        if "\ufffd" in text:
+            name = tokenizer.convert_ids_to_tokens(token)
+            return {"token": name, "id": token, "logprob": logprob, "bytes": None}
+        return {"token": text, "id": token, "logprob": logprob, "bytes": list(text.encode())}
 
 
 class Handler(CheckedHandler, APIHandler):

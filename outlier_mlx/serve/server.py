@@ -157,11 +157,12 @@ class Server(ThreadingHTTPServer):
         self._active = 0
         self._change = threading.Condition()
         self.address_family, address = _resolve(options)
-        super().__init__(address, Handler, bind_and_activate=False)
         try:
+            super().__init__(address, Handler, bind_and_activate=False)
             self.server_bind()
         except OSError as error:
-            self.server_close()
+            if hasattr(self, "socket"):
+                self.server_close()
             place = f"{options.host}:{options.port}"
             raise OutlierError(f"{place}: {error.strerror}; --port takes another") from None
 

@@ -1,0 +1,307 @@
+"""What the server answers: mlx-lm's generation through the real `openai` client."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import openai
+import pytest
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+import outlier_mlx
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.generate import Options, encode_prompt, stream
+from outlier_mlx.serve import mlxlm_server
+from outlier_mlx.serve.server import ServeOptions, Server
+from tests.builders import write_overlay
+from tests.engine import tier_of
+from tests.serving import MESSAGES, NAME, Running, running
+
+Loaded = tuple[Any, TokenizerWrapper]
+PROMPT = MESSAGES[0]["content"]
+
+
+@pytest.fixture(scope="module")
+def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    built = write_overlay(folder / "overlay", layers=2, moe_layers=(1,), seed=8)
+    return tier_of(built.path, None, folder / "tier")
+
+
+@pytest.fixture(scope="module")
+def served(tier: Path) -> Iterator[Running]:
+    with running(tier, max_tokens=400) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def loaded(tier: Path) -> Loaded:
+    return outlier_mlx.load(tier)
+
+
+@pytest.fixture(scope="module")
+def alone(loaded: Loaded) -> Callable[[int], list[GenerationResponse]]:
+    """What the model writes without a server, so many tokens of it."""
+    return cache(lambda n: list(stream(*loaded, PROMPT, Options(max_tokens=n))))
+
+
+Alone = Callable[[int], list[GenerationResponse]]
+
+
+def text_of(responses: list[GenerationResponse]) -> str:
+    return "".join(response.text for response in responses)
+
+
+def joined(chunks: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def test_models_and_health(served: Running):
+    assert [model.id for model in served.client.models.list()] == [NAME]
+    assert served.client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'"):
+        served.client.models.retrieve("gpt-4")
+    assert served.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")[2] == {"status": "ok"}
+
+
+@pytest.mark.parametrize("model", [NAME, "gpt-4", "mlx-community/Qwen2.5-0.5B-Instruct-4bit"])
+def test_whatever_model_is_named_the_one_answers(served: Running, alone: Alone, model: str):
+    answer = served.chat(model=model)
+    assert answer.model == NAME
+    assert answer.choices[0].message.content == text_of(alone(12))
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 12
+
+
+def test_streams(served: Running, alone: Alone):
+    usage = {"include_usage": True}
+    chunks = list(served.chat(stream=True, stream_options=usage, max_tokens=40))
+    assert joined(chunks) == text_of(alone(40))
+    assert len([chunk for chunk in chunks if chunk.choices]) > 5
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 40
+
+
+def test_text_completions(served: Running, loaded: Loaded):
+    create: Any = served.client.completions.create
+    options = Options(max_tokens=12, ignore_chat_template=True)
+    expected = text_of(list(stream(*loaded, PROMPT, options)))
+    answer = create(model=NAME, prompt=PROMPT, max_tokens=12)
+    assert answer.choices[0].text == expected
+    chunks = create(model=NAME, prompt=[PROMPT], max_tokens=12, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stop_words_end_the_text_wherever_tokens_do(served: Running, alone: Alone, streamed: bool):
+    """Also where a word's tokens, written alone, are not those that the model writes."""
+    text = text_of(alone(40))
+    for start, length in ((5, 1), (9, 3), (14, 2), (20, 6)):
+        word = text[start : start + length]
+        answer = served.chat(stop=["never", word], max_tokens=40, stream=streamed)
+        chunks = list(answer) if streamed else []
+        found = joined(chunks) if streamed else answer.choices[0].message.content or ""
+        last = (chunks[-1] if streamed else answer).choices[0]
+        assert found == text[: text.index(word)]
+        assert last.finish_reason == "stop"
+
+
+def test_what_looks_like_a_stop_word_is_not_lost(served: Running, alone: Alone):
+    text = text_of(alone(40))
+    answer = served.chat(stop=[text[-2:] + "\0", text[7:12] + "\0"], max_tokens=40)
+    assert answer.choices[0].message.content == text
+
+
+def test_seeds(served: Running):
+    texts = [
+        served.chat(seed=seed, temperature=1.0, max_tokens=30).choices[0].message.content
+        for seed in (7, 7, 8, -1)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_log_probabilities_are_the_models(
+    served: Running, loaded: Loaded, alone: Alone, streamed: bool
+):
+    model, tokenizer = loaded
+    answer = served.chat(logprobs=True, top_logprobs=3, max_tokens=20, stream=streamed)
+    if streamed:
+        choices = [chunk.choices[0] for chunk in answer]
+        content = [entry for c in choices if c.logprobs for entry in c.logprobs.content]
+    else:
+        content = answer.choices[0].logprobs.content
+    tokens = [response.token for response in alone(20)]
+    for entry, token in zip(content, tokens, strict=True):
+        text = tokenizer.decode([token])
+        partial = "\ufffd" in text
+        assert entry.token == (tokenizer.convert_ids_to_tokens(token) if partial else text)
+        assert entry.bytes == (None if partial else list(text.encode()))
+    prompt = encode_prompt(tokenizer, PROMPT, Options())
+    logits = model(mx.array([prompt + tokens]))[0, len(prompt) - 1 : -1]
+    expected = np.array(nn.log_softmax(logits))
+    for entry, token, row in zip(content, tokens, expected, strict=True):
+        assert entry.logprob == pytest.approx(row[token], abs=1e-3)
+        found = [top.logprob for top in entry.top_logprobs]
+        assert found == pytest.approx(np.sort(row)[::-1][:3], abs=1e-3)
+
+
+def test_log_probabilities_of_what_is_sampled(served: Running):
+    """Not of the likeliest token: that is among the alternatives."""
+    answer = served.chat(logprobs=True, top_logprobs=2, temperature=5.0, max_tokens=30)
+    content = answer.choices[0].logprobs.content
+    assert any(entry.logprob < entry.top_logprobs[-1].logprob for entry in content)
+
+
+def test_log_probabilities_of_completions(served: Running):
+    answer: Any = served.client.completions.create(
+        model=NAME, prompt=PROMPT, max_tokens=8, logprobs=2
+    )
+    logprobs = answer.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == 8
+    assert all(len(top) == 2 for top in logprobs.top_logprobs)
+    assert max(logprobs.top_logprobs[0].values()) == pytest.approx(logprobs.token_logprobs[0])
+
+
+def test_tokens_are_limited(served: Running):
+    with pytest.raises(openai.BadRequestError, match="max_tokens is 401; this server allows 400"):
+        served.chat(max_tokens=401)
+    with pytest.raises(openai.BadRequestError, match="allows 400"):
+        served.chat(max_tokens=None, max_completion_tokens=401)
+    # 512 tokens of context.
+    prompt = [{"role": "user", "content": "!" * 470}]
+    answer = served.chat(messages=prompt, max_tokens=400)
+    assert answer.usage.total_tokens == 512
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.chat(messages=[{"role": "user", "content": "!" * 600}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_an_answer_sent_back_as_a_prompt(served: Running):
+    """Its tokens may all be in the prompt cache; one must be left to start from."""
+    create: Any = served.client.completions.create
+    prompt = "abcdefgh"
+    for seed in (None, 1):
+        for _ in range(2):
+            answer = create(model=NAME, prompt=prompt, max_tokens=1, seed=seed)
+            assert answer.usage.completion_tokens == 1
+        prompt += "!"
+
+
+def test_many_at_once_get_what_each_would_get_alone(served: Running):
+    prompts = [[{"role": "user", "content": f"{'long ' * n}number {n}"}] for n in range(6)]
+
+    def ask(messages: Any) -> str:
+        return served.chat(messages=messages, max_tokens=24).choices[0].message.content
+
+    one_by_one = [ask(messages) for messages in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(ask, prompts))
+    assert together == one_by_one
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_client_that_vanishes_frees_its_slot(tier: Path, streamed: bool, seed: int | None):
+    """With a context that would take the model minutes to fill."""
+    endless = {"max_tokens": 100_000, "temperature": 1.0, "seed": seed}
+    with running(tier, max_tokens=100_000, max_context=200_000) as server:
+        if streamed:
+            chunks = server.chat(stream=True, logit_bias={"0": -100, "2": -100}, **endless)
+            for _ in range(3):
+                next(chunks)
+            assert server.server.generator.replies
+            chunks.close()
+        else:
+            hasty: Any = server.new_client(timeout=1.5)
+            with pytest.raises(openai.APITimeoutError):
+                hasty.chat.completions.create(
+                    model=NAME, messages=MESSAGES, logit_bias={"0": -100, "2": -100}, **endless
+                )
+        assert server.wait(lambda: not server.server.generator.replies)
+        started = time.monotonic()
+        assert server.chat(seed=seed).usage.completion_tokens == 12
+        assert time.monotonic() - started < 10
+        assert any("left before" in line for line in server.log)
+
+
+def test_generation_outlives_a_failure(served: Running, monkeypatch: pytest.MonkeyPatch):
+    failed = threading.Event()
+    tokenize = mlxlm_server.ResponseGenerator._make_state_machine
+
+    def fail_once(self: Any, *args: Any) -> Any:
+        if failed.is_set():
+            return tokenize(self, *args)
+        failed.set()
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(mlxlm_server.ResponseGenerator, "_make_state_machine", fail_once)
+    with pytest.raises(openai.InternalServerError, match="generates nothing at the moment"):
+        served.chat()
+    assert served.chat().usage.completion_tokens == 12
+    assert "generation failed: RuntimeError: out of memory, say" in served.log
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path):
+    with pytest.raises(OutlierError, match="no config"), running(tmp_path):
+        pass
+
+
+def test_a_port_that_is_taken(served: Running):
+    options = ServeOptions(port=served.server.server_port)
+    with pytest.raises(OutlierError, match="--port takes another"):
+        Server(NAME, lambda: None, options, print)  # type: ignore[arg-type, return-value]
+
+
+def test_one_module_knows_mlx_lms_server():
+    package = Path(outlier_mlx.__file__).parent
+    importing = re.compile(r"^\s*(from|import) mlx_lm.*\bserver\b", re.MULTILINE)
+    users = [path.name for path in package.rglob("*.py") if importing.search(path.read_text())]
+    assert users == ["mlxlm_server.py"]
+
+
+@pytest.mark.slow
+def test_eight_clients_for_a_minute(tier: Path):
+    """Streaming, seeded, stopped, failing and vanishing ones: all are answered, nothing is left."""
+    until = time.monotonic() + 60
+    with running(tier, max_tokens=200) as server:
+        expected = server.chat(max_tokens=30).choices[0].message.content
+
+        def work(number: int) -> int:
+            done = 0
+            while time.monotonic() < until:
+                kind = (number + done) % 5
+                if kind == 0:
+                    assert server.chat(max_tokens=30).choices[0].message.content == expected
+                elif kind == 1:
+                    assert joined(server.chat(max_tokens=30, stream=True)) == expected
+                elif kind == 2:
+                    assert server.chat(seed=done, temperature=1.0).usage.completion_tokens <= 12
+                elif kind == 3:
+                    with pytest.raises(openai.BadRequestError):
+                        server.chat(top_p=7)
+                else:
+                    chunks = server.chat(stream=True, max_tokens=200)
+                    next(chunks)
+                    chunks.close()
+                done += 1
+            return done
+
+        with ThreadPoolExecutor(8) as pool:
+            answered = list(pool.map(work, range(8)))
+        assert min(answered) > 5
+        assert server.wait(lambda: not server.server.generator.replies)
+        assert server.chat(max_tokens=30).choices[0].message.content == expected
+        assert not [line for line in server.log if "failed" in line or "Error" in line]
