@@ -231,6 +231,33 @@ def test_what_is_almost_json_is_refused_there_and_here(tmp_path: Path, header: b
         read_header(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        ([0, 8], [4, 12]),  # overlapping, though the sizes add up to the file's
+        ([0, 8], [0, 8]),
+        ([0, 8], [9, 17]),  # a gap
+        ([1, 9], [9, 17]),
+        ([8, 0], [8, 16]),  # backwards
+        ([0, 8], [8, 15]),  # too short for the shape
+        ([0, 8], [16, 24]),  # beyond the end
+    ],
+    ids=str,
+)
+def test_data_that_does_not_lie_side_by_side(tmp_path: Path, offsets: tuple) -> None:
+    header = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": place}
+        for name, place in zip("ab", offsets, strict=True)
+    }
+    for size in (16, 17):
+        blob = encode(header, bytes(size))
+        with pytest.raises(safetensors.SafetensorError):
+            safetensors.deserialize(blob)
+        (tmp_path / "x.safetensors").write_bytes(blob)
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            read_header(tmp_path / "x.safetensors")
+
+
 def entry(shape: list[int], nbytes: int) -> dict[str, Any]:
     return {"dtype": "I8", "shape": shape, "data_offsets": [0, nbytes]}
 
