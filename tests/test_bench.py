@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from kernels.emulator import virtual_metal
-from outlier_mlx import bench, bench_kernels, bench_tables, chips
+from outlier_mlx import bench, bench_cases, bench_kernels, bench_tables, chips
 from outlier_mlx.bench import BenchOptions, BenchResult, Runs
 from outlier_mlx.bench_cases import KERNELS, Layer
 from outlier_mlx.bench_kernels import Arm, KernelBench, KernelResult
@@ -24,7 +26,7 @@ from outlier_mlx.cli import app
 from outlier_mlx.runtime import kernels, variants
 from outlier_mlx.runtime.variants import Variant
 from tests.builders import Dims, write_overlay
-from tests.engine import load, tier_of
+from tests.engine import as_array, load, tier_of
 from tests.kernel_cases import random_matrices
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "bench.md"
@@ -86,18 +88,22 @@ def test_every_run_has_its_full_length(tier: Path, monkeypatch: pytest.MonkeyPat
     tokenizer.eos_token_ids = every
     prompts: list[list[int]] = []
     lengths: list[tuple[int, int]] = []
+    speeds: list[tuple[float, float]] = []
 
     def recorded(model: Any, tokenizer: Any, prompt: list[int], **options: Any) -> Any:
         prompts.append(prompt)
         responses = list(real(model, tokenizer, prompt, **options))
         lengths.append((responses[-1].prompt_tokens, responses[-1].generation_tokens))
+        speeds.append((responses[-1].prompt_tps, responses[-1].generation_tps))
         yield from responses
 
     real = bench.stream_generate
     monkeypatch.setattr(bench, "stream_generate", recorded)
     done: list[tuple[int, int]] = []
     options = BenchOptions(prompt_tokens=9, generation_tokens=6, num_trials=2)
-    bench.bench_model(model, tokenizer, options, lambda *counts: done.append(counts))
+    found = bench.bench_model(model, tokenizer, options, lambda *counts: done.append(counts))
+    counted = zip(found.prompt_tps.values, found.generation_tps.values, strict=True)
+    assert list(counted) == speeds[1:]
     assert lengths == [(9, 6)] * 3
     assert prompts[0] == prompts[1] == prompts[2] and set(prompts[0]) <= every
     assert done == [(0, 3), (1, 3), (2, 3), (3, 3)]
@@ -223,6 +229,37 @@ def test_without_metal_only_the_plain_path_is_timed(tier: Path):
         assert_summary(arm["seconds"], 2)
 
 
+def test_what_kernels_are_timed_on(tier: Path, monkeypatch: pytest.MonkeyPatch):
+    """Layers until enough is read; experts and weights as when decoding."""
+    model = load(tier)
+    layers = bench_cases.decode_layers(model, 3, mx.float16)
+    assert len(layers) == 2
+    for layer in layers:
+        assert layer.indices.shape == (3, 2) and layer.x.dtype == layer.shared.dtype == mx.float16
+        assert all(len(set(experts)) == 2 for experts in as_array(layer.indices))
+        assert layer.nbytes("gate") == 6 * 80 * (16 + 4)
+        affine = [layer.transcoded("down", mx.float32)]
+        mixed = DOWN.plain(layer, affine, layer.places, mx.float32)
+        routed = as_array(mixed) - as_array(layer.shared)
+        assert 0.5 < np.sqrt((routed**2).mean()) < 2
+    own = {id(model.layers[n].mlp.switch_mlp.gate_proj.weight) for n in (1, 3)}
+    assert {id(layer.gate[0]) for layer in layers} == own
+    monkeypatch.setattr(bench_cases, "ENOUGH_BYTES", 1)
+    assert len(bench_cases.decode_layers(model, 1, mx.float32)) == 1
+
+
+def test_launches_wait_for_one_another():
+    indices = mx.array([[3, 1]], mx.uint32)
+    for value in (0.0, 1.5, float("nan")):
+        previous = mx.exp(mx.array([value, 2.0]))
+        after = bench_kernels._after(previous, indices)
+        graph = io.StringIO()
+        mx.export_to_dot(graph, after)
+        assert "Exp" in graph.getvalue()
+        assert after.dtype == mx.uint32 and after.tolist() == [[3, 1]]
+    assert bench_kernels._after(None, indices) is indices
+
+
 def test_what_fails_is_said_and_not_timed(tier: Path, monkeypatch: pytest.MonkeyPatch):
     def computed(layer: Layer, indices: mx.array, variant: Variant) -> mx.array:
         """Sound only as "exponent"."""
@@ -298,6 +335,7 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
     monkeypatch.setattr(bench_kernels, "_pass", recorded)
     with virtual_metal(count=False) as metal:
         monkeypatch.setattr(bench_kernels, "DECODES", ("exponent", "exact", "telescoped"))
+        assert variants.saved_variant("tq1_0_down") is None
         done = run("--model", tier, "--kernels", "--save", "-n", 4, "--json")
         assert done.exit_code == 1, done.output
         found = json.loads(done.stdout)
