@@ -1,8 +1,21 @@
 """The errors that a user can act on: the command line prints them as one line."""
 
+# Names in files can be as long as the files.
+_MAX_MESSAGE = 900
+
 
 class OutlierError(Exception):
-    """Something is wrong with an input or with the machine; the message says what and where."""
+    """Something is wrong with an input or with the machine; the message says what and where.
+
+    It is one line that a terminal can show, of some hundred characters at most.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = one_line(message)
+        if len(line) > _MAX_MESSAGE:
+            half = _MAX_MESSAGE // 2
+            line = f"{line[:half]} ... {line[-half:]}"
+        super().__init__(line)
 
 
 class CheckpointError(OutlierError):

@@ -46,7 +46,7 @@ FAST = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-THOROUGH = settings(FAST, max_examples=3000)
+THOROUGH = settings(FAST, max_examples=400)
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def bounded() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except CheckpointError as error:
-        assert "\n" not in str(error) and len(str(error)) < 1000, str(error)
+        assert str(error).isprintable() and len(str(error)) < 1000, str(error)
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -248,6 +248,17 @@ def test_safetensors_of_any_bytes(tmp_path: Path, data: bytes):
         read_header(path)
 
 
+def test_names_do_not_reach_the_terminal_as_they_are(tmp_path: Path):
+    name = "\n\x1b[2J" + 10_000 * "x"
+    text = json.dumps({name: {}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(CheckpointError) as error:
+        read_header(tmp_path / "x.safetensors")
+    message = str(error.value)
+    assert message.startswith("x.safetensors: ") and "dtype None" in message
+    assert message.isprintable() and len(message) < 1000
+
+
 # Instructions of pickles, sound ones and others, in any order.
 INSTRUCTIONS = st.sampled_from(
     [b"N", b"\x88", b"]", b"}", b")", b"(", b"t", b"\x85", b"\x86", b"\x87", b"a", b"e", b"s", b"u"]
@@ -279,7 +290,7 @@ def test_pickles(tmp_path: Path, code: bytes):
 
 
 @pytest.mark.slow
-@settings(FAST, max_examples=20_000)
+@settings(FAST, max_examples=4000)
 @given(code=st.lists(INSTRUCTIONS, max_size=40).map(b"".join))
 def test_pickles_thoroughly(tmp_path: Path, code: bytes):
     write_zip(tmp_path / "x.pt", code + b".")
