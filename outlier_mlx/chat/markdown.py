@@ -105,6 +105,11 @@ def _is_empty(segment: Segment) -> bool:
     return not segment.text.strip() and (background is None or background.is_default)
 
 
+def renders_markdown(console: Console) -> bool:
+    """Whether Markdown can be rendered there, and is wanted."""
+    return console.is_terminal and not console.no_color and not console.is_dumb_terminal
+
+
 @contextmanager
 def reply_writer(console: Console, *, markdown: bool) -> Iterator[Writer]:
     """What shows a reply: Markdown rendered if asked, else the text as it is."""

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from outlier_mlx.chat import files
 from outlier_mlx.chat.conversation import Conversation
-from outlier_mlx.chat.markdown import reply_writer
+from outlier_mlx.chat.markdown import renders_markdown, reply_writer
 from outlier_mlx.errors import OutlierError
 
 PROMPT = ">>> "
@@ -65,8 +65,7 @@ class Chat:
     def __post_init__(self) -> None:
         """Find out whom it talks with."""
         self.asks = sys.stdin.isatty()
-        plain = not self.out.is_terminal or self.out.no_color or self.out.is_dumb_terminal
-        self.markdown = not plain
+        self.markdown = renders_markdown(self.out)
         self._known: set[Path] = set()
 
     def run(self) -> None:
