@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from kernels.emulator import VirtualMetal
-from scripts import probe_metal
+
+# A script is no part of a package: it is loaded from its file.
+_SPEC = spec_from_file_location(
+    "probe_metal", Path(__file__).parents[1] / "scripts" / "probe_metal.py"
+)
+assert _SPEC is not None and _SPEC.loader is not None
+probe_metal: Any = module_from_spec(_SPEC)
+_SPEC.loader.exec_module(probe_metal)
 
 
 def test_what_a_gpu_should_compute(virtual_metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch):
