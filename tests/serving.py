@@ -84,7 +84,7 @@ def running(tier: Path, **options: Any) -> Iterator[Running]:
     """A server of a tier on a free port."""
     log: list[str] = []
     load = partial(outlier_mlx.load, tier)
-    server = Server(NAME, load, ServeOptions(**{"port": 0} | options), log.append)
+    server = Server(NAME, load, ServeOptions(**{"port": 0} | options), log.append, log.append)
     server.start()
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

@@ -259,10 +259,20 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path):
         pass
 
 
+def test_what_a_model_computes_when_it_is_made(tmp_path: Path):
+    """YaRN's frequencies are lazy, and so must be made in the thread that generates."""
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32}
+    built = write_overlay(tmp_path / "overlay", layers=2, moe_layers=(1,), seed=8, yarn=yarn)
+    tier = tier_of(built.path, None, tmp_path / "tier")
+    expected = stream(*outlier_mlx.load(tier), PROMPT, Options(max_tokens=12))
+    with running(tier) as server:
+        assert server.chat().choices[0].message.content == text_of(list(expected))
+
+
 def test_a_port_that_is_taken(served: Running):
     options = ServeOptions(port=served.server.server_port)
     with pytest.raises(OutlierError, match="--port takes another"):
-        Server(NAME, lambda: None, options, print)  # type: ignore[arg-type, return-value]
+        Server(NAME, lambda: None, options, print, print)  # type: ignore[arg-type, return-value]
 
 
 def test_one_module_knows_mlx_lms_server():

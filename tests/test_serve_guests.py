@@ -314,8 +314,8 @@ def test_the_openai_client_s_key(guarded: Running):
 )
 def test_others_can_only_reach_it_with_a_key(host: str):
     with pytest.raises(OutlierError, match="an API key is needed"):
-        Server(NAME, never_loaded, ServeOptions(host=host, port=0), print)
-    server = Server(NAME, never_loaded, ServeOptions(host=host, port=0, api_key=KEY), print)
+        Server(NAME, never_loaded, ServeOptions(host=host, port=0), print, print)
+    server = Server(NAME, never_loaded, ServeOptions(host=host, port=0, api_key=KEY), print, print)
     assert server.url == f"http://127.0.0.1:{server.server_port}/v1"
     server.server_close()
 
@@ -333,7 +333,7 @@ def never_loaded() -> Any:
     ],
 )
 def test_loopback_needs_none(host: str):
-    Server(NAME, never_loaded, ServeOptions(host=host, port=0), print).server_close()
+    Server(NAME, never_loaded, ServeOptions(host=host, port=0), print, print).server_close()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class Service:
         max_tokens: tokens that an answer may have.
         context: tokens that prompt and answer may have together; None: as the model has it.
         log: takes a line for each request.
+        warn: takes a line for what should not happen.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Service:
     max_tokens: int
     context: int | None
     log: Callable[[str], None]
+    warn: Callable[[str], None]
 
 
 class _Stream(Protocol):
@@ -130,7 +132,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             self.log_message("left before the answer was finished")
         except Exception as error:
-            self.log_message("%s: %s", type(error).__name__, error)
+            self.service.warn(f"{type(error).__name__}: {error}")
             self.refuse(Refused(500, "the answer could not be finished"))
 
     def refuse(self, refused: Refused) -> None:

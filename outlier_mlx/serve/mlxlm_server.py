@@ -126,7 +126,6 @@ class Generator(ResponseGenerator):
     def __init__(self, provider: OneModel, cache_size: int, cache_bytes: int | None) -> None:
         self.provider = provider
         self.replies: set[Reply] = set()
-        self.log = provider.service.log
         self._new_cache = lambda: PromptCache(cache_size, cache_bytes or 1 << 63)
         # How often generation failed: replies from before a failure get no more tokens.
         self._era = 0
@@ -139,7 +138,7 @@ class Generator(ResponseGenerator):
             try:
                 self._generate()
             except Exception as error:
-                self.log(f"generation failed: {type(error).__name__}: {error}")
+                self.provider.service.warn(f"generation failed: {type(error).__name__}: {error}")
                 self._start_over()
 
     def _start_over(self) -> None:

@@ -19,6 +19,7 @@ from outlier_mlx.generate import Options
 from outlier_mlx.serve.access import Access, Refused, host_name, is_address
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.mlxlm_server import Generator, Handler, Load, OneModel
+from outlier_mlx.terminal import stderr
 
 # What is still under way when the server ends is cut off after so long.
 END_SECONDS = 3.0
@@ -133,6 +134,7 @@ class Server(ThreadingHTTPServer):
         load: makes model and tokenizer; called in the thread that generates.
         options: where to serve, to whom, and how.
         log: takes a line for each request.
+        warn: takes a line for what should not happen.
 
     Raises:
         OutlierError: the address cannot be bound, or needs a key.
@@ -142,7 +144,12 @@ class Server(ThreadingHTTPServer):
     generator: Generator
 
     def __init__(
-        self, name: str, load: Load, options: ServeOptions, log: Callable[[str], None]
+        self,
+        name: str,
+        load: Load,
+        options: ServeOptions,
+        log: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self.options = options
         self.load = load
@@ -153,6 +160,7 @@ class Server(ThreadingHTTPServer):
             options.max_tokens,
             options.max_context,
             log,
+            warn,
         )
         self._active = 0
         self._change = threading.Condition()
@@ -236,7 +244,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what ended a connection in one line."""
         error = sys.exception()
-        self.service.log(f"{client_address[0]} {type(error).__name__}: {error}")
+        self.service.warn(f"{client_address[0]} {type(error).__name__}: {error}")
 
 
 def _busy() -> bytes:
@@ -294,11 +302,12 @@ def serve(
     Raises:
         OutlierError: the address cannot be bound or needs a key, or the model cannot be loaded.
     """
-    server = Server(name, load, options, (lambda _: None) if quiet else log)
+    server = Server(name, load, options, (lambda _: None) if quiet else log, log)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
-        server.start()
+        with stderr().status(f"loading {name}"):
+            server.start()
         log(f"serving {name} at {server.url} (Ctrl-C ends it)")
         server.serve_forever()
     except KeyboardInterrupt:
