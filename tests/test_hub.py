@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -196,36 +197,44 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def server(folders: Path) -> Iterator[Hub]:
-    hub = Hub()
+@contextmanager
+def serving(hub: Hub) -> Iterator[None]:
+    """Answer for a hub. Each test has its own: downloads may go on for a while after an error."""
     handler = type("BoundHandler", (Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         http.daemon_threads = True
         hub.url = f"http://127.0.0.1:{http.server_port}"
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
-        yield hub
-        http.shutdown()
-        thread.join()
+        try:
+            yield
+        finally:
+            http.shutdown()
+            thread.join()
 
 
 @pytest.fixture
-def hub(
-    server: Hub, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Hub]:
+def hub(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The stand-in as this process's hub, with an empty cache and nobody logged in."""
-    server.repos, server.private, server.down = {}, set(), False
-    server.add("owner/overlay", folders / "overlay-1", folders / "overlay-2")
-    server.add("owner/base", folders / "base-1", folders / "base-2")
-    server.add("owner/tier", folders / "tier")
-    server.requests.clear()
+    hub = Hub()
+    hub.add("owner/overlay", folders / "overlay-1", folders / "overlay-2")
+    hub.add("owner/base", folders / "base-1", folders / "base-2")
+    hub.add("owner/tier", folders / "tier")
+    with serving(hub):
+        point_to(hub, tmp_path, monkeypatch)
+        huggingface_hub.close_session()
+        yield hub
+        huggingface_hub.close_session()
+
+
+def point_to(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what huggingface_hub read from the environment when it was imported."""
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
     for name, value in {
-        "ENDPOINT": server.url,
+        "ENDPOINT": hub.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": template,
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_TOKEN_PATH": str(tmp_path / "token"),
@@ -234,9 +243,6 @@ def hub(
     }.items():
         assert hasattr(constants, name)
         monkeypatch.setattr(constants, name, value)
-    huggingface_hub.close_session()
-    yield server
-    huggingface_hub.close_session()
 
 
 def run(*arguments: object, code: int = 0) -> Result:
