@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,12 @@ def test_a_neighbour_with_a_like_name_is_left_alone(tmp_path: Path) -> None:
 def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL leaves nothing, a whole tier, or a temporary folder that the next run clears."""
     chance = random.Random(0)
-    sizes = {"hidden": 256, "intermediate": 768, "expert_intermediate": 768, "layers": 8}
+    sizes: dict[str, Any] = {
+        "hidden": 256,
+        "intermediate": 768,
+        "expert_intermediate": 768,
+        "layers": 8,
+    }
     overlay = write_overlay(tmp_path / "overlay", moe_layers=tuple(range(8)), **sizes)
     before = _digest(overlay.path)
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,12 @@ from tests.goldens import assert_logits_close
 from tests.reference import Array, forward
 from tests.reference_reader import read_overlay
 
-DIMS = {"hidden": 64, "intermediate": 192, "expert_intermediate": 96, "moe_layers": (1, 2)}
+DIMS: dict[str, Any] = {
+    "hidden": 64,
+    "intermediate": 192,
+    "expert_intermediate": 96,
+    "moe_layers": (1, 2),
+}
 
 
 def stock_logits(tier: Path, tokens: list[int]) -> Array:
