@@ -307,6 +307,8 @@ class _Contender:
 
 
 def _mlx(kernel: Kernel, layers: list[Layer], dtype: mx.Dtype) -> _Contender:
+    if mx.default_device() == mx.cpu:
+        dtype = mx.float32  # as the runtime's plain path; MLX's CPU kernels would sum in halves
     copies = [[layer.transcoded(matrix, dtype) for matrix in kernel.reads] for layer in layers]
     mx.eval(copies)
 

@@ -248,6 +248,17 @@ def test_what_kernels_are_timed_on(tier: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(bench_cases.decode_layers(model, 1, mx.float32)) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_in_half_precision_the_plain_path_is_float32_on_the_cpu(dtype: str, tier: Path):
+    found = bench_kernels.bench_kernels(load(tier, dtype), rounds=1)
+    assert found.dtype == dtype and found.errors == []
+    assert [result.arms[0].nbytes for result in found.results] == [
+        2 * 2 * 80 * (64 // 4 + 2 * 4),  # two matrices of two experts; one group, in 4 bytes each
+        2 * 64 * (96 // 4 + 3 * 2 * 4),
+        2 * 80 * (64 // 4 + 2 * 4),
+    ]
+
+
 def test_launches_wait_for_one_another():
     indices = mx.array([[3, 1]], mx.uint32)
     for value in (0.0, 1.5, float("nan")):
