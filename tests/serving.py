@@ -85,7 +85,11 @@ def running(tier: Path, **options: Any) -> Iterator[Running]:
     log: list[str] = []
     load = partial(outlier_mlx.load, tier)
     server = Server(NAME, load, ServeOptions(**{"port": 0} | options), log.append, log.append)
-    server.start()
+    try:
+        server.start()
+    except BaseException:
+        server.stop()
+        raise
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
@@ -93,4 +97,14 @@ def running(tier: Path, **options: Any) -> Iterator[Running]:
     finally:
         server.shutdown()
         thread.join()
+        generating = server.generator._generation_thread.native_id
         assert server.stop()
+        _wait_until_gone(generating)
+
+
+def _wait_until_gone(thread: int | None) -> None:
+    """MLX aborts a process that ends while it frees what a thread compiled; see `serve.server`."""
+    if not Path("/proc/self/task").exists():
+        time.sleep(0.2)
+    while Path(f"/proc/self/task/{thread}").exists():
+        time.sleep(0.01)

@@ -324,6 +324,7 @@ def test_commands(tier: Path, tmp_path: Path):
         ("/save {folder}/no/such.json", "No such file or directory"),
         ("/load {folder}/none.json", "no such file"),
         ("/load {taken}", "not a saved conversation"),
+        ('"""two', "has no end"),
     ],
 )
 def test_commands_that_fail(tier: Path, tmp_path: Path, line: str, words: str):

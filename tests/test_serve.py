@@ -189,15 +189,20 @@ def test_tokens_are_limited(served: Running):
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_an_answer_sent_back_as_a_prompt(served: Running):
-    """Its tokens may all be in the prompt cache; one must be left to start from."""
+@pytest.mark.parametrize("seed", [None, 1])
+def test_an_answer_sent_back_as_a_prompt(served: Running, seed: int | None):
+    """All of its tokens may be in the prompt cache; one must be left to start from."""
     create: Any = served.client.completions.create
-    prompt = "abcdefgh"
-    for seed in (None, 1):
-        for _ in range(2):
-            answer = create(model=NAME, prompt=prompt, max_tokens=1, seed=seed)
-            assert answer.usage.completion_tokens == 1
-        prompt += "!"
+    # Of single printable characters, so that the text has the tokens that were written.
+    bias = {str(token): -100 for token in range(288) if not 5 <= token < 99}
+    prompt = f"begin {seed} "
+    for _ in range(3):
+        answer = create(model=NAME, prompt=prompt, max_tokens=3, logit_bias=bias, seed=seed)
+        again = create(model=NAME, prompt=prompt, max_tokens=3, logit_bias=bias, seed=seed)
+        assert len(answer.choices[0].text) == 3
+        assert again.choices[0].text == answer.choices[0].text
+        assert again.usage.prompt_tokens_details.cached_tokens > 0
+        prompt += answer.choices[0].text
 
 
 def test_many_at_once_get_what_each_would_get_alone(served: Running):

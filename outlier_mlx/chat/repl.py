@@ -117,7 +117,10 @@ class Chat:
             return line
         lines = [line.removeprefix(BLOCK)]
         while not lines[-1].rstrip().endswith(BLOCK):
-            lines.append(self._line(MORE))
+            try:
+                lines.append(self._line(MORE))
+            except EOFError:
+                raise OutlierError(f"the message that {BLOCK} opened has no end") from None
         lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
         return "\n".join(lines).strip("\n")
 
@@ -234,7 +237,8 @@ class Chat:
         self._note(f"{path}: {len(self.conversation.messages) // 2} messages and their replies")
 
     def _note(self, text: str) -> None:
-        self.err.print(f"[dim]{escape(text)}[/]", soft_wrap=True)
+        # Whoever reads a pipe wants lines whole.
+        self.err.print(f"[dim]{escape(text)}[/]", soft_wrap=not self.err.is_terminal)
 
 
 def _path(text: str) -> Path:

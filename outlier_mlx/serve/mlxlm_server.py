@@ -105,13 +105,16 @@ class OneModel(ModelProvider):
 
 
 class PromptCache(LRUPromptCache):
-    """Never finds the whole prompt: its last token is always left to start from.
+    """Never holds the whole prompt: one token at least is left to start from.
 
-    mlx-lm fails on a prompt that is cached to its end, such as an answer sent back as a prompt.
+    mlx-lm fails where all of it is cached, as when an answer comes back as a prompt to go on from.
     """
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """The cache of the longest known beginning, and the tokens after it."""
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is None or rest:
+            return cache, rest
         cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
         return cache, rest + tokens[-1:]
 
@@ -126,7 +129,8 @@ class Generator(ResponseGenerator):
     def __init__(self, provider: OneModel, cache_size: int, cache_bytes: int | None) -> None:
         self.provider = provider
         self.replies: set[Reply] = set()
-        self._new_cache = lambda: PromptCache(cache_size, cache_bytes or 1 << 63)
+        limit = 1 << 63 if cache_bytes is None else cache_bytes
+        self._new_cache = lambda: PromptCache(cache_size, limit)
         # How often generation failed: replies from before a failure get no more tokens.
         self._era = 0
         self._asking = threading.local()
@@ -208,6 +212,7 @@ class Reply:
         self._connection = connection
         self._context: GenerationContext | None = None
         self._closed = False
+        self._wants_entries = False
 
     def generate(
         self, request: Any, args: Any, progress_callback: Callable[[int, int], None]
@@ -219,6 +224,7 @@ class Reply:
             self._check_client()
             progress_callback(done, total)
 
+        self._wants_entries = args.logprobs or args.top_logprobs > 0
         self.generator.replies.add(self)
         self._context, responses = self.generator.generate(request, args, progress)
         if self._closed:
@@ -246,7 +252,7 @@ class Reply:
                 raise Refused(500, NOT_A_NUMBER)
             state, segments = TextStateMachine.split(state, response.text)
             text = segments[0][1]
-            if response.finish_reason != "stop":
+            if self._wants_entries and response.finish_reason != "stop":
                 self.entries.append(self._entry(response))
             if len(segments) > 1:
                 yield replace(response, text=text, finish_reason=None)
@@ -336,10 +342,8 @@ class Handler(CheckedHandler, APIHandler):
         for name in ("tokens", "token_logprobs", "top_tokens"):
             kwargs.pop(name, None)
         response = super().generate_response(*args, **kwargs)
-        if self._reply is None or not (self.logprobs or self.top_logprobs > 0):
-            return response
-        entries, self._reply.entries = self._reply.entries, []
-        if entries:
+        if self._reply is not None and self._reply.entries:
+            entries, self._reply.entries = self._reply.entries, []
             chat = self.object_type.startswith("chat.completion")
             logprobs = {"content": entries} if chat else _as_columns(entries)
             response["choices"][0]["logprobs"] = logprobs
