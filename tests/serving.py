@@ -49,6 +49,17 @@ class Running:
                 connection.shutdown(socket.SHUT_WR)
             return read_answer(connection)
 
+    def status(self, body: object, path: str) -> int:
+        """The status alone, of a stream as well."""
+        raw = json.dumps(body).encode()
+        with self.connect() as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
+            connection.sendall(head.encode() + raw)
+            answer = b""
+            while part := connection.recv(1 << 16):
+                answer += part
+        return int(answer.split()[1])
+
     def post(
         self, body: object, path: str = "/v1/chat/completions", **headers: str
     ) -> tuple[int, dict[str, str], Any]:

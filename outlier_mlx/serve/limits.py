@@ -127,6 +127,9 @@ class Limits:
                 body[name] = float(body[name])
         if isinstance(body.get("xtc_threshold"), float) and body["xtc_threshold"] > 0.5:
             raise Refused(400, "xtc_threshold must be at most 0.5")
+        penalty = body.get("repetition_penalty", 0.0)
+        if isinstance(penalty, int | float) and 0 < penalty < 0.01:
+            raise Refused(400, "repetition_penalty must be 0, which is none, or at least 0.01")
         if isinstance(body.get("seed"), int):
             body["seed"] %= 1 << 64
         bias = body.get("logit_bias", {})
