@@ -2,7 +2,7 @@
 
 `flat` is what overlays hold, `rows` what tiers hold; `two_bit` and `ggml` serve other tools. Scales
 are kept apart everywhere but in `ggml`. Packing validates on the way. Every function is safe to
-call from several threads and needs about a megabyte of scratch, whatever the tensor's size.
+call from several threads and needs one or two megabytes of scratch, whatever the tensor's size.
 """
 
 from outlier_mlx.ternary.arrays import check_trits

@@ -26,7 +26,7 @@ from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
 SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Of source. Small enough to stay in a core's cache from reading to packing, and for the allocator
 # to reuse: at 8 MB, fresh pages alone took a quarter of the time.
-SLAB_BYTES = 1 << 20
+SLAB_BYTES = 2 << 20
 # Slabs read ahead: enough that no thread waits while one slab is hashed and written.
 AHEAD = 8
 
