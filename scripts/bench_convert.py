@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -229,6 +230,8 @@ def main() -> None:
         overlay, out = args.child
         print(json.dumps(measure(overlay, out, args.tier)))
     else:
+        # Ended by a signal, it removes its gigabytes as well.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         run(args)
 
 
