@@ -12,6 +12,7 @@ from outlier_mlx.checkpoints.keys import AlphaKey, BaseKey, ExpertKey, RouterKey
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.checkpoints.single import matches
 from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.memory import dimensions, kv_bytes
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.hub import cached, hub_errors, resolve
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
@@ -155,6 +156,7 @@ def _added_up(name: str, raw: dict, sizes: Sizes, form: str | None) -> Info:
     routed = next((row.params for row in rows if row.kind == "experts"), 0)
     idle = routed * (experts - min(top_k, experts)) // experts if experts else 0
     kind_name = "tier" if tier else "overlay" if overlay else "model"
+    known = dimensions(raw)
     return Info(
         name=name,
         kind=kind_name,
@@ -162,7 +164,7 @@ def _added_up(name: str, raw: dict, sizes: Sizes, form: str | None) -> Info:
         params=total.params,
         active_params=total.params - idle,
         nbytes=total.nbytes,
-        kv_bytes_per_token=_kv_bytes(raw),
+        kv_bytes_per_token=kv_bytes(known, 1) if known else 0,
         rows=rows,
         details=_details(raw, experts, top_k),
     )
@@ -225,14 +227,6 @@ def _params(key: str, dtype: str, shape: tuple[int, ...], raw: dict, tensors: Te
     quantization = raw.get("quantization") or {}
     bits = int((quantization.get(module) or quantization).get("bits", 4))
     return prod(shape) * 32 // bits
-
-
-def _kv_bytes(raw: dict) -> int:
-    try:
-        config = parse_config({**raw, "model_type": "qwen2"}, Defaults())
-    except CheckpointError:
-        return 0
-    return 2 * 2 * config.layers * config.kv_heads * config.head_dim
 
 
 def _details(raw: dict, experts: int, top_k: int) -> dict[str, str]:

@@ -77,7 +77,7 @@ def check_fits(
     available = available or budget()
     if available.whose == "this machine":
         weights = int(weights * CPU_FACTOR)
-    config = _dimensions(folder)
+    config = dimensions(read_json(inside(folder, "config.json")))
     cache = kv_bytes(config, tokens, kv_bits) if config else 0
     if weights + cache <= available.nbytes:
         return
@@ -95,9 +95,8 @@ def check_fits(
     )
 
 
-def _dimensions(folder: Path) -> ModelConfig | None:
-    """Dimensions of a Qwen2-like model; None for other architectures, whose cache is not known."""
-    raw = read_json(inside(folder, "config.json"))
+def dimensions(raw: dict) -> ModelConfig | None:
+    """Dimensions by a Qwen2-like `config.json`; None for others, whose cache is not known."""
     try:
         if "ternary" in raw:
             return tier_config(raw)

@@ -1,21 +1,20 @@
 """The demo: converts the embedded pair, measures base and tiers on held-out text, and writes."""
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model as mlx_lm_load_model
 from rich.table import Table
 
 import outlier_mlx
-from outlier_mlx.evaluate import Loss, document_loss
+from outlier_mlx.compare import compare
 from outlier_mlx.generate import Options, stream
-from outlier_mlx.loading import load
+from outlier_mlx.loading import load, load_model
 from outlier_mlx.terminal import plain_table, print_statistics, size, stdout
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import RECIPES
@@ -36,18 +35,20 @@ def heldout(most: int | None = None) -> dict[str, list[str]]:
 
 def load_base() -> nn.Module:
     """The embedded base alone, by mlx-lm's own Qwen2, in float32."""
-    model, _ = mlx_lm_load_model(FOLDER / "base", lazy=True, trust_remote_code=False)
-    model.set_dtype(mx.float32)
-    return model
+    return load_model(FOLDER / "base", dtype="float32")[0]
 
 
-def losses(
+def perplexities(
     model: nn.Module, tokenizer: TokenizerWrapper, texts: dict[str, list[str]]
-) -> dict[str, Loss]:
-    """Loss of a model on each domain, and on all new domains together."""
-    found = {name: document_loss(model, tokenizer, docs) for name, docs in texts.items()}
-    new = [loss for name, loss in found.items() if name != OLD_DOMAIN]
-    return found | {"all new": sum(new, Loss(0.0, 0))}
+) -> dict[str, float]:
+    """Perplexity of a model on each domain, a document at a time, and on all new domains."""
+    found = {
+        name: compare(model, [tokenizer.encode(document) for document in documents])
+        for name, documents in texts.items()
+    }
+    new = [domain for name, domain in found.items() if name != OLD_DOMAIN]
+    loss = sum(domain.loss * domain.tokens for domain in new) / sum(d.tokens for d in new)
+    return {name: domain.perplexity for name, domain in found.items()} | {"all new": math.exp(loss)}
 
 
 def run(
@@ -127,7 +128,7 @@ def _measure(
     texts: dict[str, list[str]],
 ) -> Table:
     """Sizes and held-out perplexities, a column a model."""
-    found = {name: losses(model, tokenizer, texts) for name, model in models.items()}
+    found = {name: perplexities(model, tokenizer, texts) for name, model in models.items()}
     table = plain_table("Perplexity on held-out text (lower is better)")
     table.add_column("")
     for name in models:
@@ -139,5 +140,5 @@ def _measure(
         label = "all new domains" if domain == "all new" else f"{domain} ({known})"
         if domain == "all new":
             table.add_section()
-        table.add_row(label, *(f"{found[name][domain].perplexity:.2f}" for name in models))
+        table.add_row(label, *(f"{found[name][domain]:.2f}" for name in models))
     return table

@@ -1,7 +1,7 @@
 """What the terminal shows: bars and tables. Results go to stdout, the rest to stderr."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 from rich import box
@@ -24,6 +24,9 @@ from outlier_mlx.errors import one_line
 # Columns of a terminal from which bytes and speed fit beside the bar.
 WIDE = 70
 
+#: Told what is done, and what there is in all.
+Advance = Callable[[int, int], None]
+
 
 def stderr() -> Console:
     """A console for people; colours and bars only on a terminal."""
@@ -42,35 +45,26 @@ def print_heading(console: Console, name: str, rest: str) -> None:
     console.print(text, soft_wrap=True)
 
 
-@contextmanager
-def progress_bar(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Advance]:
     """A bar with bytes, speed and time left; yields a function of (bytes done, bytes in all)."""
+    return _bar(title, [DownloadColumn(), TransferSpeedColumn()], quiet=quiet)
+
+
+def counting_bar(title: str, unit: str, *, quiet: bool) -> AbstractContextManager[Advance]:
+    """A bar that counts; yields a function of (done, in all)."""
+    return _bar(title, [TextColumn("{task.completed:.0f} " + unit)], quiet=quiet)
+
+
+@contextmanager
+def _bar(title: str, figures: list[ProgressColumn], *, quiet: bool) -> Iterator[Advance]:
+    """A bar on a terminal; `figures` are left out where it is narrow."""
     console = stderr()
     columns: list[ProgressColumn] = [TextColumn(title), BarColumn(), TaskProgressColumn()]
     if console.width >= WIDE:
-        columns += [DownloadColumn(), TransferSpeedColumn()]
+        columns += figures
     columns.append(TimeRemainingColumn())
     bar = Progress(
         *columns,
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def counting_bar(title: str, unit: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar that counts; yields a function of (done, in all)."""
-    console = stderr()
-    bar = Progress(
-        TextColumn(title),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.completed:.0f} " + unit),
-        TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=quiet or not console.is_terminal,

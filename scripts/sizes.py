@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from outlier_mlx.checkpoints.base import WholeModel
-from outlier_mlx.checkpoints.config import Defaults, ModelConfig, parse_config
+from outlier_mlx.checkpoints.config import Defaults, parse_config
 from outlier_mlx.checkpoints.overlay import Expert, ExpertMatrix, Overlay, base_shapes
+from outlier_mlx.memory import GPU_SHARE, kv_bytes
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.tiers.plan import Plan, make_plan
 from outlier_mlx.tiers.presets import Recipe
@@ -30,7 +31,6 @@ CONTEXTS = (8192, 32768)
 # Bits per weight of the experts in other formats: codes and what scales them.
 GGUF_TQ1_0 = 54 * 8 / 256
 AFFINE_4BIT = 4.5
-GPU_SHARE = 0.75
 
 
 def made_up(name: str, shape: tuple[int, ...], dtype: str = "BF16") -> TensorRef:
@@ -68,11 +68,6 @@ def model_of(shape: tuple) -> WholeModel:
     )
     base = {name: made_up(name, size) for name, size in base_shapes(config).items()}
     return WholeModel(config, base, {}, overlay)
-
-
-def kv_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the KV cache in 16 bits."""
-    return 2 * 2 * config.layers * config.kv_heads * config.head_dim * tokens
 
 
 def of_kind(plan: Plan, kind: str) -> SummaryRow:

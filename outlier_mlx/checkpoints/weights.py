@@ -17,8 +17,8 @@ _SLAB = 1 << 20
 
 
 @dataclass(frozen=True)
-class WideTrits:
-    """Trits in a dtype other than int8: a float or a wider integer."""
+class StoredWeights:
+    """Trits that are read out of a tensor of another dtype."""
 
     tensor: TensorRef
 
@@ -36,6 +36,11 @@ class WideTrits:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return self.tensor.nbytes
+
+
+@dataclass(frozen=True)
+class WideTrits(StoredWeights):
+    """Trits in a dtype other than int8: a float or a wider integer."""
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
@@ -55,25 +60,8 @@ class WideTrits:
 
 
 @dataclass(frozen=True)
-class UnscaledTrits:
+class UnscaledTrits(StoredWeights):
     """The signs of float weights that hold one magnitude, and zeros, in each row."""
-
-    tensor: TensorRef
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.tensor.shape
-
-    @property
-    def where(self) -> str:
-        """File and key."""
-        return self.tensor.where
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.tensor.nbytes
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
