@@ -1,0 +1,197 @@
+"""A local stand-in for the Hugging Face hub: it lists and serves folders of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+
+@dataclass
+class Repo:
+    """A repository: folders by commit, and commits by branch or tag."""
+
+    commits: dict[str, Path]
+    refs: dict[str, str]
+    refusal: tuple[int, str] | None = None  # status and error code for everything but the listing
+
+
+@dataclass
+class Request:
+    """What was asked for, and how many bytes of content went out."""
+
+    method: str
+    path: str
+    sent: int
+    token: str | None
+    part: str | None
+
+
+@dataclass
+class Hub:
+    """A stand-in for the hub; `url` is its address."""
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    url: str = ""
+    private: set[str] = field(default_factory=set)
+    down: bool = False
+
+    def add(self, name: str, *folders: Path) -> list[str]:
+        """A repository whose commits are these folders: the last is `main`, all are v1, v2 ..."""
+        commits = {
+            hashlib.sha1(f"{name} {n}".encode()).hexdigest(): f for n, f in enumerate(folders)
+        }
+        refs = {f"v{n + 1}": commit for n, commit in enumerate(commits)}
+        self.repos[name] = Repo(commits, refs | {"main": list(commits)[-1]})
+        return list(commits)
+
+    def asked(self, name: str) -> list[Request]:
+        """Requests for files of a repository."""
+        return [r for r in self.requests if r.path.startswith(f"/{name}/resolve/")]
+
+    def files_asked(self, name: str) -> set[str]:
+        return {request.path.split("/", 5)[5] for request in self.asked(name)}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The endpoints that huggingface_hub uses to list and to fetch."""
+
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if self.hub.down:
+            self.reply(503, b"down for maintenance")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+            self.describe(match[1], match[2], match[3] or "main")
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.serve(*match.groups())
+        else:
+            self.refuse(404, "")
+
+    def commit(self, name: str, revision: str) -> str | None:
+        """The commit, or None once a refusal was sent."""
+        repo = self.hub.repos.get(name)
+        if name in self.hub.private and not self.headers.get("Authorization"):
+            self.refuse(401, "RepoNotFound")
+        elif repo is None:
+            self.refuse(404, "RepoNotFound")
+        elif (commit := repo.refs.get(revision, revision)) not in repo.commits:
+            self.refuse(404, "RevisionNotFound")
+        else:
+            return commit
+        return None
+
+    def describe(self, name: str, what: str | None, revision: str) -> None:
+        commit = self.commit(name, revision)
+        if commit is None:
+            return
+        folder = self.hub.repos[name].commits[commit]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = {path: path.relative_to(folder).as_posix() for path in files}
+        body: Any = [
+            {"type": "file", "path": names[p], "size": p.stat().st_size, "oid": etag(p)}
+            for p in files
+        ]
+        if what != "tree":
+            siblings = [{"rfilename": file} for file in names.values()]
+            body = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []}
+        self.reply(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def serve(self, name: str, revision: str, file: str) -> None:
+        commit = self.commit(name, revision)
+        if commit is None:
+            return
+        repo = self.hub.repos[name]
+        if repo.refusal is not None:
+            self.refuse(*repo.refusal)
+            return
+        path = repo.commits[commit] / file
+        if not path.is_file():
+            self.refuse(404, "EntryNotFound")
+            return
+        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        content = path.read_bytes()
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if part is None:
+            self.reply(200, content, headers)
+            return
+        start = int(part[1])
+        stop = min(len(content), int(part[2]) + 1 if part[2] else len(content))
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        self.reply(206, content[start:stop], headers)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.reply(status, b"", {"X-Error-Code": code} if code else {})
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        sent = 0 if self.command == "HEAD" else len(body)
+        token, part = self.headers.get("Authorization"), self.headers.get("Range")
+        self.hub.requests.append(Request(self.command, unquote(self.path), sent, token, part))
+        if sent:
+            self.wfile.write(body)
+
+
+def etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[None]:
+    """Answer for a hub. Each test has its own: downloads may go on for a while after an error."""
+    handler = type("BoundHandler", (Handler,), {"hub": hub})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        http.daemon_threads = True
+        hub.url = f"http://127.0.0.1:{http.server_port}"
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+def point_to(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what huggingface_hub read from the environment when it was imported."""
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        assert hasattr(constants, name)
+        monkeypatch.setattr(constants, name, value)
