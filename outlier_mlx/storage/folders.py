@@ -10,6 +10,9 @@ from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
 
+#: Of what this project writes: tiers, and other models. `--force` replaces nothing else.
+MANIFESTS = ("tier.json", "checksums.json")
+
 
 @contextmanager
 def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
@@ -121,7 +124,7 @@ def check_free(target: Path, *, force: bool) -> None:
         return
     if not force:
         raise OutputExistsError(f"{target}: exists; --force replaces it")
-    if any(target.iterdir()) and not (target / "tier.json").exists():
+    if any(target.iterdir()) and not any((target / name).exists() for name in MANIFESTS):
         raise OutputExistsError(f"{target}: exists and is not a tier; --force replaces only tiers")
 
 

@@ -1,15 +1,8 @@
 """Converting: an overlay and its base, streamed tensor by tensor into a tier."""
 
-import hashlib
-import json
-import os
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import mlx.core as mx
 
 import outlier_mlx
 from outlier_mlx.checkpoints import open_overlay
@@ -17,7 +10,15 @@ from outlier_mlx.checkpoints.base import join, open_base
 from outlier_mlx.errors import CheckpointWarning, OutlierError
 from outlier_mlx.storage.folders import check_free, check_space, whole_folder
 from outlier_mlx.storage.hub import Source, resolve
-from outlier_mlx.storage.writer import ShardedWriter, WrittenFile
+from outlier_mlx.storage.parts import (
+    Progress,
+    described,
+    listing,
+    write_json,
+    write_parts,
+    write_text,
+)
+from outlier_mlx.storage.writer import WrittenFile
 from outlier_mlx.tiers.assets import copy_assets
 from outlier_mlx.tiers.bundle import bundle
 from outlier_mlx.tiers.card import model_card
@@ -25,9 +26,6 @@ from outlier_mlx.tiers.plan import FORMAT_VERSION, Plan, make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import Recipe
 from outlier_mlx.tiers.summary import SummaryRow
-
-#: Called with bytes of source read so far, and in all.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -94,19 +92,19 @@ def convert_tier(
     folders = [source.folder] + ([base_source.folder] if base_source else [])
     try:
         with whole_folder(target, force=force) as folder:
-            files = _write_tensors(plan, folder, progress)
+            files = write_parts(plan.parts, folder, progress)
             assets = copy_assets(folders, folder)
             tokenizer = "tokenizer_config.json" in assets or "tokenizer.json" in assets
-            files += [_write(folder, "config.json", _json(plan.config))]
+            files += [write_json(folder, "config.json", plan.config)]
             if "model_file" in plan.config:
-                files += [_write(folder, "outlier_moe.py", bundle())]
+                files += [write_text(folder, "outlier_moe.py", bundle())]
             licences = ("LICENSE", "NOTICE")
-            files += [_described(folder, n) for n in assets if not n.startswith(licences)]
+            files += [described(folder, n) for n in assets if not n.startswith(licences)]
             (folder / "README.md").write_text(
                 model_card(target.name, plan, source, base_source), encoding="utf-8"
             )
             manifest = _manifest(plan, opened.form, source, base_source, files)
-            _write(folder, "tier.json", _json(manifest))
+            write_json(folder, "tier.json", manifest)
     except OSError as error:
         raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error
     if not tokenizer:
@@ -120,43 +118,6 @@ def convert_tier(
 
 def _default_out(source: Source, plan: Plan) -> Path:
     return Path(f"{source.name.rsplit('/', 1)[-1]}-{plan.recipe.name}")
-
-
-def _write_tensors(plan: Plan, folder: Path, progress: Progress | None) -> list[WrittenFile]:
-    specs = [spec for part in plan.parts for spec in part.specs()]
-    total, done = plan.source_bytes, 0
-    with (
-        ShardedWriter(folder, specs) as writer,
-        # Left early (an error, Ctrl-C), the pool drops what it has not begun.
-        _pool() as pool,
-        _small_cache(),
-    ):
-        for part in plan.parts:
-            for name, chunk, used in part.chunks(pool):
-                writer.write(name, chunk)
-                done += used
-                if progress is not None and used:
-                    progress(done, total)
-        return writer.finish()
-
-
-class _pool:
-    def __enter__(self) -> ThreadPoolExecutor:
-        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
-        return self._pool
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _small_cache:
-    """MLX keeps freed buffers for reuse; while slabs of all sizes pass, that is only memory."""
-
-    def __enter__(self) -> None:
-        self._limit = mx.set_cache_limit(0)
-
-    def __exit__(self, *_: object) -> None:
-        mx.set_cache_limit(self._limit)
 
 
 def _manifest(
@@ -177,22 +138,5 @@ def _manifest(
             "portable": recipe.portable,
             "mixed": recipe.mixed,
         },
-        "files": {
-            file.name: {"sha256": file.sha256, "bytes": file.nbytes}
-            for file in sorted(files, key=lambda file: file.name)
-        },
+        "files": listing(files),
     }
-
-
-def _json(value: dict) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write(folder: Path, name: str, text: str) -> WrittenFile:
-    (folder / name).write_text(text, encoding="utf-8")
-    return _described(folder, name)
-
-
-def _described(folder: Path, name: str) -> WrittenFile:
-    data = (folder / name).read_bytes()
-    return WrittenFile(name, hashlib.sha256(data).hexdigest(), len(data))

@@ -4,7 +4,6 @@ Every part knows its output shapes before it reads anything, and yields the byte
 in order. None holds more than a few slabs.
 """
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 from outlier_mlx.checkpoints.overlay import ExpertMatrix, FloatTensor
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
+from outlier_mlx.storage.parts import Chunk, Part
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
 from outlier_mlx.storage.writer import TensorSpec
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
@@ -31,45 +31,6 @@ SLAB_BYTES = 2 << 20
 AHEAD = 8
 
 T = TypeVar("T")
-
-#: Name of the tensor, its next bytes, and how many bytes of source they used up.
-Chunk = tuple[str, memoryview, int]
-
-
-@dataclass(frozen=True)
-class Part(ABC):
-    """Something that a tier stores.
-
-    Attributes:
-        path: the module it belongs to, as in "model.layers.0.self_attn.q_proj".
-        kind: the line of the summary that counts it.
-    """
-
-    path: str
-    kind: str
-
-    @property
-    @abstractmethod
-    def params(self) -> int:
-        """Parameters of the model in this part."""
-
-    @property
-    @abstractmethod
-    def source_bytes(self) -> int:
-        """Bytes that will be read to make it."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in the tier."""
-        return sum(spec.nbytes for spec in self.specs())
-
-    @abstractmethod
-    def specs(self) -> list[TensorSpec]:
-        """The tensors it writes, in order."""
-
-    @abstractmethod
-    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """The bytes of those tensors, in order."""
 
 
 @dataclass(frozen=True)
