@@ -13,8 +13,8 @@ import pytest
 
 import outlier_mlx
 from outlier_mlx.errors import CheckpointWarning
+from outlier_mlx.storage import parts as parts_module
 from outlier_mlx.storage.writer import ShardedWriter
-from outlier_mlx.tiers import convert as convert_module
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import Recipe
 from tests import builders, damage
@@ -181,7 +181,7 @@ def test_many_shards_hold_what_one_does(tmp_path: Path, monkeypatch: pytest.Monk
     whole = tier_of(built.path, None, tmp_path / "whole", tier="q4")
     limit = 30_000
     small = partial(ShardedWriter, max_shard_bytes=limit)
-    monkeypatch.setattr(convert_module, "ShardedWriter", small)
+    monkeypatch.setattr(parts_module, "ShardedWriter", small)
     tier = tier_of(built.path, None, tmp_path / "tier", tier="q4")
     shards = sorted(tier.glob("*.safetensors"))
     assert len(shards) > 4
