@@ -16,6 +16,7 @@ from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 from outlier_mlx.checkpoints.config import tier_config
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.plain_config import normalised
 from outlier_mlx.runtime.model import Model, ModelArgs
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.hub import resolve
@@ -58,7 +59,9 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
                 get_model_classes=lambda config: (Model, ModelArgs),
                 trust_remote_code=False,
             )
-        model, config = mlx_lm_load_model(folder, lazy=True, trust_remote_code=False)
+        model, config = mlx_lm_load_model(
+            folder, lazy=True, model_config=config, trust_remote_code=False
+        )
         wanted = getattr(mx, dtype) if dtype is not None else None
         if wanted is None and mx.default_device() == mx.cpu:
             wanted = mx.float32
@@ -96,7 +99,7 @@ def check_model(folder: Path) -> dict:
     """Read the config of a tier or of a plain MLX model, and its shards' headers.
 
     Returns:
-        The config.
+        The config; a plain model's as `normalised` spells it.
 
     Raises:
         CheckpointError: there is no model, it is an overlay, its config is not sound, or its files
@@ -111,6 +114,8 @@ def check_model(folder: Path) -> dict:
         raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
     elif "model_file" in config:
         raise CheckpointError(f"{folder}: runs only by code of its own, which is never run here")
+    else:
+        config = normalised(config, f"{folder.name}/config.json")
     read_shards(folder)
     return config
 
