@@ -28,6 +28,7 @@ from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
 from outlier_mlx.storage import folders
 from outlier_mlx.storage.writer import ShardedWriter, TensorSpec
+from outlier_mlx.storage import parts as storage_parts
 from outlier_mlx.tiers import parts
 from tests.builders import write_overlay
 from tests.damage import find_tensor, replace_tensor, truncate
@@ -247,7 +248,7 @@ def test_the_pool_drops_what_it_has_not_begun(place: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(parts, "pack_rows", slow)
     monkeypatch.setattr(parts, "SLAB_BYTES", 64)
-    monkeypatch.setattr(parts, "AHEAD", 1000)
+    monkeypatch.setattr(storage_parts, "AHEAD", 1000)
     stopped = 0.0
 
     def stop(done: int, total: int) -> None:

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -18,6 +20,11 @@ Progress = Callable[[int, int], None]
 
 #: Name of the tensor, its next bytes, and how many bytes of source they used up.
 Chunk = tuple[str, memoryview, int]
+
+# Slabs read ahead: enough that no thread waits while one slab is hashed and written.
+AHEAD = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,17 @@ def write_parts(
                 if progress is not None and used:
                     progress(done, total)
         return writer.finish()
+
+
+def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The calls' results in order; the pool works ahead of whoever takes them."""
+    waiting: deque[Future[T]] = deque()
+    for call in calls:
+        waiting.append(pool.submit(call))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def write_text(folder: Path, name: str, text: str) -> WrittenFile:

@@ -4,13 +4,11 @@ Every part knows its output shapes before it reads anything, and yields the byte
 in order. None holds more than a few slabs.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +16,7 @@ import numpy as np
 from outlier_mlx.checkpoints.overlay import ExpertMatrix, FloatTensor
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
-from outlier_mlx.storage.parts import Chunk, Part
+from outlier_mlx.storage.parts import Chunk, Part, ahead
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
 from outlier_mlx.storage.writer import TensorSpec
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
@@ -27,10 +25,6 @@ SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Of source. Small enough to stay in a core's cache from reading to packing, and for the allocator
 # to reuse: at 8 MB, fresh pages alone took a quarter of the time.
 SLAB_BYTES = 2 << 20
-# Slabs read ahead: enough that no thread waits while one slab is hashed and written.
-AHEAD = 8
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -248,7 +242,7 @@ def _float_slabs(
         return slab, row_size * (stop - start)
 
     row_size = _stored_bytes(tensor) // max(1, tensor.shape[0])
-    yield from _ahead(pool, (partial(read, *r) for r in _ranges(tensor.shape[0], row_size)))
+    yield from ahead(pool, (partial(read, *r) for r in _ranges(tensor.shape[0], row_size)))
 
 
 def _stored_bytes(tensor: FloatTensor) -> int:
@@ -259,7 +253,7 @@ def _packed_slabs(
     matrices: tuple[ExpertMatrix, ...], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Packed rows (rows, row_bytes) in order, and how many trits they hold."""
-    yield from _ahead(
+    yield from ahead(
         pool,
         (
             partial(_pack_slab, matrix, start, stop)
@@ -282,14 +276,3 @@ def _pack_slab(matrix: ExpertMatrix, start: int, stop: int) -> tuple[np.ndarray,
             f"{matrix.trits.where}: {trits[row, column]} at row {start + row}, column {column}:"
             " trits are -1, 0 or 1"
         ) from None
-
-
-def _ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The calls' results in order; the pool works ahead of whoever takes them."""
-    waiting: deque[Future[T]] = deque()
-    for call in calls:
-        waiting.append(pool.submit(call))
-        if len(waiting) > AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
