@@ -1,0 +1,50 @@
+"""What a source becomes, whatever its format: the seam between importers and writing."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from outlier_mlx.storage.parts import Part
+
+
+def _no_notes() -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that can be written as an MLX folder.
+
+    Attributes:
+        form: the format it came in, as "AutoAWQ int4".
+        parts: its tensors, in the order in which they are written.
+        config: its config.json.
+        assets: writes tokenizer and the like into a folder, and returns the names of the files.
+        notes: sentences on what is not exact or not honoured; asked once the parts are written.
+        details: how it was made, for the manifest.
+    """
+
+    form: str
+    parts: list[Part]
+    config: dict
+    assets: Callable[[Path], list[str]]
+    notes: Callable[[], list[str]] = _no_notes
+    details: dict = field(default_factory=dict)
+
+
+def quantization(stored: Mapping[str, tuple[int, int]]) -> dict:
+    """The `quantization` of a config.json: the most common form, and the modules that differ.
+
+    Args:
+        stored: (bits, group size) by the path of each quantized module.
+    """
+    if not stored:
+        return {}
+    (bits, group), _ = Counter(stored.values()).most_common(1)[0]
+    others = {
+        path: {"group_size": g, "bits": b, "mode": "affine"}
+        for path, (b, g) in stored.items()
+        if (b, g) != (bits, group)
+    }
+    return {"group_size": group, "bits": bits, "mode": "affine"} | others
