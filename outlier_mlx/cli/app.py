@@ -12,7 +12,7 @@ from outlier_mlx.errors import OutlierError, one_line
 
 # The order in which people meet them.
 ORDER = (
-    *("convert", "generate", "chat", "serve", "info", "tiers", "verify", "demo", "bench"),
+    *("convert", "import", "generate", "chat", "serve", "info", "tiers", "verify", "demo", "bench"),
     *("perplexity", "routing", "tune-alpha", "eval", "compare", "export", "push"),
 )
 
