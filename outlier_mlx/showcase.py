@@ -15,7 +15,8 @@ import outlier_mlx
 from outlier_mlx.compare import compare
 from outlier_mlx.generate import Options, stream
 from outlier_mlx.loading import load, load_model
-from outlier_mlx.terminal import plain_table, print_statistics, size, stdout
+from outlier_mlx.tables import print_statistics
+from outlier_mlx.terminal import plain_table, size, stdout
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import RECIPES
 

@@ -1,8 +1,11 @@
-"""What the terminal shows: bars and tables. Results go to stdout, the rest to stderr."""
+"""What the terminal shows: consoles, bars and figures. Results go to stdout, the rest to stderr."""
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain, islice
+from threading import Event, Timer
+from typing import Literal, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -23,19 +26,29 @@ from outlier_mlx.errors import one_line
 
 # Columns of a terminal from which bytes and speed fit beside the bar.
 WIDE = 70
+# Seconds before it is said that something takes its time.
+MOMENT = 0.5
 
-#: Told what is done, and what there is in all.
-Advance = Callable[[int, int], None]
+T = TypeVar("T")
+#: Told what is done, and what there is in all; None: not known yet.
+Advance = Callable[[int, int | None], None]
 
 
 def stderr() -> Console:
     """A console for people; colours and bars only on a terminal."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return Console(
+        stderr=True, highlight=False, markup=False, emoji=False, color_system=color_system()
+    )
 
 
 def stdout() -> Console:
     """A console for results."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return Console(highlight=False, markup=False, emoji=False, color_system=color_system())
+
+
+def color_system() -> Literal["auto"] | None:
+    """Rich's name of the colours to use: with `NO_COLOR`, neither colour nor bold nor dim."""
+    return None if os.environ.get("NO_COLOR") else "auto"
 
 
 def print_heading(console: Console, name: str, rest: str) -> None:
@@ -46,32 +59,140 @@ def print_heading(console: Console, name: str, rest: str) -> None:
 
 
 def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Advance]:
-    """A bar with bytes, speed and time left; yields a function of (bytes done, bytes in all)."""
+    """A bar with bytes, speed and time left; yields a function of (bytes done, bytes in all).
+
+    It appears with the first bytes: until then the hub may have bars of its own.
+    """
     return _bar(title, [DownloadColumn(), TransferSpeedColumn()], quiet=quiet)
 
 
-def counting_bar(title: str, unit: str, *, quiet: bool) -> AbstractContextManager[Advance]:
-    """A bar that counts; yields a function of (done, in all)."""
-    return _bar(title, [TextColumn("{task.completed:.0f} " + unit)], quiet=quiet)
+@contextmanager
+def counting_bar(title: str, unit: str, *, quiet: bool) -> Iterator[Advance]:
+    """A bar that counts, there from the start; yields a function of (done, in all)."""
+    column = TextColumn("{task.completed:.0f} " + unit)
+    with _bar(title, [column], quiet=quiet) as advance:
+        advance(0, None)
+        yield advance
 
 
 @contextmanager
 def _bar(title: str, figures: list[ProgressColumn], *, quiet: bool) -> Iterator[Advance]:
     """A bar on a terminal; `figures` are left out where it is narrow."""
     console = stderr()
+    if quiet or not console.is_terminal:
+        yield lambda done, total: None
+        return
+    if _is_plain(console):
+        with _plain_line(console) as show:
+            yield lambda done, total: show(f"{title} {done / total:.0%}" if total else title)
+        return
     columns: list[ProgressColumn] = [TextColumn(title), BarColumn(), TaskProgressColumn()]
     if console.width >= WIDE:
         columns += figures
     columns.append(TimeRemainingColumn())
-    bar = Progress(
-        *columns,
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(title, total=None)
+
+    def advance(done: int, total: int | None) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
+@contextmanager
+def working(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A sign of life on a terminal, for what takes longer than a moment.
+
+    Yields a function that changes its text. Nothing of it is left in the end.
+    """
+    console = stderr()
+    if quiet or not console.is_terminal:
+        yield lambda text: None
+        return
+    current, begun = title, Event()
+    with ExitStack() as shown:
+        draw = shown.enter_context(
+            _plain_line(console) if _is_plain(console) else _spinner(console)
+        )
+
+        def begin() -> None:
+            begun.set()
+            draw(current)
+
+        def show(text: str) -> None:
+            nonlocal current
+            current = text
+            if begun.is_set():
+                draw(text)
+
+        timer = Timer(MOMENT, begin)
+        timer.daemon = True
+        # What is being drawn must be there before it is taken away.
+        shown.callback(timer.join)
+        shown.callback(timer.cancel)
+        timer.start()
+        yield show
+
+
+def after_reading(start: Callable[[Advance], Iterator[T]], *, quiet: bool = False) -> Iterator[T]:
+    """Generate; until the first response comes, a terminal shows how much of the prompt is read.
+
+    Args:
+        start: begins to generate, given what is to be told tokens read and tokens to read.
+        quiet: show nothing.
+    """
+    with working("reading", quiet=quiet) as show:
+        responses = start(lambda done, total: show(f"reading: {done} of {total} tokens"))
+        first = list(islice(responses, 1))
+    return chain(first, responses)
+
+
+@contextmanager
+def _spinner(console: Console) -> Iterator[Callable[[str], None]]:
+    """A turning sign and a line of text beside it."""
+    status = console.status("")
+
+    def show(text: str) -> None:
+        line = Text(one_line(text))
+        line.truncate(console.width - 3, overflow="ellipsis")
+        status.update(line)
+        status.start()
+
+    try:
+        yield show
+    finally:
+        status.stop()
+
+
+def _is_plain(console: Console) -> bool:
+    """Whether a terminal is to get no escape sequences."""
+    return console.is_dumb_terminal or console.no_color
+
+
+@contextmanager
+def _plain_line(console: Console) -> Iterator[Callable[[str], None]]:
+    """A line that is written over, and is blank in the end, without escape sequences."""
+    shown = ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        text = one_line(text)[: console.width - 1]
+        if text != shown:
+            console.file.write("\r" + text.ljust(len(shown)))
+            console.file.flush()
+            shown = text
+
+    try:
+        yield show
+    finally:
+        if shown:
+            show("")
+            console.file.write("\r")
+            console.file.flush()
 
 
 def size(nbytes: int) -> str:
@@ -122,92 +243,3 @@ def parts_table(rows: list, title: str | None = None) -> Table:
 
 def _cells(row) -> tuple[str, str, str, str]:  # type: ignore[no-untyped-def]
     return row.kind, count(row.params), size(row.nbytes), f"{row.bits_per_weight:.2f}"
-
-
-def print_report(report) -> None:  # type: ignore[no-untyped-def]
-    """What a conversion wrote (a `tiers.convert.Report`)."""
-    console = stderr()
-    recipe = report.recipe
-    console.print(
-        parts_table(report.rows, one_line(f"{report.path.name}: {recipe.name}, {recipe.dtype}"))
-    )
-    if report.unquantized:
-        shown = ", ".join(report.unquantized[:4])
-        more = len(report.unquantized) - 4
-        console.print(
-            f"unquantized, since no group size divides their width: {shown}"
-            + (f" and {more} more" if more > 0 else ""),
-            soft_wrap=True,
-        )
-    console.print(
-        one_line(f"wrote {report.path} from an overlay of form {report.form}"), soft_wrap=True
-    )
-
-
-def print_statistics(response) -> None:  # type: ignore[no-untyped-def]
-    """Speed and memory of a finished generation (an mlx-lm `GenerationResponse`)."""
-    stderr().print(
-        f"prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
-        f"generation: {response.generation_tokens} tokens,"
-        f" {response.generation_tps:.1f} tokens/s\n"
-        f"peak memory: {response.peak_memory:.3f} GB"
-    )
-
-
-def print_info(info) -> None:  # type: ignore[no-untyped-def]
-    """What a model is (an `info.Info`)."""
-    console = stdout()
-    print_heading(console, info.name, f": {info.kind} ({info.form})")
-    for name, value in info.details.items():
-        console.print(one_line(f"{name}: {value}"), soft_wrap=True)
-    console.print(
-        f"parameters: {count(info.params)}, of which a token uses {count(info.active_params)}",
-        soft_wrap=True,
-    )
-    cache = size(info.kv_bytes_per_token * 4096)
-    more = f", and {cache} of KV cache for 4096 tokens in 16 bits"
-    console.print(
-        f"memory: {size(info.nbytes)} of weights" + (more if info.kv_bytes_per_token else ""),
-        soft_wrap=True,
-    )
-    console.print(parts_table(info.rows))
-
-
-def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
-    """What recipes take (a list of `tiers.choose.Choice`), held against a `memory.Budget`."""
-    console = stdout()
-    keys = next((list(choice.memory) for choice in choices if choice.memory), [])
-    table = plain_table("Memory by tokens of context and bits of the KV cache")
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("weights", justify="right", no_wrap=True)
-    for tokens, bits in keys:
-        table.add_column(f"{tokens // 1024}k\n{bits or 16} bits", justify="right", no_wrap=True)
-    for choice in choices:
-        if choice.reason is None:
-            cells = [_against(choice.memory[key], available.nbytes) for key in keys]
-            table.add_row(choice.name, size(choice.nbytes), *cells)
-    console.print(table)
-    for choice in choices:
-        if choice.reason is not None:
-            console.print(f"{choice.name}: {choice.reason}", soft_wrap=True)
-    console.print(
-        f"{available.whose} gives a model {size(available.nbytes)}; (in brackets: does not fit)",
-        soft_wrap=True,
-    )
-
-
-def _against(nbytes: int, limit: int) -> str:
-    return size(nbytes) if nbytes <= limit else f"({size(nbytes)})"
-
-
-def print_routing(layers) -> None:  # type: ignore[no-untyped-def]
-    """Which experts serve (a list of `routing.LayerRouting`), a row a layer."""
-    table = plain_table(f"Share of {layers[0].tokens} tokens that each expert serves, %")
-    table.add_column("layer", justify="right")
-    table.add_column("entropy, bits", justify="right")
-    for expert in range(len(layers[0].share)):
-        table.add_column(str(expert), justify="right", no_wrap=True)
-    for layer in layers:
-        shares = [f"{100 * share:.0f}" for share in layer.share]
-        table.add_row(str(layer.layer), f"{layer.entropy:.2f}", *shares)
-    stdout().print(table)

@@ -1,5 +1,7 @@
 """The typer app, and how commands end: in one clear line."""
 
+import difflib
+import re
 import sys
 import warnings
 from typing import Annotated, Any
@@ -35,11 +37,26 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise
+        except typer.BadParameter as error:
+            error.message = _with_nearest(error.message)
+            raise
         except (OutlierError, OSError, MemoryError) as error:
             if ctx.meta.get("debug"):
                 raise
             say(f"error: {_told(error)}")
             raise typer.Exit(1) from None
+
+
+def _with_nearest(message: str) -> str:
+    """What is said of a value that is none of an option's choices, with the one likely meant.
+
+    Typer lists the choices, but suggests only commands and options.
+    """
+    message = message.removeprefix("Value error, ")
+    given, found, rest = message.partition(" is not one of ")
+    choices = re.findall(r"'([^']+)'", rest) if found else []
+    near = difflib.get_close_matches(given.strip("'"), choices, 1)
+    return f"{message} Did you mean {near[0]!r}?" if near else message
 
 
 def _told(error: BaseException) -> str:

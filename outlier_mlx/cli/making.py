@@ -64,7 +64,8 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Turn an overlay and its base into a tier."""
-    from outlier_mlx.terminal import print_report, progress_bar
+    from outlier_mlx.tables import print_report
+    from outlier_mlx.terminal import progress_bar
     from outlier_mlx.tiers.convert import convert_tier
     from outlier_mlx.tiers.presets import make_recipe
 
@@ -123,7 +124,7 @@ def tiers(
     if as_json:
         print(json.dumps(as_json_object(choices, available), indent=2))
         return
-    from outlier_mlx.terminal import print_choices
+    from outlier_mlx.tables import print_choices
 
     print_choices(choices, available)
 

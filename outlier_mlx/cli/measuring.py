@@ -71,7 +71,8 @@ def routing(
     from outlier_mlx import compare
     from outlier_mlx.loading import load
     from outlier_mlx.routing import draw, observe_routing
-    from outlier_mlx.terminal import counting_bar, print_routing
+    from outlier_mlx.tables import print_routing
+    from outlier_mlx.terminal import counting_bar
 
     loaded, tokenizer = load(model)
     texts = compare.windows(tokenizer, text.read_text(encoding="utf-8"), window, windows)

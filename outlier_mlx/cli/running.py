@@ -77,7 +77,7 @@ def generate(
     from outlier_mlx.loading import load
     from outlier_mlx.memory import check_fits
     from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.terminal import print_statistics
+    from outlier_mlx.tables import print_statistics
 
     text = _read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
     folder = resolve(model, revision).folder
@@ -118,7 +118,7 @@ def info(
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return
-    from outlier_mlx.terminal import print_info
+    from outlier_mlx.tables import print_info
 
     print_info(found)
 

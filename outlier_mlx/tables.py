@@ -1,0 +1,102 @@
+"""What commands print of what they found: tables, and a few lines around them."""
+
+from outlier_mlx.errors import one_line
+from outlier_mlx.terminal import count, parts_table, plain_table, print_heading, size, stderr, stdout
+
+
+def print_report(report) -> None:  # type: ignore[no-untyped-def]
+    """What a conversion wrote (a `tiers.convert.Report`)."""
+    console = stderr()
+    recipe = report.recipe
+    console.print(
+        parts_table(report.rows, one_line(f"{report.path.name}: {recipe.name}, {recipe.dtype}"))
+    )
+    if report.unquantized:
+        shown = ", ".join(report.unquantized[:4])
+        more = len(report.unquantized) - 4
+        console.print(
+            f"unquantized, since no group size divides their width: {shown}"
+            + (f" and {more} more" if more > 0 else ""),
+            soft_wrap=True,
+        )
+    console.print(
+        one_line(f"wrote {report.path} from an overlay of form {report.form}"), soft_wrap=True
+    )
+
+
+def print_imported(written) -> None:  # type: ignore[no-untyped-def]
+    """What an import wrote (an `imports.Imported`), and what of it is not exact."""
+    console = stderr()
+    console.print(parts_table(written.rows, one_line(f"{written.path.name}: from {written.form}")))
+    for note in written.notes:
+        console.print(one_line(note), soft_wrap=True)
+    console.print(one_line(f"wrote {written.path}"), soft_wrap=True)
+
+
+def print_statistics(response) -> None:  # type: ignore[no-untyped-def]
+    """Speed and memory of a finished generation (an mlx-lm `GenerationResponse`)."""
+    stderr().print(
+        f"prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
+        f"generation: {response.generation_tokens} tokens,"
+        f" {response.generation_tps:.1f} tokens/s\n"
+        f"peak memory: {response.peak_memory:.3f} GB"
+    )
+
+
+def print_info(info) -> None:  # type: ignore[no-untyped-def]
+    """What a model is (an `info.Info`)."""
+    console = stdout()
+    print_heading(console, info.name, f": {info.kind} ({info.form})")
+    for name, value in info.details.items():
+        console.print(one_line(f"{name}: {value}"), soft_wrap=True)
+    console.print(
+        f"parameters: {count(info.params)}, of which a token uses {count(info.active_params)}",
+        soft_wrap=True,
+    )
+    cache = size(info.kv_bytes_per_token * 4096)
+    more = f", and {cache} of KV cache for 4096 tokens in 16 bits"
+    console.print(
+        f"memory: {size(info.nbytes)} of weights" + (more if info.kv_bytes_per_token else ""),
+        soft_wrap=True,
+    )
+    console.print(parts_table(info.rows))
+
+
+def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
+    """What recipes take (a list of `tiers.choose.Choice`), held against a `memory.Budget`."""
+    console = stdout()
+    keys = next((list(choice.memory) for choice in choices if choice.memory), [])
+    table = plain_table("Memory by tokens of context and bits of the KV cache")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("weights", justify="right", no_wrap=True)
+    for tokens, bits in keys:
+        table.add_column(f"{tokens // 1024}k\n{bits or 16} bits", justify="right", no_wrap=True)
+    for choice in choices:
+        if choice.reason is None:
+            cells = [_against(choice.memory[key], available.nbytes) for key in keys]
+            table.add_row(choice.name, size(choice.nbytes), *cells)
+    console.print(table)
+    for choice in choices:
+        if choice.reason is not None:
+            console.print(f"{choice.name}: {choice.reason}", soft_wrap=True)
+    console.print(
+        f"{available.whose} gives a model {size(available.nbytes)}; (in brackets: does not fit)",
+        soft_wrap=True,
+    )
+
+
+def _against(nbytes: int, limit: int) -> str:
+    return size(nbytes) if nbytes <= limit else f"({size(nbytes)})"
+
+
+def print_routing(layers) -> None:  # type: ignore[no-untyped-def]
+    """Which experts serve (a list of `routing.LayerRouting`), a row a layer."""
+    table = plain_table(f"Share of {layers[0].tokens} tokens that each expert serves, %")
+    table.add_column("layer", justify="right")
+    table.add_column("entropy, bits", justify="right")
+    for expert in range(len(layers[0].share)):
+        table.add_column(str(expert), justify="right", no_wrap=True)
+    for layer in layers:
+        shares = [f"{100 * share:.0f}" for share in layer.share]
+        table.add_row(str(layer.layer), f"{layer.entropy:.2f}", *shares)
+    stdout().print(table)
