@@ -1,7 +1,15 @@
 """What commands print of what they found: tables, and a few lines around them."""
 
 from outlier_mlx.errors import one_line
-from outlier_mlx.terminal import count, parts_table, plain_table, print_heading, size, stderr, stdout
+from outlier_mlx.terminal import (
+    count,
+    parts_table,
+    plain_table,
+    print_heading,
+    size,
+    stderr,
+    stdout,
+)
 
 
 def print_report(report) -> None:  # type: ignore[no-untyped-def]
