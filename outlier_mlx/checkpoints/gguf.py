@@ -7,7 +7,6 @@ are beside them as in any other form.
 """
 
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from outlier_mlx.checkpoints.keys import ExpertKey, RouterKey, parse_key, parse_
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.gguf import GgufTensor, read_gguf
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.ternary import TernaryError
 from outlier_mlx.ternary.ggml import (
@@ -38,13 +38,6 @@ _ROUTER = re.compile(r"blk\.([0-9]+)\.ffn_gate_inp\.weight")
 _FLOATS = ("F32", "F16", "BF16")  # named as in safetensors
 _BLOCK_BYTES = {"TQ1_0": TQ1_0_BYTES, "TQ2_0": TQ2_0_BYTES}
 _SLAB = 1 << 20
-
-# The package's reader makes objects for every element of the metadata, and trusts what the file
-# says of their number; a whole tokenizer has half a million.
-_MAX_ELEMENTS = 1_000_000
-_MAX_ENTRIES = 100_000
-_STRING, _ARRAY = 8, 9
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 @dataclass(frozen=True)
@@ -137,16 +130,6 @@ class BlockScales:
         return scales
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """What a GGUF file says of a tensor; `shape` in NumPy's order."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    offset: int
-
-
 def open_gguf(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
     """Open an overlay with experts in GGUF files, or return None if this is none.
 
@@ -159,31 +142,33 @@ def open_gguf(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
         return None
     for name in files:
         path = inside(folder, name)
-        for tensor in _read_tensors(path):
-            _add(collected, path, tensor)
+        for tensor in read_gguf(path).tensors:
+            _add(collected, tensor)
     if not collected.trits:
         return None
     return collected.overlay(folder, "gguf", read_config(folder))
 
 
-def _add(collected: Collected, path: Path, tensor: _Tensor) -> None:
-    place = f"{path.name}: {tensor.name}"
+def _add(collected: Collected, tensor: GgufTensor) -> None:
+    place = tensor.where
     if match := _MERGED.fullmatch(tensor.name) or _SPLIT.fullmatch(tensor.name):
         layer, projection, leaf = parse_number(match[1]), match[2], match[match.re.groups]
         if leaf != "weight":
             raise CheckpointError(f"{place}: an expert's {leaf} is nothing that is read")
         if match.re is _SPLIT:
-            _add_matrices(collected, path, tensor, layer, parse_number(match[3]), projection)
+            _add_matrices(collected, tensor, layer, parse_number(match[3]), projection)
         else:
-            _add_matrices(collected, path, tensor, layer, None, projection)
+            _add_matrices(collected, tensor, layer, None, projection)
         return
     key = parse_key(tensor.name)
     if match := _ROUTER.fullmatch(tensor.name):
         key = RouterKey(parse_number(match[1]))
     if isinstance(key, ExpertKey) and key.part == "trits":
-        _add_matrices(collected, path, tensor, key.layer, key.expert, key.projection)
+        _add_matrices(collected, tensor, key.layer, key.expert, key.projection)
     elif tensor.kind in _FLOATS:
-        collected.add(key, TensorRef(tensor.name, path, tensor.kind, tensor.shape, tensor.offset))
+        collected.add(
+            key, TensorRef(tensor.name, tensor.file, tensor.kind, tensor.shape, tensor.offset)
+        )
     elif key is not None:
         raise CheckpointError(f"{place}: type {tensor.kind}, expected one of {', '.join(_FLOATS)}")
     else:
@@ -192,14 +177,13 @@ def _add(collected: Collected, path: Path, tensor: _Tensor) -> None:
 
 def _add_matrices(
     collected: Collected,
-    path: Path,
-    tensor: _Tensor,
+    tensor: GgufTensor,
     layer: int,
     expert: int | None,
     projection: str,
 ) -> None:
     """Add one expert's matrix, or those of all experts where `expert` is None."""
-    place = f"{path.name}: {tensor.name}"
+    place = tensor.where
     if tensor.kind not in _BLOCK_BYTES:
         raise CheckpointError(f"{place}: type {tensor.kind}, expected TQ1_0 or TQ2_0")
     rank = 3 if expert is None else 2
@@ -213,75 +197,8 @@ def _add_matrices(
     offset = tensor.offset
     for number in range(count):
         name = f"{tensor.name}[{number}]" if expert is None else tensor.name
-        trits = BlockTrits(name, path, offset, (out, width), tensor.kind)
+        trits = BlockTrits(name, tensor.file, offset, (out, width), tensor.kind)
         where = (layer, number if expert is None else expert, projection)
         collected.add_trits(where, trits)
         collected.add_scale(where, BlockScales(trits))
         offset += trits.nbytes
-
-
-def _read_tensors(path: Path) -> list[_Tensor]:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise CheckpointError(
-            f"{path.name}: reading GGUF takes the package gguf: pip install 'outlier-mlx[gguf]'"
-        ) from None
-    _check_metadata(path)
-    try:
-        found = GGUFReader(path, "r").tensors
-    except Exception as error:  # whatever its parsing stumbles over
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise CheckpointError(f"{path.name}: not a sound GGUF file ({reason})") from None
-    size = path.stat().st_size
-    tensors = []
-    for item in found:
-        shape = tuple(reversed([int(n) for n in item.shape]))
-        if item.data_offset + item.n_bytes > size:
-            raise CheckpointError(f"{path.name}: {item.name}: the file ends within this tensor")
-        tensors.append(_Tensor(item.name, item.tensor_type.name, shape, int(item.data_offset)))
-    return tensors
-
-
-def _check_metadata(path: Path) -> None:
-    """Walk a file's metadata without keeping any of it, so that its reader cannot be led astray.
-
-    Raises:
-        CheckpointError: more entries than the bounds above or than the file has room for.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-
-        def number(form: str) -> int:
-            data = file.read(struct.calcsize(form))
-            if len(data) < struct.calcsize(form):
-                raise CheckpointError(f"{path.name}: the file ends within its metadata")
-            return struct.unpack(form, data)[0]
-
-        def skip(count: int) -> None:
-            if count > size - file.tell():
-                raise CheckpointError(f"{path.name}: the file ends within its metadata")
-            file.seek(count, 1)
-
-        if file.read(4) != b"GGUF" or number("<I") not in (2, 3):
-            raise CheckpointError(f"{path.name}: not a GGUF file of version 2 or 3")
-        tensors, entries = number("<Q"), number("<Q")
-        if max(tensors, entries) > _MAX_ENTRIES:
-            raise CheckpointError(f"{path.name}: {tensors} tensors and {entries} fields")
-        left = _MAX_ELEMENTS
-        for _ in range(entries):
-            skip(number("<Q"))
-            kind = number("<I")
-            count = 1
-            if kind == _ARRAY:
-                kind, count = number("<I"), number("<Q")
-            left -= count
-            if left < 0:
-                raise CheckpointError(f"{path.name}: more than {_MAX_ELEMENTS} values of metadata")
-            if kind == _STRING:
-                for _ in range(count):
-                    skip(number("<Q"))
-            elif kind in _SCALARS:
-                skip(count * _SCALARS[kind])
-            else:
-                raise CheckpointError(f"{path.name}: metadata of an unknown kind, {kind}")

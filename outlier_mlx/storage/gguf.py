@@ -1,0 +1,256 @@
+"""GGUF files read lazily: metadata and places of tensors, then any rows of any tensor.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What ggml's types are, and how
+large their blocks, is known to the package `gguf`, an optional dependency. Its `GGUFReader` is not
+used: it makes two arrays for every string of a vocabulary (15 s and 560 MB for one of Qwen2, where
+this takes half a second), and it trusts every number in the file.
+"""
+
+import os
+import stat
+import struct
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.safetensors import MAX_SIZE, TensorRef
+
+# A tokenizer has half a million values in some 10 MB; a model some thousand tensors.
+_MAX_ELEMENTS = 1_000_000
+_MAX_ENTRIES = 100_000
+_MAX_BYTES = 100_000_000
+_MAX_DIMS = 4
+
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_NUMBERS = {
+    0: np.dtype("u1"),
+    1: np.dtype("i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    _BOOL: np.dtype("?"),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of a GGUF file; nothing of it is in memory until `read`.
+
+    Attributes:
+        name: its name.
+        file: the file that holds it.
+        kind: ggml's name of its type, as "Q4_K".
+        shape: in NumPy's order, (..., out, in): the reverse of what the file says.
+        offset: where its first byte is in the file.
+        block: weights in a block of this type, which lie along `in`.
+        block_bytes: bytes of a block.
+    """
+
+    name: str
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    block: int
+    block_bytes: int
+
+    @property
+    def where(self) -> str:
+        """File and tensor, for messages."""
+        return f"{self.file.name}: {self.name}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of weights; a vector is one."""
+        return prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.shape[-1] // self.block * self.block_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Its size on disk in bytes."""
+        return self.rows * self.row_bytes
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` as they are stored, (rows, row_bytes) uint8."""
+        shape = (self.rows, self.row_bytes)
+        return TensorRef(self.name, self.file, "U8", shape, self.offset).read(start, stop)
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """What a GGUF file holds.
+
+    Attributes:
+        path: the file.
+        fields: its metadata: int, float, bool, str, lists of str, and arrays of numbers.
+        tensors: in the order of the file.
+    """
+
+    path: Path
+    fields: dict[str, Any] = field(default_factory=dict)
+    tensors: list[GgufTensor] = field(default_factory=list)
+
+
+def read_gguf(path: Path) -> Gguf:
+    """Read a file's metadata and list of tensors.
+
+    Raises:
+        CheckpointError: the package `gguf` is missing, or this is no GGUF file of version 2 or 3
+            that is little-endian and whole; nothing is allocated that its size does not bear out.
+    """
+    kinds = _kinds(path)
+    try:
+        with path.open("rb") as file:
+            return _read(_Cursor(path, file), kinds)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
+    """ggml's types by number: name, weights in a block, bytes of a block."""
+    try:
+        from gguf import GGML_QUANT_SIZES
+    except ImportError:
+        raise CheckpointError(
+            f"{path.name}: reading GGUF takes the package gguf: pip install 'outlier-mlx[gguf]'"
+        ) from None
+    return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+class _Cursor:
+    """A place in a file; every step is checked against the file's size."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path}: not a file")
+        self.path, self.file, self.size, self.at = path, file, found.st_size, 0
+
+    def bytes(self, count: int) -> bytes:
+        """The next bytes."""
+        if count > self.size - self.at:
+            raise CheckpointError(f"{self.path.name}: the file ends within its metadata")
+        if count > _MAX_BYTES - self.at:
+            raise CheckpointError(f"{self.path.name}: more than {_MAX_BYTES} bytes of metadata")
+        data = self.file.read(count)
+        if len(data) < count:
+            raise CheckpointError(f"{self.path.name}: the file ends within its metadata")
+        self.at += count
+        return data
+
+    def number(self, form: str) -> int:
+        """The next number, of a `struct` format."""
+        return struct.unpack(form, self.bytes(struct.calcsize(form)))[0]
+
+    def text(self) -> str:
+        """The next string."""
+        data = self.bytes(self.number("<Q"))
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{self.path.name}: metadata that is not UTF-8") from None
+
+
+def _read(cursor: _Cursor, kinds: dict[int, tuple[str, int, int]]) -> Gguf:
+    name = cursor.path.name
+    if cursor.bytes(4) != b"GGUF":
+        raise CheckpointError(f"{name}: not a GGUF file")
+    version = cursor.number("<I")
+    if version and not version & 0xFFFF:
+        raise CheckpointError(f"{name}: a big-endian GGUF file; only little-endian ones are read")
+    if version not in (2, 3):
+        raise CheckpointError(f"{name}: a GGUF file of version {version}, expected 2 or 3")
+    tensors, entries = cursor.number("<Q"), cursor.number("<Q")
+    if max(tensors, entries) > _MAX_ENTRIES:
+        raise CheckpointError(f"{name}: {tensors} tensors and {entries} fields")
+    fields = _fields(cursor, entries)
+    infos = [_info(cursor) for _ in range(tensors)]
+    alignment = fields.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
+        raise CheckpointError(f"{name}: general.alignment is {alignment!r}")
+    begin = -(-cursor.at // alignment) * alignment
+    found: dict[str, GgufTensor] = {}
+    for info in infos:
+        tensor = _tensor(cursor, info, begin, kinds)
+        if tensor.name in found:
+            raise CheckpointError(f"{tensor.where}: there are two tensors of this name")
+        found[tensor.name] = tensor
+    return Gguf(cursor.path, fields, list(found.values()))
+
+
+def _fields(cursor: _Cursor, entries: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    left = _MAX_ELEMENTS
+    for _ in range(entries):
+        key = cursor.text()
+        kind, count = cursor.number("<I"), None
+        if kind == _ARRAY:
+            kind, count = cursor.number("<I"), cursor.number("<Q")
+        left -= 1 if count is None else count
+        if left < 0:
+            raise CheckpointError(
+                f"{cursor.path.name}: more than {_MAX_ELEMENTS} values of metadata"
+            )
+        if key in fields:
+            raise CheckpointError(f"{cursor.path.name}: the field {key} is there twice")
+        fields[key] = _value(cursor, kind, count)
+    return fields
+
+
+def _value(cursor: _Cursor, kind: int, count: int | None) -> Any:
+    """One value, or an array of `count`."""
+    if kind == _STRING:
+        return cursor.text() if count is None else [cursor.text() for _ in range(count)]
+    if kind not in _NUMBERS:
+        raise CheckpointError(f"{cursor.path.name}: metadata of an unknown kind, {kind}")
+    dtype = _NUMBERS[kind]
+    data = cursor.bytes(dtype.itemsize * (1 if count is None else count))
+    numbers = np.frombuffer(data, dtype)
+    if kind == _BOOL:  # any byte may stand there; NumPy would trust that it is 0 or 1
+        numbers = numbers.view(np.uint8) != 0
+    return numbers[0].item() if count is None else numbers
+
+
+def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    """A tensor's name, shape in NumPy's order, type and offset."""
+    name, rank = cursor.text(), cursor.number("<I")
+    if not 1 <= rank <= _MAX_DIMS:
+        raise CheckpointError(f"{cursor.path.name}: {name}: {rank} dimensions")
+    shape = tuple(cursor.number("<Q") for _ in range(rank))[::-1]
+    return name, shape, cursor.number("<I"), cursor.number("<Q")
+
+
+def _tensor(
+    cursor: _Cursor,
+    info: tuple[str, tuple[int, ...], int, int],
+    begin: int,
+    kinds: dict[int, tuple[str, int, int]],
+) -> GgufTensor:
+    name, shape, number, offset = info
+    place = f"{cursor.path.name}: {name}"
+    if number not in kinds:
+        raise CheckpointError(f"{place}: the unknown type {number}")
+    kind, block, block_bytes = kinds[number]
+    if 0 in shape or prod(shape) > MAX_SIZE:
+        raise CheckpointError(f"{place}: shape {shape}")
+    if shape[-1] % block:
+        raise CheckpointError(
+            f"{place}: rows of {shape[-1]}, which is not a multiple of {block}, the block of {kind}"
+        )
+    tensor = GgufTensor(name, cursor.path, kind, shape, begin + offset, block, block_bytes)
+    if tensor.offset + tensor.nbytes > cursor.size:
+        raise CheckpointError(f"{place}: the file ends within this tensor")
+    return tensor
