@@ -1,10 +1,13 @@
-"""How fast a conversion is, and how much memory it takes, at the layer shapes of Qwen2.5-14B.
+"""How fast conversions are, and how much memory they take, at the layer shapes of Qwen2.5.
 
-    python scripts/bench_convert.py [--vocab 152064] [--repeat 5] [--work FOLDER]
+    python scripts/bench_convert.py [--shape 14b] [--form v3.2 ...] [--layers 1 2 4] [--work FOLDER]
 
-Writes an overlay of two MoE layers with eight experts each (3.4 GB of trits, and its base) into a
-temporary folder, converts it in a fresh process several times, and removes everything again. The
-source is read once beforehand, so that it comes from the page cache as far as memory allows.
+For each form of overlay and number of layers: writes a synthetic overlay (every layer with eight
+experts, and the base of those layers) into a temporary folder, converts it in fresh processes, and
+removes everything again. By default the layers double from one to as many as the disk or the model
+has room for. What shows: memory that does not grow with the layers, time that grows as they do, and
+how many cores were busy. The source was written just before, so as much of it as memory allows
+comes from the page cache.
 """
 
 import argparse
@@ -26,82 +29,10 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+from bench_overlays import FORMS, SHAPES, Model, source_bytes, write_overlay
 
-from outlier_mlx.checkpoints.config import Defaults, parse_config
-from outlier_mlx.checkpoints.keys import PROJECTIONS
-from outlier_mlx.checkpoints.overlay import base_shapes
-from outlier_mlx.storage.writer import ShardedWriter, TensorSpec
-
-HIDDEN, FFN, HEADS, KV_HEADS = 5120, 13824, 40, 8
-LAYERS, EXPERTS, TOP_K = 2, 8, 2
-REAL_VOCAB = 152064
-# The tensors repeat one random block: packing takes the same time whatever the trits are.
-BLOCK_BYTES = 16 << 20
-HEADROOM_BYTES = 1 << 30
-
-
-def overlay_config(vocab: int) -> dict:
-    """The config.json of the overlay."""
-    return {
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": vocab,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "n_experts": EXPERTS,
-        "top_k": TOP_K,
-    }
-
-
-def overlay_specs(config: dict) -> list[TensorSpec]:
-    """Every tensor of the overlay, its base (bfloat16) among them."""
-    shapes = base_shapes(parse_config(config, Defaults()))
-    specs = [TensorSpec(name, "BF16", shape) for name, shape in shapes.items()]
-    for layer in range(LAYERS):
-        mlp = f"model.layers.{layer}.mlp"
-        specs.append(TensorSpec(f"{mlp}.router.weight", "BF16", (EXPERTS, HIDDEN)))
-        for expert in range(EXPERTS):
-            for name in PROJECTIONS:
-                shape = (HIDDEN, FFN) if name == "down" else (FFN, HIDDEN)
-                prefix = f"{mlp}.experts.{expert}.{name}"
-                specs.append(TensorSpec(f"{prefix}_ternary", "I8", shape))
-                specs.append(TensorSpec(f"{prefix}_scale", "F16", (1,)))
-    return specs
-
-
-def write_overlay(folder: Path, vocab: int) -> None:
-    """Write the overlay, and have it on disk and in the page cache."""
-    config = overlay_config(vocab)
-    specs = overlay_specs(config)
-    rng = np.random.default_rng(0)
-    trits = rng.integers(-1, 2, BLOCK_BYTES, dtype=np.int8)
-    floats = rng.standard_normal(BLOCK_BYTES // 2, dtype=np.float32) * np.float32(0.02)
-    bfloats = (floats.view(np.uint32) >> 16).astype(np.uint16)
-    blocks = {
-        "I8": trits.view(np.uint8),
-        "BF16": bfloats.view(np.uint8),
-        "F16": np.array([0.01], np.float16).view(np.uint8),
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    with ShardedWriter(folder, specs) as writer:
-        for spec in specs:
-            for start in range(0, spec.nbytes, BLOCK_BYTES):
-                size = min(BLOCK_BYTES, spec.nbytes - start)
-                writer.write(spec.name, blocks[spec.dtype][:size].data)
-        writer.finish()
-    for file in folder.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-            while handle.read(BLOCK_BYTES):
-                pass
+HEADROOM_BYTES = 2 << 30
+SMALL_VOCAB = 2048
 
 
 def memory(field: str) -> int:
@@ -122,6 +53,8 @@ def measure(overlay: Path, out: Path, tier: str) -> dict:
     from outlier_mlx.tiers.plan import make_plan
     from outlier_mlx.tiers.presets import RECIPES
 
+    # A bench has no tokenizer; that it is missing is not news.
+    warnings.simplefilter("ignore")
     recipe = RECIPES[tier]
     parts = make_plan(join(open_overlay(overlay), None), recipe).parts
     ends = list(accumulate(part.source_bytes for part in parts))
@@ -139,25 +72,21 @@ def measure(overlay: Path, out: Path, tier: str) -> dict:
         seconds[parts[bisect_left(ends, done)].kind] += now - last
         last = now
 
-    # A bench has no tokenizer; that it is missing is not news.
-    warnings.simplefilter("ignore")
     before = memory("VmRSS")
     begin = last = clocks()
     report = convert_tier(overlay, None, out, recipe=recipe, progress=progress)
     took, took_cpu = clocks() - begin
-    total = report.rows[-1]
-    trits = sum(part.source_bytes for part in parts if part.kind == "experts")
     return {
         "seconds": took,
         "cpu_seconds": took_cpu,
         "source": ends[-1],
-        "trits": trits,
+        "trits": sum(part.params for part in parts if part.kind == "experts"),
+        "expert_source": sum(part.source_bytes for part in parts if part.kind == "experts"),
         "expert_seconds": seconds["experts"][0],
         "expert_cpu_seconds": seconds["experts"][1],
         "peak": memory("VmHWM") - before,
-        "before": before,
         "written": sum(file.stat().st_size for file in out.iterdir()),
-        "bits_per_weight": total.bits_per_weight,
+        "bits_per_weight": report.rows[-1].bits_per_weight,
     }
 
 
@@ -171,59 +100,96 @@ def repeat(overlay: Path, out: Path, args: argparse.Namespace) -> Iterator[dict]
         yield json.loads(done.stdout) | {"load": load}
 
 
+def room(form: str, model: Model, tier: str) -> int:
+    """Bytes that an overlay and its tier take at most."""
+    source = source_bytes(form, model)
+    weights = sum(prod(spec.shape) for spec in model.base())
+    experts = len(model.places()) * sum(prod(shape) for shape in model.matrices().values())
+    base = weights * (1.2 if tier.startswith("q") else 4)
+    return int(source + base + experts * 0.22) + HEADROOM_BYTES
+
+
+def layer_counts(form: str, args: argparse.Namespace, free: int) -> list[int]:
+    """The numbers of layers to measure."""
+    if args.layers:
+        return args.layers
+    shape, counts = SHAPES[args.shape], [1]
+    while counts[-1] < shape.layers:
+        more = min(2 * counts[-1], shape.layers)
+        if room(form, Model(shape, more, args.vocab), args.tier) > free:
+            break
+        counts.append(more)
+    return counts
+
+
+def bench(form: str, layers: int, args: argparse.Namespace, scratch: Path) -> dict:
+    """Write one overlay, convert it several times; medians, and the most memory of any run."""
+    model = Model(SHAPES[args.shape], layers, args.vocab)
+    needed, free = room(form, model, args.tier), shutil.disk_usage(scratch).free
+    if free < needed:
+        sys.exit(f"{scratch}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    overlay = scratch / "overlay"
+    try:
+        write_overlay(overlay, form, model)
+        runs = list(repeat(overlay, scratch / "tier", args))
+    finally:
+        shutil.rmtree(overlay, ignore_errors=True)
+    found = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    found["peak"] = max(run["peak"] for run in runs)
+    found["rate"] = found["source"] / found["seconds"] / 1e9
+    found["trits_rate"] = found["trits"] / found["expert_seconds"] / 1e9
+    found["trits_cost"] = found["expert_cpu_seconds"] / found["trits"] * 1e9
+    found["cores"] = found["cpu_seconds"] / found["seconds"]
+    return {"form": form, "layers": layers} | found
+
+
+HEADER = (
+    "form      layers  source   tier     time     a layer  source   experts  core-s    cores"
+    "  peak    load\n"
+    "                  GB       GB       s        s        GB/s     Gtrit/s  a Gtrit   busy"
+    "   MB"
+)
+
+
+def line(found: dict) -> str:
+    """A row of the table."""
+    return (
+        f"{found['form']:9} {found['layers']:<7} {found['source'] / 1e9:<8.2f}"
+        f" {found['written'] / 1e9:<8.2f} {found['seconds']:<8.1f}"
+        f" {found['seconds'] / found['layers']:<8.2f} {found['rate']:<8.2f}"
+        f" {found['trits_rate']:<8.2f} {found['trits_cost']:<9.2f} {found['cores']:<6.2f}"
+        f" {found['peak'] / 1e6:<7.0f} {found['load']:.1f}"
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Write, measure, print, remove."""
-    specs = overlay_specs(overlay_config(args.vocab))
-    source = sum(spec.nbytes for spec in specs)
-    weights = sum(prod(spec.shape) for spec in specs)
-    # Unquantized tiers take at most 4 bytes a weight.
-    needed = source + (weights if args.tier.startswith("q") else 4 * weights) + HEADROOM_BYTES
+    results = []
     with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=args.work) as scratch:
-        free = shutil.disk_usage(scratch).free
-        if free < needed:
-            sys.exit(f"{scratch}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-        overlay, out = Path(scratch) / "overlay", Path(scratch) / "tier"
-        write_overlay(overlay, args.vocab)
         print(
-            f"{source / 1e9:.2f} GB of source, {weights / 1e9:.2f} B parameters, vocab"
-            f" {args.vocab}, recipe {args.tier}, {os.cpu_count()} cores"
+            f"shape {args.shape}, vocab {args.vocab}, recipe {args.tier}, {os.cpu_count()} cores,"
+            f" {args.repeat} runs each: medians, and the most memory over the imports'\n{HEADER}",
+            flush=True,
         )
-        runs = []
-        for run in repeat(overlay, out, args):
-            run["expert_rate"] = run["trits"] / run["expert_seconds"] / 1e9
-            run["expert_cost"] = run["expert_cpu_seconds"] / run["trits"] * 1e9
-            run["rate"] = run["source"] / run["seconds"] / 1e9
-            runs.append(run)
-            print(
-                f"  experts {run['expert_rate']:.2f} GB/s ({run['expert_cost']:.2f} core-seconds"
-                f" a GB), whole {run['rate']:.2f} GB/s in {run['seconds']:.1f} s, peak"
-                f" {run['peak'] / 1e6:.0f} MB over {run['before'] / 1e6:.0f} MB, load before"
-                f" {run['load']:.1f}",
-                flush=True,
-            )
-
-    def middle(name: str) -> float:
-        return statistics.median(run[name] for run in runs)
-
-    print(
-        f"experts: median {middle('expert_rate'):.2f} GB/s of trits, best"
-        f" {max(run['expert_rate'] for run in runs):.2f};"
-        f" {middle('expert_cost'):.2f} core-seconds a GB"
-    )
-    print(f"whole:   median {middle('rate'):.2f} GB/s of source, {middle('seconds'):.1f} s")
-    print(f"memory:  at most {max(run['peak'] for run in runs) / 1e6:.0f} MB over the imports'")
-    print(
-        f"output:  {runs[0]['written'] / 1e9:.2f} GB, {runs[0]['bits_per_weight']:.2f} bits/weight"
-    )
+        for form in args.form:
+            for layers in layer_counts(form, args, shutil.disk_usage(scratch).free):
+                results.append(bench(form, layers, args, Path(scratch)))
+                print(line(results[-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Parse the command line; `--child OVERLAY OUT` measures one conversion."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--vocab", type=int, default=2048, help=f"Qwen2.5-14B: {REAL_VOCAB}")
+    parser.add_argument("--shape", default="14b", choices=list(SHAPES))
+    parser.add_argument("--form", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--layers", nargs="+", type=int, help="default: doubling while they fit")
+    parser.add_argument("--vocab", type=int, default=SMALL_VOCAB, help="Qwen2.5: 152064")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--tier", default="q4", choices=["q4", "q8", "bf16", "f16", "f32"])
     parser.add_argument("--work", type=Path, help="folder for the temporary files")
+    parser.add_argument("--json", type=Path, help="write the figures into this file as well")
     parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
