@@ -78,8 +78,8 @@ def write_parts(
     with (
         ShardedWriter(folder, specs) as writer,
         # Left early (an error, Ctrl-C), the pool drops what it has not begun.
-        _pool() as pool,
-        _small_cache(),
+        reading_pool() as pool,
+        small_cache(),
     ):
         for part in parts:
             for name, chunk, used in part.chunks(pool):
@@ -126,7 +126,9 @@ def listing(files: Sequence[WrittenFile]) -> dict[str, dict]:
     }
 
 
-class _pool:
+class reading_pool:
+    """Threads for `Part.chunks`, as many as cores."""
+
     def __enter__(self) -> ThreadPoolExecutor:
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
         return self._pool
@@ -135,7 +137,7 @@ class _pool:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _small_cache:
+class small_cache:
     """MLX keeps freed buffers for reuse; while slabs of all sizes pass, that is only memory."""
 
     def __enter__(self) -> None:

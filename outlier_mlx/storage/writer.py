@@ -1,12 +1,14 @@
-"""A streaming writer of sharded safetensors: header first, then the tensors' bytes in order.
+"""Writers of sharded safetensors. Every output shape is known before the first byte is written.
 
-Every output shape is known before the first byte is written, so nothing has to be held back:
-memory stays at one chunk, and the checksum is taken on the way.
+`ShardedWriter` takes the tensors' bytes in order: nothing has to be held back, memory stays at one
+chunk, and the checksum is taken on the way. `PlacedWriter` takes them in any order, and over
+several runs.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +19,8 @@ from outlier_mlx.storage.safetensors import NUMPY_DTYPES
 
 #: The shard size that mlx-lm writes, too.
 MAX_SHARD_BYTES = 5 * 1000**3
+# Large enough that hashing runs at full speed, small enough for a smooth bar.
+_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,7 @@ class ShardedWriter:
         if self._left or self._next != len(self._pending):
             raise OutlierError(f"{self._pending[self._next][1].name}: not written to its end")
         self._end_shard()
-        index = {
-            "metadata": {"total_size": sum(spec.nbytes for _, spec in self._pending)},
-            "weight_map": {spec.name: self._shard_name(number) for number, spec in self._pending},
-        }
-        text = json.dumps(index, indent=2).encode() + b"\n"
-        name = "model.safetensors.index.json"
-        (self.folder / name).write_bytes(text)
-        return [*self._written, WrittenFile(name, hashlib.sha256(text).hexdigest(), len(text))]
+        return [*self._written, _write_index(self.folder, self._shards)]
 
     def _begin(self, name: str) -> None:
         if self._next == len(self._pending):
@@ -122,7 +119,7 @@ class ShardedWriter:
         number, spec = self._pending[self._next]
         if spec is self._shards[number][0]:
             self._end_shard()
-            self._file = (self.folder / self._shard_name(number)).open("xb")
+            self._file = (self.folder / _shard_name(number, self._shards)).open("xb")
             self._hash = hashlib.sha256()
             self._put(_header(self._shards[number]))
         self._left = spec.nbytes
@@ -141,8 +138,103 @@ class ShardedWriter:
         self._hash.update(view)
         self._file.write(view)
 
-    def _shard_name(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+
+class PlacedWriter:
+    """Writes the files that `ShardedWriter` writes, with the bytes in any order.
+
+    Files that an earlier run began are gone on with. Use as a context manager; call `write` with
+    every byte of every tensor, then `finish`.
+
+    Args:
+        folder: an existing folder; of an earlier run only if its `specs` were the same.
+        specs: all tensors, in the order in which they stand in the files.
+        max_shard_bytes: the size at which a new file begins.
+    """
+
+    def __init__(
+        self, folder: Path, specs: list[TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        self.folder = folder
+        self._shards = assign_shards(specs, max_shard_bytes)
+        self._handles: list[int] = []
+        self._places: dict[str, tuple[int, int, int]] = {}  # shard, first byte, end
+
+    def __enter__(self) -> "PlacedWriter":
+        try:
+            for number, shard in enumerate(self._shards):
+                header = _header(shard)
+                path = self.folder / _shard_name(number, self._shards)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._handles.append(handle)
+                end = len(header)
+                for spec in shard:
+                    self._places[spec.name] = (number, end, end + spec.nbytes)
+                    end += spec.nbytes
+                os.ftruncate(handle, end)
+                _write_at(handle, memoryview(header), 0)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            os.close(self._handles.pop())
+
+    def write(self, name: str, start: int, chunk: memoryview | bytes) -> None:
+        """Write bytes of tensor `name` from its byte `start` on."""
+        view = memoryview(chunk).cast("B")
+        number, first, end = self._places[name]
+        if start < 0 or first + start + view.nbytes > end:
+            raise OutlierError(f"{name}: {view.nbytes} bytes at {start} are not within it")
+        _write_at(self._handles[number], view, first + start)
+
+    def sync(self) -> None:
+        """Have the disk hold what was written so far, even if the machine's power fails."""
+        for handle in self._handles:
+            os.fsync(handle)
+
+    def finish(self, advance: Callable[[int], None] | None = None) -> list[WrittenFile]:
+        """Read all files back for their checksums, write the index, and return them.
+
+        Args:
+            advance: called with the bytes of each block that was read.
+        """
+        written = []
+        for number, handle in enumerate(self._handles):
+            digest, nbytes = hashlib.sha256(), 0
+            while block := os.pread(handle, _BLOCK, nbytes):
+                digest.update(block)
+                nbytes += len(block)
+                if advance is not None:
+                    advance(len(block))
+            name = _shard_name(number, self._shards)
+            written.append(WrittenFile(name, digest.hexdigest(), nbytes))
+        return [*written, _write_index(self.folder, self._shards)]
+
+
+def _write_at(handle: int, view: memoryview, offset: int) -> None:
+    while view.nbytes:
+        count = os.pwrite(handle, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _shard_name(number: int, shards: list[list[TensorSpec]]) -> str:
+    return f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+
+
+def _write_index(folder: Path, shards: list[list[TensorSpec]]) -> WrittenFile:
+    places = {
+        spec.name: _shard_name(number, shards)
+        for number, shard in enumerate(shards)
+        for spec in shard
+    }
+    total = sum(spec.nbytes for shard in shards for spec in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    text = json.dumps(index, indent=2).encode() + b"\n"
+    name = "model.safetensors.index.json"
+    (folder / name).write_bytes(text)
+    return WrittenFile(name, hashlib.sha256(text).hexdigest(), len(text))
 
 
 def _header(specs: list[TensorSpec]) -> bytes:

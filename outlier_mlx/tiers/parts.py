@@ -4,9 +4,10 @@ Every part knows its output shapes before it reads anything, and yields the byte
 in order. None holds more than a few slabs.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -88,7 +89,7 @@ class Plain(FromTensor):
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The tensor slab by slab, rounded to the tier's dtype."""
-        for slab, used in _float_slabs(self.tensor, self.twin, pool):
+        for slab, used in float_slabs(self.tensor, self.twin, pool):
             yield self.name, _bytes(mx.array(slab).astype(_mlx(self.dtype))), used
 
 
@@ -115,7 +116,7 @@ class Quantized(FromTensor):
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The weight slab by slab, then the scales and biases that were put aside."""
         aside: dict[str, list[memoryview]] = {"scales": [], "biases": []}
-        for slab, used in _float_slabs(self.tensor, self.twin, pool):
+        for slab, used in float_slabs(self.tensor, self.twin, pool):
             w = mx.array(slab).astype(_mlx(self.dtype))
             packed, scales, biases = mx.quantize(w, self.group_size, self.bits)
             aside["scales"].append(_bytes(scales))
@@ -142,6 +143,23 @@ class FromExperts(Part):
         """A byte a trit, as they are read."""
         return self.params
 
+    def of_expert(self, number: int) -> "FromExperts":
+        """The same of one expert alone; its bytes are contiguous in each tensor of the whole."""
+        return replace(self, matrices=self.matrices[number : number + 1])
+
+    @abstractmethod
+    def code_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The bytes of the weights, which are made from trits alone."""
+
+    @abstractmethod
+    def scale_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The bytes of the other tensors, which are made from scales alone."""
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """Weights, then what belongs to scales."""
+        yield from self.code_chunks(pool)
+        yield from self.scale_chunks(pool)
+
 
 @dataclass(frozen=True)
 class TernaryExperts(FromExperts):
@@ -156,10 +174,13 @@ class TernaryExperts(FromExperts):
             TensorSpec(f"{self.path}.scales", "F32", (experts, out)),
         ]
 
-    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """Rows packed on all of the pool's threads, then the scales."""
+    def code_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """Rows packed on all of the pool's threads."""
         for rows, trits in _packed_slabs(self.matrices, pool):
             yield f"{self.path}.weight", rows.data, trits
+
+    def scale_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """A scale a row."""
         for matrix in self.matrices:
             yield f"{self.path}.scales", matrix.row_scales().data, 0
 
@@ -179,6 +200,11 @@ class AffineExperts(FromExperts):
         """The largest affine group that divides the width."""
         return affine_group(self.matrices[0].trits.shape[1])
 
+    def of_expert(self, number: int) -> "AffineExperts":
+        """The same of one expert alone."""
+        one = slice(number, number + 1)
+        return replace(self, matrices=self.matrices[one], factors=self.factors[one])
+
     def specs(self) -> list[TensorSpec]:
         """Codes (experts, out, in / 16) uint32, scales and biases (experts, out, groups)."""
         experts = len(self.matrices)
@@ -190,13 +216,16 @@ class AffineExperts(FromExperts):
             TensorSpec(f"{self.path}.biases", SAFETENSORS_NAMES[self.dtype], groups),
         ]
 
-    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """Codes slab by slab, then scales and biases."""
+    def code_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """Codes slab by slab."""
         width = self.matrices[0].trits.shape[1]
         for rows, trits in _packed_slabs(self.matrices, pool):
             codes, _, _ = rows_to_affine2(mx.array(rows), mx.zeros(rows.shape[:1]), width)
             yield f"{self.path}.weight", _bytes(codes), trits
-        groups = width // self.group_size
+
+    def scale_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """All scales, then all biases."""
+        groups = self.matrices[0].trits.shape[1] // self.group_size
         factors = self.factors or (1.0,) * len(self.matrices)
         for name, sign in (("scales", 1.0), ("biases", -1.0)):
             for matrix, factor in zip(self.matrices, factors, strict=True):
@@ -225,7 +254,7 @@ def _ranges(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
         yield start, min(rows, start + step)
 
 
-def _float_slabs(
+def float_slabs(
     tensor: FloatTensor, twin: FloatTensor | None, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Slabs of rows as float32, checked for NaN and infinity, and against the twin."""
