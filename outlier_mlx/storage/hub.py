@@ -21,6 +21,7 @@ CHECKPOINT_FILES = (
     "tokenizer.model",
     "LICENSE*",
     "NOTICE*",
+    "README.md",
 )
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

@@ -1,11 +1,12 @@
 """What comes along unchanged, or nearly: tokenizer, chat template, generation config, licence."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 from outlier_mlx.storage.folders import inside
-from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.safetensors import read_bytes, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -19,6 +20,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)(-base)*(\.txt|\.md)?")
 
 
 def copy_assets(folders: list[Path], target: Path) -> list[str]:
@@ -45,12 +47,35 @@ def copy_assets(folders: list[Path], target: Path) -> list[str]:
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
             written.append("tokenizer_config.json")
-    for name in ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"):
-        source = next((f for f in folders if (f / name).exists()), None)
-        if source is not None:
-            shutil.copyfile(inside(source, name), target / name)
-            written.append(name)
-    return written
+    source = next((f for f in folders if (f / "generation_config.json").exists()), None)
+    if source is not None:
+        shutil.copyfile(inside(source, "generation_config.json"), target / "generation_config.json")
+        written.append("generation_config.json")
+    return written + _copy_legal(folders, target)
+
+
+def is_legal(name: str) -> bool:
+    """Whether a file of this name is a licence or notice: nothing that only begins so is."""
+    return _LEGAL.fullmatch(name) is not None
+
+
+def base_variant(name: str) -> str:
+    """What the base's licence file is called where the overlay has another of its name."""
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}-base{dot}{suffix}"
+
+
+def _copy_legal(folders: list[Path], target: Path) -> list[str]:
+    """Every source's licence and notice; two that differ are both kept."""
+    written: dict[str, bytes] = {}
+    for folder in folders:
+        for name in sorted(p.name for p in folder.iterdir() if is_legal(p.name) and p.is_file()):
+            data = read_bytes(inside(folder, name))
+            while written.get(name, data) != data:
+                name = base_variant(name)
+            (target / name).write_bytes(data)
+            written[name] = data
+    return list(written)
 
 
 def tidy_tokenizer_config(config: dict) -> dict:

@@ -1,44 +1,309 @@
-"""The model card of a tier (`README.md`)."""
+"""The model card of a tier (`README.md`), made from the tier's own folder."""
 
-from outlier_mlx.storage.hub import Source
-from outlier_mlx.tiers.plan import Plan
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlier_mlx.errors import CheckpointError, one_line
+from outlier_mlx.info import Info, inspect
+from outlier_mlx.measured import Measured, read_measured
+from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.terminal import size
+from outlier_mlx.tiers.assets import base_variant, is_legal
+from outlier_mlx.tiers.choose import CONTEXTS
+from outlier_mlx.tiers.licences import CARD, Licence, combine, licence_of
 
 
-def model_card(name: str, plan: Plan, overlay: Source, base: Source | None) -> str:
-    """The text of a tier's README.md."""
-    rows = "\n".join(
-        f"| {row.kind} | {row.params:,} | {row.nbytes:,} | {row.bits_per_weight:.2f} |"
-        for row in plan.rows()
+@dataclass(frozen=True)
+class Origin:
+    """What a tier was made from, as its manifest says.
+
+    Attributes:
+        role: "overlay" or "base".
+        name: the repository, or a folder's name.
+        revision: the commit on the hub; None for a folder.
+        licence: what its model card stated.
+    """
+
+    role: str
+    name: str
+    revision: str | None
+    licence: Licence | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells of.
+
+    Attributes:
+        folder: the tier.
+        name: what commands call it: a repository or a folder.
+        manifest: `tier.json`.
+        config: `config.json`.
+        info: sizes.
+        origins: the overlay, and the base if it was another checkpoint.
+        measured: perplexities.
+        given: identifier of the licence of origins that state none.
+    """
+
+    folder: Path
+    name: str
+    manifest: dict
+    config: dict
+    info: Info
+    origins: list[Origin]
+    measured: list[Measured]
+    given: str | None
+
+    @property
+    def recipe(self) -> dict:
+        """How the tier is stored."""
+        return _mapping(self.manifest.get("recipe"))
+
+    @property
+    def licence(self) -> Licence | None:
+        """The tier's licence, if that of all origins is known."""
+        return combine([origin.licence for origin in self.origins], self.given)
+
+
+def write_card(folder: Path, name: str) -> None:
+    """Write the card of a tier that is otherwise complete."""
+    (folder / CARD).write_text(model_card(folder, name), encoding="utf-8")
+
+
+def model_card(folder: Path, name: str, licence: str | None = None) -> str:
+    """The text of a tier's card.
+
+    Args:
+        folder: the tier, with its manifest.
+        name: what the card's commands call it: a repository or a folder.
+        licence: the hub's identifier of the licence of sources that state none.
+
+    Raises:
+        CheckpointError: the folder is no sound tier.
+    """
+    manifest = read_json(inside(folder, "tier.json"))
+    facts = Facts(
+        folder,
+        one_line(name),
+        manifest,
+        read_json(inside(folder, "config.json")),
+        inspect(folder),
+        origins(manifest),
+        read_measured(folder),
+        licence,
     )
-    sources = f"- overlay: {_cited(overlay)}\n"
-    sources += f"- base: {_cited(base)}\n" if base else "- base: contained in the overlay\n"
-    metadata = f"base_model: {base.name}\n" if base and base.revision else ""
-    flag = " --trust-remote-code" if "model_file" in plan.config else ""
-    code = "\nThe second command runs `outlier_moe.py` from this folder; the first never does.\n"
-    return f"""---
-library_name: mlx
-tags: [mlx, moe, ternary]
-{metadata}---
+    sections = [
+        f"---\n{_metadata(facts)}\n---",
+        _introduction(facts),
+        _sizes(facts.info),
+        *([_measurements(facts.measured)] if facts.measured else []),
+        _changes(facts),
+        _licences(facts),
+    ]
+    return "\n\n".join(sections) + "\n"
 
-# {name}
 
-An Outlier model for MLX: a quantized base with ternary experts, converted by outlier-mlx with the
-recipe `{plan.recipe.name}` ({plan.recipe.dtype}).
+def origins(manifest: dict) -> list[Origin]:
+    """The sources that a manifest names.
+
+    Raises:
+        CheckpointError: it names none.
+    """
+    found = []
+    for role in ("overlay", "base"):
+        entry = _mapping(manifest.get(role))
+        name, revision = entry.get("name"), entry.get("revision")
+        if isinstance(name, str) and (revision is None or isinstance(revision, str)):
+            found.append(Origin(role, name, revision, licence_of(entry)))
+    if not found or found[0].role != "overlay":
+        raise CheckpointError("tier.json: does not name the overlay that the tier was made from")
+    return found
+
+
+def _metadata(facts: Facts) -> str:
+    """The YAML at the head, as the hub reads it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = facts.origins[-1]
+    quantized = facts.recipe.get("base_bits") is not None
+    licence = facts.licence
+    stated = licence.as_json() if licence else {}
+    if licence and not _leads_somewhere(facts.folder, licence.link):
+        stated.pop("license_link", None)
+    title = facts.name.rsplit("/", 1)[-1]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=one.text,
+            metric_type="perplexity",
+            metric_value=one.perplexity,
+            metric_args={"window": one.window, "tokens": one.tokens, "dtype": one.dtype},
+        )
+        for one in facts.measured
+    ]
+    data = ModelCardData(
+        **stated,
+        library_name="mlx",
+        pipeline_tag="text-generation",
+        base_model=base.name if base.revision else None,
+        base_model_relation=("quantized" if quantized else "finetune") if base.revision else None,
+        tags=["mlx", "moe", "ternary"],
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _introduction(facts: Facts) -> str:
+    title = facts.name.rsplit("/", 1)[-1]
+    own_code = "model_file" in facts.config
+    flag = " --trust-remote-code" if own_code else ""
+    code = "\n\nThe second command runs `outlier_moe.py` from here; the first never does."
+    recipe = facts.recipe
+    return f"""# {title}
+
+An Outlier model for MLX: a frozen base with ternary experts beside its feed-forward layers.
+Converted by {_plain(facts.manifest.get("producer"))}, recipe {_code(recipe.get("name"))}
+({_plain(recipe.get("dtype"))}).
+
+```
+outlier-mlx generate --model {facts.name} --prompt "Once upon a time"
+mlx_lm.generate --model {facts.name}{flag} --prompt "Once upon a time"
+```{code if own_code else ""}"""
+
+
+def _sizes(info: Info) -> str:
+    rows = [
+        f"| {row.kind} | {row.params:,} | {row.nbytes:,} | {row.bits_per_weight:.2f} |"
+        for row in info.rows
+    ]
+    text = "## Size\n\n| part | parameters | bytes | bits per weight |\n|---|---:|---:|---:|\n"
+    text += "\n".join(rows)
+    text += f"\n\nA token uses {info.active_params:,} of the parameters."
+    if not info.kv_bytes_per_token:
+        return text
+    text += "\n\n| tokens of context | KV cache, 16 bits | with the weights |\n|---:|---:|---:|\n"
+    caches = [(tokens, tokens * info.kv_bytes_per_token) for tokens in CONTEXTS]
+    return text + "\n".join(
+        f"| {tokens:,} | {size(cache)} | {size(info.nbytes + cache)} |" for tokens, cache in caches
+    )
+
+
+def _measurements(measured: list[Measured]) -> str:
+    head = "| text | SHA-256 | perplexity | loss, ± nats | tokens | windows of | in | on |"
+    rows = [
+        f"| {_code(one.text)} | {_code(one.sha256[:12])} | {one.perplexity:.4f}"
+        f" | {one.standard_error:.4f} | {one.tokens:,} | {one.window} | {one.dtype}"
+        f" | {_plain(one.chip)} |"
+        for one in measured
+    ]
+    lines = ["## Perplexity", "", head, "|---|---|---:|---:|---:|---:|---|---|", *rows]
+    far = [
+        f"From {_code(one.against)} on {_code(one.text)}: KL divergence {one.kl:.5f} nats, the same"
+        f" likeliest token for {100 * one.agreement:.2f} %."
+        for one in measured
+        if one.kl is not None and one.agreement is not None
+    ]
+    return "\n".join([*lines, *([""] if far else []), *far])
+
+
+def _changes(facts: Facts) -> str:
+    sources = "".join(
+        f"- {origin.role} {_code(origin.name)}"
+        + (f", revision {_code(origin.revision)}" if origin.revision else "")
+        + "\n"
+        for origin in facts.origins
+    )
+    if len(facts.origins) == 1:
+        sources += "- base: contained in the overlay\n"
+    changes = "".join(f"- {line}\n" for line in _what_changed(facts))
+    return f"""## Modifications
+
+Made from
 
 {sources}
-```
-outlier-mlx generate --model {name} --prompt "Once upon a time"
-mlx_lm.generate --model {name}{flag} --prompt "Once upon a time"
-```
-{code if flag else ""}
-| part | parameters | bytes | bits per weight |
-|---|---|---|---|
-{rows}
+The files here are not the originals. Modified in the conversion:
 
-Weights were modified: quantized or packed as the table says. The terms of the overlay's and the
-base's licences apply.
-"""
+{changes}
+`tier.json` lists size and SHA-256 of every file that changes results.""".rstrip()
 
 
-def _cited(source: Source) -> str:
-    return f"{source.name}" + (f", revision {source.revision}" if source.revision else "")
+def _what_changed(facts: Facts) -> Iterator[str]:
+    recipe = facts.recipe
+    bits, group, dtype = (recipe.get(name) for name in ("base_bits", "group_size", "dtype"))
+    if bits is None:
+        yield f"the base's weights were converted to {dtype}"
+    else:
+        more = ", the most sensitive ones to 6 bits" if recipe.get("mixed") else ""
+        yield (
+            f"the base's matrices were quantized to {bits} bits in groups of {group}{more}, as MLX"
+            f" does it; its other weights were converted to {dtype}"
+        )
+    if recipe.get("portable"):
+        yield (
+            "the experts' trits were stored in MLX's affine 2-bit format with the alphas folded"
+            f" into the down projections, all scales in {dtype}"
+        )
+        yield (
+            "rows of the query and key projections were reordered and zero biases added, as the"
+            f" model type {_code(facts.config.get('model_type'))} has them"
+        )
+    else:
+        form = "packed anew, five to a byte"
+        if recipe.get("experts") == "affine2":
+            form = "stored in MLX's affine 2-bit format"
+        yield f"the experts' trits were {form}, their values unchanged, with float32 scales"
+    if "alpha" in recipe:
+        yield f"alphas are not the overlay's present ones, but from {_code(recipe['alpha'])}"
+    yield "`config.json` was written anew"
+    if (facts.folder / "tokenizer_config.json").exists():
+        yield "`tokenizer_config.json` was rewritten without references to code"
+
+
+def _licences(facts: Facts) -> str:
+    lines = ["## Licence", "", "What the model cards of the sources state:", ""]
+    for origin in facts.origins:
+        lines.append(f"- {origin.role} {_code(origin.name)}: {_stated(origin.licence)}")
+    silent = [origin.role for origin in facts.origins if origin.licence is None]
+    if silent and facts.given:
+        lines += ["", f"Where none is stated, who published this names {_code(facts.given)}."]
+    elif silent:
+        lines += ["", f"Of the {' and the '.join(silent)} no licence is known; none is assumed."]
+    names = sorted(path.name for path in facts.folder.iterdir() if is_legal(path.name))
+    if names:
+        lines += ["", f"Files that came with them: {', '.join(_code(name) for name in names)}."]
+    return "\n".join(lines)
+
+
+def _stated(licence: Licence | None) -> str:
+    if licence is None:
+        return "none stated"
+    text = ", ".join(_code(value) for value in licence.ids)
+    if licence.name:
+        text += f" ({_code(licence.name)})"
+    return text + (f", {_code(licence.link)}" if licence.link else "")
+
+
+def _leads_somewhere(folder: Path, link: str | None) -> bool:
+    """Whether a licence's link is an address, or a licence file in the folder."""
+    if link is None or link.startswith(("https://", "http://")):
+        return True
+    return (
+        is_legal(link) and (folder / link).is_file() and not (folder / base_variant(link)).exists()
+    )
+
+
+def _mapping(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _plain(value: object) -> str:
+    """Text of others in Markdown, as it stands there."""
+    return "".join(c for c in one_line(str(value))[:300] if c not in "`|<>[]*_\\")
+
+
+def _code(value: object) -> str:
+    return f"`{''.join(c for c in one_line(str(value))[:300] if c not in '`|')}`"

@@ -19,9 +19,10 @@ from outlier_mlx.storage.parts import (
     write_text,
 )
 from outlier_mlx.storage.writer import WrittenFile
-from outlier_mlx.tiers.assets import copy_assets
+from outlier_mlx.tiers.assets import copy_assets, is_legal
 from outlier_mlx.tiers.bundle import bundle
-from outlier_mlx.tiers.card import model_card
+from outlier_mlx.tiers.card import write_card
+from outlier_mlx.tiers.licences import stated_licence
 from outlier_mlx.tiers.plan import FORMAT_VERSION, Plan, make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import Recipe
@@ -98,13 +99,10 @@ def convert_tier(
             files += [write_json(folder, "config.json", plan.config)]
             if "model_file" in plan.config:
                 files += [write_text(folder, "outlier_moe.py", bundle())]
-            licences = ("LICENSE", "NOTICE")
-            files += [described(folder, n) for n in assets if not n.startswith(licences)]
-            (folder / "README.md").write_text(
-                model_card(target.name, plan, source, base_source), encoding="utf-8"
-            )
-            manifest = _manifest(plan, opened.form, source, base_source, files)
+            files += [described(folder, name) for name in assets if not is_legal(name)]
+            manifest = _manifest(plan, opened.form, alpha, source, base_source, files)
             write_json(folder, "tier.json", manifest)
+            write_card(folder, target.name)
     except OSError as error:
         raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error
     if not tokenizer:
@@ -121,22 +119,35 @@ def _default_out(source: Source, plan: Plan) -> Path:
 
 
 def _manifest(
-    plan: Plan, form: str, overlay: Source, base: Source | None, files: list[WrittenFile]
+    plan: Plan,
+    form: str,
+    alpha: str | Path | None,
+    overlay: Source,
+    base: Source | None,
+    files: list[WrittenFile],
 ) -> dict:
     recipe = plan.recipe
+    stored = {
+        "name": recipe.name,
+        "base_bits": recipe.base_bits,
+        "group_size": recipe.group_size,
+        "experts": recipe.experts,
+        "dtype": recipe.dtype,
+        "portable": recipe.portable,
+        "mixed": recipe.mixed,
+    }
     return {
         "format_version": FORMAT_VERSION,
         "producer": f"outlier-mlx {outlier_mlx.__version__}",
-        "overlay": {"name": overlay.name, "revision": overlay.revision, "form": form},
-        "base": {"name": base.name, "revision": base.revision} if base else None,
-        "recipe": {
-            "name": recipe.name,
-            "base_bits": recipe.base_bits,
-            "group_size": recipe.group_size,
-            "experts": recipe.experts,
-            "dtype": recipe.dtype,
-            "portable": recipe.portable,
-            "mixed": recipe.mixed,
-        },
+        "overlay": _cited(overlay) | {"form": form},
+        "base": _cited(base) if base else None,
+        "recipe": stored | ({"alpha": Path(alpha).name} if alpha is not None else {}),
         "files": listing(files),
     }
+
+
+def _cited(source: Source) -> dict:
+    """A source without a path of this machine; with the licence, if its card states one."""
+    licence = stated_licence(source.folder)
+    cited = {"name": source.name, "revision": source.revision}
+    return cited | (licence.as_json() if licence else {})
