@@ -94,7 +94,11 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) ->
 
 
 def stream(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: str, options: Options
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    options: Options,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[GenerationResponse]:
     """Generate from a prompt, a piece of text at a time.
 
@@ -103,6 +107,7 @@ def stream(
         tokenizer: likewise.
         prompt: the user's text.
         options: how to sample, and how large the KV cache may be.
+        progress: told tokens of the prompt that are read, and to read.
 
     Yields:
         mlx-lm's responses: `text`, and counts, tokens/s and peak memory so far.
@@ -113,7 +118,7 @@ def stream(
     if options.seed is not None:
         mx.random.seed(options.seed)
     tokens = encode_prompt(tokenizer, prompt, options)
-    yield from stream_tokens(model, tokenizer, tokens, options)
+    yield from stream_tokens(model, tokenizer, tokens, options, progress=progress)
 
 
 def stream_tokens(
@@ -146,7 +151,7 @@ def stream_tokens(
         options.top_p,
         options.min_p,
         options.min_tokens_to_keep,
-        top_k=options.top_k,
+        top_k=top_k(options.top_k, model, tokenizer),
         xtc_probability=options.xtc_probability,
         xtc_threshold=options.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
@@ -169,6 +174,16 @@ def stream_tokens(
         if number % CHECK_EVERY == 0:
             _check_finite(response)
         yield response
+
+
+def top_k(wanted: int, model: nn.Module, tokenizer: TokenizerWrapper) -> int:
+    """The k that mlx-lm's sampler takes: 0, which is all, for as many as there are tokens."""
+    return wanted if wanted < vocabulary(model, tokenizer) else 0
+
+
+def vocabulary(model: nn.Module, tokenizer: TokenizerWrapper) -> int:
+    """Width of the logits; for models that do not say it, the number of the tokenizer's tokens."""
+    return getattr(getattr(model, "args", None), "vocab_size", len(tokenizer.get_vocab()))
 
 
 def _check_finite(response: GenerationResponse) -> None:

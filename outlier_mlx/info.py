@@ -1,6 +1,6 @@
 """What a model is and how large, from its config and the headers of its files alone."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -55,12 +55,17 @@ class Info:
         return asdict(self) | {"rows": rows}
 
 
-def inspect(path_or_repo: str | Path, revision: str | None = None) -> Info:
+def inspect(
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Info:
     """Describe a tier, an overlay or a plain model; no weights are read or downloaded.
 
     Args:
         path_or_repo: a folder, or a repository on the hub.
         revision: branch, tag or commit on the hub.
+        progress: told how many files on the hub were asked for their headers, and how many will be.
 
     Raises:
         CheckpointError: there is no model, or its files are not sound.
@@ -72,7 +77,7 @@ def inspect(path_or_repo: str | Path, revision: str | None = None) -> Info:
     source = resolve(path_or_repo, revision, files=("config.json",))
     config = _read_config(source.folder)
     try:
-        tensors = _remote_tensors(source.name, source.revision)
+        tensors = _remote_tensors(source.name, source.revision, progress)
     except OutlierError:
         snapshot = cached(source.name, source.revision)
         if snapshot is None:
@@ -108,21 +113,25 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 Sizes = Iterable[tuple[str, int, int]]
 
 
-def _remote_tensors(repo: str, revision: str | None) -> Tensors:
+def _remote_tensors(
+    repo: str, revision: str | None, progress: Callable[[int, int], None] | None
+) -> Tensors:
     """Dtypes and shapes by range requests for the files' headers."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     tensors: Tensors = {}
     with hub_errors(repo):
-        files = api.list_repo_files(repo, revision=revision)
-        for name in files:
-            if name.endswith(".safetensors"):
-                header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
-                place = expert_of(name)
-                prefix = "model.layers.{}.mlp.experts.{}.".format(*place) if place else ""
-                for key, tensor in header.tensors.items():
-                    tensors[prefix + key] = (tensor.dtype, tuple(tensor.shape))
+        listed = api.list_repo_files(repo, revision=revision)
+        files = [name for name in listed if name.endswith(".safetensors")]
+        for done, name in enumerate(files):
+            if progress is not None:
+                progress(done, len(files))
+            header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+            place = expert_of(name)
+            prefix = "model.layers.{}.mlp.experts.{}.".format(*place) if place else ""
+            for key, tensor in header.tensors.items():
+                tensors[prefix + key] = (tensor.dtype, tuple(tensor.shape))
     if not tensors:
         raise CheckpointError(f"{repo}: no *.safetensors file")
     return tensors

@@ -1,6 +1,7 @@
 """What a model needs, what this machine gives, and what to do when that is not enough."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from outlier_mlx.storage.safetensors import read_json
 
 # The share of its memory that macOS lets the GPU use by default; docs/sizes.md has the source.
 GPU_SHARE = 0.75
-# Weights without a GPU: the experts once more in MLX's 2-bit format, everything in float32.
+# Without a GPU: the experts once more in MLX's 2-bit format, everything else in float32.
 CPU_FACTOR = 2.0
 # Each group of 64 quantized values has a scale and a bias of 16 bits.
 _GROUP_BITS = 32 / 64
@@ -56,42 +57,74 @@ def budget(ram_gb: float | None = None) -> Budget:
     return Budget(int(physical * GPU_SHARE), "this machine")
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes of a budget.
+
+    Attributes:
+        weights: bytes of its weights.
+        config: its dimensions, if they are known.
+        factor: how many times as large a KV cache is as it would be in 16 bits.
+    """
+
+    weights: int
+    config: ModelConfig | None
+    factor: float
+
+    def cache(self, tokens: int, bits: int | None = None) -> int:
+        """Bytes of the KV cache of so many tokens; 0 if the dimensions are not known."""
+        return int(self.factor * kv_bytes(self.config, tokens, bits)) if self.config else 0
+
+
+def needs_of(folder: Path, available: Budget) -> Needs:
+    """What the model in a folder takes: a tier, or a plain MLX model."""
+    weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
+    config = dimensions(read_json(inside(folder, "config.json")))
+    if available.whose == "this machine":
+        return Needs(int(weights * CPU_FACTOR), config, CPU_FACTOR)
+    return Needs(weights, config, 1.0)
+
+
 def check_fits(
     folder: Path,
     tokens: int,
     kv_bits: int | None = None,
     available: Budget | None = None,
+    *,
+    conversations: int = 1,
+    cures: Sequence[str] = (),
 ) -> None:
     """Refuse to load a model that does not fit, before the machine swaps.
 
     Args:
         folder: a tier or a plain MLX model.
-        tokens: tokens that the KV cache will hold.
+        tokens: tokens that the KV cache of a conversation will hold.
         kv_bits: of a quantized KV cache.
         available: what there is; by default, what this machine gives.
+        conversations: how many have a KV cache at the same time.
+        cures: what helps besides what always does.
 
     Raises:
         OutlierError: it does not fit; the message says what can be done.
     """
-    weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
     available = available or budget()
-    if available.whose == "this machine":
-        weights = int(weights * CPU_FACTOR)
-    config = dimensions(read_json(inside(folder, "config.json")))
-    cache = kv_bytes(config, tokens, kv_bits) if config else 0
-    if weights + cache <= available.nbytes:
+    needs = needs_of(folder, available)
+    cache = needs.cache(conversations * tokens, kv_bits)
+    if needs.weights + cache <= available.nbytes:
         return
-    cures = []
-    if config and kv_bits is None and weights + kv_bytes(config, tokens, 4) <= available.nbytes:
-        cures.append("--kv-bits 4")
-    cures.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
+    helps = list(cures)
+    quantized = needs.cache(conversations * tokens, 4)
+    if needs.config and kv_bits is None and needs.weights + quantized <= available.nbytes:
+        helps.append("--kv-bits 4")
+    helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
     if available.whose == "this Mac's GPU":
-        megabytes = -(-(weights + cache) // 2**20)
-        cures.append(f"a higher limit (sudo sysctl iogpu.wired_limit_mb={megabytes})")
+        megabytes = -(-(needs.weights + cache) // 2**20)
+        helps.append(f"a higher limit (sudo sysctl iogpu.wired_limit_mb={megabytes})")
+    whose = f" of {conversations} conversations of {tokens} tokens" if conversations > 1 else ""
     raise OutlierError(
-        f"{folder.name} needs {(weights + cache) / 1e9:.1f} GB, {cache / 1e9:.1f} of it for the"
-        f" KV cache; {available.whose} gives {available.nbytes / 1e9:.1f}. What helps:"
-        f" {', or '.join(cures)}; --ignore-memory tries all the same"
+        f"{folder.name} needs {(needs.weights + cache) / 1e9:.1f} GB, {cache / 1e9:.1f} of it for"
+        f" the KV cache{whose}; {available.whose} gives {available.nbytes / 1e9:.1f}. What helps:"
+        f" {', or '.join(helps)}; --ignore-memory tries all the same"
     )
 
 

@@ -67,11 +67,15 @@ def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Advance]:
 
 
 @contextmanager
-def counting_bar(title: str, unit: str, *, quiet: bool) -> Iterator[Advance]:
-    """A bar that counts, there from the start; yields a function of (done, in all)."""
+def counting_bar(title: str, unit: str, *, quiet: bool, at_once: bool = True) -> Iterator[Advance]:
+    """A bar that counts; yields a function of (done, in all).
+
+    It is there from the start, or else, as a bar of bytes, from the first call on.
+    """
     column = TextColumn("{task.completed:.0f} " + unit)
     with _bar(title, [column], quiet=quiet) as advance:
-        advance(0, None)
+        if at_once:
+            advance(0, None)
         yield advance
 
 

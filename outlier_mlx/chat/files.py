@@ -25,9 +25,11 @@ _CACHE_KEYS = re.compile(r"0\.\w{1,32}|1\.\d{1,4}|2\.\d{1,5}(\.[01])?")
 _TENSOR_NAMES = re.compile(r"\d{1,4}\.\d(\.\d)?")
 
 
-def identity(folder: Path, dtype: str | None) -> str:
-    """A digest of what a KV cache depends on: the model's files, and the dtype it is run in."""
+def identity(folder: Path, dtype: str | None, alpha: Path | None = None) -> str:
+    """A digest of what a KV cache depends on: the model's files, its dtype, and other alphas."""
     state = [dtype, str(mx.default_device().type)]
+    if alpha is not None:
+        state.append(f"alpha {hashlib.sha256(alpha.read_bytes()).hexdigest()}")
     manifest = folder / "tier.json"
     if manifest.exists():
         state.append(hashlib.sha256(manifest.read_bytes()).hexdigest())

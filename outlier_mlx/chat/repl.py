@@ -19,6 +19,7 @@ from outlier_mlx.chat import files
 from outlier_mlx.chat.conversation import Conversation
 from outlier_mlx.chat.markdown import renders_markdown, reply_writer
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.terminal import after_reading, color_system
 
 PROMPT = ">>> "
 MORE = "... "
@@ -59,8 +60,12 @@ class Chat:
     model: str
     cache_file: Path | None = None
     quiet: bool = False
-    out: Console = field(default_factory=lambda: Console(highlight=False))
-    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    out: Console = field(
+        default_factory=lambda: Console(highlight=False, color_system=color_system())
+    )
+    err: Console = field(
+        default_factory=lambda: Console(stderr=True, highlight=False, color_system=color_system())
+    )
 
     def __post_init__(self) -> None:
         """Find out whom it talks with."""
@@ -137,10 +142,12 @@ class Chat:
     def _reply(self, text: str) -> None:
         last: GenerationResponse | None = None
         with _interrupts() as stopped:
-            responses = self.conversation.reply(text, progress=self._reading, stopped=stopped)
-            first = self._first(responses)
+            responses = after_reading(
+                lambda progress: self.conversation.reply(text, progress=progress, stopped=stopped),
+                quiet=self.quiet,
+            )
             with reply_writer(self.out, markdown=self.markdown) as writer:
-                for last in _chain(first, responses):
+                for last in responses:
                     writer.write(last.text)
         if not self.markdown and last is not None:
             self.out.file.write("\n")
@@ -151,18 +158,6 @@ class Chat:
             self._note("interrupted")
         if last is not None and self.asks and not self.quiet:
             self._statistics(last)
-
-    def _first(self, responses: Iterator[GenerationResponse]) -> GenerationResponse | None:
-        """The first response; until it comes, a terminal shows that the prompt is being read."""
-        if not self.err.is_terminal:
-            return next(responses, None)
-        with self.err.status("reading", spinner="dots") as status:
-            self._status = status
-            return next(responses, None)
-
-    def _reading(self, done: int, total: int) -> None:
-        if self.err.is_terminal:
-            self._status.update(f"reading: {done} of {total} tokens")
 
     def _statistics(self, last: GenerationResponse) -> None:
         limit = " (all that --max-tokens allows)" if last.finish_reason == "length" else ""
@@ -243,14 +238,6 @@ class Chat:
 
 def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111 - this one never raises
-
-
-def _chain(
-    first: GenerationResponse | None, rest: Iterator[GenerationResponse]
-) -> Iterator[GenerationResponse]:
-    if first is not None:
-        yield first
-        yield from rest
 
 
 @contextmanager

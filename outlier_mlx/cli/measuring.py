@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from outlier_mlx.cli.app import app, say
+from outlier_mlx.cli.models import load_visibly
 from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
 
 Text = Annotated[
@@ -32,14 +33,13 @@ def perplexity(
 ) -> None:
     """Measure perplexity on a text, and the distance from another model."""
     from outlier_mlx import compare
-    from outlier_mlx.loading import load
     from outlier_mlx.terminal import counting_bar
 
-    loaded, tokenizer = load(model, dtype=dtype)
+    loaded, tokenizer = load_visibly(model, dtype, quiet=quiet)
     content = text.read_text(encoding="utf-8")
     other = None
     if against is not None:
-        other, other_tokenizer = load(against, dtype=dtype)
+        other, other_tokenizer = load_visibly(against, dtype, quiet=quiet)
         compare.same_tokens(tokenizer, other_tokenizer, content)
     texts = compare.windows(tokenizer, content, window, windows)
     with counting_bar("measuring", "tokens", quiet=quiet) as progress:
@@ -69,12 +69,11 @@ def routing(
 ) -> None:
     """Show which experts serve a text, layer by layer."""
     from outlier_mlx import compare
-    from outlier_mlx.loading import load
     from outlier_mlx.routing import draw, observe_routing
     from outlier_mlx.tables import print_routing
     from outlier_mlx.terminal import counting_bar
 
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load_visibly(model, quiet=quiet)
     texts = compare.windows(tokenizer, text.read_text(encoding="utf-8"), window, windows)
     with counting_bar("routing", "tokens", quiet=quiet) as progress:
         layers = observe_routing(loaded, texts, progress)
@@ -107,12 +106,11 @@ def tune_alpha(
 ) -> None:
     """Train the alphas alone; a fifth of the text is held out to judge them."""
     from outlier_mlx import compare
-    from outlier_mlx.loading import load
     from outlier_mlx.terminal import counting_bar
     from outlier_mlx.tuning import save_alphas, tune_alphas
 
-    loaded, tokenizer = load(model)
-    other = load(teacher)[0] if teacher is not None else None
+    loaded, tokenizer = load_visibly(model, quiet=quiet)
+    other = load_visibly(teacher, quiet=quiet)[0] if teacher is not None else None
     texts = compare.windows(tokenizer, text.read_text(encoding="utf-8"), window, windows)
     with counting_bar("tuning", "windows", quiet=quiet) as progress:
         tuned = tune_alphas(
@@ -170,7 +168,6 @@ def bench(
     from outlier_mlx.bench import BenchOptions, bench_model
     from outlier_mlx.bench_kernels import bench_kernels, kernels_run_here, save_best
     from outlier_mlx.bench_tables import print_kernels, print_result
-    from outlier_mlx.loading import load
     from outlier_mlx.memory import check_fits
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import counting_bar
@@ -184,7 +181,7 @@ def bench(
     source = resolve(model, revision)
     if not ignore_memory:
         check_fits(source.folder, batch_size * (prompt_tokens + generation_tokens))
-    loaded, tokenizer = load(source.folder, dtype=dtype)
+    loaded, tokenizer = load_visibly(source, dtype, quiet=quiet)
     with counting_bar("measuring", "runs", quiet=quiet) as progress:
         if kernels:
             timed = bench_kernels(loaded, num_trials, batch_size, progress)

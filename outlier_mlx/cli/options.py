@@ -1,6 +1,7 @@
 """Options that commands share."""
 
 import os
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -24,6 +25,9 @@ Quiet = Annotated[
 ]
 IgnoreMemory = Annotated[
     bool, typer.Option("--ignore-memory", help="Load the model even if it does not fit.")
+]
+Alpha = Annotated[
+    Path | None, typer.Option(help="An alpha.json to use instead of the tier's own alphas.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 

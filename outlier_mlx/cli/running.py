@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from outlier_mlx.cli.app import app
-from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
+from outlier_mlx.cli.models import load_visibly
+from outlier_mlx.cli.options import Alpha, Debug, DType, Force, IgnoreMemory, Quiet
 from outlier_mlx.errors import OutlierError
 
 
@@ -59,9 +60,7 @@ def generate(
     dtype: Annotated[
         DType | None, typer.Option(help="Of activations. Default: the tier's; float32 on the CPU.")
     ] = None,
-    alpha: Annotated[
-        Path | None, typer.Option(help="An alpha.json to use instead of the tier's own alphas.")
-    ] = None,
+    alpha: Alpha = None,
     ignore_memory: IgnoreMemory = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -74,23 +73,22 @@ def generate(
         not in ("model", "prompt", "revision", "dtype", "alpha", "ignore_memory", "quiet", "debug")
     }
     from outlier_mlx.generate import Options, stream
-    from outlier_mlx.loading import load
     from outlier_mlx.memory import check_fits
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.tables import print_statistics
+    from outlier_mlx.terminal import after_reading
 
+    options = Options(**options_given)
     text = _read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
-    folder = resolve(model, revision).folder
+    source = resolve(model, revision)
     if not ignore_memory:
         # A token of English is about four characters; three are on the safe side.
-        check_fits(folder, max_kv_size or len(text) // 3 + max_tokens, kv_bits)
-    loaded, tokenizer = load(folder, dtype=dtype)
-    if alpha is not None:
-        from outlier_mlx.tuning import apply_alphas
-
-        apply_alphas(loaded, alpha)
+        check_fits(source.folder, max_kv_size or len(text) // 3 + max_tokens, kv_bits)
+    loaded, tokenizer = load_visibly(source, dtype, alpha, quiet=quiet)
     response = None
-    for response in stream(loaded, tokenizer, text, Options(**options_given)):
+    for response in after_reading(
+        lambda progress: stream(loaded, tokenizer, text, options, progress), quiet=quiet
+    ):
         print(response.text, end="", flush=True)
     print()
     if response is not None and not quiet:
@@ -113,8 +111,10 @@ def info(
 ) -> None:
     """Say what a tier, overlay or model is, how large, and what memory it needs."""
     from outlier_mlx.info import inspect
+    from outlier_mlx.terminal import counting_bar
 
-    found = inspect(path_or_repo, revision)
+    with counting_bar("reading headers", "files", quiet=False, at_once=False) as progress:
+        found = inspect(path_or_repo, revision, progress)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return

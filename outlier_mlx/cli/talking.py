@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from outlier_mlx.cli.app import app, say
-from outlier_mlx.cli.options import Debug, DType, IgnoreMemory, Quiet
+from outlier_mlx.cli.models import load_model, load_visibly
+from outlier_mlx.cli.options import Alpha, Debug, DType, IgnoreMemory, Quiet
 
 Model = Annotated[str, typer.Option(help="Folder or hub repository of a tier.")]
 Revision = Annotated[str | None, typer.Option(help="Revision on the hub.")]
@@ -50,6 +51,7 @@ def chat(
     quantized_kv_start: KVStart = 5000,
     revision: Revision = None,
     dtype: ActivationDType = None,
+    alpha: Alpha = None,
     ignore_memory: IgnoreMemory = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -59,10 +61,8 @@ def chat(
     from outlier_mlx.chat.files import SUFFIX, identity
     from outlier_mlx.chat.repl import Chat
     from outlier_mlx.generate import Options
-    from outlier_mlx.loading import load
     from outlier_mlx.memory import check_fits
     from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.terminal import stderr
 
     if prompt_cache is not None and prompt_cache.suffix != SUFFIX:
         raise typer.BadParameter(f"its name must end in {SUFFIX}", param_hint="--prompt-cache")
@@ -83,9 +83,9 @@ def chat(
     source = resolve(model, revision)
     if not ignore_memory:
         check_fits(source.folder, max_kv_size or 4096 + max_tokens, kv_bits)
-    with stderr().status(f"loading {source.name}"):
-        conversation = Conversation(*load(source.folder, dtype=dtype), options)
-    Chat(conversation, identity(source.folder, dtype), prompt_cache, quiet=quiet).run()
+    loaded, tokenizer = load_visibly(source, dtype, alpha, quiet=quiet)
+    conversation = Conversation(loaded, tokenizer, options)
+    Chat(conversation, identity(source.folder, dtype, alpha), prompt_cache, quiet=quiet).run()
 
 
 @app.command(epilog="Example: `outlier-mlx serve --model ./tier --port 8080`")
@@ -123,14 +123,18 @@ def serve(
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     decode_concurrency: Annotated[
-        int, typer.Option(min=1, help="Answers generated together.")
-    ] = 32,
-    prompt_concurrency: Annotated[int, typer.Option(min=1, help="Prompts read together.")] = 8,
+        int | None,
+        typer.Option(min=1, help="Answers generated together. Default: what fits, 32 at most."),
+    ] = None,
+    prompt_concurrency: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts read together. Default: a quarter of that."),
+    ] = None,
     prompt_cache_size: Annotated[
         int, typer.Option(min=1, help="Conversations whose KV cache is kept.")
     ] = 10,
     prompt_cache_bytes: Annotated[
-        int | None, typer.Option(min=0, help="Bytes that these may take. Default: any number.")
+        int | None, typer.Option(min=0, help="Bytes that these may take. Default: what is left.")
     ] = None,
     prefill_step_size: PrefillStep = 2048,
     kv_bits: KVBits = None,
@@ -138,16 +142,17 @@ def serve(
     quantized_kv_start: KVStart = 5000,
     revision: Revision = None,
     dtype: ActivationDType = None,
+    alpha: Alpha = None,
     ignore_memory: IgnoreMemory = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API; to this machine alone unless told."""
+    from dataclasses import asdict, replace
     from functools import partial
 
     from outlier_mlx import serve as server
-    from outlier_mlx.loading import load
-    from outlier_mlx.memory import check_fits
+    from outlier_mlx.serve.room import Room, find_room
     from outlier_mlx.storage.hub import resolve
 
     options = server.ServeOptions(
@@ -165,15 +170,20 @@ def serve(
         top_k=top_k,
         min_p=min_p,
         prefill_step_size=prefill_step_size,
-        decode_concurrency=decode_concurrency,
-        prompt_concurrency=prompt_concurrency,
         prompt_cache_size=prompt_cache_size,
-        prompt_cache_bytes=prompt_cache_bytes,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
     )
     source = resolve(model, revision)
-    if not ignore_memory:
-        check_fits(source.folder, max_context or 4096 + max_tokens, kv_bits)
-    server.serve(source.name, partial(load, source.folder, dtype=dtype), options, say, quiet=quiet)
+    asked = decode_concurrency, prompt_concurrency, prompt_cache_bytes
+    if ignore_memory:
+        room = Room(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes)
+    else:
+        tokens = max_context or 4096 + max_tokens
+        room, conversations = find_room(
+            source.folder, tokens, *asked, kv_bits=kv_bits, clients=max_clients
+        )
+        say(f"memory for {conversations} conversations of {tokens} tokens at a time")
+    load = partial(load_model, source.folder, dtype, alpha)
+    server.serve(source.name, load, replace(options, **asdict(room)), say, quiet=quiet)

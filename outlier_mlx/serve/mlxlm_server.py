@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx import __version__
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.generate import context_length
+from outlier_mlx.generate import context_length, top_k, vocabulary
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import CheckedHandler, Service, read_body
 from outlier_mlx.serve.limits import Limits, parse_body
@@ -87,10 +87,10 @@ class OneModel(ModelProvider):
             self.model, self.tokenizer = self._load_model()
             self.is_batchable = all(hasattr(c, "merge") for c in make_prompt_cache(self.model))
             self.model_key = (self.service.name, None, None)
-            args = getattr(self.model, "args", None)
+            self.cli_args.top_k = top_k(self.cli_args.top_k, self.model, self.tokenizer)
             self.limits = Limits(
                 self.service.max_tokens,
-                getattr(args, "vocab_size", len(self.tokenizer.get_vocab())),
+                vocabulary(self.model, self.tokenizer),
                 self.service.context or context_length(self.model),
                 TEMPLATE_NAMES,
             )

@@ -19,7 +19,7 @@ from outlier_mlx.generate import Options
 from outlier_mlx.serve.access import Access, Refused, host_name, is_address
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.mlxlm_server import Generator, Handler, Load, OneModel
-from outlier_mlx.terminal import stderr
+from outlier_mlx.terminal import working
 
 # What is still under way when the server ends is cut off after so long.
 END_SECONDS = 3.0
@@ -306,7 +306,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
-        with stderr().status(f"loading {name}"):
+        with working(f"loading {name}", quiet=quiet):
             server.start()
         log(f"serving {name} at {server.url} (Ctrl-C ends it)")
         server.serve_forever()

@@ -1,0 +1,34 @@
+"""Loading a model for a command: with a sign of life, and with other alphas if asked."""
+
+from pathlib import Path
+from typing import Any
+
+from outlier_mlx.storage.hub import Source
+
+
+def load_model(folder: Path, dtype: str | None = None, alpha: Path | None = None) -> Any:
+    """A model and its tokenizer; `alpha` is an alpha.json that wins over a tier's own alphas.
+
+    Raises:
+        OutlierError: there is no sound model, or the alphas do not suit it.
+    """
+    from outlier_mlx.loading import load
+
+    model, tokenizer = load(folder, dtype=dtype)
+    if alpha is not None:
+        from outlier_mlx.tuning import apply_alphas
+
+        apply_alphas(model, alpha)
+    return model, tokenizer
+
+
+def load_visibly(
+    model: str | Source, dtype: str | None = None, alpha: Path | None = None, *, quiet: bool
+) -> Any:
+    """As `load_model` does, of a folder or hub repository; a terminal shows that it takes time."""
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.terminal import working
+
+    source = model if isinstance(model, Source) else resolve(model)
+    with working(f"loading {source.name}", quiet=quiet):
+        return load_model(source.folder, dtype, alpha)
