@@ -11,20 +11,23 @@ from outlier_mlx.storage.safetensors import TensorRef, read_header, read_json
 INDEX_NAME = "model.safetensors.index.json"
 
 
-def read_shards(folder: Path, *, required: bool = True) -> dict[str, TensorRef]:
+def read_shards(
+    folder: Path, *, required: bool = True, pattern: str = "*.safetensors"
+) -> dict[str, TensorRef]:
     """All tensors of the `*.safetensors` directly in a folder, from their headers.
 
     Args:
         folder: where to look.
         required: whether there must be one.
+        pattern: of the files' names.
 
     Raises:
         CheckpointError: there is none, one is damaged, a key is in two of them, or the index file
             names other files or tensors than there are.
     """
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = sorted(path.name for path in folder.glob(pattern))
     if not names and required:
-        raise CheckpointError(f"{folder}: no *.safetensors file")
+        raise CheckpointError(f"{folder}: no {pattern} file")
     tensors: dict[str, TensorRef] = {}
     for name in names:
         for key, tensor in read_header(inside(folder, name)).items():
