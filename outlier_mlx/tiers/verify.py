@@ -20,6 +20,8 @@ from outlier_mlx.ternary import row_bytes
 from outlier_mlx.tiers.bundle import bundle
 from outlier_mlx.tiers.plan import FORMAT_VERSION
 
+#: What mlx-lm may load or import from a folder: every file of these names has to be listed.
+LOADED = ("model*.safetensors", "*.safetensors", "*.py", "*.index.json")
 # Large enough that hashing lets other threads run, small enough for a smooth bar.
 _BLOCK = 4 << 20
 
@@ -97,8 +99,7 @@ def _check_code(folder: Path, listed: dict[str, tuple[str, int]]) -> None:
 
 
 def _check_unlisted(folder: Path, listed: dict[str, tuple[str, int]]) -> None:
-    """mlx-lm loads every `model*.safetensors` and may import every `*.py` that it finds."""
-    for pattern in ("model*.safetensors", "*.safetensors", "*.py", "*.index.json"):
+    for pattern in LOADED:
         for path in sorted(folder.glob(pattern)):
             if path.name not in listed:
                 raise CheckpointError(f"{path.name}: not listed in tier.json")
