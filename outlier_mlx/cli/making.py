@@ -18,6 +18,7 @@ from outlier_mlx.cli.options import (
     Quiet,
     Tier,
 )
+from outlier_mlx.cli.sharing import push_converted, require_pushable
 
 
 @app.command(
@@ -59,6 +60,10 @@ def convert(
     base_revision: Annotated[
         str | None, typer.Option(help="The base's revision on the hub.")
     ] = None,
+    upload_repo: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Push the tier to the hub; see `push`."),
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -69,6 +74,8 @@ def convert(
     from outlier_mlx.tiers.convert import convert_tier
     from outlier_mlx.tiers.presets import make_recipe
 
+    if upload_repo is not None:
+        require_pushable(upload_repo)
     name: str = tier
     if tier == "auto":
         from outlier_mlx.tiers.choose import best, list_choices
@@ -96,6 +103,8 @@ def convert(
         )
     if not quiet:
         print_report(report)
+    if upload_repo is not None:
+        push_converted(report.path, upload_repo, quiet=quiet)
 
 
 @app.command(epilog="Example: `outlier-mlx tiers ./overlay --base ./base --ram 32`")
