@@ -5,11 +5,12 @@ in order. None holds more than a few slabs.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
 from outlier_mlx.storage.parts import Chunk, Part, ahead
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
+from outlier_mlx.storage.streams import own_stream
 from outlier_mlx.storage.writer import TensorSpec
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
 
@@ -26,6 +28,8 @@ SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Of source. Small enough to stay in a core's cache from reading to packing, and for the allocator
 # to reuse: at 8 MB, fresh pages alone took a quarter of the time.
 SLAB_BYTES = 2 << 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,12 @@ class Plain(FromTensor):
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The tensor slab by slab, rounded to the tier's dtype."""
-        for slab, used in float_slabs(self.tensor, self.twin, pool):
-            yield self.name, _bytes(mx.array(slab).astype(_mlx(self.dtype))), used
+
+        def rounded(slab: np.ndarray) -> memoryview:
+            return _bytes(mx.array(slab).astype(_mlx(self.dtype)))
+
+        for data, used in _made_slabs(self.tensor, self.twin, pool, rounded):
+            yield self.name, data, used
 
 
 @dataclass(frozen=True)
@@ -115,13 +123,17 @@ class Quantized(FromTensor):
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The weight slab by slab, then the scales and biases that were put aside."""
-        aside: dict[str, list[memoryview]] = {"scales": [], "biases": []}
-        for slab, used in float_slabs(self.tensor, self.twin, pool):
+
+        def quantized(slab: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
             w = mx.array(slab).astype(_mlx(self.dtype))
             packed, scales, biases = mx.quantize(w, self.group_size, self.bits)
-            aside["scales"].append(_bytes(scales))
-            aside["biases"].append(_bytes(biases))
-            yield f"{self.path}.weight", _bytes(packed), used
+            return _bytes(packed), _bytes(scales), _bytes(biases)
+
+        aside: dict[str, list[memoryview]] = {"scales": [], "biases": []}
+        for (packed, scales, biases), used in _made_slabs(self.tensor, self.twin, pool, quantized):
+            aside["scales"].append(scales)
+            aside["biases"].append(biases)
+            yield f"{self.path}.weight", packed, used
         for name, pieces in aside.items():
             for piece in pieces:
                 yield f"{self.path}.{name}", piece, 0
@@ -258,8 +270,18 @@ def float_slabs(
     tensor: FloatTensor, twin: FloatTensor | None, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Slabs of rows as float32, checked for NaN and infinity, and against the twin."""
+    return _made_slabs(tensor, twin, pool, lambda slab: slab)
 
-    def read(start: int, stop: int) -> tuple[np.ndarray, int]:
+
+def _made_slabs(
+    tensor: FloatTensor,
+    twin: FloatTensor | None,
+    pool: ThreadPoolExecutor,
+    make: Callable[[np.ndarray], T],
+) -> Iterator[tuple[T, int]]:
+    """What `make` makes of the slabs, on the pool's threads."""
+
+    def made(start: int, stop: int) -> tuple[T, int]:
         slab = tensor.read_float32(start, stop)
         if not np.isfinite(slab).all():
             raise CheckpointError(f"{tensor.where}: holds NaN or infinity")
@@ -268,10 +290,19 @@ def float_slabs(
                 f"{tensor.where}: differs from {twin.where} of the base; an overlay may repeat base"
                 " tensors, not change them"
             )
-        return slab, row_size * (stop - start)
+        with own_stream():
+            return make(slab), row_size * (stop - start)
 
     row_size = _stored_bytes(tensor) // max(1, tensor.shape[0])
-    yield from ahead(pool, (partial(read, *r) for r in _ranges(tensor.shape[0], row_size)))
+    yield from ahead(pool, (partial(made, *r) for r in _ranges(tensor.shape[0], row_size)))
+
+
+def twins_differ(tensor: FloatTensor, twin: FloatTensor) -> CheckpointError:
+    """The error for a tensor of the overlay that is not what the base has."""
+    return CheckpointError(
+        f"{tensor.where}: differs from {twin.where} of the base; an overlay may repeat base"
+        " tensors, not change them"
+    )
 
 
 def _stored_bytes(tensor: FloatTensor) -> int:
