@@ -1,0 +1,81 @@
+"""AutoAWQ's GEMM layout, and its weights in MLX's affine format.
+
+A layer of (out, in) is stored as `qweight` (in, out / 8), `qzeros` (in / g, out / 8), both int32,
+and `scales` (in / g, out) float16, and means w[o, i] = (q[i, o] - z[i // g, o]) * s[i // g, o].
+Word c of a row holds columns 8c to 8c + 7, eight to an int32, in the order `NIBBLES`.
+Source: AutoAWQ 0.2, `awq/modules/linear/gemm.py` and `awq/utils/packing_utils.py`.
+"""
+
+import numpy as np
+
+from outlier_mlx.imports.codes import pack_codes
+
+#: Column j of eight sits in bits 4 * NIBBLES[j] and on.
+NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
+# Which of the eight columns the low and the high half of each of a word's four bytes hold.
+_LOW = [NIBBLES.index(n) for n in (0, 2, 4, 6)]
+_HIGH = [NIBBLES.index(n) for n in (1, 3, 5, 7)]
+# Rows that are transposed at a time: with 64 words a row, what is read and written fits in a
+# core's cache.
+_BLOCK = 4096
+
+
+def unpack(words: np.ndarray) -> np.ndarray:
+    """Codes (rows, 8 * c) uint8 of words (rows, c) of 32 bits."""
+    rows, count = words.shape
+    halves = np.ascontiguousarray(words).view(np.uint8).reshape(rows, count, 4)
+    codes = np.empty((rows, count, 8), np.uint8)
+    codes[..., _LOW] = halves & 15
+    codes[..., _HIGH] = halves >> 4
+    return codes.reshape(rows, 8 * count)
+
+
+def to_four_bits(words: np.ndarray) -> np.ndarray:
+    """The codes of words (in, c), transposed and packed for MLX.
+
+    A byte of MLX's holds the codes of two neighbours along `in`, which here are bytes of two
+    neighbouring rows; so no code has to stand alone.
+
+    Returns:
+        (8 * c, in / 8) uint32.
+    """
+    width, count = words.shape
+    packed = np.empty((count, 8, width // 2), np.uint8)
+    for start in range(0, width, _BLOCK):
+        block = np.ascontiguousarray(words[start : start + _BLOCK]).view(np.uint8)
+        even, odd = block[0::2], block[1::2]
+        target = packed[..., start // 2 : start // 2 + len(even)]
+        target[:, _LOW] = _transposed((even & 15) | (odd << 4), count)
+        target[:, _HIGH] = _transposed((even >> 4) | (odd & 0xF0), count)
+    return packed.reshape(8 * count, width // 2).view("<u4")
+
+
+def _transposed(block: np.ndarray, count: int) -> np.ndarray:
+    """(rows, 4 * c) as (c, 4, rows)."""
+    return block.T.reshape(count, 4, -1)
+
+
+def to_five_bits(words: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+    """The codes of words (in, c) as q - z + 16, transposed and packed for MLX.
+
+    With them every bias is -16 times its scale, which 16 bits hold exactly.
+
+    Args:
+        words: (in, c) of 32 bits.
+        zeros: (groups, 8 * c) uint8; None stands for 8.
+
+    Returns:
+        (8 * c, in * 5 / 32) uint32.
+    """
+    codes = unpack(words)
+    if zeros is None:
+        codes += np.uint8(8)
+    else:
+        by_group = codes.reshape(len(zeros), -1, codes.shape[1])
+        by_group += np.uint8(16) - zeros[:, None]
+    return pack_codes(np.ascontiguousarray(codes.T), 5)
+
+
+def mlx_group(group: int) -> int | None:
+    """The largest of MLX's groups that divides one of AWQ's, or None."""
+    return next((size for size in (128, 64, 32) if group % size == 0), None)

@@ -1,0 +1,193 @@
+"""A linear layer of an AWQ checkpoint, or one projection of all experts, as MLX stores it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.imports.awq_layout import mlx_group, to_five_bits, to_four_bits, unpack
+from outlier_mlx.storage.parts import Chunk, Part, ahead
+from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.writer import TensorSpec
+
+# Words of a row that are transposed at a time, and the bytes of a slab that a thread is given.
+_WORDS = 64
+_SLAB_BYTES = 1 << 20
+
+
+@dataclass
+class Loss:
+    """What biases in float16 lose; counted while they are written."""
+
+    groups: int = 0
+    exact: int = 0
+    largest: float = 0.0
+    largest_in_steps: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, exact: np.ndarray, rounded: np.ndarray, scales: np.ndarray) -> None:
+        """Add the biases of some groups: float32, rounded to float16, and the groups' scales."""
+        error = np.abs(exact - rounded.astype(np.float32))
+        steps = np.abs(scales.astype(np.float32))
+        relative = np.divide(error, steps, out=np.zeros_like(error), where=steps > 0)
+        with self._lock:
+            self.groups += error.size
+            self.exact += int((error == 0).sum())
+            self.largest = max(self.largest, float(error.max(initial=0)))
+            self.largest_in_steps = max(self.largest_in_steps, float(relative.max(initial=0)))
+
+
+@dataclass(frozen=True)
+class AwqMatrix:
+    """A linear layer on disk; see `awq_layout`.
+
+    Attributes:
+        qweight: (in, out / 8) int32.
+        scales: (in / group, out) float16.
+        qzeros: (in / group, out / 8) int32; None where all zeros are 8.
+    """
+
+    qweight: TensorRef
+    scales: TensorRef
+    qzeros: TensorRef | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.scales.shape[1], self.qweight.shape[0]
+
+    @property
+    def group(self) -> int:
+        """Weights along `in` that share a scale."""
+        return self.qweight.shape[0] // self.scales.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """What will be read."""
+        tensors = (self.qweight, self.scales, self.qzeros)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def read_scales(self) -> np.ndarray:
+        """(groups, out) float16, checked to be finite."""
+        scales = self.scales.read()
+        if not np.isfinite(scales).all():
+            raise CheckpointError(f"{self.scales.where}: holds NaN or infinity")
+        return scales
+
+    def read_zeros(self) -> np.ndarray | None:
+        """(groups, out) uint8, or None where all are 8."""
+        return None if self.qzeros is None else unpack(self.qzeros.read())
+
+
+@dataclass(frozen=True)
+class AwqPart(Part):
+    """The `weight`, `scales` and `biases` of a module.
+
+    Attributes:
+        matrices: the layer, or a layer of each expert.
+        stacked: whether the module's tensors have an axis of experts.
+        bits: 4, or 5 for the form whose float16 biases are exact.
+        dtype: "float32" or "float16": of scales and biases.
+        loss: told what float16 loses.
+    """
+
+    matrices: tuple[AwqMatrix, ...]
+    stacked: bool
+    bits: int
+    dtype: str
+    loss: Loss
+
+    @property
+    def params(self) -> int:
+        """Weights of all matrices."""
+        return sum(prod(matrix.shape) for matrix in self.matrices)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the matrices' tensors."""
+        return sum(matrix.nbytes for matrix in self.matrices)
+
+    @property
+    def group_size(self) -> int:
+        """The group of MLX's that the scales are written for; larger ones are repeated."""
+        size = mlx_group(self.matrices[0].group)
+        assert size is not None
+        return size
+
+    def specs(self) -> list[TensorSpec]:
+        """Packed weight (..., out, in * bits / 32) uint32; scales and biases (..., out, groups)."""
+        out, width = self.matrices[0].shape
+        lead = (len(self.matrices),) if self.stacked else ()
+        groups = (*lead, out, width // self.group_size)
+        dtype = {"float32": "F32", "float16": "F16"}[self.dtype]
+        return [
+            TensorSpec(f"{self.path}.weight", "U32", (*lead, out, width * self.bits // 32)),
+            TensorSpec(f"{self.path}.scales", dtype, groups),
+            TensorSpec(f"{self.path}.biases", dtype, groups),
+        ]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The packed weight, a slab of rows at a time, then scales and biases, each by expert."""
+        for rows, used in ahead(pool, self._slabs()):
+            yield f"{self.path}.weight", rows.reshape(-1).data, used
+        for name, read in (("scales", self._scales), ("biases", self._biases)):
+            calls = (partial(read, matrix) for matrix in self.matrices)
+            for matrix, values in zip(self.matrices, ahead(pool, calls), strict=True):
+                used = matrix.nbytes - matrix.qweight.nbytes if name == "biases" else 0
+                yield f"{self.path}.{name}", values.reshape(-1).data, used
+
+    def _slabs(self) -> Iterator[Callable[[], tuple[np.ndarray, int]]]:
+        """Calls that pack a slab each. A matrix is read when its first slab is asked for."""
+        for matrix in self.matrices:
+            words = matrix.qweight.read()
+            zeros = matrix.read_zeros() if self.bits == 5 else None
+            step = _WORDS * max(1, _SLAB_BYTES // (4 * _WORDS * len(words)))
+            for start in range(0, words.shape[1], step):
+                columns = slice(8 * start, 8 * (start + step))
+                part = None if zeros is None else zeros[:, columns]
+                yield partial(_pack, words[:, start : start + step], part, self.bits)
+
+    def _scales(self, matrix: AwqMatrix) -> np.ndarray:
+        return self._spread(matrix, matrix.read_scales().astype(self.dtype))
+
+    def _biases(self, matrix: AwqMatrix) -> np.ndarray:
+        """-z s, or -16 s: at most 15 significant bits, exact in float32."""
+        scales, zeros = matrix.read_scales(), None
+        if self.bits == 4:
+            zeros = matrix.read_zeros()
+        constant = np.float32(16 if self.bits == 5 else 8)
+        factor = constant if zeros is None else zeros.astype(np.float32)
+        exact = -(factor * scales.astype(np.float32))
+        with np.errstate(over="ignore"):
+            biases = exact.astype(self.dtype)
+        if not np.isfinite(biases).all():
+            raise CheckpointError(
+                f"{matrix.scales.where}: scales up to {np.abs(scales).max()}: with them, biases do"
+                " not fit in float16; import with --dtype float32"
+            )
+        if self.dtype == "float16":
+            self.loss.count(exact, biases, scales)
+        return self._spread(matrix, biases)
+
+    def _spread(self, matrix: AwqMatrix, values: np.ndarray) -> np.ndarray:
+        """(groups, out) as (out, groups of MLX's)."""
+        times = matrix.group // self.group_size
+        return np.ascontiguousarray(np.repeat(values.T, times, axis=1))
+
+
+def _pack(words: np.ndarray, zeros: np.ndarray | None, bits: int) -> tuple[np.ndarray, int]:
+    """Packed rows of a slab of columns, and the bytes of source that they used up."""
+    pieces = []
+    for start in range(0, words.shape[1], _WORDS):
+        piece = words[:, start : start + _WORDS]
+        columns = slice(8 * start, 8 * (start + _WORDS))
+        if bits == 4:
+            pieces.append(to_four_bits(piece))
+        else:
+            pieces.append(to_five_bits(piece, None if zeros is None else zeros[:, columns]))
+    return np.concatenate(pieces), words.nbytes

@@ -1,0 +1,104 @@
+"""Names of Hugging Face checkpoints, as the modules of MLX's models that they belong to."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.imports.families import Module
+from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
+
+#: A module's path, and the expert of it that a tensor is for; None where all share it.
+Place = tuple[str, int | None]
+#: What is stored for a place, by the last part of its name: "weight", "bias", "qweight" ...
+Stored = dict[str, TensorRef]
+
+# Mixtral's projections, as its papers' code calls them.
+_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_LAYER = r"(model\.layers\.\d+)\."
+_EXPERT = re.compile(_LAYER + r"(?:block_sparse_moe|mlp)\.experts\.(\d{1,5})\.(w[123])\.(\w+)")
+_ROUTER = re.compile(_LAYER + r"(?:block_sparse_moe|mlp)\.gate\.(\w+)")
+_FUSED = re.compile(_LAYER + r"mlp\.experts\.(gate_up_proj|down_proj)")
+
+
+def by_place(tensors: Mapping[str, TensorRef], config: dict) -> dict[Place, Stored]:
+    """Sort a checkpoint's tensors by the module of MLX's model that they are for.
+
+    Mixtral's experts are known by both of their names: a matrix each (`block_sparse_moe.experts.E`
+    with w1 = gate, w2 = down, w3 = up), and all of a layer in one tensor (`mlp.experts` with
+    `gate_up_proj` (experts, 2 * width, hidden), gate rows first, and `down_proj` (experts, hidden,
+    width)), as transformers 5 writes them. Frequencies of RoPE, which old files hold, are left out,
+    and so is the head of a model whose head is the embeddings.
+
+    Raises:
+        CheckpointError: two tensors are for the same place, or a fused one has another shape.
+    """
+    mixture = config["model_type"] == "mixtral"
+    found: dict[Place, Stored] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if config["tie_word_embeddings"] and name == "lm_head.weight":
+            continue
+        if mixture and (match := _FUSED.fullmatch(name)):
+            for place, part in _split_fused(tensor, match[1], match[2], config):
+                _add(found, place, "weight", part)
+            continue
+        place, leaf = _place(name, mixture)
+        _add(found, place, leaf, tensor)
+    return found
+
+
+def name_in_source(module: Module, expert: int | None) -> str:
+    """What a checkpoint calls a module, or an expert of it, in the usual spelling."""
+    if expert is None:
+        return module.path
+    prefix, _, projection = module.path.partition(".switch_mlp.")
+    letter = next(letter for letter, name in _EXPERTS.items() if name == projection)
+    return f"{prefix}.experts.{expert}.{letter}"
+
+
+def _place(name: str, mixture: bool) -> tuple[Place, str]:
+    if mixture and (match := _EXPERT.fullmatch(name)):
+        layer, expert, letter, leaf = match.groups()
+        path = f"{layer}.block_sparse_moe.switch_mlp.{_EXPERTS[letter]}"
+        return (path, int(expert)), leaf
+    if mixture and (match := _ROUTER.fullmatch(name)):
+        return (f"{match[1]}.block_sparse_moe.gate", None), match[2]
+    path, _, leaf = name.rpartition(".")
+    return (path, None), leaf
+
+
+def _add(found: dict[Place, Stored], place: Place, leaf: str, tensor: TensorRef) -> None:
+    stored = found.setdefault(place, {})
+    if leaf in stored:
+        raise CheckpointError(f"{tensor.where}: the same as {stored[leaf].name} under another name")
+    stored[leaf] = tensor
+
+
+def _split_fused(
+    tensor: TensorRef, layer: str, name: str, config: dict
+) -> list[tuple[Place, TensorRef]]:
+    """The matrices of a fused tensor: places in the same file, nothing is read."""
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    experts = config["num_local_experts"]
+    rows = {"down_proj": hidden} if name == "down_proj" else {"gate_proj": width, "up_proj": width}
+    columns = width if name == "down_proj" else hidden
+    shape = (experts, sum(rows.values()), columns)
+    if tensor.shape != shape:
+        raise CheckpointError(f"{tensor.where}: shape {tensor.shape}, expected {shape}")
+    parts: list[tuple[Place, TensorRef]] = []
+    offset = tensor.offset
+    for expert in range(experts):
+        for projection, count in rows.items():
+            path = f"{layer}.block_sparse_moe.switch_mlp.{projection}"
+            part = replace(
+                tensor,
+                name=f"{tensor.name}[{expert}].{projection}",
+                shape=(count, columns),
+                offset=offset,
+            )
+            parts.append(((path, expert), part))
+            offset += prod(part.shape) * NUMPY_DTYPES[tensor.dtype].itemsize
+    return parts
