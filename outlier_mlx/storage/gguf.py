@@ -26,7 +26,7 @@ _MAX_BYTES = 100_000_000
 _MAX_DIMS = 4
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS = {
+_NUMBERS: dict[int, np.dtype] = {
     0: np.dtype("u1"),
     1: np.dtype("i1"),
     2: np.dtype("<u2"),
@@ -218,7 +218,7 @@ def _value(cursor: _Cursor, kind: int, count: int | None) -> Any:
         raise CheckpointError(f"{cursor.path.name}: metadata of an unknown kind, {kind}")
     dtype = _NUMBERS[kind]
     data = cursor.bytes(dtype.itemsize * (1 if count is None else count))
-    numbers = np.frombuffer(data, dtype)
+    numbers: np.ndarray = np.frombuffer(data, dtype)
     if kind == _BOOL:  # any byte may stand there; NumPy would trust that it is 0 or 1
         numbers = numbers.view(np.uint8) != 0
     return numbers[0].item() if count is None else numbers

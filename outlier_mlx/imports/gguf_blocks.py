@@ -1,0 +1,220 @@
+"""ggml's quantized blocks as MLX's affine format: weight = scale * code + bias.
+
+Layouts as in the package `gguf` (`gguf/quants.py`) and ggml's sources. Everything here works on
+rows as they are stored, (rows, row_bytes) uint8, and gives codes, scales and biases of those rows.
+For the types in `AFFINE` nothing is lost with float32 scales: products of codes and scales have at
+most 24 significant bits, and MLX adds the bias as ggml does, rounding once.
+
+Q2_K, Q3_K and Q6_K have a scale for every 16 weights; MLX's smallest group is 32. They are decoded
+(`values`) and quantized anew (`quantize`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.ternary import TernaryError
+from outlier_mlx.ternary.ggml import unpack_tq1_0_blocks, unpack_tq2_0_blocks
+
+#: Types whose weights are stored one by one.
+FLOATS = ("F32", "F16", "BF16")
+#: Types that no affine group of MLX fits.
+REGROUPED = ("Q2_K", "Q3_K", "Q6_K")
+
+#: The blocks of some rows, (rows, blocks, block_bytes) uint8.
+Blocks = np.ndarray
+
+
+@dataclass(frozen=True)
+class Affine:
+    """How a type becomes affine.
+
+    Attributes:
+        bits: of a code.
+        group: weights that share a scale.
+        half: whether scales and biases are float16 values.
+        block_bytes: bytes of a block.
+        codes: (rows, blocks, weights of a block) uint8 of blocks.
+        scales: (rows, groups) float32 scales and biases of blocks.
+    """
+
+    bits: int
+    group: int
+    half: bool
+    block_bytes: int
+    codes: Callable[[Blocks], np.ndarray]
+    scales: Callable[[Blocks], tuple[np.ndarray, np.ndarray]]
+
+
+def codes(kind: str, raw: np.ndarray) -> np.ndarray:
+    """The codes of rows of a type in `AFFINE`: (rows, in) uint8."""
+    return _flat(AFFINE[kind].codes(_blocks(kind, raw)))
+
+
+def scales(kind: str, raw: np.ndarray, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and biases of rows of a type in `AFFINE`: (rows, in / group) float32 each.
+
+    Args:
+        kind: the type.
+        raw: (rows, row_bytes) uint8.
+        group: a divisor of the type's own group size, which is the default.
+
+    Raises:
+        CheckpointError: one of them is NaN or infinite.
+    """
+    layout = AFFINE[kind]
+    found = layout.scales(_blocks(kind, raw))
+    times = layout.group // (group or layout.group)
+    for array in found:
+        if not np.isfinite(array).all():
+            row, column = np.argwhere(~np.isfinite(array))[0].tolist()
+            raise CheckpointError(
+                f"row {row}: the scale of weight {column * layout.group} is {array[row, column]}"
+            )
+    s, b = found
+    return np.repeat(s, times, axis=-1), np.repeat(b, times, axis=-1)
+
+
+def values(kind: str, raw: np.ndarray) -> np.ndarray:
+    """The weights of rows of any type that is read here: (rows, in) float32, exact.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite.
+    """
+    if kind == "F32":
+        result = raw.view("<f4").astype(np.float32, copy=False)
+    elif kind == "F16":
+        result = raw.view("<f2").astype(np.float32)
+    elif kind == "BF16":
+        result = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        with np.errstate(invalid="ignore", over="ignore"):
+            result = dequantize(raw, GGMLQuantizationType[kind])
+    if not np.isfinite(result).all():
+        row, column = np.argwhere(~np.isfinite(result))[0].tolist()
+        raise CheckpointError(f"row {row}: weight {column} is {result[row, column]}")
+    return result
+
+
+def quantize(
+    weights: np.ndarray, bits: int, group: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantize anew: each group's range in equal steps, so that no weight moves by more than half.
+
+    Args:
+        weights: (rows, in) float32, finite.
+        bits: of a code.
+        group: a divisor of `in`.
+
+    Returns:
+        Codes (rows, in) uint8, scales and biases (rows, in / group) float32.
+    """
+    grouped = weights.reshape(len(weights), -1, group)
+    low, high = grouped.min(axis=-1), grouped.max(axis=-1)
+    step = (high - low) / np.float32(2**bits - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.rint((grouped - low[..., None]) / step[..., None])
+    found = np.where(step[..., None] > 0, found, 0).clip(0, 2**bits - 1)
+    return found.astype(np.uint8).reshape(weights.shape), step, low
+
+
+def affine_values(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
+    """What MLX makes of codes (rows, in), and of scales and biases (rows, groups): float32."""
+    grouped = codes.reshape(*scales.shape, -1).astype(np.float32)
+    return _flat(grouped * scales[..., None] + biases[..., None])
+
+
+def _blocks(kind: str, raw: np.ndarray) -> Blocks:
+    return raw.reshape(len(raw), -1, AFFINE[kind].block_bytes)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), -1)
+
+
+def _half(blocks: Blocks, at: int) -> np.ndarray:
+    """A float16 at some place of every block, as (rows, blocks) float32."""
+    return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0].astype(np.float32)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """(rows, blocks, n) bytes -> (rows, blocks, 2 n): all low nibbles, then all high ones."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+
+
+def _fifth(packed: np.ndarray) -> np.ndarray:
+    """Four bytes of a block as 32 bits, each in the place of a fifth bit."""
+    return np.unpackbits(packed, axis=-1, bitorder="little") << 4
+
+
+def _offset(offset: int) -> Callable[[Blocks], tuple[np.ndarray, np.ndarray]]:
+    """Scales of types that are d * (code - offset)."""
+
+    def scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+        d = _half(blocks, 0)
+        return d, d * np.float32(-offset)
+
+    return scales
+
+
+def _minimum(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Scales of types that are d * code + m."""
+    return _half(blocks, 0), _half(blocks, 2)
+
+
+def _k_scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Scales of Q4_K and Q5_K: d * sc and -dmin * mn for each of the eight groups of a block."""
+    p = blocks[..., 4:16]
+    low, middle, high = p[..., 0:4], p[..., 4:8], p[..., 8:12]
+    sc = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=-1)
+    mn = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=-1)
+    with np.errstate(invalid="ignore"):
+        s = _half(blocks, 0)[..., None] * sc.astype(np.float32)
+        b = -(_half(blocks, 2)[..., None] * mn.astype(np.float32))
+    return _flat(s), _flat(b)
+
+
+def _k_nibbles(packed: np.ndarray) -> np.ndarray:
+    """128 bytes of a block: of 32, the low nibbles are one group and the high ones the next."""
+    runs = packed.reshape(*packed.shape[:2], 4, 32)
+    return _nibbles(runs).reshape(*packed.shape[:2], 256)
+
+
+def _q5_k(blocks: Blocks) -> np.ndarray:
+    high = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    return _k_nibbles(blocks[..., 48:]) | high.reshape(*blocks.shape[:2], 256) << 4
+
+
+def _ternary(unpack: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Callable:
+    def codes(blocks: Blocks) -> np.ndarray:
+        try:
+            return (unpack(_flat(blocks))[0] + 1).view(np.uint8)
+        except TernaryError as error:
+            raise CheckpointError(str(error)) from None
+
+    return codes
+
+
+def _ternary_scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    d = np.repeat(_half(blocks, blocks.shape[-1] - 2), 2, axis=-1)
+    return d, -d
+
+
+AFFINE: dict[str, Affine] = {
+    "Q4_0": Affine(4, 32, True, 18, lambda b: _nibbles(b[..., 2:]), _offset(8)),
+    "Q4_1": Affine(4, 32, True, 20, lambda b: _nibbles(b[..., 4:]), _minimum),
+    "Q5_0": Affine(
+        5, 32, True, 22, lambda b: _nibbles(b[..., 6:]) | _fifth(b[..., 2:6]), _offset(16)
+    ),
+    "Q5_1": Affine(5, 32, True, 24, lambda b: _nibbles(b[..., 8:]) | _fifth(b[..., 4:8]), _minimum),
+    "Q8_0": Affine(8, 32, True, 34, lambda b: b[..., 2:] ^ 128, _offset(128)),
+    "Q4_K": Affine(4, 32, False, 144, lambda b: _k_nibbles(b[..., 16:]), _k_scales),
+    "Q5_K": Affine(5, 32, False, 176, _q5_k, _k_scales),
+    "TQ1_0": Affine(2, 128, True, 54, _ternary(unpack_tq1_0_blocks), _ternary_scales),
+    "TQ2_0": Affine(2, 128, True, 66, _ternary(unpack_tq2_0_blocks), _ternary_scales),
+}

@@ -1,0 +1,347 @@
+"""The tokenizer that a GGUF file's metadata describes, as `tokenizer.json` and its config.
+
+Two kinds are read. `llama` is SentencePiece BPE with a score for every piece: merges are the ways
+to split a piece into two others, the best score first. `gpt2` is byte-level BPE, whose merges are
+listed, and whose rule for cutting text into words has a name (`tokenizer.ggml.pre`). Defaults are
+llama.cpp's (`src/llama-vocab.cpp`), the rules those of the models' own tokenizer.json.
+
+transformers converts these, too, but drops a space at the beginning of a text, and takes a rule
+that it does not know for GPT-2's.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How text is cut into words before merging.
+
+    Attributes:
+        splits: patterns; each cuts what the one before it left.
+        whole: a word that is a token is that token, whatever its merges say.
+        bos: whether texts begin with a token, where the file does not say.
+        nfc: whether text is brought to Unicode's composed form first.
+    """
+
+    splits: tuple[str, ...]
+    whole: bool = False
+    bos: bool = False
+    nfc: bool = False
+
+
+_LLAMA3 = _Rule((_WORDS % "{1,3}",), whole=True, bos=True)
+_QWEN2 = _Rule((_WORDS % "",), nfc=True)
+_RULES = {
+    "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "gpt-2": _Rule((_GPT2,)),
+    "smollm": _Rule((r"\p{N}", _GPT2)),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "smaug-bpe": _Rule(_LLAMA3.splits),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _Rule((_TEKKEN,), whole=True, bos=True),
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the metadata says of a tokenizer, checked.
+
+    Attributes:
+        where: the file, for messages.
+        model: "llama" or "gpt2".
+        tokens: by id.
+        types: by id: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte.
+        scores: by id, float32; of "llama" only.
+        merges: of "gpt2" only.
+        rule: how words are cut, of "gpt2" only.
+        special: ids of "bos", "eos", "unk" and "pad", as far as there are any.
+        stops: further ids that end a reply.
+        add: "bos" and "eos", if they are added to every text.
+        space: whether a space is put before a text, of "llama" only.
+        templates: chat templates by name; "" is the default.
+        notes: what was assumed.
+    """
+
+    where: str
+    model: str
+    tokens: list[str]
+    types: np.ndarray
+    scores: np.ndarray
+    merges: list[tuple[str, str]]
+    rule: str
+    special: dict[str, int]
+    stops: list[int]
+    add: frozenset[str]
+    space: bool
+    templates: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vocabulary:
+    """The tokenizer of a file.
+
+    Args:
+        fields: its metadata.
+        architecture: its `general.architecture`; files of early 2024 do not name their rule.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: there is none, it is of a kind that is not read, or it contradicts itself.
+    """
+    read = _Reader(fields, where)
+    model = read.get("model", str, None)
+    if model not in ("llama", "gpt2"):
+        raise CheckpointError(
+            f"{where}: tokenizer.ggml.model is {model!r}, expected 'llama' or 'gpt2'"
+        )
+    tokens = read.strings("tokens")
+    if len(set(tokens)) != len(tokens):
+        twice = next(text for n, text in enumerate(tokens) if text in tokens[:n])
+        raise CheckpointError(f"{where}: the token {twice!r} is there twice")
+    spm = model == "llama"
+    rule, notes = ("", ()) if spm else _rule(read, architecture)
+    defaults = {"bos": 1, "eos": 2, "unk": 0} if spm else {}
+    special = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        found = read.token(f"{key}_token_id", len(tokens))
+        found = defaults.get(name) if found is None else found
+        if found is not None and found < len(tokens):
+            special[name] = found
+    ends = [read.token(f"{name}_token_id", len(tokens)) for name in ("eot", "eom")]
+    bos = read.get("add_bos_token", bool, spm or _RULES[rule].bos)
+    return Vocabulary(
+        where=where,
+        model=model,
+        tokens=tokens,
+        types=read.numbers("token_type", len(tokens), _NORMAL),
+        scores=read.numbers("scores", len(tokens), None if spm else 0.0),
+        merges=[] if spm else read.merges(),
+        rule=rule,
+        special=special,
+        stops=[n for n in ends if n is not None],
+        add=frozenset(
+            name
+            for name, wanted in (("bos", bos), ("eos", read.get("add_eos_token", bool, False)))
+            if wanted and name in special
+        ),
+        space=read.get("add_space_prefix", bool, True),
+        templates=_templates(fields, where),
+        notes=notes,
+    )
+
+
+def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> list[str]:
+    """Write `tokenizer.json` and `tokenizer_config.json`; returns their names.
+
+    Raises:
+        CheckpointError: merges make tokens that are not there.
+    """
+    try:
+        text = _build(vocabulary).to_str(pretty=False)
+    except Exception as error:  # the library raises plain Exceptions
+        raise CheckpointError(f"{vocabulary.where}: no sound tokenizer: {error}") from None
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": "bos" in vocabulary.add,
+        "add_eos_token": "eos" in vocabulary.add,
+    }
+    for name, number in vocabulary.special.items():
+        config[f"{name}_token"] = vocabulary.tokens[number]
+    templates = vocabulary.templates
+    if set(templates) == {""}:
+        config["chat_template"] = templates[""]
+    elif templates:
+        config["chat_template"] = [
+            {"name": name or "default", "template": text} for name, text in templates.items()
+        ]
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return ["tokenizer.json", "tokenizer_config.json"]
+
+
+def _build(vocabulary: Vocabulary) -> Any:
+    """The `tokenizers.Tokenizer`."""
+    from tokenizers import AddedToken, processors
+
+    tokenizer = _sentencepiece(vocabulary) if vocabulary.model == "llama" else _bytes(vocabulary)
+    added = [
+        AddedToken(text, normalized=False, special=kind != _USER_DEFINED)
+        for text, kind in zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and text
+    ]
+    tokenizer.add_tokens(added)
+    if vocabulary.add:
+        ends = {n: vocabulary.tokens[vocabulary.special[n]] for n in sorted(vocabulary.add)}
+
+        def around(text: str, number: int) -> list[str]:
+            before = [f"{ends['bos']}:{number}"] if "bos" in ends else []
+            after = [f"{ends['eos']}:{number}"] if "eos" in ends else []
+            return [*before, f"{text}:{number}", *after]
+
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=around("$A", 0),
+            pair=around("$A", 0) + around("$B", 1),
+            special_tokens=[(ends[n], vocabulary.special[n]) for n in ends],
+        )
+    return tokenizer
+
+
+def _sentencepiece(vocabulary: Vocabulary) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    ids = {text: n for n, text in enumerate(vocabulary.tokens)}
+    unknown = vocabulary.special.get("unk")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=ids,
+            merges=_scored_merges(vocabulary),
+            unk_token=None if unknown is None else vocabulary.tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = [normalizers.Prepend(_SPACE)] if vocabulary.space else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if vocabulary.space else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _scored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Every way to make a normal piece of two others, in the order in which they are tried."""
+    normal = np.flatnonzero(vocabulary.types == _NORMAL).tolist()
+    ids = {vocabulary.tokens[n]: n for n in normal}
+    scores = vocabulary.scores.tolist()
+    found = []
+    for text, number in ids.items():
+        for cut in range(1, len(text)):
+            left, right = ids.get(text[:cut]), ids.get(text[cut:])
+            if left is not None and right is not None:
+                found.append((-scores[number], left, right))
+    return [(vocabulary.tokens[a], vocabulary.tokens[b]) for _, a, b in sorted(found)]
+
+
+def _bytes(vocabulary: Vocabulary) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    rule = _RULES[vocabulary.rule]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={text: n for n, text in enumerate(vocabulary.tokens)},
+            merges=vocabulary.merges,
+            ignore_merges=rule.whole,
+        )
+    )
+    if rule.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.splits]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _rule(read: "_Reader", architecture: str) -> tuple[str, tuple[str, ...]]:
+    """The name of the rule, and a note if it is a guess."""
+    name = read.get("pre", str, None)
+    if name is None:
+        name = "qwen2" if architecture == "qwen2" else "default"
+        return name, (f"the file does not name its pre-tokenizer (tokenizer.ggml.pre): {name}",)
+    if name not in _RULES:
+        raise CheckpointError(
+            f"{read.where}: tokenizer.ggml.pre {name!r} is not known; known are {', '.join(_RULES)}"
+        )
+    return name, ()
+
+
+def _templates(fields: dict[str, Any], where: str) -> dict[str, str]:
+    key = "tokenizer.chat_template"
+    found = {name[len(key) :]: text for name, text in fields.items() if name.startswith(key)}
+    # `tokenizer.chat_templates` lists the names of the others.
+    result = {name.removeprefix("."): text for name, text in found.items() if name != "s"}
+    if not all(isinstance(text, str) for text in result.values()):
+        raise CheckpointError(f"{where}: {key} is no text")
+    return result
+
+
+class _Reader:
+    """The fields of a tokenizer, with their types checked."""
+
+    def __init__(self, fields: dict[str, Any], where: str) -> None:
+        self.fields, self.where = fields, where
+
+    def get(self, name: str, kind: type, default: Any) -> Any:
+        value = self.fields.get(f"tokenizer.ggml.{name}", default)
+        if value is not default and type(value) is not kind:
+            raise CheckpointError(
+                f"{self.where}: tokenizer.ggml.{name} is no {_KINDS.get(kind, kind.__name__)}"
+            )
+        return value
+
+    def token(self, name: str, count: int) -> int | None:
+        value = self.get(name, int, None)
+        if value is not None and not 0 <= value < count:
+            raise CheckpointError(
+                f"{self.where}: tokenizer.ggml.{name} is {value}, of {count} tokens"
+            )
+        return value
+
+    def strings(self, name: str) -> list[str]:
+        value = self.get(name, list, [])
+        if not value:
+            raise CheckpointError(f"{self.where}: tokenizer.ggml.{name} is missing or empty")
+        return value
+
+    def numbers(self, name: str, count: int, default: float | None) -> np.ndarray:
+        value = self.fields.get(f"tokenizer.ggml.{name}")
+        if value is None and default is not None:
+            return np.full(count, default)
+        if not isinstance(value, np.ndarray) or len(value) != count:
+            raise CheckpointError(
+                f"{self.where}: tokenizer.ggml.{name}: expected a number for each of the"
+                f" {count} tokens"
+            )
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"{self.where}: tokenizer.ggml.{name} holds NaN or infinity")
+        return value
+
+    def merges(self) -> list[tuple[str, str]]:
+        pairs = [tuple(text.split(" ")) for text in self.strings("merges")]
+        for pair in pairs:
+            if len(pair) != 2:
+                raise CheckpointError(
+                    f"{self.where}: tokenizer.ggml.merges: {' '.join(pair)!r} is no pair"
+                )
+        return [(a, b) for a, b in pairs]
+
+
+_KINDS: dict[type, str] = {str: "text", int: "whole number", bool: "boolean", list: "list of texts"}
