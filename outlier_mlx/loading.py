@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.qwen2_moe import ModelArgs as Qwen2MoeArgs
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
@@ -18,6 +19,7 @@ from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.plain_config import normalised
 from outlier_mlx.runtime.model import Model, ModelArgs
+from outlier_mlx.runtime.qwen2_moe import RenormalisedQwen2Moe
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.safetensors import read_json
@@ -59,8 +61,11 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
                 get_model_classes=lambda config: (Model, ModelArgs),
                 trust_remote_code=False,
             )
+        classes: dict = {}
+        if config.get("model_type") == "qwen2_moe" and config.get("norm_topk_prob"):
+            classes["get_model_classes"] = lambda config: (RenormalisedQwen2Moe, Qwen2MoeArgs)
         model, config = mlx_lm_load_model(
-            folder, lazy=True, model_config=config, trust_remote_code=False
+            folder, lazy=True, model_config=config, trust_remote_code=False, **classes
         )
         wanted = getattr(mx, dtype) if dtype is not None else None
         if wanted is None and mx.default_device() == mx.cpu:

@@ -1,0 +1,41 @@
+"""Qwen2-MoE whose routing weights are renormalised: mlx-lm's own does not read `norm_topk_prob`."""
+
+import mlx.core as mx
+from mlx_lm.models import qwen2_moe
+
+from .moe import top_experts
+
+
+class RenormalisedMoE(qwen2_moe.Qwen2MoeSparseMoeBlock):
+    """y = sum over the top k experts of w_e * FFN_e(x) + sigmoid(g . x) * FFN_shared(x).
+
+    w are the routing probabilities over all experts, divided by the sum of the k chosen ones.
+    Experts that tie go in the order of their numbers.
+    """
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Choose experts for x (..., hidden).
+
+        Returns:
+            Experts (..., k) uint32, largest probability first, and their weights (..., k) float32,
+            which add up to 1.
+        """
+        probs = mx.softmax(self.gate(x).astype(mx.float32), axis=-1, precise=True)
+        indices = top_experts(probs, self.top_k)
+        chosen = mx.take_along_axis(probs, indices, axis=-1)
+        return indices, chosen / chosen.sum(axis=-1, keepdims=True)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map x (batch, tokens, hidden) to the same shape and dtype."""
+        indices, weights = self.route(x)
+        y = (self.switch_mlp(x, indices) * weights[..., None].astype(x.dtype)).sum(axis=-2)
+        return y + mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+
+
+class RenormalisedQwen2Moe(qwen2_moe.Model):
+    """mlx-lm's Qwen2-MoE with `RenormalisedMoE` in every layer."""
+
+    def __init__(self, args: qwen2_moe.ModelArgs) -> None:
+        super().__init__(args)
+        for layer in self.model.layers:
+            layer.mlp = RenormalisedMoE(args)
