@@ -1,0 +1,181 @@
+"""The routers of a merge: computed in the modes that are wanted, and measured side by side."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.merge.gates import Gates, can_use_prompts, check_gates, prompt_gates, shared_gate
+from outlier_mlx.merge.model import Mixture
+from outlier_mlx.merge.recipe import RANDOM_MODES, MergeRecipe
+from outlier_mlx.merge.routes import Routing, Stream, run_streams
+from outlier_mlx.merge.sources import Dense
+from outlier_mlx.merge.texts import MAX_TOKENS, Sequences, Tokens, open_tokenizer
+from outlier_mlx.merge.trained import Fitted
+from outlier_mlx.storage.parts import Progress
+
+#: What is held against the recipe's own mode where there are held-out prompts.
+COMPARED = ("hidden", "hidden_avg", "cheap_embed", "random", "trained")
+
+#: Title and unit ("" for bytes) of a stage to a context that yields its progress.
+Stages = Callable[[str, str], AbstractContextManager[Progress]]
+
+
+def silent(title: str, unit: str) -> AbstractContextManager[Progress]:
+    """A stage that shows nothing."""
+    return nullcontext(lambda done, total: None)
+
+
+@dataclass(frozen=True)
+class Routers:
+    """What became of the routers.
+
+    Attributes:
+        gates: those of the recipe's mode.
+        routing: how each mode routes the measured prompts, the recipe's own first.
+        measured_on: "held_out", "positive_prompts", or None if nothing was measured.
+        fitted: of each layer, if routers were trained.
+        notes: what is odd about the gates.
+    """
+
+    gates: Gates
+    routing: list[Routing]
+    measured_on: str | None
+    fitted: list[Fitted]
+    notes: list[str]
+
+
+def compute_routers(
+    recipe: MergeRecipe,
+    mixture: Mixture,
+    *,
+    seed: int = 0,
+    measure: bool = True,
+    stages: Stages = silent,
+) -> Routers:
+    """Compute the routers of a recipe, and measure them if there are prompts to do it on.
+
+    Args:
+        recipe: mode, prompts and texts.
+        mixture: the models.
+        seed: of random routers.
+        measure: whether to measure.
+        stages: shows progress.
+
+    Raises:
+        OutlierError: prompts or texts are missing or have no tokens, there is no tokenizer, or all
+            experts end with equal routers.
+    """
+    mode = recipe.gate_mode
+    measured_on = _measured_on(recipe) if measure else None
+    untrained = _first_untrained(recipe)
+    if mode == "trained" and untrained is not None:
+        raise OutlierError(
+            f"expert {untrained} has neither texts nor positive prompts, which gate_mode trained"
+            " needs"
+        )
+    modes = [mode]
+    if measured_on == "held_out":
+        modes += [other for other in _comparable(recipe) if other != mode]
+    needed = measured_on is not None or mode not in RANDOM_MODES
+    tokens = _tokens(mixture.base) if needed else None
+    known: dict[str, Gates] = {}
+    notes: list[str] = []
+    if modes != ["trained"]:
+        with stages("running the base", "layers") as progress:
+            given = [other for other in modes if other != "trained"]
+            known = prompt_gates(recipe, mixture, tokens, given, seed=seed, progress=progress)
+    if mode in known:
+        notes = check_gates(known[mode], recipe)
+    streams = []
+    if tokens is not None and (measured_on is not None or mode == "trained"):
+        measured = _measured(recipe, tokens, measured_on)
+        streams = [_stream(m, known, recipe, mixture, tokens, measured) for m in modes]
+        with stages("routing", "experts") as progress:
+            run_streams(mixture, streams, progress)
+    if mode == "trained":
+        known[mode] = streams[0].all_gates()
+        notes = check_gates(known[mode], recipe)
+    return Routers(
+        gates=known[mode],
+        routing=[stream.routing() for stream in streams if measured_on],
+        measured_on=measured_on,
+        fitted=next((stream.fitted for stream in streams if stream.fitted), []),
+        notes=notes,
+    )
+
+
+def _measured_on(recipe: MergeRecipe) -> str | None:
+    if recipe.held_out:
+        return "held_out"
+    return "positive_prompts" if any(e.positive for e in recipe.experts) else None
+
+
+def _first_untrained(recipe: MergeRecipe) -> int | None:
+    """The first expert without anything to train its router on."""
+    lacking = (n for n, e in enumerate(recipe.experts) if not (e.texts or e.positive))
+    return next(lacking, None)
+
+
+def _comparable(recipe: MergeRecipe) -> list[str]:
+    usable = {"random"}
+    if can_use_prompts(recipe):
+        usable |= {"hidden", "hidden_avg", "cheap_embed"}
+    # A shared expert's own gate is from its prompts in that mode, too.
+    if _first_untrained(recipe) is None and (recipe.shared is None or can_use_prompts(recipe)):
+        usable.add("trained")
+    return [mode for mode in COMPARED if mode in usable]
+
+
+def _tokens(base: Dense) -> Tokens:
+    limits = [base.config.get(key) for key in ("max_position_embeddings", "sliding_window")]
+    longest = min(limit for limit in limits if isinstance(limit, int) and limit > 1)
+    return Tokens(open_tokenizer(base.source.folder, base.config), base.vocab, longest)
+
+
+def _measured(recipe: MergeRecipe, tokens: Tokens, measured_on: str | None) -> Sequences:
+    ids, owners = [], []
+    for number, expert in enumerate(recipe.experts):
+        texts = expert.held_out if measured_on == "held_out" else expert.positive
+        for text in texts if measured_on else ():
+            ids.append(tokens.prompt(text))
+            owners.append(number)
+    return Sequences(tuple(ids), tuple(owners))
+
+
+def _training(recipe: MergeRecipe, tokens: Tokens) -> Sequences:
+    """Each expert's positive prompts and texts, up to a number of tokens."""
+    ids, owners = [], []
+    for number, expert in enumerate(recipe.experts):
+        found = [tokens.prompt(text) for text in expert.positive]
+        found += [window for path in expert.texts for window in tokens.file(path)]
+        used = 0
+        for sequence in found:
+            if used + len(sequence) > MAX_TOKENS and used:
+                break
+            ids.append(sequence)
+            owners.append(number)
+            used += len(sequence)
+    return Sequences(tuple(ids), tuple(owners))
+
+
+def _stream(
+    mode: str,
+    known: dict[str, Gates],
+    recipe: MergeRecipe,
+    mixture: Mixture,
+    tokens: Tokens,
+    measured: Sequences,
+) -> Stream:
+    skip = 1 if tokens.bos else 0
+    if mode in known:
+        gates = known[mode]
+        return Stream(mode, gates.routed, gates.shared, measured, skip=skip)
+    shared: np.ndarray | None = None
+    if mixture.shared is not None:
+        shared = known["hidden"].shared if "hidden" in known else None
+        if shared is None:
+            shared = shared_gate(recipe, mixture, tokens)
+    return Stream(mode, None, shared, measured, _training(recipe, tokens), skip)

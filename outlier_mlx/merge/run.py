@@ -1,0 +1,104 @@
+"""A merge from its recipe to a folder: open, compute routers, measure them, write."""
+
+from pathlib import Path
+
+import numpy as np
+
+from outlier_mlx.merge.gates import Gates
+from outlier_mlx.merge.model import open_mixture
+from outlier_mlx.merge.plan import DTYPES, Form, make_config, make_parts, unquantized
+from outlier_mlx.merge.recipe import read_recipe
+from outlier_mlx.merge.report import Merged, as_json
+from outlier_mlx.merge.routers import Stages, compute_routers, silent
+from outlier_mlx.storage.folders import check_free, check_space
+from outlier_mlx.storage.model_folder import write_model
+from outlier_mlx.storage.parts import Part, write_json
+from outlier_mlx.tiers.assets import copy_assets
+from outlier_mlx.tiers.summary import summarize
+
+REPORT = "merge.json"
+
+
+def merge(
+    recipe_file: str | Path,
+    out: str | Path,
+    *,
+    bits: int | None = None,
+    group_size: int = 64,
+    dtype: str | None = None,
+    no_positive: str | None = None,
+    held_out: str | Path | None = None,
+    seed: int = 0,
+    measure: bool = True,
+    force: bool = False,
+    stages: Stages | None = None,
+) -> Merged:
+    """Merge dense models into a mixture of experts.
+
+    At most one layer's attention, or one expert's FFN in one layer, is in memory, beside the
+    states of the prompts' tokens.
+
+    Args:
+        recipe_file: the YAML; see `merge.recipe`.
+        out: the folder to make.
+        bits: 4 or 8 writes an MLX folder with quantized matrices; None Hugging Face's names.
+        group_size: 32, 64 or 128 weights that share a scale.
+        dtype: wins over the recipe's.
+        no_positive: wins over the recipe's.
+        held_out: YAML with a list of prompts for each expert, instead of the recipe's `held_out`.
+        seed: of random routers, and of noise.
+        measure: whether to run the merged model on prompts before it is written. It is run for
+            `gate_mode: trained` in any case.
+        force: replace `out` if it is a model that this project wrote.
+        stages: shows progress.
+
+    Raises:
+        OutlierError: the recipe or a model is not sound, they do not fit, the output exists, or the
+            disk is too small. Nothing is left behind.
+    """
+    target, stages = Path(out), stages or silent
+    check_free(target, force=force)
+    recipe = read_recipe(Path(recipe_file), no_positive=no_positive)
+    if held_out is not None:
+        recipe = recipe.with_held_out(Path(held_out))
+    mixture = open_mixture(recipe, seed)
+    stored = DTYPES[mixture.base.tensors["model.embed_tokens.weight"].dtype]
+    form = Form(dtype or recipe.dtype or stored, bits, group_size)
+    layers, hidden = mixture.base.layers, mixture.base.hidden
+    empty = Gates(np.zeros((layers, len(mixture.experts), hidden)), np.zeros((layers, hidden)))
+    check_space(target, sum(p.nbytes for p in make_parts(mixture, empty, form)), "the model")
+
+    routers = compute_routers(recipe, mixture, seed=seed, measure=measure, stages=stages)
+    parts = make_parts(mixture, routers.gates, form)
+    result = Merged(
+        path=target,
+        recipe=recipe,
+        mixture=mixture,
+        form=form,
+        seed=seed,
+        rows=summarize((part.kind, part.params, part.nbytes) for part in parts),
+        unquantized=unquantized(parts, form),
+        routers=routers,
+        notes=[*mixture.notes, *routers.notes],
+    )
+    _write(result, parts, force=force, stages=stages)
+    return result
+
+
+def _write(result: Merged, parts: list[Part], *, force: bool, stages: Stages) -> None:
+    report = as_json(result)
+
+    def assets(folder: Path) -> list[str]:
+        write_json(folder, REPORT, report)
+        return [*copy_assets([result.mixture.base.source.folder], folder), REPORT]
+
+    with stages("writing", "") as progress:
+        write_model(
+            result.path,
+            parts,
+            make_config(result.mixture, result.form, parts),
+            source={"form": "merge", "base": report["base"], "experts": report["experts"]},
+            assets=assets,
+            force=force,
+            progress=progress,
+        )
