@@ -14,8 +14,8 @@ from outlier_mlx.errors import OutlierError, one_line
 
 # The order in which people meet them.
 ORDER = (
-    *("convert", "import", "generate", "chat", "serve", "info", "tiers", "verify", "demo", "bench"),
-    *("perplexity", "routing", "tune-alpha", "eval", "compare", "export", "push"),
+    *("convert", "import", "merge", "generate", "chat", "serve", "info", "tiers", "verify", "demo"),
+    *("bench", "perplexity", "routing", "tune-alpha", "eval", "compare", "export", "push"),
 )
 
 
