@@ -140,7 +140,7 @@ def tiers(
 
 @app.command(epilog="Example: `outlier-mlx verify ./tier`")
 def verify(
-    tier: Annotated[Path, typer.Argument(help="Folder of a tier.")],
+    tier: Annotated[Path, typer.Argument(help="Folder of a tier, or of an imported model.")],
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

@@ -11,10 +11,10 @@ from outlier_mlx import measured
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.publish.prepare import MANIFEST, Publication, Upload
 from outlier_mlx.publish.refusals import talking
+from outlier_mlx.storage.manifest import LOADED
 from outlier_mlx.storage.safetensors import read_bytes, read_json
 from outlier_mlx.tiers.assets import is_legal
 from outlier_mlx.tiers.licences import CARD
-from outlier_mlx.tiers.verify import LOADED
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

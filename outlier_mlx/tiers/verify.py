@@ -1,10 +1,6 @@
 """Verifying a tier: every file as its manifest says, and every tensor as its config says."""
 
-import hashlib
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,16 +10,12 @@ from outlier_mlx.checkpoints.keys import PROJECTIONS
 from outlier_mlx.checkpoints.overlay import base_shapes
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.folders import MANIFESTS, inside
+from outlier_mlx.storage.manifest import Manifest, check_files, read_manifest
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef, read_json
 from outlier_mlx.ternary import row_bytes
 from outlier_mlx.tiers.bundle import bundle
 from outlier_mlx.tiers.plan import FORMAT_VERSION
-
-#: What mlx-lm may load or import from a folder: every file of these names has to be listed.
-LOADED = ("model*.safetensors", "*.safetensors", "*.py", "*.index.json")
-# Large enough that hashing lets other threads run, small enough for a smooth bar.
-_BLOCK = 4 << 20
 
 #: A tensor's shape, and the dtypes it may have.
 Expected = tuple[tuple[int, ...], tuple[str, ...]]
@@ -31,7 +23,7 @@ Expected = tuple[tuple[int, ...], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Verified:
-    """A tier that is whole: how many files, tensors and bytes were checked."""
+    """A tier or model that is whole: how many files, tensors and bytes were checked."""
 
     files: int
     tensors: int
@@ -39,13 +31,13 @@ class Verified:
 
 
 def verify_tier(folder: Path, progress: Callable[[int, int], None] | None = None) -> Verified:
-    """Check a tier without running or loading it; no network is needed.
+    """Check a tier, or a model that was imported or merged, without running or loading it.
 
     The manifest proves that files are as they were written, not who wrote them. The model code is
     therefore compared with what this version of the project writes.
 
     Args:
-        folder: the tier.
+        folder: the tier or model.
         progress: called with bytes hashed so far, and in all.
 
     Raises:
@@ -53,41 +45,24 @@ def verify_tier(folder: Path, progress: Callable[[int, int], None] | None = None
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    listed = _read_manifest(folder)
-    _check_unlisted(folder, listed)
-    _check_files(folder, listed, progress)
-    _check_code(folder, listed)
-    tensors = _check_tensors(folder)
-    return Verified(len(listed), tensors, sum(size for _, size in listed.values()))
+    manifest = read_manifest(folder, _manifest_name(folder))
+    version = manifest.content.get("format_version")
+    if manifest.name == "tier.json" and version != FORMAT_VERSION:
+        raise CheckpointError(f"tier.json: format_version {version!r}, expected {FORMAT_VERSION}")
+    check_files(folder, manifest, progress)
+    _check_code(folder, manifest)
+    return Verified(len(manifest.files), _check_tensors(folder), manifest.nbytes)
 
 
-def _read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
-    """SHA-256 and size of each listed file."""
-    if not (folder / "tier.json").exists():
-        raise CheckpointError(f"{folder}: not a tier: no tier.json")
-    manifest = read_json(inside(folder, "tier.json"))
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"tier.json: format_version {manifest.get('format_version')!r},"
-            f" expected {FORMAT_VERSION}"
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError("tier.json: no list of files")
-    listed = {}
-    for name, entry in files.items():
-        digest = entry.get("sha256") if isinstance(entry, dict) else None
-        size = entry.get("bytes") if isinstance(entry, dict) else None
-        if not isinstance(digest, str) or type(size) is not int:
-            raise CheckpointError(f"tier.json: {name}: sha256 and bytes were expected")
-        listed[name] = (digest, size)
-    if "config.json" not in listed:
-        raise CheckpointError("tier.json: does not list config.json")
-    return listed
+def _manifest_name(folder: Path) -> str:
+    for name in MANIFESTS:
+        if (folder / name).exists():
+            return name
+    raise CheckpointError(f"{folder}: not a tier: no tier.json, nor a model's checksums.json")
 
 
-def _check_code(folder: Path, listed: dict[str, tuple[str, int]]) -> None:
-    for name in listed:
+def _check_code(folder: Path, manifest: Manifest) -> None:
+    for name in manifest.files:
         if not name.endswith(".py"):
             continue
         code = inside(folder, name).read_text(encoding="utf-8", errors="replace")
@@ -98,62 +73,11 @@ def _check_code(folder: Path, listed: dict[str, tuple[str, int]]) -> None:
             )
 
 
-def _check_unlisted(folder: Path, listed: dict[str, tuple[str, int]]) -> None:
-    for pattern in LOADED:
-        for path in sorted(folder.glob(pattern)):
-            if path.name not in listed:
-                raise CheckpointError(f"{path.name}: not listed in tier.json")
-
-
-def _check_files(
-    folder: Path,
-    listed: dict[str, tuple[str, int]],
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    total = sum(size for _, size in listed.values())
-    done, lock = 0, threading.Lock()
-    stop = threading.Event()
-
-    def advance(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            if progress is not None:
-                progress(done, total)
-
-    def check(name: str) -> None:
-        digest, size = listed[name]
-        path = inside(folder, name)
-        found = path.stat().st_size
-        if found != size:
-            raise CheckpointError(f"{name}: {found} bytes, expected {size}")
-        if _sha256(path, advance, stop) != digest and not stop.is_set():
-            raise CheckpointError(f"{name}: damaged: its SHA-256 is not the one in tier.json")
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        try:
-            for future in [pool.submit(check, name) for name in listed]:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _sha256(path: Path, advance: Callable[[int], None], stop: threading.Event) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while not stop.is_set() and (block := file.read(_BLOCK)):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()
-
-
 def _check_tensors(folder: Path) -> int:
     """Every tensor that the config asks for, in its shape and dtype, and no other."""
     raw = read_json(inside(folder, "config.json"))
     tensors = read_shards(folder)
-    if "ternary" not in raw:  # a portable tier: mlx-lm's own model, held against its manifest alone
+    if "ternary" not in raw:  # mlx-lm's own model: held against its manifest alone
         return len(tensors)
     config = tier_config(raw)
     expected = expected_tensors(config, raw, tensors)
