@@ -19,7 +19,7 @@ from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
 from outlier_mlx.tiers.summary import SummaryRow, kind_of, summarize
 
 # A tier's own names, and those of models that portable tiers are.
-EXPERT_NAMES = ("num_experts", "moe_num_experts")
+EXPERT_NAMES = ("num_experts", "moe_num_experts", "num_local_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "moe_k")
 
 

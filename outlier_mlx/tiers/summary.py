@@ -13,15 +13,17 @@ KINDS = (
     "norms",
     "head",
 )
-# What a tensor's name in a tier has in it, the first that fits.
+# What a tensor's name in a tier or a plain MLX model has in it, the first that fits.
 _SIGNS = (
     ("embed_tokens", "embeddings"),
     ("lm_head", "head"),
     ("self_attn", "attention"),
     ("switch_mlp", "experts"),
+    (".experts.", "experts"),
     ("shared_expert", "shared FFN"),
     (".mlp.gate.", "router"),
     (".mlp.alpha", "router"),
+    (".block_sparse_moe.gate.", "router"),
     (".mlp.", "dense FFN"),
 )
 
