@@ -6,7 +6,16 @@ Modules of commands import what is heavy inside the commands, so that `--help` a
 import io
 import sys
 
-from outlier_mlx.cli import importing, making, measuring, merging, running, talking  # noqa: F401 - they register commands
+from outlier_mlx.cli import (  # noqa: F401 - they register commands
+    analysing,
+    evaluating,
+    importing,
+    making,
+    measuring,
+    merging,
+    running,
+    talking,
+)
 from outlier_mlx.cli.app import app
 
 

@@ -1,0 +1,139 @@
+"""Commands that evaluate models and hold the results against each other."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from outlier_mlx.cli.app import app, say
+from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
+
+
+@app.command(
+    "eval", epilog="Example: `outlier-mlx eval ./tier --tasks arc_easy,./my.yaml --out tier.json`"
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or hub repository of a model.")],
+    tasks: Annotated[
+        str,
+        typer.Option(help="Tasks of the harness, task files, folders of them; commas between."),
+    ],
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task at most. Default: all.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question. Default: the task's.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers generated together.")] = 8,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask as the chat template has it.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most. Default: the task's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed, above all for few-shot examples.")] = 1234,
+    out: Annotated[Path | None, typer.Option(help="Write JSON to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_tasks: Annotated[
+        bool, typer.Option("--trust-tasks", help="Run Python that task files bring along.")
+    ] = False,
+    run_generated_code: Annotated[
+        bool, typer.Option("--run-generated-code", help="Run code that the model writes.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Of activations. Default: the model's; float32 on the CPU.")
+    ] = None,
+    ignore_memory: IgnoreMemory = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a model with lm-evaluation-harness: scores, and scores per GB of memory."""
+    from functools import partial
+
+    from outlier_mlx.evaluation import results
+    from outlier_mlx.evaluation.tables import print_evaluation
+    from outlier_mlx.memory import check_fits
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.terminal import counting_bar, working
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("names no task", param_hint="--tasks")
+    if out is not None:
+        results.check_writable(out, force=force)
+    try:
+        from outlier_mlx.evaluation import harness
+    except ImportError as error:
+        from outlier_mlx.errors import OutlierError
+
+        raise OutlierError(
+            f"eval needs lm-evaluation-harness (no {error.name}): pip install 'outlier-mlx[eval]'"
+        ) from error
+    source = resolve(model, revision)
+    if not ignore_memory:
+        check_fits(source.folder, 2048 * batch_size)
+    options = harness.EvalOptions(
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        apply_chat_template=apply_chat_template,
+        max_tokens=max_tokens,
+        seed=seed,
+        dtype=dtype,
+    )
+    evaluation, noted = harness.evaluate(
+        source,
+        names,
+        options,
+        partial(counting_bar, quiet=quiet),
+        partial(working, quiet=quiet),
+        trust_tasks=trust_tasks,
+        run_generated_code=run_generated_code,
+    )
+    for text in noted:
+        say(f"warning: {text}")
+    if out is not None:
+        results.save(evaluation, out, force=force)
+    if as_json:
+        print(results.dumps(evaluation))
+    else:
+        print_evaluation(evaluation)
+
+
+@app.command(epilog="Example: `outlier-mlx compare q4.json q8.json base.json --out scores.png`")
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="JSON files that `eval --out` wrote.")],
+    task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Only this metric.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw a picture as well.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show scores of models against the memory they take."""
+    import json
+
+    from outlier_mlx.evaluation.charts import charts, differences, draw
+    from outlier_mlx.evaluation.results import check_writable, read, write_whole
+    from outlier_mlx.evaluation.tables import print_charts
+
+    if out is not None:
+        if out.suffix != ".png":
+            raise typer.BadParameter("its name must end in .png", param_hint="--out")
+        check_writable(out, force=force)
+    evaluations = [read(file) for file in files]
+    found = charts([file.stem for file in files], evaluations, task=task, metric=metric)
+    if not quiet:
+        for difference in differences(evaluations, found):
+            say(f"warning: {difference}")
+    if out is not None:
+        write_whole(out, draw(found), force=force)
+    if as_json:
+        print(json.dumps([chart.as_json() for chart in found], indent=2))
+    else:
+        print_charts(found)

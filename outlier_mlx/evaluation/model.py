@@ -1,0 +1,179 @@
+"""A loaded model as lm-evaluation-harness wants it: mlx-lm's adapter, with the harness's rules.
+
+mlx-lm's `MLXLM` runs models: it scores and generates. How a text becomes tokens to be scored is
+taken from the harness's own `TemplateLM`, as its other backends do, so that scores compare with
+theirs: blanks that end a context belong to the continuation, an empty context is the BOS or EOS
+token, and the first token of a rolling text is predicted, too. The model's context length is the
+limit for scoring, whatever the limit for generated tokens.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from lm_eval.api.model import LM, TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from mlx_lm.evaluate import MLXLM
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from outlier_mlx.errors import OutlierError
+
+#: Told what runs and what it counts; yields a function of (done, in all).
+Watch = Callable[[str, str], AbstractContextManager[Callable[[int, int | None], None]]]
+
+#: Requests that are generated between two steps of the bar, in batches.
+_BATCHES = 4
+
+
+class HarnessModel(TemplateLM, MLXLM):
+    """What `lm_eval.evaluate` takes.
+
+    Args:
+        model: maps tokens (1, length) and a cache to logits (1, length, vocab).
+        tokenizer: the model's.
+        max_length: tokens of context and continuation that the model was made for.
+        batch_size: texts that are generated together.
+        max_tokens: tokens of an answer at most; None: as each task has it.
+        chat: requests come with the chat template applied.
+        watch: shows progress.
+
+    Raises:
+        OutlierError: the tokenizer has neither a BOS nor an EOS token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerWrapper,
+        *,
+        max_length: int,
+        batch_size: int,
+        max_tokens: int | None,
+        chat: bool,
+        watch: Watch,
+    ) -> None:
+        # Not MLXLM's, which would load a model by itself.
+        LM.__init__(self)
+        self._model = model
+        self.tokenizer: Any = tokenizer
+        self.max_length = max_length
+        self._batch_size = batch_size
+        self._max_tokens = max_tokens
+        self.use_chat_template = chat
+        self._sampler = None
+        self._watch = watch
+        if self.prefix_token_id is None:
+            raise OutlierError("the model's tokenizer has neither a BOS nor an EOS token")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None else self.eot_token_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Tokens of a text; a chat template has written the special ones already."""
+        special = not self.use_chat_template if add_special_tokens is None else add_special_tokens
+        return self.tokenizer.encode(string, add_special_tokens=special)
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation after its context, in nats, and if it is greedy."""
+        return TemplateLM.loglikelihood(self, requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Score continuations; a context that several have is read once."""
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, ((_text, wanted), context, continuation) in enumerate(requests):
+            if not continuation:
+                raise OutlierError(f"a continuation without a token of its own: {wanted[:80]!r}")
+            if len(continuation) > self.max_length:
+                raise OutlierError(
+                    f"a continuation of {len(continuation)} tokens; the model was made for"
+                    f" {self.max_length}: {wanted[:80]!r}"
+                )
+            # The last token is predicted, not read.
+            room = self.max_length + 1 - len(continuation)
+            groups[tuple(context[-room:])].append(index)
+        scored: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        done = 0
+        with self._watch("scoring", "requests") as progress:
+            for shared, members in groups.items():
+                continuations = [requests[index][2] for index in members]
+                found = self._score_group(list(shared), continuations)
+                for index, score in zip(members, found, strict=True):
+                    scored[index] = score
+                done += len(members)
+                progress(done, len(requests))
+        return scored
+
+    def _score_group(
+        self, context: list[int], continuations: list[list[int]]
+    ) -> list[tuple[float, bool]]:
+        """Score continuations of one context."""
+        first, cache = self._process_prompt(context)  # (1, vocab) log-probabilities
+        best = mx.argmax(first).item()
+        found: list[tuple[Any, bool]] = []
+        for number, tokens in enumerate(continuations):
+            score, greedy = first[0, tokens[0]].item(), tokens[0] == best
+            if len(tokens) > 1:
+                last = number == len(continuations) - 1
+                own = cache if last else copy.deepcopy(cache)
+                rest, _, same = self._score_fn([tokens], cache=own)
+                score += mx.sum(rest).item()
+                greedy = greedy and bool(mx.all(same).item())
+            found.append((score, greedy))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood of whole texts, in nats; long ones in windows that do not overlap."""
+        windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
+        owners = []
+        for number, request in enumerate(requests):
+            text = request.args[0]
+            for window in get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, 1
+            ):
+                context, predicted = make_disjoint_window(window)
+                windows.append((("", text), context, predicted))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (score, _greedy) in zip(
+            owners, self._loglikelihood_tokens(windows), strict=True
+        ):
+            totals[owner] += score
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Greedy answers, each cut where the first of its stopping texts begins."""
+        texts: list[str] = []
+        step = _BATCHES * self._batch_size
+        with self._watch("generating", "answers") as progress:
+            for at in range(0, len(requests), step):
+                some = [_with_stops(request) for request in requests[at : at + step]]
+                texts += MLXLM.generate_until(self, some)
+                progress(len(texts), len(requests))
+        return texts
+
+
+def _with_stops(request: Any) -> SimpleNamespace:
+    """A request whose stopping texts are a list, which mlx-lm takes for granted."""
+    context, options = request.args
+    stops = options.get("until") or []
+    listed = [stops] if isinstance(stops, str) else list(stops)
+    return SimpleNamespace(args=(context, options | {"until": [stop for stop in listed if stop]}))

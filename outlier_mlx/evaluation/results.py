@@ -1,0 +1,205 @@
+"""What an evaluation found, as JSON: scores, their errors, and the memory that they cost."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from outlier_mlx.errors import OutlierError
+
+#: Value of the field "format"; another number for another meaning of a field.
+FORMAT = "outlier-mlx evaluation 1"
+# A harness run with all subtasks there are has well under a megabyte.
+_MAX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Result:
+    """A score.
+
+    Attributes:
+        task: the harness's name of the task or group.
+        metric: the metric's name.
+        filter: what was made of answers before they were scored; "none" if nothing.
+        value: the score; None where the harness has no finite one.
+        stderr: the harness's standard error; None where it has none.
+        n: documents that were scored.
+        higher_is_better: None where the task does not say.
+        fewshot: examples before each question; None for groups whose tasks differ.
+        task_version: as the task has it.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    value: float | None
+    stderr: float | None
+    n: int
+    higher_is_better: bool | None
+    fewshot: int | None = None
+    task_version: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What two scores must share to be comparable."""
+        return self.task, self.metric, self.filter
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All scores of a model.
+
+    Attributes:
+        model: the repository, or the folder's own name.
+        revision: the commit on the hub; None for a folder.
+        bytes_in_memory: of all the model's tensors as they are stored, which is what they take on
+            a GPU, whatever this machine kept of them.
+        device: what ran it, "gpu" or "cpu".
+        date: when it began, UTC, ISO 8601.
+        versions: of this package, the harness, mlx and mlx-lm.
+        config: everything that changes scores.
+        results: the scores, in the harness's order.
+    """
+
+    model: str
+    revision: str | None
+    bytes_in_memory: int
+    device: str
+    date: str
+    versions: dict[str, str]
+    config: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def gb(self) -> float:
+        """Memory in GB of 10^9 bytes."""
+        return self.bytes_in_memory / 1e9
+
+    def score_per_gb(self, result: Result) -> float | None:
+        """Value by GB; None unless higher is better, since a lower score over GB says nothing."""
+        if result.value is None or not result.higher_is_better:
+            return None
+        return result.value / self.gb
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, with the score per GB of each result."""
+        rows = [asdict(r) | {"score_per_gb": self.score_per_gb(r)} for r in self.results]
+        return {"format": FORMAT} | asdict(self) | {"gb": self.gb, "results": rows}
+
+
+def check_writable(path: Path, *, force: bool) -> None:
+    """Check that a file can be written, before hours are spent on what it will hold.
+
+    Raises:
+        OutlierError: it exists and `force` is not set, or its folder is missing.
+    """
+    if path.is_dir():
+        raise OutlierError(f"{path}: is a folder")
+    if path.exists() and not force:
+        raise OutlierError(f"{path}: exists; --force replaces it")
+    if not path.absolute().parent.is_dir():
+        raise OutlierError(f"{path}: no such folder: {path.parent}")
+
+
+def write_whole(path: Path, content: bytes, *, force: bool) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        OutlierError: as `check_writable`.
+    """
+    check_writable(path, force=force)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save(evaluation: Evaluation, path: Path, *, force: bool = False) -> None:
+    """Write an evaluation as JSON.
+
+    Raises:
+        OutlierError: as `check_writable`.
+    """
+    write_whole(path, (dumps(evaluation) + "\n").encode(), force=force)
+
+
+def dumps(evaluation: Evaluation) -> str:
+    """An evaluation as JSON text."""
+    return json.dumps(evaluation.as_json(), indent=2, allow_nan=False)
+
+
+def read(path: Path) -> Evaluation:
+    """Read what `save` wrote.
+
+    Raises:
+        OutlierError: it is no such file, or one of another version.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError
+        raw = json.loads(path.read_bytes())
+        if not isinstance(raw, dict):
+            raise TypeError
+        kind = raw.get("format")
+    except (ValueError, TypeError, RecursionError):
+        kind, raw = None, {}
+    if kind != FORMAT:
+        wrong = isinstance(kind, str) and kind.startswith(FORMAT[:-1])
+        reason = f"{kind}; this version reads {FORMAT}" if wrong else "no JSON file that eval wrote"
+        raise OutlierError(f"{path}: {reason}")
+    try:
+        return _parse(raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutlierError(f"{path}: not as eval writes it: {error}") from None
+
+
+def _parse(raw: dict[str, Any]) -> Evaluation:
+    evaluation = Evaluation(
+        model=_get(raw, "model", str),
+        revision=_get(raw, "revision", str, None),
+        bytes_in_memory=_get(raw, "bytes_in_memory", int),
+        device=_get(raw, "device", str),
+        date=_get(raw, "date", str),
+        versions=_get(raw, "versions", dict),
+        config=_get(raw, "config", dict),
+        results=[_parse_result(row) for row in _get(raw, "results", list)],
+    )
+    if evaluation.bytes_in_memory <= 0:
+        raise ValueError("bytes_in_memory is not positive")
+    return evaluation
+
+
+def _parse_result(raw: Any) -> Result:
+    if not isinstance(raw, dict):
+        raise TypeError("a result is no object")
+    better = _get(raw, "higher_is_better", bool, None)
+    return Result(
+        task=_get(raw, "task", str),
+        metric=_get(raw, "metric", str),
+        filter=_get(raw, "filter", str),
+        value=_number(raw, "value"),
+        stderr=_number(raw, "stderr"),
+        n=_get(raw, "n", int),
+        higher_is_better=better,
+        fewshot=_get(raw, "fewshot", int, None),
+        task_version=_get(raw, "task_version", str, None),
+    )
+
+
+def _get(raw: dict[str, Any], key: str, *kinds: Any) -> Any:
+    value = raw[key]
+    allowed = tuple(type(None) if kind is None else kind for kind in kinds)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{key} is {type(value).__name__}")
+    return value
+
+
+def _number(raw: dict[str, Any], key: str) -> float | None:
+    value = _get(raw, key, int, float, None)
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{key} is not finite")
+    return None if value is None else float(value)

@@ -1,0 +1,242 @@
+"""The harness's tasks by name, and tasks of one's own from files. Of the latter no code is run.
+
+A task file can bring Python along: functions (`!function`), classes, metrics that the package
+`evaluate` fetches, and Jinja templates that reach into Python's internals. Unless the user trusts
+the file, the first three are refused and templates are rendered in Jinja's sandbox. Data sets are
+data alone from datasets 5 on, which neither runs scripts nor unpickles.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import lm_eval.utils
+import yaml
+from jinja2.sandbox import SandboxedEnvironment
+from lm_eval.api import metrics  # noqa: F401 - it fills the registry
+from lm_eval.api.registry import metric_registry
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.tasks.manager import TaskDict
+
+from outlier_mlx.errors import OutlierError, one_line
+
+#: Told what is done; shows it meanwhile.
+Working = Callable[[str], AbstractContextManager[Any]]
+
+_TRUST = "--trust-tasks runs it"
+#: Tags of plain YAML; any other names something that the harness would import.
+_PLAIN = "tag:yaml.org,2002:"
+
+
+def load_tasks(specs: Sequence[str], working: Working, *, trust: bool = False) -> TaskDict:
+    """Find tasks and load their data.
+
+    Args:
+        specs: names of the harness's tasks, groups and tags; task files (.yaml); folders of them.
+        working: shows that something is done; called with what it is.
+        trust: run Python that task files bring along.
+
+    Returns:
+        What `lm_eval.evaluate` takes.
+
+    Raises:
+        OutlierError: no such task, a file that is no sound task, or would run code, or data that
+            cannot be had.
+    """
+    local, wanted = _local_tasks([spec for spec in specs if _is_path(spec)], trust=trust)
+    wanted += [spec for spec in specs if not _is_path(spec)]
+    if all(name in local for name in _named(local, wanted)):
+        manager = TaskManager(include_defaults=False)
+    else:
+        # The harness reads all of its ten thousand files, whatever is asked for.
+        with working("reading the harness's tasks"):
+            manager = TaskManager()
+    for name in manager.task_index.keys() & local.keys():
+        raise OutlierError(f"task {name!r} of a file has the name of one of the harness's")
+    manager.task_index.update(local)
+    for name in wanted:
+        if name not in manager.task_index:
+            raise OutlierError(_no_such(name, manager.all_tasks))
+    loaded = TaskDict(tasks={}, groups={}, group_map={})
+    for name in dict.fromkeys(wanted):
+        found = _load(manager, name)
+        for task in found["tasks"].keys() & loaded["tasks"].keys():
+            raise OutlierError(f"task {task!r} is asked for twice: by itself, and by {name!r}")
+        for part in ("tasks", "groups", "group_map"):
+            loaded[part] |= found[part]
+    return loaded
+
+
+def _is_path(spec: str) -> bool:
+    return "/" in spec or spec.endswith((".yaml", ".yml"))
+
+
+def _no_such(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"; near: {', '.join(near)}" if near else "; task files are named by path (./my.yaml)"
+    return f"{name}: no task of the harness{hint}"
+
+
+def _load(manager: TaskManager, name: str) -> TaskDict:
+    try:
+        return manager.load([name])
+    except (OSError, MemoryError) as error:  # also what requests and the hub raise
+        raise OutlierError(f"task {name}: {_reason(error)}") from error
+    except Exception as error:  # a task may be wrong in any way
+        raise OutlierError(f"task {name}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    said = one_line(str(error))
+    return said if isinstance(error, OSError) and said else f"{type(error).__name__}: {said}"
+
+
+def _local_tasks(paths: list[str], *, trust: bool) -> tuple[dict[str, Entry], list[str]]:
+    """Index the tasks of files and folders. Returns it, and the names that are not a group's."""
+    index: dict[str, Entry] = {}
+    for path in map(Path, paths):
+        files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
+        before = len(index)
+        for file in files:
+            _add(file, index, trust=trust, may_skip=path.is_dir())
+        if len(index) == before:
+            raise OutlierError(f"{path}: no task in it")
+    members = {name for entry in index.values() for name in _members(entry.cfg)}
+    names = [name for name, entry in index.items() if entry.cfg is not None]
+    return index, [name for name in names if name not in members]
+
+
+def _add(file: Path, index: dict[str, Entry], *, trust: bool, may_skip: bool) -> None:
+    try:
+        if not trust:
+            _refuse_functions(file)
+        config = load_yaml(file, resolve_func=trust)
+    except OutlierError:
+        raise
+    except OSError as error:
+        raise OutlierError(f"{file}: {error.strerror or error}") from None
+    except Exception as error:  # what trusted code raises is of any kind
+        raise OutlierError(f"{file}: not a sound task file: {_reason(error)}") from error
+    name = config.get("group", config.get("task"))
+    if not isinstance(name, str):
+        if may_skip:  # a template that others include
+            return
+        raise OutlierError(f"{file}: not a task file: it has neither `task` nor `group`")
+    if name in index:
+        raise OutlierError(f"{file}: there is another task {name!r}")
+    if not trust:
+        _refuse_code(file, config)
+    _find_data(file.parent, config)
+    TaskIndex.process_cfg(config, file, index)
+    index[name].yaml_path = None  # so that the harness takes `cfg` as it is, and reads nothing anew
+
+
+def _refuse_functions(file: Path, seen: frozenset[Path] = frozenset()) -> None:
+    """Refuse tags that are not plain YAML's, in a file and in what it includes."""
+    if file.resolve() in seen:
+        raise OutlierError(f"{file}: includes itself")
+    with file.open("rb") as opened:
+        root = yaml.compose(opened, Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        raise OutlierError(f"{file}: not a task file: no mapping")
+    for node in _nodes(root):
+        if not node.tag.startswith(_PLAIN) or "python" in node.tag:
+            line = node.start_mark.line + 1
+            raise OutlierError(f"{file}, line {line}: {node.tag} is code; {_TRUST}")
+    for key, value in root.value:
+        if key.value == "include":
+            for item in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                _refuse_functions(file.parent / str(item.value), seen | {file.resolve()})
+
+
+def _nodes(root: yaml.Node) -> Iterator[yaml.Node]:
+    """A node and all below it, each once, since aliases may share them."""
+    todo, seen = [root], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.MappingNode):
+            todo += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            todo += node.value
+
+
+def _refuse_code(file: Path, config: Any) -> None:
+    """Refuse keys by which the harness imports or downloads code."""
+    if isinstance(config, list):
+        for item in config:
+            _refuse_code(file, item)
+    if not isinstance(config, dict):
+        return
+    for key in ("class", "use_prompt"):
+        if config.get(key) is not None:
+            raise OutlierError(f"{file}: `{key}` may load code; {_TRUST}")
+    metric = config.get("metric")
+    if isinstance(metric, str) and (metric not in metric_registry or config.get("hf_evaluate")):
+        raise OutlierError(f"{file}: metric {metric!r} is code from elsewhere; {_TRUST}")
+    for value in config.values():
+        _refuse_code(file, value)
+
+
+def _find_data(folder: Path, config: dict) -> None:
+    """Make names of data files that lie beside the task file absolute.
+
+    The harness would look for them in the working directory.
+    """
+
+    def beside(name: Any) -> Any:
+        if isinstance(name, list):
+            return [beside(item) for item in name]
+        if isinstance(name, dict):
+            return {key: beside(item) for key, item in name.items()}
+        found = folder / str(name)
+        return str(found.resolve()) if found.exists() else name
+
+    options = config.get("dataset_kwargs")
+    if isinstance(options, dict):
+        for key in ("data_files", "data_dir"):
+            if options.get(key):
+                options[key] = beside(options[key])
+
+
+def _members(config: dict | None) -> Iterator[str]:
+    """The tasks and groups that a group names, also inside groups of its own."""
+    listed = (config or {}).get("task")
+    for item in listed if isinstance(listed, list) else []:
+        if isinstance(item, dict):
+            yield from _members(item)
+            item = item.get("task") if "dataset_path" not in item else None
+        if isinstance(item, str):
+            yield item
+
+
+def _named(local: dict[str, Entry], wanted: list[str]) -> Iterator[str]:
+    """All names that have to be found somewhere."""
+    yield from wanted
+    for entry in local.values():
+        yield from _members(entry.cfg)
+
+
+@contextmanager
+def sandboxed(trust: bool) -> Iterator[None]:
+    """Render the harness's Jinja templates in a sandbox, unless tasks are trusted."""
+    plain = lm_eval.utils.env
+    if trust:
+        yield
+        return
+    safe = SandboxedEnvironment(
+        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=True
+    )
+    safe.filters.update(plain.filters)
+    lm_eval.utils.env = safe
+    try:
+        yield
+    finally:
+        lm_eval.utils.env = plain
