@@ -132,7 +132,7 @@ def prepare(
 def _check_licences(folder: Path, private: bool, licence: str | None) -> None:
     """Nothing is published under terms that nobody stated."""
     sources = origins(read_json(inside(folder, MANIFEST)))
-    silent = [f"{source.role} {source.name}" for source in sources if source.licence is None]
+    silent = [f"the {source.role} {source.name!r}" for source in sources if source.licence is None]
     if licence is not None and not silent:
         stated = ", ".join(value for one in sources if one.licence for value in one.licence.ids)
         raise OutlierError(

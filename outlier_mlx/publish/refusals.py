@@ -1,5 +1,6 @@
 """What the hub refuses, in one line that says what to do."""
 
+import json
 import logging
 import re
 import sys
@@ -47,6 +48,8 @@ def _reason(repo: str, error: BaseException) -> str:
         causes.append(cause)
         cause = cause.__cause__
     answered = next((c for c in causes if isinstance(c, errors.HfHubHTTPError)), None)
+    if answered is not None and answered.response.status_code == 400:
+        return _told(error)  # that says what is wrong with the request
     if answered is not None:
         return _refusal(repo, answered.response.status_code, answered.server_message)
     if any(isinstance(c, errors.HTTPError | ConnectionError) for c in causes):
@@ -54,8 +57,14 @@ def _reason(repo: str, error: BaseException) -> str:
     local = next((c for c in causes if isinstance(c, OSError) and c.filename), None)
     if isinstance(local, OSError):
         return f"{local.filename}: {local.strerror}"
-    # Addresses to upload to are signed: who has one may write there.
-    return _ADDRESS.sub("(address)", str(error)) or type(error).__name__
+    if any(isinstance(c, json.JSONDecodeError) for c in causes):
+        return "the hub's answer cannot be understood"
+    return _told(error)
+
+
+def _told(error: BaseException) -> str:
+    """What an error says; addresses to upload to are signed, so who has one may write there."""
+    return _ADDRESS.sub("(address)", str(error)).strip() or type(error).__name__
 
 
 def _refusal(repo: str, status: int, said: str | None) -> str:
