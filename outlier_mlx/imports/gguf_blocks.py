@@ -101,10 +101,8 @@ def values(kind: str, raw: np.ndarray) -> np.ndarray:
     return result
 
 
-def quantize(
-    weights: np.ndarray, bits: int, group: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quantize anew: each group's range in equal steps, so that no weight moves by more than half.
+def grid(weights: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """The range of each group in equal steps.
 
     Args:
         weights: (rows, in) float32, finite.
@@ -112,15 +110,29 @@ def quantize(
         group: a divisor of `in`.
 
     Returns:
-        Codes (rows, in) uint8, scales and biases (rows, in / group) float32.
+        Steps and lowest weights, (rows, in / group) float32 each: MLX's scales and biases.
     """
     grouped = weights.reshape(len(weights), -1, group)
     low, high = grouped.min(axis=-1), grouped.max(axis=-1)
-    step = (high - low) / np.float32(2**bits - 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.rint((grouped - low[..., None]) / step[..., None])
-    found = np.where(step[..., None] > 0, found, 0).clip(0, 2**bits - 1)
-    return found.astype(np.uint8).reshape(weights.shape), step, low
+    return (high - low) / np.float32(2**bits - 1), low
+
+
+def quantize(weights: np.ndarray, steps: np.ndarray, lowest: np.ndarray, bits: int) -> np.ndarray:
+    """The nearest codes on a grid.
+
+    Args:
+        weights: (rows, in) float32.
+        steps: (rows, groups) float32; of a group of equal weights 0.
+        lowest: (rows, groups) float32.
+        bits: of a code.
+
+    Returns:
+        (rows, in) uint8.
+    """
+    grouped = weights.reshape(*steps.shape, -1)
+    safe = np.where(steps > 0, steps, 1)[..., None]
+    found = np.rint((grouped - lowest[..., None]) / safe).clip(0, 2**bits - 1)
+    return found.astype(np.uint8).reshape(weights.shape)
 
 
 def affine_values(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:

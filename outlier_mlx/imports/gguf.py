@@ -1,0 +1,300 @@
+"""GGUF models: what each tensor becomes, chosen so that nothing is lost where MLX has a form."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from outlier_mlx.checkpoints.gguf import BlockScales, BlockTrits
+from outlier_mlx.checkpoints.overlay import ExpertMatrix
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.imports import gguf_blocks
+from outlier_mlx.imports.families import Module, modules
+from outlier_mlx.imports.gguf_blocks import AFFINE, FLOATS, REGROUPED
+from outlier_mlx.imports.gguf_config import architecture, read_config
+from outlier_mlx.imports.gguf_file import read_model
+from outlier_mlx.imports.gguf_names import Names, Rows
+from outlier_mlx.imports.gguf_parts import (
+    AffineMatrix,
+    Losses,
+    PlainTensor,
+    round_to,
+)
+from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
+from outlier_mlx.imports.opened import Opened, quantization
+from outlier_mlx.storage.parts import Part
+from outlier_mlx.tiers.parts import TernaryExperts
+
+#: How types are stored that no affine group of MLX fits.
+KQuants = Literal["8bit", "float16", "float32"]
+#: How ternary experts are stored.
+TernaryForm = Literal["tq1_0", "affine2"]
+
+_TERNARY = ("TQ1_0", "TQ2_0")
+_REGROUPED_BITS, _GROUP = 8, 32
+# Norms, biases and routers are looked at before the dtype is chosen; larger matrices are not.
+_LOOK_AT = 1 << 22
+_LAYER = re.compile(r"\.layers\.[0-9]+\.")
+
+
+def open_gguf_model(
+    place: Path,
+    *,
+    file: str | None = None,
+    dtype: Literal["float32", "float16"] | None = None,
+    k_quants: KQuants = "8bit",
+    experts: TernaryForm = "tq1_0",
+) -> Opened:
+    """Open a GGUF model of the architectures in `gguf_config.ARCHITECTURES`.
+
+    Args:
+        place: a `.gguf` file, one of the files of a split model, or a folder.
+        file: which file of a folder.
+        dtype: of scales, biases, norms and routers; "float16" is that of every other float, too.
+            The default is the smallest that loses nothing.
+        k_quants: how Q2_K, Q3_K and Q6_K are stored: as affine 8-bit, or as floats.
+        experts: how ternary experts with one scale a row are stored: "tq1_0" in this project's
+            ternary layers, "affine2" so that stock mlx-lm loads them.
+
+    Raises:
+        CheckpointError: the files are not sound, or not of a kind that is read.
+    """
+    model = read_model(place, file)
+    kind = architecture(model)
+    vocabulary = read_vocabulary(model.fields, kind, model.where)
+    config, notes = read_config(model, vocabulary)
+    names = Names(model, config, permuted=kind == "llama")
+    sources = [_Source(module, names.weight(module)) for module in modules(config)]
+    sources += [
+        _Source(module, names.bias(module), bias=True) for module in modules(config) if module.bias
+    ]
+    names.check_all_used()
+    for source in sources:
+        source.check()
+    ternary = _ternary_layers(sources) if experts == "tq1_0" else {}
+    others = [source for source in sources if source.module.path not in ternary]
+    chosen = dtype or _exact_dtype(others, k_quants)
+    plan = _Plan(chosen, k_quants, Losses(), ternary)
+    parts = [plan.part(source) for source in sources]
+    stored = {
+        part.path: (part.bits, part.group) for part in parts if isinstance(part, AffineMatrix)
+    }
+    config |= {"dtype": chosen, "torch_dtype": chosen}
+    if stored:
+        config["quantization"] = quantization(stored)
+    if ternary:
+        config |= {
+            "model_type": "ternary_mixtral",
+            "ternary_switch": {
+                "format": "tq1_0_rows",
+                "version": 1,
+                "layers": sorted({int(path.split(".")[2]) for path in ternary}),
+            },
+        }
+    details = {"types": _types(sources), "dtype": chosen, "largest_errors": plan.losses.largest}
+    return Opened(
+        form=f"GGUF {'+'.join(_types(sources))}",
+        parts=parts,
+        config=config,
+        assets=lambda folder: write_tokenizer(vocabulary, folder),
+        notes=lambda: [*vocabulary.notes, *notes, *_notes(parts, plan, dtype)],
+        details=details,
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A weight or bias of a module, and the rows that it is made of."""
+
+    module: Module
+    rows: tuple[Rows, ...]
+    bias: bool = False
+
+    @property
+    def kinds(self) -> set[str]:
+        return {rows.tensor.kind for rows in self.rows}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.module.shape[:1] if self.bias else self.module.shape
+
+    @property
+    def layer(self) -> str:
+        """The path of the experts that it belongs to, or what is no such path."""
+        return self.module.path.rpartition(".")[0] if self.module.kind == "experts" else ""
+
+    def check(self) -> None:
+        """Refuse types that are not read, and vectors in blocks."""
+        read = FLOATS if len(self.shape) == 1 else (*FLOATS, *AFFINE, *REGROUPED)
+        for rows in self.rows:
+            if rows.tensor.kind not in read:
+                raise CheckpointError(
+                    f"{rows.tensor.where}: type {rows.tensor.kind}, expected one of"
+                    f" {', '.join(read)}"
+                )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What decides about the form of a part."""
+
+    dtype: str
+    k_quants: KQuants
+    losses: Losses
+    ternary: dict[str, list[ExpertMatrix]]
+
+    def part(self, source: _Source) -> Part:
+        """The part that a source becomes."""
+        path, kind = source.module.path, source.module.kind
+        if path in self.ternary:
+            return TernaryExperts(path, kind, tuple(self.ternary[path]))
+        kinds = source.kinds
+        common = (path, kind, source.shape, source.rows)
+        if kinds.isdisjoint(FLOATS):
+            if kinds.isdisjoint(REGROUPED):
+                bits = max(AFFINE[name].bits for name in kinds)
+                group = min(AFFINE[name].group for name in kinds)
+                return AffineMatrix(*common, self.dtype, self.losses, bits, group)
+            if self.k_quants == "8bit":
+                form = (self.dtype, self.losses, _REGROUPED_BITS, _GROUP)
+                return AffineMatrix(*common, *form)
+            dtype: str = self.k_quants
+        else:
+            dtype = self._floats(source)
+        name = f"{path}.{'bias' if source.bias else 'weight'}"
+        return PlainTensor(*common, dtype, self.losses, name)
+
+    def _floats(self, source: _Source) -> str:
+        """Matrices of 16-bit floats stay what they are where everything is to be exact."""
+        halves = {"F16": "float16", "BF16": "bfloat16"}
+        if self.dtype == "float32" and len(source.kinds) == 1 and len(source.shape) > 1:
+            return halves.get(next(iter(source.kinds)), "float32")
+        return self.dtype
+
+
+def _ternary_layers(sources: Sequence[_Source]) -> dict[str, list[ExpertMatrix]]:
+    """The experts that ternary layers hold exactly, by path of projection.
+
+    All three projections of a layer are ternary, and the blocks of every row agree on a scale.
+    """
+    layers: dict[str, list[_Source]] = {}
+    for source in sources:
+        if source.layer:
+            layers.setdefault(source.layer, []).append(source)
+    result: dict[str, list[ExpertMatrix]] = {}
+    for group in layers.values():
+        if not all(source.kinds <= set(_TERNARY) for source in group):
+            continue
+        matrices = {source.module.path: _expert_matrices(source) for source in group}
+        if all(_has_row_scales(m) for found in matrices.values() for m in found):
+            result |= matrices
+    return result
+
+
+def _expert_matrices(source: _Source) -> list[ExpertMatrix]:
+    _, out, width = source.module.shape
+    found = []
+    for rows in source.rows:
+        tensor = rows.tensor
+        for start in range(rows.start, rows.start + rows.count, out):
+            offset = tensor.offset + start * tensor.row_bytes
+            trits = BlockTrits(tensor.name, tensor.file, offset, (out, width), tensor.kind)
+            found.append(ExpertMatrix(trits, BlockScales(trits)))
+    return found
+
+
+def _has_row_scales(matrix: ExpertMatrix) -> bool:
+    try:
+        matrix.row_scales()
+    except CheckpointError:
+        return False
+    return True
+
+
+def _exact_dtype(sources: Iterable[_Source], k_quants: KQuants) -> str:
+    """The smallest dtype in which everything can be that one model should have in common.
+
+    MLX computes in float32 as soon as one operand is float32, or one is float16 and the other
+    bfloat16; so norms, scales and biases share a dtype, and it is 16 bits only if none of them
+    loses anything.
+    """
+    sources = list(sources)
+    kinds = set().union(*(source.kinds for source in sources))
+    mixed = any(
+        not source.kinds <= set(FLOATS) and not source.kinds.isdisjoint(FLOATS)
+        for source in sources
+    )
+    halves = {kind for kind, layout in AFFINE.items() if layout.half}
+    regrouped = set(REGROUPED) if k_quants != "float32" else set()
+    candidates = {"bfloat16": {"BF16"}, "float16": {"F16"} | halves | regrouped}
+    for dtype, allowed in candidates.items():
+        if mixed or not kinds - {"F32"} or not kinds - {"F32"} <= allowed:
+            continue
+        if all(_fits(rows, dtype) for source in sources for rows in source.rows):
+            return dtype
+    return "float32"
+
+
+def _fits(rows: Rows, dtype: str) -> bool:
+    """Whether a tensor, if it is float32, holds numbers of a dtype only."""
+    tensor = rows.tensor
+    if tensor.kind != "F32":
+        return True
+    if rows.count * tensor.shape[-1] > _LOOK_AT:
+        return False
+    weights = gguf_blocks.values("F32", rows.read(0, rows.count))
+    try:
+        return np.array_equal(round_to(weights, dtype)[1], weights)
+    except CheckpointError:
+        return False
+
+
+def _types(sources: Iterable[_Source]) -> list[str]:
+    """ggml's types of the matrices, the one of most weights first."""
+    weights: dict[str, int] = {}
+    for source in sources:
+        for rows in source.rows if len(source.shape) > 1 else ():
+            kind = rows.tensor.kind
+            weights[kind] = weights.get(kind, 0) + rows.count * rows.tensor.shape[-1]
+    return sorted(weights, key=lambda kind: -weights[kind])
+
+
+def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
+    """What is not exact, by type and form, with the largest error of each."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for part in parts:
+        if not isinstance(part, PlainTensor | AffineMatrix):
+            continue
+        if plan.losses.largest.get(part.path):
+            found.setdefault(("+".join(part.kinds), part.form), []).append(part.path)
+    notes = []
+    for (kinds, form), paths in found.items():
+        error = max(plan.losses.largest[path] for path in paths)
+        notes.append(f"{kinds} as {form}: off by up to {error:.2g} in {_listed(paths)}")
+    if plan.ternary:
+        notes.append(
+            "experts are ternary layers of this project, which stock mlx-lm does not load;"
+            " --experts affine2 makes a model that it does"
+        )
+    wide = dtype is None and plan.dtype == "float32"
+    if wide and any(isinstance(part, AffineMatrix) and part.bits < 8 for part in parts):
+        notes.append(
+            "scales, biases and norms are float32, so that nothing is lost; --dtype float16 is"
+            " smaller by a bit a weight"
+        )
+    return notes
+
+
+def _listed(paths: Iterable[str]) -> str:
+    """Modules, with those of several layers put together."""
+    layers: dict[str, int] = {}
+    for path in dict.fromkeys(paths):
+        name = _LAYER.sub(".layers.*.", path)
+        layers[name] = layers.get(name, 0) + 1
+    return ", ".join(
+        name if "*" not in name else f"{name} ({count} layer{'s' if count > 1 else ''})"
+        for name, count in layers.items()
+    )

@@ -1,0 +1,235 @@
+"""What an imported GGUF model stores: affine matrices and plain tensors, made slab by slab.
+
+Scales and biases stand behind all codes of their tensor, so the source is read once for each of the
+three: that is little, since the codes' pass leaves it in the page cache, and nothing is put aside.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.imports import gguf_blocks
+from outlier_mlx.imports.codes import pack_codes
+from outlier_mlx.imports.gguf_names import Rows
+from outlier_mlx.storage.parts import Chunk, Part, ahead
+from outlier_mlx.storage.writer import TensorSpec
+
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+#: Weights that a thread decodes at a time.
+SLAB_WEIGHTS = 1 << 19
+
+
+@dataclass
+class Losses:
+    """The largest errors of modules that are not exact; known once they are written."""
+
+    largest: dict[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def count(self, path: str, exact: np.ndarray, stored: np.ndarray) -> None:
+        """Add weights of a module: as they were, and as they are now."""
+        error = float(np.abs(exact - stored).max(initial=0))
+        with self._lock:
+            self.largest[path] = max(self.largest.get(path, 0.0), error)
+
+
+@dataclass(frozen=True)
+class GgufPart(Part):
+    """A tensor, or the three of a quantized module, made from rows of GGUF tensors.
+
+    Attributes:
+        shape: of the weights, before quantization.
+        rows: what it is made of, in order.
+        dtype: "float32", "float16" or "bfloat16": of weights, or of scales and biases.
+        losses: told the errors, where there are any.
+    """
+
+    shape: tuple[int, ...]
+    rows: tuple[Rows, ...]
+    dtype: str
+    losses: Losses
+
+    @property
+    def params(self) -> int:
+        """Weights."""
+        return prod(self.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the rows on disk."""
+        return sum(rows.nbytes for rows in self.rows)
+
+    @property
+    def kinds(self) -> list[str]:
+        """ggml's types of the rows."""
+        return sorted({rows.tensor.kind for rows in self.rows})
+
+    def _slabs(
+        self, make: Callable[[Rows, int, int], np.ndarray], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[memoryview, int]]:
+        """What `make` makes of ranges of rows, in order, and the bytes of source of each."""
+
+        def made(rows: Rows, start: int, stop: int) -> tuple[memoryview, int]:
+            try:
+                data = make(rows, start, stop)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{rows.tensor.where}: from row {rows.start + start}: {error}"
+                ) from None
+            used = (stop - start) * rows.tensor.row_bytes
+            return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data, used
+
+        calls = (
+            partial(made, rows, start, min(rows.count, start + step))
+            for rows in self.rows
+            for step in [_step(rows)]
+            for start in range(0, rows.count, step)
+        )
+        yield from ahead(pool, calls)
+
+
+@dataclass(frozen=True)
+class PlainTensor(GgufPart):
+    """A weight or bias that is not quantized; `name` is the tensor's."""
+
+    name: str
+
+    @property
+    def form(self) -> str:
+        """What it is stored as, for people."""
+        return self.dtype
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return all(is_exact(kind, self.dtype) for kind in self.kinds)
+
+    def specs(self) -> list[TensorSpec]:
+        """The one tensor."""
+        return [TensorSpec(self.name, SAFETENSORS_NAMES[self.dtype], self.shape)]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The rows as floats."""
+        for data, used in self._slabs(self._floats, pool):
+            yield self.name, data, used
+
+    def _floats(self, rows: Rows, start: int, stop: int) -> np.ndarray:
+        weights = gguf_blocks.values(rows.tensor.kind, rows.read(start, stop))
+        stored, rounded = round_to(weights, self.dtype)
+        if not is_exact(rows.tensor.kind, self.dtype):
+            self.losses.count(self.path, weights, rounded)
+        return stored
+
+
+@dataclass(frozen=True)
+class AffineMatrix(GgufPart):
+    """The `weight`, `scales` and `biases` of a module in MLX's affine format."""
+
+    bits: int
+    group: int
+
+    @property
+    def form(self) -> str:
+        """What it is stored as, for people."""
+        return f"{self.bits}-bit codes in groups of {self.group}, {self.dtype} scales"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether MLX's weights are ggml's."""
+        layouts = [gguf_blocks.AFFINE.get(kind) for kind in self.kinds]
+        return all(a is not None and (a.half or self.dtype == "float32") for a in layouts)
+
+    def specs(self) -> list[TensorSpec]:
+        """Packed weight (..., out, in * bits / 32) uint32; scales and biases (..., out, groups)."""
+        *lead, width = self.shape
+        groups = (*lead, width // self.group)
+        dtype = SAFETENSORS_NAMES[self.dtype]
+        return [
+            TensorSpec(f"{self.path}.weight", "U32", (*lead, width * self.bits // 32)),
+            TensorSpec(f"{self.path}.scales", dtype, groups),
+            TensorSpec(f"{self.path}.biases", dtype, groups),
+        ]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """All codes, then all scales, then all biases."""
+        for data, used in self._slabs(self._codes, pool):
+            yield f"{self.path}.weight", data, used
+        for n, name in enumerate(("scales", "biases")):
+            for data, _ in self._slabs(partial(self._scales, n), pool):
+                yield f"{self.path}.{name}", data, 0
+
+    def _codes(self, rows: Rows, start: int, stop: int) -> np.ndarray:
+        kind, raw = rows.tensor.kind, rows.read(start, stop)
+        if kind not in gguf_blocks.AFFINE:
+            weights = gguf_blocks.values(kind, raw)
+            grid = self._grid(weights)
+            codes = gguf_blocks.quantize(weights, *grid, self.bits)
+            self.losses.count(self.path, weights, gguf_blocks.affine_values(codes, *grid))
+            return pack_codes(codes, self.bits)
+        codes = gguf_blocks.codes(kind, raw)
+        if not self.is_exact:
+            s, b = gguf_blocks.scales(kind, raw, self.group)
+            grid = round_to(s, self.dtype)[1], round_to(b, self.dtype)[1]
+            weights = gguf_blocks.values(kind, raw)
+            self.losses.count(self.path, weights, gguf_blocks.affine_values(codes, *grid))
+        return pack_codes(codes, self.bits)
+
+    def _scales(self, which: int, rows: Rows, start: int, stop: int) -> np.ndarray:
+        kind, raw = rows.tensor.kind, rows.read(start, stop)
+        if kind in gguf_blocks.AFFINE:
+            found = gguf_blocks.scales(kind, raw, self.group)
+        else:
+            found = self._grid(gguf_blocks.values(kind, raw))
+        return round_to(found[which], self.dtype)[0]
+
+    def _grid(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        steps, lowest = gguf_blocks.grid(weights, self.bits, self.group)
+        return round_to(steps, self.dtype)[1], round_to(lowest, self.dtype)[1]
+
+
+def is_exact(kind: str, dtype: str) -> bool:
+    """Whether every weight of a type is a number of a dtype."""
+    return dtype == "float32" or {"F16": "float16", "BF16": "bfloat16"}.get(kind) == dtype
+
+
+def round_to(array: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Round to the nearest of a dtype.
+
+    Args:
+        array: float32, finite.
+        dtype: "float32", "float16" or "bfloat16".
+
+    Returns:
+        The numbers as they are stored (bfloat16 as uint16), and as float32.
+
+    Raises:
+        CheckpointError: one is too large.
+    """
+    if dtype == "float32":
+        return array, array
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            stored = array.astype("<f2")
+        rounded = stored.astype(np.float32)
+    else:
+        bits = np.ascontiguousarray(array).view(np.uint32)
+        stored = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype("<u2")  # halves to even
+        rounded = (stored.astype(np.uint32) << 16).view(np.float32)
+    if not np.isfinite(rounded).all():
+        raise CheckpointError(
+            f"{array[~np.isfinite(rounded)][0]} does not fit in {dtype}; import with"
+            " --dtype float32"
+        )
+    return stored, rounded
+
+
+def _step(rows: Rows) -> int:
+    """Rows of a slab; whole heads, where those are reordered."""
+    step = max(1, SLAB_WEIGHTS // rows.tensor.shape[-1])
+    return max(rows.head, step - step % rows.head) if rows.head else step
