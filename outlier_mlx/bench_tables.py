@@ -1,14 +1,13 @@
 """What `outlier-mlx bench` prints for people: results on stdout, remarks on stderr."""
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from outlier_mlx.bench import BenchResult, Runs
 from outlier_mlx.bench_kernels import FLOOR, Arm, KernelBench, KernelResult
 from outlier_mlx.chips import Chip
 from outlier_mlx.runtime.variants import DECODES, Variant
-from outlier_mlx.terminal import plain_table, print_heading, size, stderr, stdout
+from outlier_mlx.terminal import print_columns, print_heading, size, stderr, stdout
 
 
 def print_result(name: str, result: BenchResult) -> None:
@@ -16,13 +15,10 @@ def print_result(name: str, result: BenchResult) -> None:
     console, options = stdout(), result.options
     _print_heading(console, name, result.chip, result.dtype)
     batch = f" x {options.batch_size}" if options.batch_size > 1 else ""
-    table = _table("", "tokens/s", "spread")
-    for label, runs in (
-        (f"pp{options.prompt_tokens}{batch}", result.prompt_tps),
-        (f"tg{options.generation_tokens}{batch}", result.generation_tps),
-    ):
-        table.add_row(label, f"{runs.median:.1f}", f"{runs.spread:.1%}")
-    console.print(table)
+    labels = f"pp{options.prompt_tokens}{batch}", f"tg{options.generation_tokens}{batch}"
+    measured = zip(labels, (result.prompt_tps, result.generation_tps), strict=True)
+    rows = [(label, f"{runs.median:.1f}", f"{runs.spread:.1%}") for label, runs in measured]
+    print_columns(console, ["", "tokens/s", "spread"], rows)
     console.print(f"runs: {options.num_trials}, after one that is not counted", soft_wrap=True)
     console.print(f"peak memory: {result.peak_memory_gb:.3f} GB", soft_wrap=True)
     if result.bytes_per_token is not None:
@@ -44,7 +40,7 @@ def print_kernels(name: str, bench: KernelBench) -> None:
         console.print()
         print_heading(console, result.kernel, f", {shape}, {pairs}")
         if any(arm.variant for arm in result.arms):
-            console.print(_variants(result))
+            _print_variants(console, result)
         for arm in (result.arms[0], _best(result)):
             if arm is not None and arm.runs is not None:
                 console.print(_describe(arm, result, bench.chip), soft_wrap=True)
@@ -59,28 +55,20 @@ def _print_heading(console: Console, name: str, chip: Chip, dtype: str) -> None:
     print_heading(console, name, f" on {where}, {chip.device.upper()}, {dtype}")
 
 
-def _table(first: str, *others: str) -> Table:
-    table = plain_table()
-    table.add_column(first, no_wrap=True)
-    for column in others:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _variants(result: KernelResult) -> Table:
+def _print_variants(console: Console, result: KernelResult) -> None:
     """Medians in microseconds: geometries in rows, decodes in columns."""
     timed = {arm.variant: arm.runs for arm in result.arms if arm.variant}
-    table = _table("µs", *DECODES)
+    table: list[list[str | Text]] = []
     for rows, load_bits in dict.fromkeys((v.rows, v.load_bits) for v in timed):
-        cells = []
+        cells: list[str | Text] = [f"{rows} rows, {load_bits} bits"]
         for decode in DECODES:
             same = (
                 v for v in timed if (v.decode, v.rows, v.load_bits) == (decode, rows, load_bits)
             )
             variant = next(same, None)
             cells.append(_cell(timed[variant] if variant else None, variant == result.best))
-        table.add_row(f"{rows} rows, {load_bits} bits", *cells)
-    return table
+        table.append(cells)
+    print_columns(console, ["µs", *DECODES], table)
 
 
 def _cell(runs: Runs | None, best: bool) -> Text:

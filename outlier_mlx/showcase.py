@@ -2,21 +2,20 @@
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from rich.table import Table
 
 import outlier_mlx
 from outlier_mlx.compare import compare
 from outlier_mlx.generate import Options, stream
 from outlier_mlx.loading import load, load_model
 from outlier_mlx.tables import print_statistics
-from outlier_mlx.terminal import plain_table, size, stdout
+from outlier_mlx.terminal import counting_bar, print_columns, size, stdout
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import RECIPES
 
@@ -82,7 +81,11 @@ def run(
         texts = heldout(None if full else FEW)
         count = sum(len(documents) for documents in texts.values())
         console.print(f"Measuring on {count} documents that neither was trained on ...\n")
-        console.print(_measure(models, sizes, tokenizer, texts))
+        with counting_bar("measuring", "models", quiet=quiet) as progress:
+            rows = _measure(models, sizes, tokenizer, texts, progress)
+        title = "Perplexity on held-out text (lower is better)"
+        heads = [name.replace(", ", ",\n") for name in models]
+        print_columns(console, ["", *heads], rows, title=title)
         console.print(f'The int4 tier, asked to go on from "{PROMPT}":\n', soft_wrap=True)
         response = _write(small_model, tokenizer)
         if response is not None and not quiet:
@@ -127,19 +130,16 @@ def _measure(
     sizes: dict[str, int],
     tokenizer: TokenizerWrapper,
     texts: dict[str, list[str]],
-) -> Table:
-    """Sizes and held-out perplexities, a column a model."""
-    found = {name: perplexities(model, tokenizer, texts) for name, model in models.items()}
-    table = plain_table("Perplexity on held-out text (lower is better)")
-    table.add_column("")
-    for name in models:
-        table.add_column(name, justify="right")
-    table.add_row("size of weights", *(size(sizes[name]) for name in models))
-    table.add_section()
-    for domain in [*texts, "all new"]:
+    progress: Callable[[int, int], None],
+) -> list[tuple[str, ...]]:
+    """Rows of sizes and held-out perplexities, a column a model."""
+    found = []
+    for model in models.values():
+        found.append(perplexities(model, tokenizer, texts))
+        progress(len(found), len(models))
+    empty = ("",) * (1 + len(models))
+    rows = [("size of weights", *(size(sizes[name]) for name in models)), empty]
+    for domain in texts:
         known = "known to the base" if domain == OLD_DOMAIN else "new"
-        label = "all new domains" if domain == "all new" else f"{domain} ({known})"
-        if domain == "all new":
-            table.add_section()
-        table.add_row(label, *(f"{found[name][domain]:.2f}" for name in models))
-    return table
+        rows.append((f"{domain} ({known})", *(f"{each[domain]:.2f}" for each in found)))
+    return [*rows, empty, ("all new domains", *(f"{each['all new']:.2f}" for each in found))]

@@ -4,7 +4,7 @@ from outlier_mlx.errors import one_line
 from outlier_mlx.terminal import (
     count,
     parts_table,
-    plain_table,
+    print_columns,
     print_heading,
     size,
     stderr,
@@ -74,16 +74,18 @@ def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
     """What recipes take (a list of `tiers.choose.Choice`), held against a `memory.Budget`."""
     console = stdout()
     keys = next((list(choice.memory) for choice in choices if choice.memory), [])
-    table = plain_table("Memory by tokens of context and bits of the KV cache")
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("weights", justify="right", no_wrap=True)
-    for tokens, bits in keys:
-        table.add_column(f"{tokens // 1024}k\n{bits or 16} bits", justify="right", no_wrap=True)
-    for choice in choices:
-        if choice.reason is None:
-            cells = [_against(choice.memory[key], available.nbytes) for key in keys]
-            table.add_row(choice.name, size(choice.nbytes), *cells)
-    console.print(table)
+    heads = [f"{tokens // 1024}k\n{bits or 16} bits" for tokens, bits in keys]
+    rows = [
+        (
+            choice.name,
+            size(choice.nbytes),
+            *(_against(choice.memory[key], available.nbytes) for key in keys),
+        )
+        for choice in choices
+        if choice.reason is None
+    ]
+    title = "Memory by tokens of context and bits of the KV cache"
+    print_columns(console, ["recipe", "weights", *heads], rows, title=title, fixed=2)
     for choice in choices:
         if choice.reason is not None:
             console.print(f"{choice.name}: {choice.reason}", soft_wrap=True)
@@ -99,12 +101,16 @@ def _against(nbytes: int, limit: int) -> str:
 
 def print_routing(layers) -> None:  # type: ignore[no-untyped-def]
     """Which experts serve (a list of `routing.LayerRouting`), a row a layer."""
-    table = plain_table(f"Share of {layers[0].tokens} tokens that each expert serves, %")
-    table.add_column("layer", justify="right")
-    table.add_column("entropy, bits", justify="right")
-    for expert in range(len(layers[0].share)):
-        table.add_column(str(expert), justify="right", no_wrap=True)
-    for layer in layers:
-        shares = [f"{100 * share:.0f}" for share in layer.share]
-        table.add_row(str(layer.layer), f"{layer.entropy:.2f}", *shares)
-    stdout().print(table)
+    experts = len(layers[0].share)
+    rows = [
+        (str(layer.layer), f"{layer.entropy:.2f}", *(f"{100 * share:.0f}" for share in layer.share))
+        for layer in layers
+    ]
+    print_columns(
+        stdout(),
+        ["layer", "entropy,\nbits", *map(str, range(experts))],
+        rows,
+        title=f"Share of {layers[0].tokens} tokens that each expert serves, %",
+        fixed=2,
+        left=0,
+    )

@@ -1,13 +1,14 @@
 """What the terminal shows: consoles, bars and figures. Results go to stdout, the rest to stderr."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain, islice
 from threading import Event, Timer
 from typing import Literal, TypeVar
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,6 +27,8 @@ from outlier_mlx.errors import one_line
 
 # Columns of a terminal from which bytes and speed fit beside the bar.
 WIDE = 70
+# Columns of a terminal between those of a table.
+GAP = 2
 # Seconds before it is said that something takes its time.
 MOMENT = 0.5
 
@@ -230,6 +233,47 @@ def plain_table(title: str | None = None) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
+
+
+def print_columns(
+    console: Console,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    title: str | None = None,
+    fixed: int = 1,
+    left: int = 1,
+) -> None:
+    """Print a table, one below the other if it is wider than the console: no number is cut.
+
+    Args:
+        console: where to.
+        heads: a name a column, of a few lines perhaps.
+        rows: a cell a column.
+        title: stands above the first.
+        fixed: columns at the left that every piece begins with.
+        left: columns at the left that are set flush left; the others are flush right.
+    """
+    columns = list(zip(heads, *rows, strict=True))
+    widths = [GAP + max(map(_width, column)) for column in columns]
+    start = fixed
+    while start < len(columns) or start == fixed:
+        stop, room = start + 1, console.width - sum(widths[:fixed]) - sum(widths[start:][:1])
+        while stop < len(columns) and widths[stop] <= room:
+            room -= widths[stop]
+            stop += 1
+        table = plain_table(title if start == fixed else None)
+        for at in [*range(fixed), *range(start, min(stop, len(columns)))]:
+            table.add_column(columns[at][0], justify="left" if at < left else "right", no_wrap=True)
+        for row in zip(*(c[1:] for c in [*columns[:fixed], *columns[start:stop]]), strict=True):
+            table.add_row(*row)
+        console.print(table)
+        start = stop
+
+
+def _width(cell: str | Text) -> int:
+    """Columns that a cell takes."""
+    return max(map(cell_len, str(cell).split("\n")))
 
 
 def parts_table(rows: list, title: str | None = None) -> Table:
