@@ -27,14 +27,18 @@ def perplexity(
     window: Window = 512,
     windows: Windows = None,
     dtype: Annotated[DType | None, typer.Option(help="Of activations.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep it in the tier; `push` puts it into the card.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Measure perplexity on a text, and the distance from another model."""
-    from outlier_mlx import compare
+    from outlier_mlx import compare, measured
     from outlier_mlx.terminal import counting_bar
 
+    folder = measured.require_tier(model) if record else None
     loaded, tokenizer = load_visibly(model, dtype, quiet=quiet)
     content = text.read_text(encoding="utf-8")
     other = None
@@ -44,6 +48,11 @@ def perplexity(
     texts = compare.windows(tokenizer, content, window, windows)
     with counting_bar("measuring", "tokens", quiet=quiet) as progress:
         found = compare.compare(loaded, texts, other, progress)
+    if folder is not None:
+        new = measured.describe(
+            text, found, loaded, window=window, windows=windows, against=against
+        )
+        measured.record(folder, new)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return
