@@ -1,20 +1,31 @@
 """Importing: models in the formats of other tools, streamed into plain MLX folders."""
 
+import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.imports.card import write_card
+from outlier_mlx.imports.gguf_file import patterns
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.storage.folders import check_free
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
 from outlier_mlx.storage.model_folder import write_model
-from outlier_mlx.storage.parts import Part, Progress
+from outlier_mlx.storage.parts import Progress
+from outlier_mlx.tiers.assets import TOKENIZER_FILES
 from outlier_mlx.tiers.summary import SummaryRow, summarize
 
 ScaleType = Literal["float32", "float16"]
+#: How types of GGUF are stored that no affine group of MLX fits.
+KQuants = Literal["8bit", "float16", "float32"]
+#: How ternary experts of GGUF are stored.
+TernaryForm = Literal["tq1_0", "affine2"]
+#: How GGUF types are stored that no affine group of MLX fits.
+KQuants = Literal["8bit", "float16", "float32"]
+#: How ternary experts of GGUF files are stored.
+TernaryForm = Literal["tq1_0", "affine2"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ def import_model(
     dtype: ScaleType | None = None,
     bits: int | None = None,
     file: str | None = None,
+    k_quants: KQuants | None = None,
+    experts: TernaryForm | None = None,
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -55,6 +68,10 @@ def import_model(
         dtype: of the scales and biases; the default is the smallest that loses nothing.
         bits: 5 stores AWQ's 4-bit weights so that 16-bit scales lose nothing either.
         file: which `.gguf` of a folder or repository.
+        k_quants: how a GGUF's Q2_K, Q3_K and Q6_K are stored: "8bit" (the default), "float16" or
+            "float32".
+        experts: how a GGUF's ternary experts are stored: "tq1_0" (the default) in this project's
+            layers, "affine2" for stock mlx-lm.
         revision: the repository's revision on the hub.
         force: replace `out` if it is a model that this project wrote.
         progress: called while it runs.
@@ -66,11 +83,14 @@ def import_model(
     target = Path(out)
     check_free(target, force=force)
     found = _resolve(source, file, revision)
-    opened = _open(found, dtype=dtype, bits=bits, file=file)
+    gguf = {"k_quants": k_quants, "experts": experts}
+    opened = _open(found, dtype, bits, file, {k: v for k, v in gguf.items() if v is not None})
+    rows = summarize((part.kind, part.params, part.nbytes) for part in opened.parts)
     written: list[str] = []
 
     def assets(folder: Path) -> list[str]:
         written.extend(opened.assets(folder))
+        written.append(write_card(folder, target.name, found, opened, rows))
         return written
 
     origin = {"name": found.name, "revision": found.revision, "form": opened.form}
@@ -83,19 +103,14 @@ def import_model(
         force=force,
         progress=progress,
     )
-    tokenizer = "tokenizer_config.json" in written or "tokenizer.json" in written
+    tokenizer = any(name in written for name in TOKENIZER_FILES)
     if not tokenizer:
         warnings.warn(
             f"{found.name}: no tokenizer beside it; the model has none",
             CheckpointWarning,
             stacklevel=2,
         )
-    return Imported(path, opened.form, summary(opened.parts), opened.notes(), tokenizer)
-
-
-def summary(parts: Sequence[Part]) -> list[SummaryRow]:
-    """Parameters and bytes by kind of part, the total last."""
-    return summarize((part.kind, part.params, part.nbytes) for part in parts)
+    return Imported(path, opened.form, rows, opened.notes(), tokenizer)
 
 
 def _resolve(source: str | Path, file: str | None, revision: str | None) -> Source:
@@ -105,20 +120,26 @@ def _resolve(source: str | Path, file: str | None, revision: str | None) -> Sour
         if revision is not None or file is not None:
             raise CheckpointError(f"{path}: a file has no revision, nor files in it")
         return Source(path, path.name)
-    patterns = CHECKPOINT_FILES if file is None else (file, "*.json", "LICENSE*")
+    patterns: tuple[str, ...] = CHECKPOINT_FILES
+    if file is not None:  # with the other files of a split model
+        patterns = (re.sub(r"-\d{5}-of-", "-*-of-", file), "*.json", "LICENSE*", "README.md")
     return resolve(source, revision, patterns)
 
 
-def _open(found: Source, *, dtype: ScaleType | None, bits: int | None, file: str | None) -> Opened:
+def _open(
+    found: Source, dtype: ScaleType | None, bits: int | None, file: str | None, gguf: dict[str, Any]
+) -> Opened:
     """Recognise what a source holds, by its files alone."""
     place = found.folder
     if place.is_file() or file is not None or _holds_gguf_only(place):
         if bits is not None:
-            raise CheckpointError(f"{found.name}: --bits is for AWQ; GGUF keeps its own")
+            raise CheckpointError(f"{found.name}: --bits is for AWQ; GGUF has its own")
         from outlier_mlx.imports.gguf import open_gguf_model
 
-        return open_gguf_model(place, file=file, dtype=dtype)
+        return open_gguf_model(place, file=file, dtype=dtype, **gguf)
     if any(place.glob("*.safetensors")):
+        if gguf:
+            raise CheckpointError(f"{found.name}: --k-quants and --experts are for GGUF")
         from outlier_mlx.imports.awq import open_awq_model
 
         return open_awq_model(place, dtype=dtype, bits=bits)
