@@ -9,6 +9,7 @@ from pathlib import Path
 from outlier_mlx import measured
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
 from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.manifest import read_manifest
 from outlier_mlx.storage.safetensors import read_bytes, read_json
 from outlier_mlx.tiers.assets import is_legal
 from outlier_mlx.tiers.card import model_card, origins
@@ -113,10 +114,10 @@ def prepare(
         raise CheckpointError(f"{folder}: not a tier: no {MANIFEST}")
     _check_licences(folder, private, licence)
     verify_tier(folder, progress)
-    manifest = read_json(inside(folder, MANIFEST))
+    manifest = read_manifest(folder, MANIFEST)
     uploads = {
-        name: Upload(name, inside(folder, name), entry["bytes"], entry["sha256"])
-        for name, entry in manifest["files"].items()
+        name: Upload(name, inside(folder, name), nbytes, digest)
+        for name, (digest, nbytes) in manifest.files.items()
     }
     beside = [MANIFEST, *sorted(path.name for path in folder.iterdir() if is_legal(path.name))]
     if measured.read_measured(folder):
@@ -126,7 +127,7 @@ def prepare(
     for name, content in contents.items():
         digest = hashlib.sha256(content).hexdigest()
         uploads[name] = Upload(name, content, len(content), digest)
-    return Publication(repo, private, manifest, dict(sorted(uploads.items())))
+    return Publication(repo, private, manifest.content, dict(sorted(uploads.items())))
 
 
 def _check_licences(folder: Path, private: bool, licence: str | None) -> None:

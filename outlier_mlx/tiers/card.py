@@ -138,6 +138,7 @@ def _metadata(facts: Facts) -> str:
             task_type="text-generation",
             dataset_type="text",
             dataset_name=one.text,
+            dataset_revision=one.sha256,
             metric_type="perplexity",
             metric_value=one.perplexity,
             metric_args={"window": one.window, "tokens": one.tokens, "dtype": one.dtype},
