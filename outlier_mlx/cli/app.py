@@ -15,7 +15,8 @@ from outlier_mlx.errors import OutlierError, one_line
 # The order in which people meet them.
 ORDER = (
     *("convert", "import", "merge", "generate", "chat", "serve", "info", "tiers", "verify", "demo"),
-    *("bench", "perplexity", "routing", "tune-alpha", "eval", "compare", "export", "push"),
+    *("bench", "perplexity", "routing", "tune-alpha", "outliers", "eval", "compare", "export"),
+    "push",
 )
 
 

@@ -1,0 +1,1 @@
+"""Analyses of models: outlier features, by the definitions that exist."""

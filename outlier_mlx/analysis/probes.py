@@ -1,0 +1,177 @@
+"""Where the inputs of attention and of the feed-forward block are read, and the reading of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.runtime.switch import TernarySwitchGLU
+
+Kind = Literal["attention", "dense_ffn", "routed_experts", "shared_experts"]
+EXPERTS = (SwitchGLU, SwitchMLP, TernarySwitchGLU)
+# What the children of a MoE block are called that every token passes.
+SHARED_NAMES = {"shared_expert", "shared_experts", "shared_mlp"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A vector that can be read: what goes into, or comes out of, a child of a decoder layer."""
+
+    module: str
+    side: Literal["input", "output"]
+
+
+Pair = tuple[Place, Place]
+
+PRE_NORM: Pair = (Place("input_layernorm", "output"), Place("post_attention_layernorm", "output"))
+# Norms on both sides of each block.
+SANDWICH: Pair = (Place("input_layernorm", "output"), Place("pre_feedforward_layernorm", "output"))
+# Norms behind the blocks only: these read the residual stream as it is.
+POST_NORM: Pair = (Place("self_attn", "input"), Place("mlp", "input"))
+#: mlx-lm's modules whose layers have other norms than the two usual ones, or further ones: what
+#: enters q, k and v, and what enters the feed-forward block.
+ARCHITECTURES: dict[str, Pair] = {
+    "gemma2": SANDWICH,
+    "gemma3_text": SANDWICH,
+    "glm4": PRE_NORM,
+    "olmo2": POST_NORM,
+    "olmo3": POST_NORM,
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One input of one layer.
+
+    Attributes:
+        layer: its number.
+        name: such as "layer_3.attn" or "layer_3.ffn".
+        place: where it is read.
+        kinds: what reads the vector. Router, routed experts and shared experts of a layer all read
+            the same one.
+        experts: how many experts do.
+    """
+
+    layer: int
+    name: str
+    place: Place
+    kinds: tuple[Kind, ...]
+    experts: int = 0
+
+
+def find_probes(model: nn.Module) -> list[Probe]:
+    """The probes of a model, two a layer, in the order in which they are computed.
+
+    Raises:
+        OutlierError: the model's layers are not built in a way that is known here.
+    """
+    layers = getattr(model, "layers", None)
+    if not layers:
+        raise OutlierError(f"{type(model).__module__}: a model without a list of layers")
+    probes = []
+    for number, layer in enumerate(layers):
+        attention, ffn = _pair(layer, number)
+        probes.append(Probe(number, f"layer_{number}.attn", attention, ("attention",)))
+        probes.append(_ffn_probe(layer, number, ffn))
+    return probes
+
+
+def _pair(layer: nn.Module, number: int) -> Pair:
+    architecture = type(layer).__module__.rpartition(".")[2]
+    norms = sorted(name for name in layer.children() if "norm" in name)
+    pair = ARCHITECTURES.get(architecture)
+    if pair is None and norms == sorted(place.module for place in PRE_NORM):
+        pair = PRE_NORM
+    if pair is None or not all(isinstance(layer.get(p.module), nn.Module) for p in pair):
+        raise OutlierError(
+            f"{architecture}: cannot tell what enters attention and what the feed-forward block of"
+            f" layer {number}: its norms are {', '.join(norms) or 'none'}; known are"
+            f" {' and '.join(place.module for place in PRE_NORM)}, and the layers of"
+            f" {', '.join(ARCHITECTURES)}"
+        )
+    return pair
+
+
+def _ffn_probe(layer: nn.Module, number: int, place: Place) -> Probe:
+    name = f"layer_{number}.ffn"
+    experts = next((module for module in layer.modules() if isinstance(module, EXPERTS)), None)
+    if experts is None:
+        return Probe(number, name, place, ("dense_ffn",))
+    first = experts.fc1 if isinstance(experts, SwitchMLP) else experts.gate_proj
+    names = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
+    kinds: tuple[Kind, ...] = ("routed_experts",)
+    if names & SHARED_NAMES:
+        kinds = "routed_experts", "shared_experts"
+    return Probe(number, name, place, kinds, first.weight.shape[0])
+
+
+#: Told the probe's number, the residual stream or whatever else enters its module, and the vectors
+#: that the probe stands for; both (1, positions, hidden).
+See = Callable[[int, mx.array, mx.array], None]
+#: Told the layer, and the experts (..., k) that its tokens are routed to.
+SeeRouting = Callable[[int, mx.array], None]
+
+
+@contextmanager
+def watched(
+    model: nn.Module,
+    probes: Sequence[Probe],
+    see: See,
+    see_routing: SeeRouting | None = None,
+) -> Iterator[None]:
+    """Watch a model's probes for as long as the block lasts; nothing that it computes changes.
+
+    A watched module has, meanwhile, a class of its own that calls the original one, so parameters,
+    names and children stay as they are.
+
+    Args:
+        model: with `layers`.
+        probes: as `find_probes` gives them.
+        see: called each time a probe is passed.
+        see_routing: called each time experts are told which tokens are theirs.
+    """
+    with ExitStack() as stack:
+        for number, probe in enumerate(probes):
+            module = model.layers[probe.layer][probe.place.module]
+            stack.enter_context(_calls(module, "__call__", _seer(see, number, probe.place.side)))
+        if see_routing is not None:
+            for number, layer in enumerate(model.layers):
+                for module in filter(lambda m: isinstance(m, EXPERTS), layer.modules()):
+                    method = "mix" if isinstance(module, TernarySwitchGLU) else "__call__"
+                    stack.enter_context(_calls(module, method, _router_seer(see_routing, number)))
+        yield
+
+
+#: Told the arguments of a call, and what it returned.
+_Told = Callable[[tuple[Any, ...], Any], None]
+
+
+def _seer(see: See, probe: int, side: str) -> _Told:
+    return lambda given, y: see(probe, given[0], given[0] if side == "input" else y)
+
+
+def _router_seer(see: SeeRouting, layer: int) -> _Told:
+    return lambda given, _: see(layer, given[1])
+
+
+@contextmanager
+def _calls(module: nn.Module, method: str, told: _Told) -> Iterator[None]:
+    original = type(module)
+
+    def call(self: nn.Module, *given: Any, **named: Any) -> Any:
+        result = getattr(original, method)(self, *given, **named)
+        told(given, result)
+        return result
+
+    watching = type(original.__name__, (original,), {method: call})
+    # Past nn.Module's own __setattr__, which knows parameters and children only.
+    object.__setattr__(module, "__class__", watching)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "__class__", original)
