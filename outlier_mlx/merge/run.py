@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.merge.gates import Gates
@@ -69,6 +70,7 @@ def merge(
     check_space(target, sum(p.nbytes for p in make_parts(mixture, empty, form)), "the model")
 
     routers = compute_routers(recipe, mixture, seed=seed, measure=measure, stages=stages)
+    mx.clear_cache()  # buffers of layers, which nobody needs any more
     parts = make_parts(mixture, routers.gates, form)
     result = Merged(
         path=target,
