@@ -18,6 +18,7 @@ from outlier_mlx.checkpoints.config import tier_config
 from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.plain_config import normalised
+from outlier_mlx.runtime.mixtral import TernaryMixtral, TernaryMixtralArgs
 from outlier_mlx.runtime.model import Model, ModelArgs
 from outlier_mlx.runtime.qwen2_moe import RenormalisedQwen2Moe
 from outlier_mlx.storage.folders import inside
@@ -64,6 +65,8 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
         classes: dict = {}
         if config.get("model_type") == "qwen2_moe" and config.get("norm_topk_prob"):
             classes["get_model_classes"] = lambda config: (RenormalisedQwen2Moe, Qwen2MoeArgs)
+        if config.get("model_type") == "ternary_mixtral":
+            classes["get_model_classes"] = lambda config: (TernaryMixtral, TernaryMixtralArgs)
         model, config = mlx_lm_load_model(
             folder, lazy=True, model_config=config, trust_remote_code=False, **classes
         )

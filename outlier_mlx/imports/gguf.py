@@ -4,14 +4,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from outlier_mlx.checkpoints.gguf import BlockScales, BlockTrits
 from outlier_mlx.checkpoints.overlay import ExpertMatrix
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.imports import gguf_blocks
+from outlier_mlx.imports import KQuants, ScaleType, TernaryForm, gguf_blocks
 from outlier_mlx.imports.families import Module, modules
 from outlier_mlx.imports.gguf_blocks import AFFINE, FLOATS, REGROUPED
 from outlier_mlx.imports.gguf_config import architecture, read_config
@@ -28,11 +27,6 @@ from outlier_mlx.imports.opened import Opened, quantization
 from outlier_mlx.storage.parts import Part
 from outlier_mlx.tiers.parts import TernaryExperts
 
-#: How types are stored that no affine group of MLX fits.
-KQuants = Literal["8bit", "float16", "float32"]
-#: How ternary experts are stored.
-TernaryForm = Literal["tq1_0", "affine2"]
-
 _TERNARY = ("TQ1_0", "TQ2_0")
 _REGROUPED_BITS, _GROUP = 8, 32
 # Norms, biases and routers are looked at before the dtype is chosen; larger matrices are not.
@@ -44,7 +38,7 @@ def open_gguf_model(
     place: Path,
     *,
     file: str | None = None,
-    dtype: Literal["float32", "float16"] | None = None,
+    dtype: ScaleType | None = None,
     k_quants: KQuants = "8bit",
     experts: TernaryForm = "tq1_0",
 ) -> Opened:

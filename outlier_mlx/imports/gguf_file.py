@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.folders import inside, require_plain
 from outlier_mlx.storage.gguf import GgufTensor, read_gguf
 
 # llama.cpp's `gguf-split` names the files of a model so, and counts from 1.
@@ -40,10 +40,10 @@ def read_model(place: Path, file: str | None = None) -> GgufModel:
         CheckpointError: there is not exactly one model, a file of it is missing, or one is not
             sound.
     """
-    first = place if file is None else inside(place, file)
-    if first.is_dir():
-        first = _only_model(first)
-    paths = _splits(first)
+    if place.is_dir():
+        paths = _splits(place, _only_model(place) if file is None else file)
+    else:
+        paths = _splits(place.parent, place.name)
     read = [read_gguf(path) for path in paths]
     tensors: dict[str, GgufTensor] = {}
     for part in read:
@@ -59,13 +59,14 @@ def read_model(place: Path, file: str | None = None) -> GgufModel:
 
 
 def patterns(file: str) -> tuple[str, ...]:
-    """What to fetch of a repository to have a file, and with it all files of a split model."""
+    """What to fetch of a repository for a file: with it all files of a split model, and papers."""
     match = _SPLIT.fullmatch(file)
-    return (file,) if match is None else (f"{match[1]}-*-of-{match[3]}.gguf",)
+    names = file if match is None else f"{match[1]}-*-of-{match[3]}.gguf"
+    return (names, "LICENSE*", "NOTICE*", "README.md")
 
 
-def _only_model(folder: Path) -> Path:
-    """The one model in a folder."""
+def _only_model(folder: Path) -> str:
+    """The file of the one model in a folder, or the first of its files."""
     names = sorted(path.name for path in folder.glob("*.gguf"))
     models: dict[str, str] = {}
     for name in names:
@@ -77,22 +78,23 @@ def _only_model(folder: Path) -> Path:
             f"{folder}: {len(models)} GGUF models"
             + (f"; name one with --file: {listed}" if models else "")
         )
-    return inside(folder, next(iter(models.values())))
+    return next(iter(models.values()))
 
 
-def _splits(path: Path) -> list[Path]:
+def _splits(folder: Path, file: str) -> list[Path]:
     """A file, or all files of the split model that it is a part of."""
-    match = _SPLIT.fullmatch(path.name)
+    match = _SPLIT.fullmatch(file)
     if match is None:
-        return [path]
+        return [inside(folder, file)]
     count = int(match[3])
     if not 1 <= int(match[2]) <= count <= _MAX_SPLITS:
-        raise CheckpointError(f"{path.name}: the name says that it is file {match[2]} of {count}")
+        raise CheckpointError(f"{file}: the name says that it is file {match[2]} of {count}")
     names = [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, count + 1)]
     for name in names:
-        if not (path.parent / name).exists():
-            raise CheckpointError(f"{path.parent / name}: missing; the model has {count} files")
-    return [inside(path.parent, name) for name in names]
+        require_plain(name, folder.name)
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name}: missing; the model has {count} files")
+    return [inside(folder, name) for name in names]
 
 
 def _check_split(fields: dict[str, Any], number: int, count: int, tensors: int, path: Path) -> None:

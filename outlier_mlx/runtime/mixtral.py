@@ -1,0 +1,81 @@
+"""mlx-lm's Mixtral with ternary experts in some layers: what a GGUF model of them becomes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import mixtral
+
+from .moe import top_experts
+from .switch import TernarySwitchGLU, TernarySwitchLinear
+
+
+@dataclass
+class TernaryMixtralArgs(mixtral.ModelArgs):
+    """Mixtral's `config.json` with `ternary_switch`: the experts' format, and the layers."""
+
+    ternary_switch: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what this code does not know how to run.
+
+        Raises:
+            ValueError: the format or its version is not known here, or a layer does not exist.
+        """
+        super().__post_init__()
+        known = ("tq1_0_rows", 1)
+        given = self.ternary_switch.get("format"), self.ternary_switch.get("version")
+        if given != known:
+            raise ValueError(f"ternary_switch is {given}, expected {known}")
+        layers = self.ternary_switch.get("layers")
+        numbers = range(self.num_hidden_layers)
+        if not isinstance(layers, list) or not all(number in numbers for number in layers):
+            raise ValueError("ternary_switch.layers are no numbers of layers")
+
+
+class TernaryMixtralBlock(mixtral.MixtralSparseMoeBlock):
+    """y = sum over the top k experts of softmax(their logits)_e * FFN_e(x), as in Mixtral.
+
+    Router and experts are summed in float32, and y is rounded once.
+    """
+
+    def __init__(self, args: TernaryMixtralArgs) -> None:
+        super().__init__(args)
+        glu: Any = TernarySwitchGLU(self.hidden_dim, self.ffn_dim, self.num_experts)
+        self.switch_mlp = glu
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map x (batch, tokens, hidden) to the same shape and dtype."""
+        probs = mx.softmax(self.gate(x).astype(mx.float32), axis=-1, precise=True)
+        indices = top_experts(probs, self.num_experts_per_tok)
+        chosen = mx.take_along_axis(probs, indices, axis=-1)
+        weights = chosen / chosen.sum(axis=-1, keepdims=True)
+        glu: Any = self.switch_mlp
+        return glu.mix(x, indices, weights, mx.zeros_like(x)).astype(x.dtype)
+
+
+class TernaryMixtral(mixtral.Model):
+    """Mixtral with `TernaryMixtralBlock` in the layers that its config lists."""
+
+    def __init__(self, args: TernaryMixtralArgs) -> None:
+        super().__init__(args)
+        for number in args.ternary_switch["layers"]:
+            self.model.layers[number].block_sparse_moe = TernaryMixtralBlock(args)
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> "TernaryMixtral":
+        """Load as any MLX module does, then get the experts ready."""
+        super().load_weights(*args, **kwargs)
+        for module in self._ternary():
+            module.prepare()
+        return self
+
+    def set_dtype(self, dtype: mx.Dtype, predicate: Callable | None = None) -> None:
+        """Cast floats, but for the experts' scales: those are float32 whatever the rest is."""
+        scales = [(module, module.scales) for module in self._ternary()]
+        super().set_dtype(dtype, *([] if predicate is None else [predicate]))
+        for module, kept in scales:
+            module.scales = kept
+
+    def _ternary(self) -> list[TernarySwitchLinear]:
+        return [module for module in self.modules() if isinstance(module, TernarySwitchLinear)]
