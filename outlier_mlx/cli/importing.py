@@ -27,14 +27,6 @@ def import_(
         AwqBits | None,
         typer.Option(help="AWQ: bits a weight; 5 is exact with scales and biases in float16."),
     ] = None,
-    k_quants: Annotated[
-        KQuants | None,
-        typer.Option(help="GGUF: form of Q2_K, Q3_K and Q6_K, which MLX has no exact one for."),
-    ] = None,
-    experts: Annotated[
-        Experts | None,
-        typer.Option(help="GGUF: form of ternary experts; affine2 needs mlx-lm alone."),
-    ] = None,
     file: Annotated[
         str | None, typer.Option(help="Which .gguf file of the folder or repository.")
     ] = None,
@@ -43,7 +35,7 @@ def import_(
         typer.Option(help="GGUF: how Q2_K, Q3_K and Q6_K are stored. Default: 8bit."),
     ] = None,
     experts: Annotated[
-        TernaryForm | None,
+        Experts | None,
         typer.Option(help="GGUF: how TQ1_0 and TQ2_0 experts are stored. Default: tq1_0."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
@@ -62,8 +54,6 @@ def import_(
             out if out is not None else Path(f"{name.removesuffix('.gguf')}-mlx"),
             dtype=dtype,
             bits=int(bits) if bits else None,
-            k_quants=k_quants,
-            experts=experts,
             file=file,
             k_quants=k_quants,
             experts=experts,

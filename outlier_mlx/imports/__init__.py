@@ -1,6 +1,5 @@
 """Importing: models in the formats of other tools, streamed into plain MLX folders."""
 
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,6 @@ ScaleType = Literal["float32", "float16"]
 #: How types of GGUF are stored that no affine group of MLX fits.
 KQuants = Literal["8bit", "float16", "float32"]
 #: How ternary experts of GGUF are stored.
-TernaryForm = Literal["tq1_0", "affine2"]
-#: How GGUF types are stored that no affine group of MLX fits.
-KQuants = Literal["8bit", "float16", "float32"]
-#: How ternary experts of GGUF files are stored.
 TernaryForm = Literal["tq1_0", "affine2"]
 
 
@@ -120,10 +115,10 @@ def _resolve(source: str | Path, file: str | None, revision: str | None) -> Sour
         if revision is not None or file is not None:
             raise CheckpointError(f"{path}: a file has no revision, nor files in it")
         return Source(path, path.name)
-    patterns: tuple[str, ...] = CHECKPOINT_FILES
-    if file is not None:  # with the other files of a split model
-        patterns = (re.sub(r"-\d{5}-of-", "-*-of-", file), "*.json", "LICENSE*", "README.md")
-    return resolve(source, revision, patterns)
+    files: tuple[str, ...] = CHECKPOINT_FILES
+    if file is not None:
+        files = (*patterns(file), "LICENSE*", "README.md")
+    return resolve(source, revision, files)
 
 
 def _open(
