@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 import outlier_mlx
 from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.evaluation import results
 from outlier_mlx.info import inspect
 from outlier_mlx.measured import read_measured
 from outlier_mlx.tiers.card import model_card
@@ -87,7 +89,7 @@ def test_licences_are_those_that_the_sources_state(
         "---\nlicense: mit\n",
         "---\nlicense: [mit\n---\n",
         "---\nlicense: !!python/object/apply:os.system ['true']\n---\n",
-        "---\n" + "[" * 3000 + "\n---\n",
+        "---\n" + "- " * 20_000 + "\n---\n",
         "---\nlicense: " + "x" * 5000 + "\n---\n",
         '---\nlicense: "mit\\n---\\nfoo: bar"\n---\n',
         "---\n" + "\n" * 200_000 + "license: mit\n---\n",
@@ -207,6 +209,39 @@ def test_what_was_measured(tmp_path: Path) -> None:
     edit_json(tier / "tier.json", producer="another")
     assert read_measured(tier) == []
     assert "## Perplexity" not in model_card(tier, "owner/name")
+
+
+def test_scores(tmp_path: Path) -> None:
+    tier = make(tmp_path, "license: mit", "license: mit")
+    score = results.Result(
+        task="arc_easy",
+        metric="acc",
+        filter="none",
+        value=0.5,
+        stderr=0.025,
+        n=400,
+        higher_is_better=True,
+        fewshot=0,
+    )
+    evaluation = results.Evaluation(
+        model="tier",
+        revision=None,
+        bytes_in_memory=inspect(tier).nbytes,
+        device="gpu",
+        date="2026-01-01",
+        versions={"lm-eval": "0.4.13"},
+        config={"dtype": "float16"},
+        results=[score, replace(score, metric="f1", filter="strict", stderr=None)],
+    )
+    results.save(evaluation, tmp_path / "scores.json")
+    command = ["push", tier, "owner/tier", "--dry-run", "--results", tmp_path / "scores.json"]
+    card = run(*command).stdout
+    assert "on a gpu; in float16; lm-eval 0.4.13:" in card
+    assert "| `arc_easy` | `acc` | 0 | 400 | 0.5000 | 0.0250 |" in card
+    assert "| `arc_easy` | `f1, strict` | 0 | 400 | 0.5000 |  |" in card
+    # Scores of another model are not this one's.
+    results.save(replace(evaluation, bytes_in_memory=1), tmp_path / "scores.json", force=True)
+    assert "not of this tier" in run(*command, code=1).stderr
 
 
 def test_a_file_of_measurements_that_is_none(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ def push(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Model card to push instead of our own."),
     ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="Scores for the card, as `eval --out` wrote them; any number of times."),
+    ] = None,
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help="Branch; made if there is none.")
     ] = None,
@@ -44,6 +48,7 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Upload a tier to the hub: verified, with a model card and its licences, in one commit."""
+    from outlier_mlx.evaluation.results import read
     from outlier_mlx.publish.prepare import prepare
     from outlier_mlx.publish.push import check_login
     from outlier_mlx.terminal import progress_bar, size
@@ -55,6 +60,7 @@ def push(
         )
     if not dry_run:
         check_login(repo)
+    evaluations = [read(path) for path in results or ()]
     with progress_bar("verifying", quiet=quiet) as progress:
         publication = prepare(
             tier,
@@ -62,6 +68,7 @@ def push(
             private=private,
             licence=licence,
             card=card.read_text(encoding="utf-8") if card is not None else None,
+            evaluations=evaluations,
             progress=progress,
         )
     if dry_run:

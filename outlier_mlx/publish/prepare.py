@@ -2,12 +2,13 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx import measured
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
+from outlier_mlx.evaluation.results import Evaluation
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.manifest import read_manifest
 from outlier_mlx.storage.safetensors import read_bytes, read_json
@@ -90,6 +91,7 @@ def prepare(
     private: bool = False,
     licence: str | None = None,
     card: str | None = None,
+    evaluations: Sequence[Evaluation] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Publication:
     """Verify a tier and collect what will be published; the hub is not asked.
@@ -103,6 +105,7 @@ def prepare(
         private: whether the repository is private.
         licence: the hub's identifier of the licence of sources whose cards state none.
         card: a model card in place of the one that is written for the tier.
+        evaluations: scores for the card.
         progress: called with bytes verified so far, and in all.
 
     Raises:
@@ -123,7 +126,7 @@ def prepare(
     if measured.read_measured(folder):
         beside.append(measured.FILE)
     contents = {name: read_bytes(inside(folder, name)) for name in beside}
-    contents[CARD] = (card or model_card(folder, repo, licence)).encode("utf-8")
+    contents[CARD] = (card or model_card(folder, repo, licence, evaluations)).encode("utf-8")
     for name, content in contents.items():
         digest = hashlib.sha256(content).hexdigest()
         uploads[name] = Upload(name, content, len(content), digest)

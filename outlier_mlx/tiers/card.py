@@ -1,17 +1,17 @@
 """The model card of a tier (`README.md`), made from the tier's own folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.errors import CheckpointError, one_line
+from outlier_mlx.errors import CheckpointError, OutlierError, one_line
+from outlier_mlx.evaluation.results import Evaluation
 from outlier_mlx.info import Info, inspect
 from outlier_mlx.measured import Measured, read_measured
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.safetensors import read_json
-from outlier_mlx.terminal import size
 from outlier_mlx.tiers.assets import base_variant, is_legal
-from outlier_mlx.tiers.choose import CONTEXTS
+from outlier_mlx.tiers.card_tables import code, perplexities, plain, scores, sizes
 from outlier_mlx.tiers.licences import CARD, Licence, combine, licence_of
 
 
@@ -45,6 +45,7 @@ class Facts:
         origins: the overlay, and the base if it was another checkpoint.
         measured: perplexities.
         given: identifier of the licence of origins that state none.
+        evaluations: scores.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Facts:
     origins: list[Origin]
     measured: list[Measured]
     given: str | None
+    evaluations: Sequence[Evaluation]
 
     @property
     def recipe(self) -> dict:
@@ -72,16 +74,23 @@ def write_card(folder: Path, name: str) -> None:
     (folder / CARD).write_text(model_card(folder, name), encoding="utf-8")
 
 
-def model_card(folder: Path, name: str, licence: str | None = None) -> str:
+def model_card(
+    folder: Path,
+    name: str,
+    licence: str | None = None,
+    evaluations: Sequence[Evaluation] = (),
+) -> str:
     """The text of a tier's card.
 
     Args:
         folder: the tier, with its manifest.
         name: what the card's commands call it: a repository or a folder.
         licence: the hub's identifier of the licence of sources that state none.
+        evaluations: scores of this very tier.
 
     Raises:
         CheckpointError: the folder is no sound tier.
+        OutlierError: an evaluation is of another model.
     """
     manifest = read_json(inside(folder, "tier.json"))
     facts = Facts(
@@ -93,12 +102,20 @@ def model_card(folder: Path, name: str, licence: str | None = None) -> str:
         origins(manifest),
         read_measured(folder),
         licence,
+        evaluations,
     )
+    for one in evaluations:
+        if one.bytes_in_memory != facts.info.nbytes:
+            raise OutlierError(
+                f"{folder}: the scores of {one.model} are not of this tier: it has"
+                f" {facts.info.nbytes} bytes of tensors, that had {one.bytes_in_memory}"
+            )
     sections = [
         f"---\n{_metadata(facts)}\n---",
         _introduction(facts),
-        _sizes(facts.info),
-        *([_measurements(facts.measured)] if facts.measured else []),
+        sizes(facts.info),
+        *([perplexities(facts.measured)] if facts.measured else []),
+        *([scores(facts.evaluations)] if facts.evaluations else []),
         _changes(facts),
         _licences(facts),
     ]
@@ -162,59 +179,24 @@ def _introduction(facts: Facts) -> str:
     title = facts.name.rsplit("/", 1)[-1]
     own_code = "model_file" in facts.config
     flag = " --trust-remote-code" if own_code else ""
-    code = "\n\nThe second command runs `outlier_moe.py` from here; the first never does."
+    warning = "\n\nThe second command runs `outlier_moe.py` from here; the first never does."
     recipe = facts.recipe
     return f"""# {title}
 
 An Outlier model for MLX: a frozen base with ternary experts beside its feed-forward layers.
-Converted by {_plain(facts.manifest.get("producer"))}, recipe {_code(recipe.get("name"))}
-({_plain(recipe.get("dtype"))}).
+Converted by {plain(facts.manifest.get("producer"))}, recipe {code(recipe.get("name"))}
+({plain(recipe.get("dtype"))}).
 
 ```
 outlier-mlx generate --model {facts.name} --prompt "Once upon a time"
 mlx_lm.generate --model {facts.name}{flag} --prompt "Once upon a time"
-```{code if own_code else ""}"""
-
-
-def _sizes(info: Info) -> str:
-    rows = [
-        f"| {row.kind} | {row.params:,} | {row.nbytes:,} | {row.bits_per_weight:.2f} |"
-        for row in info.rows
-    ]
-    text = "## Size\n\n| part | parameters | bytes | bits per weight |\n|---|---:|---:|---:|\n"
-    text += "\n".join(rows)
-    text += f"\n\nA token uses {info.active_params:,} of the parameters."
-    if not info.kv_bytes_per_token:
-        return text
-    text += "\n\n| tokens of context | KV cache, 16 bits | with the weights |\n|---:|---:|---:|\n"
-    caches = [(tokens, tokens * info.kv_bytes_per_token) for tokens in CONTEXTS]
-    return text + "\n".join(
-        f"| {tokens:,} | {size(cache)} | {size(info.nbytes + cache)} |" for tokens, cache in caches
-    )
-
-
-def _measurements(measured: list[Measured]) -> str:
-    head = "| text | SHA-256 | perplexity | loss, ± nats | tokens | windows of | in | on |"
-    rows = [
-        f"| {_code(one.text)} | {_code(one.sha256[:12])} | {one.perplexity:.4f}"
-        f" | {one.standard_error:.4f} | {one.tokens:,} | {one.window} | {one.dtype}"
-        f" | {_plain(one.chip)} |"
-        for one in measured
-    ]
-    lines = ["## Perplexity", "", head, "|---|---|---:|---:|---:|---:|---|---|", *rows]
-    far = [
-        f"From {_code(one.against)} on {_code(one.text)}: KL divergence {one.kl:.5f} nats, the same"
-        f" likeliest token for {100 * one.agreement:.2f} %."
-        for one in measured
-        if one.kl is not None and one.agreement is not None
-    ]
-    return "\n".join([*lines, *([""] if far else []), *far])
+```{warning if own_code else ""}"""
 
 
 def _changes(facts: Facts) -> str:
     sources = "".join(
-        f"- {origin.role} {_code(origin.name)}"
-        + (f", revision {_code(origin.revision)}" if origin.revision else "")
+        f"- {origin.role} {code(origin.name)}"
+        + (f", revision {code(origin.revision)}" if origin.revision else "")
         + "\n"
         for origin in facts.origins
     )
@@ -250,7 +232,7 @@ def _what_changed(facts: Facts) -> Iterator[str]:
         )
         yield (
             "rows of the query and key projections were reordered and zero biases added, as the"
-            f" model type {_code(facts.config.get('model_type'))} has them"
+            f" model type {code(facts.config.get('model_type'))} has them"
         )
     else:
         form = "packed anew, five to a byte"
@@ -258,7 +240,7 @@ def _what_changed(facts: Facts) -> Iterator[str]:
             form = "stored in MLX's affine 2-bit format"
         yield f"the experts' trits were {form}, their values unchanged, with float32 scales"
     if "alpha" in recipe:
-        yield f"alphas are not the overlay's present ones, but from {_code(recipe['alpha'])}"
+        yield f"alphas are not the overlay's present ones, but from {code(recipe['alpha'])}"
     yield "`config.json` was written anew"
     if (facts.folder / "tokenizer_config.json").exists():
         yield "`tokenizer_config.json` was rewritten without references to code"
@@ -267,25 +249,25 @@ def _what_changed(facts: Facts) -> Iterator[str]:
 def _licences(facts: Facts) -> str:
     lines = ["## Licence", "", "What the model cards of the sources state:", ""]
     for origin in facts.origins:
-        lines.append(f"- {origin.role} {_code(origin.name)}: {_stated(origin.licence)}")
+        lines.append(f"- {origin.role} {code(origin.name)}: {_stated(origin.licence)}")
     silent = [origin.role for origin in facts.origins if origin.licence is None]
     if silent and facts.given:
-        lines += ["", f"Where none is stated, who published this names {_code(facts.given)}."]
+        lines += ["", f"Where none is stated, who published this names {code(facts.given)}."]
     elif silent:
         lines += ["", f"Of the {' and the '.join(silent)} no licence is known; none is assumed."]
     names = sorted(path.name for path in facts.folder.iterdir() if is_legal(path.name))
     if names:
-        lines += ["", f"Files that came with them: {', '.join(_code(name) for name in names)}."]
+        lines += ["", f"Files that came with them: {', '.join(code(name) for name in names)}."]
     return "\n".join(lines)
 
 
 def _stated(licence: Licence | None) -> str:
     if licence is None:
         return "none stated"
-    text = ", ".join(_code(value) for value in licence.ids)
+    text = ", ".join(code(value) for value in licence.ids)
     if licence.name:
-        text += f" ({_code(licence.name)})"
-    return text + (f", {_code(licence.link)}" if licence.link else "")
+        text += f" ({code(licence.name)})"
+    return text + (f", {code(licence.link)}" if licence.link else "")
 
 
 def _leads_somewhere(folder: Path, link: str | None) -> bool:
@@ -299,12 +281,3 @@ def _leads_somewhere(folder: Path, link: str | None) -> bool:
 
 def _mapping(value: object) -> dict:
     return value if isinstance(value, dict) else {}
-
-
-def _plain(value: object) -> str:
-    """Text of others in Markdown, as it stands there."""
-    return "".join(c for c in one_line(str(value))[:300] if c not in "`|<>[]*_\\")
-
-
-def _code(value: object) -> str:
-    return f"`{''.join(c for c in one_line(str(value))[:300] if c not in '`|')}`"
