@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx.cli import app
+from outlier_mlx.evaluation.results import Evaluation, save
+from outlier_mlx.info import inspect
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_base, write_overlay
 from tests.hub import point_to
@@ -348,3 +351,27 @@ def test_a_push_that_fails_leaves_the_converted_tier(
     result = run(*command, "--upload-repo", REPO, code=1)
     assert re.search(r"out is written; `outlier-mlx push` sends it\nerror: ", result.stderr)
     verify_tier(out)
+
+
+def test_the_documentation(
+    hub: WritableHub, tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of the page, as it stands there."""
+    monkeypatch.chdir(tmp_path)
+    hub.user = "my-name"
+    tier.rename("my-tier")
+    Path("text.txt").write_text("the cat sat on the mat and the dog sat on the log " * 8)
+    nbytes = inspect("my-tier").nbytes
+    save(Evaluation("my-tier", None, nbytes, "cpu", "today", {}, {}), Path("scores.json"))
+    page = (Path(__file__).parents[1] / "docs" / "share.md").read_text()
+    commands = re.findall(r"^outlier-mlx (.*)$", page, re.MULTILINE)
+    assert len(commands) == 7
+    for command in commands:
+        words, _, target = command.partition(" > ")
+        shown = run(*shlex.split(words)).stdout
+        if target:
+            Path(target).write_text(shown)
+    files = contents(hub.head("my-name/my-tier"))
+    assert files["measured.json"] == Path("my-tier/measured.json").read_bytes()
+    card = files["README.md"].decode()
+    assert "## Perplexity" in card and "`text.txt`" in card and "## Scores" in card
