@@ -1,0 +1,150 @@
+"""Routers that are trained on texts, and how routing is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.loading import load
+from outlier_mlx.merge import Merged, merge
+from outlier_mlx.merge.trained import fit_router
+from tests import reference
+from tests.merging import prompts, topical_experts, write_models, write_recipe, write_texts
+from tests.tensor_file import read_arrays
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Merged:
+    file = write_recipe(folder, gate_mode="trained", experts=topical_experts(folder))
+    return merge(file, folder / "out")
+
+
+def test_trained_routers_find_the_right_expert(trained: Merged) -> None:
+    found = {routing.mode: routing for routing in trained.routers.routing}
+    assert list(found) == ["trained", "hidden", "hidden_avg", "cheap_embed", "random"]
+    assert found["random"].right < 0.5
+    assert found["trained"].right > 0.75
+    for mode, routing in found.items():
+        assert routing.prompts == 24
+        assert mode == "trained" or routing.right < found["trained"].right
+    assert found["trained"].prompts_right == 24
+    assert trained.routers.measured_on == "held_out"
+    assert len(trained.routers.fitted) == 2
+    assert all(fitted.loss < np.log(3) / 2 for fitted in trained.routers.fitted)
+
+
+def test_it_is_the_written_model_that_was_measured(trained: Merged) -> None:
+    """Routing of the held-out prompts, measured again on the model that was written."""
+    model, tokenizer = load(trained.path)
+    right, tokens, prompts_right = [], 0, 0
+    for owner, expert in enumerate(trained.recipe.experts):
+        for text in expert.held_out:
+            ids = tokenizer.encode(tokenizer.bos_token + text, add_special_tokens=False)
+            logits = router_logits(model, ids)[:, 1:]  # BOS does not count
+            first = logits.argmax(axis=-1)
+            right.append((first == owner).sum(axis=1))
+            tokens += logits.shape[1]
+            probs = reference.softmax(logits)
+            weights = np.zeros_like(probs)
+            for layer, rows in enumerate(probs):
+                routing = reference.route(rows, 2)
+                np.put_along_axis(weights[layer], routing.indices, routing.weights, axis=1)
+            prompts_right += int(weights.mean(axis=(0, 1)).argmax() == owner)
+    measured = trained.routers.routing[0]
+    assert measured.tokens == tokens
+    by_layer = np.sum(right, axis=0) / tokens
+    np.testing.assert_allclose([layer.right for layer in measured.layers], by_layer, atol=1e-6)
+    assert measured.right == pytest.approx(by_layer.mean())
+    assert measured.prompts_right == prompts_right
+    for layer in measured.layers:
+        assert sum(layer.first) == pytest.approx(1)
+        assert sum(layer.weight) == pytest.approx(1)
+
+
+def router_logits(model, ids: list[int]) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """(layers, tokens, experts) of a Mixtral."""
+    seen = []
+    x = model.model.embed_tokens(mx.array([ids]))
+    for layer in model.layers:
+        h = x + layer.self_attn(layer.input_layernorm(x), "causal", None)
+        seen.append(np.array(layer.block_sparse_moe.gate(layer.post_attention_layernorm(h)))[0])
+        x = layer(x, "causal", None)
+    return np.stack(seen)
+
+
+def test_training_is_the_same_every_time(trained: Merged, folder: Path, tmp_path: Path) -> None:
+    again = merge(folder / "recipe.yaml", tmp_path / "out", measure=False)
+    np.testing.assert_allclose(
+        again.routers.gates.routed, trained.routers.gates.routed, rtol=1e-3, atol=1e-4
+    )
+    assert again.routers.routing == []
+    plain = read_arrays(next(trained.path.glob("*.safetensors")))
+    for name, tensor in read_arrays(next(again.path.glob("*.safetensors"))).items():
+        if ".gate." not in name:
+            np.testing.assert_array_equal(tensor, plain[name])
+
+
+def test_the_report_is_written(trained: Merged) -> None:
+    report = json.loads((trained.path / "merge.json").read_text())
+    assert report["gate_mode"] == "trained"
+    assert report["measured_on"] == "held_out"
+    assert [routing["mode"] for routing in report["routing"]][:2] == ["trained", "hidden"]
+    assert report["routing"][0]["right"] == trained.routers.routing[0].right
+    assert len(report["trained"]) == len(report["condition_numbers"]) == 2
+    assert report["parameters"]["total"] > report["parameters"]["active"]
+    assert [expert["name"] for expert in report["experts"]] == [f"expert_{n}" for n in range(3)]
+    assert str(trained.path.parent) not in json.dumps(report)
+
+
+def test_prompts_alone_are_enough_to_train(folder: Path, tmp_path: Path) -> None:
+    file = write_recipe(folder, gate_mode="trained")
+    held_out = tmp_path / "held_out.yaml"
+    held_out.write_text(json.dumps([prompts(n, 4, seed=5) for n in range(3)]))
+    routing = merge(file, tmp_path / "out", held_out=held_out).routers.routing
+    assert routing[0].mode == "trained"
+    assert routing[0].right > max(other.right for other in routing[1:])
+
+
+def test_what_training_lacks(folder: Path, tmp_path: Path) -> None:
+    experts = topical_experts(folder)
+    del experts[1]["positive_prompts"], experts[1]["texts"]
+    file = write_recipe(folder, gate_mode="trained", experts=experts)
+    with pytest.raises(OutlierError, match="expert 1 has neither texts nor positive prompts"):
+        merge(file, tmp_path / "out")
+    (folder / write_texts(folder)[0]).write_bytes(b"\xff\xfe")
+    with pytest.raises(OutlierError, match=r"topic_0\.txt: not UTF-8"):
+        merge(write_recipe(folder, gate_mode="trained", experts=topical(folder)), tmp_path / "out")
+    (folder / "topic_0.txt").write_text("")
+    with pytest.raises(OutlierError, match=r"topic_0\.txt: no text in it"):
+        merge(folder / "recipe.yaml", tmp_path / "out")
+    write_texts(folder)
+
+
+def topical(folder: Path) -> list[dict]:
+    """`topical_experts` without writing the texts again."""
+    return [{"source_model": f"./expert_{n}", "texts": [f"topic_{n}.txt"]} for n in range(3)]
+
+
+def test_a_fit_separates_what_can_be_separated() -> None:
+    rng = np.random.default_rng(0)
+    owners = np.repeat([0, 1, 2], [300, 30, 90])
+    x = rng.standard_normal((420, 24)).astype(np.float32)
+    x[:, 0] += 400  # a massive dimension that tells nothing
+    x[np.arange(420), 1 + owners] += 4
+    fitted = fit_router(mx.array(x), owners, 3)
+    logits = x @ fitted.rows.T
+    assert fitted.accuracy == pytest.approx((logits.argmax(axis=1) == owners).mean())
+    assert fitted.accuracy > 0.95
+    losses = -np.log(reference.softmax(logits.astype(np.float64))[np.arange(420), owners])
+    balanced = np.mean([losses[owners == owner].mean() for owner in range(3)])
+    assert fitted.loss == pytest.approx(balanced, abs=1e-3)
