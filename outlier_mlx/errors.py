@@ -1,5 +1,8 @@
 """The errors that a user can act on: the command line prints them as one line."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 # Names in files can be as long as the files.
 _MAX_MESSAGE = 900
 
@@ -28,6 +31,12 @@ class OutputExistsError(OutlierError):
 
 class CheckpointWarning(UserWarning):
     """A checkpoint holds something that is ignored and that its author may have meant."""
+
+
+def did_you_mean(given: str, names: Iterable[str], form: str = "; did you mean {!r}?") -> str:
+    """The end of a refusal: which of the names is the nearest, or nothing if none is near."""
+    near = get_close_matches(given, list(names), 1)
+    return form.format(near[0]) if near else ""
 
 
 def one_line(text: str) -> str:

@@ -1,5 +1,6 @@
 """Generating text: mlx-lm's own loop, sampler and cache behind a few typed options."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.loading import quiet_transformers
 
 # Tokens between two looks at whether the output is still finite.
 CHECK_EVERY = 16
@@ -117,7 +119,14 @@ def stream(
     """
     if options.seed is not None:
         mx.random.seed(options.seed)
-    tokens = encode_prompt(tokenizer, prompt, options)
+    with quiet_transformers():
+        tokens = encode_prompt(tokenizer, prompt, options)
+    limit = context_length(model)
+    if limit is not None and len(tokens) > limit and options.max_kv_size is None:
+        warnings.warn(
+            f"the prompt has {len(tokens)} tokens, and the model was made for {limit}",
+            stacklevel=2,
+        )
     yield from stream_tokens(model, tokenizer, tokens, options, progress=progress)
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain, islice
+from shutil import get_terminal_size
 from threading import Event, Timer
 from typing import Literal, TypeVar
 
@@ -39,14 +40,27 @@ Advance = Callable[[int, int | None], None]
 
 def stderr() -> Console:
     """A console for people; colours and bars only on a terminal."""
-    return Console(
-        stderr=True, highlight=False, markup=False, emoji=False, color_system=color_system()
-    )
+    return _console(stderr=True)
 
 
 def stdout() -> Console:
     """A console for results."""
-    return Console(highlight=False, markup=False, emoji=False, color_system=color_system())
+    return _console(stderr=False)
+
+
+def _console(*, stderr: bool) -> Console:
+    # Of terminals without escape sequences rich takes it that they are 80 columns wide.
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    columns, lines = get_terminal_size() if dumb else (None, None)
+    return Console(
+        stderr=stderr,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        color_system=color_system(),
+        width=columns,
+        height=lines,
+    )
 
 
 def color_system() -> Literal["auto"] | None:

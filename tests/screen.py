@@ -1,14 +1,29 @@
-"""A terminal of unlimited length that understands what rich's live display sends."""
+"""Terminals: what programs send to one, and what is then to be seen."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+SCRIPT = Path(sys.executable).with_name("outlier-mlx")
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|4[0-7]|9[0-7])(?:;[0-9;]*)?m")
 
 _PART = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]|\n|\r|[^\x1b\n\r]+")
 
 
 def screen(sent: str) -> list[str]:
-    """The lines that are left, without what is blank at their ends and at the end of all."""
+    """What a terminal of unlimited length shows in the end of what rich's live display sends.
+
+    Without what is blank at the ends of lines, and at the end of all.
+    """
     lines, row, column = [""], 0, 0
     for part in _PART.findall(sent):
         if part == "\n":
@@ -32,3 +47,47 @@ def highest_jump(sent: str) -> int:
     """How many lines at a time the cursor went up at most."""
     jumps = re.findall(r"(?:\x1b\[2K|\x1b\[1A|\r)+", sent)
     return max((jump.count("\x1b[1A") for jump in jumps), default=0)
+
+
+def on_terminal(columns: int, *arguments: object, **variables: str) -> str:
+    """What a program writes to a terminal of some width, escapes included."""
+
+    def set_size() -> None:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    ours, theirs = pty.openpty()
+    settings = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    settings |= {"TERM": "xterm-256color"} | variables
+    process = subprocess.Popen(
+        [SCRIPT, *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=settings,
+        preexec_fn=set_size,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # Linux says so when the other end is closed
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, written
+    return written.decode()
+
+
+def lines_shown(written: str) -> list[str]:
+    """Lines that were ever on the screen, a state of the bar each."""
+    return [line.rstrip() for line in re.split(r"[\r\n]+", ESCAPE.sub("", written))]
+
+
+def fits(columns: int, lines: list[str]) -> list[str]:
+    """Lines that are too long for the terminal or were cut to fit."""
+    return [line for line in lines if len(line) > columns or "…" in line]

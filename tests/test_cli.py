@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
 import re
 import shlex
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +19,9 @@ from outlier_mlx.cli import app
 from outlier_mlx.generate import Options, stream
 from tests.builders import write_base, write_overlay
 from tests.damage import edit_config
+from tests.screen import COLOUR, ESCAPE, SCRIPT, fits, lines_shown, on_terminal
 
 PROMPT = "The heron stands in the water"
-SCRIPT = Path(sys.executable).with_name("outlier-mlx")
 COMMANDS = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -303,53 +298,6 @@ def test_a_result_that_cannot_be_written(place: Path) -> None:
 
 
 # -- on a terminal ----------------------------------------------------------------------------
-
-ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|4[0-7]|9[0-7])(?:;[0-9;]*)?m")
-
-
-def on_terminal(columns: int, *arguments: object, **variables: str) -> str:
-    """What a program writes to a terminal of some width, escapes included."""
-
-    def set_size() -> None:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    ours, theirs = pty.openpty()
-    settings = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
-    settings |= {"TERM": "xterm-256color"} | variables
-    process = subprocess.Popen(
-        [SCRIPT, *map(str, arguments)],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=settings,
-        preexec_fn=set_size,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    written = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # Linux says so when the other end is closed
-            break
-        if not piece:
-            break
-        written += piece
-    os.close(ours)
-    assert process.wait(timeout=60) == 0, written
-    return written.decode()
-
-
-def lines_shown(written: str) -> list[str]:
-    """Lines that were ever on the screen, a state of the bar each."""
-    return [line.rstrip() for line in re.split(r"[\r\n]+", ESCAPE.sub("", written))]
-
-
-def fits(columns: int, lines: list[str]) -> list[str]:
-    """Lines that are too long for the terminal or were cut to fit."""
-    return [line for line in lines if len(line) > columns or "…" in line]
 
 
 @pytest.mark.parametrize("columns", [40, 80])

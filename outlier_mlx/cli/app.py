@@ -1,6 +1,5 @@
 """The typer app, and how commands end: in one clear line."""
 
-import difflib
 import re
 import sys
 import warnings
@@ -10,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from outlier_mlx import __version__
-from outlier_mlx.errors import OutlierError, one_line
+from outlier_mlx.errors import OutlierError, did_you_mean, one_line
 
 # The order in which people meet them.
 ORDER = (
@@ -56,8 +55,7 @@ def _with_nearest(message: str) -> str:
     message = message.removeprefix("Value error, ")
     given, found, rest = message.partition(" is not one of ")
     choices = re.findall(r"'([^']+)'", rest) if found else []
-    near = difflib.get_close_matches(given.strip("'"), choices, 1)
-    return f"{message} Did you mean {near[0]!r}?" if near else message
+    return message + did_you_mean(given.strip("'"), choices, " Did you mean {!r}?")
 
 
 def _told(error: BaseException) -> str:

@@ -72,11 +72,12 @@ def generate(
         if name
         not in ("model", "prompt", "revision", "dtype", "alpha", "ignore_memory", "quiet", "debug")
     }
+    from outlier_mlx.chat.markdown import PlainWriter
     from outlier_mlx.generate import Options, stream
     from outlier_mlx.memory import check_fits
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.tables import print_statistics
-    from outlier_mlx.terminal import after_reading
+    from outlier_mlx.terminal import after_reading, stdout
 
     options = Options(**options_given)
     text = _read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
@@ -85,11 +86,11 @@ def generate(
         # A token of English is about four characters; three are on the safe side.
         check_fits(source.folder, max_kv_size or len(text) // 3 + max_tokens, kv_bits)
     loaded, tokenizer = load_visibly(source, dtype, alpha, quiet=quiet)
-    response = None
+    writer, response = PlainWriter(stdout()), None
     for response in after_reading(
         lambda progress: stream(loaded, tokenizer, text, options, progress), quiet=quiet
     ):
-        print(response.text, end="", flush=True)
+        writer.write(response.text)
     print()
     if response is not None and not quiet:
         print_statistics(response)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from outlier_mlx.checkpoints.overlay import Overlay
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.exports.gguf import GgufExport
 from outlier_mlx.exports.packed import PackedExport
 from outlier_mlx.exports.shared import Origin
@@ -77,7 +77,8 @@ def export_tier(
             exists, or a disk that is too small. Nothing is left behind.
     """
     if format not in FORMATS:
-        raise OutlierError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+        hint = did_you_mean(format, FORMATS)
+        raise OutlierError(f"format {format!r}: expected one of {', '.join(FORMATS)}{hint}")
     folder = resolve(tier, revision).folder
     target = Path(out)
     check_free(target, force=False)

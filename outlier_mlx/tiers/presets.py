@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, did_you_mean
 
 DTYPES = ("bfloat16", "float16", "float32")
 GROUP_SIZES = (32, 64, 128)
@@ -123,5 +123,6 @@ def make_recipe(
 
 def _one_of(name: str, value: object, allowed: Iterable) -> None:
     if value not in allowed:
-        choices = ", ".join(str(choice) for choice in allowed)
-        raise OutlierError(f"{name} {value!r}: expected one of {choices}")
+        choices = [str(choice) for choice in allowed]
+        hint = did_you_mean(str(value), choices)
+        raise OutlierError(f"{name} {value!r}: expected one of {', '.join(choices)}{hint}")
