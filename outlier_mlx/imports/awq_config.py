@@ -1,0 +1,72 @@
+"""AutoAWQ's settings, as configs state them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.imports.awq_layout import mlx_group
+from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.safetensors import read_json
+
+# Layouts of AutoAWQ other than GEMM, by the names that configs give them.
+_OTHER_VERSIONS = ("gemv", "gemv_fast", "marlin", "exllama", "exllamav2", "ipex")
+
+
+@dataclass(frozen=True)
+class AwqFormat:
+    """What a config says of quantization.
+
+    Attributes:
+        where: file and field, for messages.
+        group_size: weights along `in` that share a scale; -1 for all of a row.
+        zero_point: whether zeros are stored; without, they are 8.
+    """
+
+    where: str
+    group_size: int
+    zero_point: bool
+
+
+def read_format(folder: Path, config: dict) -> AwqFormat | None:
+    """AutoAWQ's settings, from config.json or from the quant_config.json of old repositories.
+
+    Returns:
+        None where nothing is said of quantization.
+
+    Raises:
+        CheckpointError: the method, version or number of bits is none that is read.
+    """
+    if "quantization" in config:
+        raise CheckpointError(
+            f"{folder.name}: config.json has `quantization`: an MLX model already"
+        )
+    settings, where = config.get("quantization_config"), "config.json: quantization_config"
+    if settings is None and (folder / "quant_config.json").exists():
+        settings, where = read_json(inside(folder, "quant_config.json")), "quant_config.json"
+        settings.setdefault("quant_method", "awq")
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{where}: an object was expected")
+    method = str(settings.get("quant_method"))[:40].lower()
+    if method != "awq":
+        raise CheckpointError(f"{where}: quant_method {method}; only awq is imported")
+    version = str(settings.get("version", "gemm"))[:40].lower()
+    backend = str(settings.get("backend", "autoawq"))[:40].lower()
+    if version != "gemm":
+        known = "another layout" if version in _OTHER_VERSIONS else "unknown"
+        raise CheckpointError(f"{where}: version {version} ({known}); only gemm is imported")
+    if backend != "autoawq":
+        raise CheckpointError(f"{where}: backend {backend}; only autoawq's layout is imported")
+    bits = settings.get("bits", settings.get("w_bit"))
+    if type(bits) is not int or bits != 4:
+        raise CheckpointError(f"{where}: bits {str(bits)[:40]}, expected 4")
+    group = settings.get("group_size", settings.get("q_group_size", 128))
+    if type(group) is not int or (group != -1 and (group < 1 or mlx_group(group) is None)):
+        raise CheckpointError(
+            f"{where}: group_size {str(group)[:40]}, expected -1 or a multiple of 32"
+        )
+    zero_point = settings.get("zero_point", True)
+    if not isinstance(zero_point, bool):
+        raise CheckpointError(f"{where}: zero_point {str(zero_point)[:40]}, expected a boolean")
+    return AwqFormat(where, group, zero_point)
