@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +47,12 @@ class Hub:
     url: str = ""
     private: set[str] = field(default_factory=set)
     down: bool = False
+    #: Files of tensors are elsewhere, as LFS has them: a redirect to another host is the answer.
+    redirects: bool = False
+    #: By a file's name: the connection breaks, once, after so many bytes of content.
+    drops: dict[str, int] = field(default_factory=dict)
+    #: Called with method, file and range before a file is answered for; may change the above.
+    on_file: Callable[[str, str, str | None], None] | None = None
 
     def add(self, name: str, *folders: Path) -> list[str]:
         """A repository whose commits are these folders: the last is `main`, all are v1, v2 ..."""
@@ -87,7 +93,11 @@ class Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             self.describe(match[1], match[2], match[3] or "main")
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            if self.hub.on_file is not None:
+                self.hub.on_file(self.command, match[3], self.headers.get("Range"))
             self.serve(*match.groups())
+        elif match := re.fullmatch(r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)", path):
+            self.send(self.hub.repos[match[1]].commits[match[2]] / match[3], {})
         else:
             self.refuse(404, "")
 
@@ -132,31 +142,52 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self.refuse(404, "EntryNotFound")
             return
-        headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit}
+        if self.hub.redirects and path.suffix in (".safetensors", ".bin"):
+            headers |= {"X-Linked-Etag": f'"{etag(path)}"'}
+            headers |= {"X-Linked-Size": str(path.stat().st_size)}
+            elsewhere = self.hub.url.replace("127.0.0.1", "localhost")
+            headers |= {"Location": f"{elsewhere}/lfs/{name}/{commit}/{file}"}
+            self.reply(302, b"", headers)
+            return
+        self.send(path, headers)
+
+    def send(self, path: Path, headers: dict[str, str]) -> None:
+        """A file's content, or the range of it that was asked for."""
+        headers |= {"ETag": f'"{etag(path)}"', "Accept-Ranges": "bytes"}
         content = path.read_bytes()
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        drop = self.hub.drops.pop(path.name, None) if self.command == "GET" else None
         if part is None:
-            self.reply(200, content, headers)
+            self.reply(200, content, headers, drop)
             return
         start = int(part[1])
         stop = min(len(content), int(part[2]) + 1 if part[2] else len(content))
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        self.reply(206, content[start:stop], headers)
+        self.reply(206, content[start:stop], headers, drop)
 
     def refuse(self, status: int, code: str) -> None:
         self.reply(status, b"", {"X-Error-Code": code} if code else {})
 
-    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def reply(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        drop: int | None = None,
+    ) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        sent = 0 if self.command == "HEAD" else len(body)
+        sent = 0 if self.command == "HEAD" else len(body[:drop])
         token, part = self.headers.get("Authorization"), self.headers.get("Range")
         self.hub.requests.append(Request(self.command, unquote(self.path), sent, token, part))
         if sent:
-            self.wfile.write(body)
+            self.wfile.write(body[:drop])
+        if drop is not None:
+            self.close_connection = True
 
 
 def etag(path: Path) -> str:
@@ -183,7 +214,7 @@ def point_to(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set what huggingface_hub read from the environment when it was imported."""
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
     for name, value in {
         "ENDPOINT": hub.url,

@@ -44,6 +44,14 @@ class Monolith:
         return list(accumulate(self.lengths[:-1], initial=self.experts[layer, expert]))
 
 
+def head_bytes(begin: bytes) -> int:
+    """How much of a monolith `read_monolith` reads, given its first bytes."""
+    if len(begin) < HEADER.size or begin[:4] != MAGIC:
+        return len(begin)
+    _, _, _, _, entries, *_ = HEADER.unpack(begin[: HEADER.size])
+    return ALIGNMENT + min(entries, _MAX_ENTRIES) * ROW.size
+
+
 def aligned(size: int) -> int:
     """`size`, rounded up to a multiple of 4096."""
     return -(-size // ALIGNMENT) * ALIGNMENT

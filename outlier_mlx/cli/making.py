@@ -60,6 +60,10 @@ def convert(
     base_revision: Annotated[
         str | None, typer.Option(help="The base's revision on the hub.")
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Fetch one file of a repository at a time, then delete it."),
+    ] = False,
     upload_repo: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Push the tier to the hub; see `push`."),
@@ -80,7 +84,10 @@ def convert(
     if tier == "auto":
         from outlier_mlx.tiers.choose import best, list_choices
 
-        name = best(*list_choices(overlay, base, revision=revision, base_revision=base_revision))
+        choices = list_choices(
+            overlay, base, revision=revision, base_revision=base_revision, stream=stream
+        )
+        name = best(*choices)
     recipe = make_recipe(
         name,
         base_bits=base_bits,
@@ -99,6 +106,7 @@ def convert(
             force=force,
             revision=revision,
             base_revision=base_revision,
+            stream=stream,
             progress=progress,
         )
     if not quiet:

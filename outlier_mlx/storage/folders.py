@@ -12,10 +12,12 @@ from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
 
 #: Of what this project writes: tiers, and other models. `--force` replaces nothing else.
 MANIFESTS = ("tier.json", "checksums.json")
+#: In a kept folder: what is done of what. While it is there, the folder is not cleared away.
+JOURNAL = "journal.jsonl"
 
 
 @contextmanager
-def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, *, force: bool = False, keep: bool = False) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its name when the block ends well.
 
     Whatever ends the block early (an error, a full disk, Ctrl-C) removes the sibling, and folders
@@ -24,6 +26,9 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     Args:
         target: the folder to make.
         force: replace `target` if it is a tier.
+        keep: the block yields a folder in `kept_folder(target)`, as an earlier run left it. If the
+            block ends early and there is a journal, all of this stays for a later run. Without
+            `keep` it is left alone, until `target` is made.
 
     Raises:
         OutputExistsError: `target` exists and `force` is not set, or it is no tier, or another
@@ -33,26 +38,27 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(target.parent, wait=True):
-                clear_stale(target)
-                check_free(target, force=force)
-                sibling = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-                owned = os.open(sibling, os.O_RDONLY)
-                _lock(owned, wait=False)
+            owner, lock = _claim(target, force=force, keep=keep)
         except OSError as error:
             raise OutlierError(f"cannot write beside {target}: {error.strerror}") from None
-        replaced = sibling.with_name(f"{sibling.name}.replaced")
+        replaced = owner.with_name(f"{owner.name}.replaced")
+        made = False
         try:
+            sibling = owner / "whole" if keep else owner
+            sibling.mkdir(exist_ok=True)
             yield sibling
             sibling.chmod(0o777 & ~_umask())
             check_free(target, force=force)
             _swap(sibling, target, replaced)
+            made = True
         finally:
-            _remove(sibling)
+            if not (keep and (owner / JOURNAL).exists()):
+                _remove(owner)
+            if made:
+                _remove(kept_folder(target))
             if target.exists():
                 _remove(replaced)
-            os.close(owned)
+            os.close(lock)
     except BaseException:
         for parent in missing:
             with suppress(OSError):  # not made, or in use by someone else
@@ -60,10 +66,33 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         raise
 
 
+def _claim(target: Path, *, force: bool, keep: bool) -> tuple[Path, int]:
+    """Make the folder that a run works in, or take over a kept one; and a handle that locks it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent, wait=True):
+        clear_stale(target)
+        check_free(target, force=force)
+        if keep:
+            owner = kept_folder(target)
+            owner.mkdir(mode=0o700, exist_ok=True)
+        else:
+            owner = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        lock = os.open(owner, os.O_RDONLY)
+        _lock(lock, wait=False)
+    return owner, lock
+
+
+def kept_folder(target: Path) -> Path:
+    """Where runs that can be gone on with keep what they have of `target`: beside it, hidden."""
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
+    return target.parent / f"{_prefix(target)}kept"
+
+
 def clear_stale(target: Path) -> None:
     """Clear away what killed runs left beside `target`, and put back what one had moved aside.
 
-    A run holds a lock on its temporary folder for as long as it lives.
+    A run holds a lock on its temporary folder for as long as it lives. What is kept for a later
+    run is left alone.
 
     Raises:
         OutputExistsError: a run that writes `target` is alive.
@@ -76,7 +105,8 @@ def clear_stale(target: Path) -> None:
         owner = folder.with_suffix("") if folder.suffix == ".replaced" else folder
         if _is_alive(owner):
             raise OutputExistsError(f"{target}: another run is writing it")
-        _remove(folder)
+        if not (folder / JOURNAL).exists():
+            _remove(folder)
 
 
 def _prefix(target: Path) -> str:

@@ -60,6 +60,25 @@ def resolve(
         CheckpointError: neither a folder nor the name of a repository.
         OutlierError: the hub cannot be reached or refuses.
     """
+    local = local_source(path_or_repo, revision)
+    if local is not None:
+        return local
+    from huggingface_hub import snapshot_download
+
+    name = str(path_or_repo)
+    with hub_errors(name):
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=list(files), tqdm_class=_terminal_bar()
+        )
+    return Source(Path(found), name, Path(found).name)
+
+
+def local_source(path_or_repo: str | Path, revision: str | None = None) -> Source | None:
+    """A folder of this machine; None for the name of a repository. The hub is not asked.
+
+    Raises:
+        CheckpointError: it is neither, or a folder with a revision.
+    """
     folder = Path(path_or_repo)
     if folder.is_dir():
         if revision is not None:
@@ -68,13 +87,7 @@ def resolve(
     name = str(path_or_repo)
     if folder.exists() or not _REPO.fullmatch(name):
         raise CheckpointError(f"{name}: no such folder, and not a hub repository (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-
-    with hub_errors(name):
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=list(files), tqdm_class=_terminal_bar()
-        )
-    return Source(Path(found), name, Path(found).name)
+    return None
 
 
 def cached(repo: str, revision: str | None = None) -> Path | None:

@@ -113,6 +113,12 @@ class TensorRef:
             os.close(handle)
 
 
+def header_bytes(begin: bytes) -> int:
+    """How much of a file `read_header` reads, given its first bytes."""
+    length = int.from_bytes(begin[:8], "little")
+    return 8 + (length if length <= MAX_HEADER_BYTES else 0)
+
+
 def read_header(path: Path) -> dict[str, TensorRef]:
     """The tensors of a safetensors file, from its header alone.
 

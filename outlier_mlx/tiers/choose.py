@@ -3,14 +3,13 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import WholeModel, join, open_base
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.memory import Budget, budget, kv_bytes
-from outlier_mlx.storage.hub import resolve
 from outlier_mlx.tiers.plan import make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import RECIPES, Recipe, make_recipe
+from outlier_mlx.tiers.sources import open_sources
 
 CONTEXTS = (4096, 32768)
 KV_BITS = (None, 8, 4)
@@ -44,6 +43,7 @@ def list_choices(
     ram_gb: float | None = None,
     revision: str | None = None,
     base_revision: str | None = None,
+    stream: bool = False,
 ) -> tuple[list[Choice], Budget]:
     """Predict sizes and memory of every recipe; only headers are read.
 
@@ -53,17 +53,19 @@ def list_choices(
         ram_gb: choose for a Mac with so many gigabytes rather than for this machine.
         revision: the overlay's revision on the hub.
         base_revision: the base's.
+        stream: of repositories, fetch the headers alone.
 
     Returns:
         The choices, and the memory that they were held against.
     """
-    opened = open_overlay(resolve(overlay, revision).folder)
-    base_folder = resolve(base, base_revision).folder if base is not None else None
-    model = join(opened, open_base(base_folder) if base_folder else None)
     available = budget(ram_gb)
     recipes = {name: RECIPES[name] for name in (*PREFERENCE, "f16", "f32")}
     recipes["q4 --portable"] = make_recipe("q4", portable=True)
-    return [_choice(name, recipe, model, available) for name, recipe in recipes.items()], available
+    with open_sources(
+        overlay, base, revision=revision, base_revision=base_revision, stream=stream
+    ) as sources:
+        model = join(sources.opened, open_base(sources.base.folder) if sources.base else None)
+        return [_choice(name, r, model, available) for name, r in recipes.items()], available
 
 
 def best(choices: list[Choice], available: Budget) -> str:

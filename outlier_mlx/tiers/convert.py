@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import outlier_mlx
-from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import join, open_base
 from outlier_mlx.errors import CheckpointWarning, OutlierError
-from outlier_mlx.storage.folders import check_free, check_space, whole_folder
-from outlier_mlx.storage.hub import Source, resolve
+from outlier_mlx.storage.folders import check_free, whole_folder
+from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.parts import (
     Progress,
     described,
     listing,
     write_json,
-    write_parts,
     write_text,
 )
 from outlier_mlx.storage.writer import WrittenFile
@@ -26,6 +24,8 @@ from outlier_mlx.tiers.licences import stated_licence
 from outlier_mlx.tiers.plan import FORMAT_VERSION, Plan, make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import Recipe
+from outlier_mlx.tiers.sources import open_sources
+from outlier_mlx.tiers.stream import Sources
 from outlier_mlx.tiers.summary import SummaryRow
 
 
@@ -60,6 +60,7 @@ def convert_tier(
     force: bool = False,
     revision: str | None = None,
     base_revision: str | None = None,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Convert an overlay into a tier.
@@ -74,56 +75,59 @@ def convert_tier(
         force: replace `out` if it exists.
         revision: the overlay's revision on the hub.
         base_revision: the base's revision on the hub.
+        stream: fetch the files of a repository one at a time, and delete each when it was used. A
+            run that is interrupted leaves what it has in a hidden folder beside `out`, and the
+            same call goes on from there.
         progress: called while it runs.
 
     Raises:
         OutlierError: the input is not sound, the output exists, or the disk is too small. Nothing
-            is left behind.
+            is left behind, but for `stream`.
     """
     recipe = recipe or Recipe()
-    source = resolve(overlay, revision)
-    opened = open_overlay(source.folder)
-    base_source = resolve(base, base_revision) if base is not None else None
-    model = join(opened, open_base(base_source.folder) if base_source else None)
-    planned = make_portable_plan if recipe.portable else make_plan
-    plan = planned(model, recipe, alpha)
-    target = Path(out) if out is not None else _default_out(source, plan)
-    check_free(target, force=force)
-    check_space(target, plan.nbytes, "the tier")
-    folders = [source.folder] + ([base_source.folder] if base_source else [])
-    try:
-        with whole_folder(target, force=force) as folder:
-            files = write_parts(plan.parts, folder, progress)
-            assets = copy_assets(folders, folder)
-            tokenizer = "tokenizer_config.json" in assets or "tokenizer.json" in assets
-            files += [write_json(folder, "config.json", plan.config)]
-            if "model_file" in plan.config:
-                files += [write_text(folder, "outlier_moe.py", bundle())]
-            files += [described(folder, name) for name in assets if not is_legal(name)]
-            manifest = _manifest(plan, opened.form, alpha, source, base_source, files)
-            write_json(folder, "tier.json", manifest)
-            write_card(folder, target.name)
-    except OSError as error:
-        raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error
+    target = Path(out) if out is not None else _default_out(overlay, recipe)
+    revisions = {"revision": revision, "base_revision": base_revision}
+    with open_sources(overlay, base, target, **revisions, stream=stream, force=force) as sources:
+        opened = sources.opened
+        model = join(opened, open_base(sources.base.folder) if sources.base else None)
+        planned = make_portable_plan if recipe.portable else make_plan
+        plan = planned(model, recipe, alpha)
+        check_free(target, force=force)
+        sources.check_space(plan, target)
+        try:
+            with whole_folder(target, force=force, keep=sources.keep) as folder:
+                files = sources.write(plan, folder, progress)
+                assets = copy_assets(sources.folders, folder)
+                tokenizer = "tokenizer_config.json" in assets or "tokenizer.json" in assets
+                files += [write_json(folder, "config.json", plan.config)]
+                if "model_file" in plan.config:
+                    files += [write_text(folder, "outlier_moe.py", bundle())]
+                files += [described(folder, name) for name in assets if not is_legal(name)]
+                manifest = _manifest(plan, opened.form, alpha, sources, files)
+                write_json(folder, "tier.json", manifest)
+                write_card(folder, target.name)
+        except OSError as error:
+            raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error
     if not tokenizer:
         warnings.warn(
-            f"{source.name}: no tokenizer beside the overlay or base; the tier has none",
+            f"{sources.overlay.name}: no tokenizer beside the overlay or base; the tier has none",
             CheckpointWarning,
             stacklevel=2,
         )
     return Report(target, opened.form, plan.recipe, plan.rows(), plan.unquantized, tokenizer)
 
 
-def _default_out(source: Source, plan: Plan) -> Path:
-    return Path(f"{source.name.rsplit('/', 1)[-1]}-{plan.recipe.name}")
+def _default_out(overlay: str | Path, recipe: Recipe) -> Path:
+    folder = Path(overlay)
+    name = folder.resolve().name if folder.is_dir() else folder.name
+    return Path(f"{name}-{recipe.name}")
 
 
 def _manifest(
     plan: Plan,
     form: str,
     alpha: str | Path | None,
-    overlay: Source,
-    base: Source | None,
+    sources: Sources,
     files: list[WrittenFile],
 ) -> dict:
     recipe = plan.recipe
@@ -139,8 +143,8 @@ def _manifest(
     return {
         "format_version": FORMAT_VERSION,
         "producer": f"outlier-mlx {outlier_mlx.__version__}",
-        "overlay": _cited(overlay) | {"form": form},
-        "base": _cited(base) if base else None,
+        "overlay": _cited(sources.overlay) | {"form": form},
+        "base": _cited(sources.base) if sources.base else None,
         "recipe": stored | ({"alpha": Path(alpha).name} if alpha is not None else {}),
         "files": listing(files),
     }

@@ -1,0 +1,218 @@
+"""A repository on the hub as a folder of headers, whose data is fetched a file at a time.
+
+Small files are there whole. A file of tensors is there as a sparse file: as long as the real one,
+with its header, so that it can be opened like any other; its data is a hole. `forget` removes the
+holes before anybody could read them, and `fetch` brings one real file.
+
+Addresses, login, retries and transfer are huggingface_hub's.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.storage.folders import require_plain
+from outlier_mlx.storage.hub import CHECKPOINT_FILES, hub_errors
+from outlier_mlx.storage.safetensors import TensorRef
+
+#: Files up to this size are fetched whole with the headers: it takes one request either way.
+SMALL_BYTES = 100_000
+_DATA = (".safetensors", ".bin")
+_THREADS = 8
+
+#: How many bytes of a file, by its name, must be read to open it, given its first ones.
+HeadBytes = Callable[[str, bytes], int]
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of tensors on the hub, and its size in bytes."""
+
+    repo: str
+    commit: str
+    name: str
+    nbytes: int
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop`, or to the file's end, by a range request.
+
+        Raises:
+            OutlierError: the hub cannot be reached, refuses, or sends something else.
+        """
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+        url = hf_hub_url(self.repo, self.name, revision=self.commit)
+        stop = min(stop, self.nbytes)
+        asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        with hub_errors(self.repo):
+            response = http_backoff(
+                "GET",
+                url,
+                headers=build_hf_headers() | asked,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            )
+            hf_raise_for_status(response)
+        if response.status_code != 206 or len(response.content) != stop - start:
+            raise OutlierError(f"{self.repo}: {self.name}: the hub does not send ranges of it")
+        return response.content
+
+    def fetch(self, place: Path, advance: Advance) -> Path:
+        """The whole file, somewhere in the folder `place`; if it is there, it is not fetched.
+
+        Args:
+            place: a folder for this file alone.
+            advance: called with the bytes of each block that arrived.
+
+        Raises:
+            OutlierError: the hub cannot be reached, or refuses.
+        """
+        from huggingface_hub import hf_hub_download
+
+        # hf_xet could otherwise keep up to 10 GB of what it fetches.
+        os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
+        for rest in place.rglob("*.incomplete"):  # of a run that was killed; never used again
+            rest.unlink()
+        with hub_errors(self.repo):
+            return Path(
+                hf_hub_download(
+                    self.repo,
+                    self.name,
+                    revision=self.commit,
+                    local_dir=place,
+                    tqdm_class=_counter(advance),
+                )
+            )
+
+
+def find_commit(repo: str, revision: str | None) -> str:
+    """The commit that a branch or tag means now.
+
+    Raises:
+        OutlierError: no such repository or revision, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(repo):
+        commit = HfApi().repo_info(repo, revision=revision).sha
+    if commit is None:
+        raise OutlierError(f"{repo}: the hub names no commit")
+    return commit
+
+
+def mirror(repo: str, commit: str, folder: Path, head_bytes: HeadBytes) -> dict[Path, RemoteFile]:
+    """Make a folder that opens like the repository, fetching little more than headers.
+
+    Args:
+        repo: the repository.
+        commit: which of its commits.
+        folder: an empty folder.
+        head_bytes: how much of a file's beginning must be there.
+
+    Returns:
+        What stands behind each sparse file.
+
+    Raises:
+        OutlierError: the hub cannot be reached or refuses, or holds a form that cannot be
+            streamed.
+    """
+    from huggingface_hub import HfApi, RepoFile, hf_hub_download
+    from huggingface_hub.utils import filter_repo_objects
+
+    with hub_errors(repo):
+        tree = list(HfApi().list_repo_tree(repo, recursive=True, revision=commit))
+    sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+    small, large = [], {}
+    for name in filter_repo_objects(sizes, allow_patterns=list(CHECKPOINT_FILES)):
+        require_plain(name, repo)
+        if name.endswith(".gguf"):
+            raise CheckpointError(f"{repo}: {name}: GGUF cannot be streamed; leave out --stream")
+        if name.endswith(_DATA) and sizes[name] > SMALL_BYTES:
+            large[folder / name] = RemoteFile(repo, commit, name, sizes[name])
+        else:
+            small.append(name)
+
+    def fetch(name: str) -> None:
+        with hub_errors(repo):
+            hf_hub_download(
+                repo, name, revision=commit, local_dir=folder, tqdm_class=_counter(lambda _: None)
+            )
+
+    _all(fetch, small)
+    _all(lambda path: _sparse(path, large[path], head_bytes), large)
+    return large
+
+
+def fill(tensors: Iterable[TensorRef], files: dict[Path, RemoteFile]) -> None:
+    """Put the data of small tensors into the sparse files that lack them."""
+    lacking = [t for t in tensors if t.file in files and 0 < t.nbytes <= SMALL_BYTES]
+
+    def fill_one(tensor: TensorRef) -> None:
+        data = files[tensor.file].read(tensor.offset, tensor.offset + tensor.nbytes)
+        with tensor.file.open("r+b") as file:
+            file.seek(tensor.offset)
+            file.write(data)
+
+    _all(fill_one, lacking)
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Remove the sparse files: from now on reading one is an error."""
+    for path in files:
+        path.unlink()
+
+
+def _sparse(path: Path, file: RemoteFile, head_bytes: HeadBytes) -> None:
+    head = file.read(0, SMALL_BYTES)
+    length = min(head_bytes(file.name, head), file.nbytes)
+    if length > len(head):
+        head += file.read(len(head), length)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as target:
+        target.write(head[:length])
+        target.truncate(file.nbytes)
+
+
+def _all(call: Callable[[Any], None], items: Sequence[Any] | dict[Any, Any]) -> None:
+    """Do it for all, several at a time; the first error drops what has not begun."""
+    pool = ThreadPoolExecutor(max_workers=_THREADS)
+    try:
+        waiting: list[Future[None]] = [pool.submit(call, item) for item in items]
+        for future in waiting:
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _counter(advance: Advance) -> type:
+    """What huggingface_hub takes for a progress bar: it shows nothing, and passes on the bytes.
+
+    Transfers from Xet report twice: what the network brought, which is compressed, and what was
+    written to the file. The second is counted.
+    """
+
+    class Counter:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.n, self.total = 0, None
+
+        def __enter__(self) -> "Counter":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, n: float | None = 1) -> None:
+            advance(int(n or 0))
+
+        def ignore(self, *_: object, **__: object) -> None:
+            pass
+
+        update_transfer = set_postfix_str = set_transfer_postfix_str = ignore
+        set_description_str = set_description = refresh = close = ignore
+
+    return Counter

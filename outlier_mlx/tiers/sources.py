@@ -1,0 +1,136 @@
+"""Finding a conversion's sources: in folders, or on the hub, whole or a file at a time."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from outlier_mlx.checkpoints import open_overlay
+from outlier_mlx.checkpoints.heads import head_bytes
+from outlier_mlx.errors import CheckpointWarning, OutlierError, OutputExistsError
+from outlier_mlx.storage.folders import JOURNAL, kept_folder
+from outlier_mlx.storage.hub import Source, local_source, resolve
+from outlier_mlx.storage.journal import read_identity
+from outlier_mlx.storage.remote import RemoteFile, fill, find_commit, mirror
+from outlier_mlx.tiers.stream import Sources, Streamed
+
+#: A folder or repository, and the revision that was asked for, by "overlay" and "base".
+Asked = dict[str, tuple[str | Path, str | None]]
+
+
+@contextmanager
+def open_sources(
+    overlay: str | Path,
+    base: str | Path | None,
+    target: Path | None = None,
+    *,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    stream: bool = False,
+    force: bool = False,
+) -> Iterator[Sources]:
+    """Find the sources of a conversion, fetching them whole, or with `stream` their headers.
+
+    Args:
+        overlay: a folder or hub repository.
+        base: likewise; None where the overlay contains it.
+        target: the tier that will be made, if one will.
+        revision: the overlay's revision on the hub.
+        base_revision: the base's.
+        stream: what is on the hub will be fetched a file at a time.
+        force: an unfinished run with other settings may be thrown away.
+
+    Raises:
+        OutlierError: something is not there, or the hub cannot be reached or refuses.
+    """
+    asked: Asked = {"overlay": (overlay, revision)}
+    if base is not None:
+        asked["base"] = (base, base_revision)
+    here = {role: local_source(*named) for role, named in asked.items()} if stream else {}
+    if all(here.values()):
+        # The base is not fetched for what turns out to be no overlay.
+        found = here.get("overlay") or resolve(overlay, revision)
+        opened = open_overlay(found.folder)
+        base_found = here.get("base") or resolve(base, base_revision) if base is not None else None
+        yield Sources(found, base_found, opened)
+        return
+    with TemporaryDirectory(prefix="outlier-mlx-") as work:
+        kept = kept_folder(target) if target is not None else Path(work)
+        try:
+            yield _mirrored(asked, here, kept, Path(work), force=force)
+        except OutputExistsError:
+            raise
+        except BaseException:
+            if (kept / JOURNAL).exists():
+                _tell(
+                    f"{target}: unfinished: the same command goes on from here; to give it up,"
+                    f" delete {kept}"
+                )
+            raise
+
+
+def _mirrored(
+    asked: Asked, here: dict[str, Source | None], kept: Path, work: Path, *, force: bool
+) -> Streamed:
+    begun = read_identity(kept) or {}
+    files: dict[Path, RemoteFile] = {}
+    anew = False
+
+    def find(role: str) -> Source:
+        nonlocal anew
+        local, (name, revision) = here[role], asked[role]
+        if local is not None:
+            return local
+        repo = str(name)
+        commit, gone = _choose_commit(repo, revision, begun.get(role) or {}, kept)
+        anew |= gone
+        folder = work / role / repo.rsplit("/", 1)[-1]
+        folder.mkdir(parents=True)
+        files.update(mirror(repo, commit, folder, head_bytes))
+        return Source(folder, repo, commit)
+
+    overlay = find("overlay")
+    opened = open_overlay(overlay.folder)
+    fill(opened.alpha_tensors.values(), files)
+    return Streamed(
+        overlay,
+        find("base") if "base" in asked else None,
+        opened,
+        files=files,
+        revisions={role: revision for role, (_, revision) in asked.items()},
+        force=force,
+        anew=anew,
+    )
+
+
+def _choose_commit(
+    repo: str, revision: str | None, begun: dict[str, Any], kept: Path
+) -> tuple[str, bool]:
+    """The commit to take, and whether the one that an unfinished run was begun with is gone.
+
+    Two commits are never mixed: the run goes on with the commit that it began with, or anew.
+    """
+    now = find_commit(repo, revision)
+    then = begun.get("revision")
+    if then in (None, now) or (begun.get("name"), begun.get("asked")) != (repo, revision):
+        return now, False
+    moved = (
+        f"{repo}: {revision or 'main'} is now {now[:12]}, but the unfinished run in {kept} began"
+    )
+    try:
+        find_commit(repo, then)
+    except OutlierError as error:
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        if not isinstance(error.__cause__, RevisionNotFoundError):
+            raise
+        _tell(f"{moved} with {then[:12]}, which is gone: beginning anew")
+        return now, True
+    _tell(f"{moved} with {then[:12]}: going on with that; to begin anew, delete the folder")
+    return then, False
+
+
+def _tell(text: str) -> None:
+    warnings.warn(text, CheckpointWarning, stacklevel=3)

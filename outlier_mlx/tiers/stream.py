@@ -1,0 +1,243 @@
+"""Writing a tier from sources of which some are on the hub, with one source file at a time here.
+
+Headers are there from the start, so every output byte has its place. Each source file is fetched,
+all that is made from it is written to its place, and it is deleted; a journal says which are done.
+What is written stays beside the tier's place until the tier is whole, so that a run that was
+interrupted can be gone on with.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import outlier_mlx
+from outlier_mlx.checkpoints import Overlay
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.folders import JOURNAL, check_space, kept_folder
+from outlier_mlx.storage.hub import Source
+from outlier_mlx.storage.journal import Journal, read_identity
+from outlier_mlx.storage.parts import Progress, reading_pool, small_cache, write_parts
+from outlier_mlx.storage.remote import RemoteFile, forget
+from outlier_mlx.storage.writer import PlacedWriter, WrittenFile
+from outlier_mlx.tiers.parts import Constant
+from outlier_mlx.tiers.pieces import Piece, Work, fingerprint, split
+from outlier_mlx.tiers.plan import Plan
+
+
+@dataclass
+class Sources:
+    """An overlay and its base, in folders that can be opened.
+
+    Attributes:
+        overlay: the overlay.
+        base: the base; None where the overlay contains it.
+        opened: the overlay, opened, and its alphas at hand.
+    """
+
+    overlay: Source
+    base: Source | None
+    opened: Overlay
+
+    @property
+    def keep(self) -> bool:
+        """Whether what an unfinished run has written is of use to the next."""
+        return False
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders, the overlay's first."""
+        return [source.folder for source in (self.overlay, self.base) if source is not None]
+
+    def check_space(self, plan: Plan, target: Path) -> None:
+        """Check that the disk has room for the tier, and for what making it takes.
+
+        Raises:
+            OutlierError: it has not.
+        """
+        check_space(target, plan.nbytes, "the tier")
+
+    def write(self, plan: Plan, folder: Path, progress: Progress | None) -> list[WrittenFile]:
+        """Write all parts into a folder; see `outlier_mlx.storage.parts.write_parts`."""
+        return write_parts(plan.parts, folder, progress)
+
+
+@dataclass
+class Streamed(Sources):
+    """Sources of which some are on the hub.
+
+    Attributes:
+        files: what stands behind each sparse file.
+        revisions: what was asked for, by "overlay" and "base".
+        force: an unfinished run with other settings may be thrown away.
+        anew: an unfinished run cannot be gone on with.
+    """
+
+    files: dict[Path, RemoteFile] = field(default_factory=dict)
+    revisions: dict[str, str | None] = field(default_factory=dict)
+    force: bool = False
+    anew: bool = False
+
+    @property
+    def keep(self) -> bool:
+        """It is."""
+        return True
+
+    def check_space(self, plan: Plan, target: Path) -> None:
+        """Check for the tier and the largest source file; what is written already counts."""
+        needed = split(plan.parts).pieces
+        largest = max(map(self._to_fetch, needed), default=0)
+        kept = (path.stat() for path in kept_folder(target).rglob("*") if path.is_file())
+        written = sum(found.st_blocks * 512 for found in kept)
+        check_space(target, plan.nbytes + largest - written, "the tier with one source file")
+
+    def write(self, plan: Plan, folder: Path, progress: Progress | None) -> list[WrittenFile]:
+        """Write all parts, going on where an earlier run stopped.
+
+        Args:
+            plan: what to write.
+            folder: where, as `whole_folder` gives it with `keep`.
+            progress: called with bytes fetched, used and checked, and their sum in the end.
+
+        Raises:
+            OutputExistsError: an unfinished run with other settings is there.
+            CheckpointError: a source is not sound: nothing is kept.
+            OutlierError: the hub cannot be reached or refuses.
+        """
+        owner = folder.parent
+        work = split(plan.parts)
+        identity = self._identity(plan, work)
+        if self.anew or (self.force and read_identity(owner) not in (None, identity)):
+            for path in owner.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            folder.mkdir()
+        journal = Journal(owner, identity)
+        forget(self.files)
+        specs = [spec for part in plan.parts for spec in part.specs()]
+        total = plan.source_bytes + sum(map(self._to_fetch, work.pieces)) + plan.nbytes
+        tally = _Tally(total, progress)
+        try:
+            with PlacedWriter(folder, specs) as writer, reading_pool() as pool, small_cache():
+                run = _Run(work, journal, writer, pool, tally)
+                for file, pieces in work.pieces.items():
+                    if file is None:
+                        run.write(pieces)
+                    elif self.name(file) in journal.done:
+                        tally.add(self._to_fetch(file) + sum(p.source_bytes for p in pieces))
+                    else:
+                        with self._present(file, owner / "fetched", tally):
+                            run.use(file, self.name)
+                return writer.finish(tally.add)
+        except CheckpointError:
+            (owner / JOURNAL).unlink()
+            raise
+
+    @contextmanager
+    def _present(self, file: Path, place: Path, tally: "_Tally") -> Iterator[None]:
+        """Have a source file here, and no other of the hub; gone again when the block ends well."""
+        remote = self.files.get(file)
+        if remote is None:
+            yield
+            return
+        own = place / hashlib.sha256(self.name(file).encode()).hexdigest()[:16]
+        for other in place.glob("*"):
+            if other != own:
+                shutil.rmtree(other)
+        expected = tally.done + remote.nbytes
+        file.symlink_to(remote.fetch(own, tally.add))
+        tally.add(expected - tally.done)  # what was here already
+        yield
+        file.unlink()
+        shutil.rmtree(own)
+
+    def _to_fetch(self, file: Path | None) -> int:
+        return self.files[file].nbytes if file in self.files else 0
+
+    def _source(self, file: Path) -> tuple[str, Source] | None:
+        for role, source in (("overlay", self.overlay), ("base", self.base)):
+            if source is not None and file.is_relative_to(source.folder):
+                return role, source
+        return None
+
+    def name(self, file: Path) -> str:
+        """What a source file is called in the journal."""
+        found = self._source(file)
+        if found is None:
+            return str(file)
+        role, source = found
+        return f"{role}/{file.relative_to(source.folder).as_posix()}"
+
+    def _identity(self, plan: Plan, work: Work) -> dict[str, Any]:
+        """All that the written bytes depend on, and their layout."""
+        constants = (part.value.tobytes() for part in plan.parts if isinstance(part, Constant))
+        specs = (repr(spec).encode() for part in plan.parts for spec in part.specs())
+        local = {}
+        for file in work.pieces:
+            found = self._source(file) if file is not None else None
+            if file is not None and (found is None or found[1].revision is None):
+                state = file.stat()
+                local[self.name(file)] = [state.st_size, state.st_mtime_ns]
+        return {
+            "version": outlier_mlx.__version__,
+            "overlay": self._cited("overlay", self.overlay),
+            "base": self._cited("base", self.base) if self.base else None,
+            "recipe": asdict(plan.recipe),
+            "alphas": _digest(constants),
+            "files": local,
+            "layout": _digest(specs),
+        }
+
+    def _cited(self, role: str, source: Source) -> dict[str, str | None]:
+        asked = self.revisions.get(role)
+        return {"name": source.name, "asked": asked, "revision": source.revision}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What using a source file takes."""
+
+    work: Work
+    journal: Journal
+    writer: PlacedWriter
+    pool: ThreadPoolExecutor
+    tally: "_Tally"
+
+    def write(self, pieces: Iterable[Piece]) -> None:
+        for piece in pieces:
+            for used in piece.write(self.writer, self.pool):
+                self.tally.add(used)
+
+    def use(self, file: Path, name_of: Callable[[Path], str]) -> None:
+        """Write all that is made from a file that is here, and record that."""
+        self.write(self.work.pieces[file])
+        tensors = self.work.compared(file)
+        found = {name: fingerprint(tensor, self.pool) for name, tensor in tensors}
+        self.writer.sync()
+        self.journal.add(name_of(file), found)
+        if found:
+            self.work.check(lambda path: self.journal.done.get(name_of(path), {}))
+
+
+def _digest(pieces: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+@dataclass
+class _Tally:
+    """Bytes done of `total`, told as they come."""
+
+    total: int
+    progress: Progress | None
+    done: int = 0
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total)
