@@ -27,7 +27,7 @@ from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.evaluation.model import HarnessModel, Watch
 from outlier_mlx.evaluation.results import Evaluation, Result
 from outlier_mlx.evaluation.tasks import Working, load_tasks, sandboxed
-from outlier_mlx.loading import load
+from outlier_mlx.loading import load, quiet_transformers
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.safetensors import read_json
@@ -281,6 +281,7 @@ def _silenced(watch: Watch) -> Iterator[Watch]:
             Path(os.devnull).open("w", encoding="utf-8") as nowhere,
             redirect_stdout(nowhere),
             redirect_stderr(nowhere),
+            quiet_transformers(),
         ):
             yield shown
     finally:

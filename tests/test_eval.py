@@ -1,0 +1,409 @@
+"""The command eval: scores of local tasks are those that a NumPy model of the same weights has."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from typer.testing import CliRunner, Result
+
+from outlier_mlx.cli import app
+from tests.affine import with_quantized_base
+from tests.builders import write_base, write_overlay
+from tests.engine import tier_of
+from tests.reference import ReferenceModel, forward, greedy, with_alphas
+from tests.reference_reader import read_overlay
+
+# A token a character, so that every text is one that can be written and read back.
+DIMS: dict[str, Any] = {
+    "hidden": 32,
+    "intermediate": 64,
+    "expert_intermediate": 32,
+    "layers": 2,
+    "moe_layers": (1,),
+    "vocab": 100,
+    "base_dtype": "F32",
+    "seed": 1,
+}
+LONGEST = 512  # max_position_embeddings of what the builders write
+QUESTIONS = ["The cat sat on the", "Why?", "", "A blank ends this ", "One and one is", "So"]
+CHOICES = [
+    ["mat", "log"],
+    ["so", "no", "never"],
+    ["it", "be"],
+    ["dog", "owl"],
+    ["2", "3"],
+    ["a", "b"],
+]
+
+GREEDY = "What comes next"  # continued by the likeliest tokens
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No network, and a cache of data sets of its own."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on disk, and what it computes by the reference."""
+
+    folder: Path
+    reference: ReferenceModel
+    nbytes: int
+
+    def encode(self, text: str) -> list[int]:
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json")).encode(text).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json")).decode(tokens)
+
+    def answer(self, prompt: str, length: int = 6) -> str:
+        tokens, _ = greedy(self.reference, self.encode(prompt), length)
+        text = list(takewhile(lambda token: token not in (0, 2), tokens))  # these end it
+        assert 1 not in text  # <|im_start|>, which is not shown
+        return self.decode(text)
+
+    def score(self, context: str, continuation: str) -> tuple[float, bool]:
+        """Log-likelihood by the harness's rules, and whether it is the greedy continuation."""
+        blanks = len(context) - len(context.rstrip())
+        head = self.encode(context[: len(context) - blanks]) or [0]
+        tail = self.encode(context[len(context) - blanks :] + continuation)
+        return log_likelihood(self.reference, head, tail)
+
+
+def log_likelihood(
+    reference: ReferenceModel, context: list[int], continuation: list[int]
+) -> tuple[float, bool]:
+    logits = forward(reference, [*context, *continuation][:-1])[-len(continuation) :]
+    logits = logits.astype(np.float64)
+    normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = normal[np.arange(len(continuation)), continuation]
+    return float(chosen.sum()), bool((normal.argmax(-1) == continuation).all())
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of all tensors, from the headers' offsets."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        total += len(data) - 8 - int.from_bytes(data[:8], "little")
+    return total
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """A tier, the bare base it is made from, and a plain quantized MLX model of that."""
+    from mlx_lm import convert
+
+    folder = tmp_path_factory.mktemp("models")
+    overlay = write_overlay(folder / "overlay", **DIMS)
+    base_dims = {k: v for k, v in DIMS.items() if k not in ("expert_intermediate", "moe_layers")}
+    write_base(folder / "base", **base_dims)
+    convert(str(folder / "base"), str(folder / "mlx"), quantize=True, q_group_size=32, q_bits=8)
+    tier_of(overlay.path, None, folder / "tier")
+    whole = read_overlay(overlay.path)
+    base = with_alphas(whole, lambda _, alpha: 0 * alpha)
+    references = {"tier": whole, "base": base, "mlx": with_quantized_base(base, 32, 8)}
+    return {
+        name: Case(folder / name, reference, tensor_bytes(folder / name))
+        for name, reference in references.items()
+    }
+
+
+def write_task(folder: Path, name: str, rows: list[dict[str, Any]], text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    head = f"task: {name}\ndataset_path: json\ntest_split: test\n"
+    data = f"dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}\n"
+    (folder / f"{name}.yaml").write_text(head + data + text, encoding="utf-8")
+    return folder / f"{name}.yaml"
+
+
+def metrics(**directions: str) -> str:
+    """A metric_list: each name with its aggregation, "-" before it where lower is better."""
+    lines = [
+        f"  - {{metric: {name}, aggregation: {how.lstrip('-')},"
+        f" higher_is_better: {str(not how.startswith('-')).lower()}}}\n"
+        for name, how in directions.items()
+    ]
+    return "metric_list:\n" + "".join(lines)
+
+
+GENERATE = (
+    'output_type: generate_until\ndoc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+    "generation_kwargs: {until: [%s], max_gen_toks: 6, do_sample: false}\n"
+) + metrics(exact_match="mean")
+
+
+def write_tasks(folder: Path, case: Case) -> Path:
+    """One of each kind. Every third answer is wrong; the others are what the model writes."""
+    rows: list[dict[str, Any]] = [
+        {"question": question, "choices": choices, "answer": number % len(choices)}
+        for number, (question, choices) in enumerate(zip(QUESTIONS, CHOICES, strict=True))
+    ]
+    write_task(
+        folder,
+        "choices",
+        rows,
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\n'
+        'doc_to_target: "{{answer}}"\n' + metrics(acc="mean", acc_norm="mean"),
+    )
+    endings = [{"text": question, "ending": " end"} for question in QUESTIONS]
+    endings += [{"text": GREEDY, "ending": case.answer(GREEDY, 2)}]
+    write_task(
+        folder,
+        "cloze",
+        endings,
+        'output_type: loglikelihood\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{ending}}"\n'
+        + metrics(perplexity="-perplexity", acc="mean"),
+    )
+    write_task(
+        folder,
+        "rolling",
+        [{"text": text} for text in TEXTS],
+        'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        + metrics(word_perplexity="-weighted_perplexity", bits_per_byte="-bits_per_byte"),
+    )
+    prompts = [f"{question} {number}:" for number, question in enumerate(QUESTIONS)]
+    answers = [case.answer(prompt) for prompt in prompts]
+    stop = next(answer[2] for answer in answers if len(answer) > 3)
+    cut = [answer.partition(stop)[0] for answer in answers]
+    wrong = ["wrong answer" if n % 3 == 2 else answer for n, answer in enumerate(cut)]
+    pairs = zip(prompts, wrong, strict=True)
+    generated = [{"question": prompt, "answer": answer} for prompt, answer in pairs]
+    write_task(folder, "answers", generated, GENERATE % json.dumps(stop))
+    return folder
+
+
+LONG = "the heron stands in the water and waits " * 15 + "still"  # longer than the model's context
+TEXTS = ["A short text.", LONG, "Another one, of two lines.\nThis is the second."]
+
+
+def rolling(case: Case, text: str) -> float:
+    tokens = case.encode(text)
+    total, _ = log_likelihood(case.reference, [0], tokens[:LONGEST])
+    if len(tokens) > LONGEST:
+        # The rest with as much before it as the model was made for.
+        rest = len(tokens) - LONGEST
+        total += log_likelihood(case.reference, tokens[-LONGEST - 1 : -rest], tokens[-rest:])[0]
+    return total
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def expected(case: Case) -> dict[tuple[str, str], tuple[float, float | None, int]]:
+    """Value, standard error (None: the harness has none) and n by task and metric."""
+    acc, acc_norm = [], []
+    for number, (question, choices) in enumerate(zip(QUESTIONS, CHOICES, strict=True)):
+        scores = np.array([case.score(question, f" {choice}")[0] for choice in choices])
+        lengths = np.array([len(choice) for choice in choices])
+        for values, kept in ((scores, acc), (scores / lengths, acc_norm)):
+            assert np.diff(np.sort(values))[-1] > 1e-3  # else use other choices
+            kept.append(float(values.argmax() == number % len(choices)))
+    cloze = [case.score(question, " end") for question in QUESTIONS]
+    cloze.append(case.score(GREEDY, case.answer(GREEDY, 2)))
+    assert [found for _, found in cloze].count(True) == 1
+    totals = sum(rolling(case, text) for text in TEXTS)
+    words = sum(len(text.split()) for text in TEXTS)
+    size = sum(len(text.encode()) for text in TEXTS)
+    return {
+        ("choices", "acc"): (*mean_and_error(acc), 6),
+        ("choices", "acc_norm"): (*mean_and_error(acc_norm), 6),
+        ("cloze", "perplexity"): (math.exp(-np.mean([score for score, _ in cloze])), None, 7),
+        ("cloze", "acc"): (*mean_and_error([float(found) for _, found in cloze]), 7),
+        ("rolling", "word_perplexity"): (math.exp(-totals / words), None, 3),
+        ("rolling", "bits_per_byte"): (-totals / size / math.log(2), None, 3),
+        ("answers", "exact_match"): (*mean_and_error([1, 1, 0, 1, 1, 0]), 6),
+    }
+
+
+@pytest.mark.parametrize("name", ["tier", "base", "mlx"])
+def test_scores_are_the_references(cases: dict[str, Case], name: str, tmp_path: Path) -> None:
+    case = cases[name]
+    tasks = write_tasks(tmp_path / "tasks", case)
+    done = run("eval", case.folder, "--tasks", tasks, "--batch-size", 2, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["bytes_in_memory"] == case.nbytes and found["gb"] == case.nbytes / 1e9
+    assert (found["model"], found["config"]["dtype"]) == (name, "float32")
+    wanted = expected(case)
+    rows = {(row["task"], row["metric"]): row for row in found["results"]}
+    assert rows.keys() == wanted.keys()
+    for key, (value, error, n) in wanted.items():
+        row = rows[key]
+        assert row["n"] == n, key
+        assert row["value"] == pytest.approx(value, rel=1e-4), key
+        if key[1] == "perplexity":  # its error is drawn
+            assert row["stderr"] > 0
+        else:
+            assert row["stderr"] == (error if error is None else pytest.approx(error)), key
+        higher = "perplexity" not in key[1] and key[1] != "bits_per_byte"
+        assert row["higher_is_better"] is higher
+        per_gb = row["value"] / found["gb"] if higher else None
+        assert row["score_per_gb"] == (per_gb if per_gb is None else pytest.approx(per_gb))
+
+
+def test_settings_are_heeded_and_noted(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["tier"]
+    prompts = [
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in "abc"
+    ]
+    rows = [
+        {"question": question, "answer": case.answer(prompt)[:2]}
+        for question, prompt in zip("abc", prompts, strict=True)
+    ]
+    task = write_task(tmp_path / "tasks", "talk", rows, GENERATE % '"<|im_end|>"')
+    out = tmp_path / "found.json"
+    command = ["eval", case.folder, "--tasks", task, "--limit", 2, "--max-tokens", 2]
+    done = run(*command, "--apply-chat-template", "--seed", 7, "--out", out)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert [(row["value"], row["n"]) for row in found["results"]] == [(1.0, 2)]
+    assert found["config"]["limit"] == 2 and found["config"]["seed"] == 7
+    assert found["config"]["apply_chat_template"] is True and found["config"]["max_tokens"] == 2
+    assert {"outlier-mlx", "lm-eval", "mlx", "mlx-lm"} == set(found["versions"])
+    assert found["date"].endswith("+00:00")
+    assert "at most 2 documents a task" in done.stdout and "1.0000" in done.stdout
+    again = run(*command, "--out", out)
+    assert again.exit_code == 1 and "--force replaces it" in again.stderr
+    assert again.stdout == "" and json.loads(out.read_text()) == found
+    plain = run(*command, "--json", "--out", out, "--force")
+    assert json.loads(plain.stdout) == json.loads(out.read_text())
+    assert json.loads(plain.stdout)["results"][0]["value"] == 0.0  # asked without the template
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".part"] == []
+
+
+def test_examples_come_before_the_question(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["base"]
+    answer = case.answer("Q: a x\n\nQ: b")
+    rows = [{"question": "Q: b", "answer": answer}]
+    shown = [{"question": "Q: a", "answer": "x"}]
+    text = f"fewshot_config: {{sampler: first_n, samples: {json.dumps(shown)}}}\n"
+    task = write_task(tmp_path / "tasks", "shots", rows, text + GENERATE % '"never"')
+    for number, score in ((1, 1.0), (0, 0.0)):
+        done = run("eval", case.folder, "--tasks", task, "--num-fewshot", number, "--json")
+        assert done.exit_code == 0, done.output
+        row = json.loads(done.stdout)["results"][0]
+        assert (row["fewshot"], row["value"]) == (number, score)
+
+
+EVIL = """from pathlib import Path
+Path(__file__).with_name("ran").touch()
+def twice(documents): return documents
+"""
+CODE = {
+    "process_docs: !function evil.twice\n": "!function is code",
+    "include: more.template\n": "!function is code",
+    "class: evil.Task\n": "`class` may load code",
+    "use_prompt: promptsource:x\n": "`use_prompt` may load code",
+    "metric_list: [{metric: ./evil.py}]\n": "code from elsewhere",
+    "metric_list: [{metric: acc, hf_evaluate: true}]\n": "code from elsewhere",
+    "description: \"{{ ''.__class__.__mro__[1].__subclasses__() }}\"\n": "SecurityError",
+}
+
+
+@pytest.mark.parametrize("line", CODE)
+def test_task_files_run_no_code(cases: dict[str, Case], line: str, tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": "b"}]
+    text = GENERATE % '"never"'
+    if "metric_list" in line:
+        text = text.partition("metric_list")[0]
+    task = write_task(tmp_path, "evil", rows, text + line)
+    (tmp_path / "evil.py").write_text(EVIL)
+    (tmp_path / "more.template").write_text("process_docs: !function evil.twice\n")
+    done = run("eval", cases["base"].folder, "--tasks", task)
+    assert done.exit_code == 1 and CODE[line] in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "ran").exists()
+    if "function" in CODE[line]:
+        assert "--trust-tasks" in done.stderr
+        trusted = run("eval", cases["base"].folder, "--tasks", task, "--trust-tasks", "--json")
+        assert trusted.exit_code == 0, trusted.output
+        assert json.loads(trusted.stdout)["results"] and (tmp_path / "ran").exists()
+
+
+def test_mistakes_get_one_line(cases: dict[str, Case], tmp_path: Path) -> None:
+    base = cases["base"].folder
+    good = write_task(tmp_path, "good", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
+    (tmp_path / "list.yaml").write_text("- task\n")
+    (tmp_path / "broken.yaml").write_text("task: [")
+    (tmp_path / "template.yaml").write_text("output_type: generate_until\n")
+    (tmp_path / "bad.yaml").write_text(good.read_text().replace("{{question}}", "{{nothing}}"))
+    (tmp_path / "empty").mkdir()
+    for tasks, said in {
+        tmp_path / "none.yaml": "none.yaml: No such file",
+        tmp_path / "list.yaml": "list.yaml: not a task file",
+        tmp_path / "broken.yaml": "broken.yaml: not a sound task file",
+        tmp_path / "template.yaml": "neither `task` nor `group`",
+        tmp_path / "empty": "empty: no task in it",
+        tmp_path / "bad.yaml": "'nothing' is undefined",
+        f"{good},{good}": "there is another task 'good'",
+    }.items():
+        done = run("eval", base, "--tasks", tasks)
+        assert done.exit_code == 1 and said in done.stderr, (tasks, done.output)
+        assert done.stderr.count("\n") == 1 and done.stdout == ""
+    assert run("eval", base, "--tasks", ",").exit_code == 2
+    away = run("eval", base, "--tasks", good, "--out", tmp_path / "away" / "x.json")
+    assert away.exit_code == 1 and "no such folder" in away.stderr
+
+
+def test_groups_of_a_folder_are_asked_once(cases: dict[str, Case], tmp_path: Path) -> None:
+    for name, answer in (("one", "b"), ("two", cases["base"].answer("a"))):
+        write_task(tmp_path, name, [{"question": "a", "answer": answer}], GENERATE % '"never"')
+    (tmp_path / "both.yaml").write_text(
+        "group: both\ntask: [one, two]\n"
+        "aggregate_metric_list: [{metric: exact_match, weight_by_size: false}]\n"
+    )
+    done = run("eval", cases["base"].folder, "--tasks", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    rows = {row["task"]: row for row in json.loads(done.stdout)["results"]}
+    assert {task: (row["value"], row["n"]) for task, row in rows.items()} == {
+        "one": (0.0, 1),
+        "two": (1.0, 1),
+        "both": (0.5, 2),
+    }
+
+
+def test_the_extra_is_named_where_it_is_missing(
+    cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import outlier_mlx.evaluation
+
+    for name in ("harness", "model", "tasks"):
+        monkeypatch.delitem(sys.modules, f"outlier_mlx.evaluation.{name}", raising=False)
+        monkeypatch.delattr(outlier_mlx.evaluation, name, raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    done = run("eval", cases["base"].folder, "--tasks", "arc_easy")
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1
+    assert "pip install 'outlier-mlx[eval]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness_by_name(cases: dict[str, Case]) -> None:
+    wrong = run("eval", cases["base"].folder, "--tasks", "arc_eazy")
+    assert wrong.exit_code == 1 and "near: " in wrong.stderr and "arc_easy" in wrong.stderr
+    away = run("eval", cases["base"].folder, "--tasks", "arc_easy")
+    assert away.exit_code == 1 and away.stderr.count("\n") == 1, away.output
+    assert "arc_easy" in away.stderr and "ffline" in away.stderr
