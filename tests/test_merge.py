@@ -31,7 +31,7 @@ from tests.tensor_file import read_arrays, rounded
 Array = np.ndarray
 TOKENS = [1, 5, 40, 77, 120, 9, 201, 33, 250, 8, 64, 64]
 POSITIVE = (["the cat sat", "a mat"], ["3 + 4 = 7"], ["down by the sea, in the rain"])
-NEGATIVE = ([], ["poetry"], ["numbers", "the number 12"])
+NEGATIVE: tuple[list[str], ...] = ([], ["poetry"], ["numbers", "the number 12"])
 
 
 def recipe_with(folder: Path, kind: str, **changes: Any) -> Path:
@@ -121,6 +121,7 @@ def test_routers_from_prompts(models: Path, tmp_path: Path, mode: str) -> None:
     np.testing.assert_allclose(gates.routed, np.stack(expected, axis=1), atol=2e-5)
     if kind == "qwen2":
         shared = gate(models / "base", mode, ["all"], [])
+        assert gates.shared is not None
         np.testing.assert_allclose(gates.shared, shared, atol=2e-5)
 
 
@@ -335,9 +336,12 @@ def test_models_from_the_hub_are_opened_once(
 
     read = sources.read_shards
     monkeypatch.setattr(sources, "resolve", resolve)
-    monkeypatch.setattr(
-        sources, "read_shards", lambda folder: opened.append(folder.name) or read(folder)
-    )
+
+    def read_shards(folder: Path) -> Any:
+        opened.append(folder.name)
+        return read(folder)
+
+    monkeypatch.setattr(sources, "read_shards", read_shards)
     experts = [{"source_model": "them/expert_0@v1", "positive_prompts": [t]} for t in "ab"]
     file = write_recipe(tmp_path, base_model="us/base", experts=experts)
     merged = merge(file, tmp_path / "out", measure=False)

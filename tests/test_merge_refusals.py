@@ -115,7 +115,7 @@ def test_recipes(sound: Path, changes: dict[str, Any], message: str) -> None:
         ("- 1", "the recipe: expected keys with values"),
         ("dtype: float32\ndtype: float16", "the key 'dtype' is there twice"),
         ("base_model: !!python/object/apply:os.getpid []", "not valid YAML"),
-        ("a: " + "[" * 1500, "recipe.yaml: not valid YAML"),
+        ("a: " + "[" * 600, "recipe.yaml: not valid YAML"),
         ("? [1, 2]\n: 3", "not valid YAML"),
         ("#" + " " * 1_000_000, "larger than 1000000 bytes"),
         ("\x00", "not valid YAML"),
@@ -208,7 +208,7 @@ MODELS: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (lambda f: (f / "base/tokenizer.json").write_text("{}"), "base: tokenizer.json: not a token"),
     (
-        lambda f: [(f / "base" / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
+        lambda f: list(map(Path.unlink, (f / "base").glob("tokenizer*"))),
         "no usable tokenizer",
     ),
 ]

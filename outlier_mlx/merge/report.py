@@ -58,15 +58,20 @@ def as_json(result: Merged) -> dict:
         "shared_expert": _expert(shared) if shared else None,
         "parameters": {"total": mixture.total_params, "active": mixture.active_params},
         "bytes": result.rows[-1].nbytes,
-        "condition_numbers": [
-            number if math.isfinite(number) else None for number in routers.gates.condition_numbers
-        ],
+        "condition_numbers": conditions(result),
         "measured_on": routers.measured_on,
         "routing": [asdict(routing) for routing in routers.routing],
         "trained": [{"loss": f.loss, "accuracy": f.accuracy} for f in routers.fitted],
         "unquantized": result.unquantized,
         "notes": result.notes,
     }
+
+
+def conditions(result: Merged) -> list[float | None]:
+    """Condition numbers of the layers' routers; None where they are infinite or mean nothing."""
+    found = result.routers.gates.condition_numbers
+    trained = result.recipe.gate_mode == "trained"
+    return [None if trained or not math.isfinite(number) else number for number in found]
 
 
 def _named(model: Dense) -> dict:

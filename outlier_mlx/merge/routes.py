@@ -27,12 +27,16 @@ class LayerShares:
 
     Attributes:
         first: for each expert, the share of tokens for which it has the largest weight.
+        served: for each expert, the share of tokens that it serves; they add up to the top k.
         weight: for each expert, its mean routing weight; they add up to 1.
+        largest: mean of a token's largest weight; 1 / k where the router hardly decides.
         right: share of tokens for which the right expert has the largest weight.
     """
 
     first: list[float]
+    served: list[float]
     weight: list[float]
+    largest: float
     right: float
 
 
@@ -117,15 +121,7 @@ class Stream:
     def routing(self) -> Routing:
         """What was measured."""
         owner, sequence = self.owner[self.is_measured], self.sequence[self.is_measured]
-        layers = []
-        for weights in self.weights:
-            first = weights.argmax(axis=1)
-            share = np.bincount(first, minlength=weights.shape[1]) / len(first)
-            layers.append(
-                LayerShares(
-                    share.tolist(), weights.mean(axis=0).tolist(), float((first == owner).mean())
-                )
-            )
+        layers = [_shares(weights, owner) for weights in self.weights]
         mean = np.mean(self.weights, axis=0)  # (measured tokens, experts)
         prompts = len(self.measured.ids)
         by_prompt = np.zeros((prompts, mean.shape[1]))
@@ -140,6 +136,18 @@ class Stream:
             prompts_right=int(right.sum()),
             layers=layers,
         )
+
+
+def _shares(weights: np.ndarray, owner: np.ndarray) -> LayerShares:
+    """How a layer routes tokens of these owners; weights (tokens, experts)."""
+    first = weights.argmax(axis=1)
+    return LayerShares(
+        first=(np.bincount(first, minlength=weights.shape[1]) / len(first)).tolist(),
+        served=(weights > 0).mean(axis=0).tolist(),
+        weight=weights.mean(axis=0).tolist(),
+        largest=float(weights.max(axis=1).mean()),
+        right=float((first == owner).mean()),
+    )
 
 
 def run_streams(

@@ -1,10 +1,12 @@
 """What the terminal shows of a merge."""
 
+from rich.console import Console
+
 from outlier_mlx.errors import one_line
 from outlier_mlx.merge.gates import CONDITION_LIMIT
-from outlier_mlx.merge.report import Merged
+from outlier_mlx.merge.report import Merged, conditions
 from outlier_mlx.merge.routes import Routing
-from outlier_mlx.terminal import count, parts_table, plain_table, stderr
+from outlier_mlx.terminal import count, parts_table, print_columns, stderr
 
 
 def print_merged(result: Merged) -> None:
@@ -21,8 +23,8 @@ def print_merged(result: Merged) -> None:
         soft_wrap=True,
     )
     if routers.routing:
-        console.print(_modes(result))
-        console.print(_layers(routers.routing[0], routers.gates.condition_numbers))
+        _print_modes(console, result)
+        _print_layers(console, routers.routing[0], conditions(result))
     for note in result.notes:
         console.print(one_line(f"note: {note}"), soft_wrap=True)
     if result.unquantized:
@@ -42,40 +44,44 @@ def _kind(result: Merged) -> str:
     return f"{name} of {len(mixture.experts)} experts, {mixture.top_k} a token"
 
 
-def _modes(result: Merged):  # type: ignore[no-untyped-def]
+def _print_modes(console: Console, result: Merged) -> None:
     """How well each mode routes."""
     routers, experts = result.routers, len(result.mixture.experts)
-    texts = {"held_out": "held-out prompts", "positive_prompts": "the positive prompts themselves"}
-    table = plain_table(
-        f"Routing of {texts[routers.measured_on or 'held_out']} to the right one of {experts}"
-    )
-    table.add_column("gate_mode", no_wrap=True)
-    for name in ("tokens,\n%", "weight,\n%", "prompts"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for routing in routers.routing:
-        table.add_row(
+    texts = "held-out prompts" if routers.measured_on == "held_out" else "the positive prompts"
+    heads = ("gate_mode", "tokens,\n%", "weight,\n%", "prompts")
+    rows = [
+        (
             routing.mode,
             f"{100 * routing.right:.1f}",
             f"{100 * routing.weight:.1f}",
             f"{routing.prompts_right}/{routing.prompts}",
         )
+        for routing in routers.routing
+    ]
     chance = f"{100 / experts:.1f}"
-    table.add_row("chance", chance, chance, "")
-    return table
+    title = f"Routing of {texts} to the right one of {experts} experts"
+    print_columns(console, heads, [*rows, ("chance", chance, chance, "")], title=title)
 
 
-def _layers(routing: Routing, conditions: list[float]):  # type: ignore[no-untyped-def]
+def _print_layers(console: Console, routing: Routing, numbers: list[float | None]) -> None:
     """Which experts serve in each layer, under the recipe's own mode."""
-    table = plain_table(
-        f"{routing.mode}: mean weight of each expert, %, over {routing.tokens} tokens"
-    )
-    table.add_column("layer", justify="right")
-    table.add_column("condition", justify="right", no_wrap=True)
-    for expert in range(len(routing.layers[0].weight)):
-        table.add_column(str(expert), justify="right", no_wrap=True)
-    for number, (layer, condition) in enumerate(zip(routing.layers, conditions, strict=True)):
-        shown = f"{condition:.2f}" if condition < 1e6 else "singular"
-        weights = [f"{100 * weight:.0f}" for weight in layer.weight]
-        mark = "!" if condition > CONDITION_LIMIT else ""
-        table.add_row(str(number), shown + mark, *weights)
-    return table
+    experts = [str(expert) for expert in range(len(routing.layers[0].first))]
+    heads = ("layer", "condition\nnumber", "largest\nweight, %", *experts)
+    rows = [
+        (
+            str(number),
+            _condition(condition),
+            f"{100 * layer.largest:.0f}",
+            *(f"{100 * share:.0f}" for share in layer.first),
+        )
+        for number, (layer, condition) in enumerate(zip(routing.layers, numbers, strict=True))
+    ]
+    title = f"{routing.mode}: share of {routing.tokens} tokens that each expert serves first, %"
+    print_columns(console, heads, rows, title=title, left=0)
+
+
+def _condition(number: float | None) -> str:
+    if number is None:
+        return "-"
+    mark = "!" if number > CONDITION_LIMIT else ""
+    return (f"{number:.2f}" if number < 1e6 else "singular") + mark
