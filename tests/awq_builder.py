@@ -169,7 +169,7 @@ def _write_shards(path: Path, tensors: dict[str, Stored], count: int) -> None:
     if count == 1:
         write_stored(path / "model.safetensors", tensors)
         return
-    index = {}
+    index: dict[str, str] = {}
     for n in range(count):
         name = f"model-{n + 1:05d}-of-{count:05d}.safetensors"
         part = {key: tensors[key] for key in list(tensors)[n::count]}

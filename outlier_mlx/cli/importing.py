@@ -44,6 +44,8 @@ def import_(
     debug: Debug = False,
 ) -> None:
     """Turn an AWQ or GGUF model into an MLX folder."""
+    if bits == "5" and dtype == "float32":
+        raise typer.BadParameter("--bits 5 is for float16: in float32, 4 bits lose nothing")
     from outlier_mlx.imports import import_model
     from outlier_mlx.terminal import progress_bar
 

@@ -9,6 +9,7 @@ from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.imports.card import write_card
 from outlier_mlx.imports.gguf_file import patterns
 from outlier_mlx.imports.opened import Opened
+from outlier_mlx.imports.vocabulary import largest_id
 from outlier_mlx.storage.folders import check_free
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
 from outlier_mlx.storage.model_folder import write_model
@@ -85,6 +86,7 @@ def import_model(
 
     def assets(folder: Path) -> list[str]:
         written.extend(opened.assets(folder))
+        _warn_of_tokenizer(found.name, folder, written, opened.config)
         written.append(write_card(folder, target.name, found, opened, rows))
         return written
 
@@ -99,13 +101,19 @@ def import_model(
         progress=progress,
     )
     tokenizer = any(name in written for name in TOKENIZER_FILES)
-    if not tokenizer:
-        warnings.warn(
-            f"{found.name}: no tokenizer beside it; the model has none",
-            CheckpointWarning,
-            stacklevel=2,
-        )
     return Imported(path, opened.form, rows, opened.notes(), tokenizer)
+
+
+def _warn_of_tokenizer(name: str, folder: Path, written: list[str], config: dict) -> None:
+    largest = largest_id(folder)
+    said = None
+    if not any(file in written for file in TOKENIZER_FILES):
+        said = "no tokenizer beside it; the model has none"
+    elif largest is not None and largest >= config["vocab_size"]:
+        rows = config["vocab_size"]
+        said = f"its tokenizer has ids up to {largest}, but there are {rows} embeddings"
+    if said:
+        warnings.warn(f"{name}: {said}", CheckpointWarning, stacklevel=2)
 
 
 def _resolve(source: str | Path, file: str | None, revision: str | None) -> Source:

@@ -1,0 +1,175 @@
+"""The command `import`: what it prints, repositories, damage found by `verify`, its page."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from typer.testing import CliRunner, Result
+
+from outlier_mlx.cli import app
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.info import inspect
+from outlier_mlx.tiers.verify import verify_tier
+from tests.awq_builder import Awq, write_awq
+from tests.damage import edit_config
+from tests.hub import Hub, point_to, serving
+from tests.test_docs import commands
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("import") / "Mixtral-2x-AWQ"
+    (write_awq(folder, Awq(vocab=288)).path / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\nA card.\n"
+    )
+    (folder / "pytorch_model.bin").write_text("not for us")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(awq: Path) -> Path:
+    run("import", awq, "--out", awq.parent / "mlx")
+    return awq.parent / "mlx"
+
+
+def test_what_it_prints(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = run("import", awq)
+    assert told.stdout == ""
+    assert "Mixtral-2x-AWQ-mlx: from AutoAWQ int4" in told.stderr
+    assert "exact: scales and biases are float32" in told.stderr
+    assert told.stderr.endswith("wrote Mixtral-2x-AWQ-mlx\n")
+    card = (tmp_path / "Mixtral-2x-AWQ-mlx" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "AutoAWQ int4" in card
+    assert "exists; --force replaces it" in run("import", awq, code=1).stderr
+    assert run("import", awq, "--force", "--quiet").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--bits", "6"], 2, "--bits"),
+        (["--dtype", "bfloat16"], 2, "--dtype"),
+        (["--bits", "5", "--dtype", "float32"], 2, "4 bits lose nothing"),
+        (["--k-quants", "8bit"], 1, "are for GGUF"),
+        (["--revision", "v1"], 1, "a folder has no revision"),
+    ],
+)
+def test_options_that_do_not_fit(
+    arguments: list[str], code: int, words: str, awq: Path, tmp_path: Path
+) -> None:
+    told = run("import", awq, "--out", tmp_path / "mlx", *arguments, code=code)
+    assert words in told.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    out = tmp_path / "mlx"
+    for source, words in [
+        (tmp_path / "nothing", "no such folder"),
+        (tmp_path, "neither *.safetensors nor *.gguf"),
+        (tmp_path / "model.gguf", "no such folder"),
+    ]:
+        told = run("import", source, "--out", out, code=1)
+        assert words in told.stderr and len(told.stderr.splitlines()) == 1
+    (tmp_path / "two").mkdir()
+    for name in "ab":
+        (tmp_path / "two" / f"{name}.gguf").write_bytes(b"")
+    assert "--file" in run("import", tmp_path / "two", "--out", out, code=1).stderr
+    assert not out.exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(awq: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(awq, tmp_path / "awq")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 288, "content": "<x>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    told = run("import", folder, "--out", tmp_path / "mlx")
+    assert "ids up to 288, but there are 288 embeddings" in told.stderr
+
+
+def test_a_sliding_window_is_noted(awq: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(awq, tmp_path / "awq")
+    edit_config(folder, sliding_window=4096)
+    assert "beyond 4096 tokens" in run("import", folder, "--out", tmp_path / "mlx").stderr
+
+
+def test_info_knows_its_experts(imported: Path) -> None:
+    found = inspect(imported)
+    rows = {row.kind: row.params for row in found.rows}
+    assert rows["router"] == 2 * 2 * 64 and rows["experts"] == 2 * 2 * 3 * 64 * 96
+    # With two experts and top-2, all of a frankenMoE is active.
+    assert found.active_params == found.params
+
+
+def test_any_changed_byte_is_found_and_its_file_named(imported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(imported, tmp_path / "mlx")
+    listed = json.loads((folder / "checksums.json").read_text())["files"]
+    assert {path.name for path in folder.iterdir()} == {*listed, "checksums.json"}
+    assert "whole" in run("verify", folder).stdout
+    chance = random.Random(2)
+    for name in listed:
+        data = (folder / name).read_bytes()
+        for place in {0, len(data) - 1, *(chance.randrange(len(data)) for _ in range(8))}:
+            changed = bytearray(data)
+            changed[place] ^= 1 << chance.randrange(8)
+            (folder / name).write_bytes(changed)
+            with pytest.raises(CheckpointError, match=name.split("-")[0]):
+                verify_tier(folder)
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=name):
+            verify_tier(folder)
+        (folder / name).write_bytes(data)
+    (folder / "model-extra.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"extra\.safetensors: not listed in checksums\.json"):
+        verify_tier(folder)
+
+
+def test_a_repository(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    (commit,) = hub.add("owner/Mixtral-2x-AWQ", awq)
+    with serving(hub):
+        point_to(hub, tmp_path, monkeypatch)
+        huggingface_hub.close_session()
+        run("import", "owner/Mixtral-2x-AWQ", "--out", tmp_path / "mlx", "--quiet")
+        huggingface_hub.close_session()
+    asked = hub.files_asked("owner/Mixtral-2x-AWQ")
+    assert "model.safetensors" in asked and "pytorch_model.bin" not in asked
+    source = json.loads((tmp_path / "mlx" / "checksums.json").read_text())["source"]
+    assert source["name"] == "owner/Mixtral-2x-AWQ" and source["revision"] == commit
+    card = (tmp_path / "mlx" / "README.md").read_text()
+    assert "base_model: owner/Mixtral-2x-AWQ" in card and commit in card
+
+
+@pytest.mark.slow
+def test_commands_of_its_page(awq: Path, tmp_path: Path) -> None:
+    shutil.copytree(awq, tmp_path / awq.name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    listed = commands("docs/import.md")
+    assert len(listed) > 4
+    for command in listed:
+        done = subprocess.run(
+            shlex.split(command),
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
