@@ -123,14 +123,15 @@ class Accumulator:
         if not self.hidden:
             self._allocate(values.shape[-1])
         self._seen += 1
-        held, magnitudes = self._held(probe, values)
+        held = self._held(probe, values)
+        magnitudes = mx.abs(held)
         hit = magnitudes >= self.magnitude  # (positions, hidden)
         union = self._unions.get(probe.kinds)
         union = hit if union is None else union | hit
         counts, negative = hit.sum(axis=0), (hit & (held < 0)).sum(axis=0)
         largest, later = magnitudes.max(axis=0), _largest_without_first(magnitudes)
-        # Here, so that the layers before this one can be forgotten.
-        mx.eval(union, counts, negative, largest, later)
+        # Evaluated here, so that the layers before this one can be forgotten.
+        self._evaluate(probe, held, union, counts, negative, largest, later)
         self._unions[probe.kinds] = union
         self._counts[number] = np.array(counts)
         self._negative += np.array(negative)
@@ -150,7 +151,8 @@ class Accumulator:
             chosen = np.array(indices).reshape(-1, indices.shape[-1])
             self.experts.see_routing(layer, chosen, experts)
 
-    def _held(self, probe: Probe, values: mx.array) -> tuple[mx.array, mx.array]:
+    def _held(self, probe: Probe, values: mx.array) -> mx.array:
+        """(positions, hidden) float32, rounded to the dtype to hold."""
         if values.ndim != 3 or values.shape[0] != 1 or values.shape[2] != self.hidden:
             raise OutlierError(
                 f"{probe.name}: shape {values.shape}, (1, positions, {self.hidden}) expected"
@@ -158,19 +160,22 @@ class Accumulator:
         self.dtypes.add(str(values.dtype).removeprefix("mlx.core."))
         if self.hold is not None:
             values = values.astype(getattr(mx, self.hold))
-        held = values[0].astype(mx.float32)
-        magnitudes = mx.abs(held)
-        if not mx.isfinite(magnitudes).all():
+        return values[0].astype(mx.float32)
+
+    def _evaluate(self, probe: Probe, held: mx.array, *results: mx.array) -> None:
+        finite = mx.isfinite(held).all()
+        mx.eval(finite, *results)
+        if not finite:
             as_what = f" in {self.hold}" if self.hold else ""
             raise OutlierError(f"{probe.name}: not all values are finite{as_what}")
-        return held, magnitudes
 
     def _see_stream(self, probe: Probe, entering: mx.array) -> None:
         assert self.streams is not None
-        _, magnitudes = self._held(probe, entering)
+        held = self._held(probe, entering)
+        magnitudes = mx.abs(held)
         total, largest = magnitudes.sum(), magnitudes.max(axis=0)
         later = _largest_without_first(magnitudes)
-        mx.eval(total, largest, later)
+        self._evaluate(probe, held, total, largest, later)
         found = Stream(float(total), magnitudes.size, np.array(largest), np.array(later))
         before = self.streams.get(probe.layer)
         if before is not None:
