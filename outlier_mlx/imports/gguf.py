@@ -247,10 +247,10 @@ def _fits(rows: Rows, dtype: str) -> bool:
 
 
 def _types(sources: Iterable[_Source]) -> list[str]:
-    """ggml's types of the matrices, the one of most weights first."""
+    """ggml's types, the one of most weights first; not those of norms and routers."""
     weights: dict[str, int] = {}
     for source in sources:
-        for rows in source.rows if len(source.shape) > 1 else ():
+        for rows in source.rows if source.module.kind not in ("norms", "router") else ():
             kind = rows.tensor.kind
             weights[kind] = weights.get(kind, 0) + rows.count * rows.tensor.shape[-1]
     return sorted(weights, key=lambda kind: -weights[kind])
@@ -286,9 +286,9 @@ def _listed(paths: Iterable[str]) -> str:
     """Modules, with those of several layers put together."""
     layers: dict[str, int] = {}
     for path in dict.fromkeys(paths):
-        name = _LAYER.sub(".layers.*.", path)
+        name = _LAYER.sub(".layers.N.", path)
         layers[name] = layers.get(name, 0) + 1
     return ", ".join(
-        name if "*" not in name else f"{name} ({count} layer{'s' if count > 1 else ''})"
+        name if ".N." not in name else f"{name} ({count} layer{'s' if count > 1 else ''})"
         for name, count in layers.items()
     )
