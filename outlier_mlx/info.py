@@ -222,6 +222,8 @@ def tier_name(key: str, moe_layers: Container[int]) -> str:
 def _params(key: str, dtype: str, shape: tuple[int, ...], raw: dict, tensors: Tensors) -> int:
     """Parameters of the model that a tensor stands for; scales and biases of codes count none."""
     module, _, leaf = key.rpartition(".")
+    if f"{module}.qweight" in tensors and leaf in ("qweight", "qzeros", "scales"):  # AWQ
+        return 8 * prod(shape) if leaf == "qweight" else 0
     weight = tensors.get(f"{module}.weight")
     packed = weight is not None and weight[0] in (("U8", "U32") if "ternary" in raw else ("U32",))
     if packed and leaf in ("scales", "biases"):

@@ -122,6 +122,10 @@ def check_model(folder: Path) -> dict:
         raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
     elif "model_file" in config:
         raise CheckpointError(f"{folder}: runs only by code of its own, which is never run here")
+    elif config.get("model_type") == "mixtral" and "quantization_config" in config:
+        raise CheckpointError(
+            f"{folder}: not in MLX's form; `outlier-mlx import` makes an MLX model of it"
+        )
     else:
         config = normalised(config, f"{folder.name}/config.json")
     read_shards(folder)

@@ -109,12 +109,17 @@ def test_a_sliding_window_is_noted(awq: Path, tmp_path: Path) -> None:
     assert "beyond 4096 tokens" in run("import", folder, "--out", tmp_path / "mlx").stderr
 
 
-def test_info_knows_its_experts(imported: Path) -> None:
+def test_info_knows_its_experts(imported: Path, awq: Path) -> None:
     found = inspect(imported)
     rows = {row.kind: row.params for row in found.rows}
     assert rows["router"] == 2 * 2 * 64 and rows["experts"] == 2 * 2 * 3 * 64 * 96
     # With two experts and top-2, all of a frankenMoE is active.
-    assert found.active_params == found.params
+    assert found.active_params == found.params == inspect(awq).params
+
+
+def test_loading_the_source_says_what_to_do(awq: Path) -> None:
+    told = run("generate", "--model", awq, "--prompt", "a", code=1)
+    assert "`outlier-mlx import` makes an MLX model of it" in told.stderr
 
 
 def test_any_changed_byte_is_found_and_its_file_named(imported: Path, tmp_path: Path) -> None:
