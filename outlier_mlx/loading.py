@@ -122,7 +122,7 @@ def check_model(folder: Path) -> dict:
         raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
     elif "model_file" in config:
         raise CheckpointError(f"{folder}: runs only by code of its own, which is never run here")
-    elif config.get("model_type") == "mixtral" and "quantization_config" in config:
+    elif config.get("model_type") == "mixtral" and not _is_mlx(config):
         raise CheckpointError(
             f"{folder}: not in MLX's form; `outlier-mlx import` makes an MLX model of it"
         )
@@ -130,6 +130,11 @@ def check_model(folder: Path) -> dict:
         config = normalised(config, f"{folder.name}/config.json")
     read_shards(folder)
     return config
+
+
+def _is_mlx(config: dict) -> bool:
+    """Whether weights are MLX's own; mlx-lm writes both names for its quantization."""
+    return "quantization" in config or "quantization_config" not in config
 
 
 def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.info import inspect
+from outlier_mlx.loading import load_model
 from outlier_mlx.tiers.verify import verify_tier
 from tests.awq_builder import Awq, write_awq
 from tests.damage import edit_config
@@ -120,6 +121,14 @@ def test_info_knows_its_experts(imported: Path, awq: Path) -> None:
 def test_loading_the_source_says_what_to_do(awq: Path) -> None:
     told = run("generate", "--model", awq, "--prompt", "a", code=1)
     assert "`outlier-mlx import` makes an MLX model of it" in told.stderr
+
+
+def test_models_that_mlx_lm_wrote_have_both_names(imported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(imported, tmp_path / "mlx")
+    quantization = json.loads((folder / "config.json").read_text())["quantization"]
+    edit_config(folder, quantization_config=quantization)
+    load_model(folder)
+    assert "an MLX model already" in run("import", folder, "--out", tmp_path / "b", code=1).stderr
 
 
 def test_any_changed_byte_is_found_and_its_file_named(imported: Path, tmp_path: Path) -> None:
