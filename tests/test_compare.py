@@ -94,18 +94,21 @@ def test_table_and_plot(files: list[Path]) -> None:
     done = run("compare", *files, "--metric", "acc", COLUMNS="60")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert all(len(line) <= 60 for line in lines) and "\x1b" not in done.stdout
+    assert all(len(line) <= 60 for line in lines[:-1]) and "\x1b" not in done.stdout
     assert lines[0] == "quiz, acc (higher is better)"
     assert [line.split()[0] for line in lines[3:6]] == ["A*", "B*", "c"]
-    assert lines[4].split() == ["B*", "small", "4", "0.7000", "0.0200", "0.1750"]
+    assert lines[4].split() == ["B*", "small", "4.00", "GB", "0.7000", "0.0200", "0.175"]
     assert "word_perplexity" not in done.stdout
+    narrow = run("compare", *files, "--metric", "acc", COLUMNS="34").stdout.splitlines()
+    assert all(len(line) <= 34 for line in narrow[:-1])  # the legend is one line for pipes
+    assert narrow[4].split() == ["B*", "small", "4.00", "GB", "0.7000"]
 
 
 @pytest.mark.parametrize("width", [16, 48])
 def test_every_model_has_its_place_in_the_plot(width: int) -> None:
     chart = charts(["a", "b", "c"], MODELS, metric="acc")[0]
     lines = plot(chart.points, "ABc", width)
-    field = [line[11:].ljust(width) for line in lines if line[10:11] == "|"]
+    field = [line[12:].ljust(width) for line in lines if line[10:11] == "|"]
     assert {len(line) for line in field} == {width}
     at = {
         mark: (n, line.index(mark))
@@ -119,7 +122,7 @@ def test_every_model_has_its_place_in_the_plot(width: int) -> None:
     # 0.63 to 0.77 are 11 steps, so 0.72 is line 4 and 0.68 line 7; one in between has the letter.
     assert [n for n, line in enumerate(field) if line[0] in "|B"] == [4, 5, 6, 7]
     assert lines[0].split()[0] == "0.77" and lines[len(field) - 1].split()[0] == "0.63"
-    assert lines[-1].split() == ["4", "14", "GB"]
+    assert lines[-1].split() == ["4.00", "GB", "14.00", "GB"]
 
 
 def test_one_model_and_equal_ones_can_be_shown(files: list[Path], tmp_path: Path) -> None:

@@ -64,12 +64,13 @@ def evaluate(
     if out is not None:
         results.check_writable(out, force=force)
     try:
-        from outlier_mlx.evaluation import harness
+        with working("starting lm-evaluation-harness", quiet=quiet):
+            from outlier_mlx.evaluation import harness
     except ImportError as error:
         from outlier_mlx.errors import OutlierError
 
         raise OutlierError(
-            f"eval needs lm-evaluation-harness (no {error.name}): pip install 'outlier-mlx[eval]'"
+            f"eval needs lm-evaluation-harness: pip install 'outlier-mlx[eval]' ({error})"
         ) from error
     source = resolve(model, revision)
     if not ignore_memory:

@@ -141,7 +141,10 @@ class HarnessModel(TemplateLM, MLXLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of whole texts, in nats; long ones in windows that do not overlap."""
+        """Log-likelihood of whole texts, in nats.
+
+        What is longer than the model's context is predicted from as much before it as fits.
+        """
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         owners = []
         for number, request in enumerate(requests):

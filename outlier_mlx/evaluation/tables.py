@@ -13,8 +13,10 @@ from outlier_mlx.terminal import plain_table, print_heading, size, stdout
 
 #: Lines and columns of a plot without its frame.
 _HEIGHT, _WIDTH = 12, 64
-#: Columns beside a plot: figures of the scale, a bar, and room for the last letter.
-_FRAME = 12
+#: Columns beside a plot: figures of the scale, and a line with room beside it.
+_FRAME = 13
+#: Columns of a terminal from which all figures fit beside names.
+_ROOMY = 56
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -27,13 +29,16 @@ def print_evaluation(evaluation: Evaluation) -> None:
     table.add_column("metric", overflow="fold")
     if filters:
         table.add_column("filter", overflow="fold")
-    for name in ("n", "score", "stderr", "per GB"):
+    roomy = console.width >= _ROOMY
+    for name in ("n", "score", "stderr", "per GB") if roomy else ("score", "per GB"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in evaluation.results:
         cells: list[str | Text] = [_shown(result.task), _shown(result.metric)]
         cells += [_shown(result.filter)] if filters else []
-        cells += [str(result.n), _figure(result.value), _figure(result.stderr)]
-        table.add_row(*cells, _figure(evaluation.score_per_gb(result)))
+        cells += [str(result.n)] if roomy else []
+        cells += [_figure(result.value)]
+        cells += [_figure(result.stderr)] if roomy else []
+        table.add_row(*cells, _per_gb(evaluation.score_per_gb(result)))
     console.print(table)
     console.print(_how(evaluation), soft_wrap=True)
 
@@ -53,10 +58,15 @@ def _how(evaluation: Evaluation) -> str:
 
 
 def _figure(value: float | None) -> str:
-    """Four significant digits at least, and no more than four decimals."""
+    """Four decimals, as errors of scores have them; large numbers with fewer."""
     if value is None:
         return "-"
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.5g}"
+
+
+def _per_gb(value: float | None) -> str:
+    """Four digits: models are of any size."""
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _shown(text: str) -> Text:
@@ -71,12 +81,13 @@ def print_charts(found: Sequence[Chart]) -> None:
             console.print()
         print_heading(console, chart.title, f" ({chart.direction})")
         marks = _marks(chart.points)
-        console.print(_table(chart, marks))
+        console.print(_table(chart, marks, roomy=console.width >= _ROOMY))
         if len(chart.points) > 1:
             width = max(16, min(_WIDTH, console.width - _FRAME))
             console.print("\n".join(plot(chart.points, marks, width)), soft_wrap=True)
     if any(point.on_front for chart in found for point in chart.points):
-        console.print("*, and capital letters: no other model is both smaller and better")
+        legend = "*, capital letter: no other model is both smaller and better"
+        console.print(legend, soft_wrap=True)
 
 
 def _marks(points: Sequence[Point]) -> list[str]:
@@ -88,22 +99,22 @@ def _marks(points: Sequence[Point]) -> list[str]:
     ]
 
 
-def _table(chart: Chart, marks: Sequence[str]) -> Table:
+def _table(chart: Chart, marks: Sequence[str], *, roomy: bool) -> Table:
     table = plain_table()
     table.add_column("", no_wrap=True)
     table.add_column("model", overflow="fold")
-    for name in ("GB", "score", "stderr", "per GB"):
+    for name in ("memory", "score", "stderr", "per GB") if roomy else ("memory", "score"):
         table.add_column(name, justify="right", no_wrap=True)
     for point, mark in zip(chart.points, marks, strict=True):
-        table.add_row(
-            mark + ("*" if point.on_front else ""),
-            _shown(point.label),
-            f"{point.gb:.4g}",
-            _figure(point.value),
-            _figure(point.stderr),
-            _figure(point.score_per_gb),
-        )
+        cells = [_memory(point.gb), _figure(point.value)]
+        cells += [_figure(point.stderr), _per_gb(point.score_per_gb)] if roomy else []
+        star = "*" if point.on_front else ""
+        table.add_row(mark + star, _shown(point.label), *cells)
     return table
+
+
+def _memory(gb: float) -> str:
+    return size(round(gb * 1e9))
 
 
 def plot(points: Sequence[Point], marks: Sequence[str], width: int) -> list[str]:
@@ -134,10 +145,10 @@ def plot(points: Sequence[Point], marks: Sequence[str], width: int) -> list[str]
     for mark, (column, line) in reversed(list(zip(marks, places, strict=True))):
         field[line][column] = mark
     scale = {0: f"{high:.4g}", _HEIGHT - 1: f"{low:.4g}"}
-    lines = [f"{scale.get(n, ''):>9} |{''.join(cells)}".rstrip() for n, cells in enumerate(field)]
-    ends = (f"{left:.4g}", f"{right:.4g} GB")
-    lines.append(" " * 10 + "+" + "-" * width)
-    lines.append(" " * 11 + ends[0] + ends[1].rjust(width - len(ends[0])))
+    lines = [f"{scale.get(n, ''):>9} | {''.join(cells)}".rstrip() for n, cells in enumerate(field)]
+    ends = _memory(left), _memory(right)
+    lines.append(" " * 10 + "+" + "-" * (width + 2))
+    lines.append(" " * 12 + ends[0] + ends[1].rjust(width - len(ends[0])))
     return lines
 
 
