@@ -204,7 +204,7 @@ class _Maker:
         item = tensor(kind, shape, self.rng, **how)
         if part == "norm":
             item.data = item.data + item.data.dtype.type(1)
-            item.values = item.data.astype(np.float32)
+            item.values = item.data.astype(np.float32, copy=False)
         values = item.values
         if turned:
             starts = range(0, len(values), turned)
