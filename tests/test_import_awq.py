@@ -20,6 +20,7 @@ from mlx_lm.utils import load_model as stock_load_model
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import awq_parts, import_model
+from outlier_mlx.imports.awq import open_awq_model
 from outlier_mlx.imports.awq_layout import to_five_bits, to_four_bits, unpack
 from outlier_mlx.imports.codes import WIDTHS, pack_codes
 from outlier_mlx.loading import load_model
@@ -437,6 +438,29 @@ def test_what_is_beside_the_model(sound: Built, tmp_path: Path) -> None:
     assert not {"auto_map", "quantization_config"} & config.keys()
     assert config["dtype"] == config["torch_dtype"] == "float32" and config["rope_theta"] == 1e4
     assert_same_weights(tmp_path / "mlx", sound.weights)
+
+
+ODD = (None, "x", -1, 0, 2.5, 10**30, True, [], [1], {}, {"type": []}, {"rope_theta": {}, "b": []})
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2"])
+def test_odd_values_in_configs_are_refused_or_harmless(family: str, tmp_path: Path) -> None:
+    """Whatever a field holds: a refusal, or a config that is otherwise the same as before."""
+    folder = write_awq(tmp_path / "awq", Awq(family, layers=1)).path
+    sound = json.loads((folder / "config.json").read_text())
+    fields = [*sound, "head_dim", "rope_scaling", "rope_parameters", "attention_bias", "dtype"]
+    opened, refused = open_awq_model(folder).config, 0
+    for field in fields:
+        for value in ODD:
+            (folder / "config.json").write_text(json.dumps(sound | {field: value}))
+            try:
+                found = open_awq_model(folder).config
+            except CheckpointError:
+                refused += 1
+                continue
+            for name in opened.keys() - {field}:
+                assert found[name] == opened[name], (field, value, name)
+    assert refused > 100
 
 
 # The reference cases

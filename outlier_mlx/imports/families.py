@@ -36,6 +36,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 # Far above any model's; names are listed for every layer, so those have a bound of their own.
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 10_000
+# Of positions, as mlx-lm's `models/rope_utils.py` does them.
+_SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -103,7 +105,7 @@ def complete_config(config: dict, where: str, *, tied: bool) -> tuple[dict, list
 
 def _check_sizes(config: dict, where: str) -> None:
     names = ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"]
-    names += ["vocab_size", "num_hidden_layers"]
+    names += ["vocab_size", "num_hidden_layers", "max_position_embeddings"]
     if config["model_type"] == "mixtral":
         names += ["num_local_experts", "num_experts_per_tok"]
     for name in names:
@@ -155,11 +157,25 @@ def _check_supported(config: dict, where: str) -> None:
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(config.get(name, False), bool):
             raise CheckpointError(f"{where}: {name} is {_short(config[name])}, expected a boolean")
+    _check_scaling(config, where)
+
+
+def _check_scaling(config: dict, where: str) -> None:
     scaling = config.get("rope_scaling")
-    kind = (scaling.get("rope_type") or scaling.get("type")) if isinstance(scaling, dict) else None
-    if kind not in (None, "default") and family == "mixtral":
+    if scaling is None:
+        return
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{where}: rope_scaling is not an object")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return
+    if config["model_type"] == "mixtral":
         raise CheckpointError(f"{where}: rope_scaling {_short(kind)}; MLX's mixtral has none")
-    if isinstance(scaling, dict) and scaling.get("attention_factor") is not None:
+    if kind not in _SCALINGS:
+        raise CheckpointError(
+            f"{where}: rope_scaling {_short(kind)}, expected one of {', '.join(_SCALINGS)}"
+        )
+    if scaling.get("attention_factor") is not None:
         raise CheckpointError(f"{where}: rope_scaling.attention_factor is not known to mlx-lm")
 
 
