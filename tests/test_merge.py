@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -352,3 +353,26 @@ def test_models_from_the_hub_are_opened_once(
     with pytest.raises(OutlierError, match="fuse it first"):
         write_recipe(tmp_path, base_model="us/base+them/lora")
         merge(file, tmp_path / "other", measure=False)
+
+
+def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
+    """As MLX and Python count what they allocate, which no machine's load changes."""
+    write_models(tmp_path, hidden=128, intermediate=512, layers=12, dtype="BF16")
+    experts = [
+        {"source_model": f"./expert_{n}", "positive_prompts": [t]} for n, t in enumerate("abc")
+    ]
+    file = write_recipe(tmp_path, experts=experts)
+    layer = 4 * (3 * 128 * 512 + 3 * 128 * 128)  # an FFN, and attention, in float32
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    tracemalloc.start()
+    try:
+        merged = merge(file, tmp_path / "out", measure=True)
+        _, python_peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert merged.rows[-1].nbytes > 10 * layer
+    assert mx.get_peak_memory() - before < 1.5 * layer
+    assert python_peak < 3 * layer
+    assert mx.get_active_memory() - before < 100_000
