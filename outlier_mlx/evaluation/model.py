@@ -8,6 +8,7 @@ limit for scoring, whatever the limit for generated tokens.
 """
 
 import copy
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,6 +27,7 @@ from outlier_mlx.errors import OutlierError
 #: Told what runs and what it counts; yields a function of (done, in all).
 Watch = Callable[[str, str], AbstractContextManager[Callable[[int, int | None], None]]]
 
+_logger = logging.getLogger("lm_eval.outlier_mlx")
 #: Requests that are generated between two steps of the bar, in batches.
 _BATCHES = 4
 
@@ -165,6 +167,13 @@ class HarnessModel(TemplateLM, MLXLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Greedy answers, each cut where the first of its stopping texts begins."""
         texts: list[str] = []
+        long = sum(len(self.tok_encode(r.args[0])) > self.max_length for r in requests)
+        if long:
+            _logger.warning(
+                "%d questions are longer than the context of %d tokens that the model was made for",
+                long,
+                self.max_length,
+            )
         step = _BATCHES * self._batch_size
         with self._watch("generating", "answers") as progress:
             for at in range(0, len(requests), step):
