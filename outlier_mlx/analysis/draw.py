@@ -50,9 +50,7 @@ def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path
     from matplotlib.figure import Figure
 
     share = 100 * counts.hits / counts.positions  # (probes, hidden)
-    each = -(-counts.hidden // _COLUMNS)
-    padded = np.pad(share, ((0, 0), (0, -counts.hidden % each)))
-    columns = padded.reshape(len(share), -1, each).max(axis=2)
+    each, columns = narrowed(share, _COLUMNS)
     height = 2.5 + max(2.0, 0.14 * len(share))
     figure = Figure(figsize=(12, height), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
@@ -84,6 +82,18 @@ def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path
     figure.suptitle(name)
     figure.colorbar(image, ax=panels, label="positions hit, %")
     figure.savefig(path, dpi=130, format="png")
+
+
+def narrowed(values: np.ndarray, most: int) -> tuple[int, np.ndarray]:
+    """Bring (rows, n) to at most `most` columns, each the largest of as many neighbours.
+
+    Returns:
+        How many neighbours, and (rows, columns).
+    """
+    rows, n = values.shape
+    each = -(-n // most)
+    padded = np.pad(values, ((0, 0), (0, -n % each)))
+    return each, padded.reshape(rows, -1, each).max(axis=2)
 
 
 def draw_comparison(entries: Sequence[dict[str, Any]], against: Against, path: Path) -> None:

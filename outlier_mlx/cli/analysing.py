@@ -38,7 +38,9 @@ def outliers(
     overlap: Annotated[
         float, typer.Option(min=0, max=0.99, help="Share of a window that the next one repeats.")
     ] = 0.0,
-    threshold: Annotated[float, typer.Option(min=0, help="Magnitude of an outlier.")] = 6.0,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1e6, help="Magnitude of an outlier.")
+    ] = 6.0,
     min_layers: Annotated[
         float, typer.Option(min=0, max=1, help="Share of layers that a feature is in.")
     ] = 0.25,

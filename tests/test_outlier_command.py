@@ -1,0 +1,236 @@
+"""The command `outliers`: what it writes, what it refuses, and the windows it cuts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+import outlier_mlx
+from outlier_mlx.analysis.draw import narrowed
+from outlier_mlx.analysis.outliers import measure, read_windows, tokens_digest
+from outlier_mlx.cli import app
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.loading import load
+from tests.builders import write_base, write_overlay
+
+TEXT = "the cat sat on the mat, and the dog sat on the log.\nThere it rained:  and rained. " * 40
+PLANTED = 23
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text; a tier; and a base in which one dimension is huge wherever attention reads it."""
+    folder = tmp_path_factory.mktemp("outliers")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    overlay = write_overlay(folder / "overlay", expert_intermediate=64)
+    outlier_mlx.convert(overlay.path, out=folder / "tier")
+    write_base(folder / "planted", base_dtype="F32")
+    tensors = mx.load(str(folder / "planted" / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    for n in range(4):
+        name = f"model.layers.{n}.input_layernorm.weight"
+        tensors[name] = tensors[name].at[PLANTED].multiply(300.0)
+    mx.save_safetensors(str(folder / "planted" / "model.safetensors"), tensors)
+    return folder
+
+
+def command(place: Path, *models: str) -> list[object]:
+    folders = [place / model for model in models]
+    return ["outliers", *folders, "--text", place / "text.txt", "--sequences", 3, "--length", 32]
+
+
+def test_two_models(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "found"
+    extras = ["--per-expert", "--residual", "--hold", "bf16", "--overlap", 0.5]
+    shown = run(*command(place, "tier", "planted"), "--out", out, *extras)
+    assert shown.exit_code == 0, shown.output
+    assert "planted: 3 sequences of 32 tokens" in shown.stdout
+    assert "note: windows overlap" in shown.stdout
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("by-active-params.png", "by-perplexity.png", "by-total-params.png"),
+        *("heatmap-planted.png", "heatmap-tier.png", "outliers.json", "summary.json"),
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
+    tier, planted = json.loads((out / "outliers.json").read_text())
+    assert (tier["model"], planted["model"]) == ("tier", "planted")
+    for entry in (tier, planted):
+        assert entry["probes"] == 2 * entry["layers"] == 8
+        assert (entry["hidden"], entry["sequences"], entry["length"]) == (64, 3, 32)
+        assert (entry["dtype"], entry["hold"]) == ("float32", "bfloat16")
+        assert len(entry["probe_max"]) == 8
+        assert len(entry["residual"]) == 4
+    assert tier["tokens_sha256"] == planted["tokens_sha256"]
+    assert tier["weights_bits"] < 12 < planted["weights_bits"] == 32
+    assert [layer["layer"] for layer in tier["per_expert"]] == [1, 3]
+    assert tier["inputs"]["same_vector_in_layers"] == [1, 3]
+    assert tier["inputs"]["routed_experts"] == tier["inputs"]["shared_experts"]
+    assert planted["per_expert"] == []
+
+    assert planted["blog"]["unique_dims"] == [PLANTED]
+    assert planted["blog"]["num_outliers"] == 3
+    assert planted["blog"]["layer_pct"] == 50  # of probes: attention's alone
+    assert planted["pooled"]["layer_pct"] == 100
+    assert planted["inputs"]["attention"]["layer_pct"] == 100
+    assert planted["inputs"]["dense_ffn"]["num_outliers"] == 0
+    assert json.loads((out / "summary.json").read_text())["planted"] == {
+        "layer_pct": 50.0,
+        "seq_pct": round(planted["blog"]["seq_pct"], 1),
+        "active_params": f"{planted['active_params'] / 1000:.0f}K",
+    }
+
+
+def test_the_command_measures_what_the_functions_do(place: Path, tmp_path: Path) -> None:
+    options = ["--no-plots", "--json", "--quiet", "--threshold", 3, "--min-seq", 0.5]
+    shown = run(*command(place, "planted"), "--out", tmp_path, *options, "--min-layers", 0.4)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stderr == ""
+    (found,) = json.loads(shown.stdout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outliers.json", "summary.json"]
+    assert json.loads((tmp_path / "outliers.json").read_text()) == [found]
+    assert found["thresholds"] == {"magnitude": 3.0, "min_layers": 0.4, "min_seq": 0.5}
+    model, tokenizer = load(place / "planted")
+    windows = read_windows(tokenizer, place / "text.txt", 3, 32)
+    assert found["tokens_sha256"] == tokens_digest(windows)
+    measured = measure(model, windows)
+    assert found["perplexity"] == measured.perplexity
+    assert [probe["max_magnitude"] for probe in found["probe_max"]] == [
+        row.max() for row in measured.counts.largest
+    ]
+    listed = json.loads(run("perplexity", place / "planted", "--text", place / "text.txt",
+                            "--window", 32, "--windows", 3, "--json").stdout)  # fmt: skip
+    # That command leaves out each window's last token, which it has nothing to check against.
+    assert found["perplexity"] == pytest.approx(listed["perplexity"], rel=1e-4)
+
+
+def test_nothing_is_overwritten_unasked_and_what_is_done_stays(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    assert run(*command(place, "tier"), "--out", out, "--no-plots").exit_code == 0
+    before = (out / "outliers.json").read_bytes()
+    again = run(*command(place, "planted"), "--out", out, "--no-plots")
+    assert again.exit_code == 1
+    assert "outliers.json: exists; --force replaces it" in again.stderr
+    assert (out / "outliers.json").read_bytes() == before
+
+    # Files of an earlier run, and one that is somebody's own.
+    for name in ("heatmap-tier.png", "by-perplexity.png", "notes.txt"):
+        (out / name).touch()
+    # A model that fails only when it is run.
+    broken = shutil.copytree(place / "planted", tmp_path / "broken")
+    tensors = mx.load(str(broken / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    tensors["model.layers.2.post_attention_layernorm.weight"] *= mx.nan
+    mx.save_safetensors(str(broken / "model.safetensors"), tensors)
+    replacing = command(place), "--out", out, "--no-plots", "--force"
+    failed = run(*replacing[0], broken, *replacing[1:])
+    assert failed.exit_code == 1
+    assert failed.stderr == "error: broken: layer_2.ffn: not all values are finite\n"
+    assert (out / "outliers.json").read_bytes() == before
+    failed = run(*replacing[0], place / "planted", broken, *replacing[1:])
+    assert failed.exit_code == 1
+    (entry,) = json.loads((out / "outliers.json").read_text())
+    assert entry["model"] == "planted"
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("notes.txt", "outliers.json", "summary.json")
+    ]
+
+
+def test_models_of_one_name_are_told_apart(place: Path, tmp_path: Path) -> None:
+    twin = shutil.copytree(place / "planted", tmp_path / "other" / "planted")
+    models = [place / "planted", twin]
+    shown = run(*command(place), *models, "--out", tmp_path / "found", "--no-plots", "--json")
+    assert shown.exit_code == 0, shown.output
+    assert [entry["model"] for entry in json.loads(shown.stdout)] == [str(m) for m in models]
+    assert shown.stdout.count(json.loads(shown.stdout)[0]["tokens_sha256"]) == 2
+
+
+def change_config(folder: Path, **fields: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "found"
+    missing = run("outliers", place / "tier", "--text", tmp_path / "nothing.txt", "--out", out)
+    assert missing.exit_code == 2
+    for option, value in (("--length", 1), ("--overlap", 1), ("--hold", "int8")):
+        assert run(*command(place, "tier"), "--out", out, option, value).exit_code == 2
+
+    copy = shutil.copytree(place / "planted", tmp_path / "copy")
+    parallel = change_config(
+        shutil.copytree(place / "planted", tmp_path / "parallel"), model_type="cohere"
+    )
+    (tmp_path / "binary.txt").write_bytes(b"text \xff\xfe")
+    (tmp_path / "short.txt").write_text("the cat")
+    refused: list[tuple[list[object], str]] = [
+        (["nowhere"], "nowhere: no such folder"),
+        ([copy, copy], "a model is given twice"),
+        ([place / "overlay"], "an overlay; `outlier-mlx convert` makes a tier from it"),
+        ([copy, "--text", tmp_path / "binary.txt"], "binary.txt: not UTF-8 text"),
+        ([copy, "--text", tmp_path / "short.txt"], "fewer than one window of 32"),
+        ([copy, "--out", copy / "config.json"], "exists and is not a folder"),
+        ([copy, "--out", copy / "config.json" / "below"], "cannot write there"),
+        ([parallel], "parallel: not a sound model"),
+        ([copy, "--threshold", "inf"], "--threshold"),
+    ]
+    for arguments, message in refused:
+        shown = run(*command(place), "--out", out, *arguments)
+        assert shown.exit_code in (1, 2), (arguments, shown.output)
+        assert message in shown.stderr, (message, shown.stderr)
+        assert shown.exit_code == 2 or shown.stderr.count("\n") == 1
+        assert not out.exists()
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    shown = run(*command(place, "tier"), "--out", out)
+    assert shown.exit_code == 1
+    assert "pip install 'outlier-mlx[plots]', or --no-plots" in shown.stderr
+
+
+def test_windows_are_exact_and_only_what_is_needed_is_read(place: Path, tmp_path: Path) -> None:
+    _, tokenizer = load(place / "tier")
+    path = place / "text.txt"
+    whole = tokenizer.encode(path.read_text(encoding="utf-8"))
+    for sequences, length, overlap in (
+        (1, 2, 0),
+        (3, 32, 0),
+        (5, 20, 0.5),
+        (4, 7, 0.99),
+        (99, 64, 0),
+    ):
+        step = max(1, round(length * (1 - overlap)))
+        expected = [whole[at : at + length] for at in range(0, len(whole) - length + 1, step)]
+        found = read_windows(tokenizer, path, sequences, length, overlap)
+        assert found == expected[:sequences]
+    # A file whose later part is no text: it is not looked at.
+    (tmp_path / "long.txt").write_bytes(TEXT.encode() * 200 + b"\xff" * 100)
+    assert read_windows(tokenizer, tmp_path / "long.txt", 3, 32) == read_windows(
+        tokenizer, path, 3, 32
+    )
+    with pytest.raises(OutlierError, match=r"the text has \d+ tokens, fewer than one window of"):
+        read_windows(tokenizer, path, 1, len(whole) + 1)
+
+
+def test_heatmaps_of_wide_models_lose_no_hit() -> None:
+    """With more dimensions than columns, a column shows the largest of several."""
+    values = np.zeros((2, 2051))
+    values[0, [0, 1500, 2050]] = 1, 2, 3
+    each, columns = narrowed(values, 1024)
+    assert (each, columns.shape) == (3, (2, 684))
+    assert {int(at): columns[0, at] for at in np.flatnonzero(columns[0])} == {0: 1, 500: 2, 683: 3}
+    assert not columns[1].any()
+    each, columns = narrowed(values, 2051)
+    assert each == 1
+    np.testing.assert_array_equal(columns, values)

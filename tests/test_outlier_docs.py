@@ -1,0 +1,54 @@
+"""The commands of the page on outlier features run as they stand there, and write what it says."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from outlier_mlx.showcase import FOLDER
+from tests.test_docs import ROOT, commands
+
+PAGE = "docs/outliers.md"
+
+
+@pytest.mark.slow
+def test_commands(tmp_path: Path) -> None:
+    for name in ("base", "overlay"):
+        shutil.copytree(FOLDER / name, tmp_path / name)
+    shutil.copyfile(FOLDER / "heldout" / "sea.txt", tmp_path / "text.txt")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    listed = commands(PAGE)
+    assert len(listed) == 3
+    for command in listed:
+        done = subprocess.run(
+            shlex.split(command),
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    tier, base = json.loads((tmp_path / "found" / "outliers.json").read_text())
+    (more,) = json.loads((tmp_path / "more" / "outliers.json").read_text())
+    # The page says that the demo's models have features from 3.5 on.
+    assert tier["blog"]["unique_dims"]
+    assert base["blog"]["unique_dims"]
+    # Every field and file that it lists is there.
+    text = (ROOT / PAGE).read_text(encoding="utf-8")
+    fields = re.search(r"## The fields.*?\n\n(.*?)\n\n", text, re.DOTALL)
+    assert fields is not None
+    for row in fields[1].splitlines()[2:]:
+        for field in re.findall(r"`([\w.]+)`", row.split("|")[1]):
+            entry = more
+            for name in field.split("."):
+                entry = entry[name]
+    for file in re.findall(r"`([\w-]+\.(?:json|png))`", text):
+        assert (tmp_path / "found" / file.replace("MODEL", "tier")).exists(), file
