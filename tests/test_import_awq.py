@@ -94,7 +94,7 @@ def test_codes_keep_their_place(seed: int, groups: int, words: int, group: int) 
     ones, zeros = mx.ones((8 * words, groups)), mx.zeros((8 * words, groups))
     for bits, rows, codes in (
         (4, to_four_bits(packed), q),
-        (5, to_five_bits(packed, z), q + 16 - np.repeat(z, group, 0)),
+        (5, to_five_bits(packed, pack(z)), q + 16 - np.repeat(z, group, 0)),
         (5, to_five_bits(packed, None), q + 8),
     ):
         found = mx.dequantize(mx.array(rows), ones, zeros, group, bits)
@@ -440,7 +440,20 @@ def test_what_is_beside_the_model(sound: Built, tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "mlx", sound.weights)
 
 
-ODD = (None, "x", -1, 0, 2.5, 10**30, True, [], [1], {}, {"type": []}, {"rope_theta": {}, "b": []})
+ODD: tuple[Any, ...] = (
+    None,
+    "x",
+    -1,
+    0,
+    2.5,
+    10**30,
+    True,
+    [],
+    [1],
+    {},
+    {"type": []},
+    {"rope_theta": {}, "b": []},
+)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2"])

@@ -8,7 +8,7 @@ Source: AutoAWQ 0.2, `awq/modules/linear/gemm.py` and `awq/utils/packing_utils.p
 
 import numpy as np
 
-from outlier_mlx.imports.codes import pack_codes
+from outlier_mlx.imports.codes import five_bytes
 
 #: Column j of eight sits in bits 4 * NIBBLES[j] and on.
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -62,18 +62,40 @@ def to_five_bits(words: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
 
     Args:
         words: (in, c) of 32 bits.
-        zeros: (groups, 8 * c) uint8; None stands for 8.
+        zeros: (groups, c) of 32 bits; None stands for zeros of 8.
 
     Returns:
         (8 * c, in * 5 / 32) uint32.
     """
-    codes = unpack(words)
-    if zeros is None:
-        codes += np.uint8(8)
-    else:
-        by_group = codes.reshape(len(zeros), -1, codes.shape[1])
-        by_group += np.uint8(16) - zeros[:, None]
-    return pack_codes(np.ascontiguousarray(codes.T), 5)
+    width, count = words.shape
+    packed = np.empty((count, 8, width * 5 // 8), np.uint8)
+    for start in range(0, width, _BLOCK):
+        rows = slice(start, min(start + _BLOCK, width))
+        low, high = _halves(words[rows])
+        if zeros is None:
+            low, high = low + 8, high + 8
+        else:
+            of_group = np.arange(rows.start, rows.stop) * len(zeros) // width
+            low_zeros, high_zeros = _halves(zeros)
+            low, high = low + (16 - low_zeros)[of_group], high + (16 - high_zeros)[of_group]
+        target = packed[..., rows.start * 5 // 8 : rows.stop * 5 // 8]
+        target[:, _LOW] = _transposed(_packed_rows(low), count)
+        target[:, _HIGH] = _transposed(_packed_rows(high), count)
+    return packed.reshape(8 * count, width * 5 // 8).view("<u4")
+
+
+def _halves(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The low and the high codes (rows, 4 * c) uint8 of the bytes of words (rows, c)."""
+    block = np.ascontiguousarray(words).view(np.uint8)
+    return block & 15, block >> 4
+
+
+def _packed_rows(codes: np.ndarray) -> np.ndarray:
+    """Codes (rows, n) of 5 bits, packed along the rows: (rows * 5 / 8, n) uint8."""
+    packed = np.empty((len(codes) * 5 // 8, codes.shape[1]), np.uint8)
+    for n, values in enumerate(five_bytes([codes[n::8] for n in range(8)])):
+        packed[n::5] = values
+    return packed
 
 
 def mlx_group(group: int) -> int | None:

@@ -145,12 +145,14 @@ class AwqPart(Part):
         """Calls that pack a slab each. A matrix is read when its first slab is asked for."""
         for matrix in self.matrices:
             words = matrix.qweight.read()
-            zeros = matrix.read_zeros() if self.bits == 5 else None
+            zeros = None
+            if self.bits == 5 and matrix.qzeros is not None:
+                zeros = matrix.qzeros.read()
             step = _WORDS * max(1, _SLAB_BYTES // (4 * _WORDS * len(words)))
             for start in range(0, words.shape[1], step):
-                columns = slice(8 * start, 8 * (start + step))
+                columns = slice(start, start + step)
                 part = None if zeros is None else zeros[:, columns]
-                yield partial(_pack, words[:, start : start + step], part, self.bits)
+                yield partial(_pack, words[:, columns], part, self.bits)
 
     def _scales(self, matrix: AwqMatrix) -> np.ndarray:
         return self._spread(matrix, matrix.read_scales().astype(self.dtype))
@@ -184,10 +186,10 @@ def _pack(words: np.ndarray, zeros: np.ndarray | None, bits: int) -> tuple[np.nd
     """Packed rows of a slab of columns, and the bytes of source that they used up."""
     pieces = []
     for start in range(0, words.shape[1], _WORDS):
-        piece = words[:, start : start + _WORDS]
-        columns = slice(8 * start, 8 * (start + _WORDS))
+        columns = slice(start, start + _WORDS)
         if bits == 4:
-            pieces.append(to_four_bits(piece))
+            pieces.append(to_four_bits(words[:, columns]))
         else:
-            pieces.append(to_five_bits(piece, None if zeros is None else zeros[:, columns]))
+            part = None if zeros is None else zeros[:, columns]
+            pieces.append(to_five_bits(words[:, columns], part))
     return np.concatenate(pieces), words.nbytes

@@ -1,5 +1,7 @@
 """Unsigned codes packed as MLX's affine format stores them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 WIDTHS = (2, 4, 5, 8)
@@ -21,15 +23,24 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     if bits == 8:
         packed = codes
     elif bits == 5:
-        wide = codes.reshape(*codes.shape[:-1], -1, 8).astype("<u8")
-        for n in range(1, 8):
-            wide[..., 0] |= wide[..., n] << np.uint64(5 * n)
-        packed = np.ascontiguousarray(wide[..., 0]).view(np.uint8)
-        packed = packed.reshape(*codes.shape[:-1], -1, 8)[..., :5]
-        packed = packed.reshape(*codes.shape[:-1], -1)
+        packed = np.empty((*codes.shape[:-1], codes.shape[-1] * 5 // 8), np.uint8)
+        for n, values in enumerate(five_bytes([codes[..., n::8] for n in range(8)])):
+            packed[..., n::5] = values
     else:
         count = 8 // bits
         packed = codes[..., 0::count].copy()
         for n in range(1, count):
             packed |= codes[..., n::count] << np.uint8(bits * n)
     return np.ascontiguousarray(packed).view("<u4")
+
+
+def five_bytes(codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The five bytes that eight codes of 5 bits make, for arrays of first, second ... codes."""
+    a, b, c, d, e, f, g, h = codes
+    return [
+        a | b << 5,
+        b >> 3 | c << 2 | d << 7,
+        d >> 1 | e << 4,
+        e >> 4 | f << 1 | g << 6,
+        g >> 2 | h << 3,
+    ]
