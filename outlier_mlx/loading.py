@@ -67,8 +67,10 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
             classes["get_model_classes"] = lambda config: (RenormalisedQwen2Moe, Qwen2MoeArgs)
         if config.get("model_type") == "ternary_mixtral":
             classes["get_model_classes"] = lambda config: (TernaryMixtral, TernaryMixtralArgs)
+        # What ends a text mlx-lm takes from generation_config.json, if that says it.
+        given = {key: value for key, value in config.items() if key != "eos_token_id"}
         model, config = mlx_lm_load_model(
-            folder, lazy=True, model_config=config, trust_remote_code=False, **classes
+            folder, lazy=True, model_config=given, trust_remote_code=False, **classes
         )
         wanted = getattr(mx, dtype) if dtype is not None else None
         if wanted is None and mx.default_device() == mx.cpu:

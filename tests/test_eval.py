@@ -16,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 from typer.testing import CliRunner, Result
 
+import outlier_mlx
 from outlier_mlx.cli import app
 from tests.affine import with_quantized_base
 from tests.builders import write_base, write_overlay
@@ -294,6 +295,11 @@ def test_settings_are_heeded_and_noted(cases: dict[str, Case], tmp_path: Path) -
     assert json.loads(plain.stdout) == json.loads(out.read_text())
     assert json.loads(plain.stdout)["results"][0]["value"] == 0.0  # asked without the template
     assert [file.name for file in tmp_path.iterdir() if file.suffix == ".part"] == []
+
+
+def test_answers_end_where_generation_config_says(cases: dict[str, Case]) -> None:
+    for case in cases.values():
+        assert outlier_mlx.load(case.folder)[1].eos_token_ids == {0, 2}
 
 
 def test_examples_come_before_the_question(cases: dict[str, Case], tmp_path: Path) -> None:
