@@ -72,10 +72,8 @@ class _Fields:
             return default
         if type(value) not in kinds:
             raise CheckpointError(
-                f"{self.model.where}: {self.prefix}.{name} is {str(value)[:40]!r}, expected a"
-                f" {'whole number' if kinds == (int,) else 'number'}"
-                if kinds != (str,)
-                else f"{self.model.where}: {self.prefix}.{name} is no text"
+                f"{self.model.where}: {self.prefix}.{name} is {str(value)[:40]!r}, expected"
+                f" {' or '.join(kind.__name__ for kind in kinds)}"
             )
         return value
 

@@ -124,6 +124,12 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
         raise CheckpointError(f"{where}: the token {twice!r} is there twice")
     spm = model == "llama"
     rule, notes = ("", ()) if spm else _rule(read, architecture)
+    if architecture == "qwen2" and _RULES.get(rule) is not _QWEN2:
+        # transformers 5 does not ask tokenizer.json, nor its config, for models of this type.
+        raise CheckpointError(
+            f"{where}: a qwen2 model with the tokenizer {rule or model!r}; transformers gives all"
+            " qwen2 models Qwen2's own"
+        )
     defaults = {"bos": 1, "eos": 2, "unk": 0} if spm else {}
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
