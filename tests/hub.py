@@ -88,13 +88,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        match = re.fullmatch(r"/(?:[^/]+/[^/]+/resolve|lfs/[^/]+/[^/]+)/[^/]+/(.+)", path)
+        if match and self.hub.on_file is not None:
+            self.hub.on_file(self.command, match[1], self.headers.get("Range"))
         if self.hub.down:
             self.reply(503, b"down for maintenance")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
             self.describe(match[1], match[2], match[3] or "main")
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            if self.hub.on_file is not None:
-                self.hub.on_file(self.command, match[3], self.headers.get("Range"))
             self.serve(*match.groups())
         elif match := re.fullmatch(r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)", path):
             self.send(self.hub.repos[match[1]].commits[match[2]] / match[3], {})

@@ -157,21 +157,24 @@ class PlacedWriter:
         self.folder = folder
         self._shards = assign_shards(specs, max_shard_bytes)
         self._handles: list[int] = []
+        self._headers = [_header(shard) for shard in self._shards]
         self._places: dict[str, tuple[int, int, int]] = {}  # shard, first byte, end
+        for number, shard in enumerate(self._shards):
+            end = len(self._headers[number])
+            for spec in shard:
+                self._places[spec.name] = (number, end, end + spec.nbytes)
+                end += spec.nbytes
+        #: Bytes of all shards together.
+        self.nbytes = sum(len(header) for header in self._headers) + sum(s.nbytes for s in specs)
 
     def __enter__(self) -> "PlacedWriter":
         try:
             for number, shard in enumerate(self._shards):
-                header = _header(shard)
                 path = self.folder / _shard_name(number, self._shards)
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 self._handles.append(handle)
-                end = len(header)
-                for spec in shard:
-                    self._places[spec.name] = (number, end, end + spec.nbytes)
-                    end += spec.nbytes
-                os.ftruncate(handle, end)
-                _write_at(handle, memoryview(header), 0)
+                os.ftruncate(handle, self._places[shard[-1].name][2])
+                _write_at(handle, memoryview(self._headers[number]), 0)
         except BaseException:
             self.__exit__()
             raise

@@ -118,10 +118,10 @@ class Streamed(Sources):
         journal = Journal(owner, identity)
         forget(self.files)
         specs = [spec for part in plan.parts for spec in part.specs()]
-        total = plan.source_bytes + sum(map(self._to_fetch, work.pieces)) + plan.nbytes
-        tally = _Tally(total, progress)
+        sources = plan.source_bytes + sum(map(self._to_fetch, work.pieces))
         try:
             with PlacedWriter(folder, specs) as writer, reading_pool() as pool, small_cache():
+                tally = _Tally(sources + writer.nbytes, progress)
                 run = _Run(work, journal, writer, pool, tally)
                 for file, pieces in work.pieces.items():
                     if file is None:
