@@ -119,6 +119,9 @@ def test_recipes(sound: Path, changes: dict[str, Any], message: str) -> None:
         ("? [1, 2]\n: 3", "not valid YAML"),
         ("#" + " " * 1_000_000, "larger than 1000000 bytes"),
         ("\x00", "not valid YAML"),
+        ("a: !!int ''", "not valid YAML"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("a: !!bool x", "not valid YAML"),
     ],
 )
 def test_yaml(sound: Path, text: str, message: str) -> None:

@@ -121,6 +121,25 @@ def test_prompts_alone_are_enough_to_train(folder: Path, tmp_path: Path) -> None
     assert routing[0].right > max(other.right for other in routing[1:])
 
 
+def test_a_shared_expert_keeps_the_gate_of_its_prompts(tmp_path: Path) -> None:
+    write_models(tmp_path, "qwen2")
+    shared: dict[str, Any] = {"source_model": "./expert_0", "positive_prompts": ["all of it"]}
+    gates = {}
+    for mode in ("trained", "hidden"):
+        file = write_recipe(tmp_path, gate_mode=mode, shared_experts=[shared])
+        merged = merge(file, tmp_path / mode)
+        gates[mode] = merged.routers.gates
+        model, _ = load(merged.path)
+        assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])))).all()
+    assert gates["hidden"].shared is not None
+    assert gates["trained"].shared is not None
+    np.testing.assert_allclose(gates["trained"].shared, gates["hidden"].shared, atol=1e-6)
+    del shared["positive_prompts"]
+    file = write_recipe(tmp_path, gate_mode="trained", shared_experts=[shared])
+    with pytest.raises(OutlierError, match="the shared expert has no positive prompts"):
+        merge(file, tmp_path / "out")
+
+
 def test_what_training_lacks(folder: Path, tmp_path: Path) -> None:
     experts = topical_experts(folder)
     del experts[1]["positive_prompts"], experts[1]["texts"]

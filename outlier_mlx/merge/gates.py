@@ -62,8 +62,8 @@ def prompt_gates(
         progress: called with layers done and in all, while the base runs.
 
     Raises:
-        OutlierError: an expert has no prompts and `no_positive` does not say what that means, a
-            prompt has no tokens, or routers are not finite.
+        OutlierError: an expert has no prompts and `no_positive` does not say what that means, or a
+            prompt has no tokens.
     """
     found = {m: _random(m, mixture, seed) for m in modes if m in RANDOM_MODES}
     others = [m for m in modes if m not in RANDOM_MODES]
@@ -73,10 +73,6 @@ def prompt_gates(
         wanted = [_Wanted(entry, n, recipe, tokens) for n, entry in enumerate(entries)]
         rows = _rows(mixture.base, wanted, others, progress)
         found |= {mode: _split(value, mixture) for mode, value in rows.items()}
-    for mode, gates in found.items():
-        shared = gates.shared if gates.shared is not None else np.zeros(1)
-        if not (np.isfinite(gates.routed).all() and np.isfinite(shared).all()):
-            raise OutlierError(f"gate_mode {mode}: routers hold NaN or infinity")
     return found
 
 
@@ -94,10 +90,7 @@ def shared_gate(
 
 
 class _Wanted:
-    """An expert's prompts as tokens.
-
-    `positive` is None where it stands for zero.
-    """
+    """An expert's prompts as tokens; no positive ones stand for zero."""
 
     def __init__(
         self, entry: ExpertRecipe, number: int, recipe: MergeRecipe, tokens: Tokens
@@ -230,9 +223,12 @@ def check_gates(gates: Gates, recipe: MergeRecipe) -> list[str]:
     """What is odd about routers.
 
     Raises:
-        OutlierError: all experts have equal ones.
+        OutlierError: they are not finite, or all experts have equal ones.
     """
     routed = gates.routed
+    for rows in (routed, gates.shared):
+        if rows is not None and not np.isfinite(rows).all():
+            raise OutlierError(f"gate_mode {recipe.gate_mode}: routers hold NaN or infinity")
     count = routed.shape[1]
     if recipe.gate_mode in RANDOM_MODES or count == 1:
         return []

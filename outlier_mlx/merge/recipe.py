@@ -259,6 +259,13 @@ class _Fields:
         return [_Fields(v, self.file, f"{key}[{n}]", known) for n, v in enumerate(value)]
 
 
+# PyYAML lets through what Python raises at texts like "!!int ''" or "!!timestamp x".
+_YAML_ERRORS = (
+    *(yaml.YAMLError, ValueError, RecursionError),
+    *(AttributeError, LookupError, TypeError, ArithmeticError),
+)
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML of plain values, without a key twice in a mapping."""
 
@@ -285,8 +292,8 @@ def read_yaml(file: Path) -> Any:
         return yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise OutlierError(f"{file}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300] or "nested too deep"
+    except _YAML_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise OutlierError(f"{file.name}: not valid YAML: {reason}") from None
 
 
