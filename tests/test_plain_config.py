@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +35,8 @@ def write_llama(folder: Path, **rope: Any) -> mx.array:
     folder.mkdir()
     mx.random.seed(0)
     model = Model(ModelArgs.from_dict(LLAMA | {"rope_theta": 1e6}))
-    weights = {k: v * 4 if "proj" in k else v for k, v in tree_flatten(model.parameters())}
+    flat = cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters()))
+    weights = {name: value * 4 if "proj" in name else value for name, value in flat}
     model.load_weights(list(weights.items()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     (folder / "config.json").write_text(json.dumps(LLAMA | rope))
