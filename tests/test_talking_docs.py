@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,16 +13,7 @@ import pytest
 
 from tests.builders import write_overlay
 from tests.engine import tier_of
-
-ROOT = Path(__file__).parents[1]
-
-
-def blocks(page: str) -> list[tuple[str, str]]:
-    """Language and text of the code blocks of a page."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    found = re.findall(r"^ *```(\w+)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
-    assert found
-    return found
+from tests.pages import blocks, run_block, variables
 
 
 @pytest.fixture
@@ -34,30 +23,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def variables() -> dict[str, str]:
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
-def run(language: str, text: str, folder: Path) -> str:
-    """Run a block to its end, without a terminal; what it prints."""
-    shell = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
-    done = subprocess.run(
-        [*shell, text],
-        cwd=folder,
-        env=variables(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_chat(folder: Path) -> None:
-    for language, text in blocks("chat.md"):
-        run(language, text, folder)
+    for language, text in blocks("docs/chat.md"):
+        run_block(language, text, folder)
     assert (folder / "replies.txt").read_text(encoding="utf-8").count("\n") >= 2
 
 
@@ -92,13 +61,13 @@ def test_serve(folder: Path) -> None:
         port = str(free.getsockname()[1])
     serving: Serving | None = None
     try:
-        for language, text in blocks("serve.md"):
+        for language, text in blocks("docs/serve.md"):
             if "outlier-mlx serve" in text:
                 if serving:
                     serving.end()
                 serving = Serving(f"{text.rstrip()} --port {port}", folder, port)
             else:
-                printed = run(language, text.replace("8080", port), folder)
+                printed = run_block(language, text.replace("8080", port), folder)
                 assert printed and "error" not in printed
     finally:
         if serving:
