@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx.cli import app
+from outlier_mlx.memory import Budget
 from tests.affine import with_quantized_base
 from tests.builders import write_base, write_overlay
 from tests.engine import tier_of
@@ -217,7 +218,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def expected(case: Case) -> dict[tuple[str, str], tuple[float, float | None, int]]:
     """Value, standard error (None: the harness has none) and n by task and metric."""
-    acc, acc_norm = [], []
+    acc: list[float] = []
+    acc_norm: list[float] = []
     for number, (question, choices) in enumerate(zip(QUESTIONS, CHOICES, strict=True)):
         scores = np.array([case.score(question, f" {choice}")[0] for choice in choices])
         lengths = np.array([len(choice) for choice in choices])
@@ -283,6 +285,7 @@ def test_settings_are_heeded_and_noted(cases: dict[str, Case], tmp_path: Path) -
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
     assert [(row["value"], row["n"]) for row in found["results"]] == [(1.0, 2)]
+    assert found["config"]["tasks"] == ["talk.yaml"]
     assert found["config"]["limit"] == 2 and found["config"]["seed"] == 7
     assert found["config"]["apply_chat_template"] is True and found["config"]["max_tokens"] == 2
     assert {"outlier-mlx", "lm-eval", "mlx", "mlx-lm"} == set(found["versions"])
@@ -373,6 +376,17 @@ def test_mistakes_get_one_line(cases: dict[str, Case], tmp_path: Path) -> None:
     assert run("eval", base, "--tasks", ",").exit_code == 2
     away = run("eval", base, "--tasks", good, "--out", tmp_path / "away" / "x.json")
     assert away.exit_code == 1 and "no such folder" in away.stderr
+
+
+def test_a_model_that_does_not_fit(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = write_task(tmp_path, "one", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
+    monkeypatch.setattr("outlier_mlx.memory.budget", lambda: Budget(1000, "this machine"))
+    command = ["eval", cases["base"].folder, "--tasks", task]
+    refused = run(*command)
+    assert refused.exit_code == 1 and "--ignore-memory" in refused.stderr
+    assert run(*command, "--ignore-memory").exit_code == 0
 
 
 def test_groups_of_a_folder_are_asked_once(cases: dict[str, Case], tmp_path: Path) -> None:

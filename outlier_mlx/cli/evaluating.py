@@ -93,7 +93,7 @@ def evaluate(
         trust_tasks=trust_tasks,
         run_generated_code=run_generated_code,
     )
-    for text in noted:
+    for text in noted if not quiet else ():
         say(f"warning: {text}")
     if out is not None:
         results.save(evaluation, out, force=force)

@@ -26,7 +26,7 @@ from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.evaluation.model import HarnessModel, Watch
 from outlier_mlx.evaluation.results import Evaluation, Result
-from outlier_mlx.evaluation.tasks import Working, load_tasks, sandboxed
+from outlier_mlx.evaluation.tasks import Working, is_path, load_tasks, sandboxed
 from outlier_mlx.loading import load, quiet_transformers
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.hub import Source
@@ -135,7 +135,8 @@ def evaluate(
             "mlx": version("mlx"),
             "mlx-lm": version("mlx-lm"),
         },
-        config={"tasks": list(tasks)}
+        # Of files the names alone, since their places are this machine's affair.
+        config={"tasks": [Path(task).name if is_path(task) else task for task in tasks]}
         | asdict(options)
         | {"dtype": _activation_dtype(model), "bootstrap_iters": BOOTSTRAP_ITERS},
         results=list(_results(found)),
@@ -246,6 +247,9 @@ def _noting(noted: Noted) -> Iterator[None]:
     handler = Handler(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "mlx_lm")]
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    # Without any, the first message of mlx-lm's would make one that prints.
+    root, nothing = logging.getLogger(), logging.NullHandler()
+    root.addHandler(nothing)
     bars = datasets.utils.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.WARNING)
@@ -260,6 +264,7 @@ def _noting(noted: Noted) -> Iterator[None]:
             logger.setLevel(level)
             logger.propagate = propagate
             logger.handlers = handlers
+        root.removeHandler(nothing)
         if not bars:
             datasets.enable_progress_bars()
 

@@ -47,8 +47,8 @@ def load_tasks(specs: Sequence[str], working: Working, *, trust: bool = False) -
         OutlierError: no such task, a file that is no sound task, or would run code, or data that
             cannot be had.
     """
-    local, wanted = _local_tasks([spec for spec in specs if _is_path(spec)], trust=trust)
-    wanted += [spec for spec in specs if not _is_path(spec)]
+    local, wanted = _local_tasks([spec for spec in specs if is_path(spec)], trust=trust)
+    wanted += [spec for spec in specs if not is_path(spec)]
     if all(name in local for name in _named(local, wanted)):
         manager = TaskManager(include_defaults=False)
     else:
@@ -71,7 +71,8 @@ def load_tasks(specs: Sequence[str], working: Working, *, trust: bool = False) -
     return loaded
 
 
-def _is_path(spec: str) -> bool:
+def is_path(spec: str) -> bool:
+    """Whether a task is meant as a file or folder, and not as a name of the harness's."""
     return "/" in spec or spec.endswith((".yaml", ".yml"))
 
 
@@ -199,6 +200,10 @@ def _find_data(folder: Path, config: dict) -> None:
         found = folder / str(name)
         return str(found.resolve()) if found.exists() else name
 
+    listed = config.get("task")
+    for inline in listed if isinstance(listed, list) else []:
+        if isinstance(inline, dict):
+            _find_data(folder, inline)
     options = config.get("dataset_kwargs")
     if isinstance(options, dict):
         for key in ("data_files", "data_dir"):
