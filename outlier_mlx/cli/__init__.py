@@ -14,6 +14,7 @@ from outlier_mlx.cli import (  # noqa: F401 - they register commands
     measuring,
     merging,
     running,
+    sharing,
     talking,
 )
 from outlier_mlx.cli.app import app

@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from outlier_mlx.errors import OutlierError
 
@@ -15,28 +15,21 @@ _ADDRESS = re.compile(r"https?://\S+")
 @contextmanager
 def talking(repo: str, *, quiet: bool) -> Iterator[None]:
     """The hub's bars on a terminal only, and its errors in one line that says what to do."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    from huggingface_hub.utils import disable_progress_bars
 
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)  # the retries that it logs are told once, by what ends them
-    hide = (quiet or not sys.stderr.isatty()) and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
+    shown = sys.stderr.isatty() and not quiet
     try:
-        yield
+        with nullcontext() if shown else disable_progress_bars():
+            yield
     except OutlierError:
         raise
     except Exception as error:
         raise OutlierError(f"{repo}: {_reason(repo, error)}") from error
     finally:
         logger.setLevel(level)
-        if hide:
-            enable_progress_bars()
 
 
 def _reason(repo: str, error: BaseException) -> str:
