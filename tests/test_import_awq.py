@@ -140,7 +140,9 @@ def test_every_weight_to_the_bit(case: Awq, bits: int, tmp_path: Path) -> None:
 def test_groups_that_differ_by_module(tmp_path: Path) -> None:
     """Groups as wide as a row: 64 and 96 inputs, of which MLX has 64 and 32."""
     built = write_awq(tmp_path / "awq", Awq("llama", group=-1))
-    import_model(built.path, tmp_path / "mlx")
+    seen: list[tuple[int, int]] = []
+    import_model(built.path, tmp_path / "mlx", progress=lambda *step: seen.append(step))
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1]
     assert_same_weights(tmp_path / "mlx", built.weights)
     quantization = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
     assert quantization["group_size"] == 64

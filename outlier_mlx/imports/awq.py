@@ -85,8 +85,7 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
 def _refuse_gptq(tensors: Mapping[str, TensorRef]) -> None:
     for name, tensor in tensors.items():
         if name.endswith(".g_idx"):
-            raise CheckpointError(f"{tensor.where}: GPTQ has this tensor, AWQ has not; GPTQ is not"
-                                  " imported")  # fmt: skip
+            raise CheckpointError(f"{tensor.where}: a tensor of GPTQ, which is not imported")
 
 
 def _form(dtype: str | None, bits: int | None, quantized: bool) -> _Form:
