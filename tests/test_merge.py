@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -19,13 +20,14 @@ from transformers import PreTrainedTokenizerFast
 import outlier_mlx
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.loading import load_model
-from outlier_mlx.merge import merge
+from outlier_mlx.merge import merge, sources
 from outlier_mlx.merge.model import open_mixture
 from outlier_mlx.merge.recipe import read_recipe
 from outlier_mlx.merge.routes import routing_weights
 from outlier_mlx.runtime.qwen2_moe import RenormalisedMoE
 from tests import reference
 from tests.goldens import assert_logits_close
+from tests.hub import Hub, point_to, serving
 from tests.merging import SIZES, write_dense, write_models, write_recipe
 from tests.tensor_file import read_arrays, rounded
 
@@ -322,37 +324,55 @@ def test_parameters_that_a_token_meets(models: Path, tmp_path: Path) -> None:
     assert merged.rows[-1].params == merged.mixture.total_params
 
 
-def test_models_from_the_hub_are_opened_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from outlier_mlx.merge import sources
-
+def test_models_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_models(tmp_path, experts=1)
-    opened, asked = [], []
+    newer = write_dense(tmp_path / "newer", seed=8, tokenizer=False)
+    (tmp_path / "base" / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    experts = [
+        {"source_model": "them/expert@v1", "positive_prompts": ["a"]},
+        {"source_model": "them/expert", "positive_prompts": ["b"]},
+        {"source_model": "./expert_0", "positive_prompts": ["c"]},
+    ]
+    file = write_recipe(tmp_path, base_model="us/base", experts=experts)
+    hub = Hub()
+    hub.add("us/base", tmp_path / "base")
+    old, new = hub.add("them/expert", tmp_path / "expert_0", newer)
+    with serving(hub):
+        point_to(hub, tmp_path, monkeypatch)
+        huggingface_hub.close_session()
+        out = merge(file, tmp_path / "out", measure=False).path
+        huggingface_hub.close_session()
+    assert "consolidated.safetensors" not in hub.files_asked("us/base")
+    report = json.loads((out / "merge.json").read_text())
+    assert [expert["revision"] for expert in report["experts"]] == [old, new, None]
+    assert [expert["name"] for expert in report["experts"]][1:] == ["them/expert", "expert_0"]
+    tensors = read_arrays(next(out.glob("*.safetensors")))
+    name = "model.layers.1.block_sparse_moe.experts.{}.w1.weight"
+    first, second, third = (tensors[name.format(n)] for n in range(3))
+    np.testing.assert_array_equal(first, third)
+    assert (first != second).all()
 
-    def resolve(name: str, revision: str | None, files: Any) -> Any:
-        asked.append((name, revision))
-        folder = tmp_path / name.split("/")[-1]
-        return sources.Source(folder, name, revision)
 
+def test_a_model_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_models(tmp_path, experts=1)
+    opened = []
     read = sources.read_shards
-    monkeypatch.setattr(sources, "resolve", resolve)
 
     def read_shards(folder: Path) -> Any:
         opened.append(folder.name)
         return read(folder)
 
     monkeypatch.setattr(sources, "read_shards", read_shards)
-    experts = [{"source_model": "them/expert_0@v1", "positive_prompts": [t]} for t in "ab"]
-    file = write_recipe(tmp_path, base_model="us/base", experts=experts)
-    merged = merge(file, tmp_path / "out", measure=False)
-    assert asked == [("us/base", None), ("them/expert_0", "v1"), ("them/expert_0", "v1")]
+    names = ("./expert_0", "expert_0", "./base", "./base/../expert_0")
+    experts = [{"source_model": name, "positive_prompts": [name]} for name in names]
+    merge(write_recipe(tmp_path, experts=experts), tmp_path / "out", measure=False)
     assert opened == ["base", "expert_0"]
-    report = json.loads((merged.path / "merge.json").read_text())
-    assert report["experts"][1]["name"] == "them/expert_0"
+
+
+def test_adapters_are_no_models(tmp_path: Path) -> None:
+    write_models(tmp_path)
     with pytest.raises(OutlierError, match="fuse it first"):
-        write_recipe(tmp_path, base_model="us/base+them/lora")
-        merge(file, tmp_path / "other", measure=False)
+        merge(write_recipe(tmp_path, base_model="us/base+them/lora"), tmp_path / "out")
 
 
 def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from outlier_mlx.errors import one_line
 from outlier_mlx.merge.gates import CONDITION_LIMIT
 from outlier_mlx.merge.report import Merged, conditions
 from outlier_mlx.merge.routes import Routing
-from outlier_mlx.terminal import count, parts_table, print_columns, stderr
+from outlier_mlx.terminal import count, parts_table, print_columns, print_heading, stderr
 
 
 def print_merged(result: Merged) -> None:
@@ -14,9 +14,8 @@ def print_merged(result: Merged) -> None:
     console = stderr()
     mixture, form, routers = result.mixture, result.form, result.routers
     stored = f"{form.bits} bits" if form.bits else form.dtype
-    console.print(
-        parts_table(result.rows, one_line(f"{result.path.name}: {_kind(result)}, {stored}"))
-    )
+    print_heading(console, result.path.name, f": {_kind(result)}, {stored}")
+    console.print(parts_table(result.rows))
     console.print(
         f"parameters: {count(mixture.total_params)}, of which a token uses"
         f" {count(mixture.active_params)}",
@@ -28,10 +27,11 @@ def print_merged(result: Merged) -> None:
     for note in result.notes:
         console.print(one_line(f"note: {note}"), soft_wrap=True)
     if result.unquantized:
+        more = len(result.unquantized) - 1
         console.print(
             one_line(
                 f"unquantized, since no group size divides their width: {result.unquantized[0]}"
-                f" and {len(result.unquantized) - 1} more"
+                + (f" and {more} more" if more else "")
             ),
             soft_wrap=True,
         )
@@ -59,8 +59,9 @@ def _print_modes(console: Console, result: Merged) -> None:
         for routing in routers.routing
     ]
     chance = f"{100 / experts:.1f}"
-    title = f"Routing of {texts} to the right one of {experts} experts"
-    print_columns(console, heads, [*rows, ("chance", chance, chance, "")], title=title)
+    console.print()
+    print_heading(console, "Routing", f" of {texts} to the right one of {experts} experts")
+    print_columns(console, heads, [*rows, ("chance", chance, chance, "")])
 
 
 def _print_layers(console: Console, routing: Routing, numbers: list[float | None]) -> None:
@@ -76,8 +77,10 @@ def _print_layers(console: Console, routing: Routing, numbers: list[float | None
         )
         for number, (layer, condition) in enumerate(zip(routing.layers, numbers, strict=True))
     ]
-    title = f"{routing.mode}: share of {routing.tokens} tokens that each expert serves first, %"
-    print_columns(console, heads, rows, title=title, left=0)
+    said = f": share of {routing.tokens} tokens that each expert serves first, %"
+    console.print()
+    print_heading(console, routing.mode, said)
+    print_columns(console, heads, rows, left=0)
 
 
 def _condition(number: float | None) -> str:
