@@ -310,7 +310,7 @@ REFUSED = {
     ),
     "GPTQ by its order": (
         lambda folder: add_tensor(folder, f"{Q}.g_idx", np.zeros(64, np.int32)),
-        rf"{Q}\.g_idx: GPTQ",
+        rf"{Q}\.g_idx: a tensor of GPTQ",
     ),
     "GPTQ by its shape": (as_gptq, r"q_proj\.qweight: .*GPTQ"),
     "GPTQ by its name": (settings_of(quant_method="gptq"), "quant_method gptq"),
