@@ -462,6 +462,11 @@ def test_what_is_found_out_late_is_refused_and_nothing_stays(hub: Hub, tmp_path:
     assert "differs from" in str(local.value) and not (tmp_path / "out").exists()
 
 
+def test_messages_name_the_repository(served: Hub, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="^owner/overlay: holds no base model"):
+        outlier_mlx.convert("owner/overlay", out=tmp_path / "tier", stream=True)
+
+
 def test_gguf_is_refused(hub: Hub, models: Models, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models.overlay(1), tmp_path / "overlay"))
     (folder / "experts.gguf").write_bytes(b"GGUF")
@@ -510,6 +515,7 @@ def test_killed(served: Hub, models: Models, tmp_path: Path) -> None:
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1,localhost",
+        "TMPDIR": str(tmp_path),
     }
     out = tmp_path / "out" / "tier"
     command = [sys.executable, "-c", script, str(out)]

@@ -143,4 +143,6 @@ class hub_errors:
             reason = "no such revision"
         elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             reason = "not in the local cache, and the hub cannot be reached"
+        elif type(error).__module__.startswith("httpx"):  # what huggingface_hub lets through
+            reason = f"the hub cannot be reached: {reason}"
         raise OutlierError(f"{self.repo}: {reason}") from error

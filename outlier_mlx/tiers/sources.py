@@ -1,5 +1,6 @@
 """Finding a conversion's sources: in folders, or on the hub, whole or a file at a time."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.heads import head_bytes
-from outlier_mlx.errors import CheckpointWarning, OutlierError, OutputExistsError
+from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, OutputExistsError
 from outlier_mlx.storage.folders import JOURNAL, kept_folder
 from outlier_mlx.storage.hub import Source, local_source, resolve
 from outlier_mlx.storage.journal import read_identity
@@ -62,6 +63,9 @@ def open_sources(
             yield _mirrored(asked, here, kept, Path(work), force=force)
         except OutputExistsError:
             raise
+        except CheckpointError as error:
+            # The folder is gone when this is read; what follows it is the repository's name.
+            raise CheckpointError(re.sub(rf"{re.escape(work)}/\w+/", "", str(error))) from error
         except BaseException:
             if (kept / JOURNAL).exists():
                 _tell(
@@ -86,7 +90,7 @@ def _mirrored(
         repo = str(name)
         commit, gone = _choose_commit(repo, revision, begun.get(role) or {}, kept)
         anew |= gone
-        folder = work / role / repo.rsplit("/", 1)[-1]
+        folder = work / role / repo
         folder.mkdir(parents=True)
         files.update(mirror(repo, commit, folder, head_bytes))
         return Source(folder, repo, commit)
