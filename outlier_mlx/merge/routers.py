@@ -19,6 +19,8 @@ from outlier_mlx.storage.parts import Progress
 #: What is held against the recipe's own mode where there are held-out prompts.
 COMPARED = ("hidden", "hidden_avg", "cheap_embed", "random", "trained")
 
+_NONE = Sequences((), ())
+
 #: Title and unit ("" for bytes) of a stage to a context that yields its progress.
 Stages = Callable[[str, str], AbstractContextManager[Progress]]
 
@@ -70,29 +72,28 @@ def compute_routers(
     """
     mode = recipe.gate_mode
     measured_on = _measured_on(recipe) if measure else None
-    untrained = _first_untrained(recipe)
-    if mode == "trained" and untrained is not None:
-        raise OutlierError(
-            f"expert {untrained} has neither texts nor positive prompts, which gate_mode trained"
-            " needs"
-        )
-    modes = [mode]
-    if measured_on == "held_out":
-        modes += [other for other in _comparable(recipe) if other != mode]
-    needed = measured_on is not None or mode not in RANDOM_MODES
-    tokens = _tokens(mixture.base) if needed else None
+    modes = _modes(recipe, measured_on)
+    tokens, measured, training = None, _NONE, _NONE
+    if measured_on is not None or mode not in RANDOM_MODES:
+        tokens = _tokens(mixture.base)
+        measured = _measured(recipe, tokens, measured_on)
+        training = _training(recipe, tokens) if "trained" in modes else _NONE
     known: dict[str, Gates] = {}
-    notes: list[str] = []
-    if modes != ["trained"]:
+    given = [other for other in modes if other != "trained"]
+    if given:
         with stages("running the base", "layers") as progress:
-            given = [other for other in modes if other != "trained"]
             known = prompt_gates(recipe, mixture, tokens, given, seed=seed, progress=progress)
-    if mode in known:
-        notes = check_gates(known[mode], recipe)
+    notes = check_gates(known[mode], recipe) if mode in known else []
     streams = []
     if tokens is not None and (measured_on is not None or mode == "trained"):
-        measured = _measured(recipe, tokens, measured_on)
-        streams = [_stream(m, known, recipe, mixture, tokens, measured) for m in modes]
+        skip = 1 if tokens.bos else 0
+        for other in modes:
+            if other in known:
+                gates = known[other]
+                streams.append(Stream(other, gates.routed, gates.shared, measured, skip=skip))
+            else:
+                shared = _shared_gate(recipe, mixture, tokens, known)
+                streams.append(Stream(other, None, shared, measured, training, skip))
         with stages("routing", "experts") as progress:
             run_streams(mixture, streams, progress)
     if mode == "trained":
@@ -105,6 +106,29 @@ def compute_routers(
         fitted=next((stream.fitted for stream in streams if stream.fitted), []),
         notes=notes,
     )
+
+
+def _modes(recipe: MergeRecipe, measured_on: str | None) -> list[str]:
+    """The recipe's mode, and those that it is held against."""
+    mode, untrained = recipe.gate_mode, _first_untrained(recipe)
+    if mode == "trained" and untrained is not None:
+        raise OutlierError(
+            f"expert {untrained} has neither texts nor positive prompts, which gate_mode trained"
+            " needs"
+        )
+    others = _comparable(recipe) if measured_on == "held_out" else []
+    return [mode, *(other for other in others if other != mode)]
+
+
+def _shared_gate(
+    recipe: MergeRecipe, mixture: Mixture, tokens: Tokens, known: dict[str, Gates]
+) -> np.ndarray | None:
+    """The shared expert's gate beside a router that is trained: what its prompts make."""
+    if mixture.shared is None:
+        return None
+    if "hidden" in known:
+        return known["hidden"].shared
+    return shared_gate(recipe, mixture, tokens)
 
 
 def _measured_on(recipe: MergeRecipe) -> str | None:
@@ -159,23 +183,3 @@ def _training(recipe: MergeRecipe, tokens: Tokens) -> Sequences:
             owners.append(number)
             used += len(sequence)
     return Sequences(tuple(ids), tuple(owners))
-
-
-def _stream(
-    mode: str,
-    known: dict[str, Gates],
-    recipe: MergeRecipe,
-    mixture: Mixture,
-    tokens: Tokens,
-    measured: Sequences,
-) -> Stream:
-    skip = 1 if tokens.bos else 0
-    if mode in known:
-        gates = known[mode]
-        return Stream(mode, gates.routed, gates.shared, measured, skip=skip)
-    shared: np.ndarray | None = None
-    if mixture.shared is not None:
-        shared = known["hidden"].shared if "hidden" in known else None
-        if shared is None:
-            shared = shared_gate(recipe, mixture, tokens)
-    return Stream(mode, None, shared, measured, _training(recipe, tokens), skip)
