@@ -151,8 +151,10 @@ class HarnessModel(TemplateLM, MLXLM):
         owners = []
         for number, request in enumerate(requests):
             text = request.args[0]
+            # The prefix is the BOS token; one of the tokenizer's own would be scored as text.
+            tokens = self.tok_encode(text, add_special_tokens=False)
             for window in get_rolling_token_windows(
-                self.tok_encode(text), self.prefix_token_id, self.max_length, 1
+                tokens, self.prefix_token_id, self.max_length, 1
             ):
                 context, predicted = make_disjoint_window(window)
                 windows.append((("", text), context, predicted))
