@@ -6,18 +6,25 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from outlier_mlx.cli import app
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.loading import load_model
 from outlier_mlx.merge import merge
+from outlier_mlx.merge.recipe import EXPERT_KEYS, read_recipe
 from outlier_mlx.storage.writer import ShardedWriter
 from tests.damage import (
     REMOVE,
@@ -134,6 +141,34 @@ def test_yaml_that_is_not_there(tmp_path: Path) -> None:
     assert "No such file" in refused(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"dtype: \xe9")
     assert "not valid YAML" in refused(tmp_path / "latin.yaml")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+KEYS = ("base_model", "gate_mode", "dtype", "experts_per_token", "architecture", "no_positive")
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from([*KEYS, "experts", "shared_experts"]), VALUES),
+    expert=st.dictionaries(st.sampled_from(EXPERT_KEYS), VALUES, max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_values(changes: dict[str, Any], expert: dict[str, Any]) -> None:
+    """What is no recipe is refused, whatever it holds instead."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        whole = {"base_model": "a/b", "experts": [{"source_model": "c/d"} | expert]} | changes
+        file.write_text(yaml.safe_dump(whole), encoding="utf-8")
+        try:
+            recipe = read_recipe(file)
+        except OutlierError as error:
+            assert "recipe.yaml: " in str(error)
+        else:
+            assert 1 <= recipe.experts_per_token <= len(recipe.experts)
+            assert all(isinstance(e.noise_scale, float) for e in recipe.experts)
 
 
 def test_held_out_file(sound: Path, tmp_path: Path) -> None:
@@ -302,6 +337,8 @@ def test_what_is_odd_is_told(sound: Path, tmp_path: Path) -> None:
     assert "every token uses all 2 experts" in " ".join(merged.notes)
     single = merge(write_recipe(sound, experts=[EXPERT]), tmp_path / "single")
     assert (single.notes, single.mixture.top_k) == ([], 1)
+    model, _ = load_model(single.path)
+    assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])))).all()
 
 
 def run(*arguments: object) -> Result:

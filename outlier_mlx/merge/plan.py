@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from outlier_mlx.checkpoints.overlay import FloatTensor
-from outlier_mlx.imports.families import head_dim
 from outlier_mlx.imports.opened import quantization
 from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.model import Mixture
@@ -195,7 +194,6 @@ def make_config(mixture: Mixture, form: Form, parts: list[Part]) -> dict:
             "use_sliding_window": False,
         }
     config["num_experts_per_tok"] = mixture.top_k
-    assert head_dim(base) * base["num_attention_heads"] == base["hidden_size"]
     stored = {}
     for part in parts:
         inner = part.members[0] if isinstance(part, Stacked) else part

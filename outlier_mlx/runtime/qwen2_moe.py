@@ -1,4 +1,7 @@
-"""Qwen2-MoE whose routing weights are renormalised: mlx-lm's own does not read `norm_topk_prob`."""
+"""Qwen2-MoE whose routing weights are renormalised: mlx-lm's own does not read `norm_topk_prob`.
+
+No part of a tier's `outlier_moe.py`: plain models are run with it.
+"""
 
 import mlx.core as mx
 from mlx_lm.models import qwen2_moe
