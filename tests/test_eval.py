@@ -6,9 +6,11 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from typer.testing import CliRunner, Result
 import outlier_mlx
 from outlier_mlx.cli import app
 from outlier_mlx.memory import Budget
+from outlier_mlx.showcase import FOLDER
 from tests.affine import with_quantized_base
 from tests.builders import write_base, write_overlay
 from tests.engine import tier_of
@@ -267,6 +270,27 @@ def test_scores_are_the_references(cases: dict[str, Case], name: str, tmp_path: 
         assert row["higher_is_better"] is higher
         per_gb = row["value"] / found["gb"] if higher else None
         assert row["score_per_gb"] == (per_gb if per_gb is None else pytest.approx(per_gb))
+
+
+def test_where_words_begin_changes_no_score() -> None:
+    """With a tokenizer that joins blanks to words, and puts a BOS token before every text."""
+    from outlier_mlx.evaluation.model import HarnessModel
+
+    model, tokenizer = outlier_mlx.load(FOLDER / "base")
+    assert tokenizer.encode("a")[0] == tokenizer.bos_token_id
+    adapter = HarnessModel(
+        model,
+        tokenizer,
+        max_length=512,
+        batch_size=1,
+        max_tokens=None,
+        chat=False,
+        watch=lambda title, unit: nullcontext(lambda done, total: None),
+    )
+    pairs = [("The kitten sat", " down."), ("The kitten sat ", "down."), ("", "The kitten")]
+    inside, before, alone = adapter.loglikelihood([SimpleNamespace(args=pair) for pair in pairs])
+    assert inside == before and np.isfinite(inside[0])
+    assert adapter.loglikelihood_rolling([SimpleNamespace(args=("The kitten",))]) == [alone[0]]
 
 
 def test_settings_are_heeded_and_noted(cases: dict[str, Case], tmp_path: Path) -> None:
