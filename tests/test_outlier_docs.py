@@ -1,41 +1,24 @@
 """The commands of the page on outlier features run as they stand there, and write what it says."""
 
 import json
-import os
 import re
-import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from outlier_mlx.showcase import FOLDER
-from tests.test_docs import ROOT, commands
+from tests.pages import ROOT, prepare, run_block
+from tests.test_docs import commands
 
 PAGE = "docs/outliers.md"
 
 
 @pytest.mark.slow
 def test_commands(tmp_path: Path) -> None:
-    for name in ("base", "overlay"):
-        shutil.copytree(FOLDER / name, tmp_path / name)
-    shutil.copyfile(FOLDER / "heldout" / "sea.txt", tmp_path / "text.txt")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    prepare(tmp_path)
     listed = commands(PAGE)
     assert len(listed) == 3
     for command in listed:
-        done = subprocess.run(
-            shlex.split(command),
-            cwd=tmp_path,
-            env=os.environ | {"PATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        run_block("sh", command, tmp_path)
     tier, base = json.loads((tmp_path / "found" / "outliers.json").read_text())
     (more,) = json.loads((tmp_path / "more" / "outliers.json").read_text())
     # The page says that the demo's models have features from 3.5 on.

@@ -1,8 +1,6 @@
 """Measuring several models one after another, and writing what is found as it is found."""
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,9 +33,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.loading import check_model, load_model, load_tokenizer
 from outlier_mlx.memory import check_fits
 from outlier_mlx.storage.hub import Source, resolve
-
-#: Given a title, a bar: a context that yields a function of (done, in all).
-Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+from outlier_mlx.terminal import counting_bar, working
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Study:
 
 
 def study_models(
-    models: list[str], study: Study, out: Path, bar: Bar, *, force: bool = False
+    models: list[str], study: Study, out: Path, *, force: bool = False, quiet: bool = True
 ) -> list[dict[str, Any]]:
     """Measure models, one in memory at a time.
 
@@ -77,8 +73,8 @@ def study_models(
         models: folders or hub repositories.
         study: what is measured.
         out: the folder to write into.
-        bar: shows progress.
         force: replace the results of an earlier run.
+        quiet: show no progress on the terminal.
 
     Returns:
         What `report.describe` says of each.
@@ -94,19 +90,21 @@ def study_models(
         check_model(source.folder)
     entries: list[dict[str, Any]] = []
     for name, source in named.items():
-        entry, measured = _study(name, source, study, bar)
+        entry, measured = _study(name, source, study, quiet)
         if not entries:
             clear(out)
         entries.append(entry)
         write_json(out / RESULTS, entries)
         write_json(out / SUMMARY, summarize(entries))
         if study.plots:
-            _draw_model(out, name, measured)
+            with working(f"drawing {name}", quiet=quiet):
+                _draw_model(out, name, measured)
         del measured
     if study.plots:
-        for against in AXES:
-            path = out / f"by-{against.replace('_', '-')}.png"
-            write_whole(path, partial(draw_comparison, entries, against))
+        with working("drawing the comparison", quiet=quiet):
+            for against in AXES:
+                path = out / f"by-{against.replace('_', '-')}.png"
+                write_whole(path, partial(draw_comparison, entries, against))
     return entries
 
 
@@ -122,16 +120,20 @@ def _named(models: list[str]) -> dict[str, Source]:
     }
 
 
-def _study(name: str, source: Source, study: Study, bar: Bar) -> tuple[dict[str, Any], Measurement]:
+def _study(
+    name: str, source: Source, study: Study, quiet: bool
+) -> tuple[dict[str, Any], Measurement]:
     folder = source.folder
     if study.check_memory:
         check_fits(folder, 0)
-    tokenizer = load_tokenizer(folder, check_model(folder))
-    windows = read_windows(tokenizer, study.text, study.sequences, study.length, study.overlap)
-    model, config = load_model(folder, dtype=study.dtype)
+    with working(f"loading {name}", quiet=quiet):
+        # The text first: it may be too short.
+        tokenizer = load_tokenizer(folder, check_model(folder))
+        windows = read_windows(tokenizer, study.text, study.sequences, study.length, study.overlap)
+        model, config = load_model(folder, dtype=study.dtype)
     try:
         parameters = count_parameters(model, config)
-        with bar(name) as progress:
+        with counting_bar(name, "layers", quiet=quiet) as progress:
             measured = measure(model, windows, study.options, progress)
     except OutlierError as error:
         raise OutlierError(f"{name}: {error}") from error

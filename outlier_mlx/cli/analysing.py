@@ -1,7 +1,6 @@
 """Commands that look inside models."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -72,7 +71,6 @@ def outliers(
     from outlier_mlx.analysis.outliers import Options
     from outlier_mlx.analysis.run import Study, study_models
     from outlier_mlx.analysis.table import print_outliers
-    from outlier_mlx.terminal import counting_bar
 
     thresholds = Thresholds(threshold, min_layers, min_seq)
     study = Study(
@@ -85,8 +83,7 @@ def outliers(
         plots=not no_plots,
         check_memory=not ignore_memory,
     )
-    bar = partial(counting_bar, unit="layers", quiet=quiet)
-    entries = study_models(models, study, out, bar, force=force)
+    entries = study_models(models, study, out, force=force, quiet=quiet)
     if as_json:
         print(json.dumps(entries, indent=2))
     else:
