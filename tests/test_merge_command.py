@@ -1,0 +1,98 @@
+"""The command `merge`, and merges that end early."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from outlier_mlx.cli import app
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.merge import merge
+from outlier_mlx.storage.writer import ShardedWriter
+from tests.merging import prompts, write_models, write_recipe
+
+EXPERT = {"source_model": "./expert_0", "positive_prompts": ["a"]}
+OTHER = {"source_model": "./expert_1", "positive_prompts": ["b"]}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("sound"))
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command(sound: Path, tmp_path: Path) -> None:
+    held_out = [EXPERT | {"held_out": prompts(0, 2, seed=1)}, OTHER]
+    file = write_recipe(sound, experts=held_out)
+    out = tmp_path / "out"
+    shown = run("merge", file, "--out", out, "--bits", 4, "--group-size", 32)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == ""
+    for part in ("Mixtral of 2 experts", "held-out", "condition", "note: every token", "wrote "):
+        assert part in shown.stderr
+    again = run("merge", file, "--out", out)
+    assert (again.exit_code, again.stderr.count("\n")) == (1, 1)
+    assert "exists; --force replaces it" in again.stderr
+    found = run("merge", file, "--out", out, "--force", "--quiet", "--json")
+    assert found.exit_code == 0, found.output
+    assert found.stderr == ""
+    assert json.loads(found.stdout) == json.loads((out / "merge.json").read_text())
+    assert run("merge", file).exit_code == 2
+    assert run("merge", file, "--out", out, "--bits", 3).exit_code == 2
+    silent = run("merge", file, "--out", out, "--force", "--quiet", "--no-measure")
+    assert (silent.exit_code, silent.output) == (0, "")
+    assert run("verify", out).exit_code == 0
+    info = run("info", out)
+    assert info.exit_code == 0, info.output
+
+
+@pytest.mark.parametrize("stage", ["running the base", "routing", "writing"])
+def test_ctrl_c_leaves_nothing(sound: Path, tmp_path: Path, stage: str) -> None:
+    file = write_recipe(sound)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    def stages(title: str, unit: str) -> Any:
+        return nullcontext(interrupt if title == stage else lambda done, total: None)
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(file, tmp_path / "deep" / "out", stages=stages)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_model(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = write_recipe(sound), tmp_path / "out"
+    merge(file, out, measure=False)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(self: ShardedWriter, name: str, chunk: memoryview) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched, pytest.raises(OutlierError, match="No space left"):
+        patched.setattr(ShardedWriter, "write", full)
+        merge(file, out, measure=False, bits=4, force=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [out]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(OutlierError, match=r"takes .* GB, but only 0.00"):
+        merge(file, tmp_path / "new", stages=lambda title, unit: pytest.fail(title))
+
+
+def test_a_source_is_never_replaced(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    with pytest.raises(OutlierError, match="not a"):
+        merge(write_recipe(tmp_path), tmp_path / "base", measure=False, force=True)
