@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,20 @@ def test_the_tokenizer_needs_no_network(tier: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(socket.socket, "connect", refuse)
     outlier_mlx.load(tier)
     assert json.loads((tier / "config.json").read_text())["model_type"] == "outlier_moe"
+
+
+@pytest.mark.parametrize("more", [0, 1, 1000])
+def test_top_k_of_all_tokens_is_no_limit(loaded: Loaded, more: int):
+    """mlx-lm's sampler takes less than all."""
+    sampled = partial(tokens_of, loaded, temp=1.0, seed=3)
+    assert sampled(top_k=288 + more) == sampled() != sampled(top_k=2)
+
+
+def test_a_prompt_that_is_longer_than_the_context(loaded: Loaded, recwarn: Any):
+    ask = partial(tokens_of, loaded, "word " * 104, max_tokens=1, ignore_chat_template=True)
+    ask(max_kv_size=64)
+    assert not list(recwarn)
+    ask()
+    (warning,) = recwarn
+    told = r"the prompt has 5\d\d tokens, and the model was made for 512"
+    assert re.fullmatch(told, str(warning.message))
