@@ -109,7 +109,7 @@ def publish(
 
 
 def _message(manifest: dict) -> str:
-    return f"Tier {manifest['recipe']['name']}, made by {manifest['producer']}"
+    return f"Tier {_identity(manifest)[-1]}, made by {manifest.get('producer')}"
 
 
 def _open_repo(
