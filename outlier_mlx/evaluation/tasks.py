@@ -85,9 +85,7 @@ def _no_such(name: str, known: list[str]) -> str:
 def _load(manager: TaskManager, name: str) -> TaskDict:
     try:
         return manager.load([name])
-    except (OSError, MemoryError) as error:  # also what requests and the hub raise
-        raise OutlierError(f"task {name}: {_reason(error)}") from error
-    except Exception as error:  # a task may be wrong in any way
+    except Exception as error:  # a task may be wrong in any way, and the hub out of reach
         raise OutlierError(f"task {name}: {_reason(error)}") from error
 
 
