@@ -420,6 +420,21 @@ def test_a_local_base_that_changes_under_an_unfinished_run(
         outlier_mlx.convert("owner/overlay", base, tmp_path / "tier", stream=True)
 
 
+def test_what_an_unfinished_run_left_was_touched(
+    served: Hub, tmp_path: Path, stop_at: Callable[[str], None]
+) -> None:
+    kept = unfinished(tmp_path, stop_at, ORDER[2])
+    served.down, served.on_file = False, None
+    (shard,) = (kept / "whole").glob("*.safetensors")
+    shard.rename(kept / "elsewhere")
+    with pytest.raises(OutlierError, match="files are missing"), pytest.warns(match="unfinished"):
+        stream(tmp_path / "tier")
+    for text in ("nonsense\n", "[]\n", "{}\n[]\n", '{"overlay": 1}\n{"done": 1}\n'):
+        (kept / "journal.jsonl").write_text(text)
+        with pytest.raises(OutlierError, match="not a journal; delete"):
+            stream(tmp_path / "tier")
+
+
 def test_a_run_without_stream_leaves_it_alone_until_the_tier_is_there(
     served: Hub, models: Models, tmp_path: Path, stop_at: Callable[[str], None]
 ) -> None:
@@ -463,7 +478,7 @@ def test_what_is_found_out_late_is_refused_and_nothing_stays(hub: Hub, tmp_path:
 
 
 def test_messages_name_the_repository(served: Hub, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="^owner/overlay: holds no base model"):
+    with pytest.raises(CheckpointError, match=r"^owner/overlay: holds no base model"):
         outlier_mlx.convert("owner/overlay", out=tmp_path / "tier", stream=True)
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.errors import OutputExistsError
+from outlier_mlx.errors import OutlierError, OutputExistsError
 from outlier_mlx.storage.folders import JOURNAL
 
 
@@ -18,6 +18,7 @@ class Journal:
 
     Raises:
         OutputExistsError: the folder has the journal of something else.
+        OutlierError: its journal is none.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -60,7 +61,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
         text = path.read_bytes()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        lines = [json.loads(x) for x in text.splitlines(keepends=True) if x.endswith(b"\n")]
+    except ValueError:
+        lines = [None]
+    if all(isinstance(line, dict) for line in lines) and all(map(_is_record, lines[1:])):
+        return lines
+    raise OutlierError(f"{path}: not a journal; delete its folder to begin anew")
+
+
+def _is_record(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("done"), str) and isinstance(line.get("found"), dict)
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ several runs.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -167,13 +167,23 @@ class PlacedWriter:
         #: Bytes of all shards together.
         self.nbytes = sum(len(header) for header in self._headers) + sum(s.nbytes for s in specs)
 
+    def is_begun(self) -> bool:
+        """Whether all files are there in their full length, as an earlier run makes them."""
+        return all(
+            path.is_file() and path.stat().st_size == nbytes for path, nbytes in self._files()
+        )
+
+    def _files(self) -> Iterator[tuple[Path, int]]:
+        for number, shard in enumerate(self._shards):
+            name = _shard_name(number, self._shards)
+            yield self.folder / name, self._places[shard[-1].name][2]
+
     def __enter__(self) -> "PlacedWriter":
         try:
-            for number, shard in enumerate(self._shards):
-                path = self.folder / _shard_name(number, self._shards)
+            for number, (path, nbytes) in enumerate(self._files()):
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 self._handles.append(handle)
-                os.ftruncate(handle, self._places[shard[-1].name][2])
+                os.ftruncate(handle, nbytes)
                 _write_at(handle, memoryview(self._headers[number]), 0)
         except BaseException:
             self.__exit__()

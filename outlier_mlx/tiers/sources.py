@@ -88,7 +88,10 @@ def _mirrored(
         if local is not None:
             return local
         repo = str(name)
-        commit, gone = _choose_commit(repo, revision, begun.get(role) or {}, kept)
+        cited = begun.get(role)
+        commit, gone = _choose_commit(
+            repo, revision, cited if isinstance(cited, dict) else {}, kept
+        )
         anew |= gone
         folder = work / role / repo
         folder.mkdir(parents=True)

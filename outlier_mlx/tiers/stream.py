@@ -17,7 +17,7 @@ from typing import Any
 
 import outlier_mlx
 from outlier_mlx.checkpoints import Overlay
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.folders import JOURNAL, check_space, kept_folder
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.journal import Journal, read_identity
@@ -106,7 +106,8 @@ class Streamed(Sources):
         Raises:
             OutputExistsError: an unfinished run with other settings is there.
             CheckpointError: a source is not sound: nothing is kept.
-            OutlierError: the hub cannot be reached or refuses.
+            OutlierError: the hub cannot be reached or refuses, or what an earlier run left is not
+                as it left it.
         """
         owner = folder.parent
         work = split(plan.parts)
@@ -117,10 +118,14 @@ class Streamed(Sources):
             folder.mkdir()
         journal = Journal(owner, identity)
         forget(self.files)
-        specs = [spec for part in plan.parts for spec in part.specs()]
+        output = PlacedWriter(folder, [spec for part in plan.parts for spec in part.specs()])
+        if journal.done and not output.is_begun():
+            raise OutlierError(
+                f"{owner}: files are missing that were begun; delete it to begin anew"
+            )
         sources = plan.source_bytes + sum(map(self._to_fetch, work.pieces))
         try:
-            with PlacedWriter(folder, specs) as writer, reading_pool() as pool, small_cache():
+            with output as writer, reading_pool() as pool, small_cache():
                 tally = _Tally(sources + writer.nbytes, progress)
                 run = _Run(work, journal, writer, pool, tally)
                 for file, pieces in work.pieces.items():
@@ -216,10 +221,11 @@ class _Run:
         self.write(self.work.pieces[file])
         tensors = self.work.compared(file)
         found = {name: fingerprint(tensor, self.pool) for name, tensor in tensors}
+        if found:
+            known = self.journal.done | {name_of(file): found}
+            self.work.check(lambda path: known.get(name_of(path), {}))
         self.writer.sync()
         self.journal.add(name_of(file), found)
-        if found:
-            self.work.check(lambda path: self.journal.done.get(name_of(path), {}))
 
 
 def _digest(pieces: Iterable[bytes]) -> str:
