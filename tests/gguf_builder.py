@@ -303,3 +303,15 @@ def build(
     if s.experts:
         made.fields |= {f"{s.arch}.expert_count": s.experts, f"{s.arch}.expert_used_count": 2}
     return made
+
+
+def write_page(folder: Path) -> None:
+    """The files that the page on importing names."""
+    sizes: dict[str, Any] = {"hidden": 256, "width": 256, "layers": 1}
+    kinds = dict.fromkeys(("embed", "attn", "gate", "up"), "Q4_K") | {"down": "Q6_K"}
+    build(kinds=kinds, **sizes).write(folder / "mistral-Q4_K_M.gguf")
+    (folder / "split-models").mkdir()
+    build(experts=2, layout="split").split(folder / "split-models", 2, "moe")
+    build().write(folder / "split-models" / "other.gguf")
+    ternary = dict.fromkeys(("gate", "up", "down"), "TQ1_0")
+    build(experts=2, kinds=ternary, **sizes).write(folder / "ternary-moe.gguf")

@@ -23,6 +23,7 @@ from outlier_mlx.tiers.verify import verify_tier
 from tests.awq_builder import Awq, write_awq
 from tests.damage import edit_config
 from tests.hub import Hub, point_to, serving
+from tests.gguf_builder import write_page as write_gguf_page
 from tests.test_docs import commands
 
 
@@ -173,6 +174,7 @@ def test_a_repository(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_commands_of_its_page(awq: Path, tmp_path: Path) -> None:
     shutil.copytree(awq, tmp_path / awq.name)
+    write_gguf_page(tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     listed = commands("docs/import.md")
     assert len(listed) > 4

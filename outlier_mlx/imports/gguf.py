@@ -273,11 +273,18 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
             "experts are ternary layers of this project, which stock mlx-lm does not load;"
             " --experts affine2 makes a model that it does"
         )
-    wide = dtype is None and plan.dtype == "float32"
-    if wide and any(isinstance(part, AffineMatrix) and part.bits < 8 for part in parts):
+    if plan.dtype != "float32":
+        return notes
+    if dtype is None and any(isinstance(p, AffineMatrix) and p.bits < 8 for p in parts):
         notes.append(
             "scales, biases and norms are float32, so that nothing is lost; --dtype float16 is"
             " smaller by a bit a weight"
+        )
+    halves = [p.path for p in parts if isinstance(p, PlainTensor) and p.dtype != "float32"]
+    if halves:
+        notes.append(
+            f"{_listed(halves)}: 16 bits beside float32, which MLX converts at every use; --dtype"
+            " float16 stores all in float16"
         )
     return notes
 

@@ -112,12 +112,15 @@ def grid(weights: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.nda
     Returns:
         Steps and lowest weights, (rows, in / group) float32 each: MLX's scales and biases.
     """
-    grouped = weights.reshape(len(weights), -1, group)
-    low, high = grouped.min(axis=-1), grouped.max(axis=-1)
-    return (high - low) / np.float32(2**bits - 1), low
+    shape = (len(weights), weights.shape[1] // group)
+    across = np.ascontiguousarray(weights.reshape(-1, group).T)  # NumPy is slow along short axes
+    low, high = across.min(axis=0), across.max(axis=0)
+    return ((high - low) / np.float32(2**bits - 1)).reshape(shape), low.reshape(shape)
 
 
-def quantize(weights: np.ndarray, steps: np.ndarray, lowest: np.ndarray, bits: int) -> np.ndarray:
+def quantize(
+    weights: np.ndarray, steps: np.ndarray, lowest: np.ndarray, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The nearest codes on a grid.
 
     Args:
@@ -127,12 +130,17 @@ def quantize(weights: np.ndarray, steps: np.ndarray, lowest: np.ndarray, bits: i
         bits: of a code.
 
     Returns:
-        (rows, in) uint8.
+        Codes (rows, in) uint8, and the weights that they mean, float32.
     """
-    grouped = weights.reshape(*steps.shape, -1)
-    safe = np.where(steps > 0, steps, 1)[..., None]
-    found = np.rint((grouped - lowest[..., None]) / safe).clip(0, 2**bits - 1)
-    return found.astype(np.uint8).reshape(weights.shape)
+    steps, lowest = steps[..., None], lowest[..., None]
+    found = weights.reshape(*steps.shape[:-1], -1) - lowest
+    found /= np.where(steps > 0, steps, 1)
+    np.rint(found, out=found)
+    np.clip(found, 0, 2**bits - 1, out=found)
+    codes = found.astype(np.uint8)
+    found *= steps
+    found += lowest
+    return codes.reshape(weights.shape), found.reshape(weights.shape)
 
 
 def affine_values(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:

@@ -34,9 +34,10 @@ class Losses:
 
     def count(self, path: str, exact: np.ndarray, stored: np.ndarray) -> None:
         """Add weights of a module: as they were, and as they are now."""
-        error = float(np.abs(exact - stored).max(initial=0))
+        error = exact - stored
+        largest = max(float(error.max(initial=0)), -float(error.min(initial=0)))
         with self._lock:
-            self.largest[path] = max(self.largest.get(path, 0.0), error)
+            self.largest[path] = max(self.largest.get(path, 0.0), largest)
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ class AffineMatrix(GgufPart):
         if kind not in gguf_blocks.AFFINE:
             weights = gguf_blocks.values(kind, raw)
             grid = self._grid(weights)
-            codes = gguf_blocks.quantize(weights, *grid, self.bits)
-            self.losses.count(self.path, weights, gguf_blocks.affine_values(codes, *grid))
+            codes, found = gguf_blocks.quantize(weights, *grid, self.bits)
+            self.losses.count(self.path, weights, found)
             return pack_codes(codes, self.bits)
         codes = gguf_blocks.codes(kind, raw)
         if not self.is_exact:
