@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -149,8 +150,11 @@ def test_nothing_is_overwritten_unasked_and_what_is_done_stays(place: Path, tmp_
 def test_models_of_one_name_are_told_apart(place: Path, tmp_path: Path) -> None:
     twin = shutil.copytree(place / "planted", tmp_path / "other" / "planted")
     models = [place / "planted", twin]
-    shown = run(*command(place), *models, "--out", tmp_path / "found", "--no-plots", "--json")
+    options = ["--no-plots", "--json", "--length", 512, "--sequences", 99]
+    shown = run(*command(place), *models, "--out", tmp_path / "found", *options)
     assert shown.exit_code == 0, shown.output
+    (note,) = json.loads(shown.stdout)[0]["notes"]
+    assert re.fullmatch(r"the text has \d whole windows, fewer than 99", note)
     assert [entry["model"] for entry in json.loads(shown.stdout)] == [str(m) for m in models]
     assert shown.stdout.count(json.loads(shown.stdout)[0]["tokens_sha256"]) == 2
 

@@ -28,12 +28,14 @@ class Text:
 
     Attributes:
         sequences: windows of the text.
+        wanted: how many there would have been of a longer text.
         length: tokens in each.
         overlap: share of a window that the next one repeats.
         digest: SHA-256 of the tokens (`outliers.tokens_digest`).
     """
 
     sequences: int
+    wanted: int
     length: int
     overlap: float
     digest: str
@@ -134,6 +136,8 @@ def _probe_max(counts: Accumulator) -> list[dict[str, Any]]:
 
 def _notes(text: Text, options: Options) -> list[str]:
     notes = []
+    if text.sequences < text.wanted:
+        notes.append(f"the text has {text.sequences} whole windows, fewer than {text.wanted}")
     if 1 / text.length >= options.thresholds.positions:
         notes.append(
             f"sequences are so short ({text.length}) that a hit in the first token alone suffices;"

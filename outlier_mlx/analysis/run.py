@@ -137,7 +137,8 @@ def _study(
             measured = measure(model, windows, study.options, progress)
     except OutlierError as error:
         raise OutlierError(f"{name}: {error}") from error
-    text = Text(len(windows), study.length, study.overlap, tokens_digest(windows))
+    digest = tokens_digest(windows)
+    text = Text(len(windows), study.sequences, study.length, study.overlap, digest)
     bits = weights_bits(folder, len(model.layers), parameters.total)
     del model
     # The next model needs the memory.
