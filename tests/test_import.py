@@ -22,8 +22,8 @@ from outlier_mlx.loading import load_model
 from outlier_mlx.tiers.verify import verify_tier
 from tests.awq_builder import Awq, write_awq
 from tests.damage import edit_config
-from tests.hub import Hub, point_to, serving
 from tests.gguf_builder import write_page as write_gguf_page
+from tests.hub import Hub, point_to, serving
 from tests.test_docs import commands
 
 
