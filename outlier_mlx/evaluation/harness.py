@@ -129,12 +129,7 @@ def evaluate(
         bytes_in_memory=sum(tensor.nbytes for tensor in read_shards(source.folder).values()),
         device="cpu" if mx.default_device() == mx.cpu else "gpu",
         date=date,
-        versions={
-            "outlier-mlx": outlier_mlx.__version__,
-            "lm-eval": lm_eval.__version__,
-            "mlx": version("mlx"),
-            "mlx-lm": version("mlx-lm"),
-        },
+        versions=_versions(),
         # Of files the names alone, since their places are this machine's affair.
         config={"tasks": [Path(task).name if is_path(task) else task for task in tasks]}
         | asdict(options)
@@ -142,6 +137,11 @@ def evaluate(
         results=list(_results(found)),
     )
     return evaluation, noted.texts
+
+
+def _versions() -> dict[str, str]:
+    others = {name: version(name) for name in ("lm-eval", "mlx", "mlx-lm")}
+    return {"outlier-mlx": outlier_mlx.__version__} | others
 
 
 def _prepare(loaded: TaskDict, options: EvalOptions, noted: Noted) -> None:
