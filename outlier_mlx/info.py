@@ -225,7 +225,8 @@ def _params(key: str, dtype: str, shape: tuple[int, ...], raw: dict, tensors: Te
     if f"{module}.qweight" in tensors and leaf in ("qweight", "qzeros", "scales"):  # AWQ
         return 8 * prod(shape) if leaf == "qweight" else 0
     weight = tensors.get(f"{module}.weight")
-    packed = weight is not None and weight[0] in (("U8", "U32") if "ternary" in raw else ("U32",))
+    ternary = "ternary" in raw or "ternary_switch" in raw
+    packed = weight is not None and weight[0] in (("U8", "U32") if ternary else ("U32",))
     if packed and leaf in ("scales", "biases"):
         return 0
     if key.endswith("_scale") or (leaf == "scale" and ".experts." in key):
@@ -233,8 +234,10 @@ def _params(key: str, dtype: str, shape: tuple[int, ...], raw: dict, tensors: Te
     if leaf != "weight" or not packed:
         return prod(shape)
     if dtype == "U8":
-        down = ".down_proj" in module
-        return prod(shape[:-1]) * int(raw["moe_intermediate_size" if down else "hidden_size"])
+        width = raw["hidden_size"]
+        if ".down_proj" in module:
+            width = raw.get("moe_intermediate_size") or raw["intermediate_size"]
+        return prod(shape[:-1]) * int(width)
     quantization = raw.get("quantization") or {}
     bits = int((quantization.get(module) or quantization).get("bits", 4))
     return prod(shape) * 32 // bits

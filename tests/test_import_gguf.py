@@ -20,6 +20,7 @@ from mlx_lm.utils import load_model as stock_load_model
 
 from outlier_mlx.imports import Imported, import_model
 from outlier_mlx.imports.gguf_parts import round_to
+from outlier_mlx.info import inspect
 from outlier_mlx.loading import load_model
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.storage.gguf import read_gguf
@@ -137,6 +138,9 @@ def test_ternary_experts(kind: str, layout: str, tmp_path: Path):
     done, config = imported(model, tmp_path)
     assert config["ternary_switch"]["layers"] == [0, 1]
     assert any("--experts affine2" in note for note in done.notes)
+    assert "outlier-mlx generate" in (done.path / "README.md").read_text()
+    counted = {row.kind: row.params for row in inspect(done.path).rows}
+    assert counted["experts"] == 2 * 3 * 3 * 256 * 256
     found, _ = load_model(done.path)
     scales = [m.scales for m in found.modules() if isinstance(m, TernarySwitchLinear)]
     assert len(scales) == 6 and all(s.dtype == mx.float32 for s in scales)

@@ -215,7 +215,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model": "t5"}, "tokenizer.ggml.model is 't5', expected 'llama' or 'gpt2'"),
     "no model": ({"model": None}, "tokenizer.ggml.model is None"),
     "no tokens": ({"tokens": None}, "tokens is missing"),
-    "a token twice": ({"tokens": ["<unk>", "a", "b", "a"]}, "the token 'a' is there twice"),
+    "a token twice": ({"tokens": ["<unk>", "a", "b", "a"]}, "the token 'a' is there 2 times"),
+    "a token without end": (
+        {"tokens": [f"t{n}" for n in range(299)] + ["x" * 40_000], "token_type": np.ones(300)},
+        "40000 characters in a token",
+    ),
     "scores of fewer": ({"scores": np.zeros(5)}, "scores: expected a number for each of the 300"),
     "no scores": ({"scores": None}, "scores: expected a number"),
     "scores that are no numbers": ({"scores": np.full(300, np.nan)}, "scores holds NaN"),

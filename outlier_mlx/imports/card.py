@@ -26,6 +26,7 @@ def write_card(
         tags=["mlx"],
     )
     revision = f", revision `{source.revision}`" if source.revision else ""
+    program = "outlier-mlx generate" if "ternary_switch" in opened.config else "mlx_lm.generate"
     notes = "".join(f"- {_plain(note)}\n" for note in opened.notes())
     table = "\n".join(
         f"| {row.kind} | {row.params:,} | {row.nbytes:,} | {row.bits_per_weight:.2f} |"
@@ -40,7 +41,7 @@ def write_card(
 Imported by outlier-mlx for MLX from `{_plain(source.name)}`{revision} ({_plain(opened.form)}).
 
 ```
-mlx_lm.generate --model {_plain(name)} --prompt "Once upon a time"
+{program} --model {_plain(name)} --prompt "Once upon a time"
 ```
 
 {notes}
