@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 
-from outlier_mlx.checkpoints import Overlay, open_overlay
+from outlier_mlx.checkpoints import ALPHA_OVERLAY, Overlay, open_overlay, packed
 from outlier_mlx.checkpoints.config import Defaults, parse_config
 from outlier_mlx.checkpoints.expert_files import expert_of
 from outlier_mlx.checkpoints.keys import AlphaKey, BaseKey, ExpertKey, RouterKey, parse_key
@@ -14,10 +14,13 @@ from outlier_mlx.checkpoints.single import matches
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.memory import dimensions, kv_bytes
 from outlier_mlx.storage.folders import inside
-from outlier_mlx.storage.hub import cached, hub_errors, resolve
+from outlier_mlx.storage.hub import Source, cached, hub_errors, resolve
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
 from outlier_mlx.tiers.summary import SummaryRow, kind_of, summarize
 
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+#: Told what is done, and what there is in all.
+Advance = Callable[[int, int], None]
 # A tier's own names, and those of models that portable tiers are.
 EXPERT_NAMES = ("num_experts", "moe_num_experts", "num_local_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "moe_k")
@@ -58,7 +61,7 @@ class Info:
 def inspect(
     path_or_repo: str | Path,
     revision: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Info:
     """Describe a tier, an overlay or a plain model; no weights are read or downloaded.
 
@@ -77,14 +80,43 @@ def inspect(
     source = resolve(path_or_repo, revision, files=("config.json",))
     config = _read_config(source.folder)
     try:
-        tensors = _remote_tensors(source.name, source.revision, progress)
+        return _inspect_repo(source, config, progress)
+    except CheckpointError:
+        raise
     except OutlierError:
         snapshot = cached(source.name, source.revision)
         if snapshot is None:
             raise
         return _inspect_folder(snapshot, source.name)
-    form = matches(tensors) if _is_overlay(config) else None
-    return _describe(source.name, config, tensor_sizes(source.name, config, tensors), form)
+
+
+def _inspect_repo(source: Source, config: dict, progress: Advance | None) -> Info:
+    """Describe a repository on the hub by the headers of its files."""
+    from huggingface_hub import HfApi, RepoFile
+
+    repo = source.name
+    with hub_errors(repo):
+        tree = list(HfApi().list_repo_tree(repo, recursive=True, revision=source.revision))
+    files = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+    index = None
+    if packed.SIGN in files:
+        index = resolve(repo, source.revision, files=(packed.SIGN,)).folder
+    shards = [name for name in files if name.endswith(".safetensors")]
+    tensors = _remote_tensors(repo, source.revision, shards, progress)
+    sizes = list(tensor_sizes(repo, config, tensors))
+    if not _is_overlay(config):
+        return _describe(repo, config, sizes, None)
+    form = matches(tensors)
+    if index is not None and not any(kind == "experts" for kind, *_ in sizes):
+        sizes += packed_sizes(index)
+        form = "monolith" if f"{packed.FOLDER}/{packed.MONOLITH}" in files else "packed"
+    if ALPHA_OVERLAY in files:
+        form = f"{form} + {ALPHA_OVERLAY}"
+    found = _describe(repo, config, sizes, form)
+    for name, nbytes in files.items():
+        if name.endswith(".gguf"):
+            found.details[f"not counted: {name}"] = f"{nbytes / 1e9:.2f} GB"
+    return found
 
 
 def _inspect_folder(folder: Path, name: str) -> Info:
@@ -108,30 +140,27 @@ def _is_overlay(config: dict) -> bool:
     return "ternary" not in config and bool(experts or dense)
 
 
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
 #: Kind of part, parameters and bytes.
 Sizes = Iterable[tuple[str, int, int]]
 
 
 def _remote_tensors(
-    repo: str, revision: str | None, progress: Callable[[int, int], None] | None
+    repo: str, revision: str | None, files: list[str], progress: Advance | None
 ) -> Tensors:
     """Dtypes and shapes by range requests for the files' headers."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     tensors: Tensors = {}
-    with hub_errors(repo):
-        listed = api.list_repo_files(repo, revision=revision)
-        files = [name for name in listed if name.endswith(".safetensors")]
-        for done, name in enumerate(files):
-            if progress is not None:
-                progress(done, len(files))
+    for done, name in enumerate(files):
+        if progress is not None:
+            progress(done, len(files))
+        with hub_errors(repo):
             header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
-            place = expert_of(name)
-            prefix = "model.layers.{}.mlp.experts.{}.".format(*place) if place else ""
-            for key, tensor in header.tensors.items():
-                tensors[prefix + key] = (tensor.dtype, tuple(tensor.shape))
+        place = expert_of(name)
+        prefix = "model.layers.{}.mlp.experts.{}.".format(*place) if place else ""
+        for key, tensor in header.tensors.items():
+            tensors[prefix + key] = (tensor.dtype, tuple(tensor.shape))
     if not tensors:
         raise CheckpointError(f"{repo}: no *.safetensors file")
     return tensors
@@ -190,6 +219,12 @@ def overlay_sizes(overlay: Overlay) -> Sizes:
         for _, matrix in expert:
             scale = matrix.scale.nbytes if isinstance(matrix.scale, TensorRef) else 0
             yield "experts", prod(matrix.trits.shape), matrix.trits.nbytes + scale
+
+
+def packed_sizes(folder: Path) -> Sizes:
+    """Kind, parameters and bytes of packed experts, by their index alone."""
+    for entry in packed.read_index(folder, packed.SIGN).values():
+        yield "experts", prod(entry.shape) if entry.part.part == "trits" else 0, entry.nbytes
 
 
 def tensor_sizes(name: str, raw: dict, tensors: Tensors) -> Sizes:

@@ -21,6 +21,7 @@ from outlier_mlx.cli import app
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.info import inspect
 from tests.builders import write_base, write_overlay
+from tests.form_builders import to_gguf, to_packed
 from tests.hub import Hub, point_to, serving
 
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
@@ -233,6 +234,25 @@ def test_info_reads_headers_only(hub: Hub, folders: Path, tmp_path: Path) -> Non
     assert sum(request.sent for request in weights) <= 2 * 100_001 < sum(shards.values()) / 4
     for name, folder in [("overlay", "overlay-2"), ("base", "base-2"), ("tier", "tier")]:
         assert same_but_for_the_name(f"owner/{name}", folders / folder)
+
+
+@pytest.mark.parametrize("monolith", [False, True])
+def test_info_counts_packed_experts(hub: Hub, tmp_path: Path, monolith: bool) -> None:
+    built = write_overlay(tmp_path / "packed", **OVERLAY_DIMS)
+    folder = to_packed(built, monolith=monolith).path
+    assert folder == built.path
+    hub.add("owner/packed", folder)
+    assert same_but_for_the_name("owner/packed", folder)
+    assert not [name for name in hub.files_asked("owner/packed") if name.endswith(".bin")]
+
+
+def test_info_names_what_it_does_not_count(hub: Hub, tmp_path: Path) -> None:
+    dims: dict[str, Any] = {"hidden": 256, "expert_intermediate": 256, "layers": 2, "experts": 2}
+    folder = to_gguf(write_overlay(tmp_path / "gguf", moe_layers=(1,), **dims)).path
+    (file,) = folder.glob("*.gguf")
+    hub.add("owner/gguf", folder)
+    size = f"{file.stat().st_size / 1e9:.2f} GB"
+    assert inspect("owner/gguf").details[f"not counted: {file.name}"] == size
 
 
 def test_info_of_a_long_header(hub: Hub, tmp_path: Path) -> None:

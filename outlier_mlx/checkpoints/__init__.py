@@ -13,7 +13,7 @@ from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.storage.folders import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 
-__all__ = ["Overlay", "open_overlay"]
+__all__ = ["ALPHA_OVERLAY", "Overlay", "open_overlay"]
 
 Opener = Callable[[Path, Mapping[str, TensorRef]], Overlay | None]
 
@@ -26,7 +26,7 @@ _FORMS: tuple[tuple[str, Opener], ...] = (
     (gguf.SIGN, gguf.open_gguf),
     (single.SIGN, single.open_single),
 )
-_ALPHA_OVERLAY = "alpha_overlay.pt"
+ALPHA_OVERLAY = "alpha_overlay.pt"
 
 
 def open_overlay(path: str | Path) -> Overlay:
@@ -73,7 +73,7 @@ def _tell_unused(overlay: Overlay) -> None:
 
 def _with_new_alphas(overlay: Overlay) -> Overlay:
     """V3.3 is any other form with a file of newer alphas beside it."""
-    if not (overlay.path / _ALPHA_OVERLAY).exists() or not overlay.routers:
+    if not (overlay.path / ALPHA_OVERLAY).exists() or not overlay.routers:
         return overlay
-    file = inside(overlay.path, _ALPHA_OVERLAY)
-    return replace(overlay, form=f"{overlay.form} + {_ALPHA_OVERLAY}", alpha_overlay=file)
+    file = inside(overlay.path, ALPHA_OVERLAY)
+    return replace(overlay, form=f"{overlay.form} + {ALPHA_OVERLAY}", alpha_overlay=file)

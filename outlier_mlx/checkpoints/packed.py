@@ -135,14 +135,14 @@ def open_packed(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | Non
         if not monolith.is_file():
             raise CheckpointError(f"{MONOLITH_VARIABLE}: {named}: no such file")
         _say_origin(folder, monolith)
-        _add_monolith(collected, monolith, _read_index(monolith.parent, "index.json"))
+        _add_monolith(collected, monolith, read_index(monolith.parent, "index.json"))
         return collected.overlay(folder, "monolith", read_config(folder))
     inner = f"{FOLDER}/{MONOLITH}"
     if not (folder / SIGN).exists():
         if (folder / FOLDER).is_dir():
             raise CheckpointError(f"{folder}: {FOLDER}: no index.json: it has the tensors' shapes")
         return None
-    entries = _read_index(folder, SIGN)
+    entries = read_index(folder, SIGN)
     if (folder / inner).exists():
         _add_monolith(collected, inside(folder, inner), entries)
         return collected.overlay(folder, "monolith", read_config(folder))
@@ -199,8 +199,12 @@ def _is_repo(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
-def _read_index(folder: Path, name: str) -> dict[ExpertKey, Entry]:
-    """The entries of an index.json by what they are."""
+def read_index(folder: Path, name: str) -> dict[ExpertKey, Entry]:
+    """The entries of an index.json by what they are.
+
+    Raises:
+        CheckpointError: an entry is not sound.
+    """
     entries: dict[ExpertKey, Entry] = {}
     for key, fields in read_json(inside(folder, name)).items():
         entry = _entry(key, fields)
