@@ -17,6 +17,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
+#: Endings of the files that are in LFS.
+LARGE = (".safetensors", ".bin")
+
 
 @dataclass
 class Repo:
@@ -124,6 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         names = {path: path.relative_to(folder).as_posix() for path in files}
         body: Any = [
             {"type": "file", "path": names[p], "size": p.stat().st_size, "oid": etag(p)}
+            | ({"lfs": large(p)} if self.hub.redirects and p.suffix in LARGE else {})
             for p in files
         ]
         if what != "tree":
@@ -144,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(404, "EntryNotFound")
             return
         headers = {"X-Repo-Commit": commit}
-        if self.hub.redirects and path.suffix in (".safetensors", ".bin"):
+        if self.hub.redirects and path.suffix in LARGE:
             headers |= {"X-Linked-Etag": f'"{etag(path)}"'}
             headers |= {"X-Linked-Size": str(path.stat().st_size)}
             elsewhere = self.hub.url.replace("127.0.0.1", "localhost")
@@ -193,6 +197,12 @@ class Handler(BaseHTTPRequestHandler):
 
 def etag(path: Path) -> str:
     return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+def large(path: Path) -> dict[str, Any]:
+    """What a listing says of a file in LFS."""
+    data = path.read_bytes()
+    return {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
 
 
 @contextmanager

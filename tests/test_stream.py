@@ -272,6 +272,71 @@ def test_a_dropped_connection(
     assert sent[-2:] == [(None, 10_000), ("bytes=10000-", size - 10_000)]
 
 
+def test_a_half_fetched_file(
+    served: Hub, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run fetches the rest; the checksum tells if what was here is not what came."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    size = (models.overlay(1) / OVERLAY_FILE).stat().st_size
+
+    def on_file(method: str, file: str, part: str | None) -> None:
+        if file == OVERLAY_FILE and part is None:
+            served.drops[file] = 10_000
+        served.down |= part == "bytes=10000-"
+
+    for damaged in (True, False):
+        served.on_file = on_file
+        with pytest.raises(OutlierError), pytest.warns(match="unfinished"):
+            stream(tmp_path / "tier")
+        served.down, served.on_file = False, None
+        served.drops.clear()
+        (half,) = kept_folder(tmp_path / "tier").glob("fetched/*/*")
+        assert half.stat().st_size == 10_000
+        if damaged:
+            half.write_bytes(bytes(10_000))
+            with pytest.raises(OutlierError, match="SHA-256"), pytest.warns(match="unfinished"):
+                stream(tmp_path / "tier")
+            assert not half.exists()
+    served.requests.clear()
+    stream(tmp_path / "tier")
+    assert [(r.part, r.sent) for r in served.requests if is_transfer(r)][-1] == (
+        "bytes=10000-",
+        size - 10_000,
+    )
+    assert not fetched(served)
+    assert contents(tmp_path / "tier") == contents(models.tier(1))
+
+
+def test_what_is_in_the_cache_is_not_fetched(served: Hub, models: Models, tmp_path: Path) -> None:
+    cached = Path(huggingface_hub.snapshot_download("owner/base"))
+    served.requests.clear()
+    stream(tmp_path / "tier")
+    assert fetched(served) == [OVERLAY_FILE]
+    assert contents(tmp_path / "tier") == contents(models.tier(1))
+    for path in models.base(1).iterdir():
+        assert (cached / path.name).read_bytes() == path.read_bytes()
+
+
+def test_files_that_are_too_large_for_http(
+    served: Hub, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those are left to huggingface_hub as a whole, which takes Xet for them."""
+    original, taken = huggingface_hub.hf_hub_download, []
+
+    def take(repo: str, name: str, *, local_dir: Path, **options: Any) -> str:
+        if not name.endswith(".safetensors"):
+            return original(repo, name, local_dir=local_dir, **options)
+        taken.append(name)
+        folder = models.base(1) if repo == "owner/base" else models.overlay(1)
+        return str(shutil.copy(folder / name, local_dir / name))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", take)
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 10_000)
+    stream(tmp_path / "tier")
+    assert taken == ORDER and not fetched(served)
+    assert contents(tmp_path / "tier") == contents(models.tier(1))
+
+
 def test_gone_on_with_at_the_file_it_was_at(
     served: Hub, models: Models, tmp_path: Path, stop_at: Callable[[str], None]
 ) -> None:

@@ -7,6 +7,7 @@ holes before anybody could read them, and `fetch` brings one real file.
 Addresses, login, retries and transfer are huggingface_hub's.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,12 +32,30 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of tensors on the hub, and its size in bytes."""
+    """A file of tensors on the hub.
+
+    Attributes:
+        repo: its repository.
+        commit: the commit that it is of.
+        name: its name in the repository.
+        nbytes: its size in bytes.
+        sha256: its checksum, where the hub tells it: of files in LFS or Xet.
+    """
 
     repo: str
     commit: str
     name: str
     nbytes: int
+    sha256: str | None
+
+    @property
+    def _where(self) -> tuple[str, dict[str, str]]:
+        """Its address, and the headers for a request."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        url = hf_hub_url(self.repo, self.name, revision=self.commit)
+        return url, build_hf_headers() | {"Accept-Encoding": "identity"}
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop`, or to the file's end, by a range request.
@@ -44,18 +63,15 @@ class RemoteFile:
         Raises:
             OutlierError: the hub cannot be reached, refuses, or sends something else.
         """
-        from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+        from huggingface_hub import constants
+        from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
-        url = hf_hub_url(self.repo, self.name, revision=self.commit)
+        url, headers = self._where
         stop = min(stop, self.nbytes)
-        asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers["Range"] = f"bytes={start}-{stop - 1}"
         with hub_errors(self.repo):
             response = http_backoff(
-                "GET",
-                url,
-                headers=build_hf_headers() | asked,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
             hf_raise_for_status(response)
         if response.status_code != 206 or len(response.content) != stop - start:
@@ -63,31 +79,76 @@ class RemoteFile:
         return response.content
 
     def fetch(self, place: Path, advance: Advance) -> Path:
-        """The whole file, somewhere in the folder `place`; if it is there, it is not fetched.
+        """The whole file: from the hub's cache, or fetched; what is here of it is gone on with.
 
         Args:
             place: a folder for this file alone.
-            advance: called with the bytes of each block that arrived.
+            advance: called with the bytes of each block that is here.
+
+        Returns:
+            Where it is: in `place`, if it is not in the cache.
 
         Raises:
-            OutlierError: the hub cannot be reached, or refuses.
+            OutlierError: the hub cannot be reached, or refuses, or what was fetched does not have
+                the checksum that the hub tells; it is deleted then.
         """
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(self.repo, self.name, revision=self.commit)
+        if isinstance(cached, str):
+            return Path(cached)
+        place.mkdir(parents=True, exist_ok=True)
+        with hub_errors(self.repo):
+            large = self.nbytes > constants.MAX_HTTP_DOWNLOAD_SIZE
+            path = (self._fetch_by_xet if large else self._fetch_by_http)(place, advance)
+        if self.sha256 is not None:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self.sha256:
+                path.unlink()
+                raise OutlierError(
+                    f"{self.repo}: {self.name}: damaged on its way: what came has another SHA-256"
+                    " than the hub says; it is fetched anew next time"
+                )
+        return path
+
+    def _fetch_by_http(self, place: Path, advance: Advance) -> Path:
+        # hf_hub_download would begin anew after an interruption.
+        from huggingface_hub.file_download import http_get
+
+        url, headers = self._where
+        path = place / "data"
+        begun = path.stat().st_size if path.exists() else 0
+        if begun > self.nbytes or self.sha256 is None:  # not to be trusted
+            path.unlink(missing_ok=True)
+            begun = 0
+        advance(begun)
+        with path.open("ab") as file:
+            http_get(
+                url,
+                file,
+                resume_size=begun,
+                headers=headers,
+                expected_size=self.nbytes,
+                tqdm_class=_counter(advance),
+            )
+        return path
+
+    def _fetch_by_xet(self, place: Path, advance: Advance) -> Path:
         from huggingface_hub import hf_hub_download
 
-        # hf_xet could otherwise keep up to 10 GB of what it fetches.
+        # It could otherwise keep up to 10 GB of what it fetches.
         os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
         for rest in place.rglob("*.incomplete"):  # of a run that was killed; never used again
             rest.unlink()
-        with hub_errors(self.repo):
-            return Path(
-                hf_hub_download(
-                    self.repo,
-                    self.name,
-                    revision=self.commit,
-                    local_dir=place,
-                    tqdm_class=_counter(advance),
-                )
-            )
+        found = hf_hub_download(
+            self.repo,
+            self.name,
+            revision=self.commit,
+            local_dir=place,
+            tqdm_class=_counter(advance),
+        )
+        return Path(found)
 
 
 def find_commit(repo: str, revision: str | None) -> str:
@@ -126,14 +187,16 @@ def mirror(repo: str, commit: str, folder: Path, head_bytes: HeadBytes) -> dict[
 
     with hub_errors(repo):
         tree = list(HfApi().list_repo_tree(repo, recursive=True, revision=commit))
-    sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+    listed = {file.path: file for file in tree if isinstance(file, RepoFile)}
     small, large = [], {}
-    for name in filter_repo_objects(sizes, allow_patterns=list(CHECKPOINT_FILES)):
+    for name in filter_repo_objects(listed, allow_patterns=list(CHECKPOINT_FILES)):
         require_plain(name, repo)
         if name.endswith(".gguf"):
             raise CheckpointError(f"{repo}: {name}: GGUF cannot be streamed; leave out --stream")
-        if name.endswith(_DATA) and sizes[name] > SMALL_BYTES:
-            large[folder / name] = RemoteFile(repo, commit, name, sizes[name])
+        file = listed[name]
+        if name.endswith(_DATA) and file.size > SMALL_BYTES:
+            sha256 = file.lfs.sha256 if file.lfs else None
+            large[folder / name] = RemoteFile(repo, commit, name, file.size, sha256)
         else:
             small.append(name)
 

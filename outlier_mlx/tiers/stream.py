@@ -157,7 +157,8 @@ class Streamed(Sources):
         tally.add(expected - tally.done)  # what was here already
         yield
         file.unlink()
-        shutil.rmtree(own)
+        if own.exists():  # not of a file in the hub's cache
+            shutil.rmtree(own)
 
     def _to_fetch(self, file: Path | None) -> int:
         return self.files[file].nbytes if file in self.files else 0
