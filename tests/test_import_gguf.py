@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -18,6 +19,8 @@ from mlx_lm import stream_generate
 from mlx_lm.utils import load as stock_load
 from mlx_lm.utils import load_model as stock_load_model
 
+from kernels.emulator import virtual_metal
+from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import Imported, import_model
 from outlier_mlx.imports.gguf_parts import round_to
 from outlier_mlx.info import inspect
@@ -26,6 +29,8 @@ from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.storage.gguf import read_gguf
 from tests.gguf_builder import Model, build
 from tests.goldens import require_shared
+from tests.hub import Hub, point_to, serving
+from tests.metal import needs_emulator
 from tests.tensor_file import read_arrays
 
 K_SIZES: dict[str, Any] = {"hidden": 256, "width": 256, "layers": 1}
@@ -155,6 +160,21 @@ def test_ternary_experts(kind: str, layout: str, tmp_path: Path):
     assert_logits(logits(assert_same_weights(stock.path, model.weights)), expected)
 
 
+@needs_emulator
+def test_ternary_experts_through_the_kernels(tmp_path: Path):
+    """On Metal, experts stay packed: two kernels a layer decode them, and no copy is made."""
+    kinds = {"gate": "TQ1_0", "up": "TQ2_0", "down": "TQ1_0"}
+    model = build(experts=3, kinds=kinds, **K_SIZES)
+    done, config = imported(model, tmp_path)
+    with virtual_metal(count=False) as metal:
+        found, _ = load_model(done.path)
+        ternary = [m for m in found.modules() if isinstance(m, TernarySwitchLinear)]
+        assert len(ternary) == 3 and all(m.prepared is None for m in ternary)
+        metal.clear()
+        assert_logits(np.array(found(IDS)), reference_logits(config, model.weights))
+        assert metal.names == ["tq1_0_swiglu", "tq1_0_down"]
+
+
 def test_ternary_rows_without_one_scale(tmp_path: Path):
     kinds = {"gate": "TQ1_0", "up": "TQ1_0", "down": "TQ1_0"}
     sizes = K_SIZES | {"width": 512, "vocab": 300}
@@ -238,10 +258,31 @@ def test_one_of_several_files(tmp_path: Path):
     small, other = build(kinds={"attn": "Q4_0"}), build(kinds={"attn": "Q8_0"}, seed=1)
     small.write(tmp_path / "small.gguf")
     other.split(tmp_path, 2, "other")
-    with pytest.raises(Exception, match=r"2 GGUF models; name one with --file: other-00001.*small"):
+    with pytest.raises(CheckpointError, match=r"2 GGUF models; name one with --file: other-"):
         import_model(tmp_path, tmp_path / "out")
     done = import_model(tmp_path, tmp_path / "out", file="other-00002-of-00002.gguf")
     assert_same_weights(done.path, other.weights)
+
+
+def test_a_split_model_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All files of the model that was named are fetched, and no others."""
+    folder = tmp_path / "repo"
+    (folder / "Q4_0").mkdir(parents=True)
+    model = build(kinds={"gate": "Q4_0"}, layers=1)
+    paths = model.split(folder / "Q4_0", 2)
+    build(layers=1).write(folder / "other.gguf")
+    hub = Hub()
+    hub.add("owner/model", folder)
+    with serving(hub):
+        point_to(hub, tmp_path, monkeypatch)
+        huggingface_hub.close_session()
+        done = import_model("owner/model", tmp_path / "out", file=f"Q4_0/{paths[1].name}")
+        with pytest.raises(CheckpointError, match="name a GGUF file of a repository with --file"):
+            import_model("owner/model", tmp_path / "b")
+        huggingface_hub.close_session()
+    assert_same_weights(done.path, model.weights)
+    asked = {name for name in hub.files_asked("owner/model") if name.endswith(".gguf")}
+    assert asked == {f"Q4_0/{path.name}" for path in paths}
 
 
 def test_stock_mlx_lm_generates(tmp_path: Path):
@@ -260,6 +301,20 @@ def test_rope_scaling(tmp_path: Path):
     done, config = imported(model, tmp_path)
     assert config["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 4.0}
     assert_logits(logits(stock_load_model(done.path)[0]), reference_logits(config, model.weights))
+
+
+def test_yarn(tmp_path: Path):
+    model = build(arch="qwen2", vocab=320)
+    model.fields |= {
+        "qwen2.rope.scaling.type": "yarn",
+        "qwen2.rope.scaling.factor": 4.0,
+        "qwen2.rope.scaling.original_context_length": 128,
+    }
+    done, config = imported(model, tmp_path)
+    rope = stock_load_model(done.path)[0].layers[0].self_attn.rope
+    assert (type(rope).__name__, config["rope_theta"]) == ("YarnRoPE", 10000.0)
+    assert rope.mscale == pytest.approx(0.1 * np.log(4) + 1)  # llama.cpp's, too
+    assert config["rope_scaling"]["original_max_position_embeddings"] == 128
 
 
 def test_frequencies_of_llama3(tmp_path: Path):
