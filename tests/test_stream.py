@@ -172,9 +172,7 @@ def test_every_form(hub: Hub, tmp_path: Path, form: str) -> None:
     assert len(fetched(hub)) == len(set(fetched(hub))) > 0
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"portable": True}, {"tier": "q4-mixed"}, {"tier": "f32", "experts": "affine2"}]
-)
+@pytest.mark.parametrize("options", [{}, {"portable": True}, {"tier": "f32", "experts": "affine2"}])
 def test_shards_that_experts_straddle_and_a_base_that_repeats(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -312,7 +310,9 @@ def test_what_is_in_the_cache_is_not_fetched(served: Hub, models: Models, tmp_pa
     served.requests.clear()
     stream(tmp_path / "tier")
     assert fetched(served) == [OVERLAY_FILE]
-    assert contents(tmp_path / "tier") == contents(models.tier(1))
+    whole = outlier_mlx.convert("owner/overlay", "owner/base", tmp_path / "whole" / "tier")
+    for path in whole.iterdir():
+        assert (tmp_path / "tier" / path.name).read_bytes() == path.read_bytes()
     for path in models.base(1).iterdir():
         assert (cached / path.name).read_bytes() == path.read_bytes()
 
@@ -370,7 +370,7 @@ def test_interrupted_anywhere(served: Hub, models: Models, tmp_path: Path) -> No
 
         return interrupt
 
-    for moment in sorted(chance.sample(calls, 6)):
+    for moment in sorted(chance.sample(calls, 4)):
         with pytest.raises(KeyboardInterrupt), pytest.warns(match="unfinished"):
             stream(tmp_path / "tier", progress=interrupt_at(moment))
     calls.clear()
@@ -460,7 +460,7 @@ def test_an_unfinished_run_with_other_settings(
         "overlay": {"revision": "v1"},
     }
     for what, options in others.items():
-        with pytest.raises(OutlierError, match=f"an unfinished run with another {what}.*--force"):
+        with pytest.raises(OutlierError, match=rf"other settings \({what}\).*--force"):
             stream(tmp_path / "tier", **options)
         assert (kept / "journal.jsonl").read_bytes() == before
     served.requests.clear()
@@ -481,7 +481,7 @@ def test_a_local_base_that_changes_under_an_unfinished_run(
     served.down, served.on_file = False, None
     shard = sorted(base.glob("*.safetensors"))[0]
     os.utime(shard, ns=(1, 1))
-    with pytest.raises(OutlierError, match="unfinished run with another files"):
+    with pytest.raises(OutlierError, match=r"other settings \(files\)"):
         outlier_mlx.convert("owner/overlay", base, tmp_path / "tier", stream=True)
 
 

@@ -29,10 +29,10 @@ class Journal:
             self._path.write_bytes(_line(identity))
             return
         if lines[0] != identity:
-            other = next((name for name in identity if lines[0].get(name) != identity[name]), "aim")
+            other = next((name for name in identity if lines[0].get(name) != identity[name]), "?")
             raise OutputExistsError(
-                f"{folder}: holds an unfinished run with another {other}: repeat its command to go"
-                " on with it; --force, or deleting that folder, throws it away"
+                f"{folder}: holds an unfinished run with other settings ({other}): repeat its"
+                " command to go on with it; --force, or deleting that folder, throws it away"
             )
         self.done = {line["done"]: line["found"] for line in lines[1:]}
         # A line that was cut off is written over.
