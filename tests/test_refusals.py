@@ -1,98 +1,55 @@
-"""Bad input: one clear line on stderr, exit code 1, and nothing changed or left on disk."""
+"""Damaged overlays: one clear line on stderr, exit code 1, and nothing changed or left on disk."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-import outlier_mlx
-from outlier_mlx.cli import app
-from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
-from tests.builders import write_base, write_overlay
 from tests.damage import (
     INDEX,
     REMOVE,
     add_tensor,
     corrupt_header,
     drop_tensor,
-    edit_config,
-    edit_json,
-    find_tensor,
-    replace_tensor,
     truncate,
 )
-
-DIMS: dict[str, Any] = {
-    "intermediate": 64,
-    "expert_intermediate": 40,
-    "layers": 2,
-    "moe_layers": (1,),
-    "experts": 2,
-}
-HIDDEN, WIDTH, VOCAB = 64, 40, 288
-MLP = "model.layers.1.mlp."
-EXPERT = MLP + "experts.1."
-FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place to work in: sound inputs, and a folder for outputs that holds something already."""
-
-    root: Path
-
-    @property
-    def overlay(self) -> Path:
-        """A V3.2 overlay with its base, in two shards."""
-        return self.root / "overlay"
-
-    @property
-    def bare(self) -> Path:
-        """The same without base."""
-        return self.root / "bare"
-
-    @property
-    def base(self) -> Path:
-        """Its base."""
-        return self.root / "base"
-
-    @property
-    def tier(self) -> Path:
-        """A tier made from them."""
-        return self.root / "tier"
-
-    @property
-    def outputs(self) -> Path:
-        """Where outputs go."""
-        return self.root / "outputs"
-
-
-def build(root: Path) -> Site:
-    site = Site(root)
-    write_overlay(site.overlay, shards=2, **DIMS)
-    write_overlay(site.bare, with_base=False, tokenizer=False, **DIMS)
-    write_base(site.base, shards=2, layers=2, intermediate=64)
-    site.outputs.mkdir()
-    (site.outputs / "note").write_text("here before")
-    return site
+from tests.refusals import (
+    EXPERT,
+    FIRST,
+    HIDDEN,
+    MLP,
+    SECOND,
+    VOCAB,
+    WIDTH,
+    Site,
+    alpha_json,
+    build,
+    changed,
+    config,
+    holder,
+    in_both_shards,
+    linked_out,
+    listed_elsewhere,
+    refuse,
+    remove,
+    rewrite_header,
+    shape,
+    shift,
+    tensor,
+    without_expert,
+)
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    site = build(tmp_path_factory.mktemp("sound"))
-    outlier_mlx.convert(site.overlay, out=site.tier)
-    return site
+    return build(tmp_path_factory.mktemp("sound"))
 
 
 @pytest.fixture
@@ -100,127 +57,6 @@ def site(sound: Site, tmp_path: Path) -> Site:
     return Site(shutil.copytree(sound.root, tmp_path / "site"))
 
 
-def snapshot(folder: Path) -> dict[str, str]:
-    """Every file, link and folder below, with what it holds."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            what = f"-> {path.readlink()}"
-        elif not path.is_file():
-            what = "folder" if path.is_dir() else "pipe"
-        else:
-            what = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[path.relative_to(folder).as_posix()] = what
-    return found
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def assert_refused(result: Result, *words: str) -> None:
-    """One line on stderr that holds all the words, nothing on stdout, exit code 1."""
-    assert result.exit_code == 1, (result.output, result.exception)
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in lines[0]
-    assert len(lines[0]) < 500
-    missing = [word for word in words if word not in lines[0]]
-    assert not missing, f"{missing} not in {lines[0]!r}"
-
-
-def refuse(site: Site, *command: object, words: tuple[str, ...]) -> None:
-    """Run a command that must be refused and must not change a byte below the site."""
-    before = snapshot(site.root)
-    assert_refused(run(*command), *words)
-    assert snapshot(site.root) == before
-
-
-# -- a damaged overlay ------------------------------------------------------------------------
-
-
-def rewrite_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the parsed header of a shard and leave its data as it is."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    corrupt_header(path, json.dumps(header).encode())
-
-
-def shift(path: Path, key: str, by: int) -> None:
-    """Say that a tensor's data begins `by` bytes later."""
-
-    def change(header: dict[str, Any]) -> None:
-        header[key]["data_offsets"] = [place + by for place in header[key]["data_offsets"]]
-
-    rewrite_header(path, change)
-
-
-def changed(folder: Path, key: str, place: tuple[int, ...], value: float) -> None:
-    """Put one value into a tensor."""
-    array = find_tensor(folder, key)[1].array().copy()
-    array[place] = value
-    replace_tensor(folder, key, array)
-
-
-def without_expert(folder: Path) -> None:
-    for part in ("gate", "up", "down"):
-        drop_tensor(folder, f"{EXPERT}{part}_ternary")
-        drop_tensor(folder, f"{EXPERT}{part}_scale")
-
-
-def remove(folder: Path, pattern: str) -> None:
-    for path in folder.glob(pattern):
-        path.unlink()
-
-
-def holder(folder: Path) -> str:
-    """The shard of the last norm."""
-    return find_tensor(folder, "model.norm.weight")[0].name
-
-
-def listed_elsewhere(folder: Path, name: str, key: str = "model.norm.weight") -> None:
-    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-    edit_json(folder / INDEX, weight_map=weight_map | {key: name})
-
-
-def linked_out(folder: Path, name: str) -> None:
-    """Move a file out of the folder and leave a link to it."""
-    outside = folder.parent / "outside"
-    outside.mkdir()
-    (folder / name).rename(outside / name)
-    (folder / name).symlink_to(outside / name)
-
-
-def in_both_shards(folder: Path) -> None:
-    _, tensor = find_tensor(folder, "model.norm.weight")
-    other = SECOND if holder(folder) == FIRST else FIRST
-    add_tensor(folder, "model.norm.weight", tensor.array(), tensor.dtype, other)
-
-
-def alpha_json(text: str) -> Callable[[Path], object]:
-    def write(folder: Path) -> None:
-        (folder / "alpha.json").write_text(text)
-
-    return write
-
-
-def config(**changes: Any) -> Callable[[Path], object]:
-    return lambda folder: edit_config(folder, **changes)
-
-
-def tensor(key: str, value: Any, dtype: str | None = None) -> Callable[[Path], object]:
-    return lambda folder: replace_tensor(folder, key, value, dtype)
-
-
-def shape(*sizes: int) -> np.ndarray:
-    return np.zeros(sizes, np.float32)
-
-
-# What is done to the overlay, and what the message must say.
 OVERLAYS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ("overlay", "config.json")),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ("config.json", "object")),
@@ -458,260 +294,3 @@ def test_gapped_offsets_are_refused(site: Site) -> None:
     rewrite_header(path, move_all)
     command = ("convert", site.overlay, "--out", site.outputs / "tier")
     refuse(site, *command, words=(FIRST, "leaves a gap"))
-
-
-# -- a damaged base, and pairs that do not fit ------------------------------------------------
-
-BASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), ("base", "config.json")),
-    "no shards": (lambda f: remove(f, "*.safetensors"), ("base",)),
-    "truncated": (lambda f: truncate(f / FIRST, 1), (FIRST, "truncated")),
-    "another hidden size": (
-        config(hidden_size=128),
-        ("different models", "hidden", "64", "128"),
-    ),
-    "another vocabulary": (config(vocab_size=300), ("different models", "vocab", "288", "300")),
-    "another depth": (config(num_hidden_layers=3), ("different models", "layers", "2", "3")),
-    "a tensor missing": (
-        lambda f: drop_tensor(f, "model.layers.0.mlp.gate_proj.weight"),
-        ("base", "model.layers.0.mlp.gate_proj.weight", "(64, 64)", "missing"),
-    ),
-    "a tensor of another shape": (
-        tensor("lm_head.weight", shape(VOCAB, HIDDEN + 1)),
-        ("safetensors", "lm_head.weight", "(288, 65)", "(288, 64)"),
-    ),
-    "NaN": (
-        lambda f: changed(f, "lm_head.weight", (-1, -1), np.nan),
-        ("safetensors", "lm_head.weight", "NaN"),
-    ),
-    "a shard that links out": (lambda f: linked_out(f, FIRST), (FIRST, "links out")),
-}
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_a_damaged_base_is_refused(site: Site, name: str) -> None:
-    damage, words = BASES[name]
-    damage(site.base)
-    command = ("convert", site.bare, "--base", site.base, "--out", site.outputs / "tier")
-    refuse(site, *command, words=words)
-
-
-def test_a_base_that_changes_a_tensor_of_the_overlay_is_refused(site: Site) -> None:
-    changed(site.base, "model.norm.weight", (5,), 3.0)
-    command = ("convert", site.overlay, "--base", site.base, "--out", site.outputs / "tier")
-    refuse(site, *command, words=("model.norm.weight", "differs", "base"))
-
-
-# -- arguments --------------------------------------------------------------------------------
-
-# Placeholders are replaced by the site's paths.
-ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "no such overlay": (("convert", "{root}/nowhere"), ("nowhere", "no such folder")),
-    "no such overlay, nor repository": (("convert", "no/such/place"), ("no/such/place", "OWNER")),
-    "a file for an overlay": (("convert", "{outputs}/note"), ("note", "no such folder")),
-    "an empty folder": (("convert", "{root}/empty"), ("empty", "not an overlay")),
-    "a base for an overlay": (("convert", "{base}"), ("base", "not an overlay")),
-    "a tier for an overlay": (("convert", "{tier}"), ("tier", "tier already")),
-    "no base": (("convert", "{bare}"), ("bare", "--base")),
-    "no such base": (("convert", "{bare}", "--base", "{root}/nowhere"), ("nowhere", "folder")),
-    "a tier for a base": (("convert", "{bare}", "--base", "{tier}"), ("tier", "a base model")),
-    "revision of a folder": (("convert", "{overlay}", "--revision", "main"), ("no revision",)),
-    "no such alphas": (("convert", "{overlay}", "--alpha", "{root}/a.json"), ("a.json", "No such")),
-    "alphas that are no JSON": (
-        ("convert", "{overlay}", "--alpha", "{outputs}/note"),
-        ("note", "not valid JSON"),
-    ),
-    "a width that affine2 cannot hold": (
-        ("convert", "{overlay}", "--experts", "affine2"),
-        ("safetensors", "down_ternary", "40", "affine2", "tq1_0"),
-    ),
-    "an overlay for a tier": (
-        ("generate", "--model", "{overlay}", "--prompt", "x"),
-        ("overlay", "an overlay", "outlier-mlx convert"),
-    ),
-    "no such tier": (("generate", "--model", "{root}/nowhere", "--prompt", "x"), ("nowhere",)),
-    "KV cache in 7 bits": (
-        ("generate", "--model", "{tier}", "--prompt", "x", "--kv-bits", "7"),
-        ("--kv-bits 7", "8"),
-    ),
-    "KV cache in groups that do not divide": (
-        ("generate", "--model", "{tier}", "--prompt", "x", "--kv-bits", "4"),
-        ("--kv-group-size 64", "16"),
-    ),
-    "KV cache quantized and bounded": (
-        ("generate", "--model", "{tier}", "--prompt", "x", "--kv-bits", "4", "--max-kv-size", "8"),
-        ("--kv-bits", "--max-kv-size"),
-    ),
-    "nothing to describe": (("info", "{outputs}"), ("outputs", "config.json")),
-}
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_bad_arguments_are_refused(site: Site, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (site.root / "empty").mkdir()
-    monkeypatch.chdir(site.outputs)
-    command, words = ARGUMENTS[name]
-    paths = {n: getattr(site, n) for n in ("root", "overlay", "bare", "base", "tier", "outputs")}
-    refuse(site, *(word.format(**paths) for word in command), words=words)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("convert",),
-        ("convert", "x", "--tier", "q5"),
-        ("convert", "x", "--group-size", "48"),
-        ("convert", "x", "--unknown"),
-        ("generate", "--prompt", "x"),
-        ("generate", "--model", "x", "--prompt", "x", "--max-tokens", "0"),
-        ("generate", "--model", "x", "--prompt", "x", "--temp", "-1"),
-        ("generate", "--model", "x", "--prompt", "x", "--top-p", "1.5"),
-        ("info",),
-        ("unknown",),
-    ],
-    ids=" ".join,
-)
-def test_wrong_usage_exits_with_2(command: tuple[str, ...]) -> None:
-    result = run(*command)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert "Usage: " in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-# -- a damaged tier ---------------------------------------------------------------------------
-
-WEIGHTS = "model-00001-of-00001.safetensors"
-SWITCH = MLP + "switch_mlp."
-TIERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "truncated": (lambda f: truncate(f / WEIGHTS, 1), (WEIGHTS, "truncated")),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), ("tier",)),
-    "header that is no JSON": (lambda f: corrupt_header(f / WEIGHTS), (WEIGHTS, "JSON")),
-    "a tensor missing": (
-        lambda f: drop_tensor(f, SWITCH + "up_proj.scales"),
-        ("tier", SWITCH + "up_proj.scales"),
-    ),
-    "a tensor too many": (
-        lambda f: add_tensor(f, "model.extra.weight", shape(2)),
-        ("tier", "model.extra.weight"),
-    ),
-    "a tensor of another shape": (
-        tensor(SWITCH + "up_proj.scales", shape(2, WIDTH - 1)),
-        ("tier", SWITCH + "up_proj.scales", "(2, 39)", "(2, 40)"),
-    ),
-    "no tokenizer": (
-        lambda f: remove(f, "tokenizer*"),
-        ("tier", "no usable tokenizer"),
-    ),
-    "tokenizer that is no JSON": (
-        lambda f: (f / "tokenizer.json").write_text("{"),
-        ("tier", "no usable tokenizer"),
-    ),
-    "config that is no JSON": (lambda f: truncate(f / "config.json", 5), ("config.json", "JSON")),
-    "format of the future": (
-        config(ternary={"format": "tq1_0_rows", "version": 2}),
-        ("tier", "version 2"),
-    ),
-    "unknown format": (config(ternary={"format": "tq9", "version": 1}), ("tier", "tq9")),
-    "format as text": (config(ternary="tq1_0_rows"), ("tier",)),
-    "no heads": (config(num_attention_heads=0), ("config.json", "num_attention_heads")),
-    "no such layer": (config(moe_layers=[1, 9]), ("config.json", "moe_layers", "0 to 1")),
-    "absurd layers": (config(num_hidden_layers=10**12), ("config.json", "num_hidden_layers")),
-}
-
-
-@pytest.mark.parametrize("name", TIERS)
-def test_a_damaged_tier_does_not_generate(site: Site, name: str) -> None:
-    damage, words = TIERS[name]
-    damage(site.tier)
-    refuse(site, "generate", "--model", site.tier, "--prompt", "x", words=words)
-
-
-# -- outputs that exist -----------------------------------------------------------------------
-
-
-def test_an_existing_output_needs_force(site: Site) -> None:
-    command = ("convert", site.overlay, "--out", site.tier)
-    refuse(site, *command, words=("tier", "exists", "--force"))
-
-
-def test_force_replaces_a_tier_whole(site: Site) -> None:
-    (site.tier / "leftover").write_text("of the old tier")
-    assert (
-        run("convert", site.overlay, "--out", site.tier, "--tier", "f32", "--force").exit_code == 0
-    )
-    assert not (site.tier / "leftover").exists()
-    assert json.loads((site.tier / "config.json").read_text())["dtype"] == "float32"
-    assert [path.name for path in site.root.iterdir() if path.name.startswith(".")] == []
-
-
-def test_force_fills_an_empty_folder(site: Site) -> None:
-    (site.root / "empty").mkdir()
-    assert run("convert", site.overlay, "--out", site.root / "empty", "--force").exit_code == 0
-    assert (site.root / "empty" / "tier.json").exists()
-
-
-def test_force_replaces_nothing_that_is_no_tier(site: Site) -> None:
-    for target in (site.outputs, site.overlay, site.root):
-        command = ("convert", site.overlay, "--out", target, "--force")
-        refuse(site, *command, words=(target.name, "not a tier"))
-
-
-def test_an_output_that_is_no_folder_is_refused(site: Site) -> None:
-    link = site.root / "link"
-    link.symlink_to(site.tier)
-    for target in (site.outputs / "note", link):
-        command = ("convert", site.overlay, "--out", target, "--force")
-        refuse(site, *command, words=(target.name, "not a folder"))
-    below_a_file = ("convert", site.overlay, "--out", site.outputs / "note" / "tier")
-    refuse(site, *below_a_file, words=("note", "cannot write"))
-
-
-# -- what is said, and to whom ----------------------------------------------------------------
-
-
-def test_without_a_tokenizer_the_tier_is_made_and_a_warning_says_so(site: Site) -> None:
-    remove(site.overlay, "tokenizer*")
-    result = run("convert", site.overlay, "--out", site.outputs / "tier", "--quiet")
-    assert result.exit_code == 0
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("warning: overlay: no tokenizer")
-
-
-def test_debug_raises_what_happened(site: Site) -> None:
-    result = run("convert", site.root / "nowhere", "--debug")
-    assert isinstance(result.exception, CheckpointError)
-
-
-def test_python_raises_the_same_errors(site: Site) -> None:
-    with pytest.raises(CheckpointError, match="no such folder"):
-        outlier_mlx.convert(site.root / "nowhere")
-    with pytest.raises(OutputExistsError, match="exists"):
-        outlier_mlx.convert(site.overlay, out=site.tier)
-    with pytest.raises(CheckpointError, match="an overlay"):
-        outlier_mlx.load(site.overlay)
-    with pytest.raises(OutlierError, match="'q5': expected one of q4"):
-        outlier_mlx.convert(site.overlay, tier="q5")
-
-
-def test_links_of_a_hub_cache_are_followed(site: Site) -> None:
-    """Snapshots there hold links to blobs of the repository, which may be links to shared ones."""
-    repo = site.root / "models--owner--name"
-    snapshot_folder = repo / "snapshots" / "0123abcd"
-    (repo / "blobs").mkdir(parents=True)
-    snapshot_folder.mkdir(parents=True)
-    shared = site.root / "blobs" / "ab"
-    shared.mkdir(parents=True)
-    for number, path in enumerate(sorted(site.overlay.iterdir())):
-        blob = f"{number:040x}"
-        if path.suffix == ".safetensors":
-            path.rename(shared / blob)
-            (repo / "blobs" / blob).symlink_to(Path("../../blobs/ab") / blob)
-        else:
-            path.rename(repo / "blobs" / blob)
-        (snapshot_folder / path.name).symlink_to(Path("../../blobs") / blob)
-    assert run("convert", snapshot_folder, "--out", site.outputs / "tier").exit_code == 0
-    written, expected = snapshot(site.outputs / "tier"), snapshot(site.tier)
-    for differs in ("README.md", "tier.json"):
-        del written[differs], expected[differs]
-    assert written == expected
