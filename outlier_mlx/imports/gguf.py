@@ -16,12 +16,7 @@ from outlier_mlx.imports.gguf_blocks import AFFINE, FLOATS, REGROUPED
 from outlier_mlx.imports.gguf_config import architecture, read_config
 from outlier_mlx.imports.gguf_file import read_model
 from outlier_mlx.imports.gguf_names import Names, Rows
-from outlier_mlx.imports.gguf_parts import (
-    AffineMatrix,
-    Losses,
-    PlainTensor,
-    round_to,
-)
+from outlier_mlx.imports.gguf_parts import AffineMatrix, Losses, PlainTensor, round_to
 from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
 from outlier_mlx.imports.opened import Opened, quantization
 from outlier_mlx.storage.parts import Part
@@ -60,42 +55,20 @@ def open_gguf_model(
     kind = architecture(model)
     vocabulary = read_vocabulary(model.fields, kind, model.where)
     config, notes = read_config(model, vocabulary)
-    names = Names(model, config, permuted=kind == "llama")
-    sources = [_Source(module, names.weight(module)) for module in modules(config)]
-    sources += [
-        _Source(module, names.bias(module), bias=True) for module in modules(config) if module.bias
-    ]
-    names.check_all_used()
-    for source in sources:
-        source.check()
+    sources = _sources(Names(model, config, permuted=kind == "llama"), modules(config))
     ternary = _ternary_layers(sources) if experts == "tq1_0" else {}
     others = [source for source in sources if source.module.path not in ternary]
     chosen = dtype or _exact_dtype(others, k_quants)
     plan = _Plan(chosen, k_quants, Losses(), ternary)
     parts = [plan.part(source) for source in sources]
-    stored = {
-        part.path: (part.bits, part.group) for part in parts if isinstance(part, AffineMatrix)
-    }
-    config |= {"dtype": chosen, "torch_dtype": chosen}
-    if stored:
-        config["quantization"] = quantization(stored)
-    if ternary:
-        config |= {
-            "model_type": "ternary_mixtral",
-            "ternary_switch": {
-                "format": "tq1_0_rows",
-                "version": 1,
-                "layers": sorted({int(path.split(".")[2]) for path in ternary}),
-            },
-        }
-    details = {"types": _types(sources), "dtype": chosen, "largest_errors": plan.losses.largest}
+    types = _types(sources)
     return Opened(
-        form=f"GGUF {'+'.join(_types(sources))}",
+        form=f"GGUF {'+'.join(types)}",
         parts=parts,
-        config=config,
+        config=config | plan.config(parts),
         assets=lambda folder: write_tokenizer(vocabulary, folder),
         notes=lambda: [*vocabulary.notes, *notes, *_notes(parts, plan, dtype)],
-        details=details,
+        details={"types": types, "dtype": chosen, "largest_errors": plan.losses.largest},
     )
 
 
@@ -131,6 +104,16 @@ class _Source:
                 )
 
 
+def _sources(names: Names, wanted: Sequence[Module]) -> list[_Source]:
+    """What a model's modules are made of: every tensor has its place, and a type that is read."""
+    sources = [_Source(module, names.weight(module)) for module in wanted]
+    sources += [_Source(module, names.bias(module), bias=True) for module in wanted if module.bias]
+    names.check_all_used()
+    for source in sources:
+        source.check()
+    return sources
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What decides about the form of a part."""
@@ -161,10 +144,23 @@ class _Plan:
         name = f"{path}.{'bias' if source.bias else 'weight'}"
         return PlainTensor(*common, dtype, self.losses, name)
 
+    def config(self, parts: Sequence[Part]) -> dict:
+        """What config.json says of the forms."""
+        config: dict = {"dtype": self.dtype, "torch_dtype": self.dtype}
+        affine = [part for part in parts if isinstance(part, AffineMatrix)]
+        if affine:
+            config["quantization"] = quantization({p.path: (p.bits, p.group) for p in affine})
+        if self.ternary:
+            layers = sorted({int(path.split(".")[2]) for path in self.ternary})
+            ternary = {"format": "tq1_0_rows", "version": 1, "layers": layers}
+            config |= {"model_type": "ternary_mixtral", "ternary_switch": ternary}
+        return config
+
     def _floats(self, source: _Source) -> str:
-        """Matrices of 16-bit floats stay what they are where everything is to be exact."""
+        """Large matrices of 16-bit floats stay what they are where everything is to be exact."""
         halves = {"F16": "float16", "BF16": "bfloat16"}
-        if self.dtype == "float32" and len(source.kinds) == 1 and len(source.shape) > 1:
+        small = len(source.shape) == 1 or source.module.kind == "router"
+        if self.dtype == "float32" and len(source.kinds) == 1 and not small:
             return halves.get(next(iter(source.kinds)), "float32")
         return self.dtype
 

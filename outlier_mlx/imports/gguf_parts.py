@@ -106,11 +106,6 @@ class PlainTensor(GgufPart):
         """What it is stored as, for people."""
         return self.dtype
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether nothing is rounded."""
-        return all(is_exact(kind, self.dtype) for kind in self.kinds)
-
     def specs(self) -> list[TensorSpec]:
         """The one tensor."""
         return [TensorSpec(self.name, SAFETENSORS_NAMES[self.dtype], self.shape)]
@@ -123,7 +118,7 @@ class PlainTensor(GgufPart):
     def _floats(self, rows: Rows, start: int, stop: int) -> np.ndarray:
         weights = gguf_blocks.values(rows.tensor.kind, rows.read(start, stop))
         stored, rounded = round_to(weights, self.dtype)
-        if not is_exact(rows.tensor.kind, self.dtype):
+        if not _holds(self.dtype, rows.tensor.kind):
             self.losses.count(self.path, weights, rounded)
         return stored
 
@@ -194,7 +189,7 @@ class AffineMatrix(GgufPart):
         return round_to(steps, self.dtype)[1], round_to(lowest, self.dtype)[1]
 
 
-def is_exact(kind: str, dtype: str) -> bool:
+def _holds(dtype: str, kind: str) -> bool:
     """Whether every weight of a type is a number of a dtype."""
     return dtype == "float32" or {"F16": "float16", "BF16": "bfloat16"}.get(kind) == dtype
 
