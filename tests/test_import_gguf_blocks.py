@@ -81,7 +81,7 @@ def test_any_bytes(kind: str, data: st.DataObject):
     if kind == "TQ2_0":
         codes = raw.reshape(-1, size)[:, :64]
         if (codes & codes >> 1 & 0x55).any():
-            with pytest.raises(CheckpointError, match="code 3"):
+            with pytest.raises(CheckpointError, match=r"code 3|the scale of block"):
                 gguf_blocks.codes(kind, raw)
             return
     halves = [raw[0, at : at + 2].copy().view("<f2")[0] for at in SCALES[kind]]
