@@ -1,0 +1,42 @@
+"""Random trits, and pieces small enough for tests."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from outlier_mlx.ternary import (
+    arrays,
+    check_trits,
+    flat,
+    ggml,
+    pack_rows,
+    pack_tq1_0,
+    pack_two_bit,
+    rows,
+    two_bit,
+)
+
+ALL_BYTES = np.arange(256, dtype=np.uint8)
+PACKERS: list[Callable[[np.ndarray], Any]] = [pack_tq1_0, pack_rows, pack_two_bit, check_trits]
+
+
+def random_trits(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1, 2, shape, np.int8)
+
+
+@contextmanager
+def tiny_chunks(size: int = 4) -> Iterator[None]:
+    """Small inputs then take every path that large ones take, rows longer than a chunk included."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in itertools.product(
+            (arrays, flat, rows, two_bit, ggml), ("CHUNK", "_CHUNK")
+        ):
+            if hasattr(module, name):
+                patch.setattr(module, name, size)
+        yield
