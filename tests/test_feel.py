@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -290,21 +292,26 @@ def test_columns_that_do_not_fit_come_below() -> None:
     assert printed(17)[-2:] == ["one  3000", "two     3"]
 
 
-@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
-def test_no_escapes(place: Path, variables: dict[str, str], tmp_path: Path) -> None:
-    commands = [
-        ["convert", place / "overlay", "--out", tmp_path / "out"],
-        ["routing", place / "tier", "--text", place / "text.txt", "--window", 32],
-    ]
-    for command in commands:
-        written = on_terminal(40, *command, **variables)
-        assert "\x1b" not in written
-        assert not fits(40, [s for s in lines_shown(written) if not s.startswith("wrote ")])
+@pytest.mark.parametrize(
+    ("line", "variables"),
+    [
+        ("convert {}/overlay --out {}/no-colour", {"NO_COLOR": "1"}),
+        ("routing {}/tier --text {}/text.txt --window 32", {"TERM": "dumb"}),
+    ],
+    ids=["NO_COLOR", "dumb"],
+)
+def test_no_escapes(place: Path, line: str, variables: dict[str, str]) -> None:
+    written = on_terminal(
+        40, *(word.replace("{}", str(place)) for word in line.split()), **variables
+    )
+    assert "\x1b" not in written
+    shown = [line for line in lines_shown(written) if not line.startswith("wrote ")]
+    assert any("100%" in line for line in shown) and not fits(40, shown)
 
 
 def test_a_reader_that_left_is_not_complained_of(place: Path) -> None:
     """As in `outlier-mlx tiers overlay | true`."""
-    for command in ("--help", "info tier", "tiers overlay --json"):
+    for command in ("--help", "tiers overlay"):
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run(
@@ -330,3 +337,15 @@ def test_a_model_does_not_command_the_terminal(
         assert written.stdout == "\n"
         shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert shown and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+
+
+def test_what_ends_a_text_early_is_said_on_a_line_of_its_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(*_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(text="Once upon")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("outlier_mlx.generate.stream", stream)
+    result = run("generate", "--model", place / "tier", "-p", "the cat", code=130)
+    assert (result.stdout, result.stderr) == ("Once upon\n", "interrupted\n")

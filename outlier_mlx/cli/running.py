@@ -86,12 +86,17 @@ def generate(
         # A token of English is about four characters; three are on the safe side.
         check_fits(source.folder, max_kv_size or len(text) // 3 + max_tokens, kv_bits)
     loaded, tokenizer = load_visibly(source, dtype, alpha, quiet=quiet)
-    writer, response = PlainWriter(stdout()), None
-    for response in after_reading(
+    responses = after_reading(
         lambda progress: stream(loaded, tokenizer, text, options, progress), quiet=quiet
-    ):
-        writer.write(response.text)
-    print()
+    )
+    writer, response = PlainWriter(stdout()), None
+    try:
+        for response in responses:
+            writer.write(response.text)
+    finally:
+        # What ends the text early is said on a line of its own.
+        if response is not None:
+            print()
     if response is not None and not quiet:
         print_statistics(response)
 
