@@ -27,6 +27,7 @@ from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
 from outlier_mlx.storage import folders, remote
 from outlier_mlx.storage.folders import kept_folder, whole_folder
 from outlier_mlx.storage.journal import Journal
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.writer import PlacedWriter, ShardedWriter, TensorSpec
 from outlier_mlx.tiers.choose import list_choices
 from outlier_mlx.tiers.verify import verify_tier
@@ -200,6 +201,24 @@ def test_shards_that_experts_straddle_and_a_base_that_repeats(
     # Blocks, and huggingface_hub's notes of what it fetched.
     assert max(used for _, used in here) <= sum(sizes[0]) + max(sizes[1]) + 20 * 4096
     assert max(sizes[1]) + 30 * 4096 < sum(sizes[1])
+
+
+def test_of_sparse_files_only_alphas_are_read(
+    served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anything else would be zeros that nobody wrote."""
+    read = []
+    original = TensorRef._fill
+
+    def spy(self: TensorRef, buffer: memoryview, offset: int) -> None:
+        if not self.file.is_symlink():
+            read.append(self.name)
+            assert self.file.stat().st_blocks * 512 < self.file.stat().st_size
+        original(self, buffer, offset)
+
+    monkeypatch.setattr(TensorRef, "_fill", spy)
+    stream(tmp_path / "tier")
+    assert read == ["model.layers.1.mlp.alpha_values"]
 
 
 def test_only_headers_come_before_the_space_is_checked(

@@ -212,7 +212,10 @@ def mirror(repo: str, commit: str, folder: Path, head_bytes: HeadBytes) -> dict[
 
 
 def fill(tensors: Iterable[TensorRef], files: dict[Path, RemoteFile]) -> None:
-    """Put the data of small tensors into the sparse files that lack them."""
+    """Put the data of small tensors into the sparse files that lack it; larger ones are left out.
+
+    No more than `SMALL_BYTES` are fetched for one: 10,000 alphas in float64 have room.
+    """
     lacking = [t for t in tensors if t.file in files and 0 < t.nbytes <= SMALL_BYTES]
 
     def fill_one(tensor: TensorRef) -> None:
