@@ -269,10 +269,8 @@ def _params(key: str, dtype: str, shape: tuple[int, ...], raw: dict, tensors: Te
     if leaf != "weight" or not packed:
         return prod(shape)
     if dtype == "U8":
-        width = raw["hidden_size"]
-        if ".down_proj" in module:
-            width = raw.get("moe_intermediate_size") or raw["intermediate_size"]
-        return prod(shape[:-1]) * int(width)
+        inner = "moe_intermediate_size" if "ternary" in raw else "intermediate_size"
+        return prod(shape[:-1]) * int(raw[inner if ".down_proj" in module else "hidden_size"])
     quantization = raw.get("quantization") or {}
     bits = int((quantization.get(module) or quantization).get("bits", 4))
     return prod(shape) * 32 // bits
