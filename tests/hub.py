@@ -206,9 +206,9 @@ def large(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(hub: Hub) -> Iterator[None]:
+def serving(hub: Hub, handles: type[Handler] = Handler) -> Iterator[None]:
     """Answer for a hub. Each test has its own: downloads may go on for a while after an error."""
-    handler = type("BoundHandler", (Handler,), {"hub": hub})
+    handler = type("BoundHandler", (handles,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         http.daemon_threads = True
         hub.url = f"http://127.0.0.1:{http.server_port}"

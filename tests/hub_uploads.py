@@ -7,11 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -267,19 +263,3 @@ def listed(path: Path) -> dict[str, Any]:
         "oid": hashlib.sha1(digest.encode()).hexdigest(),  # of the pointer: any other than git's
         "lfs": {"oid": digest, "size": len(content), "pointerSize": 134},
     }
-
-
-@contextmanager
-def serving_writes(hub: WritableHub) -> Iterator[None]:
-    """Answer for a hub that can be written."""
-    handler = type("BoundHandler", (WritableHandler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        http.daemon_threads = True
-        hub.url = f"http://127.0.0.1:{http.server_port}"
-        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield
-        finally:
-            http.shutdown()
-            thread.join()

@@ -21,8 +21,8 @@ from outlier_mlx.evaluation.results import Evaluation, save
 from outlier_mlx.info import inspect
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_base, write_overlay
-from tests.hub import point_to
-from tests.hub_uploads import WritableHub, serving_writes
+from tests.hub import point_to, serving
+from tests.hub_uploads import WritableHandler, WritableHub
 
 REPO = "owner/tier"
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
@@ -50,7 +50,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub
     """The stand-in as this process's hub, with an empty cache and its user logged in."""
     (tmp_path / "store").mkdir()
     hub = WritableHub(store=tmp_path / "store")
-    with serving_writes(hub):
+    with serving(hub, WritableHandler):
         point_to(hub, tmp_path, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", hub.token)
         huggingface_hub.close_session()
