@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -392,6 +393,29 @@ def test_interrupted_anywhere(served: Hub, models: Models, tmp_path: Path) -> No
     calls.clear()
     stream(tmp_path / "tier", progress=lambda done, _: calls.append(done))
     assert calls == sorted(calls) and calls[-1] == total
+    assert contents(tmp_path / "tier") == contents(models.tier(1))
+
+
+def test_a_disk_that_fills_up(
+    served: Hub, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = os.pwrite, [20]
+
+    def pwrite(handle: int, data: memoryview, offset: int) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    said = pytest.warns(match="unfinished")
+    with pytest.raises(OutlierError, match="cannot write: No space left on device"), said:
+        stream(tmp_path / "tier")
+    monkeypatch.setattr(os, "pwrite", real)
+    done = fetched(served)
+    served.requests.clear()
+    stream(tmp_path / "tier")
+    assert done + fetched(served) == ORDER
     assert contents(tmp_path / "tier") == contents(models.tier(1))
 
 
