@@ -89,7 +89,8 @@ def test_connections_and_quantized_caches_bound_it(tier: Path) -> None:
 def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
     monkeypatch.setattr(
-        "outlier_mlx.serve.serve", lambda name, load, options, say, quiet: served.append(options)
+        "outlier_mlx.serve.serve",
+        lambda name, load, options, say, note, quiet: served.append((options, note)),
     )
     command = ["serve", "--model", str(tier), "--max-context", "1000"]
     for there_is, options, expected in [
@@ -102,8 +103,9 @@ def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("outlier_mlx.serve.room.budget", memory.budget)
         result = CliRunner().invoke(cli.app, [*command, *options])
         assert result.exit_code == 0, result.output
-        found: server.ServeOptions = served.pop()
+        found, note = served.pop()
+        assert isinstance(found, server.ServeOptions)
         assert found.decode_concurrency == expected.decode_concurrency
         assert found.prompt_concurrency == expected.prompt_concurrency
-        told = f"memory for {expected.conversations} conversations of 1000 tokens at a time\n"
-        assert result.stderr == ("" if options == ["--ignore-memory"] else told)
+        told = f"memory for {expected.conversations} conversations of 1000 tokens at a time"
+        assert note == ("" if options == ["--ignore-memory"] else told)

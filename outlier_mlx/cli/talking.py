@@ -177,13 +177,13 @@ def serve(
     )
     source = resolve(model, revision)
     asked = decode_concurrency, prompt_concurrency, prompt_cache_bytes
-    if ignore_memory:
-        room = Room(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes)
-    else:
+    room, note = Room(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes), ""
+    if not ignore_memory:
         tokens = max_context or 4096 + max_tokens
         room, conversations = find_room(
             source.folder, tokens, *asked, kv_bits=kv_bits, clients=max_clients
         )
-        say(f"memory for {conversations} conversations of {tokens} tokens at a time")
+        note = f"memory for {conversations} conversations of {tokens} tokens at a time"
     load = partial(load_model, source.folder, dtype, alpha)
-    server.serve(source.name, load, replace(options, **asdict(room)), say, quiet=quiet)
+    options = replace(options, **asdict(room))
+    server.serve(source.name, load, options, say, note=note, quiet=quiet)

@@ -288,6 +288,7 @@ def serve(
     options: ServeOptions,
     log: Callable[[str], None],
     *,
+    note: str = "",
     quiet: bool = False,
 ) -> NoReturn:
     """Serve until SIGINT or SIGTERM, then end the process with status 0. For the main thread.
@@ -297,7 +298,8 @@ def serve(
         load: makes model and tokenizer; called in the thread that generates.
         options: where to serve, to whom, and how.
         log: takes lines for people.
-        quiet: no line for each request.
+        note: what to say besides once it serves.
+        quiet: no note, and no line for each request.
 
     Raises:
         OutlierError: the address cannot be bound or needs a key, or the model cannot be loaded.
@@ -309,6 +311,8 @@ def serve(
         with working(f"loading {name}", quiet=quiet):
             server.start()
         log(f"serving {name} at {server.url} (Ctrl-C ends it)")
+        if note and not quiet:
+            log(note)
         server.serve_forever()
     except KeyboardInterrupt:
         log("ending")
