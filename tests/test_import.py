@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import mlx.core as mx
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -22,6 +23,7 @@ from outlier_mlx.loading import load_model
 from outlier_mlx.tiers.verify import verify_tier
 from tests.awq_builder import Awq, write_awq
 from tests.damage import edit_config
+from tests.gguf_builder import build as build_gguf
 from tests.gguf_builder import write_page as write_gguf_page
 from tests.hub import Hub, point_to, serving
 from tests.test_docs import commands
@@ -86,6 +88,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "nothing", "no such folder"),
         (tmp_path, "neither *.safetensors nor *.gguf"),
         (tmp_path / "model.gguf", "no such folder"),
+        (Path(__file__), "test_import.py: a file; what is imported is a folder or a .gguf file"),
     ]:
         told = run("import", source, "--out", out, code=1)
         assert words in told.stderr and len(told.stderr.splitlines()) == 1
@@ -94,6 +97,23 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "two" / f"{name}.gguf").write_bytes(b"")
     assert "--file" in run("import", tmp_path / "two", "--out", out, code=1).stderr
     assert not out.exists()
+
+
+def test_gguf_beside_safetensors(awq: Path, tmp_path: Path) -> None:
+    """GGUF is taken where the safetensors are no model, such as an adapter; else they are."""
+    folder, out = tmp_path / "both", tmp_path / "mlx"
+    folder.mkdir()
+    build_gguf().write(folder / "MODEL.GGUF")
+    mx.save_safetensors(str(folder / "adapter.safetensors"), {"q.lora_a": mx.zeros((2, 2))})
+    assert "no config.json" in run("import", folder, "--out", out, code=1).stderr
+    assert "from GGUF F" in run("import", folder / "MODEL.GGUF", "--out", out).stderr
+    (folder / "MODEL.GGUF").rename(folder / "model.gguf")
+    assert "from GGUF F" in run("import", folder, "--out", out, "--force").stderr
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(awq / name, folder)
+    assert "from AutoAWQ" in run("import", folder, "--out", out, "--force").stderr
+    told = run("import", folder, "--out", out, "--force", "--file", "model.gguf")
+    assert "from GGUF F" in told.stderr
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings(awq: Path, tmp_path: Path) -> None:

@@ -285,7 +285,10 @@ W1 = "model.layers.1.block_sparse_moe.experts.1.w1"
 REFUSED = {
     "no zeros": (without(f"{W1}.qzeros"), rf"{W1}\.qzeros is missing, but .* has zero_point"),
     "no scales": (without(f"{Q}.scales"), rf"{Q}\.scales is missing"),
-    "no weight": (without(f"{Q}.qweight"), rf"{Q}\.weight \(or \.qweight\) is missing"),
+    "no weight": (
+        without(f"{Q}.qweight"),
+        rf"awq: the tensor {Q}\.weight \(or \.qweight\) is missing",
+    ),
     "no norm": (without("model.norm.weight"), r"model\.norm\.weight .*is missing"),
     "scales of another shape": (
         put(f"{Q}.scales", np.ones((1, 64), np.float16)),
@@ -320,6 +323,7 @@ REFUSED = {
     },
     "an unknown version": (settings_of(version="new"), r"version new \(unknown\)"),
     "backend": (settings_of(backend="llm-awq"), "backend llm-awq"),
+    "bits as text": (settings_of(bits="4"), "bits '4', expected 4"),
     "8 bits": (settings_of(bits=8), "bits 8, expected 4"),
     "no bits": (settings_of(bits=REMOVE), "bits None, expected 4"),
     "groups of 16": (settings_of(group_size=16), "group_size 16, expected"),

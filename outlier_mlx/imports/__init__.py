@@ -8,6 +8,7 @@ from typing import Any, Literal
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.imports.card import write_card
 from outlier_mlx.imports.gguf_file import patterns
+from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.imports.vocabulary import largest_id
 from outlier_mlx.storage.folders import check_free
@@ -119,9 +120,11 @@ def _warn_of_tokenizer(name: str, folder: Path, written: list[str], config: dict
 def _resolve(source: str | Path, file: str | None, revision: str | None) -> Source:
     """The source; of a `.gguf` file, `folder` is the file itself."""
     path = Path(source)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file():
         if revision is not None or file is not None:
             raise CheckpointError(f"{path}: a file has no revision, nor files in it")
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(f"{path}: a file; what is imported is a folder or a .gguf file")
         return Source(path, path.name)
     files: tuple[str, ...] = CHECKPOINT_FILES
     if file is not None:
@@ -134,7 +137,7 @@ def _open(
 ) -> Opened:
     """Recognise what a source holds, by its files alone."""
     place = found.folder
-    if place.is_file() or file is not None or _holds_gguf_only(place):
+    if place.is_file() or file is not None or _holds_gguf(place):
         if bits is not None:
             raise CheckpointError(f"{found.name}: --bits is for AWQ; GGUF has its own")
         from outlier_mlx.imports.gguf import open_gguf_model
@@ -158,5 +161,6 @@ def _open(
     )
 
 
-def _holds_gguf_only(folder: Path) -> bool:
-    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
+def _holds_gguf(folder: Path) -> bool:
+    """Whether a folder holds GGUF, and no model in safetensors: those may be an adapter, say."""
+    return any(folder.glob("*.gguf")) and not holds_model(folder)

@@ -9,13 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.awq_config import AwqFormat, read_format
 from outlier_mlx.imports.awq_layout import mlx_group
 from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, Loss
 from outlier_mlx.imports.families import Module, complete_config, modules
-from outlier_mlx.imports.hf_names import Place, Stored, by_place, name_in_source
+from outlier_mlx.imports.hf_names import (
+    Place,
+    Stored,
+    by_place,
+    name_in_source,
+    read_model_shards,
+)
 from outlier_mlx.imports.opened import Opened, quantization
 from outlier_mlx.imports.plain_parts import StackedPlain
 from outlier_mlx.plain_config import normalised
@@ -54,9 +59,7 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
         raise CheckpointError(f"{folder}: no config.json")
     raw = read_json(inside(folder, "config.json"))
     awq = read_format(folder, raw)
-    # As mlx-lm does; beside them, some repositories have the same weights under other names.
-    usual = any(folder.glob("model*.safetensors"))
-    tensors = read_shards(folder, pattern="model*.safetensors" if usual else "*.safetensors")
+    tensors = read_model_shards(folder)
     _refuse_gptq(tensors)
     quantized = any(name.endswith(".qweight") for name in tensors)
     if quantized and awq is None:
@@ -67,7 +70,9 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
     tied = not any(name.startswith("lm_head.") for name in tensors)
     config, notes = complete_config(normalised(raw), "config.json", tied=tied)
     form = _form(dtype, bits, quantized)
-    parts = _Planner(by_place(tensors, config), config, awq if quantized else None, form).parts()
+    parts = _Planner(
+        folder.name, by_place(tensors, config), config, awq if quantized else None, form
+    ).parts()
     stored = {p.path: (p.bits, p.group_size) for p in parts if isinstance(p, AwqPart)}
     if stored:
         config["quantization"] = quantization(stored)
@@ -101,8 +106,14 @@ class _Planner:
     """Makes parts of a checkpoint's tensors, and takes those that it uses out of `places`."""
 
     def __init__(
-        self, places: dict[Place, Stored], config: dict, awq: AwqFormat | None, form: _Form
+        self,
+        where: str,
+        places: dict[Place, Stored],
+        config: dict,
+        awq: AwqFormat | None,
+        form: _Form,
     ) -> None:
+        self.where = where
         self.places = places
         self.config = config
         self.awq = awq
@@ -126,7 +137,9 @@ class _Planner:
         for expert, tensors in stored.items():
             if not {"weight", "qweight"} & tensors.keys():
                 name = name_in_source(module, expert)
-                raise CheckpointError(f"the tensor {name}.weight (or .qweight) is missing")
+                raise CheckpointError(
+                    f"{self.where}: the tensor {name}.weight (or .qweight) is missing"
+                )
         if any("qweight" in tensors for tensors in stored.values()):
             matrices = tuple(self._matrix(module, *item) for item in stored.items())
             form, stacked = self.form, module.kind == "experts"
@@ -140,7 +153,7 @@ class _Planner:
         if module.bias:
             bias = stored[None].pop("bias", None)
             if bias is None:
-                raise CheckpointError(f"the tensor {module.path}.bias is missing")
+                raise CheckpointError(f"{self.where}: the tensor {module.path}.bias is missing")
             yield self._plain(module, "bias", bias, module.shape[:1])
 
     def _plain(self, module: Module, leaf: str, tensor: TensorRef, shape: tuple[int, ...]) -> Part:
@@ -188,7 +201,7 @@ class _Planner:
             raise CheckpointError(f"{qweight.where}: groups of {group} do not fit {width} inputs")
         scales, qzeros = stored.pop("scales", None), stored.pop("qzeros", None)
         if scales is None:
-            raise CheckpointError(f"the tensor {name}.scales is missing")
+            raise CheckpointError(f"{self.where}: the tensor {name}.scales is missing")
         if qzeros is None and self.awq.zero_point:
             raise CheckpointError(
                 f"the tensor {name}.qzeros is missing, but {self.awq.where} has zero_point"

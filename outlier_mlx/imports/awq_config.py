@@ -60,13 +60,18 @@ def read_format(folder: Path, config: dict) -> AwqFormat | None:
         raise CheckpointError(f"{where}: backend {backend}; only autoawq's layout is imported")
     bits = settings.get("bits", settings.get("w_bit"))
     if type(bits) is not int or bits != 4:
-        raise CheckpointError(f"{where}: bits {str(bits)[:40]}, expected 4")
+        raise CheckpointError(f"{where}: bits {_short(bits)}, expected 4")
     group = settings.get("group_size", settings.get("q_group_size", 128))
     if type(group) is not int or (group != -1 and (group < 1 or mlx_group(group) is None)):
         raise CheckpointError(
-            f"{where}: group_size {str(group)[:40]}, expected -1 or a multiple of 32"
+            f"{where}: group_size {_short(group)}, expected -1 or a multiple of 32"
         )
     zero_point = settings.get("zero_point", True)
     if not isinstance(zero_point, bool):
-        raise CheckpointError(f"{where}: zero_point {str(zero_point)[:40]}, expected a boolean")
+        raise CheckpointError(f"{where}: zero_point {_short(zero_point)}, expected a boolean")
     return AwqFormat(where, group, zero_point)
+
+
+def _short(value: object) -> str:
+    """A value as Python writes it, so that "4" is not taken for 4."""
+    return repr(value)[:40]

@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
+from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.families import Module
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
@@ -19,7 +21,31 @@ _EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _LAYER = r"(model\.layers\.\d+)\."
 _EXPERT = re.compile(_LAYER + r"(?:block_sparse_moe|mlp)\.experts\.(\d{1,5})\.(w[123])\.(\w+)")
 _ROUTER = re.compile(_LAYER + r"(?:block_sparse_moe|mlp)\.gate\.(\w+)")
+_MODEL = re.compile(r"model\.(?:embed_tokens|layers\.\d+)\.")
 _FUSED = re.compile(_LAYER + r"mlp\.experts\.(gate_up_proj|down_proj)")
+
+
+def read_model_shards(folder: Path) -> dict[str, TensorRef]:
+    """The tensors of `model*.safetensors`, as mlx-lm reads them, or else of all safetensors.
+
+    Beside a model's files, some repositories have the same weights under other names.
+
+    Raises:
+        CheckpointError: see `read_shards`.
+    """
+    usual = any(folder.glob("model*.safetensors"))
+    return read_shards(folder, pattern="model*.safetensors" if usual else "*.safetensors")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether the safetensors of a folder are a model's, by the names of their tensors.
+
+    Raises:
+        CheckpointError: there are some, but they are not sound.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return False
+    return any(_MODEL.match(name) for name in read_model_shards(folder))
 
 
 def by_place(tensors: Mapping[str, TensorRef], config: dict) -> dict[Place, Stored]:
