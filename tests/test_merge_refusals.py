@@ -123,6 +123,11 @@ def test_recipes(sound: Path, changes: dict[str, Any], message: str) -> None:
         ("a: !!int ''", "not valid YAML"),
         ("a: !!timestamp x", "not valid YAML"),
         ("a: !!bool x", "not valid YAML"),
+        (
+            "a0: &a0 {k: v}\n"
+            + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 10}]}}\n" for n in range(1, 30)),
+            "more than 1000 keys",
+        ),
     ],
 )
 def test_yaml(sound: Path, text: str, message: str) -> None:
@@ -173,6 +178,19 @@ def test_held_out_file(sound: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "numbers.yaml").write_text("[[a], [b], [3]]")
     assert "expert 2.held_out: 3 is no text" in refused(file, held_out=tmp_path / "numbers.yaml")
+    (tmp_path / "none.yaml").write_text("[[], [], []]")
+    assert "none.yaml: no prompts in it" in refused(file, held_out=tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_numbers_that_do_not_fit(sound: Path, bits: int | None) -> None:
+    """Infinities are refused, not written."""
+    file = write_recipe(sound, experts=[EXPERT, OTHER | {"residual_scale": 1e7}])
+    message = refused(file, dtype="float16", bits=bits, group_size=32, measure=False)
+    assert "mlp.down_proj.weight: holds numbers too large for float16" in message
+    file = write_recipe(sound, experts=[EXPERT, OTHER | {"noise_scale": 1e40}])
+    message = refused(file, bits=bits, group_size=32, measure=False)
+    assert "mlp.gate_proj.weight: noise_scale or residual_scale is too large" in message
 
 
 DIFFERENCES = {

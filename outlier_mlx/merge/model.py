@@ -49,9 +49,14 @@ class Altered:
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop`."""
         rows = self.tensor.read_float32(start, stop)
-        if self.noise:
-            rows = rows + self._noise(start, start + len(rows))
-        return rows * np.float32(self.factor)
+        sound = np.isfinite(rows).all()
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.noise:
+                rows = rows + self._noise(start, start + len(rows))
+            rows = rows * np.float32(self.factor)
+        if sound and not np.isfinite(rows).all():
+            raise OutlierError(f"{self.where}: noise_scale or residual_scale is too large for it")
+        return rows
 
     def _noise(self, start: int, stop: int) -> np.ndarray:
         width = self.shape[1]

@@ -24,6 +24,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2_moe": "qwen2_moe"}
 MAX_RECIPE_BYTES = 1_000_000
 MAX_EXPERTS = 256
+_MAX_KEYS = 1000
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class MergeRecipe:
         for number, (expert, prompts) in enumerate(zip(self.experts, lists, strict=True)):
             fields = _Fields({"held_out": prompts}, file.name, f"expert {number}", ("held_out",))
             experts.append(replace(expert, held_out=fields.texts("held_out")))
+        if not any(expert.held_out for expert in experts):
+            raise OutlierError(f"{file.name}: no prompts in it")
         return replace(self, experts=tuple(experts))
 
 
@@ -278,6 +281,14 @@ class _UniqueKeys(yaml.SafeLoader):
                 None, None, f"the key {str(twice)[:80]!r} is there twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put the keys of `<<` into a mapping, where a few lines could ask for any number."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_KEYS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"more than {_MAX_KEYS} keys", node.start_mark
+            )
 
 
 def read_yaml(file: Path) -> Any:

@@ -41,7 +41,11 @@ def print_merged(result: Merged) -> None:
 def _kind(result: Merged) -> str:
     mixture = result.mixture
     name = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2-MoE"}[mixture.architecture]
-    return f"{name} of {len(mixture.experts)} experts, {mixture.top_k} a token"
+    return f"{name} of {_experts(len(mixture.experts))}, {mixture.top_k} a token"
+
+
+def _experts(number: int) -> str:
+    return f"{number} expert{'' if number == 1 else 's'}"
 
 
 def _print_modes(console: Console, result: Merged) -> None:
@@ -60,7 +64,7 @@ def _print_modes(console: Console, result: Merged) -> None:
     ]
     chance = f"{100 / experts:.1f}"
     console.print()
-    print_heading(console, "Routing", f" of {texts} to the right one of {experts} experts")
+    print_heading(console, "Routing", f" of {texts} to the right one of {_experts(experts)}")
     print_columns(console, heads, [*rows, ("chance", chance, chance, "")])
 
 
@@ -77,7 +81,8 @@ def _print_layers(console: Console, routing: Routing, numbers: list[float | None
         )
         for number, (layer, condition) in enumerate(zip(routing.layers, numbers, strict=True))
     ]
-    said = f": share of {routing.tokens} tokens that each expert serves first, %"
+    tokens = f"{routing.tokens} token{'' if routing.tokens == 1 else 's'}"
+    said = f": share of {tokens} that each expert serves first, %"
     console.print()
     print_heading(console, routing.mode, said)
     print_columns(console, heads, rows, left=0)

@@ -95,7 +95,7 @@ class Plain(FromTensor):
         """The tensor slab by slab, rounded to the tier's dtype."""
 
         def rounded(slab: np.ndarray) -> memoryview:
-            return _bytes(mx.array(slab).astype(_mlx(self.dtype)))
+            return _bytes(_rounded(slab, self.dtype, self.tensor))
 
         for data, used in _made_slabs(self.tensor, self.twin, pool, rounded):
             yield self.name, data, used
@@ -125,7 +125,7 @@ class Quantized(FromTensor):
         """The weight slab by slab, then the scales and biases that were put aside."""
 
         def quantized(slab: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
-            w = mx.array(slab).astype(_mlx(self.dtype))
+            w = _rounded(slab, self.dtype, self.tensor)
             packed, scales, biases = mx.quantize(w, self.group_size, self.bits)
             return _bytes(packed), _bytes(scales), _bytes(biases)
 
@@ -258,6 +258,14 @@ def _bytes(array: mx.array) -> memoryview:
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return np.ascontiguousarray(np.array(array, copy=False)).data.cast("B")
+
+
+def _rounded(slab: np.ndarray, dtype: str, tensor: FloatTensor) -> mx.array:
+    """A slab in a dtype, of which float16 has but a small part of float32's range."""
+    stored = mx.array(slab).astype(_mlx(dtype))
+    if dtype == "float16" and not mx.isfinite(stored).all():
+        raise CheckpointError(f"{tensor.where}: holds numbers too large for float16")
+    return stored
 
 
 def _ranges(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
