@@ -150,11 +150,12 @@ def test_nothing_is_overwritten_unasked_and_what_is_done_stays(place: Path, tmp_
 def test_models_of_one_name_are_told_apart(place: Path, tmp_path: Path) -> None:
     twin = shutil.copytree(place / "planted", tmp_path / "other" / "planted")
     models = [place / "planted", twin]
-    options = ["--no-plots", "--json", "--length", 512, "--sequences", 99]
+    (tmp_path / "text.txt").write_text(TEXT[:600], encoding="utf-8")
+    options = ["--no-plots", "--json", "--text", tmp_path / "text.txt", "--sequences", 10**12]
     shown = run(*command(place), *models, "--out", tmp_path / "found", *options)
     assert shown.exit_code == 0, shown.output
     (note,) = json.loads(shown.stdout)[0]["notes"]
-    assert re.fullmatch(r"the text has \d whole windows, fewer than 99", note)
+    assert re.fullmatch(r"the text has \d+ whole windows, fewer than 10{12}", note)
     assert [entry["model"] for entry in json.loads(shown.stdout)] == [str(m) for m in models]
     assert shown.stdout.count(json.loads(shown.stdout)[0]["tokens_sha256"]) == 2
 
@@ -181,6 +182,8 @@ def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused: list[tuple[list[object], str]] = [
         (["nowhere"], "nowhere: no such folder"),
         ([copy, copy], "a model is given twice"),
+        ([copy, copy / ".." / "copy"], "a model is given twice"),
+        ([copy, "--length", 10**12], "fewer than one window of 10"),
         ([place / "overlay"], "an overlay; `outlier-mlx convert` makes a tier from it"),
         ([copy, "--text", tmp_path / "binary.txt"], "binary.txt: not UTF-8 text"),
         ([copy, "--text", tmp_path / "short.txt"], "fewer than one window of 32"),

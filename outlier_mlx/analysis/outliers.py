@@ -96,7 +96,8 @@ def read_windows(
 
 def _read_tokens(tokenizer: TokenizerWrapper, path: Path, needed: int) -> list[int]:
     """At least `needed` tokens from the start of a text, or all there are."""
-    characters = _CHARACTERS * needed
+    # A text has no more characters than bytes, however many tokens are asked for.
+    characters = min(_CHARACTERS * needed, path.stat().st_size + 1)
     while True:
         try:
             with path.open(encoding="utf-8") as file:

@@ -110,9 +110,9 @@ def study_models(
 
 def _named(models: list[str]) -> dict[str, Source]:
     """The models by name, or as they were given where names would be the same."""
-    if len(set(models)) < len(models):
-        raise OutlierError("a model is given twice")
     sources = {given: resolve(given) for given in models}
+    if len({source.folder.resolve() for source in sources.values()}) < len(models):
+        raise OutlierError("a model is given twice")
     names = [source.name for source in sources.values()]
     return {
         source.name if names.count(source.name) == 1 else given: source
