@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from outlier_mlx.cli import app
-from outlier_mlx.evaluation.charts import charts, on_front
+from outlier_mlx.evaluation.charts import charts, draw, on_front
 from outlier_mlx.evaluation.results import Evaluation, read, save
 from outlier_mlx.evaluation.results import Result as Score
 from outlier_mlx.evaluation.tables import plot
@@ -149,6 +150,14 @@ def test_the_picture(files: list[Path], tmp_path: Path) -> None:
     assert wrong.exit_code == 2 and ".png" in wrong.stderr
 
 
+def test_a_picture_of_odd_names(tmp_path: Path) -> None:
+    odd = replace(MODELS[0], model="$a\ud800\x1b\n" + "b" * 300)
+    found = charts(["x"], [odd], task="quiz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw(found).startswith(b"\x89PNG")
+
+
 def test_a_picture_needs_the_extra(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +203,9 @@ FOREIGN: dict[str, Any] = {
     "no memory": without("") | {"bytes_in_memory": 0},
     "a truth as number": without("") | {"bytes_in_memory": True},
     "not finite": json.dumps(without("")).replace("0.75", "NaN").encode(),
+    "larger than any float": json.dumps(without("")).replace("0.75", "9" * 400).encode(),
+    "an error below zero": json.dumps(without("")).replace('"stderr": ', '"stderr": -').encode(),
+    "more memory than there is": without("") | {"bytes_in_memory": 10**400},
     "deep": b"[" * 100_000,
 }
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.evaluation.results import Evaluation
 
 #: Charts that one picture holds.
 MOST_CHARTS = 12
+# Characters of a name in a picture.
+_LONGEST = 60
 #: Settings that change scores. The batch size changes how sums are rounded, and no more.
 _SETTINGS = ("limit", "num_fewshot", "apply_chat_template", "max_tokens", "seed", "dtype")
 
@@ -197,6 +199,12 @@ def draw(found: Sequence[Chart]) -> bytes:
     return picture.getvalue()
 
 
+def _drawable(text: str) -> str:
+    """Text of others on one line with room for it; a dollar sign would begin a formula."""
+    line = one_line(text)
+    return (line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…").replace("$", r"\$")
+
+
 def _draw_chart(axes: Any, chart: Chart) -> None:
     for point in chart.points:
         axes.errorbar(
@@ -208,8 +216,7 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
             color="tab:blue" if point.on_front is not False else "tab:gray",
         )
         axes.annotate(
-            # A dollar sign would begin a formula.
-            point.label.replace("$", r"\$"),
+            _drawable(point.label),
             (point.gb, point.value),
             textcoords="offset points",
             xytext=(6, 6),
@@ -218,7 +225,7 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     front = sorted((p.gb, p.value) for p in chart.points if p.on_front)
     axes.plot([gb for gb, _ in front], [value for _, value in front], "--", color="tab:blue", lw=1)
     axes.margins(0.2)
-    axes.set_title(chart.title.replace("$", r"\$"), fontsize=10)
+    axes.set_title(_drawable(chart.title), fontsize=10)
     axes.set_xlabel("memory, GB")
-    axes.set_ylabel(f"{chart.metric} ({chart.direction})".replace("$", r"\$"))
+    axes.set_ylabel(_drawable(f"{chart.metric} ({chart.direction})"))
     axes.grid(alpha=0.3)

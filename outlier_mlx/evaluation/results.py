@@ -1,7 +1,6 @@
 """What an evaluation found, as JSON: scores, their errors, and the memory that they cost."""
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from outlier_mlx.errors import OutlierError
 FORMAT = "outlier-mlx evaluation 1"
 # A harness run with all subtasks there are has well under a megabyte.
 _MAX_BYTES = 64 * 2**20
+# Sums and differences of numbers below it are finite, too.
+_MAX_NUMBER = 1e300
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,10 @@ def _parse(raw: dict[str, Any]) -> Evaluation:
         config=_get(raw, "config", dict),
         results=[_parse_result(row) for row in _get(raw, "results", list)],
     )
-    if evaluation.bytes_in_memory <= 0:
-        raise ValueError("bytes_in_memory is not positive")
+    if not 0 < evaluation.bytes_in_memory < 2**63:
+        raise ValueError("bytes_in_memory is no number of bytes")
+    if any(result.stderr is not None and result.stderr < 0 for result in evaluation.results):
+        raise ValueError("stderr is negative")
     return evaluation
 
 
@@ -200,6 +203,6 @@ def _get(raw: dict[str, Any], key: str, *kinds: Any) -> Any:
 
 def _number(raw: dict[str, Any], key: str) -> float | None:
     value = _get(raw, key, int, float, None)
-    if value is not None and not math.isfinite(value):
-        raise ValueError(f"{key} is not finite")
+    if value is not None and not abs(value) < _MAX_NUMBER:
+        raise ValueError(f"{key} is not finite, or too large")
     return None if value is None else float(value)
