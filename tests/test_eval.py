@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx.cli import app
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.memory import Budget
 from outlier_mlx.showcase import FOLDER
 from tests.affine import with_quantized_base
@@ -377,6 +379,51 @@ def test_task_files_run_no_code(cases: dict[str, Case], line: str, tmp_path: Pat
         assert json.loads(trusted.stdout)["results"] and (tmp_path / "ran").exists()
 
 
+ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
+HOSTILE = {
+    "a0: &a0 [x]\n" + ALIASES: "too many values",
+    "a: &a [*a]\n": "too many values",
+    "include: ../outside.yaml\n": "which is outside",
+    "include: link.yaml\n": "which is outside",
+    "include: hostile.yaml\n": "includes itself",
+    "include: [" + "twice.yaml, " * 9 + "]\n": "includes more than 64 files",
+    "# " + " " * (16 << 20): "too large",
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
+def test_task_files_that_never_end_or_lead_outside(line: str, tmp_path: Path) -> None:
+    from outlier_mlx.evaluation.tasks import load_tasks
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "outside.yaml").write_text("output_type: generate_until\n")
+    (tmp_path / "in" / "link.yaml").symlink_to(tmp_path / "outside.yaml")
+    (tmp_path / "in" / "twice.yaml").write_text("include: [" + "once.yaml, " * 9 + "]\n")
+    (tmp_path / "in" / "once.yaml").write_text("output_type: generate_until\n")
+    task = tmp_path / "in" / "hostile.yaml"
+    task.write_text("task: hostile\n" + line)
+    with pytest.raises(OutlierError, match=HOSTILE[line]):
+        load_tasks([str(task)], nullcontext)
+
+
+def test_a_hub_out_of_reach_is_told_once(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def unreachable(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub (LocalEntryNotFoundError)")
+
+    task = write_task(tmp_path, "far", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    done = run("eval", cases["base"].folder, "--tasks", task)
+    assert done.exit_code == 1
+    assert done.stderr == (
+        "error: task far: Couldn't reach 'a/b' on the Hub, and it is not in the local cache\n"
+    )
+
+
 def test_mistakes_get_one_line(cases: dict[str, Case], tmp_path: Path) -> None:
     base = cases["base"].folder
     good = write_task(tmp_path, "good", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
@@ -385,13 +432,18 @@ def test_mistakes_get_one_line(cases: dict[str, Case], tmp_path: Path) -> None:
     (tmp_path / "template.yaml").write_text("output_type: generate_until\n")
     (tmp_path / "bad.yaml").write_text(good.read_text().replace("{{question}}", "{{nothing}}"))
     (tmp_path / "empty").mkdir()
+    none = write_task(tmp_path, "none", [], GENERATE % '"x"')
+    garbled = write_task(tmp_path, "garbled", [], GENERATE % '"x"')
+    (tmp_path / "garbled.jsonl").write_text("{")
     for tasks, said in {
-        tmp_path / "none.yaml": "none.yaml: No such file",
+        tmp_path / "missing.yaml": "missing.yaml: No such file",
         tmp_path / "list.yaml": "list.yaml: not a task file",
         tmp_path / "broken.yaml": "broken.yaml: not a sound task file",
         tmp_path / "template.yaml": "neither `task` nor `group`",
         tmp_path / "empty": "empty: no task in it",
         tmp_path / "bad.yaml": "'nothing' is undefined",
+        none: "task none: its data has no documents",
+        garbled: "its data cannot be read: ",
         f"{good},{good}": "there is another task 'good'",
     }.items():
         done = run("eval", base, "--tasks", tasks)

@@ -250,6 +250,10 @@ def _noting(noted: Noted) -> Iterator[None]:
     # Without any, the first message of mlx-lm's would make one that prints.
     root, nothing = logging.getLogger(), logging.NullHandler()
     root.addHandler(nothing)
+    # The retries that it logs are told once, by the error that ends them.
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)
     bars = datasets.utils.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.WARNING)
@@ -265,6 +269,7 @@ def _noting(noted: Noted) -> Iterator[None]:
             logger.propagate = propagate
             logger.handlers = handlers
         root.removeHandler(nothing)
+        hub.setLevel(hub_level)
         if not bars:
             datasets.enable_progress_bars()
 

@@ -7,8 +7,10 @@ data alone from datasets 5 on, which neither runs scripts nor unpickles.
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,16 @@ from outlier_mlx.errors import OutlierError, one_line
 Working = Callable[[str], AbstractContextManager[Any]]
 
 _TRUST = "--trust-tasks runs it"
+_ALLOW = "--trust-tasks allows it"
 #: Tags of plain YAML; any other names something that the harness would import.
 _PLAIN = "tag:yaml.org,2002:"
+# Of a task file that is not trusted; those of the harness have less than a hundredth of it.
+_MAX_BYTES = 16 << 20
+# Values in a task file, those of aliases counted wherever they stand: ten lines of them can stand
+# for billions, or for themselves.
+_MAX_VALUES = 1 << 17
+# Task files that one includes, counted wherever they are included.
+_MAX_INCLUDES = 64
 
 
 def load_tasks(specs: Sequence[str], working: Working, *, trust: bool = False) -> TaskDict:
@@ -90,7 +100,14 @@ def _load(manager: TaskManager, name: str) -> TaskDict:
 
 
 def _reason(error: BaseException) -> str:
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        return f"its data cannot be read: {_reason(error.__cause__)}"
     said = one_line(str(error))
+    if isinstance(error, ConnectionError):
+        # Of datasets', which ends in the name of what it was caused by.
+        return re.sub(r" \(\w+\)$", "", said) + ", and it is not in the local cache"
+    if isinstance(error, StopIteration):
+        return "its data has no documents"
     return said if isinstance(error, OSError) and said else f"{type(error).__name__}: {said}"
 
 
@@ -101,7 +118,8 @@ def _local_tasks(paths: list[str], *, trust: bool) -> tuple[dict[str, Entry], li
         files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
         before = len(index)
         for file in files:
-            _add(file, index, trust=trust, may_skip=path.is_dir())
+            folder = path if path.is_dir() else path.parent
+            _add(file, folder, index, trust=trust, may_skip=path.is_dir())
         if len(index) == before:
             raise OutlierError(f"{path}: no task in it")
     members = {name for entry in index.values() for name in _members(entry.cfg)}
@@ -109,10 +127,10 @@ def _local_tasks(paths: list[str], *, trust: bool) -> tuple[dict[str, Entry], li
     return index, [name for name in names if name not in members]
 
 
-def _add(file: Path, index: dict[str, Entry], *, trust: bool, may_skip: bool) -> None:
+def _add(file: Path, folder: Path, index: dict[str, Entry], *, trust: bool, may_skip: bool) -> None:
     try:
         if not trust:
-            _refuse_functions(file)
+            _refuse_functions(file, folder)
         config = load_yaml(file, resolve_func=trust)
     except OutlierError:
         raise
@@ -134,32 +152,52 @@ def _add(file: Path, index: dict[str, Entry], *, trust: bool, may_skip: bool) ->
     index[name].yaml_path = None  # so that the harness takes `cfg` as it is, and reads nothing anew
 
 
-def _refuse_functions(file: Path, seen: frozenset[Path] = frozenset()) -> None:
-    """Refuse tags that are not plain YAML's, in a file and in what it includes."""
-    if file.resolve() in seen:
-        raise OutlierError(f"{file}: includes itself")
+def _refuse_functions(file: Path, folder: Path) -> None:
+    """Refuse tags that are not plain YAML's, in a file and in what it includes from a folder."""
+    todo: list[tuple[Path, tuple[Path, ...]]] = [(file, ())]
+    for number in count():
+        if not todo:
+            return
+        if number > _MAX_INCLUDES:
+            raise OutlierError(f"{file}: includes more than {_MAX_INCLUDES} files; {_ALLOW}")
+        path, above = todo.pop()
+        here = path.resolve()
+        if here in above:
+            raise OutlierError(f"{path}: includes itself")
+        if above and not here.is_relative_to(folder.resolve()):
+            raise OutlierError(f"{file}: includes {path}, which is outside {folder}; {_ALLOW}")
+        todo += [(included, (*above, here)) for included in _includes(path)]
+
+
+def _includes(file: Path) -> list[Path]:
+    """The files that a task file includes; its own values are plain and not too many."""
+    if file.exists() and not file.is_file():
+        raise OutlierError(f"{file}: not a file")
+    if file.stat().st_size > _MAX_BYTES:
+        raise OutlierError(f"{file}: too large for a task file; {_ALLOW}")
     with file.open("rb") as opened:
         root = yaml.compose(opened, Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):
         raise OutlierError(f"{file}: not a task file: no mapping")
-    for node in _nodes(root):
+    for number, node in enumerate(_nodes(root)):
+        if number > _MAX_VALUES:
+            raise OutlierError(f"{file}: too many values, those of aliases counted; {_ALLOW}")
         if not node.tag.startswith(_PLAIN) or "python" in node.tag:
             line = node.start_mark.line + 1
             raise OutlierError(f"{file}, line {line}: {node.tag} is code; {_TRUST}")
+    found: list[Path] = []
     for key, value in root.value:
         if key.value == "include":
-            for item in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                _refuse_functions(file.parent / str(item.value), seen | {file.resolve()})
+            items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            found += [file.parent / str(item.value) for item in items]
+    return found
 
 
 def _nodes(root: yaml.Node) -> Iterator[yaml.Node]:
-    """A node and all below it, each once, since aliases may share them."""
-    todo, seen = [root], set()
+    """A node and all below it, those of aliases wherever they stand."""
+    todo = [root]
     while todo:
         node = todo.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
         yield node
         if isinstance(node, yaml.MappingNode):
             todo += [part for pair in node.value for part in pair]
