@@ -52,7 +52,10 @@ def command(place: Path, *models: str) -> list[object]:
     return ["outliers", *folders, "--text", place / "text.txt", "--sequences", 3, "--length", 32]
 
 
-def test_two_models(place: Path, tmp_path: Path) -> None:
+def test_two_models(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Most of the time that a picture takes is for where matplotlib puts its panels.
+    layout = "matplotlib.layout_engine.ConstrainedLayoutEngine.execute"
+    monkeypatch.setattr(layout, lambda engine, figure: None)
     out = tmp_path / "deep" / "found"
     extras = ["--per-expert", "--residual", "--hold", "bf16", "--overlap", 0.5]
     shown = run(*command(place, "tier", "planted"), "--out", out, *extras)

@@ -114,7 +114,7 @@ def draw_comparison(entries: Sequence[dict[str, Any]], against: Against, path: P
                 _draw_published(axes, models, against, share, marker, label)
         for entry in entries:
             x, y = entry[against], entry["blog"][share]
-            axes.plot(x, y, "o", markersize=9, zorder=3, label=entry["model"])
+            axes.plot(x, y, "o", markersize=9, zorder=3, clip_on=False, label=entry["model"])
             axes.annotate(entry["model"], (x, y), (6, 6), textcoords="offset points", fontsize=8)
         axes.set_xscale("log")
         axes.margins(x=0.12)
