@@ -236,7 +236,7 @@ def test_scores(tmp_path: Path) -> None:
     results.save(evaluation, tmp_path / "scores.json")
     command = ["push", tier, "owner/tier", "--dry-run", "--results", tmp_path / "scores.json"]
     card = run(*command).stdout
-    assert "on a gpu; in float16; lm-eval 0.4.13:" in card
+    assert "On the GPU, in float16; lm-eval 0.4.13:" in card
     assert "| `arc_easy` | `acc` | 0 | 400 | 0.5000 | 0.0250 |" in card
     assert "| `arc_easy` | `f1, strict` | 0 | 400 | 0.5000 |  |" in card
     # Scores of another model are not this one's.

@@ -252,7 +252,10 @@ def _licences(facts: Facts) -> str:
         lines.append(f"- {origin.role} {code(origin.name)}: {_stated(origin.licence)}")
     silent = [origin.role for origin in facts.origins if origin.licence is None]
     if silent and facts.given:
-        lines += ["", f"Where none is stated, who published this names {code(facts.given)}."]
+        lines += [
+            "",
+            f"For those that state none, the publisher of this tier names {code(facts.given)}.",
+        ]
     elif silent:
         lines += ["", f"Of the {' and the '.join(silent)} no licence is known; none is assumed."]
     names = sorted(path.name for path in facts.folder.iterdir() if is_legal(path.name))

@@ -52,10 +52,10 @@ def scores(evaluations: Sequence[Evaluation]) -> str:
     lines = ["## Scores"]
     for one in evaluations:
         versions = ", ".join(f"{name} {version}" for name, version in one.versions.items())
-        how = [f"on a {one.device}", f"in {one.config.get('dtype')}", versions]
+        how = f"On the {one.device.upper()}, in {one.config.get('dtype')}"
         if one.config.get("limit"):
-            how.insert(0, f"at most {one.config['limit']} documents a task")
-        lines += ["", plain("; ".join(how)) + ":", ""]
+            how += f", at most {one.config['limit']} documents a task"
+        lines += ["", plain(f"{how}; {versions}") + ":", ""]
         lines += ["| task | metric | few-shot | documents | score | standard error |"]
         lines += ["|---|---|---:|---:|---:|---:|"]
         for result in one.results:
