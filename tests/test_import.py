@@ -105,7 +105,7 @@ def test_gguf_beside_safetensors(awq: Path, tmp_path: Path) -> None:
     folder.mkdir()
     build_gguf().write(folder / "MODEL.GGUF")
     mx.save_safetensors(str(folder / "adapter.safetensors"), {"q.lora_a": mx.zeros((2, 2))})
-    assert "no config.json" in run("import", folder, "--out", out, code=1).stderr
+    assert "both: no config.json" in run("import", folder, "--out", out, code=1).stderr
     assert "from GGUF F" in run("import", folder / "MODEL.GGUF", "--out", out).stderr
     (folder / "MODEL.GGUF").rename(folder / "model.gguf")
     assert "from GGUF F" in run("import", folder, "--out", out, "--force").stderr
@@ -178,10 +178,15 @@ def test_any_changed_byte_is_found_and_its_file_named(imported: Path, tmp_path: 
 def test_a_repository(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub()
     (commit,) = hub.add("owner/Mixtral-2x-AWQ", awq)
+    (tmp_path / "lora").mkdir()
+    mx.save_safetensors(str(tmp_path / "lora" / "lora.safetensors"), {"q.lora_a": mx.zeros((2,))})
+    hub.add("owner/lora", tmp_path / "lora")
     with serving(hub):
         point_to(hub, tmp_path, monkeypatch)
         huggingface_hub.close_session()
         run("import", "owner/Mixtral-2x-AWQ", "--out", tmp_path / "mlx", "--quiet")
+        other = run("import", "owner/lora", "--out", tmp_path / "other", code=1)
+        assert "owner/lora: no config.json; name a GGUF file of a repository" in other.stderr
         huggingface_hub.close_session()
     asked = hub.files_asked("owner/Mixtral-2x-AWQ")
     assert "model.safetensors" in asked and "pytorch_model.bin" not in asked

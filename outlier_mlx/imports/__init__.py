@@ -143,7 +143,11 @@ def _open(
         from outlier_mlx.imports.gguf import open_gguf_model
 
         return open_gguf_model(place, file=file, dtype=dtype, **gguf)
+    # Of a repository, GGUF files are fetched only when they are named.
+    hint = "" if found.revision is None else "; name a GGUF file of a repository with --file"
     if any(place.glob("*.safetensors")):
+        if not (place / "config.json").exists():
+            raise CheckpointError(f"{found.name}: no config.json{hint}")
         if gguf:
             raise CheckpointError(f"{found.name}: --k-quants and --experts are for GGUF")
         from outlier_mlx.imports.awq import open_awq_model
@@ -155,10 +159,7 @@ def _open(
             f"{found.name}: {min(pickles)}: pickled weights are not read; convert them to"
             " safetensors first"
         )
-    raise CheckpointError(
-        f"{found.name}: neither *.safetensors nor *.gguf here"
-        + ("" if found.revision is None else "; name a GGUF file of a repository with --file")
-    )
+    raise CheckpointError(f"{found.name}: neither *.safetensors nor *.gguf here{hint}")
 
 
 def _holds_gguf(folder: Path) -> bool:

@@ -55,8 +55,6 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
     Raises:
         CheckpointError: names what is missing, has the wrong shape, or is of another format.
     """
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: no config.json")
     raw = read_json(inside(folder, "config.json"))
     awq = read_format(folder, raw)
     tensors = read_model_shards(folder)
