@@ -342,6 +342,10 @@ def test_what_is_odd_is_told(sound: Path, tmp_path: Path) -> None:
     assert "no_positive: bos" not in " ".join(
         merge(file, tmp_path / "zero", no_positive="zero").notes
     )
+    (outlying / "cat.txt").write_text("cat")
+    file = write_recipe(outlying, experts=[alike[0] | {"texts": ["cat.txt"]}, *alike[1:]])
+    notes = " ".join(merge(file, tmp_path / "texts", no_positive="zero").notes)
+    assert "expert 0: texts are for gate_mode trained alone" in notes
 
     cancel = [EXPERT | {"negative_prompts": ["bca"]}, OTHER]
     merged = merge(write_recipe(sound, experts=cancel), tmp_path / "cancel")

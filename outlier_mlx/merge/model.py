@@ -210,3 +210,5 @@ def _notes(recipe: MergeRecipe) -> Iterator[str]:
     for number, expert in enumerate(recipe.experts):
         if recipe.gate_mode == "trained" and expert.negative:
             yield f"expert {number}: negative prompts mean nothing to gate_mode trained"
+        if recipe.gate_mode != "trained" and not recipe.held_out and expert.texts:
+            yield f"expert {number}: texts are for gate_mode trained alone"
