@@ -100,7 +100,7 @@ def test_perplexity_and_expert_shares(
 def test_the_demo_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "tier")])
     assert result.exit_code == 0, result.output
-    for words in ("size of weights", "tier, int4", "all new domains", "generation:"):
+    for words in ("size of weights", "unquantized      int4", "all new domains", "generation:"):
         assert words in result.output
     assert (tmp_path / "tier" / "tier.json").exists()
     model: nn.Module = load(tmp_path / "tier")[0]

@@ -75,3 +75,14 @@ def test_a_missing_text_is_a_usage_error(tier: Path) -> None:
     missing = run("perplexity", tier, "--text", tier / "nowhere.txt")
     assert missing.exit_code == 2
     assert "nowhere.txt" in missing.stderr
+
+
+@pytest.mark.parametrize("command", ["perplexity", "routing", "tune-alpha"])
+def test_a_text_in_another_encoding(tier: Path, tmp_path: Path, command: str) -> None:
+    text = tmp_path / "latin.txt"
+    text.write_bytes("caf\xe9".encode("latin-1"))
+    done = run(command, tier, "--text", text)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].endswith(
+        "latin.txt: not UTF-8 text: byte 3 is no part of it"
+    )

@@ -36,11 +36,12 @@ def perplexity(
 ) -> None:
     """Measure perplexity on a text, and the distance from another model."""
     from outlier_mlx import compare, measured
+    from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar
 
     folder = measured.require_tier(model) if record else None
     loaded, tokenizer = load_visibly(model, dtype, quiet=quiet)
-    content = text.read_text(encoding="utf-8")
+    content = read_utf8(text)
     other = None
     if against is not None:
         other, other_tokenizer = load_visibly(against, dtype, quiet=quiet)
@@ -79,11 +80,12 @@ def routing(
     """Show which experts serve a text, layer by layer."""
     from outlier_mlx import compare
     from outlier_mlx.routing import draw, observe_routing
+    from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.tables import print_routing
     from outlier_mlx.terminal import counting_bar
 
     loaded, tokenizer = load_visibly(model, quiet=quiet)
-    texts = compare.windows(tokenizer, text.read_text(encoding="utf-8"), window, windows)
+    texts = compare.windows(tokenizer, read_utf8(text), window, windows)
     with counting_bar("routing", "tokens", quiet=quiet) as progress:
         layers = observe_routing(loaded, texts, progress)
     report = json.dumps([layer.as_json() for layer in layers], indent=2)
@@ -115,12 +117,13 @@ def tune_alpha(
 ) -> None:
     """Train the alphas alone; a fifth of the text is held out to judge them."""
     from outlier_mlx import compare
+    from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar
     from outlier_mlx.tuning import save_alphas, tune_alphas
 
     loaded, tokenizer = load_visibly(model, quiet=quiet)
     other = load_visibly(teacher, quiet=quiet)[0] if teacher is not None else None
-    texts = compare.windows(tokenizer, text.read_text(encoding="utf-8"), window, windows)
+    texts = compare.windows(tokenizer, read_utf8(text), window, windows)
     with counting_bar("tuning", "windows", quiet=quiet) as progress:
         tuned = tune_alphas(
             loaded,

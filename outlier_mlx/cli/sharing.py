@@ -51,6 +51,7 @@ def push(
     from outlier_mlx.evaluation.results import read
     from outlier_mlx.publish.prepare import prepare
     from outlier_mlx.publish.push import check_login
+    from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import progress_bar, size
 
     require_repo_name(repo)
@@ -67,7 +68,7 @@ def push(
             repo,
             private=private,
             licence=licence,
-            card=card.read_text(encoding="utf-8") if card is not None else None,
+            card=read_utf8(card) if card is not None else None,
             evaluations=evaluations,
             progress=progress,
         )

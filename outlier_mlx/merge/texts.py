@@ -11,6 +11,7 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.loading import load_tokenizer, quiet_transformers
 from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.texts import read_utf8
 
 #: Tokens of a text that are seen together, and that are used of an expert's texts at most.
 WINDOW = 256
@@ -152,11 +153,9 @@ class Tokens:
         try:
             if path.stat().st_size > MAX_TEXT_BYTES:
                 raise OutlierError(f"{path.name}: larger than {MAX_TEXT_BYTES} bytes")
-            found = self.windows(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise OutlierError(f"{path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise OutlierError(f"{path.name}: not UTF-8 text") from None
+        found = self.windows(read_utf8(path))
         if not found:
             raise OutlierError(f"{path.name}: no text in it")
         return found
