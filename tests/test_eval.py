@@ -502,4 +502,4 @@ def test_tasks_of_the_harness_by_name(cases: dict[str, Case]) -> None:
     assert wrong.exit_code == 1 and "near: " in wrong.stderr and "arc_easy" in wrong.stderr
     away = run("eval", cases["base"].folder, "--tasks", "arc_easy")
     assert away.exit_code == 1 and away.stderr.count("\n") == 1, away.output
-    assert "arc_easy" in away.stderr and "ffline" in away.stderr
+    assert "task arc_easy: " in away.stderr and "reach" in away.stderr, away.stderr
