@@ -33,6 +33,32 @@ class FloatTensor(Protocol):
         """Rows `start` to `stop` of the first axis as float32."""
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A tensor whose rows are made from another's, in its shape: the base of such `FloatTensor`s.
+
+    Attributes:
+        tensor: the one that is read.
+    """
+
+    tensor: FloatTensor
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of what is stored."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, unchanged."""
+        return self.tensor.shape
+
+    @property
+    def where(self) -> str:
+        """File and key."""
+        return self.tensor.where
+
+
 class Trits(Protocol):
     """A matrix of trits somewhere on disk, read by rows."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from outlier_mlx.checkpoints.overlay import Derived
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.imports.families import head_dim
 from outlier_mlx.merge.recipe import ExpertRecipe, MergeRecipe
@@ -16,7 +17,7 @@ _NOISE_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Altered:
+class Altered(Derived):
     """A matrix with noise added, then multiplied by a factor, in float32.
 
     Attributes:
@@ -26,25 +27,9 @@ class Altered:
         key: what the noise depends on, beside the row.
     """
 
-    tensor: TensorRef
     noise: float
     factor: float
     key: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of what is stored."""
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.tensor.shape
-
-    @property
-    def where(self) -> str:
-        """File and key."""
-        return self.tensor.where
 
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop`."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.base import WholeModel
 from outlier_mlx.checkpoints.keys import PROJECTIONS
-from outlier_mlx.checkpoints.overlay import FloatTensor, base_shapes
+from outlier_mlx.checkpoints.overlay import Derived, base_shapes
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.tiers.parts import AffineExperts, Constant, Part, Plain
 from outlier_mlx.tiers.plan import Plan, base_part, common_config, finish_plan, settle_dtype
@@ -25,29 +25,13 @@ MODEL_TYPE = "ernie4_5_moe"
 
 
 @dataclass(frozen=True)
-class AdjacentPairs:
+class AdjacentPairs(Derived):
     """The rows of a query or key tensor, reordered within each head.
 
     Qwen2 rotates element j of a head with element j + width / 2; here the two stand side by side.
     """
 
-    tensor: FloatTensor
     head_dim: int
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of what is stored."""
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape, unchanged."""
-        return self.tensor.shape
-
-    @property
-    def where(self) -> str:
-        """File and key."""
-        return self.tensor.where
 
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of the reordered tensor."""
