@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from outlier_mlx import ternary
     from outlier_mlx.checkpoints import open_overlay
-    from outlier_mlx.loading import load
+    from outlier_mlx.engine.loading import load
 
 __version__ = "0.1.0"
 
@@ -15,7 +15,7 @@ __all__ = ["convert", "load", "open_overlay", "ternary"]
 
 # Imported when first used: MLX and transformers take seconds that `--help` should not.
 _LAZY = {
-    "load": "outlier_mlx.loading",
+    "load": "outlier_mlx.engine.loading",
     "open_overlay": "outlier_mlx.checkpoints",
     "ternary": "outlier_mlx.ternary",
 }

@@ -12,11 +12,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from outlier_mlx.checkpoints.config import Defaults, parse_config
-from outlier_mlx.checkpoints.keys import PROJECTIONS
 from outlier_mlx.checkpoints.monolith import ALIGNMENT, HEADER, MAGIC, ROW, VERSION, aligned
 from outlier_mlx.checkpoints.overlay import base_shapes
-from outlier_mlx.storage.writer import ShardedWriter, TensorSpec
+from outlier_mlx.models.config import PROJECTIONS, Defaults, parse_config
+from outlier_mlx.writing.writer import ShardedWriter, TensorSpec
 
 EXPERTS, TOP_K = 8, 2
 BLOCK_BYTES = 16 << 20

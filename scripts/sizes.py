@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 from outlier_mlx.checkpoints.base import WholeModel
-from outlier_mlx.checkpoints.config import Defaults, parse_config
-from outlier_mlx.checkpoints.overlay import Expert, ExpertMatrix, Overlay, base_shapes
-from outlier_mlx.memory import GPU_SHARE, kv_bytes
+from outlier_mlx.checkpoints.overlay import Expert, Overlay, base_shapes
+from outlier_mlx.engine.memory import GPU_SHARE, kv_bytes
+from outlier_mlx.models.config import Defaults, parse_config
+from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.tiers.plan import Plan, make_plan
 from outlier_mlx.tiers.presets import Recipe
-from outlier_mlx.tiers.summary import SummaryRow
 
 PAGE = Path(__file__).parents[1] / "docs" / "sizes.md"
 EXPERTS, TOP_K = 8, 2

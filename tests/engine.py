@@ -16,8 +16,8 @@ from mlx_lm.models import qwen2
 from mlx_lm.models.cache import make_prompt_cache
 
 import outlier_mlx
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import CheckpointWarning
-from outlier_mlx.loading import load_model
 from outlier_mlx.runtime.model import Model
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.switch import TernarySwitchGLU

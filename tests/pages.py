@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from outlier_mlx.showcase import FOLDER
+from outlier_mlx.cli.showcase import FOLDER
 
 ROOT = Path(__file__).parents[1]
 # A repository of the hub stands for the folder that it would be fetched to.

@@ -14,10 +14,11 @@ from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from kernels.emulator import virtual_metal
-from outlier_mlx import bench, bench_tables, chips
-from outlier_mlx.bench import BenchOptions, BenchResult, Runs
-from outlier_mlx.chips import BANDWIDTHS, Chip, parse_gpu_cores, published_bandwidth
 from outlier_mlx.cli import app
+from outlier_mlx.engine import chips
+from outlier_mlx.engine.chips import BANDWIDTHS, Chip, parse_gpu_cores, published_bandwidth
+from outlier_mlx.measure import bench, bench_tables
+from outlier_mlx.measure.bench import BenchOptions, BenchResult, Runs
 from outlier_mlx.runtime import variants
 from tests.builders import Dims, write_overlay
 from tests.engine import load, tier_of

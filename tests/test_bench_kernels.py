@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from kernels.emulator import virtual_metal
-from outlier_mlx import bench_cases, bench_kernels, bench_tables
-from outlier_mlx.bench_cases import KERNELS, Layer
-from outlier_mlx.bench_kernels import Arm, KernelBench, KernelResult
-from outlier_mlx.chips import Chip
+from outlier_mlx.engine.chips import Chip
+from outlier_mlx.measure import bench_cases, bench_kernels, bench_tables
+from outlier_mlx.measure.bench_cases import KERNELS, Layer
+from outlier_mlx.measure.bench_kernels import Arm, KernelBench, KernelResult
 from outlier_mlx.runtime import kernels, variants
 from outlier_mlx.runtime.variants import Variant
 from tests.builders import write_overlay

@@ -17,7 +17,7 @@ import pytest
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 import outlier_mlx.runtime
-from outlier_mlx.tiers.bundle import bundle
+from outlier_mlx.writing.bundle import bundle
 from tests.builders import Built, write_overlay
 from tests.engine import forward, load, tier_of
 from tests.environments import make_environment, mlx_package, pinned, run
@@ -92,7 +92,7 @@ def test_top_level_names_are_unique_in_the_runtime():
 
 def test_the_bundle_is_the_same_each_time():
     """`verify` compares a tier's with it, whatever the order of sets in that process."""
-    script = "from outlier_mlx.tiers.bundle import bundle; print(bundle(), end='')"
+    script = "from outlier_mlx.writing.bundle import bundle; print(bundle(), end='')"
     texts = {
         subprocess.run(
             [sys.executable, "-c", script],

@@ -12,14 +12,14 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import outlier_mlx
+from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.evaluation import results
-from outlier_mlx.info import inspect
-from outlier_mlx.measured import read_measured
+from outlier_mlx.measure import eval_results as results
+from outlier_mlx.measure.measured import read_measured
 from outlier_mlx.tiers.card import model_card
-from outlier_mlx.tiers.licences import Licence, combine, stated_licence
 from outlier_mlx.tiers.verify import verify_tier
+from outlier_mlx.writing.licences import Licence, combine, stated_licence
 from tests.builders import write_base, write_overlay
 from tests.damage import edit_json
 

@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx import cli
-from outlier_mlx.chat import Conversation
-from outlier_mlx.chat.files import identity, load, save
+from outlier_mlx.engine.conversation import Conversation
+from outlier_mlx.engine.generate import Options, stream_tokens
+from outlier_mlx.engine.sessions import identity, load, save
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.generate import Options, stream_tokens
 from tests.builders import write_overlay
 from tests.damage import edit_json
 from tests.engine import tier_of
@@ -90,7 +90,8 @@ def test_a_reply_that_ends_itself(
     tokenizer.eos_token_ids = {0, 2}
     sampled = iter([50, 51, 52, end, *[53] * 100])
     monkeypatch.setattr(
-        "outlier_mlx.generate.make_sampler", lambda *_, **__: lambda _: mx.array([next(sampled)])
+        "outlier_mlx.engine.generate.make_sampler",
+        lambda *_, **__: lambda _: mx.array([next(sampled)]),
     )
     conversation = Conversation(model, tokenizer, Options(max_tokens=12))
     text = say(conversation, "Hello")

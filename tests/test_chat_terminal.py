@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from outlier_mlx.chat import markdown
-from outlier_mlx.chat.markdown import harmless, renders_markdown, reply_writer
+from outlier_mlx.cli import markdown
+from outlier_mlx.cli.markdown import harmless, renders_markdown, reply_writer
 from tests.builders import write_overlay
 from tests.damage import edit_json
 from tests.engine import tier_of

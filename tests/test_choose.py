@@ -8,10 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 import outlier_mlx
-from outlier_mlx import cli, memory
-from outlier_mlx.checkpoints.config import tier_config
+from outlier_mlx import cli
+from outlier_mlx.engine import memory
+from outlier_mlx.engine.memory import Budget, budget, check_fits, kv_bytes
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.memory import Budget, budget, check_fits, kv_bytes
+from outlier_mlx.models.config import tier_config
 from outlier_mlx.tiers.choose import best, list_choices
 from outlier_mlx.tiers.presets import RECIPES
 from tests.builders import Built, write_overlay

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx.cli import app
-from outlier_mlx.generate import Options, stream
+from outlier_mlx.engine.generate import Options, stream
 from tests.builders import write_base, write_overlay
 from tests.damage import edit_config
 from tests.screen import COLOUR, ESCAPE, SCRIPT, fits, lines_shown, on_terminal

@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from outlier_mlx.cli import app
-from outlier_mlx.evaluation.charts import charts, draw, on_front
-from outlier_mlx.evaluation.results import Evaluation, read, save
-from outlier_mlx.evaluation.results import Result as Score
-from outlier_mlx.evaluation.tables import plot
+from outlier_mlx.measure.eval_charts import charts, draw, on_front
+from outlier_mlx.measure.eval_results import Evaluation, read, save
+from outlier_mlx.measure.eval_results import Result as Score
+from outlier_mlx.measure.eval_tables import plot
 
 CONFIG = {"tasks": ["quiz"], "limit": None, "num_fewshot": None, "seed": 1, "dtype": "float16"}
 

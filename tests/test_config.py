@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from outlier_mlx.checkpoints.config import Defaults, ModelConfig, parse_config
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.config import Defaults, ModelConfig, parse_config
 from tests.builders import Dims, model_config
 
 PLAIN = model_config(Dims()) | {"n_experts": 4, "top_k": 2, "moe_layer_indices": [1, 3]}

@@ -17,9 +17,9 @@ import outlier_mlx
 from outlier_mlx import cli
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import open_base
-from outlier_mlx.loading import load
+from outlier_mlx.cli.showcase import FOLDER, OLD_DOMAIN, heldout, load_base, perplexities
+from outlier_mlx.engine.loading import load
 from outlier_mlx.runtime.moe import OutlierMoE
-from outlier_mlx.showcase import FOLDER, OLD_DOMAIN, heldout, load_base, perplexities
 from tests.reference import forward
 from tests.reference_reader import read_overlay
 

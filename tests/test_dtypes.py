@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 import outlier_mlx
-from outlier_mlx import loading
 from outlier_mlx.cli import app
-from outlier_mlx.loading import load, suited_dtype
+from outlier_mlx.engine import loading
+from outlier_mlx.engine.loading import load, suited_dtype
 from outlier_mlx.runtime.moe import OutlierMoE
 from tests.builders import write_overlay
 from tests.damage import edit_json

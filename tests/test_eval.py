@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx.cli import app
+from outlier_mlx.cli.showcase import FOLDER
+from outlier_mlx.engine.memory import Budget
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.memory import Budget
-from outlier_mlx.showcase import FOLDER
 from tests.affine import with_quantized_base
 from tests.builders import write_base, write_overlay
 from tests.engine import tier_of
@@ -276,7 +276,7 @@ def test_scores_are_the_references(cases: dict[str, Case], name: str, tmp_path: 
 
 def test_where_words_begin_changes_no_score() -> None:
     """With a tokenizer that joins blanks to words, and puts a BOS token before every text."""
-    from outlier_mlx.evaluation.model import HarnessModel
+    from outlier_mlx.measure.eval_model import HarnessModel
 
     model, tokenizer = outlier_mlx.load(FOLDER / "base")
     assert tokenizer.encode("a")[0] == tokenizer.bos_token_id
@@ -393,7 +393,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
 def test_task_files_that_never_end_or_lead_outside(line: str, tmp_path: Path) -> None:
-    from outlier_mlx.evaluation.tasks import load_tasks
+    from outlier_mlx.measure.eval_tasks import load_tasks
 
     (tmp_path / "in").mkdir()
     (tmp_path / "outside.yaml").write_text("output_type: generate_until\n")
@@ -458,7 +458,7 @@ def test_a_model_that_does_not_fit(
     cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = write_task(tmp_path, "one", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
-    monkeypatch.setattr("outlier_mlx.memory.budget", lambda: Budget(1000, "this machine"))
+    monkeypatch.setattr("outlier_mlx.engine.memory.budget", lambda: Budget(1000, "this machine"))
     command = ["eval", cases["base"].folder, "--tasks", task]
     refused = run(*command)
     assert refused.exit_code == 1 and "--ignore-memory" in refused.stderr
@@ -485,11 +485,11 @@ def test_groups_of_a_folder_are_asked_once(cases: dict[str, Case], tmp_path: Pat
 def test_the_extra_is_named_where_it_is_missing(
     cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import outlier_mlx.evaluation
+    import outlier_mlx.measure
 
     for name in ("harness", "model", "tasks"):
-        monkeypatch.delitem(sys.modules, f"outlier_mlx.evaluation.{name}", raising=False)
-        monkeypatch.delattr(outlier_mlx.evaluation, name, raising=False)
+        monkeypatch.delitem(sys.modules, f"outlier_mlx.measure.eval_{name}", raising=False)
+        monkeypatch.delattr(outlier_mlx.measure, f"eval_{name}", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = run("eval", cases["base"].folder, "--tasks", "arc_easy")
     assert done.exit_code == 1 and done.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from outlier_mlx.showcase import FOLDER
+from outlier_mlx.cli.showcase import FOLDER
 
 ROOT = Path(__file__).parents[1]
 TASKS = FOLDER / "tasks"

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from outlier_mlx import open_overlay
 from outlier_mlx.checkpoints.base import join, open_base
+from outlier_mlx.checkpoints.export import FORMATS, export_tier
 from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
-from outlier_mlx.exports import FORMATS, export_tier
 from tests import damage
 from tests.builders import PARTS, Built, write_base, write_overlay
 from tests.engine import engine, forward, tier_of
@@ -343,7 +343,7 @@ def test_an_error_midway_leaves_nothing(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("outlier_mlx.exports.packed.pack_tq1_0", fail)
+    monkeypatch.setattr("outlier_mlx.checkpoints.export_packed.pack_tq1_0", fail)
     refused(tier, tmp_path / "e", "packed", "cannot write: No space left on device")
 
 

@@ -26,10 +26,10 @@ from typer.testing import CliRunner
 import outlier_mlx
 from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
-from outlier_mlx.storage import folders
-from outlier_mlx.storage import parts as storage_parts
-from outlier_mlx.storage.writer import ShardedWriter, TensorSpec
-from outlier_mlx.tiers import parts
+from outlier_mlx.writing import folders
+from outlier_mlx.writing import parts as storage_parts
+from outlier_mlx.writing import tensors as parts
+from outlier_mlx.writing.writer import ShardedWriter, TensorSpec
 from tests.builders import write_overlay
 from tests.damage import find_tensor, replace_tensor, truncate
 

@@ -19,9 +19,9 @@ from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx import terminal
+from outlier_mlx.checkpoints.export import export_tier
 from outlier_mlx.cli import app
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.exports import export_tier
 from outlier_mlx.terminal import after_reading, counting_bar, print_columns, progress_bar, working
 from tests.builders import write_overlay
 from tests.screen import ESCAPE, SCRIPT, fits, lines_shown, on_terminal, screen
@@ -230,7 +230,7 @@ def test_a_long_prompt_is_counted_on_a_terminal(place: Path) -> None:
     """As mlx-lm reports it, a step of the prefill at a time."""
     told: list[tuple[int, int]] = []
     model, tokenizer = outlier_mlx.load(place / "tier")
-    from outlier_mlx.generate import Options, stream
+    from outlier_mlx.engine.generate import Options, stream
 
     options = Options(max_tokens=1, prefill_step_size=16, ignore_chat_template=True)
     list(stream(model, tokenizer, "word " * 30, options, lambda *counts: told.append(counts)))
@@ -346,6 +346,6 @@ def test_what_ends_a_text_early_is_said_on_a_line_of_its_own(
         yield SimpleNamespace(text="Once upon")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("outlier_mlx.generate.stream", stream)
+    monkeypatch.setattr("outlier_mlx.engine.generate.stream", stream)
     result = run("generate", "--model", place / "tier", "-p", "the cat", code=130)
     assert (result.stdout, result.stderr) == ("Once upon\n", "interrupted\n")

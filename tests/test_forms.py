@@ -14,8 +14,8 @@ import pytest
 
 from outlier_mlx import open_overlay
 from outlier_mlx.checkpoints.base import join
+from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.info import inspect
 from tests import damage
 from tests.builders import Built, write_base, write_overlay
 from tests.engine import engine, greedy_cached, tier_of, trace

@@ -15,8 +15,8 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
+from outlier_mlx.engine.generate import Options, encode_prompt, stream
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.generate import Options, encode_prompt, stream
 from outlier_mlx.runtime.model import Model
 from tests.builders import write_overlay
 from tests.damage import edit_json

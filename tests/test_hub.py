@@ -17,9 +17,9 @@ from huggingface_hub import constants
 from typer.testing import CliRunner, Result
 
 import outlier_mlx
+from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.cli import app
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.info import inspect
 from tests.builders import write_base, write_overlay
 from tests.form_builders import to_gguf, to_packed
 from tests.hub import Hub, point_to, serving

@@ -16,10 +16,10 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner, Result
 
+from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.cli import app
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.info import inspect
-from outlier_mlx.loading import load_model
 from outlier_mlx.tiers.verify import verify_tier
 from tests.awq_builder import Awq, write_awq
 from tests.damage import edit_config

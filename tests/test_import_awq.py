@@ -18,13 +18,13 @@ from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load as stock_load
 from mlx_lm.utils import load_model as stock_load_model
 
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import awq_parts, import_model
 from outlier_mlx.imports.awq import open_awq_model
 from outlier_mlx.imports.awq_layout import to_five_bits, to_four_bits, unpack
 from outlier_mlx.imports.codes import WIDTHS, pack_codes
-from outlier_mlx.loading import load_model
-from outlier_mlx.storage import parts as storage_parts
+from outlier_mlx.writing import parts as storage_parts
 from tests.awq_builder import Awq, Built, dequantized, model_config, pack, write_awq
 from tests.damage import REMOVE, add_tensor, drop_tensor, edit_config, replace_tensor
 from tests.goldens import assert_logits_close, copy_writable, require_shared

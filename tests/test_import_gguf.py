@@ -20,11 +20,11 @@ from mlx_lm.utils import load as stock_load
 from mlx_lm.utils import load_model as stock_load_model
 
 from kernels.emulator import virtual_metal
+from outlier_mlx.checkpoints.info import inspect
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import Imported, import_model
 from outlier_mlx.imports.gguf_parts import round_to
-from outlier_mlx.info import inspect
-from outlier_mlx.loading import load_model
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.storage.gguf import read_gguf
 from tests.gguf_builder import Model, build

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import GPT2Tokenizer, Qwen2Tokenizer
 
+from outlier_mlx.engine.loading import load_tokenizer
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
-from outlier_mlx.loading import load_tokenizer
 from outlier_mlx.storage.gguf import read_gguf
 from tests.gguf_builder import gpt2_fields, spm_fields
 from tests.goldens import require_shared

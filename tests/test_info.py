@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import outlier_mlx
+from outlier_mlx.checkpoints.info import Info, inspect
 from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.info import Info, inspect
 from outlier_mlx.storage.safetensors import TensorRef
 from tests.builders import Built, write_base, write_overlay
 from tests.damage import add_tensor, edit_config, replace_tensor

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import outlier_mlx
-from outlier_mlx.compare import compare, same_tokens, windows
+from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.loading import load
-from outlier_mlx.routing import draw, moe_blocks, observe_routing
-from outlier_mlx.tuning import alphas_of, apply_alphas, save_alphas, tune_alphas
+from outlier_mlx.measure.alphas import alphas_of, apply_alphas, save_alphas, tune_alphas
+from outlier_mlx.measure.perplexity import compare, same_tokens, windows
+from outlier_mlx.measure.routing import draw, moe_blocks, observe_routing
 from tests.builders import Built, write_overlay
 from tests.reference import forward, trace
 from tests.reference_reader import read_overlay

@@ -15,8 +15,8 @@ import pytest
 
 import outlier_mlx
 from outlier_mlx.errors import OutputExistsError
-from outlier_mlx.storage.folders import whole_folder
 from outlier_mlx.tiers.verify import verify_tier
+from outlier_mlx.writing.folders import whole_folder
 from tests.builders import write_overlay
 
 

@@ -18,8 +18,8 @@ from mlx_lm.utils import load_model as stock_load_model
 from transformers import PreTrainedTokenizerFast
 
 import outlier_mlx
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.loading import load_model
 from outlier_mlx.merge import merge, sources
 from outlier_mlx.merge.model import open_mixture
 from outlier_mlx.merge.recipe import read_recipe

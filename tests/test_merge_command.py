@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from outlier_mlx.cli import app
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge import merge
-from outlier_mlx.storage.writer import ShardedWriter
+from outlier_mlx.writing.writer import ShardedWriter
 from tests.merging import prompts, write_models, write_recipe
 
 EXPERT = {"source_model": "./expert_0", "positive_prompts": ["a"]}

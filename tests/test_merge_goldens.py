@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model as stock_load_model
 
-from outlier_mlx.loading import load_model
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.merge import Merged, merge
 from outlier_mlx.merge.routes import Stream, run_streams
 from outlier_mlx.merge.texts import Sequences

@@ -16,8 +16,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.loading import load_model
 from outlier_mlx.merge import merge
 from outlier_mlx.merge.recipe import EXPERT_KEYS, read_recipe
 from tests.damage import (
@@ -124,8 +124,11 @@ def test_recipes(sound: Path, changes: dict[str, Any], message: str) -> None:
         ("a: !!timestamp x", "not valid YAML"),
         ("a: !!bool x", "not valid YAML"),
         (
-            "a0: &a0 {k: v}\n"
-            + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 10}]}}\n" for n in range(1, 30)),
+            "".join(
+                f"a{n}: &a{n} {{{', '.join(f'k{n}x{m}: v' for m in range(40))}}}\n"
+                for n in range(30)
+            )
+            + f"all: {{<<: [{', '.join(f'*a{n}' for n in range(30))}]}}\n",
             "more than 1000 keys",
         ),
     ],

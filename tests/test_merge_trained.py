@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.loading import load
 from outlier_mlx.merge import Merged, merge
 from outlier_mlx.merge.trained import fit_router
 from tests import reference

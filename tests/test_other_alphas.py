@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from outlier_mlx import cli
-from outlier_mlx.tuning import alphas_of
+from outlier_mlx.measure.alphas import alphas_of
 from tests.builders import write_overlay
 from tests.engine import tier_of
 

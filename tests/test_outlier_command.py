@@ -15,11 +15,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import outlier_mlx
-from outlier_mlx.analysis.draw import narrowed
-from outlier_mlx.analysis.outliers import measure, read_windows, tokens_digest
 from outlier_mlx.cli import app
+from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.loading import load
+from outlier_mlx.measure.outlier_draw import narrowed
+from outlier_mlx.measure.outliers import measure, read_windows, tokens_digest
 from tests.builders import write_base, write_overlay
 
 TEXT = "the cat sat on the mat, and the dog sat on the log.\nThere it rained:  and rained. " * 40

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outlier_mlx.analysis.accumulate import Accumulator, Hold
-from outlier_mlx.analysis.definitions import (
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.measure.outlier_accumulate import Accumulator, Hold
+from outlier_mlx.measure.outlier_definitions import (
     Thresholds,
     blog_summary,
     pooled_summary,
     sequence_features,
 )
-from outlier_mlx.analysis.expert_hits import ExpertHits
-from outlier_mlx.analysis.probes import PRE_NORM, Kind, Probe
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.measure.outlier_experts import ExpertHits
+from outlier_mlx.measure.outlier_probes import PRE_NORM, Kind, Probe
 from tests.goldens import require_shared
 from tests.tensor_file import from_bfloat16, read_arrays, to_bfloat16
 

@@ -17,15 +17,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 import outlier_mlx
-from outlier_mlx.analysis.accumulate import Accumulator
-from outlier_mlx.analysis.active import count_parameters, weights_bits
-from outlier_mlx.analysis.definitions import Thresholds, blog_summary, pooled_summary
-from outlier_mlx.analysis.outliers import Measurement, Options, measure
-from outlier_mlx.analysis.probes import find_probes, watched
-from outlier_mlx.analysis.report import short_count
+from outlier_mlx.checkpoints.info import inspect
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.info import inspect
-from outlier_mlx.loading import load_model
+from outlier_mlx.measure.outlier_accumulate import Accumulator
+from outlier_mlx.measure.outlier_active import count_parameters, weights_bits
+from outlier_mlx.measure.outlier_definitions import Thresholds, blog_summary, pooled_summary
+from outlier_mlx.measure.outlier_probes import find_probes, watched
+from outlier_mlx.measure.outlier_report import short_count
+from outlier_mlx.measure.outliers import Measurement, Options, measure
 from tests.builders import write_overlay
 from tests.goldens import require_shared
 from tests.tensor_file import read_arrays

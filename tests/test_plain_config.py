@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import load_model as stock_load_model
 
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.loading import load_model
-from outlier_mlx.plain_config import normalised
+from outlier_mlx.models.spelling import normalised
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -11,8 +11,8 @@ import pytest
 from mlx_lm.utils import load_model
 
 import outlier_mlx
+from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.loading import load
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_overlay
 from tests.engine import tier_of

@@ -16,9 +16,9 @@ from huggingface_hub import HfApi, ModelCard, constants
 from typer.testing import CliRunner, Result
 
 import outlier_mlx
+from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.cli import app
-from outlier_mlx.evaluation.results import Evaluation, save
-from outlier_mlx.info import inspect
+from outlier_mlx.measure.eval_results import Evaluation, save
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_base, write_overlay
 from tests.hub import point_to, serving

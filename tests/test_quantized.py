@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from outlier_mlx.tiers import parts
 from outlier_mlx.tiers.convert import Report, convert_tier
 from outlier_mlx.tiers.presets import Recipe
+from outlier_mlx.writing import tensors as parts
 from tests import builders
 from tests.affine import affine_dequantize, affine_quantize
 from tests.engine import assert_decisive, assert_same_run, greedy_cached, load, tier_name, trace

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from outlier_mlx import cli, memory
-from outlier_mlx.checkpoints.config import tier_config
+from outlier_mlx import cli
+from outlier_mlx.engine import memory
+from outlier_mlx.engine.memory import Budget, kv_bytes
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.memory import Budget, kv_bytes
+from outlier_mlx.models.config import tier_config
 from outlier_mlx.serve import server
 from outlier_mlx.serve.room import MOST_CONVERSATIONS, Room, find_room, share
 from tests.builders import write_overlay

@@ -20,8 +20,8 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
+from outlier_mlx.engine.generate import Options, encode_prompt, stream
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.generate import Options, encode_prompt, stream
 from outlier_mlx.serve import mlxlm_server
 from outlier_mlx.serve.server import ServeOptions, Server
 from tests.builders import write_overlay

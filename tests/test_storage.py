@@ -28,7 +28,7 @@ from outlier_mlx.storage.safetensors import (
     parse_json,
     read_header,
 )
-from outlier_mlx.storage.writer import ShardedWriter, TensorSpec, assign_shards
+from outlier_mlx.writing.writer import ShardedWriter, TensorSpec, assign_shards
 
 # Every example uses the same file name in the test's folder.
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

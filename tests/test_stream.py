@@ -25,13 +25,14 @@ from typer.testing import CliRunner, Result
 import outlier_mlx
 from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
-from outlier_mlx.storage import folders, remote
-from outlier_mlx.storage.folders import kept_folder, whole_folder
-from outlier_mlx.storage.journal import Journal
+from outlier_mlx.storage import remote
 from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.writer import PlacedWriter, ShardedWriter, TensorSpec
 from outlier_mlx.tiers.choose import list_choices
 from outlier_mlx.tiers.verify import verify_tier
+from outlier_mlx.writing import folders
+from outlier_mlx.writing.folders import kept_folder, whole_folder
+from outlier_mlx.writing.journal import Journal
+from outlier_mlx.writing.writer import PlacedWriter, ShardedWriter, TensorSpec
 from tests.builders import write_base, write_overlay
 from tests.damage import find_tensor, replace_tensor
 from tests.form_builders import torch_save, write_toy_dense

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import outlier_mlx
-from outlier_mlx.info import inspect
+from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.storage.safetensors import read_header
 from tests.builders import write_base, write_overlay
 from tests.pages import blocks, prepare, run_block

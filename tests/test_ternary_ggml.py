@@ -9,10 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from outlier_mlx.ternary import (
-    TernaryError,
-    ggml,
-)
+from outlier_mlx.ternary import TernaryError, ggml
 from tests.trits import ALL_BYTES, random_trits, tiny_chunks
 
 TQ1_0, TQ2_0 = gguf.GGMLQuantizationType.TQ1_0, gguf.GGMLQuantizationType.TQ2_0

@@ -13,10 +13,10 @@ import pytest
 
 import outlier_mlx
 from outlier_mlx.errors import CheckpointWarning
-from outlier_mlx.storage import parts as parts_module
-from outlier_mlx.storage.writer import ShardedWriter
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import Recipe
+from outlier_mlx.writing import parts as parts_module
+from outlier_mlx.writing.writer import ShardedWriter
 from tests import builders, damage
 from tests.builders import Built, write_base, write_overlay
 from tests.engine import forward, load, pack_rows, tier_name, tier_of

@@ -13,10 +13,10 @@ import pytest
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from kernels.emulator import VirtualMetal, virtual_metal
-from outlier_mlx.loading import load as load_with_tokenizer
+from outlier_mlx.cli.showcase import FOLDER, heldout
+from outlier_mlx.engine.loading import load as load_with_tokenizer
 from outlier_mlx.runtime.model import Model
 from outlier_mlx.runtime.switch import TernarySwitchLinear
-from outlier_mlx.showcase import FOLDER, heldout
 from tests.builders import write_overlay
 from tests.engine import assert_same_run, forward, greedy_cached, load, tier_of, trace
 from tests.goldens import assert_logits_close, golden

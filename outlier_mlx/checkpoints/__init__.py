@@ -7,11 +7,11 @@ from pathlib import Path
 
 from outlier_mlx.checkpoints import expert_files, gguf, packed, single, toy
 from outlier_mlx.checkpoints.overlay import Overlay
-from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.checkpoints.unsupported import refuse_unsupported
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
+from outlier_mlx.storage.shards import read_shards
 
 __all__ = ["ALPHA_OVERLAY", "Overlay", "open_overlay"]
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from outlier_mlx.checkpoints.alpha import Alphas, as_float, gather_alphas, key_place
 from outlier_mlx.checkpoints.keys import parse_number
-from outlier_mlx.checkpoints.torch_zip import load_torch_zip
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.storage.torch_zip import load_torch_zip
 
 _ORIGINALS = "originals"
 _WRAPPERS = ("alphas", "alpha", "overlay", "alpha_values", "trained")

@@ -5,12 +5,12 @@ from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from outlier_mlx.checkpoints.config import POSITIONS, ModelConfig, parse_config, read_config
 from outlier_mlx.checkpoints.keys import BaseKey, parse_key
 from outlier_mlx.checkpoints.overlay import Overlay, check_base, check_layers
-from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.config import POSITIONS, ModelConfig, parse_config, read_config
 from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.shards import read_shards
 
 # `base_model: OWNER/NAME` in a card's metadata, or a list of one.
 _CARD_BASE = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w./-]+)", re.MULTILINE)

@@ -5,21 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from outlier_mlx.checkpoints.config import ModelConfig
-from outlier_mlx.checkpoints.keys import (
-    PROJECTIONS,
-    AlphaKey,
-    BaseKey,
-    ExpertKey,
-    Key,
-    RouterKey,
-    parse_key,
-)
-from outlier_mlx.checkpoints.overlay import Expert, ExpertMatrix, FloatTensor, Overlay, Trits
-from outlier_mlx.checkpoints.shards import find_files
+from outlier_mlx.checkpoints.keys import AlphaKey, BaseKey, ExpertKey, Key, RouterKey, parse_key
+from outlier_mlx.checkpoints.overlay import Expert, Overlay
 from outlier_mlx.checkpoints.weights import ternary_matrix
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.config import PROJECTIONS, ModelConfig
 from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.shards import find_files
+from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, Trits
 
 K = TypeVar("K")
 T = TypeVar("T", TensorRef, Trits, FloatTensor)

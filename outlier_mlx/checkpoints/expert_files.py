@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from outlier_mlx.checkpoints.collect import Collected, collect
-from outlier_mlx.checkpoints.config import ModelConfig, read_config
 from outlier_mlx.checkpoints.keys import parse_expert_leaf, parse_key, parse_number
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.models.config import ModelConfig, read_config
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_header
 
 SIGN = "experts/layer_*_expert_*.safetensors"

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.collect import Collected, collect
-from outlier_mlx.checkpoints.config import read_config
 from outlier_mlx.checkpoints.keys import ExpertKey, RouterKey, parse_key, parse_number
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.models.config import read_config
 from outlier_mlx.storage.gguf import GgufTensor, read_gguf
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.ternary import TernaryError
 from outlier_mlx.ternary.ggml import (

@@ -7,8 +7,6 @@ not make another number: two spellings of one tensor are found to be one.
 import re
 from dataclasses import dataclass
 
-PROJECTIONS = ("gate", "up", "down")
-
 _LAYER = r"(?:model\.)?layers\.(?P<layer>[0-9]+)\."
 _LEAF = r"(?P<projection>gate|up|down)(?:_(?P<packed>ternary|scale)|_proj\.(?P<plain>weight|scale))"
 _EXPERT_LEAF = re.compile(_LEAF)

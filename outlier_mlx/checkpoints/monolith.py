@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from outlier_mlx.checkpoints.keys import PROJECTIONS
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.config import PROJECTIONS
 
 MAGIC = b"OEXS"
 VERSION = 1

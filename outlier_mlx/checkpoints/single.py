@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from outlier_mlx.checkpoints.collect import collect
-from outlier_mlx.checkpoints.config import read_config
 from outlier_mlx.checkpoints.keys import ExpertKey, RouterKey, parse_key
 from outlier_mlx.checkpoints.overlay import Overlay
+from outlier_mlx.models.config import read_config
 from outlier_mlx.storage.safetensors import TensorRef
 
 SIGN = "[base.]model.layers.N.mlp.experts.* or .mlp.router.weight in *.safetensors"

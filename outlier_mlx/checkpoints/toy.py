@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.collect import Collected
-from outlier_mlx.checkpoints.config import Defaults, read_config
 from outlier_mlx.checkpoints.keys import (
     BaseKey,
     ExpertKey,
@@ -25,6 +24,7 @@ from outlier_mlx.checkpoints.keys import (
 )
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.models.config import Defaults, read_config
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 
 SIGN = "layers.N.ffn.* in *.safetensors"

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 
 _ROTATION_FILES = ("rotation_matrices.safetensors", "rotation_metadata.json")

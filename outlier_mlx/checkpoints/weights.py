@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlier_mlx.checkpoints.overlay import ExpertMatrix, FloatTensor, Trits
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
+from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, Trits
 
 _WIDE_INTEGERS = ("I16", "I32", "I64")
 # Weights held at a time where a whole matrix has to be seen.

@@ -10,7 +10,7 @@ from outlier_mlx.cli.app import app, say
 from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
 
 if TYPE_CHECKING:
-    from outlier_mlx.analysis.accumulate import Hold
+    from outlier_mlx.measure.outlier_accumulate import Hold
 
 HoldName = Literal["bf16", "f16", "f32"]
 _HOLDS: "dict[HoldName | None, Hold | None]" = {
@@ -67,10 +67,10 @@ def outliers(
     debug: Debug = False,
 ) -> None:
     """Find outlier features: dimensions with huge values in many layers, at many positions."""
-    from outlier_mlx.analysis.definitions import Thresholds
-    from outlier_mlx.analysis.outliers import Options
-    from outlier_mlx.analysis.run import Study, study_models
-    from outlier_mlx.analysis.table import print_outliers
+    from outlier_mlx.measure.outlier_definitions import Thresholds
+    from outlier_mlx.measure.outlier_run import Study, study_models
+    from outlier_mlx.measure.outlier_table import print_outliers
+    from outlier_mlx.measure.outliers import Options
 
     thresholds = Thresholds(threshold, min_layers, min_seq)
     study = Study(

@@ -52,9 +52,9 @@ def evaluate(
     """Evaluate a model with lm-evaluation-harness: scores, and scores per GB of memory."""
     from functools import partial
 
-    from outlier_mlx.evaluation import results
-    from outlier_mlx.evaluation.tables import print_evaluation
-    from outlier_mlx.memory import check_fits
+    from outlier_mlx.engine.memory import check_fits
+    from outlier_mlx.measure import eval_results as results
+    from outlier_mlx.measure.eval_tables import print_evaluation
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import counting_bar, working
 
@@ -65,7 +65,7 @@ def evaluate(
         results.check_writable(out, force=force)
     try:
         with working("starting lm-evaluation-harness", quiet=quiet):
-            from outlier_mlx.evaluation import harness
+            from outlier_mlx.measure import eval_harness as harness
     except ImportError as error:
         from outlier_mlx.errors import OutlierError
 
@@ -119,9 +119,9 @@ def compare(
     """Show scores of models against the memory they take."""
     import json
 
-    from outlier_mlx.evaluation.charts import charts, differences, draw
-    from outlier_mlx.evaluation.results import check_writable, read, write_whole
-    from outlier_mlx.evaluation.tables import print_charts
+    from outlier_mlx.measure.eval_charts import charts, differences, draw
+    from outlier_mlx.measure.eval_results import check_writable, read, write_whole
+    from outlier_mlx.measure.eval_tables import print_charts
 
     if out is not None:
         if out.suffix != ".png":

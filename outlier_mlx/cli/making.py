@@ -73,7 +73,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Turn an overlay and its base into a tier."""
-    from outlier_mlx.tables import print_report
+    from outlier_mlx.cli.tables import print_report
     from outlier_mlx.terminal import progress_bar
     from outlier_mlx.tiers.convert import convert_tier
     from outlier_mlx.tiers.presets import make_recipe
@@ -141,7 +141,7 @@ def tiers(
     if as_json:
         print(json.dumps(as_json_object(choices, available), indent=2))
         return
-    from outlier_mlx.tables import print_choices
+    from outlier_mlx.cli.tables import print_choices
 
     print_choices(choices, available)
 
@@ -173,7 +173,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a tier's experts, routers and alphas for other tools, exactly as they are."""
-    from outlier_mlx.exports import export_tier
+    from outlier_mlx.checkpoints.export import export_tier
     from outlier_mlx.terminal import progress_bar, size
 
     with progress_bar("exporting", quiet=quiet) as progress:

@@ -35,7 +35,8 @@ def perplexity(
     debug: Debug = False,
 ) -> None:
     """Measure perplexity on a text, and the distance from another model."""
-    from outlier_mlx import compare, measured
+    from outlier_mlx.measure import measured
+    from outlier_mlx.measure import perplexity as compare
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar
 
@@ -78,10 +79,10 @@ def routing(
     debug: Debug = False,
 ) -> None:
     """Show which experts serve a text, layer by layer."""
-    from outlier_mlx import compare
-    from outlier_mlx.routing import draw, observe_routing
+    from outlier_mlx.cli.tables import print_routing
+    from outlier_mlx.measure import perplexity as compare
+    from outlier_mlx.measure.routing import draw, observe_routing
     from outlier_mlx.storage.texts import read_utf8
-    from outlier_mlx.tables import print_routing
     from outlier_mlx.terminal import counting_bar
 
     loaded, tokenizer = load_visibly(model, quiet=quiet)
@@ -116,10 +117,10 @@ def tune_alpha(
     debug: Debug = False,
 ) -> None:
     """Train the alphas alone; a fifth of the text is held out to judge them."""
-    from outlier_mlx import compare
+    from outlier_mlx.measure import perplexity as compare
+    from outlier_mlx.measure.alphas import save_alphas, tune_alphas
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar
-    from outlier_mlx.tuning import save_alphas, tune_alphas
 
     loaded, tokenizer = load_visibly(model, quiet=quiet)
     other = load_visibly(teacher, quiet=quiet)[0] if teacher is not None else None
@@ -177,10 +178,10 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure speed and memory; the flags are those of `mlx_lm.benchmark`."""
-    from outlier_mlx.bench import BenchOptions, bench_model
-    from outlier_mlx.bench_kernels import bench_kernels, kernels_run_here, save_best
-    from outlier_mlx.bench_tables import print_kernels, print_result
-    from outlier_mlx.memory import check_fits
+    from outlier_mlx.engine.memory import check_fits
+    from outlier_mlx.measure.bench import BenchOptions, bench_model
+    from outlier_mlx.measure.bench_kernels import bench_kernels, kernels_run_here, save_best
+    from outlier_mlx.measure.bench_tables import print_kernels, print_result
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import counting_bar
 

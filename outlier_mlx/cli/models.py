@@ -12,11 +12,11 @@ def load_model(folder: Path, dtype: str | None = None, alpha: Path | None = None
     Raises:
         OutlierError: there is no sound model, or the alphas do not suit it.
     """
-    from outlier_mlx.loading import load
+    from outlier_mlx.engine.loading import load
 
     model, tokenizer = load(folder, dtype=dtype)
     if alpha is not None:
-        from outlier_mlx.tuning import apply_alphas
+        from outlier_mlx.measure.alphas import apply_alphas
 
         apply_alphas(model, alpha)
     return model, tokenizer

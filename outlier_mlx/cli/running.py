@@ -72,11 +72,11 @@ def generate(
         if name
         not in ("model", "prompt", "revision", "dtype", "alpha", "ignore_memory", "quiet", "debug")
     }
-    from outlier_mlx.chat.markdown import PlainWriter
-    from outlier_mlx.generate import Options, stream
-    from outlier_mlx.memory import check_fits
+    from outlier_mlx.cli.markdown import PlainWriter
+    from outlier_mlx.cli.tables import print_statistics
+    from outlier_mlx.engine.generate import Options, stream
+    from outlier_mlx.engine.memory import check_fits
     from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.tables import print_statistics
     from outlier_mlx.terminal import after_reading, stdout
 
     options = Options(**options_given)
@@ -116,7 +116,7 @@ def info(
     debug: Debug = False,
 ) -> None:
     """Say what a tier, overlay or model is, how large, and what memory it needs."""
-    from outlier_mlx.info import inspect
+    from outlier_mlx.checkpoints.info import inspect
     from outlier_mlx.terminal import counting_bar
 
     with counting_bar("reading headers", "files", quiet=False, at_once=False) as progress:
@@ -124,7 +124,7 @@ def info(
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return
-    from outlier_mlx.tables import print_info
+    from outlier_mlx.cli.tables import print_info
 
     print_info(found)
 
@@ -142,6 +142,6 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Convert the embedded pair, measure it, and write a text with it."""
-    from outlier_mlx.showcase import run
+    from outlier_mlx.cli.showcase import run
 
     run(out, full=full, force=force, quiet=quiet)

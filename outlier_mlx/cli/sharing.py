@@ -10,7 +10,7 @@ from outlier_mlx.cli.app import app, say
 from outlier_mlx.cli.options import Debug, Quiet
 
 if TYPE_CHECKING:
-    from outlier_mlx.publish.prepare import Publication
+    from outlier_mlx.tiers.push_card import Publication
 
 
 @app.command(epilog="Example: `outlier-mlx push ./tier my-name/my-tier --private`")
@@ -48,11 +48,11 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Upload a tier to the hub: verified, with a model card and its licences, in one commit."""
-    from outlier_mlx.evaluation.results import read
-    from outlier_mlx.publish.prepare import prepare
-    from outlier_mlx.publish.push import check_login
+    from outlier_mlx.measure.eval_results import read
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import progress_bar, size
+    from outlier_mlx.tiers.push import check_login
+    from outlier_mlx.tiers.push_card import prepare
 
     require_repo_name(repo)
     if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", licence):
@@ -84,7 +84,7 @@ def push(
 def require_repo_name(repo: str) -> None:
     """End in a usage error unless `repo` is a name that repositories on the hub have."""
     from outlier_mlx.errors import OutlierError
-    from outlier_mlx.publish.prepare import check_repo_name
+    from outlier_mlx.tiers.push_card import check_repo_name
 
     try:
         check_repo_name(repo)
@@ -94,7 +94,7 @@ def require_repo_name(repo: str) -> None:
 
 def require_pushable(repo: str) -> None:
     """Refuse before hours of work what could not be pushed after it: a bad name, or no login."""
-    from outlier_mlx.publish.push import check_login
+    from outlier_mlx.tiers.push import check_login
 
     require_repo_name(repo)
     check_login(repo)
@@ -103,8 +103,8 @@ def require_pushable(repo: str) -> None:
 def push_converted(tier: Path, repo: str, *, quiet: bool) -> None:
     """Push a tier that was just written; if that fails, say that the tier itself is there."""
     from outlier_mlx.errors import OutlierError
-    from outlier_mlx.publish.prepare import prepare
     from outlier_mlx.terminal import progress_bar
+    from outlier_mlx.tiers.push_card import prepare
 
     try:
         with progress_bar("verifying", quiet=quiet) as progress:
@@ -124,8 +124,8 @@ def send(
     quiet: bool,
 ) -> None:
     """Publish, and print where it is."""
-    from outlier_mlx.publish.push import publish
     from outlier_mlx.terminal import size
+    from outlier_mlx.tiers.push import publish
 
     repo = publication.repo
     try:

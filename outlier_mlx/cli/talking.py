@@ -57,11 +57,11 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk with a model: on a terminal, or a message a line from a pipe."""
-    from outlier_mlx.chat.conversation import Conversation
-    from outlier_mlx.chat.files import SUFFIX, identity
-    from outlier_mlx.chat.repl import Chat
-    from outlier_mlx.generate import Options
-    from outlier_mlx.memory import check_fits
+    from outlier_mlx.cli.repl import Chat
+    from outlier_mlx.engine.conversation import Conversation
+    from outlier_mlx.engine.generate import Options
+    from outlier_mlx.engine.memory import check_fits
+    from outlier_mlx.engine.sessions import SUFFIX, identity
     from outlier_mlx.storage.hub import resolve
 
     if prompt_cache is not None and prompt_cache.suffix != SUFFIX:

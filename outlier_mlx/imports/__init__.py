@@ -11,12 +11,12 @@ from outlier_mlx.imports.gguf_file import patterns
 from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.imports.vocabulary import largest_id
-from outlier_mlx.storage.folders import check_free
+from outlier_mlx.models.summary import SummaryRow, summarize
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
-from outlier_mlx.storage.model_folder import write_model
-from outlier_mlx.storage.parts import Progress
-from outlier_mlx.tiers.assets import TOKENIZER_FILES
-from outlier_mlx.tiers.summary import SummaryRow, summarize
+from outlier_mlx.writing.assets import TOKENIZER_FILES
+from outlier_mlx.writing.folders import check_free
+from outlier_mlx.writing.model_folder import write_model
+from outlier_mlx.writing.parts import Progress
 
 ScaleType = Literal["float32", "float16"]
 #: How types of GGUF are stored that no affine group of MLX fits.

@@ -13,22 +13,16 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.awq_config import AwqFormat, read_format
 from outlier_mlx.imports.awq_layout import mlx_group
 from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, Loss
-from outlier_mlx.imports.families import Module, complete_config, modules
-from outlier_mlx.imports.hf_names import (
-    Place,
-    Stored,
-    by_place,
-    name_in_source,
-    read_model_shards,
-)
+from outlier_mlx.imports.hf_names import Place, Stored, by_place, name_in_source, read_model_shards
 from outlier_mlx.imports.opened import Opened, quantization
 from outlier_mlx.imports.plain_parts import StackedPlain
-from outlier_mlx.plain_config import normalised
-from outlier_mlx.storage.folders import inside
-from outlier_mlx.storage.parts import Part
+from outlier_mlx.models.families import Module, complete_config, modules
+from outlier_mlx.models.spelling import normalised
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
-from outlier_mlx.tiers.assets import copy_assets
-from outlier_mlx.tiers.parts import Plain
+from outlier_mlx.writing.assets import copy_assets
+from outlier_mlx.writing.parts import Part
+from outlier_mlx.writing.tensors import Plain
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

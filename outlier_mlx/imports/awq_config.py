@@ -5,7 +5,7 @@ from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.awq_layout import mlx_group
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 
 # Layouts of AutoAWQ other than GEMM, by the names that configs give them.

@@ -11,9 +11,9 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.awq_layout import mlx_group, to_five_bits, to_four_bits, unpack
-from outlier_mlx.storage.parts import Chunk, Part, ahead
 from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.writer import TensorSpec
+from outlier_mlx.writing.parts import Chunk, Part, ahead
+from outlier_mlx.writing.writer import TensorSpec
 
 # Words of a row that are transposed at a time, and the bytes of a slab that a thread is given.
 _WORDS = 64

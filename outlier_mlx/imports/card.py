@@ -5,9 +5,9 @@ from pathlib import Path
 
 from outlier_mlx.errors import one_line
 from outlier_mlx.imports.opened import Opened
+from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.hub import Source
-from outlier_mlx.tiers.licences import CARD, stated_licence
-from outlier_mlx.tiers.summary import SummaryRow
+from outlier_mlx.writing.licences import CARD, stated_licence
 
 
 def write_card(

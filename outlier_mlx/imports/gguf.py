@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.gguf import BlockScales, BlockTrits
-from outlier_mlx.checkpoints.overlay import ExpertMatrix
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import KQuants, ScaleType, TernaryForm, gguf_blocks
-from outlier_mlx.imports.families import Module, modules
 from outlier_mlx.imports.gguf_blocks import AFFINE, FLOATS, REGROUPED
 from outlier_mlx.imports.gguf_config import architecture, read_config
 from outlier_mlx.imports.gguf_file import read_model
@@ -19,8 +17,10 @@ from outlier_mlx.imports.gguf_names import Names, Rows
 from outlier_mlx.imports.gguf_parts import AffineMatrix, Losses, PlainTensor, round_to
 from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
 from outlier_mlx.imports.opened import Opened, quantization
-from outlier_mlx.storage.parts import Part
-from outlier_mlx.tiers.parts import TernaryExperts
+from outlier_mlx.models.families import Module, modules
+from outlier_mlx.storage.tensors import ExpertMatrix
+from outlier_mlx.writing.parts import Part
+from outlier_mlx.writing.tensors import TernaryExperts
 
 _TERNARY = ("TQ1_0", "TQ2_0")
 _REGROUPED_BITS, _GROUP = 8, 32

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.folders import inside, require_plain
 from outlier_mlx.storage.gguf import GgufTensor, read_gguf
+from outlier_mlx.storage.paths import inside, require_plain
 
 # llama.cpp's `gguf-split` names the files of a model so, and counts from 1.
 _SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")

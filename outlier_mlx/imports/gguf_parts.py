@@ -17,8 +17,8 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import gguf_blocks
 from outlier_mlx.imports.codes import pack_codes
 from outlier_mlx.imports.gguf_names import Rows
-from outlier_mlx.storage.parts import Chunk, Part, ahead
-from outlier_mlx.storage.writer import TensorSpec
+from outlier_mlx.writing.parts import Chunk, Part, ahead
+from outlier_mlx.writing.writer import TensorSpec
 
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 #: Weights that a thread decodes at a time.

@@ -6,10 +6,10 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.imports.families import Module
+from outlier_mlx.models.families import Module
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
+from outlier_mlx.storage.shards import read_shards
 
 #: A module's path, and the expert of it that a tensor is for; None where all share it.
 Place = tuple[str, int | None]

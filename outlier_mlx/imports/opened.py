@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from outlier_mlx.storage.parts import Part
+from outlier_mlx.writing.parts import Part
 
 
 def _no_notes() -> list[str]:

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 
-from outlier_mlx.storage.parts import Chunk, Part
 from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.writer import TensorSpec
-from outlier_mlx.tiers.parts import SAFETENSORS_NAMES, Plain
+from outlier_mlx.writing.parts import Chunk, Part
+from outlier_mlx.writing.tensors import SAFETENSORS_NAMES, Plain
+from outlier_mlx.writing.writer import TensorSpec
 
 
 @dataclass(frozen=True)

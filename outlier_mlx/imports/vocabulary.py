@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 
 

@@ -7,9 +7,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import llama, qwen2
 
-from outlier_mlx.checkpoints.overlay import FloatTensor
-from outlier_mlx.merge.sources import PROJECTIONS, Dense
+from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import Batch
+from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.storage.tensors import FloatTensor
 
 
 def read_array(tensor: FloatTensor) -> mx.array:

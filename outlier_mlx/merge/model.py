@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlier_mlx.checkpoints.overlay import Derived
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.imports.families import head_dim
 from outlier_mlx.merge.recipe import ExpertRecipe, MergeRecipe
-from outlier_mlx.merge.sources import PROJECTIONS, Dense, open_models
+from outlier_mlx.merge.sources import Dense, open_models
+from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.models.families import head_dim
 from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.tensors import Derived
 
 # Rows whose noise comes from one generator, so that any range of rows has the same noise.
 _NOISE_ROWS = 64

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlier_mlx.checkpoints.overlay import FloatTensor
 from outlier_mlx.imports.opened import quantization
 from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.model import Mixture
-from outlier_mlx.merge.sources import PROJECTIONS
-from outlier_mlx.storage.parts import Chunk, Part
-from outlier_mlx.storage.writer import TensorSpec
-from outlier_mlx.tiers.parts import Constant, Plain, Quantized
+from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.tiers.presets import GROUP_SIZES
+from outlier_mlx.writing.parts import Chunk, Part
+from outlier_mlx.writing.tensors import Constant, Plain, Quantized
+from outlier_mlx.writing.writer import TensorSpec
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 _MIXTRAL_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}

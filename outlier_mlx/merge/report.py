@@ -10,7 +10,7 @@ from outlier_mlx.merge.plan import Form
 from outlier_mlx.merge.recipe import MergeRecipe
 from outlier_mlx.merge.routers import Routers
 from outlier_mlx.merge.sources import Dense
-from outlier_mlx.tiers.summary import SummaryRow
+from outlier_mlx.models.summary import SummaryRow
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from outlier_mlx.merge.routes import Routing, Stream, run_streams
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import MAX_TOKENS, Sequences, Tokens, open_tokenizer
 from outlier_mlx.merge.trained import Fitted
-from outlier_mlx.storage.parts import Progress
+from outlier_mlx.writing.parts import Progress
 
 #: What is held against the recipe's own mode where there are held-out prompts.
 COMPARED = ("hidden", "hidden_avg", "cheap_embed", "random", "trained")

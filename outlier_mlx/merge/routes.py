@@ -14,9 +14,9 @@ import numpy as np
 from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.layers import AttentionLayer, FeedForward, embed
 from outlier_mlx.merge.model import Expert, Mixture
-from outlier_mlx.merge.sources import PROJECTIONS
 from outlier_mlx.merge.texts import Sequences, batches, flat, unflat
 from outlier_mlx.merge.trained import Fitted, fit_router
+from outlier_mlx.models.config import PROJECTIONS
 
 Progress = Callable[[int, int], None]
 

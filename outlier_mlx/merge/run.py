@@ -11,11 +11,11 @@ from outlier_mlx.merge.plan import DTYPES, Form, make_config, make_parts, unquan
 from outlier_mlx.merge.recipe import read_recipe
 from outlier_mlx.merge.report import Merged, as_json
 from outlier_mlx.merge.routers import Stages, compute_routers, silent
-from outlier_mlx.storage.folders import check_free, check_space
-from outlier_mlx.storage.model_folder import write_model
-from outlier_mlx.storage.parts import Part, write_json
-from outlier_mlx.tiers.assets import copy_assets
-from outlier_mlx.tiers.summary import summarize
+from outlier_mlx.models.summary import summarize
+from outlier_mlx.writing.assets import copy_assets
+from outlier_mlx.writing.folders import check_free, check_space
+from outlier_mlx.writing.model_folder import write_model
+from outlier_mlx.writing.parts import Part, write_json
 
 REPORT = "merge.json"
 

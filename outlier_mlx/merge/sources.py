@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.imports.families import check_complete, complete_config, head_dim, modules
-from outlier_mlx.plain_config import normalised
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.models.families import check_complete, complete_config, head_dim, modules
+from outlier_mlx.models.spelling import normalised
 from outlier_mlx.storage.hub import Source, resolve
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef, read_json
+from outlier_mlx.storage.shards import read_shards
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-PROJECTIONS = ("gate", "up", "down")
 #: What is fetched from the hub. Some repositories hold the weights twice, as `consolidated`, too.
 MODEL_FILES = (
     *("*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model"),

@@ -8,9 +8,9 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from outlier_mlx.engine.loading import load_tokenizer, quiet_transformers
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.loading import load_tokenizer, quiet_transformers
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_utf8
 
 #: Tokens of a text that are seen together, and that are used of an expert's texts at most.

@@ -26,8 +26,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx import __version__
+from outlier_mlx.engine.generate import context_length, top_k, vocabulary
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.generate import context_length, top_k, vocabulary
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import CheckedHandler, Service, read_body
 from outlier_mlx.serve.limits import Limits, parse_body

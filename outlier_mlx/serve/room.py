@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.memory import Budget, budget, check_fits, needs_of
+from outlier_mlx.engine.memory import Budget, budget, check_fits, needs_of
 
 # What mlx-lm's server does unless told otherwise.
 MOST_ANSWERS = 32

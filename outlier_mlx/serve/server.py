@@ -14,8 +14,8 @@ from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any, NoReturn
 
+from outlier_mlx.engine.generate import Options
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.generate import Options
 from outlier_mlx.serve.access import Access, Refused, host_name, is_address
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.mlxlm_server import Generator, Handler, Load, OneModel

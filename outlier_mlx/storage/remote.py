@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.storage.folders import require_plain
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, hub_errors
+from outlier_mlx.storage.paths import require_plain
 from outlier_mlx.storage.safetensors import TensorRef
 
 #: Files up to this size are fetched whole with the headers: it takes one request either way.

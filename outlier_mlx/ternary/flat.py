@@ -12,12 +12,7 @@ from math import prod
 
 import numpy as np
 
-from outlier_mlx.ternary.arrays import (
-    require_array,
-    require_out,
-    require_shape,
-    write_digits,
-)
+from outlier_mlx.ternary.arrays import require_array, require_out, require_shape, write_digits
 from outlier_mlx.ternary.digits import (
     CHUNK,
     FIRST_IS_LEAST,

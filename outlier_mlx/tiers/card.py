@@ -4,15 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from outlier_mlx.checkpoints.info import Info, inspect
 from outlier_mlx.errors import CheckpointError, OutlierError, one_line
-from outlier_mlx.evaluation.results import Evaluation
-from outlier_mlx.info import Info, inspect
-from outlier_mlx.measured import Measured, read_measured
-from outlier_mlx.storage.folders import inside
+from outlier_mlx.measure.eval_results import Evaluation
+from outlier_mlx.measure.measured import Measured, read_measured
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
-from outlier_mlx.tiers.assets import base_variant, is_legal
 from outlier_mlx.tiers.card_tables import code, perplexities, plain, scores, sizes
-from outlier_mlx.tiers.licences import CARD, Licence, combine, licence_of
+from outlier_mlx.writing.assets import base_variant, is_legal
+from outlier_mlx.writing.licences import CARD, Licence, combine, licence_of
 
 
 @dataclass(frozen=True)

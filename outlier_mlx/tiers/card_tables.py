@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from outlier_mlx.checkpoints.info import Info
 from outlier_mlx.errors import one_line
-from outlier_mlx.evaluation.results import Evaluation
-from outlier_mlx.info import Info
-from outlier_mlx.measured import Measured
+from outlier_mlx.measure.eval_results import Evaluation
+from outlier_mlx.measure.measured import Measured
 from outlier_mlx.terminal import size
 from outlier_mlx.tiers.choose import CONTEXTS
 

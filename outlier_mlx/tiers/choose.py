@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from outlier_mlx.checkpoints.base import WholeModel, join, open_base
+from outlier_mlx.engine.memory import Budget, budget, kv_bytes
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.memory import Budget, budget, kv_bytes
 from outlier_mlx.tiers.plan import make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import RECIPES, Recipe, make_recipe

@@ -7,26 +7,20 @@ from pathlib import Path
 import outlier_mlx
 from outlier_mlx.checkpoints.base import join, open_base
 from outlier_mlx.errors import CheckpointWarning, OutlierError
-from outlier_mlx.storage.folders import check_free, whole_folder
+from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.hub import Source
-from outlier_mlx.storage.parts import (
-    Progress,
-    described,
-    listing,
-    write_json,
-    write_text,
-)
-from outlier_mlx.storage.writer import WrittenFile
-from outlier_mlx.tiers.assets import copy_assets, is_legal
-from outlier_mlx.tiers.bundle import bundle
 from outlier_mlx.tiers.card import write_card
-from outlier_mlx.tiers.licences import stated_licence
 from outlier_mlx.tiers.plan import FORMAT_VERSION, Plan, make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import Recipe
 from outlier_mlx.tiers.sources import open_sources
 from outlier_mlx.tiers.stream import Sources
-from outlier_mlx.tiers.summary import SummaryRow
+from outlier_mlx.writing.assets import copy_assets, is_legal
+from outlier_mlx.writing.bundle import bundle
+from outlier_mlx.writing.folders import check_free, whole_folder
+from outlier_mlx.writing.licences import stated_licence
+from outlier_mlx.writing.parts import Progress, described, listing, write_json, write_text
+from outlier_mlx.writing.writer import WrittenFile
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.base import WholeModel
-from outlier_mlx.checkpoints.config import TIER_YARN
-from outlier_mlx.checkpoints.keys import PROJECTIONS
-from outlier_mlx.checkpoints.overlay import FloatTensor, base_shapes
+from outlier_mlx.checkpoints.overlay import base_shapes
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.tiers.parts import AffineExperts, Constant, Part, Plain, Quantized, TernaryExperts
+from outlier_mlx.models.config import PROJECTIONS, TIER_YARN
+from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
+from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.tiers.presets import GROUP_SIZES, Recipe
-from outlier_mlx.tiers.summary import SummaryRow, kind_of, summarize
+from outlier_mlx.writing.tensors import (
+    AffineExperts,
+    Constant,
+    Part,
+    Plain,
+    Quantized,
+    TernaryExperts,
+)
 
 FORMAT_VERSION = 1
 

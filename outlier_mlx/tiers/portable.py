@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.base import WholeModel
-from outlier_mlx.checkpoints.keys import PROJECTIONS
-from outlier_mlx.checkpoints.overlay import Derived, base_shapes
+from outlier_mlx.checkpoints.overlay import base_shapes
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.tiers.parts import AffineExperts, Constant, Part, Plain
+from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.storage.tensors import Derived
 from outlier_mlx.tiers.plan import Plan, base_part, common_config, finish_plan, settle_dtype
 from outlier_mlx.tiers.presets import GROUP_SIZES, Recipe
+from outlier_mlx.writing.tensors import AffineExperts, Constant, Part, Plain
 
 MODEL_TYPE = "ernie4_5_moe"
 

@@ -11,11 +11,11 @@ from typing import Any
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.heads import head_bytes
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, OutputExistsError
-from outlier_mlx.storage.folders import JOURNAL, kept_folder
 from outlier_mlx.storage.hub import Source, local_source, resolve
-from outlier_mlx.storage.journal import read_identity
 from outlier_mlx.storage.remote import RemoteFile, fill, find_commit, mirror
 from outlier_mlx.tiers.stream import Sources, Streamed
+from outlier_mlx.writing.folders import JOURNAL, kept_folder
+from outlier_mlx.writing.journal import read_identity
 
 #: A folder or repository, and the revision that was asked for, by "overlay" and "base".
 Asked = dict[str, tuple[str | Path, str | None]]

@@ -18,15 +18,15 @@ from typing import Any
 import outlier_mlx
 from outlier_mlx.checkpoints import Overlay
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.storage.folders import JOURNAL, check_space, kept_folder
 from outlier_mlx.storage.hub import Source
-from outlier_mlx.storage.journal import Journal, read_identity
-from outlier_mlx.storage.parts import Progress, reading_pool, small_cache, write_parts
 from outlier_mlx.storage.remote import RemoteFile, forget
-from outlier_mlx.storage.writer import PlacedWriter, WrittenFile
-from outlier_mlx.tiers.parts import Constant
-from outlier_mlx.tiers.pieces import Piece, Work, fingerprint, split
 from outlier_mlx.tiers.plan import Plan
+from outlier_mlx.writing.folders import JOURNAL, check_space, kept_folder
+from outlier_mlx.writing.journal import Journal, read_identity
+from outlier_mlx.writing.parts import Progress, reading_pool, small_cache, write_parts
+from outlier_mlx.writing.pieces import Piece, Work, fingerprint, split
+from outlier_mlx.writing.tensors import Constant
+from outlier_mlx.writing.writer import PlacedWriter, WrittenFile
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Sources:
         check_space(target, plan.nbytes, "the tier")
 
     def write(self, plan: Plan, folder: Path, progress: Progress | None) -> list[WrittenFile]:
-        """Write all parts into a folder; see `outlier_mlx.storage.parts.write_parts`."""
+        """Write all parts into a folder; see `outlier_mlx.writing.parts.write_parts`."""
         return write_parts(plan.parts, folder, progress)
 
 

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from outlier_mlx.checkpoints.config import ModelConfig, tier_config
-from outlier_mlx.checkpoints.keys import PROJECTIONS
 from outlier_mlx.checkpoints.overlay import base_shapes
-from outlier_mlx.checkpoints.shards import read_shards
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.folders import MANIFESTS, inside
-from outlier_mlx.storage.manifest import Manifest, check_files, read_manifest
+from outlier_mlx.models.config import PROJECTIONS, ModelConfig, tier_config
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef, read_json
+from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.ternary import row_bytes
-from outlier_mlx.tiers.bundle import bundle
 from outlier_mlx.tiers.plan import FORMAT_VERSION
+from outlier_mlx.writing.bundle import bundle
+from outlier_mlx.writing.folders import MANIFESTS
+from outlier_mlx.writing.manifest import Manifest, check_files, read_manifest
 
 #: A tensor's shape, and the dtypes it may have.
 Expected = tuple[tuple[int, ...], tuple[str, ...]]

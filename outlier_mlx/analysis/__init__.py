@@ -1,1 +1,0 @@
-"""Analyses of models: outlier features, by the definitions that exist."""

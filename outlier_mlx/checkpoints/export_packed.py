@@ -1,0 +1,191 @@
+"""The packed form: `packed_experts/` with a file a tensor, and the same in one `experts.bin`.
+
+Everything else goes into ordinary shards with the keys `base.model.*`, which is what the published
+runtime takes for a packed checkpoint.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+from outlier_mlx.checkpoints.export_scales import find_scale_forms
+from outlier_mlx.checkpoints.export_shared import (
+    Origin,
+    copy_tensor,
+    overlay_config,
+    stored_spec,
+    trit_slabs,
+    write_alphas,
+    write_json,
+)
+from outlier_mlx.checkpoints.monolith import ALIGNMENT, HEADER, MAGIC, ROW, VERSION, aligned
+from outlier_mlx.checkpoints.overlay import Overlay
+from outlier_mlx.checkpoints.packed import FOLDER, MONOLITH, packed_bytes
+from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.tensors import ExpertMatrix
+from outlier_mlx.ternary import pack_tq1_0
+from outlier_mlx.writing.writer import ShardedWriter
+
+# Slabs of so many rows end where a byte does.
+_ROWS = 5
+_MEGA = 1 << 20
+
+
+class PackedExport:
+    """Writes a model in the packed form.
+
+    Raises:
+        OutlierError: a scale that float16 does not hold; packed files know nothing else.
+    """
+
+    def __init__(self, overlay: Overlay, origin: Origin) -> None:
+        self.overlay = overlay
+        self.origin = origin
+        self.scales = find_scale_forms(overlay)
+        self.scales.require_float16(
+            "packed files hold float16 scales", "--format overlay keeps them in float32."
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; experts count twice."""
+        plain = sum(tensor.nbytes for _, tensor in _copied(self.overlay))
+        lengths = self._lengths()
+        count = sum(len(experts) for experts in self.overlay.experts.values())
+        return plain + count * (sum(lengths) + aligned(sum(lengths)))
+
+    def write(self, folder: Path, advance: Callable[[int], None]) -> None:
+        """Write everything but tokenizer and licence; `advance` is told of bytes written."""
+        write_json(folder / "config.json", overlay_config(self.overlay, self.origin))
+        write_alphas(self.overlay, folder)
+        copied = list(_copied(self.overlay))
+        with ShardedWriter(
+            folder, [stored_spec(name, tensor) for name, tensor in copied]
+        ) as writer:
+            for name, tensor in copied:
+                advance(copy_tensor(writer, name, tensor))
+            writer.finish()
+        inner = folder / FOLDER
+        inner.mkdir()
+        index: dict[str, dict] = {}
+        for key, projection, matrix in _matrices(self.overlay):
+            index |= self._write_matrix(inner, key, projection, matrix, advance)
+        write_json(inner / "index.json", index)
+        write_json(inner / "meta.json", self._meta(index))
+        self._write_monolith(inner, advance)
+
+    def _write_matrix(
+        self,
+        inner: Path,
+        key: str,
+        projection: str,
+        matrix: ExpertMatrix,
+        advance: Callable[[int], None],
+    ) -> dict[str, dict]:
+        """Write the two files of a matrix; returns their entries for the index."""
+        trits, scale = f"{key}_ternary", f"{key}_scale"
+        with (inner / _file(trits)).open("xb") as file:
+            for slab in trit_slabs(matrix.trits, _ROWS):
+                advance(file.write(pack_tq1_0(slab).data))
+        values = self.scales.values(projection, matrix).astype("<f2")
+        (inner / _file(scale)).write_bytes(values.tobytes())
+        advance(values.nbytes)
+        shape = tuple(matrix.trits.shape)
+        return {
+            trits: {
+                "file": _file(trits),
+                "shape": list(shape),
+                "dtype": "uint8",
+                "format": "tq10",
+                "original_bytes": prod(shape),
+                "packed_bytes": packed_bytes(shape),
+            },
+            scale: {
+                "file": _file(scale),
+                "shape": list(values.shape),
+                "dtype": "float16",
+                "format": "raw",
+                "packed_bytes": values.nbytes,
+            },
+        }
+
+    def _meta(self, index: dict[str, dict]) -> dict:
+        trits = [entry for entry in index.values() if entry["format"] == "tq10"]
+        original = sum(entry["original_bytes"] for entry in trits)
+        packed = sum(entry["packed_bytes"] for entry in trits)
+        return {
+            "model_ref": self.origin.model,
+            "model_dir": ".",
+            "format": "tq10",
+            "ternary_tensors": len(trits),
+            "scale_tensors": len(index) - len(trits),
+            "original_mb": original / _MEGA,
+            "packed_mb": packed / _MEGA,
+            "compression_ratio": original / packed,
+        }
+
+    def _lengths(self) -> list[int]:
+        """Bytes of the six parts of every expert: all experts of a tier have the same shapes."""
+        expert = next(iter(self.overlay.experts.values()))[0]
+        lengths = []
+        for projection, matrix in expert:
+            lengths.append(packed_bytes(tuple(matrix.trits.shape)))
+            lengths.append(2 * prod(self.scales.shape(projection, matrix)))
+        return lengths
+
+    def _write_monolith(self, inner: Path, advance: Callable[[int], None]) -> None:
+        """Join the files of `inner`."""
+        experts = self.overlay.experts
+        places = [(layer, e) for layer, found in sorted(experts.items()) for e in range(len(found))]
+        lengths = self._lengths()
+        size = sum(lengths)
+        begin = ALIGNMENT + aligned(len(places) * ROW.size)
+        count = len(places) // len(experts)
+        with (inner / MONOLITH).open("xb") as file:
+            head = HEADER.pack(MAGIC, VERSION, len(experts), count, len(places), 6, *lengths)
+            file.write(head)
+            _pad(file)
+            for number, (layer, e) in enumerate(places):
+                file.write(ROW.pack(layer, e, begin + number * aligned(size), size))
+            _pad(file)
+            for layer, e in places:
+                for projection, _ in experts[layer][e]:
+                    for part in ("ternary", "scale"):
+                        with (inner / _file(f"{_key(layer, e, projection)}_{part}")).open(
+                            "rb"
+                        ) as f:
+                            shutil.copyfileobj(f, file)
+                _pad(file)
+                advance(aligned(size))
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+def _file(key: str) -> str:
+    return key.replace(".", "_") + ".bin"
+
+
+def _key(layer: int, expert: int, projection: str) -> str:
+    return f"base.model.layers.{layer}.mlp.experts.{expert}.{projection}"
+
+
+def _copied(overlay: Overlay) -> Iterator[tuple[str, TensorRef]]:
+    for name, tensor in overlay.base.items():
+        words = name.split(".")
+        if words[1] == "layers" and words[3] == "mlp" and int(words[2]) in overlay.routers:
+            projection = words[4].removesuffix("_proj")
+            name = f"model.layers.{words[2]}.mlp.shared_expert.{projection}_W"
+        yield f"base.{name}", tensor
+    for layer, router in overlay.routers.items():
+        yield f"base.model.layers.{layer}.mlp.router.weight", router
+
+
+def _matrices(overlay: Overlay) -> Iterator[tuple[str, str, ExpertMatrix]]:
+    for layer, experts in overlay.experts.items():
+        for number, expert in enumerate(experts):
+            for projection, matrix in expert:
+                yield _key(layer, number, projection), projection, matrix

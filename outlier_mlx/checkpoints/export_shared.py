@@ -1,0 +1,101 @@
+"""What every exported form has: config.json, alpha.json, and tensors that are not experts'."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from outlier_mlx.checkpoints.overlay import Overlay
+from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.tensors import Trits
+from outlier_mlx.writing.writer import ShardedWriter, TensorSpec
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tier came from.
+
+    Attributes:
+        model: the name of the overlay.
+        base: the name of the base that readers need; None if the export contains it.
+    """
+
+    model: str
+    base: str | None
+
+
+#: Bytes read at a time.
+SLAB_BYTES = 1 << 20
+
+# Of the tier's config; an overlay says the same in fields of its own, or does not say it.
+_OF_TIERS = frozenset(
+    ["model_file", "ternary", "quantization", "quantization_config", "num_experts"]
+    + ["num_experts_per_tok", "moe_intermediate_size", "moe_layers", "dtype"]
+)
+
+
+def overlay_config(overlay: Overlay, origin: Origin) -> dict:
+    """The config.json of an overlay, from that of the tier; it names the base that is needed."""
+    config = overlay.config
+    kept = {key: value for key, value in config.raw.items() if key not in _OF_TIERS}
+    kept |= {
+        "model_type": "outlier_moe",
+        "architectures": ["OutlierMoEForCausalLM"],
+        "n_experts": config.experts,
+        "top_k": config.top_k,
+        "moe_layer_indices": list(config.moe_layers),
+    }
+    if origin.base is not None:
+        kept["base_model_name_or_path"] = origin.base
+    if config.rope_scaling is not None:
+        # Published configs call the field so, and so do older tools.
+        kept["rope_scaling"] = {"type": config.rope_scaling["rope_type"], **config.rope_scaling}
+    return kept
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write an object with an indentation of two, and nothing after it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def write_alphas(overlay: Overlay, folder: Path) -> None:
+    """Write alpha.json; its decimal numbers read back as the same float32."""
+    table = {
+        str(layer): {str(expert): float(alpha) for expert, alpha in enumerate(alphas)}
+        for layer, alphas in overlay.alphas().items()
+    }
+    write_json(folder / "alpha.json", table)
+
+
+def stored_spec(name: str, tensor: TensorRef) -> TensorSpec:
+    """A tensor that is copied as it is stored, under another name."""
+    return TensorSpec(name, tensor.dtype, tensor.shape)
+
+
+def copy_tensor(writer: ShardedWriter, name: str, tensor: TensorRef) -> int:
+    """Copy a tensor's bytes; returns their number."""
+    for slab in slabs(tensor):
+        writer.write(name, slab.data)
+    return tensor.nbytes
+
+
+def slabs(tensor: TensorRef) -> Iterator[np.ndarray]:
+    """A tensor's rows as stored, a few at a time."""
+    for start, stop in ranges(tensor.shape[0], tensor.nbytes // max(1, tensor.shape[0])):
+        yield np.ascontiguousarray(tensor.read(start, stop))
+
+
+def trit_slabs(trits: Trits, multiple: int = 1) -> Iterator[np.ndarray]:
+    """Rows of trits, int8 (rows, in); all slabs but the last are `multiple` rows or a multiple."""
+    for start, stop in ranges(trits.shape[0], prod(trits.shape[1:]), multiple):
+        yield trits.read(start, stop)
+
+
+def ranges(rows: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Row numbers (start, stop) of slabs of about `SLAB_BYTES`."""
+    step = max(1, SLAB_BYTES // max(1, row_bytes * multiple)) * multiple
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)

@@ -1,0 +1,208 @@
+"""A tier read back as an `Overlay`: the same trits, scales and alphas that went into it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.config import PROJECTIONS, Defaults, parse_config
+from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
+from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.tensors import ExpertMatrix
+from outlier_mlx.ternary import TernaryError, check_rows, unpack_rows
+from outlier_mlx.tiers.verify import expected_tensors
+
+_CODES_PER_BYTE = 4
+_SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class RowTrits:
+    """A matrix in the layout `tq1_0_rows`: `rows` is (out, row_bytes) uint8."""
+
+    rows: TensorRef
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return (self.rows.shape[0], self.width)
+
+    @property
+    def where(self) -> str:
+        """File and tensor."""
+        return self.rows.where
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.rows.nbytes
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as int8 (rows, in).
+
+        Raises:
+            CheckpointError: bytes that no conversion writes.
+        """
+        packed = self.rows.read(start, stop)
+        try:
+            check_rows(packed, self.width)
+        except TernaryError as error:
+            raise CheckpointError(f"{self.where}: from row {start}: {error}") from None
+        return unpack_rows(packed, self.width)
+
+
+@dataclass(frozen=True)
+class AffineTrits:
+    """A matrix in MLX's affine 2-bit format, whose codes are trit + 1: (out, in / 16) uint32."""
+
+    codes: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return (self.codes.shape[0], 16 * self.codes.shape[1])
+
+    @property
+    def where(self) -> str:
+        """File and tensor."""
+        return self.codes.where
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.codes.nbytes
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as int8 (rows, in).
+
+        Raises:
+            CheckpointError: a code 3, which is no trit.
+        """
+        packed = self.codes.read(start, stop).view(np.uint8)
+        codes = (packed[..., None] >> _SHIFTS & 3).reshape(len(packed), -1)
+        if codes.size and codes.max() > 2:
+            raise CheckpointError(f"{self.where}: from row {start}: a code 3, which is no trit")
+        return codes.view(np.int8) - np.int8(1)
+
+
+@dataclass(frozen=True)
+class AffineScales:
+    """The scales of `AffineTrits`, one a row: groups must agree, and biases be their negatives."""
+
+    scales: TensorRef
+    biases: TensorRef
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype."""
+        return self.scales.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out,)."""
+        return self.scales.shape[:1]
+
+    @property
+    def where(self) -> str:
+        """File and tensor."""
+        return self.scales.where
+
+    def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Scales of rows `start` to `stop`, (rows,).
+
+        Raises:
+            CheckpointError: these are not the scales of ternary weights.
+        """
+        scales = self.scales.read_float32(start, stop)
+        ternary = (scales == scales[:, :1]) & (self.biases.read_float32(start, stop) == -scales)
+        if not ternary.all():
+            raise CheckpointError(f"{self.where}: not the scales of ternary weights")
+        return scales[:, 0]
+
+
+def open_tier(folder: Path) -> Overlay:
+    """Open a tier as an overlay; only headers are read.
+
+    Returns:
+        The overlay. Its base is there if the tier stores all of it unquantized, else empty.
+
+    Raises:
+        CheckpointError: it is no tier, has no experts, or is not sound.
+    """
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: not a tier: no config.json")
+    raw = read_json(inside(folder, "config.json"))
+    ternary = raw.get("ternary")
+    if not isinstance(ternary, dict):
+        raise CheckpointError(f"{folder}: not a tier; only tiers are exported")
+    if ternary.get("format") not in ("tq1_0_rows", "affine2"):
+        raise CheckpointError(f"{folder}: experts in the format {ternary.get('format')!r}")
+    mixture = {"n_experts": raw.get("num_experts"), "top_k": raw.get("num_experts_per_tok")}
+    config = parse_config(raw | mixture, Defaults())
+    if not config.moe_layers:
+        raise CheckpointError(f"{folder}: has no experts to export")
+    tensors = read_shards(folder)
+    for name, (shape, dtypes) in expected_tensors(config, raw, tensors).items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != shape or tensor.dtype not in dtypes:
+            found = f"{tensor.dtype} {tensor.shape}" if tensor else "nothing"
+            raise CheckpointError(
+                f"{folder}: {name}: found {found}, expected {' or '.join(dtypes)} {shape}"
+            )
+    prefixes = {layer: f"model.layers.{layer}.mlp" for layer in config.moe_layers}
+    base = _base(tensors)
+    overlay = Overlay(
+        path=folder,
+        form="tier",
+        config=config,
+        base=check_base(base, config, folder.name) if base else {},
+        routers={n: tensors[f"{prefix}.gate.weight"] for n, prefix in prefixes.items()},
+        experts={n: _experts(tensors, raw, prefix) for n, prefix in prefixes.items()},
+        alpha_tensors={f"{p}.alpha": tensors[f"{p}.alpha"] for p in prefixes.values()},
+    )
+    overlay.check()
+    return overlay
+
+
+def _base(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """The base's tensors by their names in Qwen2; none if any of them is quantized."""
+    base = {
+        name.replace(".mlp.shared_expert.", ".mlp."): tensor
+        for name, tensor in tensors.items()
+        if not any(sign in name for sign in (".mlp.switch_mlp.", ".mlp.gate.", ".mlp.alpha"))
+    }
+    return {} if any(name.endswith(".scales") for name in base) else base
+
+
+def _experts(tensors: Mapping[str, TensorRef], raw: dict, prefix: str) -> list[Expert]:
+    matrices = {}
+    for projection in PROJECTIONS:
+        path = f"{prefix}.switch_mlp.{projection}_proj"
+        weight, scales = tensors[f"{path}.weight"], tensors[f"{path}.scales"]
+        width = int(raw["moe_intermediate_size" if projection == "down" else "hidden_size"])
+        for number in range(weight.shape[0]):
+            if raw["ternary"]["format"] == "affine2":
+                biases = tensors[f"{path}.biases"]
+                matrix = ExpertMatrix(
+                    AffineTrits(_slice(weight, number)),
+                    AffineScales(_slice(scales, number), _slice(biases, number)),
+                )
+            else:
+                rows = RowTrits(_slice(weight, number), width)
+                matrix = ExpertMatrix(rows, _slice(scales, number))
+            matrices[projection, number] = matrix
+    experts = range(tensors[f"{prefix}.alpha"].shape[0])
+    return [Expert(*(matrices[projection, e] for projection in PROJECTIONS)) for e in experts]
+
+
+def _slice(tensor: TensorRef, number: int) -> TensorRef:
+    """One expert's part of a tensor (experts, ...)."""
+    shape = tensor.shape[1:]
+    offset = tensor.offset + number * prod(shape) * NUMPY_DTYPES[tensor.dtype].itemsize
+    return TensorRef(f"{tensor.name}[{number}]", tensor.file, tensor.dtype, shape, offset)

@@ -1,0 +1,145 @@
+"""The demo: converts the embedded pair, measures base and tiers on held-out text, and writes."""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+import outlier_mlx
+from outlier_mlx.cli.tables import print_statistics
+from outlier_mlx.engine.generate import Options, stream
+from outlier_mlx.engine.loading import load, load_model
+from outlier_mlx.measure.perplexity import compare
+from outlier_mlx.terminal import counting_bar, print_columns, size, stdout
+from outlier_mlx.tiers.convert import convert_tier
+from outlier_mlx.tiers.presets import RECIPES
+
+FOLDER = Path(outlier_mlx.__file__).parent / "demo"
+#: The domain that the base was trained on; all others only the experts have seen.
+OLD_DOMAIN = "old"
+PROMPT = "The schooner Marigold"
+# Documents of each domain that are measured unless all are asked for: half a minute on two cores.
+FEW = 6
+
+
+def heldout(most: int | None = None) -> dict[str, list[str]]:
+    """Held-out documents by domain, at most so many of each; the old domain first."""
+    files = sorted((FOLDER / "heldout").glob("*.txt"), key=lambda p: (p.stem != OLD_DOMAIN, p.stem))
+    return {file.stem: file.read_text(encoding="utf-8").splitlines()[:most] for file in files}
+
+
+def load_base() -> nn.Module:
+    """The embedded base alone, by mlx-lm's own Qwen2, in float32."""
+    return load_model(FOLDER / "base", dtype="float32")[0]
+
+
+def perplexities(
+    model: nn.Module, tokenizer: TokenizerWrapper, texts: dict[str, list[str]]
+) -> dict[str, float]:
+    """Perplexity of a model on each domain, a document at a time, and on all new domains."""
+    found = {
+        name: compare(model, [tokenizer.encode(document) for document in documents])
+        for name, documents in texts.items()
+    }
+    new = [domain for name, domain in found.items() if name != OLD_DOMAIN]
+    loss = sum(domain.loss * domain.tokens for domain in new) / sum(d.tokens for d in new)
+    return {name: domain.perplexity for name, domain in found.items()} | {"all new": math.exp(loss)}
+
+
+def run(
+    out: Path | None = None, *, full: bool = False, force: bool = False, quiet: bool = False
+) -> None:
+    """Do all that `outlier-mlx demo` does; results go to stdout.
+
+    Args:
+        out: keep the int4 tier in this folder.
+        full: measure on all held-out documents, not on a few of each domain.
+        force: replace `out` if it exists.
+        quiet: do not print the statistics of the generation.
+    """
+    console = stdout()
+    with _folder(out) as (folder, shown):
+        console.print("Converting the embedded overlay and its base ...", soft_wrap=True)
+        small = convert_tier(FOLDER / "overlay", FOLDER / "base", folder, force=force)
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = convert_tier(
+                FOLDER / "overlay", FOLDER / "base", Path(scratch) / "f32", recipe=RECIPES["f32"]
+            )
+            whole_model, _ = load(whole.path)
+        small_model, tokenizer = load(small.path)
+        models = {"base": load_base(), "tier, unquantized": whole_model, "tier, int4": small_model}
+        sizes = {
+            "base": _tensor_bytes(FOLDER / "base"),
+            "tier, unquantized": whole.rows[-1].nbytes,
+            "tier, int4": small.rows[-1].nbytes,
+        }
+        texts = heldout(None if full else FEW)
+        count = sum(len(documents) for documents in texts.values())
+        console.print(f"Measuring on {count} documents that neither was trained on ...\n")
+        with counting_bar("measuring", "models", quiet=quiet) as progress:
+            rows = _measure(models, sizes, tokenizer, texts, progress)
+        title = "Perplexity on held-out text (lower is better)"
+        heads = [name.replace(", ", ",\n") for name in models]
+        print_columns(console, ["", *heads], rows, title=title)
+        console.print(f'The int4 tier, asked to go on from "{PROMPT}":\n', soft_wrap=True)
+        response = _write(small_model, tokenizer)
+        if response is not None and not quiet:
+            print_statistics(response)
+        if shown:
+            console.print(
+                f'Kept in {shown}. Go on: outlier-mlx generate --model {shown} -p "At the Saturday'
+                ' market"',
+                soft_wrap=True,
+            )
+
+
+def _write(model: nn.Module, tokenizer: TokenizerWrapper) -> GenerationResponse | None:
+    """Print the prompt and what the model adds to it, as it comes."""
+    response = None
+    print(PROMPT, end="", flush=True)
+    for response in stream(model, tokenizer, PROMPT, Options(max_tokens=200, temp=0.7, seed=1)):
+        if response.generation_tokens == 1:
+            # A text that is decoded by itself loses the space that it begins with.
+            both = tokenizer.decode([*tokenizer.encode(PROMPT), response.token])
+            print(" " if both.endswith(" " + response.text.strip()) else "", end="")
+        print(response.text, end="", flush=True)
+    print("\n")
+    return response
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    if out is not None:
+        yield out, out
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch) / "q4", None
+
+
+def _tensor_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _measure(
+    models: dict[str, nn.Module],
+    sizes: dict[str, int],
+    tokenizer: TokenizerWrapper,
+    texts: dict[str, list[str]],
+    progress: Callable[[int, int], None],
+) -> list[tuple[str, ...]]:
+    """Rows of sizes and held-out perplexities, a column a model."""
+    found = []
+    for model in models.values():
+        found.append(perplexities(model, tokenizer, texts))
+        progress(len(found), len(models))
+    empty = ("",) * (1 + len(models))
+    rows = [("size of weights", *(size(sizes[name]) for name in models)), empty]
+    for domain in texts:
+        known = "known to the base" if domain == OLD_DOMAIN else "new"
+        rows.append((f"{domain} ({known})", *(f"{each[domain]:.2f}" for each in found)))
+    return [*rows, empty, ("all new domains", *(f"{each['all new']:.2f}" for each in found))]

@@ -1,0 +1,1 @@
+"""A model in memory: what it needs, loading it, generating, and conversations."""

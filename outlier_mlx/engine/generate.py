@@ -1,0 +1,234 @@
+"""Generating text: mlx-lm's own loop, sampler and cache behind a few typed options."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import stream_generate
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from outlier_mlx.engine.loading import quiet_transformers
+from outlier_mlx.errors import OutlierError
+
+# Tokens between two looks at whether the output is still finite.
+CHECK_EVERY = 16
+KV_BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate: names and meanings are those of `mlx_lm.generate`.
+
+    So are the defaults, but for `max_tokens`.
+
+    Raises:
+        OutlierError: the KV cache cannot be quantized like that.
+    """
+
+    max_tokens: int = 256
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    min_tokens_to_keep: int = 1
+    seed: int | None = None
+    system_prompt: str | None = None
+    prefill_response: str | None = None
+    ignore_chat_template: bool = False
+    max_kv_size: int | None = None
+    prefill_step_size: int = 2048
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    def __post_init__(self) -> None:
+        """Refuse now what MLX would refuse in the middle of the text."""
+        if self.kv_bits is None:
+            return
+        if self.kv_bits not in KV_BITS:
+            raise OutlierError(f"--kv-bits {self.kv_bits}: expected one of {KV_BITS}")
+        if self.kv_group_size not in GROUP_SIZES:
+            raise OutlierError(
+                f"--kv-group-size {self.kv_group_size}: expected one of {GROUP_SIZES}"
+            )
+        if self.max_kv_size is not None:
+            raise OutlierError("--kv-bits and --max-kv-size exclude each other")
+
+
+def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) -> list[int]:
+    """Token ids of a prompt, through the chat template where there is one.
+
+    Raises:
+        OutlierError: nothing is left to start from, or a system prompt has no template to go into.
+    """
+    templated = tokenizer.has_chat_template and not options.ignore_chat_template
+    if not templated:
+        if options.system_prompt is not None:
+            raise OutlierError("--system-prompt needs a chat template; this model has none")
+        tokens = tokenizer.encode(prompt)
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        if options.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": options.system_prompt})
+        prefill = options.prefill_response
+        if prefill is not None:
+            messages.append({"role": "assistant", "content": prefill})
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=prefill is not None,
+            add_generation_prompt=prefill is None,
+        )
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    if not tokens:
+        tokens = [token for token in (tokenizer.bos_token_id,) if token is not None]
+    if not tokens:
+        raise OutlierError("the prompt is empty")
+    return tokens
+
+
+def stream(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    options: Options,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[GenerationResponse]:
+    """Generate from a prompt, a piece of text at a time.
+
+    Args:
+        model: as `outlier_mlx.load` returns it.
+        tokenizer: likewise.
+        prompt: the user's text.
+        options: how to sample, and how large the KV cache may be.
+        progress: told tokens of the prompt that are read, and to read.
+
+    Yields:
+        mlx-lm's responses: `text`, and counts, tokens/s and peak memory so far.
+
+    Raises:
+        OutlierError: the prompt or an option does not suit the model.
+    """
+    if options.seed is not None:
+        mx.random.seed(options.seed)
+    with quiet_transformers():
+        tokens = encode_prompt(tokenizer, prompt, options)
+    limit = context_length(model)
+    if limit is not None and len(tokens) > limit and options.max_kv_size is None:
+        warnings.warn(
+            f"the prompt has {len(tokens)} tokens, and the model was made for {limit}",
+            stacklevel=2,
+        )
+    yield from stream_tokens(model, tokenizer, tokens, options, progress=progress)
+
+
+def stream_tokens(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    tokens: list[int],
+    options: Options,
+    cache: list[Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[GenerationResponse]:
+    """Generate from tokens, going on from a KV cache if there is one.
+
+    Args:
+        model: as `outlier_mlx.load` returns it.
+        tokenizer: likewise.
+        tokens: what the cache does not hold yet, one token at least.
+        options: as for `stream`; the seed is not used.
+        cache: mlx-lm's cache of each layer, extended in place; None: a new one.
+        progress: told tokens read and tokens to read.
+
+    Yields:
+        As `stream` does. Each token is in the cache by the time it is yielded.
+
+    Raises:
+        OutlierError: an option does not suit the model.
+    """
+    check_kv_cache(model, options)
+    sampler = make_sampler(
+        options.temp,
+        options.top_p,
+        options.min_p,
+        options.min_tokens_to_keep,
+        top_k=top_k(options.top_k, model, tokenizer),
+        xtc_probability=options.xtc_probability,
+        xtc_threshold=options.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    responses = stream_generate(
+        model,
+        tokenizer,
+        tokens,
+        max_tokens=options.max_tokens,
+        sampler=sampler,
+        prompt_cache=cache,
+        max_kv_size=options.max_kv_size,
+        prefill_step_size=options.prefill_step_size,
+        kv_bits=options.kv_bits,
+        kv_group_size=options.kv_group_size,
+        quantized_kv_start=options.quantized_kv_start,
+        prompt_progress_callback=progress,
+    )
+    for number, response in enumerate(responses):
+        if number % CHECK_EVERY == 0:
+            _check_finite(response)
+        yield response
+
+
+def top_k(wanted: int, model: nn.Module, tokenizer: TokenizerWrapper) -> int:
+    """The k that mlx-lm's sampler takes: 0, which is all, for as many as there are tokens."""
+    return wanted if wanted < vocabulary(model, tokenizer) else 0
+
+
+def vocabulary(model: nn.Module, tokenizer: TokenizerWrapper) -> int:
+    """Width of the logits; for models that do not say it, the number of the tokenizer's tokens."""
+    return getattr(getattr(model, "args", None), "vocab_size", len(tokenizer.get_vocab()))
+
+
+def _check_finite(response: GenerationResponse) -> None:
+    """Stop where activations overflowed: once in the KV cache, NaN stays in every later token."""
+    if bool(mx.isnan(response.logprobs).any()):
+        raise OutlierError(
+            "the model's output is not a number: activations overflowed, as they may in float16;"
+            " --dtype bfloat16 or --dtype float32 helps"
+        )
+
+
+def check_kv_cache(model: nn.Module, options: Options) -> None:
+    """Refuse a group size that does not divide the width of an attention head.
+
+    Raises:
+        OutlierError: it does not.
+    """
+    args = getattr(model, "args", None)
+    if options.kv_bits is None or args is None:
+        return
+    width = args.hidden_size // args.num_attention_heads
+    if width % options.kv_group_size:
+        fit = [size for size in GROUP_SIZES if width % size == 0]
+        hint = f"use --kv-group-size {max(fit)}" if fit else "leave out --kv-bits"
+        raise OutlierError(
+            f"--kv-group-size {options.kv_group_size} does not divide the head width {width};"
+            f" {hint}"
+        )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens of context that the model was made for, stretched by YaRN if it is; None: unknown."""
+    args = getattr(model, "args", None)
+    length = getattr(args, "max_position_embeddings", None)
+    scaling = getattr(args, "rope_scaling", None) or {}
+    if length is None:
+        return None
+    original = scaling.get("original_max_position_embeddings", 0)
+    return max(length, int(original * scaling.get("factor", 1)))

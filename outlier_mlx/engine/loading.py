@@ -1,0 +1,169 @@
+"""Loading tiers, and plain MLX models, as mlx-lm models. No code from a folder is run."""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.qwen2_moe import ModelArgs as Qwen2MoeArgs
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model as mlx_lm_load_model
+from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.config import tier_config
+from outlier_mlx.models.spelling import normalised
+from outlier_mlx.runtime.mixtral import TernaryMixtral, TernaryMixtralArgs
+from outlier_mlx.runtime.model import Model, ModelArgs
+from outlier_mlx.runtime.qwen2_moe import RenormalisedQwen2Moe
+from outlier_mlx.storage.hub import resolve
+from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.shards import read_shards
+
+
+def load(
+    path_or_repo: str | Path, revision: str | None = None, *, dtype: str | None = None
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a tier, or any model that stock mlx-lm loads.
+
+    Args:
+        path_or_repo: its folder or hub repository.
+        revision: branch, tag or commit on the hub.
+        dtype: "bfloat16", "float16" or "float32" for activations and unquantized weights. The
+            default is the model's own on a GPU (float16 for bfloat16 where the chip has no
+            bfloat16; see `suited_dtype`), and float32 on the CPU, where halves are slow.
+
+    Returns:
+        The model, called as `model(tokens, cache=None)` with tokens (batch, length) for logits
+        (batch, length, vocab), and the tokenizer.
+
+    Raises:
+        CheckpointError: it is no model, or a damaged one.
+    """
+    folder = resolve(path_or_repo, revision).folder
+    model, config = load_model(folder, dtype=dtype)
+    return model, load_tokenizer(folder, config)
+
+
+def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, dict]:
+    """Load the model in a local folder; see `load`. Returns its config as well."""
+    config = check_model(folder)
+    dtype = dtype or suited_dtype(folder, config)
+    try:
+        if "ternary" in config:
+            return mlx_lm_load_model(
+                folder,
+                model_config={"model_file": None, "activation_dtype": dtype},
+                get_model_classes=lambda config: (Model, ModelArgs),
+                trust_remote_code=False,
+            )
+        classes: dict = {}
+        if config.get("model_type") == "qwen2_moe" and config.get("norm_topk_prob"):
+            classes["get_model_classes"] = lambda config: (RenormalisedQwen2Moe, Qwen2MoeArgs)
+        if config.get("model_type") == "ternary_mixtral":
+            classes["get_model_classes"] = lambda config: (TernaryMixtral, TernaryMixtralArgs)
+        # What ends a text mlx-lm takes from generation_config.json, if that says it.
+        given = {key: value for key, value in config.items() if key != "eos_token_id"}
+        model, config = mlx_lm_load_model(
+            folder, lazy=True, model_config=given, trust_remote_code=False, **classes
+        )
+        wanted = getattr(mx, dtype) if dtype is not None else None
+        if wanted is None and mx.default_device() == mx.cpu:
+            wanted = mx.float32
+        if wanted is not None:
+            model.set_dtype(wanted)
+        mx.eval(model.parameters())
+        return model, config
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        # What mlx-lm and MLX raise on a bad config or tensor is of any kind.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise CheckpointError(f"{folder}: not a sound model: {reason}") from error
+
+
+def suited_dtype(folder: Path, config: dict) -> str | None:
+    """The dtype to use instead of a model's own on this chip, or None to keep it.
+
+    The GPUs of M1 and M2 have no bfloat16 arithmetic (Metal's feature set tables give it from the
+    family Apple9 on, which is M3's), so float16 takes its place there. Not for tiers of V1 and V2
+    checkpoints: of those it is known that activations overflow float16.
+    """
+    if not mx.metal.is_available() or mx.default_device() == mx.cpu:
+        return None
+    chip = str(mx.device_info().get("device_name", ""))
+    if not re.match(r"Apple M[12]\b", chip) or config.get("dtype") != "bfloat16":
+        return None
+    manifest = read_json(inside(folder, "tier.json")) if (folder / "tier.json").exists() else {}
+    overlay = manifest.get("overlay")
+    form = overlay.get("form") if isinstance(overlay, dict) else None
+    return None if form in ("real", "toy") else "float16"
+
+
+def check_model(folder: Path) -> dict:
+    """Read the config of a tier or of a plain MLX model, and its shards' headers.
+
+    Returns:
+        The config; a plain model's as `normalised` spells it.
+
+    Raises:
+        CheckpointError: there is no model, it is an overlay, its config is not sound, or its files
+            are truncated or disagree with their index.
+    """
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: not a model: no config.json")
+    config = read_json(inside(folder, "config.json"))
+    if "ternary" in config:
+        tier_config(config)
+    elif config.get("n_experts") or config.get("outlier_num_experts"):
+        raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
+    elif "model_file" in config:
+        raise CheckpointError(f"{folder}: runs only by code of its own, which is never run here")
+    elif config.get("model_type") == "mixtral" and not _is_mlx(config):
+        raise CheckpointError(
+            f"{folder}: not in MLX's form; `outlier-mlx import` makes an MLX model of it"
+        )
+    else:
+        config = normalised(config, f"{folder.name}/config.json")
+    read_shards(folder)
+    return config
+
+
+def _is_mlx(config: dict) -> bool:
+    """Whether weights are MLX's own; mlx-lm writes both names for its quantization."""
+    return "quantization" in config or "quantization_config" not in config
+
+
+def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
+    """The tokenizer of a tier.
+
+    Raises:
+        CheckpointError: the folder has none, or it cannot be loaded.
+    """
+    try:
+        with quiet_transformers():
+            return mlx_lm_load_tokenizer(
+                folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+            )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: no usable tokenizer: {reason}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers about the model type, and about how the config spells RoPE."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,138 @@
+"""What a model needs, what this machine gives, and what to do when that is not enough."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.models.config import Defaults, ModelConfig, parse_config, tier_config
+from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.shards import read_shards
+
+# The share of its memory that macOS lets the GPU use by default; docs/sizes.md has the source.
+GPU_SHARE = 0.75
+# Without a GPU: the experts once more in MLX's 2-bit format, everything else in float32.
+CPU_FACTOR = 2.0
+# Each group of 64 quantized values has a scale and a bias of 16 bits.
+_GROUP_BITS = 32 / 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that a model may take.
+
+    Attributes:
+        nbytes: how much.
+        whose: what sets the limit, for messages.
+    """
+
+    nbytes: int
+    whose: str
+
+
+def kv_bytes(config: ModelConfig, tokens: int, bits: int | None = None) -> int:
+    """Bytes of the KV cache.
+
+    Args:
+        config: the model's dimensions.
+        tokens: tokens in the cache.
+        bits: of a quantized cache, in groups of 64; None for 16 bits.
+    """
+    width = 2 * config.layers * config.kv_heads * config.head_dim
+    return int(width * tokens * (16 if bits is None else bits + _GROUP_BITS) / 8)
+
+
+def budget(ram_gb: float | None = None) -> Budget:
+    """What this machine gives a model, or what a Mac with `ram_gb` gigabytes (2^30) would."""
+    if ram_gb is not None:
+        return Budget(int(ram_gb * 2**30 * GPU_SHARE), f"a Mac with {ram_gb:g} GB")
+    import mlx.core as mx
+
+    limit = mx.device_info().get("max_recommended_working_set_size")
+    if mx.metal.is_available() and limit:
+        return Budget(int(limit), "this Mac's GPU")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Budget(int(physical * GPU_SHARE), "this machine")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes of a budget.
+
+    Attributes:
+        weights: bytes of its weights.
+        config: its dimensions, if they are known.
+        factor: how many times as large a KV cache is as it would be in 16 bits.
+    """
+
+    weights: int
+    config: ModelConfig | None
+    factor: float
+
+    def cache(self, tokens: int, bits: int | None = None) -> int:
+        """Bytes of the KV cache of so many tokens; 0 if the dimensions are not known."""
+        return int(self.factor * kv_bytes(self.config, tokens, bits)) if self.config else 0
+
+
+def needs_of(folder: Path, available: Budget) -> Needs:
+    """What the model in a folder takes: a tier, or a plain MLX model."""
+    weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
+    config = dimensions(read_json(inside(folder, "config.json")))
+    if available.whose == "this machine":
+        return Needs(int(weights * CPU_FACTOR), config, CPU_FACTOR)
+    return Needs(weights, config, 1.0)
+
+
+def check_fits(
+    folder: Path,
+    tokens: int,
+    kv_bits: int | None = None,
+    available: Budget | None = None,
+    *,
+    conversations: int = 1,
+    cures: Sequence[str] = (),
+) -> None:
+    """Refuse to load a model that does not fit, before the machine swaps.
+
+    Args:
+        folder: a tier or a plain MLX model.
+        tokens: tokens that the KV cache of a conversation will hold.
+        kv_bits: of a quantized KV cache.
+        available: what there is; by default, what this machine gives.
+        conversations: how many have a KV cache at the same time.
+        cures: what helps besides what always does.
+
+    Raises:
+        OutlierError: it does not fit; the message says what can be done.
+    """
+    available = available or budget()
+    needs = needs_of(folder, available)
+    cache = needs.cache(conversations * tokens, kv_bits)
+    if needs.weights + cache <= available.nbytes:
+        return
+    helps = list(cures)
+    quantized = needs.cache(conversations * tokens, 4)
+    if needs.config and kv_bits is None and needs.weights + quantized <= available.nbytes:
+        helps.append("--kv-bits 4")
+    helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
+    if available.whose == "this Mac's GPU":
+        megabytes = -(-(needs.weights + cache) // 2**20)
+        helps.append(f"a higher limit (sudo sysctl iogpu.wired_limit_mb={megabytes})")
+    whose = f" of {conversations} conversations of {tokens} tokens" if conversations > 1 else ""
+    raise OutlierError(
+        f"{folder.name} needs {(needs.weights + cache) / 1e9:.1f} GB, {cache / 1e9:.1f} of it for"
+        f" the KV cache{whose}; {available.whose} gives {available.nbytes / 1e9:.1f}. What helps:"
+        f" {', or '.join(helps)}; --ignore-memory tries all the same"
+    )
+
+
+def dimensions(raw: dict) -> ModelConfig | None:
+    """Dimensions by a Qwen2-like `config.json`; None for others, whose cache is not known."""
+    try:
+        if "ternary" in raw:
+            return tier_config(raw)
+        return parse_config({**raw, "model_type": "qwen2"}, Defaults())
+    except CheckpointError:
+        return None

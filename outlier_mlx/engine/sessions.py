@@ -1,0 +1,199 @@
+"""Conversations on disk: messages as JSON, or with the KV cache as mlx-lm's prompt cache file."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+
+from outlier_mlx.engine.conversation import Conversation, Message
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.storage.safetensors import parse_json, read_header, read_json
+
+FORMAT = "outlier-mlx chat"
+VERSION = 1
+SUFFIX = ".safetensors"
+CACHES = ("KVCache", "RotatingKVCache", "QuantizedKVCache")
+# mlx-lm makes lists as long as these numbers say.
+_CACHE_KEYS = re.compile(r"0\.\w{1,32}|1\.\d{1,4}|2\.\d{1,5}(\.[01])?")
+_TENSOR_NAMES = re.compile(r"\d{1,4}\.\d(\.\d)?")
+
+
+def identity(folder: Path, dtype: str | None, alpha: Path | None = None) -> str:
+    """A digest of what a KV cache depends on: the model's files, its dtype, and other alphas."""
+    state = [dtype, str(mx.default_device().type)]
+    if alpha is not None:
+        state.append(f"alpha {hashlib.sha256(alpha.read_bytes()).hexdigest()}")
+    manifest = folder / "tier.json"
+    if manifest.exists():
+        state.append(hashlib.sha256(manifest.read_bytes()).hexdigest())
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        state.append(f"{path.name} {path.stat().st_size}")
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def save(path: Path, conversation: Conversation, model: str) -> None:
+    """Write a conversation; with its KV cache if the name ends in .safetensors.
+
+    The file appears whole or not at all, and only its owner can read it.
+
+    Args:
+        path: the file, replaced if it exists.
+        conversation: what was said.
+        model: `identity` of the model.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.suffix == SUFFIX:
+        _write(path, lambda file: _save_cache(file, conversation, model))
+        return
+    text = json.dumps(_document(conversation), indent=2, ensure_ascii=False)
+    # A reply may end in half a surrogate pair, which UTF-8 has not.
+    _write(path, lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
+
+
+def load(path: Path, conversation: Conversation, model: str) -> None:
+    """Go on from a conversation on disk.
+
+    Args:
+        path: a file that `save` wrote.
+        conversation: becomes what was saved.
+        model: `identity` of the model; a KV cache is only taken if it has the same.
+
+    Raises:
+        OutlierError: it is no such file, or another model's cache; nothing was changed.
+    """
+    try:
+        if path.suffix == SUFFIX:
+            _load_cache(path, conversation, model)
+            return
+        system, messages = _parse(read_json(path), path)
+    except CheckpointError as error:
+        raise OutlierError(f"{path}: not a saved conversation: {error}") from None
+    conversation.reset()
+    conversation.set_system(system)
+    conversation.messages = messages
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    handle, name = tempfile.mkstemp(SUFFIX, f".{path.name}.", path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.replace(name, path)  # noqa: PTH105
+    except BaseException:
+        Path(name).unlink()
+        raise
+
+
+def _document(conversation: Conversation) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "system": conversation.options.system_prompt,
+        "messages": conversation.messages,
+    }
+
+
+def _parse(document: object, path: Path) -> tuple[str | None, list[Message]]:
+    """The system prompt and messages of `_document`, checked."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise OutlierError(f"{path}: not a saved conversation")
+    if document.get("version") != VERSION:
+        raise OutlierError(f"{path}: version {document.get('version')!r} is not known here")
+    system, messages = document.get("system"), document.get("messages")
+    if not (system is None or isinstance(system, str)) or not isinstance(messages, list):
+        raise OutlierError(f"{path}: system must be text, and messages a list")
+    for number, message in enumerate(messages):
+        role = "assistant" if number % 2 else "user"
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise OutlierError(f"{path}: message {number}: expected a role and a content")
+        if message["role"] != role or not isinstance(message["content"], str):
+            raise OutlierError(f"{path}: message {number}: expected text of the {role}")
+    if len(messages) % 2:
+        raise OutlierError(f"{path}: the last message has no reply")
+    return system, messages
+
+
+def _save_cache(file: Path, conversation: Conversation, model: str) -> None:
+    cache, cached = conversation.cache, conversation.cached
+    text, tokens = conversation.spoken
+    if cache is None:
+        cache, cached = make_prompt_cache(conversation.model), []
+    if tokens != cached[: len(tokens)]:
+        text, tokens = "", []
+    metadata = {
+        "document": json.dumps(_document(conversation)),
+        "model": model,
+        "cached": json.dumps(cached),
+        "spoken": json.dumps([text, len(tokens)]),
+    }
+    save_prompt_cache(str(file), cache, metadata)
+
+
+def _load_cache(path: Path, conversation: Conversation, model: str) -> None:
+    if not all(map(_TENSOR_NAMES.fullmatch, read_header(path))):
+        raise OutlierError(f"{path}: not a prompt cache")
+    try:
+        keys: dict[str, str] = cast(Any, mx.load(str(path), return_metadata=True))[1]
+        if not all(map(_CACHE_KEYS.fullmatch, keys)) or keys.get("0.model") is None:
+            raise OutlierError(f"{path}: not a prompt cache of a conversation")
+        if keys["0.model"] != model:
+            raise OutlierError(f"{path}: the cache of another model, or of another --dtype")
+        cache, metadata = load_prompt_cache(str(path), return_metadata=True)
+        # Read now: the file is replaced when the conversation is saved.
+        mx.eval([layer.state for layer in cache])
+        names = ("document", "cached", "spoken")
+        parsed: list[Any] = [parse_json(metadata[n].encode(), path.name) for n in names]
+    except (OutlierError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever mlx-lm stumbles over
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        raise OutlierError(f"{path}: not a sound prompt cache: {reason}") from None
+    document, cached, spoken = parsed
+    system, messages = _parse(document, path)
+    if not _holds(cache, cached, conversation) or not _is_beginning(spoken, cached):
+        raise OutlierError(f"{path}: its cache does not fit its conversation")
+    conversation.reset()
+    conversation.set_system(system)
+    conversation.messages = messages
+    if cached:
+        conversation.cache, conversation.cached = cache, cached
+        conversation.spoken = (spoken[0], cached[: spoken[1]])
+
+
+def _holds(cache: list[Any], cached: Any, conversation: Conversation) -> bool:
+    """Whether each layer's cache is one for this model, and of as many tokens."""
+    args = getattr(conversation.model, "args", None)
+    heads = getattr(args, "num_key_value_heads", None)
+    vocab = getattr(args, "vocab_size", len(conversation.tokenizer.get_vocab()))
+    if not isinstance(cached, list) or len(cache) != len(conversation.model.layers):
+        return False
+    if not all(type(token) is int and 0 <= token < vocab for token in cached):
+        return False
+    for layer in cache:
+        if type(layer).__name__ not in CACHES or layer.offset != len(cached):
+            return False
+        if not cached:
+            continue
+        for array in (layer.keys, layer.values):
+            first = array[0] if isinstance(array, list | tuple) else array
+            if first.ndim != 4 or first.shape[0] != 1 or heads not in (None, first.shape[1]):
+                return False
+            rotates = type(layer).__name__ == "RotatingKVCache"
+            if not rotates and first.shape[2] < len(cached):
+                return False
+    return True
+
+
+def _is_beginning(spoken: Any, cached: list[int]) -> bool:
+    if not isinstance(spoken, list) or len(spoken) != 2 or not isinstance(spoken[0], str):
+        return False
+    return type(spoken[1]) is int and 0 <= spoken[1] <= len(cached)

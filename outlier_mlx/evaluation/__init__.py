@@ -1,1 +1,0 @@
-"""Evaluation through lm-evaluation-harness, and scores held against the memory they take."""

@@ -1,0 +1,1 @@
+"""What a model does and costs: perplexity, scores, speed, routing, alphas, outlier features."""

@@ -1,0 +1,240 @@
+"""How fast a model reads a prompt and writes: mlx-lm's own loop, timed over repeated runs."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm import batch_generate, stream_generate
+from mlx_lm.models import qwen2
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from outlier_mlx import __version__
+from outlier_mlx.engine.chips import Chip, this_chip
+from outlier_mlx.runtime.model import ModelArgs
+from outlier_mlx.runtime.switch import TernarySwitchLinear
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to run; names and meanings are those of `mlx_lm.benchmark`.
+
+    So are the defaults, but for `generation_tokens`.
+    """
+
+    prompt_tokens: int = 512
+    generation_tokens: int = 128
+    batch_size: int = 1
+    num_trials: int = 5
+    prefill_step_size: int = 2048
+    delay: int = 0
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A figure of repeated runs."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one, or the mean of the two in the middle."""
+        return median(self.values)
+
+    @property
+    def spread(self) -> float:
+        """How far the largest is above the smallest, as a fraction of the median."""
+        return (max(self.values) - min(self.values)) / self.median
+
+    def as_json(self) -> dict[str, Any]:
+        """Median, extremes, and all values in the order of the runs."""
+        low, high = min(self.values), max(self.values)
+        return {"median": self.median, "min": low, "max": high, "runs": list(self.values)}
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What a benchmark found.
+
+    Attributes:
+        chip: what it ran on.
+        dtype: of the activations.
+        options: what was run.
+        prompt_tps: tokens/s of the prompts.
+        generation_tps: tokens/s of what was written, of all texts of the batch together.
+        peak_memory_gb: GB that MLX held at most during the runs, the weights among them.
+        bytes_per_token: what decoding one token reads, where that can be said; see
+            `decode_bytes`.
+    """
+
+    chip: Chip
+    dtype: str
+    options: BenchOptions
+    prompt_tps: Runs
+    generation_tps: Runs
+    peak_memory_gb: float
+    bytes_per_token: int | None
+
+    @property
+    def decode_gb_s(self) -> float | None:
+        """GB/s that decoding read, in the median."""
+        if self.bytes_per_token is None:
+            return None
+        # mlx-lm divides all tokens by the time after the first.
+        tokens = self.options.generation_tokens
+        per_second = self.generation_tps.median * (tokens - 1) / tokens
+        return self.bytes_per_token * per_second / 1e9
+
+    @property
+    def of_bandwidth(self) -> float | None:
+        """`decode_gb_s` as a fraction of the chip's published bandwidth."""
+        if self.decode_gb_s is None or self.chip.bandwidth_gb_s is None:
+            return None
+        return self.decode_gb_s / self.chip.bandwidth_gb_s
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        return {
+            **environment(self.chip),
+            "dtype": self.dtype,
+            "options": asdict(self.options),
+            "prompt_tokens_per_s": self.prompt_tps.as_json(),
+            "generation_tokens_per_s": self.generation_tps.as_json(),
+            "peak_memory_gb": self.peak_memory_gb,
+            "decode": {
+                "bytes_per_token": self.bytes_per_token,
+                "gb_per_s": self.decode_gb_s,
+                "of_bandwidth": self.of_bandwidth,
+            },
+        }
+
+
+def environment(chip: Chip) -> dict[str, Any]:
+    """What a measurement was made with, for programs."""
+    versions = {name: version(name) for name in ("mlx", "mlx-lm")}
+    return {"chip": asdict(chip), "versions": {"outlier-mlx": __version__, **versions}}
+
+
+def bench_model(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    options: BenchOptions,
+    progress: Progress = lambda done, total: None,
+) -> BenchResult:
+    """Time a model on random prompts, after one run that is not counted.
+
+    Args:
+        model: as `outlier_mlx.load` returns it.
+        tokenizer: likewise.
+        options: lengths of prompt and text, and how many runs.
+        progress: called with the runs done and their number.
+    """
+    mx.random.seed(0)
+    size = (options.batch_size, options.prompt_tokens)
+    prompts: Any = mx.random.randint(0, _vocabulary(model), size).tolist()
+    ends, tokenizer.eos_token_ids = tokenizer.eos_token_ids, []  # none ends a text
+    responses = []
+    try:
+        for run in range(options.num_trials + 1):
+            progress(run, options.num_trials + 1)
+            if run > 0:
+                time.sleep(options.delay)
+            if run == 1:
+                mx.reset_peak_memory()
+            responses.append(_generate(model, tokenizer, prompts, options))
+    finally:
+        tokenizer.eos_token_ids = ends
+    progress(options.num_trials + 1, options.num_trials + 1)
+    timed = responses[1:]
+    context = options.prompt_tokens + options.generation_tokens // 2
+    return BenchResult(
+        chip=this_chip(),
+        dtype=str(activation_dtype(model)).removeprefix("mlx.core."),
+        options=options,
+        prompt_tps=Runs(tuple(r.prompt_tps for r in timed)),
+        generation_tps=Runs(tuple(r.generation_tps for r in timed)),
+        peak_memory_gb=mx.get_peak_memory() / 1e9,
+        bytes_per_token=decode_bytes(model, context) if options.batch_size == 1 else None,
+    )
+
+
+def _generate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[list[int]],
+    options: BenchOptions,
+) -> Any:
+    """One run; what is returned has mlx-lm's `prompt_tps` and `generation_tps`."""
+    limits: dict[str, Any] = {
+        "max_tokens": options.generation_tokens,
+        "prefill_step_size": options.prefill_step_size,
+    }
+    if len(prompts) > 1:
+        return batch_generate(model, tokenizer, list(prompts), **limits).stats
+    # The last response alone: each holds an array of the vocabulary's size.
+    return deque(stream_generate(model, tokenizer, prompts[0], **limits), maxlen=1).pop()
+
+
+def decode_bytes(model: nn.Module, context: int) -> int | None:
+    """Bytes that decoding one token has to read, where the model's kind is known.
+
+    Every weight once, but: of the experts those that a token uses, of an embedding that is not
+    also the output layer one row; and the KV cache. Activations are left out. Where there are no
+    kernels, MLX's copy of the experts counts in place of the packed ones.
+
+    Args:
+        model: a tier, or any model of mlx-lm's Qwen2.
+        context: tokens in the KV cache.
+
+    Returns:
+        None for models of other kinds.
+    """
+    if not isinstance(model, qwen2.Model):
+        return None
+    args: Any = model.args
+    used = 1.0
+    if isinstance(args, ModelArgs):
+        used = min(args.num_experts_per_tok, args.num_experts) / args.num_experts
+    total = 0.0
+    for name, array in _weights(model):
+        share = 1.0
+        if ".switch_mlp." in name:
+            share = used
+        elif name.startswith("model.embed_tokens.") and not args.tie_word_embeddings:
+            share = 1 / array.shape[0]
+        total += array.nbytes * share
+    head = args.hidden_size // args.num_attention_heads
+    element = model.model.norm.weight.dtype.size
+    cache = 2 * args.num_hidden_layers * args.num_key_value_heads * head * element * context
+    return round(total) + cache
+
+
+def _weights(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """The arrays that decoding reads, by name."""
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, module in model.named_modules():
+        if isinstance(module, TernarySwitchLinear) and module.prepared is not None:
+            del weights[f"{name}.weight"], weights[f"{name}.scales"]
+            for number, array in enumerate(module.prepared.arrays):
+                weights[f"{name}.{number}"] = array
+    return list(weights.items())
+
+
+def _vocabulary(model: nn.Module) -> int:
+    args: Any = getattr(model, "args", None)
+    size = getattr(args, "vocab_size", None) or args.text_config["vocab_size"]
+    return int(size)
+
+
+def activation_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype that a model computes in: that of its first norm."""
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return next(array.dtype for name, array in arrays.items() if "norm" in name)

@@ -1,0 +1,104 @@
+"""What `outlier-mlx bench` prints for people: results on stdout, remarks on stderr."""
+
+from rich.console import Console
+from rich.text import Text
+
+from outlier_mlx.engine.chips import Chip
+from outlier_mlx.measure.bench import BenchResult, Runs
+from outlier_mlx.measure.bench_kernels import FLOOR, Arm, KernelBench, KernelResult
+from outlier_mlx.runtime.variants import DECODES, Variant
+from outlier_mlx.terminal import print_columns, print_heading, size, stderr, stdout
+
+
+def print_result(name: str, result: BenchResult) -> None:
+    """Speed of reading and writing, memory, and what part of the bandwidth decoding used."""
+    console, options = stdout(), result.options
+    _print_heading(console, name, result.chip, result.dtype)
+    batch = f" x {options.batch_size}" if options.batch_size > 1 else ""
+    labels = f"pp{options.prompt_tokens}{batch}", f"tg{options.generation_tokens}{batch}"
+    measured = zip(labels, (result.prompt_tps, result.generation_tps), strict=True)
+    rows = [(label, f"{runs.median:.1f}", f"{runs.spread:.1%}") for label, runs in measured]
+    print_columns(console, ["", "tokens/s", "spread"], rows)
+    console.print(f"runs: {options.num_trials}, after one that is not counted", soft_wrap=True)
+    console.print(f"peak memory: {result.peak_memory_gb:.3f} GB", soft_wrap=True)
+    if result.bytes_per_token is not None:
+        read = (
+            f"decoding reads {size(result.bytes_per_token)} a token: {result.decode_gb_s:.3g} GB/s"
+        )
+        console.print(read + _share(result.decode_gb_s, result.chip), soft_wrap=True)
+    if result.chip.note:
+        stderr().print(result.chip.note, soft_wrap=True)
+
+
+def print_kernels(name: str, bench: KernelBench) -> None:
+    """Of each kernel, microseconds of every variant, and how the best compares."""
+    console = stdout()
+    _print_heading(console, name, bench.chip, bench.dtype)
+    for result in bench.results:
+        pairs = f"{result.pairs} pairs of token and expert"
+        shape = f"{result.out_features} x {result.in_features}"
+        console.print()
+        print_heading(console, result.kernel, f", {shape}, {pairs}")
+        if any(arm.variant for arm in result.arms):
+            _print_variants(console, result)
+        for arm in (result.arms[0], _best(result)):
+            if arm is not None and arm.runs is not None:
+                console.print(_describe(arm, result, bench.chip), soft_wrap=True)
+    if bench.chip.note:
+        stderr().print(bench.chip.note, soft_wrap=True)
+
+
+def _print_heading(console: Console, name: str, chip: Chip, dtype: str) -> None:
+    about = [f"{chip.gpu_cores} GPU cores"] if chip.gpu_cores else []
+    about += [f"{chip.memory_gb} GB"] if chip.memory_gb else []
+    where = f"{chip.name} ({', '.join(about)})" if about else chip.name
+    print_heading(console, name, f" on {where}, {chip.device.upper()}, {dtype}")
+
+
+def _print_variants(console: Console, result: KernelResult) -> None:
+    """Medians in microseconds: geometries in rows, decodes in columns."""
+    timed = {arm.variant: arm.runs for arm in result.arms if arm.variant}
+    table: list[list[str | Text]] = []
+    for rows, load_bits in dict.fromkeys((v.rows, v.load_bits) for v in timed):
+        cells: list[str | Text] = [f"{rows} rows, {load_bits} bits"]
+        for decode in DECODES:
+            same = (
+                v for v in timed if (v.decode, v.rows, v.load_bits) == (decode, rows, load_bits)
+            )
+            variant = next(same, None)
+            cells.append(_cell(timed[variant] if variant else None, variant == result.best))
+        table.append(cells)
+    print_columns(console, ["µs", *DECODES], table)
+
+
+def _cell(runs: Runs | None, best: bool) -> Text:
+    text = "-" if runs is None else f"{runs.median * 1e6:.1f}"
+    return Text(text, style="bold" if best else "")
+
+
+def _best(result: KernelResult) -> Arm | None:
+    return next((arm for arm in result.arms if arm.variant and arm.variant == result.best), None)
+
+
+def _describe(arm: Arm, result: KernelResult, chip: Chip) -> str:
+    """Median, spread and GB/s of an arm; the best one's also beside the floor and MLX."""
+    assert arm.runs is not None and arm.gb_s is not None
+    text = f"{arm.name}: {arm.runs.median * 1e6:.1f} µs, spread {arm.runs.spread:.1%}"
+    text += f", {arm.gb_s:.3g} GB/s" + _share(arm.gb_s, chip)
+    if arm.variant is None:
+        return text
+    v = arm.variant
+    floor = Variant(FLOOR, v.rows, v.load_bits, v.simdgroups)
+    for what, other in (
+        ("its floor's", next((a for a in result.arms if a.variant == floor), None)),
+        ("MLX's", result.arms[0]),
+    ):
+        if other is not None and other.runs is not None:
+            text += f", {arm.runs.median / other.runs.median:.2f} of {what} time"
+    return text
+
+
+def _share(gb_s: float | None, chip: Chip) -> str:
+    if gb_s is None or chip.bandwidth_gb_s is None:
+        return ""
+    return f", {gb_s / chip.bandwidth_gb_s:.0%} of the chip's {chip.bandwidth_gb_s:g} GB/s"

@@ -1,0 +1,231 @@
+"""Scores of several models against the memory that they take."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from outlier_mlx.errors import OutlierError, one_line
+from outlier_mlx.measure.eval_results import Evaluation
+
+#: Charts that one picture holds.
+MOST_CHARTS = 12
+# Characters of a name in a picture.
+_LONGEST = 60
+#: Settings that change scores. The batch size changes how sums are rounded, and no more.
+_SETTINGS = ("limit", "num_fewshot", "apply_chat_template", "max_tokens", "seed", "dtype")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in a chart.
+
+    Attributes:
+        label: its name, unlike those of the others.
+        gb: its memory in GB of 10^9 bytes.
+        value: its score.
+        stderr: the score's standard error; None where the harness has none.
+        n: documents that were scored.
+        score_per_gb: None unless higher is better.
+        on_front: no other model is at once as small and as good, and smaller or better.
+    """
+
+    label: str
+    gb: float
+    value: float
+    stderr: float | None
+    n: int
+    score_per_gb: float | None
+    on_front: bool | None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What all models have of one metric of one task; the best comes first."""
+
+    task: str
+    metric: str
+    filter: str
+    higher_is_better: bool | None
+    points: list[Point]
+
+    @property
+    def title(self) -> str:
+        """Task, metric, and the filter if it is one."""
+        name = f"{self.task}, {self.metric}"
+        return name if self.filter == "none" else f"{name} ({self.filter})"
+
+    @property
+    def direction(self) -> str:
+        """Which scores are good, for people."""
+        known = {True: "higher is better", False: "lower is better"}
+        return known.get(self.higher_is_better, "better is not known")  # type: ignore[arg-type]
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures."""
+        return asdict(self)
+
+
+def charts(
+    stems: Sequence[str],
+    evaluations: Sequence[Evaluation],
+    *,
+    task: str | None = None,
+    metric: str | None = None,
+) -> list[Chart]:
+    """Join evaluations into a chart for each score that all of them have.
+
+    Args:
+        stems: of the files, which tell models of the same name apart.
+        evaluations: in the same order.
+        task: only this one.
+        metric: only this one.
+
+    Raises:
+        OutlierError: they have no score in common, or none of this task and metric.
+    """
+    labels = _labels(stems, evaluations)
+    scores = [{r.key: r for r in e.results if r.value is not None} for e in evaluations]
+    common = [key for key in scores[0] if all(key in other for other in scores)]
+    if not common:
+        raise OutlierError("the files have no score in common: no task and metric is in all")
+    chosen = [k for k in common if task in (None, k[0]) and metric in (None, k[1])]
+    if not chosen:
+        known = sorted({f"{name} {measure}" for name, measure, _ in common})
+        raise OutlierError(f"no such score; in all files are: {', '.join(known)}")
+    found = []
+    for key in chosen:
+        better = scores[0][key].higher_is_better
+        rows = list(zip(labels, evaluations, [s[key] for s in scores], strict=True))
+        places = [(e.gb, _goodness(r.value or 0.0, better)) for _, e, r in rows]
+        points = [
+            Point(
+                label=label,
+                gb=evaluation.gb,
+                value=result.value or 0.0,
+                stderr=result.stderr,
+                n=result.n,
+                score_per_gb=evaluation.score_per_gb(result),
+                on_front=None if better is None else on_front(place, places),
+            )
+            for place, (label, evaluation, result) in zip(places, rows, strict=True)
+        ]
+        points.sort(key=lambda p: (-_goodness(p.value, better), p.gb, p.label))
+        found.append(Chart(*key, better, points))
+    return found
+
+
+def _goodness(value: float, higher_is_better: bool | None) -> float:
+    return -value if higher_is_better is False else value
+
+
+def on_front(place: tuple[float, float], places: Sequence[tuple[float, float]]) -> bool:
+    """Whether nothing beats a place (GB, goodness): as small and as good, and one of them more."""
+    gb, good = place
+    return not any(
+        other_gb <= gb and other >= good and (other_gb, other) != place
+        for other_gb, other in places
+    )
+
+
+def _labels(stems: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
+    """The models' names, with the file's where two have the same, and a number if need be."""
+    names = Counter(e.model for e in evaluations)
+    labels = [
+        e.model if names[e.model] == 1 else f"{e.model} ({stem})"
+        for stem, e in zip(stems, evaluations, strict=True)
+    ]
+    again = Counter(labels)
+    return [
+        label if again[label] == 1 else f"{label} {number}"
+        for number, label in enumerate(labels, start=1)
+    ]
+
+
+def differences(evaluations: Sequence[Evaluation], found: Sequence[Chart]) -> list[str]:
+    """What the evaluations were not run alike in, a line each; then their scores compare ill."""
+    shown = {(chart.task, chart.metric, chart.filter) for chart in found}
+    named: dict[str, list[Any]] = {
+        "lm-eval version": [e.versions.get("lm-eval") for e in evaluations],
+        "mlx-lm version": [e.versions.get("mlx-lm") for e in evaluations],
+        "device": [e.device for e in evaluations],
+    }
+    for name in _SETTINGS:
+        named[name] = [e.config.get(name) for e in evaluations]
+    for key in sorted(shown):
+        rows = [next(r for r in e.results if r.key == key) for e in evaluations]
+        named[f"examples before a question of {key[0]}"] = [r.fewshot for r in rows]
+        named[f"version of {key[0]}"] = [r.task_version for r in rows]
+        named[f"documents of {key[0]}"] = [r.n for r in rows]
+    lines = []
+    for name, values in named.items():
+        texts = [json.dumps(value) for value in values]
+        if len(set(texts)) > 1:
+            lines.append(f"not run alike: {name.replace('_', ' ')}: {', '.join(texts)}")
+    return lines
+
+
+def draw(found: Sequence[Chart]) -> bytes:
+    """Draw scores with their standard errors against GB; the front is a line.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        OutlierError: matplotlib is not installed, or there are too many charts for a picture.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OutlierError(
+            "the picture needs matplotlib: pip install 'outlier-mlx[plots]'"
+        ) from None
+    if len(found) > MOST_CHARTS:
+        raise OutlierError(
+            f"{len(found)} charts are too many for a picture; --task and --metric choose of them"
+        )
+    columns = min(len(found), 3)
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(5.2 * columns, 4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for place, chart in zip(grid.flat, found, strict=False):
+        _draw_chart(place, chart)
+    for place in list(grid.flat)[len(found) :]:
+        place.axis("off")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    return picture.getvalue()
+
+
+def _drawable(text: str) -> str:
+    """Text of others on one line with room for it; a dollar sign would begin a formula."""
+    line = one_line(text)
+    return (line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…").replace("$", r"\$")
+
+
+def _draw_chart(axes: Any, chart: Chart) -> None:
+    for point in chart.points:
+        axes.errorbar(
+            point.gb,
+            point.value,
+            yerr=point.stderr,
+            fmt="o",
+            capsize=3,
+            color="tab:blue" if point.on_front is not False else "tab:gray",
+        )
+        axes.annotate(
+            _drawable(point.label),
+            (point.gb, point.value),
+            textcoords="offset points",
+            xytext=(6, 6),
+            fontsize=8,
+        )
+    front = sorted((p.gb, p.value) for p in chart.points if p.on_front)
+    axes.plot([gb for gb, _ in front], [value for _, value in front], "--", color="tab:blue", lw=1)
+    axes.margins(0.2)
+    axes.set_title(_drawable(chart.title), fontsize=10)
+    axes.set_xlabel("memory, GB")
+    axes.set_ylabel(_drawable(f"{chart.metric} ({chart.direction})"))
+    axes.grid(alpha=0.3)

@@ -1,0 +1,301 @@
+"""Running lm-evaluation-harness on a model, without its noise."""
+
+import logging
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from lm_eval.tasks.manager import TaskDict
+from mlx.utils import tree_flatten
+
+import outlier_mlx
+from outlier_mlx.engine.loading import load, quiet_transformers
+from outlier_mlx.errors import OutlierError, one_line
+from outlier_mlx.measure.eval_model import HarnessModel, Watch
+from outlier_mlx.measure.eval_results import Evaluation, Result
+from outlier_mlx.measure.eval_tasks import Working, is_path, load_tasks, sandboxed
+from outlier_mlx.storage.hub import Source
+from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.shards import read_shards
+
+#: Resamples for standard errors that have no closed form. The harness takes a hundred times as
+#: many, in a pool of processes; these give two digits, in one.
+BOOTSTRAP_ITERS = 1000
+#: Context length of models that do not state theirs; mlx-lm's adapter takes the same.
+_MAX_LENGTH = 8192
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What changes scores.
+
+    Attributes:
+        limit: documents of each task at most.
+        num_fewshot: examples before each question; None: as each task has it.
+        batch_size: texts that are generated together.
+        apply_chat_template: put questions as the model's chat template has them.
+        max_tokens: tokens of an answer at most; None: as each task has it.
+        seed: of everything that is drawn, above all few-shot examples.
+        dtype: of activations, as `load` takes it.
+    """
+
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+    apply_chat_template: bool = False
+    max_tokens: int | None = None
+    seed: int = 1234
+    dtype: str | None = None
+
+
+class Noted:
+    """What the harness logs as warning, each text once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Note a text, unless it was noted before."""
+        line = one_line(text)[:300]
+        if line not in self.texts:
+            self.texts.append(line)
+
+
+def evaluate(
+    source: Source,
+    tasks: Sequence[str],
+    options: EvalOptions,
+    watch: Watch,
+    working: Working,
+    *,
+    trust_tasks: bool = False,
+    run_generated_code: bool = False,
+) -> tuple[Evaluation, list[str]]:
+    """Load a model and evaluate it; its tasks come first, since they may be wrong.
+
+    Args:
+        source: a tier, or another model that `load` takes.
+        tasks: as `load_tasks` takes them.
+        options: what changes scores.
+        watch: shows progress; called with what runs and what it counts.
+        working: shows that something is done; called with what it is.
+        trust_tasks: run Python that task files bring along.
+        run_generated_code: run tasks that execute what the model writes.
+
+    Returns:
+        The scores, and the harness's warnings.
+
+    Raises:
+        OutlierError: a task or the model is not sound, or does not fit the other.
+    """
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    noted = Noted()
+    with _noting(noted), sandboxed(trust_tasks):
+        with redirect_stdout(sys.stderr):
+            loaded = load_tasks(tasks, working, trust=trust_tasks)
+        _prepare(loaded, options, noted)
+        with working(f"loading {source.name}"):
+            model, tokenizer = load(source.folder, dtype=options.dtype)
+        if options.apply_chat_template and not tokenizer.chat_template:
+            raise OutlierError(f"{source.name}: its tokenizer has no chat template to apply")
+        with _silenced(watch) as shown:
+            adapter = HarnessModel(
+                model,
+                tokenizer,
+                max_length=_max_length(source.folder),
+                batch_size=options.batch_size,
+                max_tokens=options.max_tokens,
+                chat=options.apply_chat_template,
+                watch=shown,
+            )
+            found = _run(adapter, loaded, options, run_generated_code)
+    evaluation = Evaluation(
+        model=source.name,
+        revision=source.revision,
+        bytes_in_memory=sum(tensor.nbytes for tensor in read_shards(source.folder).values()),
+        device="cpu" if mx.default_device() == mx.cpu else "gpu",
+        date=date,
+        versions=_versions(),
+        # Of files the names alone, since their places are this machine's affair.
+        config={"tasks": [Path(task).name if is_path(task) else task for task in tasks]}
+        | asdict(options)
+        | {"dtype": _activation_dtype(model), "bootstrap_iters": BOOTSTRAP_ITERS},
+        results=list(_results(found)),
+    )
+    return evaluation, noted.texts
+
+
+def _versions() -> dict[str, str]:
+    others = {name: version(name) for name in ("lm-eval", "mlx", "mlx-lm")}
+    return {"outlier-mlx": outlier_mlx.__version__} | others
+
+
+def _prepare(loaded: TaskDict, options: EvalOptions, noted: Noted) -> None:
+    """Give tasks their few-shot examples, as the harness's own `simple_evaluate` does."""
+    random.seed(options.seed)
+    np.random.seed(options.seed)
+    mx.random.seed(options.seed)
+    for name, task in loaded["tasks"].items():
+        own = task.get_config("num_fewshot")
+        if options.num_fewshot is not None and own == 0 and options.num_fewshot != 0:
+            noted.add(f"{name} is always asked without examples; --num-fewshot is not heeded")
+        elif options.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=options.num_fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=options.seed)
+        asked = task.get_config("generation_kwargs") or {}
+        if asked.get("do_sample") or asked.get("temperature"):
+            noted.add(f"{name} wants sampled answers; here they are greedy")
+
+
+def _run(
+    adapter: HarnessModel, loaded: TaskDict, options: EvalOptions, run_generated_code: bool
+) -> Mapping[str, Any]:
+    try:
+        found = lm_eval.evaluate(
+            adapter,
+            loaded,
+            limit=options.limit,
+            bootstrap_iters=BOOTSTRAP_ITERS,
+            log_samples=False,
+            apply_chat_template=options.apply_chat_template,
+            fewshot_as_multiturn=options.apply_chat_template,
+            confirm_run_unsafe_code=run_generated_code,
+        )
+    except (OutlierError, OSError, MemoryError):
+        raise
+    except Exception as error:  # tasks and their metrics raise what they like
+        raise OutlierError(_failure(error)) from error
+    assert found is not None  # which it is in other processes than the first
+    return found
+
+
+def _max_length(folder: Path) -> int:
+    """Tokens of context that the model in a folder was made for."""
+    length = read_json(inside(folder, "config.json")).get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 1 else _MAX_LENGTH
+
+
+def _failure(error: Exception) -> str:
+    if "marked as unsafe" in str(error):
+        name = str(error).partition("task: ")[2].partition(" ")[0]
+        return f"task {name} runs code that the model writes; --run-generated-code allows it"
+    return f"the evaluation failed: {type(error).__name__}: {error}"
+
+
+def _activation_dtype(model: nn.Module) -> str | None:
+    """The dtype of the norms' weights, which is that of activations."""
+    arrays: Any = tree_flatten(model.parameters())
+    for name, value in arrays:
+        if name.endswith("norm.weight"):
+            return str(value.dtype).removeprefix("mlx.core.")
+    return None
+
+
+def _results(found: Mapping[str, Any]) -> Iterator[Result]:
+    """The harness's table, row by row."""
+    for task, values in found["results"].items():
+        directions = found["higher_is_better"].get(task) or {}
+        task_version = found["versions"].get(task)
+        for key, value in values.items():
+            metric, comma, name = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            yield Result(
+                task=task,
+                metric=metric,
+                filter=name,
+                value=_finite(value),
+                stderr=_finite(values.get(f"{metric}_stderr,{name}")),
+                n=int(values["sample_len"]),
+                higher_is_better=directions.get(metric),
+                fewshot=found["n-shot"].get(task),
+                task_version=None if task_version is None else str(task_version),
+            )
+
+
+def _finite(value: Any) -> float | None:
+    """A number, or None for "N/A", infinities and what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+@contextmanager
+def _noting(noted: Noted) -> Iterator[None]:
+    """Keep what the harness and `datasets` log, rather than have it printed."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            noted.add(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "mlx_lm")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    # Without any, the first message of mlx-lm's would make one that prints.
+    root, nothing = logging.getLogger(), logging.NullHandler()
+    root.addHandler(nothing)
+    # The retries that it logs are told once, by the error that ends them.
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)
+    bars = datasets.utils.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.handlers = [handler]
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.propagate = propagate
+            logger.handlers = handlers
+        root.removeHandler(nothing)
+        hub.setLevel(hub_level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _silenced(watch: Watch) -> Iterator[Watch]:
+    """Keep the harness from printing; yields what shows progress all the same."""
+    terminal = sys.stderr
+    pools = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+
+    @contextmanager
+    def shown(title: str, unit: str) -> Iterator[Any]:
+        with redirect_stderr(terminal), watch(title, unit) as advance:
+            yield advance
+
+    try:
+        with (
+            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+            quiet_transformers(),
+        ):
+            yield shown
+    finally:
+        if pools is None:
+            os.environ.pop("DISABLE_MULTIPROC", None)
+        else:
+            os.environ["DISABLE_MULTIPROC"] = pools

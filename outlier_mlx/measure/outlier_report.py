@@ -1,0 +1,226 @@
+"""What is written about measured models: `outliers.json`, `summary.json` and pictures."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from outlier_mlx.errors import OutlierError, OutputExistsError
+from outlier_mlx.measure.outlier_accumulate import Accumulator
+from outlier_mlx.measure.outlier_active import RULE, Parameters
+from outlier_mlx.measure.outlier_definitions import blog_summary, pooled_summary
+from outlier_mlx.measure.outliers import Measurement, Options
+
+RESULTS = "outliers.json"
+SUMMARY = "summary.json"
+#: What a run writes besides; those of an earlier run are removed when it is replaced.
+PICTURES = ("heatmap-*.png", "by-*.png")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a model was measured on.
+
+    Attributes:
+        sequences: windows of the text.
+        wanted: how many there would have been of a longer text.
+        length: tokens in each.
+        overlap: share of a window that the next one repeats.
+        digest: SHA-256 of the tokens (`outliers.tokens_digest`).
+    """
+
+    sequences: int
+    wanted: int
+    length: int
+    overlap: float
+    digest: str
+
+
+def describe(
+    name: str,
+    measured: Measurement,
+    parameters: Parameters,
+    bits: float,
+    text: Text,
+    options: Options,
+) -> dict[str, Any]:
+    """All that was found about one model, as JSON has it.
+
+    Args:
+        name: the model's.
+        measured: its features and loss.
+        parameters: its counts.
+        bits: that a weight takes in its files.
+        text: what it was measured on.
+        options: and how.
+    """
+    counts, thresholds = measured.counts, options.thresholds
+    pooled = counts.pooled()
+    blog = blog_summary(measured.sequences["all"])
+    listed = pooled_summary(pooled, thresholds)
+    dtype = ", ".join(sorted(counts.dtypes))
+    entry: dict[str, Any] = {
+        "model": name,
+        "total_params": parameters.total,
+        "active_params": parameters.active,
+        "active_params_rule": RULE,
+        "dtype": dtype,
+        "hold": options.hold or dtype,
+        "weights_bits": round(bits, 3),
+        "layers": counts.layers,
+        "probes": len(counts.probes),
+        "hidden": counts.hidden,
+        "sequences": text.sequences,
+        "length": text.length,
+        "overlap": text.overlap,
+        "tokens_sha256": text.digest,
+        "thresholds": {
+            "magnitude": thresholds.magnitude,
+            "min_layers": thresholds.layers,
+            "min_seq": thresholds.positions,
+        },
+        "perplexity": measured.perplexity,
+        "loss": measured.loss,
+        "blog": blog,
+        "pooled": listed,
+        "inputs": _inputs(measured),
+        "dims_with_hits": [pooled.describe(int(d)) for d in np.flatnonzero(pooled.probe_hits)],
+        "probe_max": _probe_max(counts),
+        "notes": _notes(text, options),
+    }
+    if counts.experts is not None:
+        dims = {dim["dim"] for dim in listed["dims"]} | set(blog["unique_dims"])
+        entry["per_expert"] = counts.experts.as_json(sorted(dims))
+    if counts.streams is not None:
+        entry["residual"] = [stream.as_json(n) for n, stream in counts.streams.items()]
+    return entry
+
+
+def _inputs(measured: Measurement) -> dict[str, Any]:
+    """The blog's figures for each kind of probe by itself."""
+    probes = measured.counts.probes
+    inputs: dict[str, Any] = {}
+    for kind, sequences in measured.sequences.items():
+        if kind == "all":
+            continue
+        figures = blog_summary(sequences)
+        del figures["per_sequence"]
+        inputs[kind] = {"probes": sum(kind in probe.kinds for probe in probes), **figures}
+    both = [p.layer for p in probes if {"routed_experts", "shared_experts"} <= set(p.kinds)]
+    if both:
+        # Their figures are those of one vector, so they agree: said, lest it be taken for a find.
+        inputs["same_vector_in_layers"] = both
+    return inputs
+
+
+def _probe_max(counts: Accumulator) -> list[dict[str, Any]]:
+    return [
+        {
+            "probe": probe.name,
+            "reads": list(probe.kinds),
+            "max_magnitude": float(row.max()),
+            "dim": int(row.argmax()),
+            "max_magnitude_without_first": float(later.max()),
+            "dim_without_first": int(later.argmax()),
+        }
+        for probe, row, later in zip(
+            counts.probes, counts.largest, counts.largest_without_first, strict=True
+        )
+    ]
+
+
+def _notes(text: Text, options: Options) -> list[str]:
+    notes = []
+    if text.sequences < text.wanted:
+        notes.append(f"the text has {text.sequences} whole windows, fewer than {text.wanted}")
+    if 1 / text.length >= options.thresholds.positions:
+        notes.append(
+            f"sequences are so short ({text.length}) that a hit in the first token alone suffices;"
+            " first tokens often carry values in the hundreds"
+        )
+    if text.overlap:
+        notes.append("windows overlap, so sequences are not independent")
+    return notes
+
+
+def summarize(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The blog's figures by model, in the form in which they were published."""
+    return {
+        entry["model"]: {
+            "layer_pct": round(entry["blog"]["layer_pct"], 1),
+            "seq_pct": round(entry["blog"]["seq_pct"], 1),
+            "active_params": short_count(entry["active_params"]),
+        }
+        for entry in entries
+    }
+
+
+def short_count(number: float) -> str:
+    """A count as model names have it: 1.3B, 12B, 460M."""
+    for unit in ("", "K", "M", "B"):
+        if number < 999.5 or unit == "B":
+            break
+        number /= 1000
+    return f"{number:.1f}{unit}" if unit and number < 9.95 else f"{number:.0f}{unit}"
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Check that results may be written into a folder, before they are computed.
+
+    Raises:
+        OutputExistsError: it has results and `force` is not set, or it is no folder.
+        OutlierError: it cannot be written to, or cannot be made.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out}: exists and is not a folder")
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OutlierError(f"{out}: cannot write there")
+    if (out / RESULTS).exists() and not force:
+        raise OutputExistsError(f"{out / RESULTS}: exists; --force replaces it")
+
+
+def clear(out: Path) -> None:
+    """Make the folder, and remove from it what an earlier run wrote, pictures included.
+
+    Raises:
+        OutlierError: the folder cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for pattern in (RESULTS, SUMMARY, *PICTURES):
+            for path in out.glob(pattern):
+                path.unlink()
+    except OSError as error:
+        raise OutlierError(f"{out}: cannot write there: {error.strerror}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, which takes its name at the end."""
+    handle, name = tempfile.mkstemp(path.suffix, f".{path.name}.", path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def file_name(model: str) -> str:
+    """A model's name as part of a file's name."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in model)[:100]

@@ -1,0 +1,153 @@
+"""Measuring several models one after another, and writing what is found as it is found."""
+
+import gc
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from outlier_mlx.engine.loading import check_model, load_model, load_tokenizer
+from outlier_mlx.engine.memory import check_fits
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.measure.outlier_active import count_parameters, weights_bits
+from outlier_mlx.measure.outlier_draw import (
+    AXES,
+    draw_comparison,
+    draw_heatmap,
+    require_matplotlib,
+)
+from outlier_mlx.measure.outlier_report import (
+    RESULTS,
+    SUMMARY,
+    Text,
+    check_out,
+    clear,
+    describe,
+    file_name,
+    summarize,
+    write_json,
+    write_whole,
+)
+from outlier_mlx.measure.outliers import Measurement, Options, measure, read_windows, tokens_digest
+from outlier_mlx.storage.hub import Source, resolve
+from outlier_mlx.terminal import counting_bar, working
+
+
+@dataclass(frozen=True)
+class Study:
+    """What models are measured on, and how.
+
+    Attributes:
+        text: a UTF-8 file.
+        sequences: windows of it, at most.
+        length: tokens in each.
+        overlap: share of a window that the next one repeats.
+        options: what is measured.
+        dtype: of activations; None for the model's own.
+        plots: draw pictures.
+        check_memory: refuse models that do not fit.
+    """
+
+    text: Path
+    sequences: int = 16
+    length: int = 2048
+    overlap: float = 0.0
+    options: Options = field(default_factory=Options)
+    dtype: str | None = None
+    plots: bool = True
+    check_memory: bool = True
+
+
+def study_models(
+    models: list[str], study: Study, out: Path, *, force: bool = False, quiet: bool = True
+) -> list[dict[str, Any]]:
+    """Measure models, one in memory at a time.
+
+    What is found of a model is written when it is done, each file whole; a later model that fails
+    takes nothing away. Results of an earlier run are replaced only then.
+
+    Args:
+        models: folders or hub repositories.
+        study: what is measured.
+        out: the folder to write into.
+        force: replace the results of an earlier run.
+        quiet: show no progress on the terminal.
+
+    Returns:
+        What `report.describe` says of each.
+
+    Raises:
+        OutlierError: a model or the text is not usable, or `out` is taken.
+    """
+    check_out(out, force=force)
+    if study.plots:
+        require_matplotlib()
+    named = _named(models)
+    for source in named.values():
+        check_model(source.folder)
+    entries: list[dict[str, Any]] = []
+    for name, source in named.items():
+        entry, measured = _study(name, source, study, quiet)
+        if not entries:
+            clear(out)
+        entries.append(entry)
+        write_json(out / RESULTS, entries)
+        write_json(out / SUMMARY, summarize(entries))
+        if study.plots:
+            with working(f"drawing {name}", quiet=quiet):
+                _draw_model(out, name, measured)
+        del measured
+    if study.plots:
+        with working("drawing the comparison", quiet=quiet):
+            for against in AXES:
+                path = out / f"by-{against.replace('_', '-')}.png"
+                write_whole(path, partial(draw_comparison, entries, against))
+    return entries
+
+
+def _named(models: list[str]) -> dict[str, Source]:
+    """The models by name, or as they were given where names would be the same."""
+    sources = {given: resolve(given) for given in models}
+    if len({source.folder.resolve() for source in sources.values()}) < len(models):
+        raise OutlierError("a model is given twice")
+    names = [source.name for source in sources.values()]
+    return {
+        source.name if names.count(source.name) == 1 else given: source
+        for given, source in sources.items()
+    }
+
+
+def _study(
+    name: str, source: Source, study: Study, quiet: bool
+) -> tuple[dict[str, Any], Measurement]:
+    folder = source.folder
+    if study.check_memory:
+        check_fits(folder, 0)
+    with working(f"loading {name}", quiet=quiet):
+        # The text first: it may be too short.
+        tokenizer = load_tokenizer(folder, check_model(folder))
+        windows = read_windows(tokenizer, study.text, study.sequences, study.length, study.overlap)
+        model, config = load_model(folder, dtype=study.dtype)
+    try:
+        parameters = count_parameters(model, config)
+        with counting_bar(name, "layers", quiet=quiet) as progress:
+            measured = measure(model, windows, study.options, progress)
+    except OutlierError as error:
+        raise OutlierError(f"{name}: {error}") from error
+    digest = tokens_digest(windows)
+    text = Text(len(windows), study.sequences, study.length, study.overlap, digest)
+    bits = weights_bits(folder, len(model.layers), parameters.total)
+    del model
+    # The next model needs the memory.
+    gc.collect()
+    mx.clear_cache()
+    return describe(name, measured, parameters, bits, text, study.options), measured
+
+
+def _draw_model(out: Path, name: str, measured: Measurement) -> None:
+    features = [f for sequence in measured.sequences["all"] for f in sequence]
+    dims = sorted({feature.dim for feature in features})
+    path = out / f"heatmap-{file_name(name)}.png"
+    write_whole(path, partial(draw_heatmap, measured.counts, name, dims))

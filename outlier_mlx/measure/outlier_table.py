@@ -1,0 +1,48 @@
+"""What the terminal shows of measured models."""
+
+from typing import Any
+
+from outlier_mlx.errors import one_line
+from outlier_mlx.measure.outlier_report import short_count
+from outlier_mlx.terminal import print_columns, stdout
+
+
+def print_outliers(entries: list[dict[str, Any]]) -> None:
+    """A row a model, and what must be known to compare them (dicts of `report.describe`)."""
+    console = stdout()
+    print_columns(
+        console,
+        [
+            *("model", "params", "active", "layers\n%", "positions\n%"),
+            *("outliers", "dims", "pooled\ndims", "perplexity"),
+        ],
+        [_row(entry) for entry in entries],
+        title=f"Outlier features: magnitude {entries[0]['thresholds']['magnitude']:g} and up",
+    )
+    for entry in entries:
+        console.print(one_line(_how(entry)), soft_wrap=True)
+        for note in entry["notes"]:
+            console.print(one_line(f"note: {note}"), soft_wrap=True)
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    blog = entry["blog"]
+    return [
+        one_line(entry["model"]),
+        short_count(entry["total_params"]),
+        short_count(entry["active_params"]),
+        f"{blog['layer_pct']:.1f}",
+        f"{blog['seq_pct']:.1f}",
+        str(blog["num_outliers"]),
+        str(len(blog["unique_dims"])),
+        str(entry["pooled"]["num_outliers"]),
+        f"{entry['perplexity']:.2f}",
+    ]
+
+
+def _how(entry: dict[str, Any]) -> str:
+    return (
+        f"{entry['model']}: {entry['sequences']} sequences of {entry['length']} tokens"
+        f" ({entry['tokens_sha256'][:12]}), {entry['probes']} probes, {entry['dtype']} held in"
+        f" {entry['hold']}, {entry['weights_bits']:.2f} bits a weight"
+    )

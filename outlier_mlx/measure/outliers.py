@@ -1,0 +1,184 @@
+"""Measuring a model: its outlier features and its perplexity on the same windows of a text."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from outlier_mlx.engine.loading import quiet_transformers
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.measure.outlier_accumulate import Accumulator, Group, Hold
+from outlier_mlx.measure.outlier_definitions import Feature, Thresholds, sequence_features
+from outlier_mlx.measure.outlier_probes import find_probes, watched
+
+# Positions whose logits are widened to float32 at a time.
+_LOSS_ROWS = 256
+# Characters of text that are read for a token that is wanted; more are read where these give
+# fewer tokens.
+_CHARACTERS = 8
+# Tokens at the end of a part of the text that may be others in the whole text.
+_UNSURE = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        thresholds: what an outlier feature is.
+        hold: the dtype that values are rounded to before they are compared; None: as computed.
+        residual: describe the residual stream, too.
+        per_expert: count hits by expert, too.
+    """
+
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    hold: Hold | None = None
+    residual: bool = False
+    per_expert: bool = False
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found.
+
+    Attributes:
+        counts: of all sequences together.
+        sequences: by kind of probe, and for all of them together ("all"), the outlier features of
+            each sequence.
+        loss: mean next-token loss in nats.
+    """
+
+    counts: Accumulator
+    sequences: dict[Group, list[list[Feature]]]
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(self.loss)
+
+
+def read_windows(
+    tokenizer: TokenizerWrapper, path: Path, sequences: int, length: int, overlap: float = 0.0
+) -> list[list[int]]:
+    """The first windows of a text, each of exactly `length` tokens.
+
+    Only the part of the file that is needed is read. What the tokenizer puts before a text (a BOS)
+    stands before the first window alone.
+
+    Args:
+        tokenizer: the model's.
+        path: a UTF-8 text.
+        sequences: windows at most.
+        length: tokens in each, 2 or more.
+        overlap: share of a window that the next one repeats, 0 <= overlap < 1.
+
+    Raises:
+        OutlierError: the text has no whole window, or is not UTF-8.
+    """
+    step = max(1, round(length * (1 - overlap)))
+    needed = length + (sequences - 1) * step
+    tokens = _read_tokens(tokenizer, path, needed)
+    if len(tokens) < length:
+        raise OutlierError(
+            f"{path}: the text has {len(tokens)} tokens, fewer than one window of {length};"
+            " --length makes windows shorter"
+        )
+    starts = range(0, len(tokens) - length + 1, step)
+    return [tokens[at : at + length] for at in starts][:sequences]
+
+
+def _read_tokens(tokenizer: TokenizerWrapper, path: Path, needed: int) -> list[int]:
+    """At least `needed` tokens from the start of a text, or all there are."""
+    # A text has no more characters than bytes, however many tokens are asked for.
+    characters = min(_CHARACTERS * needed, path.stat().st_size + 1)
+    while True:
+        try:
+            with path.open(encoding="utf-8") as file:
+                text = file.read(characters)
+                whole = not file.read(1)
+        except UnicodeDecodeError as error:
+            raise OutlierError(f"{path}: not UTF-8 text: {error}") from None
+        with quiet_transformers():  # it warns of texts longer than the model's context
+            tokens = tokenizer.encode(text)
+        if whole or len(tokens) >= needed + _UNSURE:
+            return tokens
+        characters *= 2
+
+
+def tokens_digest(windows: list[list[int]]) -> str:
+    """SHA-256 of all windows' tokens as little-endian 32-bit integers, one after another."""
+    return hashlib.sha256(np.array(windows, "<u4").tobytes()).hexdigest()
+
+
+def measure(
+    model: nn.Module,
+    windows: list[list[int]],
+    options: Options | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Run a model over windows of tokens, one at a time, and count.
+
+    Args:
+        model: maps tokens (1, length) to logits (1, length, vocab); it is the same afterwards.
+        windows: all of one length.
+        options: what is measured.
+        progress: called with layers that are done, and layers in all windows together.
+
+    Raises:
+        OutlierError: the model is not built in a way that is known here, it cannot run, or what it
+            computes is not finite.
+    """
+    options = options or Options()
+    probes = find_probes(model)
+    counts = Accumulator(
+        probes,
+        options.thresholds.magnitude,
+        options.hold,
+        residual=options.residual,
+        per_expert=options.per_expert,
+    )
+    found: dict[Group, list[list[Feature]]] = {}
+    losses: list[float] = []
+    done = 0
+
+    def see(number: int, entering: mx.array, values: mx.array) -> None:
+        nonlocal done
+        counts.see(number, entering, values)
+        done += 1
+        if progress is not None:
+            progress(done // 2, len(windows) * len(probes) // 2)
+
+    routing = counts.see_routing if options.per_expert else None
+    with watched(model, probes, see, routing):
+        for tokens in windows:
+            losses.append(_loss(model, tokens))
+            for group, hits in counts.finish_sequence().items():
+                features = sequence_features(hits, options.thresholds)
+                found.setdefault(group, []).append(features)
+    weights = [len(tokens) - 1 for tokens in windows]
+    return Measurement(counts, found, float(np.average(losses, weights=weights)))
+
+
+def _loss(model: nn.Module, tokens: list[int]) -> float:
+    """Mean next-token loss of one window, in nats."""
+    try:
+        logits = model(mx.array([tokens]))[0]  # (length, vocab)
+        total = 0.0
+        for at in range(0, len(tokens) - 1, _LOSS_ROWS):
+            rows = logits[at : min(at + _LOSS_ROWS, len(tokens) - 1)].astype(mx.float32)
+            targets = mx.array(tokens[at + 1 : at + 1 + len(rows)])[:, None]
+            picked = mx.take_along_axis(rows, targets, axis=-1)[:, 0]
+            total += float((mx.logsumexp(rows, axis=-1) - picked).sum())
+    except (RuntimeError, ValueError) as error:
+        # What MLX raises where a device or dtype cannot do something.
+        raise OutlierError(f"the model cannot run here: {error}") from error
+    if not math.isfinite(total):
+        raise OutlierError("the loss is not finite: what the model computes overflows")
+    return total / (len(tokens) - 1)

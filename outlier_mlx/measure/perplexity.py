@@ -1,0 +1,127 @@
+"""Perplexity of a model on a text, and how far one model is from another on it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from outlier_mlx.engine.loading import quiet_transformers
+from outlier_mlx.errors import OutlierError
+
+#: Called with tokens done so far, and in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model on a text; the last two figures are None without another model.
+
+    Attributes:
+        tokens: tokens that were predicted.
+        loss: mean next-token loss in nats.
+        standard_error: of the loss.
+        kl: mean Kullback-Leibler divergence from the other model's prediction to this one's, nats.
+        agreement: share of tokens for which both find the same token the likeliest.
+    """
+
+    tokens: int
+    loss: float
+    standard_error: float
+    kl: float | None = None
+    agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(self.loss)
+
+    def as_json(self) -> dict:
+        """All figures."""
+        return asdict(self) | {"perplexity": self.perplexity}
+
+
+def windows(
+    tokenizer: TokenizerWrapper, text: str, length: int, most: int | None = None
+) -> list[list[int]]:
+    """Cut a text into windows of `length` tokens, each predicted from its own first token on.
+
+    Args:
+        tokenizer: the model's.
+        text: any text.
+        length: tokens in a window; a shorter rest is left out if there is a whole window.
+        most: how many windows at most.
+
+    Raises:
+        OutlierError: the text has fewer than two tokens.
+    """
+    with quiet_transformers():  # it warns of texts longer than the model's context
+        tokens = tokenizer.encode(text)
+    if len(tokens) < 2:
+        raise OutlierError("the text is too short: two tokens are the least")
+    length = min(length, len(tokens))
+    cut = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
+    return cut[:most]
+
+
+def compare(
+    model: nn.Module,
+    texts: list[list[int]],
+    against: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure a model on windows of tokens, one at a time.
+
+    Args:
+        model: maps tokens (1, length) to logits (1, length, vocab).
+        texts: windows, as `windows` cuts them.
+        against: another model of the same vocabulary, which is taken as the truth.
+        progress: called while it runs.
+
+    Raises:
+        OutlierError: the vocabularies differ in size.
+    """
+    total = sum(len(tokens) - 1 for tokens in texts)
+    losses: list[float] = []
+    divergence, agreed, done = 0.0, 0, 0
+    for tokens in texts:
+        ids = mx.array([tokens])
+        ours = _log_probs(model(ids[:, :-1]))  # (1, length, vocab)
+        targets = ids[:, 1:, None]
+        losses += (-mx.take_along_axis(ours, targets, axis=-1)).flatten().tolist()  # type: ignore
+        if against is not None:
+            theirs = _log_probs(against(ids[:, :-1]))
+            if theirs.shape != ours.shape:
+                raise OutlierError(
+                    f"the models have vocabularies of {ours.shape[-1]} and {theirs.shape[-1]}"
+                )
+            divergence += float((mx.exp(theirs) * (theirs - ours)).sum())
+            agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        done += len(tokens) - 1
+        if progress is not None:
+            progress(done, total)
+    mean = sum(losses) / total
+    spread = sum((loss - mean) ** 2 for loss in losses) / max(1, total - 1)
+    error = math.sqrt(spread / total)
+    if against is None:
+        return Comparison(total, mean, error)
+    return Comparison(total, mean, error, divergence / total, agreed / total)
+
+
+def _log_probs(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def same_tokens(one: TokenizerWrapper, other: TokenizerWrapper, text: str) -> None:
+    """Refuse two models whose tokenizers cut a text differently: their predictions do not compare.
+
+    Raises:
+        OutlierError: they do.
+    """
+    with quiet_transformers():
+        same = one.encode(text) == other.encode(text)
+    if not same:
+        raise OutlierError("the two models' tokenizers cut this text into different tokens")

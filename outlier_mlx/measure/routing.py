@@ -1,0 +1,163 @@
+"""An inside look: which experts serve a text, layer by layer."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.measure.perplexity import Progress
+from outlier_mlx.runtime.moe import OutlierMoE
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """How one layer routed a text.
+
+    Attributes:
+        layer: its number.
+        tokens: tokens that passed.
+        share: for each expert, the share of tokens that it served; they add up to the top k.
+        weight: for each expert, its mean routing weight where it served, before alpha.
+        together: (experts, experts), the share of tokens that both served; the diagonal is `share`.
+    """
+
+    layer: int
+    tokens: int
+    share: list[float]
+    weight: list[float]
+    together: list[list[float]]
+
+    @property
+    def entropy(self) -> float:
+        """Of who serves, in bits; log2 of the number of experts when all serve alike."""
+        total = sum(self.share)
+        parts = [share / total for share in self.share if share > 0]
+        return -sum(part * math.log2(part) for part in parts)
+
+    def as_json(self) -> dict:
+        """All figures."""
+        return {
+            "layer": self.layer,
+            "tokens": self.tokens,
+            "entropy_bits": self.entropy,
+            "share": self.share,
+            "weight": self.weight,
+            "together": self.together,
+        }
+
+
+def moe_blocks(model: nn.Module) -> dict[int, OutlierMoE]:
+    """The MoE blocks of a tier, by layer.
+
+    Raises:
+        OutlierError: the model has none.
+    """
+    blocks = {
+        number: layer.mlp
+        for number, layer in enumerate(model.layers)
+        if isinstance(layer.mlp, OutlierMoE)
+    }
+    if not blocks:
+        raise OutlierError("the model has no layer with routed experts")
+    return blocks
+
+
+def observe_routing(
+    model: nn.Module, texts: list[list[int]], progress: Progress | None = None
+) -> list[LayerRouting]:
+    """Run a tier over windows of tokens and count what its routers choose.
+
+    Args:
+        model: a tier, as `outlier_mlx.load` returns it.
+        texts: windows of tokens.
+        progress: called while it runs.
+
+    Raises:
+        OutlierError: the model has no Outlier MoE layer.
+    """
+    layers = moe_blocks(model)
+    seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {number: [] for number in layers}
+    with _watched(layers, seen):
+        done, total = 0, sum(map(len, texts))
+        for tokens in texts:
+            mx.eval(model(mx.array([tokens])))
+            done += len(tokens)
+            if progress is not None:
+                progress(done, total)
+    return [_count(number, layers[number], found) for number, found in seen.items()]
+
+
+@contextmanager
+def _watched(
+    layers: dict[int, OutlierMoE], seen: dict[int, list[tuple[np.ndarray, np.ndarray]]]
+) -> Iterator[None]:
+    """Note what `route` of each layer returns; nothing that is computed changes."""
+
+    def watch(block: OutlierMoE, found: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        route = block.route
+
+        def noted(x: mx.array) -> tuple[mx.array, mx.array]:
+            indices, weights = route(x)
+            k = indices.shape[-1]
+            found.append((np.array(indices).reshape(-1, k), np.array(weights).reshape(-1, k)))
+            return indices, weights
+
+        object.__setattr__(block, "route", noted)
+
+    for number, block in layers.items():
+        watch(block, seen[number])
+    try:
+        yield
+    finally:
+        for block in layers.values():
+            object.__delattr__(block, "route")
+
+
+def _count(
+    layer: int, block: OutlierMoE, found: list[tuple[np.ndarray, np.ndarray]]
+) -> LayerRouting:
+    experts = block.alpha.shape[0]
+    indices = np.concatenate([chosen for chosen, _ in found])  # (tokens, k)
+    weights = np.concatenate([weight for _, weight in found])
+    served = np.zeros((len(indices), experts))
+    np.put_along_axis(served, indices.astype(np.intp), 1.0, axis=1)
+    total = np.zeros(experts)
+    np.add.at(total, indices, weights)
+    counts = served.sum(axis=0)
+    return LayerRouting(
+        layer=layer,
+        tokens=len(indices),
+        share=(counts / len(indices)).tolist(),
+        weight=(total / np.maximum(counts, 1)).tolist(),
+        together=(served.T @ served / len(indices)).tolist(),
+    )
+
+
+def draw(layers: list[LayerRouting], path: Path) -> None:
+    """Draw a heat map (PNG) of the share of tokens that each expert of each layer served.
+
+    Raises:
+        OutlierError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OutlierError(
+            "the picture needs matplotlib: pip install 'outlier-mlx[plots]'"
+        ) from None
+    shares = np.array([layer.share for layer in layers])
+    figure = Figure(figsize=(1.5 + 0.6 * shares.shape[1], 1.5 + 0.4 * len(layers)))
+    axes = figure.subplots()
+    image = axes.imshow(100 * shares, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_xticks(range(shares.shape[1]))
+    axes.set_yticks(range(len(layers)), [str(layer.layer) for layer in layers])
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    figure.colorbar(image, label="tokens served, %")
+    figure.savefig(path, dpi=150, bbox_inches="tight")

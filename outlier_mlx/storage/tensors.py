@@ -1,0 +1,94 @@
+"""Tensors that are somewhere on disk: what parts and overlays are made of."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+
+
+class FloatTensor(Protocol):
+    """A tensor of floats somewhere on disk, or made from what is there."""
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype of what is stored, for example "F16"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def where(self) -> str:
+        """File and key, for messages."""
+
+    def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of the first axis as float32."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor whose rows are made from another's, in its shape: the base of such `FloatTensor`s.
+
+    Attributes:
+        tensor: the one that is read.
+    """
+
+    tensor: FloatTensor
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of what is stored."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, unchanged."""
+        return self.tensor.shape
+
+    @property
+    def where(self) -> str:
+        """File and key."""
+        return self.tensor.where
+
+
+class Trits(Protocol):
+    """A matrix of trits somewhere on disk, read by rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+
+    @property
+    def where(self) -> str:
+        """File and key, for messages."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as int8 (rows, in); values are checked by who packs them."""
+
+
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """One projection of one expert: W = scale * trits."""
+
+    trits: Trits
+    scale: FloatTensor
+
+    def row_scales(self) -> np.ndarray:
+        """One scale a row, (out,) float32; a scale for the whole matrix is repeated.
+
+        Raises:
+            CheckpointError: a scale is NaN, infinite or negative.
+        """
+        values = self.scale.read_float32().reshape(-1)
+        if not np.isfinite(values).all() or (values < 0).any():
+            bad = values[~(values >= 0) | ~np.isfinite(values)][0]
+            raise CheckpointError(
+                f"{self.scale.where}: scale {bad}, expected a finite number of 0 or more"
+            )
+        return np.broadcast_to(values, (self.trits.shape[0],)).copy()

@@ -1,0 +1,203 @@
+"""The push: what is there already, what may be replaced, and one commit."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.measure import measured
+from outlier_mlx.storage.safetensors import read_bytes, read_json
+from outlier_mlx.tiers.push_card import MANIFEST, Publication, Upload
+from outlier_mlx.tiers.push_refusals import talking
+from outlier_mlx.writing.assets import is_legal
+from outlier_mlx.writing.licences import CARD
+from outlier_mlx.writing.manifest import LOADED
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoFolder
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of a publication.
+
+    Attributes:
+        url: where it is.
+        sent: names of the files that are new or changed.
+        nbytes: bytes of those.
+        removed: names of files that only the former version had.
+    """
+
+    url: str
+    sent: list[str]
+    nbytes: int
+    removed: list[str]
+
+
+def check_login(repo: str) -> None:
+    """Check that there is a login at all; whether it may write to `repo`, only the hub knows.
+
+    Raises:
+        OutlierError: nobody is logged in.
+    """
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise OutlierError(f"{repo}: not logged in: run `hf auth login`, or set HF_TOKEN")
+
+
+def publish(
+    publication: Publication,
+    *,
+    revision: str | None = None,
+    message: str | None = None,
+    force: bool = False,
+    quiet: bool = False,
+) -> Published:
+    """Publish in one commit: whatever ends it early, the repository's files are as they were.
+
+    Files that are there already are not sent again. Of those that only the former version had,
+    shards and what its manifest lists are removed; the rest stays.
+
+    Args:
+        publication: as `prepare` made it.
+        revision: the branch, made if there is none; "main" if not given.
+        message: of the commit.
+        force: replace another model's files.
+        quiet: no bars.
+
+    Raises:
+        OutlierError: nobody is logged in, the hub cannot be reached or refuses, or the repository
+            holds something else.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    repo = publication.repo
+    check_login(repo)
+    api = HfApi()
+    with talking(repo, quiet=quiet):
+        info, missing_branch = _open_repo(api, publication, revision)
+        assert info.sha is not None
+        there = {file.path: file for file in api.list_repo_tree(repo, revision=info.sha)}
+        former = _former_manifest(api, repo, info.sha) if MANIFEST in there else None
+        _check_replaceable(publication, there, former, force=force)
+        removed = _superfluous(publication, there, former)
+        _check_rest(publication, there, removed)
+        changed = [u for u in publication.uploads.values() if not _is_there(u, there.get(u.name))]
+        if missing_branch:
+            assert revision is not None
+            api.create_branch(repo, branch=revision, revision=info.sha)
+        if changed or removed:
+            additions = [CommitOperationAdd(upload.name, upload.content) for upload in changed]
+            for operation, upload in zip(additions, changed, strict=True):
+                operation.upload_info.sha256 = bytes.fromhex(upload.sha256)  # not hashed again
+            api.create_commit(
+                repo,
+                [*additions, *(CommitOperationDelete(name) for name in removed)],
+                commit_message=message or _message(publication.manifest),
+                revision=revision,
+                parent_commit=info.sha,
+            )
+    url = f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+    return Published(url, [u.name for u in changed], sum(u.nbytes for u in changed), removed)
+
+
+def _message(manifest: dict) -> str:
+    return f"Tier {_identity(manifest)[-1]}, made by {manifest.get('producer')}"
+
+
+def _open_repo(
+    api: "HfApi", publication: Publication, branch: str | None
+) -> tuple["ModelInfo", bool]:
+    """The head of the branch, and whether the branch is still to be made from it."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    repo = publication.repo
+    try:
+        info = api.model_info(repo)
+    except RepositoryNotFoundError:
+        # Without --private, an organisation's own default decides.
+        api.create_repo(repo, private=publication.private or None)
+        info = api.model_info(repo)
+    if publication.private and not info.private:
+        raise OutlierError(f"{repo}: exists and is public, so --private cannot keep it private")
+    if branch is None:
+        return info, False
+    try:
+        return api.model_info(repo, revision=branch), False
+    except RevisionNotFoundError:
+        return info, True
+
+
+def _former_manifest(api: "HfApi", repo: str, commit: str) -> dict:
+    """The manifest in a repository; empty if it is none."""
+    try:
+        return read_json(Path(api.hf_hub_download(repo, MANIFEST, revision=commit)))
+    except CheckpointError:
+        return {}
+
+
+def _identity(manifest: dict) -> tuple:
+    """What a tier is of: the names of its sources and recipe, whatever their revisions."""
+    entries = [manifest.get(key) for key in ("overlay", "base", "recipe")]
+    return tuple(entry.get("name") if isinstance(entry, dict) else None for entry in entries)
+
+
+def _check_replaceable(
+    publication: Publication, there: dict, former: dict | None, *, force: bool
+) -> None:
+    if force:
+        return
+    if former is not None:
+        if _identity(former) != _identity(publication.manifest):
+            overlay, _, recipe = _identity(former)
+            raise OutlierError(
+                f"{publication.repo}: holds another tier ({recipe} of {overlay}); --force replaces"
+                " it"
+            )
+        return
+    others = [n for n in there if n != CARD and not n.startswith(".") and not is_legal(n)]
+    if others:
+        raise OutlierError(
+            f"{publication.repo}: holds something that is no tier ({others[0]}); --force adds the"
+            " tier to it"
+        )
+
+
+def _superfluous(publication: Publication, there: dict, former: dict | None) -> list[str]:
+    """Files of the version before: its shards, what its manifest lists, what was measured of it."""
+    listed = (former or {}).get("files")
+    ours = {measured.FILE, *(listed if isinstance(listed, dict) else ())}
+    return sorted(
+        name
+        for name in there
+        if name not in publication.uploads and (name in ours or _SHARD.fullmatch(name))
+    )
+
+
+def _check_rest(publication: Publication, there: dict, removed: list[str]) -> None:
+    """What stays must not be taken for a part of the tier."""
+    for name in set(there) - set(publication.uploads) - set(removed):
+        if any(fnmatch(name, pattern) for pattern in LOADED):
+            raise OutlierError(
+                f"{publication.repo}: has {name}, which would be loaded with the tier; remove it"
+                " there first"
+            )
+
+
+def _is_there(upload: Upload, file: "RepoFile | RepoFolder | None") -> bool:
+    """Whether the repository has these bytes under this name."""
+    if file is None or getattr(file, "size", None) != upload.nbytes:
+        return False
+    lfs = getattr(file, "lfs", None)
+    if lfs is not None:
+        return bool(lfs.sha256 == upload.sha256)
+    content = upload.content if isinstance(upload.content, bytes) else read_bytes(upload.content)
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content)  # the name that git gives a file
+    return blob.hexdigest() == getattr(file, "blob_id", None)

@@ -1,0 +1,153 @@
+"""What will be published: checked and collected before the hub is asked anything."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
+from outlier_mlx.measure import measured
+from outlier_mlx.measure.eval_results import Evaluation
+from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.safetensors import read_bytes, read_json
+from outlier_mlx.tiers.card import model_card, origins
+from outlier_mlx.tiers.verify import verify_tier
+from outlier_mlx.writing.assets import is_legal
+from outlier_mlx.writing.licences import CARD
+from outlier_mlx.writing.manifest import read_manifest
+
+MANIFEST = "tier.json"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file as it will be in the repository.
+
+    Attributes:
+        name: its path there.
+        content: its bytes, or the file that has them.
+        nbytes: how many.
+        sha256: of the bytes, in hexadecimal digits.
+    """
+
+    name: str
+    content: Path | bytes
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What will be published, and where.
+
+    Attributes:
+        repo: OWNER/NAME.
+        private: whether a new repository is to be private; an existing one has to be.
+        manifest: the tier's.
+        uploads: by name, the card among them.
+    """
+
+    repo: str
+    private: bool
+    manifest: dict
+    uploads: dict[str, Upload]
+
+    @property
+    def card(self) -> str:
+        """The model card."""
+        content = self.uploads[CARD].content
+        assert isinstance(content, bytes)
+        return content.decode("utf-8")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(upload.nbytes for upload in self.uploads.values())
+
+
+def check_repo_name(repo: str) -> None:
+    """Check that a name is one that the hub's repositories can have.
+
+    Raises:
+        OutlierError: it is not.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        known = repo.count("/") == 1
+    except HFValidationError:
+        known = False
+    if not known:
+        raise OutlierError(f"{repo!r} is not the name of a hub repository (OWNER/NAME)")
+
+
+def prepare(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    licence: str | None = None,
+    card: str | None = None,
+    evaluations: Sequence[Evaluation] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Publication:
+    """Verify a tier and collect what will be published; the hub is not asked.
+
+    That is what the manifest lists, the manifest, a card, licence files, and what was measured:
+    nothing else that may lie in the folder.
+
+    Args:
+        folder: the tier.
+        repo: OWNER/NAME.
+        private: whether the repository is private.
+        licence: the hub's identifier of the licence of sources whose cards state none.
+        card: a model card in place of the one that is written for the tier.
+        evaluations: scores for the card.
+        progress: called with bytes verified so far, and in all.
+
+    Raises:
+        CheckpointError: the folder is no tier, or a damaged one.
+        OutlierError: the name is none, or a source's licence is not known and `private` not set.
+    """
+    check_repo_name(repo)
+    if not (folder / MANIFEST).exists():
+        raise CheckpointError(f"{folder}: not a tier: no {MANIFEST}")
+    _check_licences(folder, private, licence)
+    verify_tier(folder, progress)
+    manifest = read_manifest(folder, MANIFEST)
+    uploads = {
+        name: Upload(name, inside(folder, name), nbytes, digest)
+        for name, (digest, nbytes) in manifest.files.items()
+    }
+    beside = [MANIFEST, *sorted(path.name for path in folder.iterdir() if is_legal(path.name))]
+    if measured.read_measured(folder):
+        beside.append(measured.FILE)
+    contents = {name: read_bytes(inside(folder, name)) for name in beside}
+    contents[CARD] = (card or model_card(folder, repo, licence, evaluations)).encode("utf-8")
+    for name, content in contents.items():
+        digest = hashlib.sha256(content).hexdigest()
+        uploads[name] = Upload(name, content, len(content), digest)
+    return Publication(repo, private, manifest.content, dict(sorted(uploads.items())))
+
+
+def _check_licences(folder: Path, private: bool, licence: str | None) -> None:
+    """Nothing is published under terms that nobody stated."""
+    sources = origins(read_json(inside(folder, MANIFEST)))
+    silent = [f"the {source.role} {source.name!r}" for source in sources if source.licence is None]
+    if licence is not None and not silent:
+        stated = ", ".join(value for one in sources if one.licence for value in one.licence.ids)
+        raise OutlierError(
+            f"{folder}: the model cards of its sources state their licences ({stated}); the tier's"
+            " is not another"
+        )
+    if silent and licence is None:
+        unknown = f"no licence is known for {' and '.join(silent)}"
+        if not private:
+            raise OutlierError(
+                f"{folder}: {unknown}, and none is assumed: --license ID names it, or --private"
+                " keeps the repository to yourself"
+            )
+        warnings.warn(f"{unknown}; the card says so", CheckpointWarning, stacklevel=3)

@@ -1,0 +1,201 @@
+"""Output folders that appear whole or not at all."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from outlier_mlx.errors import OutlierError, OutputExistsError
+
+#: Of what this project writes: tiers, and other models. `--force` replaces nothing else.
+MANIFESTS = ("tier.json", "checksums.json")
+#: In a kept folder: what is done of what. While it is there, the folder is not cleared away.
+JOURNAL = "journal.jsonl"
+
+
+@contextmanager
+def whole_folder(target: Path, *, force: bool = False, keep: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `target` that takes its name when the block ends well.
+
+    Whatever ends the block early (an error, a full disk, Ctrl-C) removes the sibling, and folders
+    above it that were made for it. What a run that was killed left behind is cleared first.
+
+    Args:
+        target: the folder to make.
+        force: replace `target` if it is a tier.
+        keep: the block yields a folder in `kept_folder(target)`, as an earlier run left it. If the
+            block ends early and there is a journal, all of this stays for a later run. Without
+            `keep` it is left alone, until `target` is made.
+
+    Raises:
+        OutputExistsError: `target` exists and `force` is not set, or it is no tier, or another
+            run is writing it.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
+    missing = [parent for parent in target.parents if not parent.exists()]
+    try:
+        try:
+            owner, lock = _claim(target, force=force, keep=keep)
+        except OSError as error:
+            raise OutlierError(f"cannot write beside {target}: {error.strerror}") from None
+        replaced = owner.with_name(f"{owner.name}.replaced")
+        made = False
+        try:
+            sibling = owner / "whole" if keep else owner
+            sibling.mkdir(exist_ok=True)
+            yield sibling
+            sibling.chmod(0o777 & ~_umask())
+            check_free(target, force=force)
+            _swap(sibling, target, replaced)
+            made = True
+        finally:
+            if not (keep and (owner / JOURNAL).exists()):
+                _remove(owner)
+            if made:
+                _remove(kept_folder(target))
+            if target.exists():
+                _remove(replaced)
+            os.close(lock)
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # not made, or in use by someone else
+                parent.rmdir()
+        raise
+
+
+def _claim(target: Path, *, force: bool, keep: bool) -> tuple[Path, int]:
+    """Make the folder that a run works in, or take over a kept one; and a handle that locks it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent, wait=True):
+        clear_stale(target)
+        check_free(target, force=force)
+        if keep:
+            owner = kept_folder(target)
+            owner.mkdir(mode=0o700, exist_ok=True)
+        else:
+            owner = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        lock = os.open(owner, os.O_RDONLY)
+        _lock(lock, wait=False)
+    return owner, lock
+
+
+def kept_folder(target: Path) -> Path:
+    """Where runs that can be gone on with keep what they have of `target`: beside it, hidden."""
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
+    return target.parent / f"{_prefix(target)}kept"
+
+
+def clear_stale(target: Path) -> None:
+    """Clear away what killed runs left beside `target`, and put back what one had moved aside.
+
+    A run holds a lock on its temporary folder for as long as it lives. What is kept for a later
+    run is left alone.
+
+    Raises:
+        OutputExistsError: a run that writes `target` is alive.
+    """
+    names = [p for p in target.parent.iterdir() if p.name.startswith(_prefix(target))]
+    for replaced in [p for p in names if p.suffix == ".replaced"]:
+        if not target.exists() and not _is_alive(replaced.with_suffix("")):
+            replaced.rename(target)
+    for folder in names:
+        owner = folder.with_suffix("") if folder.suffix == ".replaced" else folder
+        if _is_alive(owner):
+            raise OutputExistsError(f"{target}: another run is writing it")
+        if not (folder / JOURNAL).exists():
+            _remove(folder)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.part-"
+
+
+def _is_alive(folder: Path) -> bool:
+    """Whether a run holds the lock on its temporary folder."""
+    try:
+        with _locked(folder, wait=False) as free:
+            return not free
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock on a folder; yields whether it could be had."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield _lock(handle, wait=wait)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: nobody else can be seen, nor held up
+        return True
+    return True
+
+
+def check_free(target: Path, *, force: bool) -> None:
+    """Check that `target` may be written to: nothing is there, or a tier that `force` replaces.
+
+    Raises:
+        OutputExistsError: it may not. What is no tier is never replaced: it may be anything.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise OutputExistsError(f"{target}: exists and is not a folder")
+    if not target.exists():
+        return
+    if not force:
+        raise OutputExistsError(f"{target}: exists; --force replaces it")
+    if any(target.iterdir()) and not any((target / name).exists() for name in MANIFESTS):
+        raise OutputExistsError(f"{target}: exists and is not a tier; --force replaces only tiers")
+
+
+def check_space(target: Path, nbytes: int, what: str) -> None:
+    """Check that `nbytes` fit on the disk that `target` will be on.
+
+    Raises:
+        OutlierError: they do not; `what` is how the message calls what will be written.
+    """
+    place = target.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise OutlierError(
+            f"{target}: {what} takes {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        )
+
+
+def _swap(sibling: Path, target: Path, replaced: Path) -> None:
+    """Give `sibling` the name `target`; what had it is called `replaced` from then on."""
+    try:
+        if target.exists():
+            target.rename(replaced)
+        sibling.rename(target)
+    except BaseException:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, if it is there; Ctrl-C at this moment does not leave half of it."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,78 @@
+"""A journal of what a long run has finished, so that a later run can go on from there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from outlier_mlx.errors import OutlierError, OutputExistsError
+from outlier_mlx.writing.folders import JOURNAL
+
+
+class Journal:
+    """What is done, one JSON object a line; the first line says what of.
+
+    Args:
+        folder: the folder that is kept, see `outlier_mlx.writing.folders.kept_folder`.
+        identity: everything that the results depend on, as JSON: no tuples.
+
+    Raises:
+        OutputExistsError: the folder has the journal of something else.
+        OutlierError: its journal is none.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self._path = folder / JOURNAL
+        self.done: dict[str, dict[str, str]] = {}
+        lines = _read(self._path)
+        if not lines:
+            self._path.write_bytes(_line(identity))
+            return
+        if lines[0] != identity:
+            other = next((name for name in identity if lines[0].get(name) != identity[name]), "?")
+            raise OutputExistsError(
+                f"{folder}: holds an unfinished run with other settings ({other}): repeat its"
+                " command to go on with it; --force, or deleting that folder, throws it away"
+            )
+        self.done = {line["done"]: line["found"] for line in lines[1:]}
+        # A line that was cut off is written over.
+        text = b"".join(_line(line) for line in lines)
+        if self._path.read_bytes() != text:
+            self._path.write_bytes(text)
+
+    def add(self, name: str, found: dict[str, str]) -> None:
+        """Record that `name` is done, and what was found out on the way."""
+        with self._path.open("ab") as file:
+            file.write(_line({"done": name, "found": found}))
+            file.flush()
+            os.fsync(file.fileno())
+        self.done[name] = found
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """What the journal in a folder is of; None if there is no journal."""
+    lines = _read(folder / JOURNAL)
+    return lines[0] if lines else None
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; the last one may have been cut off."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    try:
+        lines = [json.loads(x) for x in text.splitlines(keepends=True) if x.endswith(b"\n")]
+    except ValueError:
+        lines = [None]
+    if all(isinstance(line, dict) for line in lines) and all(map(_is_record, lines[1:])):
+        return lines
+    raise OutlierError(f"{path}: not a journal; delete its folder to begin anew")
+
+
+def _is_record(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("done"), str) and isinstance(line.get("found"), dict)
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True).encode() + b"\n"

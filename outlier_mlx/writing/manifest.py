@@ -1,0 +1,121 @@
+"""Holding a folder's files against the manifest that was written with them."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.safetensors import read_json
+
+# Large enough that hashing lets other threads run, small enough for a smooth bar.
+_BLOCK = 4 << 20
+#: What mlx-lm may load or import from a folder: every file of these names has to be listed.
+LOADED = ("model*.safetensors", "*.safetensors", "*.py", "*.index.json")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says.
+
+    Attributes:
+        name: its file.
+        content: all of it.
+        files: SHA-256 and size of each listed file.
+    """
+
+    name: str
+    content: dict
+    files: Mapping[str, tuple[str, int]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the listed files."""
+        return sum(size for _, size in self.files.values())
+
+
+def read_manifest(folder: Path, name: str) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        CheckpointError: it has no list of files, or config.json is not on it.
+    """
+    content = read_json(inside(folder, name))
+    files = content.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{name}: no list of files")
+    listed = {}
+    for file, entry in files.items():
+        digest = entry.get("sha256") if isinstance(entry, dict) else None
+        size = entry.get("bytes") if isinstance(entry, dict) else None
+        if not isinstance(digest, str) or type(size) is not int:
+            raise CheckpointError(f"{name}: {file}: sha256 and bytes were expected")
+        listed[file] = (digest, size)
+    if "config.json" not in listed:
+        raise CheckpointError(f"{name}: does not list config.json")
+    return Manifest(name, content, listed)
+
+
+def check_files(
+    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Check that every listed file is as it was, and that no other would be loaded with them.
+
+    Args:
+        folder: where the files are.
+        manifest: of that folder.
+        progress: called with bytes hashed so far, and in all.
+
+    Raises:
+        CheckpointError: names the first file that is not as it should be.
+    """
+    for pattern in LOADED:
+        for path in sorted(folder.glob(pattern)):
+            if path.name not in manifest.files:
+                raise CheckpointError(f"{path.name}: not listed in {manifest.name}")
+    _check_sums(folder, manifest, progress)
+
+
+def _check_sums(
+    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None
+) -> None:
+    done, lock = 0, threading.Lock()
+    stop = threading.Event()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            if progress is not None:
+                progress(done, manifest.nbytes)
+
+    def check(name: str) -> None:
+        digest, size = manifest.files[name]
+        path = inside(folder, name)
+        found = path.stat().st_size
+        if found != size:
+            raise CheckpointError(f"{name}: {found} bytes, expected {size}")
+        if _sha256(path, advance, stop) != digest and not stop.is_set():
+            raise CheckpointError(f"{name}: damaged: its SHA-256 is not the one in {manifest.name}")
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        try:
+            for future in [pool.submit(check, name) for name in manifest.files]:
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _sha256(path: Path, advance: Callable[[int], None], stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while not stop.is_set() and (block := file.read(_BLOCK)):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
