@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -34,8 +34,10 @@ GAP = 2
 MOMENT = 0.5
 
 T = TypeVar("T")
-#: Told what is done, and what there is in all; None: not known yet.
-Advance = Callable[[int, int | None], None]
+#: Called with how much is done, and how much there is in all (None: not known yet).
+Progress = Callable[[int, int | None], None]
+#: Title and unit ("" for bytes) of a stage of some work, to a context that yields its progress.
+Stages = Callable[[str, str], AbstractContextManager[Progress]]
 
 
 def stderr() -> Console:
@@ -75,7 +77,7 @@ def print_heading(console: Console, name: str, rest: str) -> None:
     console.print(text, soft_wrap=True)
 
 
-def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Advance]:
+def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Progress]:
     """A bar with bytes, speed and time left; yields a function of (bytes done, bytes in all).
 
     It appears with the first bytes: until then the hub may have bars of its own.
@@ -84,7 +86,7 @@ def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Advance]:
 
 
 @contextmanager
-def counting_bar(title: str, unit: str, *, quiet: bool, at_once: bool = True) -> Iterator[Advance]:
+def counting_bar(title: str, unit: str, *, quiet: bool, at_once: bool = True) -> Iterator[Progress]:
     """A bar that counts; yields a function of (done, in all).
 
     It is there from the start, or else, as a bar of bytes, from the first call on.
@@ -97,7 +99,7 @@ def counting_bar(title: str, unit: str, *, quiet: bool, at_once: bool = True) ->
 
 
 @contextmanager
-def _bar(title: str, figures: list[ProgressColumn], *, quiet: bool) -> Iterator[Advance]:
+def _bar(title: str, figures: list[ProgressColumn], *, quiet: bool) -> Iterator[Progress]:
     """A bar on a terminal; `figures` are left out where it is narrow."""
     console = stderr()
     if quiet or not console.is_terminal:
@@ -111,7 +113,7 @@ def _bar(title: str, figures: list[ProgressColumn], *, quiet: bool) -> Iterator[
     if console.width >= WIDE:
         columns += figures
     columns.append(TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
+    bar = ProgressBar(*columns, console=console, transient=True)
     task = bar.add_task(title, total=None)
 
     def advance(done: int, total: int | None) -> None:
@@ -159,7 +161,7 @@ def working(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None
         yield show
 
 
-def after_reading(start: Callable[[Advance], Iterator[T]], *, quiet: bool = False) -> Iterator[T]:
+def after_reading(start: Callable[[Progress], Iterator[T]], *, quiet: bool = False) -> Iterator[T]:
     """Generate; until the first response comes, a terminal shows how much of the prompt is read.
 
     Args:

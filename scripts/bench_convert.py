@@ -65,7 +65,7 @@ def measure(overlay: Path, out: Path, tier: str) -> dict:
     def clocks() -> np.ndarray:
         return np.array([time.perf_counter(), time.process_time()])
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int | None) -> None:
         # Called once the bytes are read, packed, hashed and written.
         nonlocal last
         now = clocks()

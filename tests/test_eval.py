@@ -287,7 +287,7 @@ def test_where_words_begin_changes_no_score() -> None:
         batch_size=1,
         max_tokens=None,
         chat=False,
-        watch=lambda title, unit: nullcontext(lambda done, total: None),
+        stages=lambda title, unit: nullcontext(lambda done, total: None),
     )
     pairs = [("The kitten sat", " down."), ("The kitten sat ", "down."), ("", "The kitten")]
     inside, before, alone = adapter.loglikelihood([SimpleNamespace(args=pair) for pair in pairs])

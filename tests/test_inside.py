@@ -47,7 +47,7 @@ def test_perplexity_is_the_references(tier: Path, overlay: Built) -> None:
     for tokens in texts:
         predicted = log_probs(forward(reference, tokens[:-1]))
         expected += [-predicted[at, token] for at, token in enumerate(tokens[1:])]
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int | None]] = []
     found = compare(model, texts, progress=lambda done, total: seen.append((done, total)))
     assert found.tokens == len(expected) == seen[-1][0] == seen[-1][1]
     assert found.loss == pytest.approx(np.mean(expected), abs=1e-4)

@@ -45,7 +45,7 @@ def sign_again(tier: Path) -> None:
 def test_what_convert_writes_is_whole(whole: Path, tmp_path: Path, options: dict) -> None:
     overlay = whole.parent / "overlay"
     tier = outlier_mlx.convert(overlay, out=tmp_path / "tier", **options)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int | None]] = []
     found = verify_tier(tier, lambda done, total: seen.append((done, total)))
     assert found.files == len(listed(tier))
     assert seen[-1] == (found.nbytes, found.nbytes)

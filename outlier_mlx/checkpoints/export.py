@@ -15,6 +15,7 @@ from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.terminal import Progress
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.folders import check_free, check_space, whole_folder
 
@@ -58,7 +59,7 @@ def export_tier(
     format: str = "overlay",
     *,
     revision: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write a tier's experts, routers and alphas in a form that other tools read, exactly.
 

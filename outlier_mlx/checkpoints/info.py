@@ -1,6 +1,6 @@
 """What a model is and how large, from its config and the headers of its files alone."""
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -17,10 +17,9 @@ from outlier_mlx.storage.hub import Source, cached, hub_errors, resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.terminal import Progress
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
-#: Told what is done, and what there is in all.
-Advance = Callable[[int, int], None]
 # A tier's own names, and those of models that portable tiers are.
 EXPERT_NAMES = ("num_experts", "moe_num_experts", "num_local_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "moe_k")
@@ -61,7 +60,7 @@ class Info:
 def inspect(
     path_or_repo: str | Path,
     revision: str | None = None,
-    progress: Advance | None = None,
+    progress: Progress | None = None,
 ) -> Info:
     """Describe a tier, an overlay or a plain model; no weights are read or downloaded.
 
@@ -90,7 +89,7 @@ def inspect(
         return _inspect_folder(snapshot, source.name)
 
 
-def _inspect_repo(source: Source, config: dict, progress: Advance | None) -> Info:
+def _inspect_repo(source: Source, config: dict, progress: Progress | None) -> Info:
     """Describe a repository on the hub by the headers of its files."""
     from huggingface_hub import HfApi, RepoFile
 
@@ -145,7 +144,7 @@ Sizes = Iterable[tuple[str, int, int]]
 
 
 def _remote_tensors(
-    repo: str, revision: str | None, files: list[str], progress: Advance | None
+    repo: str, revision: str | None, files: list[str], progress: Progress | None
 ) -> Tensors:
     """Dtypes and shapes by range requests for the files' headers."""
     from huggingface_hub import HfApi

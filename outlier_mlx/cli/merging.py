@@ -46,8 +46,7 @@ def merge(
     from outlier_mlx.merge import merge as merge_models
     from outlier_mlx.merge.report import as_json as report_of
     from outlier_mlx.merge.tables import print_merged
-    from outlier_mlx.terminal import counting_bar, progress_bar
-    from outlier_mlx.writing.parts import Progress
+    from outlier_mlx.terminal import Progress, counting_bar, progress_bar
 
     def stages(title: str, unit: str) -> AbstractContextManager[Progress]:
         return counting_bar(title, unit, quiet=quiet) if unit else progress_bar(title, quiet=quiet)

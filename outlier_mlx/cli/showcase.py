@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from outlier_mlx.cli.tables import print_statistics
 from outlier_mlx.engine.generate import Options, stream
 from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.measure.perplexity import compare
-from outlier_mlx.terminal import counting_bar, print_columns, size, stdout
+from outlier_mlx.terminal import Progress, counting_bar, print_columns, size, stdout
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import RECIPES
 
@@ -130,7 +130,7 @@ def _measure(
     sizes: dict[str, int],
     tokenizer: TokenizerWrapper,
     texts: dict[str, list[str]],
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> list[tuple[str, ...]]:
     """Rows of sizes and held-out perplexities, a column a model."""
     found = []

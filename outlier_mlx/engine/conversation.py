@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.generate import Options, context_length, stream_tokens
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.terminal import Progress
 
 Message = dict[str, str]
 
@@ -80,7 +81,7 @@ class Conversation:
         self,
         text: str,
         *,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[GenerationResponse]:
         """Say something, and get the model's reply.
@@ -162,7 +163,7 @@ class Conversation:
     def _generate(
         self,
         tokens: list[int],
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
         stopped: Callable[[], bool],
     ) -> Iterator[GenerationResponse]:
         """Extend the cache by what is new in `tokens`, and by the reply.
@@ -173,7 +174,7 @@ class Conversation:
         cache, known = self._cache_for(tokens)
         self.cache, self.cached = None, tokens[:known]
 
-        def reading(done: int, total: int) -> None:
+        def reading(done: int, total: int | None) -> None:
             if done == total:
                 return
             if stopped():

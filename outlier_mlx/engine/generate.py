@@ -1,7 +1,7 @@
 """Generating text: mlx-lm's own loop, sampler and cache behind a few typed options."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.terminal import Progress
 
 # Tokens between two looks at whether the output is still finite.
 CHECK_EVERY = 16
@@ -100,7 +101,7 @@ def stream(
     tokenizer: TokenizerWrapper,
     prompt: str,
     options: Options,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[GenerationResponse]:
     """Generate from a prompt, a piece of text at a time.
 
@@ -136,7 +137,7 @@ def stream_tokens(
     tokens: list[int],
     options: Options,
     cache: list[Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[GenerationResponse]:
     """Generate from tokens, going on from a KV cache if there is one.
 

@@ -13,10 +13,10 @@ from outlier_mlx.imports.opened import Opened
 from outlier_mlx.imports.vocabulary import largest_id
 from outlier_mlx.models.summary import SummaryRow, summarize
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
+from outlier_mlx.terminal import Progress
 from outlier_mlx.writing.assets import TOKENIZER_FILES
 from outlier_mlx.writing.folders import check_free
 from outlier_mlx.writing.model_folder import write_model
-from outlier_mlx.writing.parts import Progress
 
 ScaleType = Literal["float32", "float16"]
 #: How types of GGUF are stored that no affine group of MLX fits.
@@ -71,7 +71,7 @@ def import_model(
             layers, "affine2" for stock mlx-lm.
         revision: the repository's revision on the hub.
         force: replace `out` if it is a model that this project wrote.
-        progress: called while it runs.
+        progress: called with bytes of source read so far, and in all.
 
     Raises:
         OutlierError: the source is not sound or of no known format, the output exists, or the disk

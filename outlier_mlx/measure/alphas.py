@@ -10,8 +10,9 @@ from mlx import optimizers
 
 from outlier_mlx.checkpoints.alpha import read_alpha_file
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.perplexity import Comparison, Progress, compare
+from outlier_mlx.measure.perplexity import Comparison, compare
 from outlier_mlx.measure.routing import moe_blocks
+from outlier_mlx.terminal import Progress
 
 # The share of windows kept aside to judge the result.
 HELD_OUT = 0.2

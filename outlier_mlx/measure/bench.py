@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from statistics import median
@@ -19,8 +19,7 @@ from outlier_mlx import __version__
 from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.runtime.model import ModelArgs
 from outlier_mlx.runtime.switch import TernarySwitchLinear
-
-Progress = Callable[[int, int], None]
+from outlier_mlx.terminal import Progress
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import mlx.nn as nn
 
 from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.bench import Progress, Runs, activation_dtype, environment
+from outlier_mlx.measure.bench import Runs, activation_dtype, environment
 from outlier_mlx.measure.bench_cases import KERNELS, Kernel, Layer, decode_layers
 from outlier_mlx.runtime.kernels import VARIANTS
 from outlier_mlx.runtime.ops import use_metal
@@ -35,6 +35,7 @@ from outlier_mlx.runtime.variants import (
     saved_variants,
     variants_file,
 )
+from outlier_mlx.terminal import Progress
 
 ROWS = (4, 8, 16)
 LOAD_BITS = (32, 64)

@@ -24,13 +24,14 @@ from mlx.utils import tree_flatten
 import outlier_mlx
 from outlier_mlx.engine.loading import load, quiet_transformers
 from outlier_mlx.errors import OutlierError, one_line
-from outlier_mlx.measure.eval_model import HarnessModel, Watch
+from outlier_mlx.measure.eval_model import HarnessModel
 from outlier_mlx.measure.eval_results import Evaluation, Result
 from outlier_mlx.measure.eval_tasks import Working, is_path, load_tasks, sandboxed
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.terminal import Stages
 
 #: Resamples for standard errors that have no closed form. The harness takes a hundred times as
 #: many, in a pool of processes; these give two digits, in one.
@@ -79,7 +80,7 @@ def evaluate(
     source: Source,
     tasks: Sequence[str],
     options: EvalOptions,
-    watch: Watch,
+    stages: Stages,
     working: Working,
     *,
     trust_tasks: bool = False,
@@ -91,7 +92,7 @@ def evaluate(
         source: a tier, or another model that `load` takes.
         tasks: as `load_tasks` takes them.
         options: what changes scores.
-        watch: shows progress; called with what runs and what it counts.
+        stages: shows progress; called with what runs and what it counts.
         working: shows that something is done; called with what it is.
         trust_tasks: run Python that task files bring along.
         run_generated_code: run tasks that execute what the model writes.
@@ -112,7 +113,7 @@ def evaluate(
             model, tokenizer = load(source.folder, dtype=options.dtype)
         if options.apply_chat_template and not tokenizer.chat_template:
             raise OutlierError(f"{source.name}: its tokenizer has no chat template to apply")
-        with _silenced(watch) as shown:
+        with _silenced(stages) as shown:
             adapter = HarnessModel(
                 model,
                 tokenizer,
@@ -120,7 +121,7 @@ def evaluate(
                 batch_size=options.batch_size,
                 max_tokens=options.max_tokens,
                 chat=options.apply_chat_template,
-                watch=shown,
+                stages=shown,
             )
             found = _run(adapter, loaded, options, run_generated_code)
     evaluation = Evaluation(
@@ -275,7 +276,7 @@ def _noting(noted: Noted) -> Iterator[None]:
 
 
 @contextmanager
-def _silenced(watch: Watch) -> Iterator[Watch]:
+def _silenced(stages: Stages) -> Iterator[Stages]:
     """Keep the harness from printing; yields what shows progress all the same."""
     terminal = sys.stderr
     pools = os.environ.get("DISABLE_MULTIPROC")
@@ -283,7 +284,7 @@ def _silenced(watch: Watch) -> Iterator[Watch]:
 
     @contextmanager
     def shown(title: str, unit: str) -> Iterator[Any]:
-        with redirect_stderr(terminal), watch(title, unit) as advance:
+        with redirect_stderr(terminal), stages(title, unit) as advance:
             yield advance
 
     try:

@@ -10,8 +10,6 @@ limit for scoring, whatever the limit for generated tokens.
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +21,7 @@ from mlx_lm.evaluate import MLXLM
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.errors import OutlierError
-
-#: Told what runs and what it counts; yields a function of (done, in all).
-Watch = Callable[[str, str], AbstractContextManager[Callable[[int, int | None], None]]]
+from outlier_mlx.terminal import Stages
 
 _logger = logging.getLogger("lm_eval.outlier_mlx")
 #: Requests that are generated between two steps of the bar, in batches.
@@ -42,7 +38,7 @@ class HarnessModel(TemplateLM, MLXLM):
         batch_size: texts that are generated together.
         max_tokens: tokens of an answer at most; None: as each task has it.
         chat: requests come with the chat template applied.
-        watch: shows progress.
+        stages: shows progress.
 
     Raises:
         OutlierError: the tokenizer has neither a BOS nor an EOS token.
@@ -57,7 +53,7 @@ class HarnessModel(TemplateLM, MLXLM):
         batch_size: int,
         max_tokens: int | None,
         chat: bool,
-        watch: Watch,
+        stages: Stages,
     ) -> None:
         # Not MLXLM's, which would load a model by itself.
         LM.__init__(self)
@@ -68,7 +64,7 @@ class HarnessModel(TemplateLM, MLXLM):
         self._max_tokens = max_tokens
         self.use_chat_template = chat
         self._sampler = None
-        self._watch = watch
+        self._stages = stages
         if self.prefix_token_id is None:
             raise OutlierError("the model's tokenizer has neither a BOS nor an EOS token")
 
@@ -114,7 +110,7 @@ class HarnessModel(TemplateLM, MLXLM):
             groups[tuple(context[-room:])].append(index)
         scored: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
-        with self._watch("scoring", "requests") as progress:
+        with self._stages("scoring", "requests") as progress:
             for shared, members in groups.items():
                 continuations = [requests[index][2] for index in members]
                 found = self._score_group(list(shared), continuations)
@@ -177,7 +173,7 @@ class HarnessModel(TemplateLM, MLXLM):
                 self.max_length,
             )
         step = _BATCHES * self._batch_size
-        with self._watch("generating", "answers") as progress:
+        with self._stages("generating", "answers") as progress:
             for at in range(0, len(requests), step):
                 some = [_with_stops(request) for request in requests[at : at + step]]
                 texts += MLXLM.generate_until(self, some)

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.outlier_accumulate import Accumulator, Group, Hold
 from outlier_mlx.measure.outlier_definitions import Feature, Thresholds, sequence_features
 from outlier_mlx.measure.outlier_probes import find_probes, watched
+from outlier_mlx.terminal import Progress
 
 # Positions whose logits are widened to float32 at a time.
 _LOSS_ROWS = 256
@@ -121,7 +121,7 @@ def measure(
     model: nn.Module,
     windows: list[list[int]],
     options: Options | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Measurement:
     """Run a model over windows of tokens, one at a time, and count.
 

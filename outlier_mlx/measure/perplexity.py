@@ -1,7 +1,6 @@
 """Perplexity of a model on a text, and how far one model is from another on it."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import mlx.core as mx
@@ -10,9 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.errors import OutlierError
-
-#: Called with tokens done so far, and in all.
-Progress = Callable[[int, int], None]
+from outlier_mlx.terminal import Progress
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def compare(
         model: maps tokens (1, length) to logits (1, length, vocab).
         texts: windows, as `windows` cuts them.
         against: another model of the same vocabulary, which is taken as the truth.
-        progress: called while it runs.
+        progress: called with tokens predicted so far, and in all.
 
     Raises:
         OutlierError: the vocabularies differ in size.

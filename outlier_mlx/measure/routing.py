@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.perplexity import Progress
 from outlier_mlx.runtime.moe import OutlierMoE
+from outlier_mlx.terminal import Progress
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def observe_routing(
     Args:
         model: a tier, as `outlier_mlx.load` returns it.
         texts: windows of tokens.
-        progress: called while it runs.
+        progress: called with tokens read so far, and in all.
 
     Raises:
         OutlierError: the model has no Outlier MoE layer.

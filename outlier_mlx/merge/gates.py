@@ -4,7 +4,7 @@ The procedure is mergekit-moe's (https://github.com/arcee-ai/mergekit/blob/main/
 true tokens count here, where that tool's averages take padding in.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,12 @@ from outlier_mlx.merge.model import Mixture
 from outlier_mlx.merge.recipe import RANDOM_MODES, ExpertRecipe, MergeRecipe
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import Tokens, batches
+from outlier_mlx.terminal import Progress
 
 #: A vector shorter than this is not made longer.
 _SHORTEST = 1e-8
 #: From here on rows are too alike: mergekit-moe warns there, too.
 CONDITION_LIMIT = 5.0
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The routers of a merge: computed in the modes that are wanted, and measured side by side."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -14,15 +13,12 @@ from outlier_mlx.merge.routes import Routing, Stream, run_streams
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import MAX_TOKENS, Sequences, Tokens, open_tokenizer
 from outlier_mlx.merge.trained import Fitted
-from outlier_mlx.writing.parts import Progress
+from outlier_mlx.terminal import Progress, Stages
 
 #: What is held against the recipe's own mode where there are held-out prompts.
 COMPARED = ("hidden", "hidden_avg", "cheap_embed", "random", "trained")
 
 _NONE = Sequences((), ())
-
-#: Title and unit ("" for bytes) of a stage to a context that yields its progress.
-Stages = Callable[[str, str], AbstractContextManager[Progress]]
 
 
 def silent(title: str, unit: str) -> AbstractContextManager[Progress]:

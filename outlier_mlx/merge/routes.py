@@ -5,7 +5,7 @@ read once for all of them. That is also where routers are trained: a layer's rou
 what it will see, which depends on the routers before it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -17,8 +17,7 @@ from outlier_mlx.merge.model import Expert, Mixture
 from outlier_mlx.merge.texts import Sequences, batches, flat, unflat
 from outlier_mlx.merge.trained import Fitted, fit_router
 from outlier_mlx.models.config import PROJECTIONS
-
-Progress = Callable[[int, int], None]
+from outlier_mlx.terminal import Progress
 
 
 @dataclass(frozen=True)

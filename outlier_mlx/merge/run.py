@@ -10,8 +10,9 @@ from outlier_mlx.merge.model import open_mixture
 from outlier_mlx.merge.plan import DTYPES, Form, make_config, make_parts, unquantized
 from outlier_mlx.merge.recipe import read_recipe
 from outlier_mlx.merge.report import Merged, as_json
-from outlier_mlx.merge.routers import Stages, compute_routers, silent
+from outlier_mlx.merge.routers import compute_routers, silent
 from outlier_mlx.models.summary import summarize
+from outlier_mlx.terminal import Stages
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.folders import check_free, check_space
 from outlier_mlx.writing.model_folder import write_model

@@ -31,6 +31,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import CheckedHandler, Service, read_body
 from outlier_mlx.serve.limits import Limits, parse_body
+from outlier_mlx.terminal import Progress
 
 try:
     from mlx_lm.server import (
@@ -215,7 +216,7 @@ class Reply:
         self._wants_entries = False
 
     def generate(
-        self, request: Any, args: Any, progress_callback: Callable[[int, int], None]
+        self, request: Any, args: Any, progress_callback: Progress
     ) -> tuple[GenerationContext, Iterator[Response]]:
         """As `ResponseGenerator.generate`."""
         words, args.stop_words = args.stop_words, []

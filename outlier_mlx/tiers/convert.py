@@ -9,6 +9,7 @@ from outlier_mlx.checkpoints.base import join, open_base
 from outlier_mlx.errors import CheckpointWarning, OutlierError
 from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.hub import Source
+from outlier_mlx.terminal import Progress
 from outlier_mlx.tiers.card import write_card
 from outlier_mlx.tiers.plan import FORMAT_VERSION, Plan, make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
@@ -19,7 +20,7 @@ from outlier_mlx.writing.assets import copy_assets, is_legal
 from outlier_mlx.writing.bundle import bundle
 from outlier_mlx.writing.folders import check_free, whole_folder
 from outlier_mlx.writing.licences import stated_licence
-from outlier_mlx.writing.parts import Progress, described, listing, write_json, write_text
+from outlier_mlx.writing.parts import described, listing, write_json, write_text
 from outlier_mlx.writing.writer import WrittenFile
 
 
@@ -72,7 +73,7 @@ def convert_tier(
         stream: fetch the files of a repository one at a time, and delete each when it was used. A
             run that is interrupted leaves what it has in a hidden folder beside `out`, and the
             same call goes on from there.
-        progress: called while it runs.
+        progress: called with bytes of source read so far, and in all.
 
     Raises:
         OutlierError: the input is not sound, the output exists, or the disk is too small. Nothing

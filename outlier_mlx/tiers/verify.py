@@ -1,6 +1,5 @@
 """Verifying a tier: every file as its manifest says, and every tensor as its config says."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,6 +10,7 @@ from outlier_mlx.models.config import PROJECTIONS, ModelConfig, tier_config
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.terminal import Progress
 from outlier_mlx.ternary import row_bytes
 from outlier_mlx.tiers.plan import FORMAT_VERSION
 from outlier_mlx.writing.bundle import bundle
@@ -30,7 +30,7 @@ class Verified:
     nbytes: int
 
 
-def verify_tier(folder: Path, progress: Callable[[int, int], None] | None = None) -> Verified:
+def verify_tier(folder: Path, progress: Progress | None = None) -> Verified:
     """Check a tier, or a model that was imported or merged, without running or loading it.
 
     The manifest proves that files are as they were written, not who wrote them. The model code is

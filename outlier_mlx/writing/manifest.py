@@ -11,6 +11,7 @@ from pathlib import Path
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.terminal import Progress
 
 # Large enough that hashing lets other threads run, small enough for a smooth bar.
 _BLOCK = 4 << 20
@@ -60,9 +61,7 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     return Manifest(name, content, listed)
 
 
-def check_files(
-    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None = None
-) -> None:
+def check_files(folder: Path, manifest: Manifest, progress: Progress | None = None) -> None:
     """Check that every listed file is as it was, and that no other would be loaded with them.
 
     Args:
@@ -80,9 +79,7 @@ def check_files(
     _check_sums(folder, manifest, progress)
 
 
-def _check_sums(
-    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None
-) -> None:
+def _check_sums(folder: Path, manifest: Manifest, progress: Progress | None) -> None:
     done, lock = 0, threading.Lock()
     stop = threading.Event()
 

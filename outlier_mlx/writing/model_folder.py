@@ -5,8 +5,9 @@ from pathlib import Path
 
 import outlier_mlx
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.terminal import Progress
 from outlier_mlx.writing.folders import check_free, check_space, whole_folder
-from outlier_mlx.writing.parts import Part, Progress, described, listing, write_json, write_parts
+from outlier_mlx.writing.parts import Part, described, listing, write_json, write_parts
 
 #: The manifest of a model that is no tier.
 MANIFEST = "checksums.json"
@@ -31,7 +32,7 @@ def write_model(
         source: where it came from and how it was made; goes into the manifest.
         assets: writes tokenizer, model card and the like into the folder, and returns their names.
         force: replace `target` if it is a model that this wrote.
-        progress: called while it runs.
+        progress: called with bytes of source read so far, and in all.
 
     Returns:
         The folder.

@@ -13,10 +13,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from outlier_mlx.terminal import Progress
 from outlier_mlx.writing.writer import ShardedWriter, TensorSpec, WrittenFile
-
-#: Called with bytes of source read so far, and in all.
-Progress = Callable[[int, int], None]
 
 #: Name of the tensor, its next bytes, and how many bytes of source they used up.
 Chunk = tuple[str, memoryview, int]
@@ -71,7 +69,7 @@ def write_parts(
     Args:
         parts: in the order in which they are written.
         folder: an existing folder.
-        progress: called while it runs.
+        progress: called with bytes of source read so far, and in all.
     """
     specs = [spec for part in parts for spec in part.specs()]
     total, done = sum(part.source_bytes for part in parts), 0
