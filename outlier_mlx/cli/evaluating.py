@@ -56,13 +56,14 @@ def evaluate(
     from outlier_mlx.measure import eval_results as results
     from outlier_mlx.measure.eval_tables import print_evaluation
     from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.storage.output import check_writable
     from outlier_mlx.terminal import counting_bar, working
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise typer.BadParameter("names no task", param_hint="--tasks")
     if out is not None:
-        results.check_writable(out, force=force)
+        check_writable(out, force=force)
     try:
         with working("starting lm-evaluation-harness", quiet=quiet):
             from outlier_mlx.measure import eval_harness as harness
@@ -120,8 +121,9 @@ def compare(
     import json
 
     from outlier_mlx.measure.eval_charts import charts, differences, draw
-    from outlier_mlx.measure.eval_results import check_writable, read, write_whole
+    from outlier_mlx.measure.eval_results import read
     from outlier_mlx.measure.eval_tables import print_charts
+    from outlier_mlx.storage.output import check_writable, write_whole
 
     if out is not None:
         if out.suffix != ".png":
@@ -133,7 +135,7 @@ def compare(
         for difference in differences(evaluations, found):
             say(f"warning: {difference}")
     if out is not None:
-        write_whole(out, draw(found), force=force)
+        write_whole(out, draw(found))
     if as_json:
         print(json.dumps([chart.as_json() for chart in found], indent=2))
     else:

@@ -82,6 +82,7 @@ def routing(
     from outlier_mlx.cli.tables import print_routing
     from outlier_mlx.measure import perplexity as compare
     from outlier_mlx.measure.routing import draw, observe_routing
+    from outlier_mlx.storage.output import whole_file, write_whole
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar
 
@@ -92,8 +93,9 @@ def routing(
     report = json.dumps([layer.as_json() for layer in layers], indent=2)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "routing.json").write_text(report + "\n", encoding="utf-8")
-        draw(layers, out / "routing.png")
+        write_whole(out / "routing.json", report + "\n")
+        with whole_file(out / "routing.png") as part:
+            draw(layers, part)
     if as_json:
         print(report)
     else:

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +11,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 from outlier_mlx.engine.conversation import Conversation, Message
 from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.storage.output import whole_file, write_whole
 from outlier_mlx.storage.safetensors import parse_json, read_header, read_json
 
 FORMAT = "outlier-mlx chat"
@@ -52,11 +50,11 @@ def save(path: Path, conversation: Conversation, model: str) -> None:
         OSError: it cannot be written.
     """
     if path.suffix == SUFFIX:
-        _write(path, lambda file: _save_cache(file, conversation, model))
+        with whole_file(path, private=True) as part:
+            _save_cache(part, conversation, model)
         return
     text = json.dumps(_document(conversation), indent=2, ensure_ascii=False)
-    # A reply may end in half a surrogate pair, which UTF-8 has not.
-    _write(path, lambda file: file.write_text(text, encoding="utf-8", errors="replace"))
+    write_whole(path, text, private=True)
 
 
 def load(path: Path, conversation: Conversation, model: str) -> None:
@@ -80,17 +78,6 @@ def load(path: Path, conversation: Conversation, model: str) -> None:
     conversation.reset()
     conversation.set_system(system)
     conversation.messages = messages
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    handle, name = tempfile.mkstemp(SUFFIX, f".{path.name}.", path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.replace(name, path)  # noqa: PTH105
-    except BaseException:
-        Path(name).unlink()
-        raise
 
 
 def _document(conversation: Conversation) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Tuning alphas: one scalar per expert, everything else frozen."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from outlier_mlx.checkpoints.alpha import read_alpha_file
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.perplexity import Comparison, compare
 from outlier_mlx.measure.routing import moe_blocks
+from outlier_mlx.storage.output import check_writable, write_json
 from outlier_mlx.terminal import Progress
 
 # The share of windows kept aside to judge the result.
@@ -131,8 +131,5 @@ def save_alphas(tuned: Tuned, path: Path, *, force: bool = False) -> None:
     """
     if _score(tuned.after) >= _score(tuned.before):
         raise OutlierError("the alphas did not get better on the held-out text; nothing was saved")
-    if path.exists() and not force:
-        raise OutlierError(f"{path}: exists; --force replaces it")
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(tuned.alphas, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    check_writable(path, force=force)
+    write_json(path, tuned.alphas)

@@ -7,7 +7,6 @@ another order each, so that a machine that warms up or slows down does so for al
 
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from outlier_mlx.runtime.variants import (
     saved_variants,
     variants_file,
 )
+from outlier_mlx.storage.output import write_json
 from outlier_mlx.terminal import Progress
 
 ROWS = (4, 8, 16)
@@ -247,14 +247,8 @@ def save_best(bench: KernelBench) -> Path:
     except (AttributeError, KeyError, TypeError, ValueError):
         warnings.warn(f"{file}: replaced, it was no file of kernel variants", stacklevel=2)
         kept = {}
-    text = json.dumps({"chips": kept | {chip_name(): best}}, indent=2) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
-    partly = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        partly.write_text(text, encoding="utf-8")
-        partly.replace(file)
-    finally:
-        partly.unlink(missing_ok=True)
+    write_json(file, {"chips": kept | {chip_name(): best}})
     saved_variants.cache_clear()
     return file
 

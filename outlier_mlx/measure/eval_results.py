@@ -1,12 +1,12 @@
 """What an evaluation found, as JSON: scores, their errors, and the memory that they cost."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.storage.output import check_writable, write_whole
 
 #: Value of the field "format"; another number for another meaning of a field.
 FORMAT = "outlier-mlx evaluation 1"
@@ -90,42 +90,14 @@ class Evaluation:
         return {"format": FORMAT} | asdict(self) | {"gb": self.gb, "results": rows}
 
 
-def check_writable(path: Path, *, force: bool) -> None:
-    """Check that a file can be written, before hours are spent on what it will hold.
-
-    Raises:
-        OutlierError: it exists and `force` is not set, or its folder is missing.
-    """
-    if path.is_dir():
-        raise OutlierError(f"{path}: is a folder")
-    if path.exists() and not force:
-        raise OutlierError(f"{path}: exists; --force replaces it")
-    if not path.absolute().parent.is_dir():
-        raise OutlierError(f"{path}: no such folder: {path.parent}")
-
-
-def write_whole(path: Path, content: bytes, *, force: bool) -> None:
-    """Write a file that appears whole or not at all.
-
-    Raises:
-        OutlierError: as `check_writable`.
-    """
-    check_writable(path, force=force)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save(evaluation: Evaluation, path: Path, *, force: bool = False) -> None:
     """Write an evaluation as JSON.
 
     Raises:
         OutlierError: as `check_writable`.
     """
-    write_whole(path, (dumps(evaluation) + "\n").encode(), force=force)
+    check_writable(path, force=force)
+    write_whole(path, dumps(evaluation) + "\n")
 
 
 def dumps(evaluation: Evaluation) -> str:

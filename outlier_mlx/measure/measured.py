@@ -1,12 +1,12 @@
 """What was measured of a tier: `measured.json` beside its manifest, for the card that is pushed."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
 from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_bytes, read_json
 
@@ -122,9 +122,7 @@ def record(folder: Path, measured: Measured) -> None:
     others = [one for one in read_measured(folder) if one.key != measured.key]
     entries = [asdict(one) for one in [*others, measured]]
     value = {"manifest": _digest(folder), "perplexity": entries}
-    temporary = folder / f".{FILE}.part"
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / FILE)
+    write_json(folder / FILE, value)
 
 
 def read_measured(folder: Path) -> list[Measured]:

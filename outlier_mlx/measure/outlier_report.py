@@ -1,9 +1,6 @@
 """What is written about measured models: `outliers.json`, `summary.json` and pictures."""
 
-import json
 import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,25 +197,6 @@ def clear(out: Path) -> None:
                 path.unlink()
     except OSError as error:
         raise OutlierError(f"{out}: cannot write there: {error.strerror}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, which takes its name at the end."""
-    handle, name = tempfile.mkstemp(path.suffix, f".{path.name}.", path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        write(part)
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def file_name(model: str) -> str:

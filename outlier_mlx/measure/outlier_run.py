@@ -2,7 +2,6 @@
 
 import gc
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,10 @@ from outlier_mlx.measure.outlier_report import (
     describe,
     file_name,
     summarize,
-    write_json,
-    write_whole,
 )
 from outlier_mlx.measure.outliers import Measurement, Options, measure, read_windows, tokens_digest
 from outlier_mlx.storage.hub import Source, resolve
+from outlier_mlx.storage.output import whole_file, write_json
 from outlier_mlx.terminal import counting_bar, working
 
 
@@ -103,7 +101,8 @@ def study_models(
         with working("drawing the comparison", quiet=quiet):
             for against in AXES:
                 path = out / f"by-{against.replace('_', '-')}.png"
-                write_whole(path, partial(draw_comparison, entries, against))
+                with whole_file(path) as part:
+                    draw_comparison(entries, against, part)
     return entries
 
 
@@ -150,4 +149,5 @@ def _draw_model(out: Path, name: str, measured: Measurement) -> None:
     features = [f for sequence in measured.sequences["all"] for f in sequence]
     dims = sorted({feature.dim for feature in features})
     path = out / f"heatmap-{file_name(name)}.png"
-    write_whole(path, partial(draw_heatmap, measured.counts, name, dims))
+    with whole_file(path) as part:
+        draw_heatmap(measured.counts, name, dims, part)
