@@ -5,6 +5,7 @@ from difflib import get_close_matches
 
 # Names in files can be as long as the files.
 _MAX_MESSAGE = 900
+_MAX_NAME = 80
 
 
 class OutlierError(Exception):
@@ -37,6 +38,25 @@ def did_you_mean(given: str, names: Iterable[str], form: str = "; did you mean {
     """The end of a refusal: which of the names is the nearest, or nothing if none is near."""
     near = get_close_matches(given, list(names), 1)
     return form.format(near[0]) if near else ""
+
+
+def listed(names: Iterable[object], most: int | None = None, last: str = "and") -> str:
+    """Names for people: "a, b and c", "a, b and 3 more", or "none".
+
+    Args:
+        names: anything that has a text.
+        most: how many are named. Names in files can be many, and long: each is cut then, too.
+        last: the word before the last name.
+    """
+    texts = list(map(str, names))
+    if most is not None:
+        texts = [text if len(text) <= _MAX_NAME else text[:_MAX_NAME] + "..." for text in texts]
+        if len(texts) > most:
+            texts[most:] = [f"{len(texts) - most} more"]
+            last = "and"
+    if len(texts) < 2:
+        return texts[0] if texts else "none"
+    return f"{', '.join(texts[:-1])} {last} {texts[-1]}"
 
 
 def one_line(text: str) -> str:

@@ -335,7 +335,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "two values": ({1: [1.0, 2.0, 3.0], "layer_1": [1.0, 2.0, 4.0]}, "two values"),
     "two wrappers": ({"alphas": NEW, "trained": NEW}, "'alphas' and 'trained'"),
     "nothing in it": ({}, "no alphas recognised"),
-    "nothing known in it": ({"state": "x", "names": ["a"]}, "'state', 'names'"),
+    "nothing known in it": ({"state": "x", "names": ["a"]}, "'state' and 'names'"),
     "only originals": ({"originals": OLD}, "'originals'"),
     "a string": ("x", "no alphas recognised"),
     "NaN among the originals": (

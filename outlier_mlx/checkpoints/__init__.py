@@ -8,7 +8,7 @@ from pathlib import Path
 from outlier_mlx.checkpoints import expert_files, gguf, packed, single, toy
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.unsupported import refuse_unsupported
-from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.errors import CheckpointError, CheckpointWarning, listed
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
@@ -62,10 +62,8 @@ def _tell_unused(overlay: Overlay) -> None:
     """Warn of tensors that nothing is known of; RoPE's table is known, and computed anew."""
     names = [name for name in overlay.unused if not name.endswith("rotary_emb.inv_freq")]
     if names:
-        shown = ", ".join(name[:80] for name in names[:3])
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warnings.warn(
-            f"{overlay.path.name}: not loaded, for want of a meaning: {shown}{more}",
+            f"{overlay.path.name}: not loaded, for want of a meaning: {listed(names, 3)}",
             CheckpointWarning,
             stacklevel=3,
         )

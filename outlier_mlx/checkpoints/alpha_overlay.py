@@ -15,7 +15,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.alpha import Alphas, as_float, gather_alphas, key_place
 from outlier_mlx.checkpoints.keys import parse_number
-from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.errors import CheckpointError, CheckpointWarning, listed
 from outlier_mlx.storage.torch_zip import load_torch_zip
 
 _ORIGINALS = "originals"
@@ -75,7 +75,7 @@ def read_alpha_overlay(path: Path, layers: int, experts: int) -> AlphaOverlay:
         for place, part in ((path.name, values), (f"{path.name}: {_ORIGINALS}", originals))
     )
     if not found:
-        raise CheckpointError(f"{path.name}: no alphas recognised; keys found: {_listed(content)}")
+        raise CheckpointError(f"{path.name}: no alphas recognised; keys found: {_keys(content)}")
     return AlphaOverlay(found, replaced)
 
 
@@ -182,8 +182,7 @@ class _Walker:
         return layer, expert
 
 
-def _listed(content: Any) -> str:
+def _keys(content: Any) -> str:
     if not isinstance(content, dict):
         return f"none, but a {type(content).__name__}"
-    shown = ", ".join(repr(key)[:60] for key in list(content)[:12])
-    return (shown or "none") + (f" and {len(content) - 12} more" if len(content) > 12 else "")
+    return listed(map(repr, content), 12)

@@ -11,7 +11,7 @@ from pathlib import Path
 from outlier_mlx.checkpoints.collect import Collected, collect
 from outlier_mlx.checkpoints.keys import parse_expert_leaf, parse_key, parse_number
 from outlier_mlx.checkpoints.overlay import Overlay
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.config import ModelConfig, read_config
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_header
@@ -97,10 +97,6 @@ def _check_complete(
                 )
         if layer not in collected.routers:
             raise CheckpointError(
-                f"{folder}: no router for layer {layer}; keys found: {_listed(router_keys)}"
+                f"{folder}: no router for layer {layer}; keys found:"
+                f" {listed(map(repr, router_keys), 8)}"
             )
-
-
-def _listed(keys: list[str]) -> str:
-    shown = ", ".join(repr(key[:80]) for key in keys[:8])
-    return (shown or "none") + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.config import PROJECTIONS, Defaults, parse_config
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
@@ -153,7 +153,7 @@ def open_tier(folder: Path) -> Overlay:
         if tensor is None or tensor.shape != shape or tensor.dtype not in dtypes:
             found = f"{tensor.dtype} {tensor.shape}" if tensor else "nothing"
             raise CheckpointError(
-                f"{folder}: {name}: found {found}, expected {' or '.join(dtypes)} {shape}"
+                f"{folder}: {name}: found {found}, expected {listed(dtypes, last='or')} {shape}"
             )
     prefixes = {layer: f"model.layers.{layer}.mlp" for layer in config.moe_layers}
     base = _base(tensors)

@@ -1,6 +1,6 @@
 """What commands print of what they found: tables, and a few lines around them."""
 
-from outlier_mlx.errors import one_line
+from outlier_mlx.errors import listed, one_line
 from outlier_mlx.terminal import (
     count,
     parts_table,
@@ -20,12 +20,9 @@ def print_report(report) -> None:  # type: ignore[no-untyped-def]
         parts_table(report.rows, one_line(f"{report.path.name}: {recipe.name}, {recipe.dtype}"))
     )
     if report.unquantized:
-        shown = ", ".join(report.unquantized[:4])
-        more = len(report.unquantized) - 4
+        names = listed(report.unquantized, 4)
         console.print(
-            f"unquantized, since no group size divides their width: {shown}"
-            + (f" and {more} more" if more > 0 else ""),
-            soft_wrap=True,
+            f"unquantized, since no group size divides their width: {names}", soft_wrap=True
         )
     console.print(
         one_line(f"wrote {report.path} from an overlay of form {report.form}"), soft_wrap=True

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from outlier_mlx.errors import listed
 from outlier_mlx.runtime.ops import use_metal
 
 
@@ -109,7 +110,7 @@ def published_bandwidth(
     ]
     if len(fitting) == 1:
         return fitting[0].gb_s, None
-    figures = " or ".join(f"{row.gb_s:g}" for row in known)
+    figures = listed((f"{row.gb_s:g}" for row in known), last="or")
     return None, f"{name} has {figures} GB/s, depending on its configuration, which is not known"
 
 

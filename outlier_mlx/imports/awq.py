@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.awq_config import AwqFormat, read_format
 from outlier_mlx.imports.awq_layout import mlx_group
 from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, Loss
@@ -207,7 +207,8 @@ class _Planner:
 def _check(tensor: TensorRef, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     if tensor.shape != shape or tensor.dtype not in dtypes:
         raise CheckpointError(
-            f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected {' or '.join(dtypes)} {shape}"
+            f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected"
+            f" {listed(dtypes, last='or')} {shape}"
         )
 
 
@@ -239,5 +240,5 @@ def _notes(parts: list[Part], form: _Form, quantized: bool) -> list[str]:
         )
     others = {part.dtype for part in parts if isinstance(part, Plain)} - {"float16"}
     if others:
-        notes.append(f"unquantized tensors in {', '.join(sorted(others))} beside float16 scales")
+        notes.append(f"unquantized tensors in {listed(sorted(others))} beside float16 scales")
     return notes

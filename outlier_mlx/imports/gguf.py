@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.gguf import BlockScales, BlockTrits
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports import KQuants, ScaleType, TernaryForm, gguf_blocks
 from outlier_mlx.imports.gguf_blocks import AFFINE, FLOATS, REGROUPED
 from outlier_mlx.imports.gguf_config import architecture, read_config
@@ -263,7 +263,7 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
     notes = []
     for (kinds, form), paths in found.items():
         error = max(plan.losses.largest[path] for path in paths)
-        notes.append(f"{kinds} as {form}: off by up to {error:.2g} in {_listed(paths)}")
+        notes.append(f"{kinds} as {form}: off by up to {error:.2g} in {_modules(paths)}")
     if plan.ternary:
         notes.append(
             "experts are ternary layers of this project, which stock mlx-lm does not load;"
@@ -279,19 +279,19 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
     halves = [p.path for p in parts if isinstance(p, PlainTensor) and p.dtype != "float32"]
     if halves:
         notes.append(
-            f"{_listed(halves)}: 16 bits beside float32, which MLX converts at every use; --dtype"
+            f"{_modules(halves)}: 16 bits beside float32, which MLX converts at every use; --dtype"
             " float16 stores all in float16"
         )
     return notes
 
 
-def _listed(paths: Iterable[str]) -> str:
+def _modules(paths: Iterable[str]) -> str:
     """Modules, with those of several layers put together."""
     layers: dict[str, int] = {}
     for path in dict.fromkeys(paths):
         name = _LAYER.sub(".layers.N.", path)
         layers[name] = layers.get(name, 0) + 1
-    return ", ".join(
+    return listed(
         name if ".N." not in name else f"{name} ({count} layer{'s' if count > 1 else ''})"
         for name, count in layers.items()
     )

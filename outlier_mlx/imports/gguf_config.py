@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.gguf_blocks import FLOATS, values
 from outlier_mlx.imports.gguf_file import GgufModel
 from outlier_mlx.imports.gguf_tokenizer import Vocabulary
@@ -73,7 +73,7 @@ class _Fields:
         if type(value) not in kinds:
             raise CheckpointError(
                 f"{self.model.where}: {self.prefix}.{name} is {str(value)[:40]!r}, expected"
-                f" {' or '.join(kind.__name__ for kind in kinds)}"
+                f" {listed((kind.__name__ for kind in kinds), last='or')}"
             )
         return value
 
@@ -257,4 +257,4 @@ def _unread(fields: _Fields, sizes: dict[str, str]) -> list[str]:
         for key in fields.model.fields
         if key.startswith(prefix) and key.removeprefix(prefix) not in known
     ]
-    return [f"metadata that is not read: {', '.join(names[:8])}"] if names else []
+    return [f"metadata that is not read: {listed(names, 8)}"] if names else []

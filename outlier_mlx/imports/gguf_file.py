@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.storage.gguf import GgufTensor, read_gguf
 from outlier_mlx.storage.paths import inside, require_plain
 
@@ -73,10 +73,9 @@ def _only_model(folder: Path) -> str:
         match = _SPLIT.fullmatch(name)
         models.setdefault(name if match is None else f"{match[1]}-of-{match[3]}", name)
     if len(models) != 1:
-        listed = ", ".join(list(models.values())[:8]) + (", ..." if len(models) > 8 else "")
         raise CheckpointError(
             f"{folder}: {len(models)} GGUF models"
-            + (f"; name one with --file: {listed}" if models else "")
+            + (f"; name one with --file: {listed(models.values(), 8)}" if models else "")
         )
     return next(iter(models.values()))
 

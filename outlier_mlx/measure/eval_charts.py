@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outlier_mlx.errors import OutlierError, one_line
+from outlier_mlx.errors import OutlierError, listed, one_line
 from outlier_mlx.measure.eval_results import Evaluation
 
 #: Charts that one picture holds.
@@ -94,7 +94,7 @@ def charts(
     chosen = [k for k in common if task in (None, k[0]) and metric in (None, k[1])]
     if not chosen:
         known = sorted({f"{name} {measure}" for name, measure, _ in common})
-        raise OutlierError(f"no such score; in all files are: {', '.join(known)}")
+        raise OutlierError(f"no such score; in all files are: {listed(known)}")
     found = []
     for key in chosen:
         better = scores[0][key].higher_is_better

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.storage.shards import read_shards
 
@@ -73,7 +73,7 @@ def _top_k(config: dict) -> int:
             return config[name]
     raise OutlierError(
         "config.json does not say how many experts a token uses; looked for "
-        + ", ".join(TOP_K_NAMES)
+        + listed(TOP_K_NAMES, last="or")
     )
 
 

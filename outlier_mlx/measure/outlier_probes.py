@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.runtime.switch import TernarySwitchGLU
 
 Kind = Literal["attention", "dense_ffn", "routed_experts", "shared_experts"]
@@ -90,9 +90,9 @@ def _pair(layer: nn.Module, number: int) -> Pair:
     if pair is None or not all(isinstance(layer.get(p.module), nn.Module) for p in pair):
         raise OutlierError(
             f"{architecture}: cannot tell what enters attention and what the feed-forward block of"
-            f" layer {number}: its norms are {', '.join(norms) or 'none'}; known are"
-            f" {' and '.join(place.module for place in PRE_NORM)}, and the layers of"
-            f" {', '.join(ARCHITECTURES)}"
+            f" layer {number}: its norms are {listed(norms)}; known are"
+            f" {listed(place.module for place in PRE_NORM)}, and the layers of"
+            f" {listed(ARCHITECTURES)}"
         )
     return pair
 

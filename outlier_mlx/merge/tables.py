@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from outlier_mlx.errors import one_line
+from outlier_mlx.errors import listed, one_line
 from outlier_mlx.merge.gates import CONDITION_LIMIT
 from outlier_mlx.merge.report import Merged, conditions
 from outlier_mlx.merge.routes import Routing
@@ -27,13 +27,9 @@ def print_merged(result: Merged) -> None:
     for note in result.notes:
         console.print(one_line(f"note: {note}"), soft_wrap=True)
     if result.unquantized:
-        more = len(result.unquantized) - 1
+        names = listed(result.unquantized, 1)
         console.print(
-            one_line(
-                f"unquantized, since no group size divides their width: {result.unquantized[0]}"
-                + (f" and {more} more" if more else "")
-            ),
-            soft_wrap=True,
+            f"unquantized, since no group size divides their width: {names}", soft_wrap=True
         )
     console.print(one_line(f"wrote {result.path}"), soft_wrap=True)
 

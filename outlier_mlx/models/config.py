@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 
@@ -134,7 +134,7 @@ def _moe_layers(raw: dict, layers: int) -> tuple[int, ...]:
                 f"config.json: {name} must list different layer numbers from 0 to {layers - 1}"
             )
     if len({frozenset(numbers) for numbers in lists.values()}) > 1:
-        raise CheckpointError(f"config.json: {' and '.join(lists)} list different layers")
+        raise CheckpointError(f"config.json: {listed(lists)} list different layers")
     for numbers in lists.values():
         return tuple(sorted(numbers))
     return tuple(range(layers))
@@ -152,7 +152,7 @@ def _rope(raw: dict, defaults: Defaults) -> tuple[float, dict | None]:
         if fields.get("rope_theta") is not None
     }
     if len(set(bases.values())) > 1:
-        raise CheckpointError(f"config.json: {_listed(bases)} disagree")
+        raise CheckpointError(f"config.json: {_settings(bases)} disagree")
     theta = next(iter(bases.values()), defaults.rope_theta)
     own = {key: value for key, value in nested.items() if key != "rope_theta"}
     names = {"yarn", TIER_YARN} if "ternary" in raw else {"yarn"}
@@ -189,11 +189,11 @@ def _size(
                 f" {most}"
             )
     if len(set(given.values())) > 1:
-        raise CheckpointError(f"config.json: {_listed(given)} disagree")
+        raise CheckpointError(f"config.json: {_settings(given)} disagree")
     for value in given.values():
         return value
     if default is None:
-        raise CheckpointError(f"config.json: {' or '.join(names)} is missing")
+        raise CheckpointError(f"config.json: {listed(names, last='or')} is missing")
     return default
 
 
@@ -220,5 +220,5 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _listed(values: dict) -> str:
-    return " and ".join(f"{name} = {value}" for name, value in values.items())
+def _settings(values: dict) -> str:
+    return listed(f"{name} = {value}" for name, value in values.items())

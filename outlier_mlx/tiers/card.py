@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.checkpoints.info import Info, inspect
-from outlier_mlx.errors import CheckpointError, OutlierError, one_line
+from outlier_mlx.errors import CheckpointError, OutlierError, listed, one_line
 from outlier_mlx.measure.eval_results import Evaluation
 from outlier_mlx.measure.measured import Measured, read_measured
 from outlier_mlx.storage.paths import inside
@@ -250,17 +250,17 @@ def _licences(facts: Facts) -> str:
     lines = ["## Licence", "", "What the model cards of the sources state:", ""]
     for origin in facts.origins:
         lines.append(f"- {origin.role} {code(origin.name)}: {_stated(origin.licence)}")
-    silent = [origin.role for origin in facts.origins if origin.licence is None]
+    silent = [f"the {origin.role}" for origin in facts.origins if origin.licence is None]
     if silent and facts.given:
         lines += [
             "",
             f"For those that state none, the publisher of this tier names {code(facts.given)}.",
         ]
     elif silent:
-        lines += ["", f"Of the {' and the '.join(silent)} no licence is known; none is assumed."]
+        lines += ["", f"Of {listed(silent)} no licence is known; none is assumed."]
     names = sorted(path.name for path in facts.folder.iterdir() if is_legal(path.name))
     if names:
-        lines += ["", f"Files that came with them: {', '.join(code(name) for name in names)}."]
+        lines += ["", f"Files that came with them: {', '.join(map(code, names))}."]
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
+from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, listed
 from outlier_mlx.measure import measured
 from outlier_mlx.measure.eval_results import Evaluation
 from outlier_mlx.storage.paths import inside
@@ -139,13 +139,13 @@ def _check_licences(folder: Path, private: bool, licence: str | None) -> None:
     sources = origins(read_json(inside(folder, MANIFEST)))
     silent = [f"the {source.role} {source.name!r}" for source in sources if source.licence is None]
     if licence is not None and not silent:
-        stated = ", ".join(value for one in sources if one.licence for value in one.licence.ids)
+        stated = listed(value for one in sources if one.licence for value in one.licence.ids)
         raise OutlierError(
             f"{folder}: the model cards of its sources state their licences ({stated}); the tier's"
             " is not another"
         )
     if silent and licence is None:
-        unknown = f"no licence is known for {' and '.join(silent)}"
+        unknown = f"no licence is known for {listed(silent)}"
         if not private:
             raise OutlierError(
                 f"{folder}: {unknown}, and none is assumed: --license ID names it, or --private"

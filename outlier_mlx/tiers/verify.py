@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 
 from outlier_mlx.checkpoints.overlay import base_shapes
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.config import PROJECTIONS, ModelConfig, tier_config
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef, read_json
@@ -87,8 +87,8 @@ def _check_tensors(folder: Path) -> int:
             raise CheckpointError(f"{name}: missing, expected {shape}")
         if tensor.shape != shape or tensor.dtype not in dtypes:
             raise CheckpointError(
-                f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected {' or '.join(dtypes)}"
-                f" {shape}"
+                f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected"
+                f" {listed(dtypes, last='or')} {shape}"
             )
     for name, tensor in tensors.items():
         if name not in expected:
