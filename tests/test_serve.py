@@ -239,7 +239,7 @@ def test_a_client_that_vanishes_frees_its_slot(tier: Path, streamed: bool, seed:
         started = time.monotonic()
         assert server.chat(seed=seed).usage.completion_tokens == 12
         assert time.monotonic() - started < 10
-        assert any("left before" in line for line in server.log)
+        assert any("the client disconnected before" in line for line in server.log)
 
 
 def test_generation_outlives_a_failure(served: Running, monkeypatch: pytest.MonkeyPatch):
@@ -253,7 +253,7 @@ def test_generation_outlives_a_failure(served: Running, monkeypatch: pytest.Monk
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(mlxlm_server.ResponseGenerator, "_make_state_machine", fail_once)
-    with pytest.raises(openai.InternalServerError, match="generates nothing at the moment"):
+    with pytest.raises(openai.InternalServerError, match="generation failed; try again"):
         served.chat()
     assert served.chat().usage.completion_tokens == 12
     assert "generation failed: RuntimeError: out of memory, say" in served.log
@@ -276,7 +276,7 @@ def test_what_a_model_computes_when_it_is_made(tmp_path: Path):
 
 def test_a_port_that_is_taken(served: Running):
     options = ServeOptions(port=served.server.server_port)
-    with pytest.raises(OutlierError, match="--port takes another"):
+    with pytest.raises(OutlierError, match="choose another --port"):
         Server(NAME, lambda: None, options, print, print)  # type: ignore[arg-type, return-value]
 
 

@@ -1,4 +1,4 @@
-"""Guests that are not trusted: lengths, hosts, origins, keys, crowds; and signals."""
+"""Clients that are not trusted: lengths, hosts, origins, keys, many connections; and signals."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_large_body_is_refused_unread(served: Running):
     with pytest.raises(openai.APIStatusError) as caught:
         served.chat(messages=[{"role": "user", "content": "x" * 8_000_000}])
     assert caught.value.status_code == 413
-    assert "20000 are read at most" in caught.value.message
+    assert "the limit is 20000" in caught.value.message
     assert_serves(served)
 
 
@@ -205,7 +205,7 @@ def test_the_openai_client_s_key(guarded: Running):
     ["0.0.0.0", "", pytest.param("::", marks=pytest.mark.skipif(not IPV6, reason="no IPv6 here"))],
 )
 def test_others_can_only_reach_it_with_a_key(host: str):
-    with pytest.raises(OutlierError, match="an API key is needed"):
+    with pytest.raises(OutlierError, match="set an API key"):
         Server(NAME, never_loaded, ServeOptions(host=host, port=0), print, print)
     server = Server(NAME, never_loaded, ServeOptions(host=host, port=0, api_key=KEY), print, print)
     assert server.url == f"http://127.0.0.1:{server.server_port}/v1"
@@ -254,14 +254,14 @@ def test_host_names():
 def test_a_crowd_is_told_to_come_back(tier: Path):
     with running(tier, max_clients=2) as server:
         waiting = [server.connect() for _ in range(2)]
-        assert server.wait(lambda: server.server._active == 2)
+        assert server.wait(lambda: server.server._connections == 2)
         with server.connect() as late:
             status, headers, answer = read_answer(late)
         assert (status, headers["Retry-After"]) == (503, "1")
         assert "too many" in answer["error"]["message"]
         for connection in waiting:
             connection.close()
-        assert server.wait(lambda: server.server._active == 0)
+        assert server.wait(lambda: server.server._connections == 0)
         assert_serves(server)
 
 
@@ -283,7 +283,7 @@ def test_signals_end_it_cleanly(tier: Path, number: signal.Signals):
         assert process.stderr
         line = process.stderr.readline()
         found = re.fullmatch(
-            r"serving tier at (http://127.0.0.1:\d+/v1) \(Ctrl-C ends it\)\n", line
+            r"serving tier at (http://127.0.0.1:\d+/v1) \(press Ctrl-C to stop\)\n", line
         )
         assert found, line
         client: Any = openai.OpenAI(base_url=found[1], api_key="any", max_retries=0)
@@ -300,7 +300,7 @@ def test_signals_end_it_cleanly(tier: Path, number: signal.Signals):
         assert process.wait(10) == 0
         assert time.monotonic() - started < 6
         rest = process.stderr.read()
-        assert "ending\n" in rest and "Traceback" not in rest
+        assert "shutting down\n" in rest and "Traceback" not in rest
     finally:
         process.kill()
         process.wait()
@@ -318,4 +318,5 @@ def test_the_command_refuses_in_one_line(tier: Path, monkeypatch: pytest.MonkeyP
         port = str(taken.getsockname()[1])
         done = CliRunner().invoke(cli.app, [*command, "--port", port])
     assert done.exit_code == 1
-    assert done.stderr == f"error: 127.0.0.1:{port}: Address already in use; --port takes another\n"
+    place = f"127.0.0.1:{port}"
+    assert done.stderr == f"error: {place}: Address already in use; choose another --port\n"

@@ -152,7 +152,7 @@ def serve(
     from functools import partial
 
     from outlier_mlx import serve as server
-    from outlier_mlx.serve.room import Room, find_room
+    from outlier_mlx.serve.capacity import Capacity, find_capacity
     from outlier_mlx.storage.hub import resolve
 
     options = server.ServeOptions(
@@ -176,14 +176,15 @@ def serve(
         quantized_kv_start=quantized_kv_start,
     )
     source = resolve(model, revision)
-    asked = decode_concurrency, prompt_concurrency, prompt_cache_bytes
-    room, note = Room(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes), ""
+    requested = decode_concurrency, prompt_concurrency, prompt_cache_bytes
+    capacity = Capacity(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes)
+    note = ""
     if not ignore_memory:
         tokens = max_context or 4096 + max_tokens
-        room, conversations = find_room(
-            source.folder, tokens, *asked, kv_bits=kv_bits, clients=max_clients
+        capacity, conversations = find_capacity(
+            source.folder, tokens, *requested, kv_bits=kv_bits, clients=max_clients
         )
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"
     load = partial(load_model, source.folder, dtype, alpha)
-    options = replace(options, **asdict(room))
+    options = replace(options, **asdict(capacity))
     server.serve(source.name, load, options, say, note=note, quiet=quiet)

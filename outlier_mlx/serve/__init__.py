@@ -1,7 +1,8 @@
-"""An OpenAI-compatible server for one model: mlx-lm's, behind checks of its own.
+"""An OpenAI-compatible server for one model: mlx-lm's server behind stricter checks.
 
-`access` knows who may ask, `limits` what may be asked, `http` reads it from the network,
-`mlxlm_server` hands it to mlx-lm, `server` binds, loads, and ends.
+`access` checks the client, `limits` checks the parameters of a request, `http` reads requests
+from the network, `mlxlm_server` passes them to mlx-lm, `capacity` divides the memory, and `server`
+starts and stops everything.
 """
 
 from outlier_mlx.serve.server import ServeOptions, serve

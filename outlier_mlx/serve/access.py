@@ -1,4 +1,4 @@
-"""Who may ask: hosts, origins and keys; and the answer to those who may not."""
+"""Access control: allowed hosts, origins and API keys, and the error for everyone else."""
 
 import hmac
 import ipaddress
@@ -10,11 +10,11 @@ _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_
 
 
 class Refused(Exception):
-    """A request that gets an error for an answer.
+    """The server answers the request with an error.
 
     Attributes:
         status: the HTTP status.
-        code: a word for programs, or None.
+        code: OpenAI's error code, or None.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
@@ -23,7 +23,7 @@ class Refused(Exception):
         self.code = code
 
     def as_json(self) -> dict[str, Any]:
-        """The error as OpenAI's API words it."""
+        """The body of OpenAI's error response."""
         default = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _ERROR_TYPES.get(self.status, default)
         return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
@@ -31,43 +31,48 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """Which requests are allowed.
 
     Attributes:
-        hosts: names, in lower case, that may stand in Host besides "localhost" and IP addresses.
-        origins: what may stand in Origin; "*" is any.
-        api_key: the key that requests must carry, or None.
+        hosts: allowed Host names in lower case, besides "localhost" and IP addresses.
+        origins: allowed values of Origin; "*" allows any.
+        api_key: the key that requests must send, or None.
     """
 
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
     api_key: str | None = None
 
-    def check(self, headers: Message, *, free: bool) -> None:
-        """Refuse requests from elsewhere, and those without the key unless they are `free`.
+    def check(self, headers: Message, *, needs_key: bool) -> None:
+        """Refuse unknown hosts and origins, and a missing or wrong key.
 
-        A page that rebinds its own name to this address still sends that name as Host; an IP
-        address cannot be rebound. A browser says in Origin which page asks.
+        With DNS rebinding, a web page points its own name at this machine. The browser still sends
+        that name as Host, so unknown names are refused; IP addresses cannot be rebound. A browser
+        sends the page's origin as Origin.
+
+        Args:
+            headers: the request's.
+            needs_key: whether the endpoint requires the API key.
 
         Raises:
             Refused: 400, 401 or 403.
         """
         hosts = headers.get_all("Host", [])
         if len(hosts) != 1:
-            raise Refused(400, "one Host header is needed")
+            raise Refused(400, "expected one Host header")
         name = host_name(hosts[0])
         if not (name == "localhost" or name in self.hosts or is_address(name)):
             raise Refused(
-                403, f"host {name!r} is not served here; --allow-host {name} would", "host"
+                403, f"host {name!r} is not allowed; --allow-host {name} allows it", "host"
             )
         origin = headers.get("Origin")
         if origin is not None and not self._allows(origin):
             raise Refused(
                 403,
-                f"origin {origin!r} may not ask; --allow-origin {origin} would let it",
+                f"origin {origin!r} is not allowed; --allow-origin {origin} allows it",
                 "origin",
             )
-        if self.api_key is not None and not free:
+        if self.api_key is not None and needs_key:
             scheme, _, key = headers.get("Authorization", "").partition(" ")
             given = key.strip().encode("latin-1", "replace")
             same = hmac.compare_digest(given, self.api_key.encode())
@@ -75,7 +80,7 @@ class Access:
                 raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
 
     def cors_headers(self, origin: str | None) -> dict[str, str]:
-        """Headers that let a page read the answer; none unless its origin was allowed."""
+        """Headers that let a web page read the response; none unless its origin is allowed."""
         if origin is None or not self._allows(origin):
             return {}
         return {
@@ -91,14 +96,14 @@ class Access:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header or URL authority: lower case, no port, no brackets."""
+    """The name in a Host header or URL, in lower case, without port and brackets."""
     host = host.strip().lower()
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return name.removesuffix(".")
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is an IP address."""
+    """Whether a name is an IPv4 or IPv6 address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The HTTP side of the server: heads and bodies are checked before anything is done for them."""
+"""The HTTP side of the server: checks headers and bodies before any work is done."""
 
 import json
 import socket
@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 from outlier_mlx.serve.access import Access, Refused
 
-# A body that has not arrived by then is given up.
+# Time limit for receiving a body.
 BODY_SECONDS = 60.0
-# A refused body is read and dropped so long: closing at once would destroy the answer, too.
-LINGER_SECONDS = 2.0
-ROUTES = {
+# After a refusal, the rest of the body is read and dropped for this long. If the connection were
+# closed at once, the client might not receive the response.
+DRAIN_SECONDS = 2.0
+ENDPOINTS = {
     "/health": "GET",
     "/v1/models": "GET",
     "/v1/completions": "POST",
@@ -27,16 +28,17 @@ ROUTES = {
 
 @dataclass(frozen=True)
 class Service:
-    """What a server serves, and to whom.
+    """The served model, its limits, and who may use it.
 
     Attributes:
-        name: the model's, as clients see it.
-        access: who may ask.
-        max_body: bytes that a request's body may have.
-        max_tokens: tokens that an answer may have.
-        context: tokens that prompt and answer may have together; None: as the model has it.
-        log: takes a line for each request.
-        warn: takes a line for what should not happen.
+        name: the model's name, as clients see it.
+        access: which requests are allowed.
+        max_body: largest size of a request body in bytes.
+        max_tokens: largest number of tokens in a response.
+        context: largest number of tokens in prompt and response together; None: the model's
+            context length.
+        log: called with one line for each request.
+        warn: called with one line for each unexpected error.
     """
 
     name: str
@@ -48,32 +50,32 @@ class Service:
     warn: Callable[[str], None]
 
 
-class _Stream(Protocol):
+class _Reader(Protocol):
     def read1(self, size: int) -> bytes: ...
 
 
-def read_body(headers: Message, stream: _Stream, limit: int) -> bytes:
-    """Read a request's body, of at most `limit` bytes, as long as its header says.
+def read_body(headers: Message, reader: _Reader, limit: int) -> bytes:
+    """Read a request body of `Content-Length` bytes, at most `limit`.
 
     Raises:
-        Refused: 400, 408, 411 or 413; nothing was read if the header alone tells.
+        Refused: 400, 408, 411 or 413; nothing is read if the headers are already wrong.
     """
     if "Transfer-Encoding" in headers:
-        raise Refused(411, "chunked bodies are not read; send a Content-Length")
+        raise Refused(411, "chunked bodies are not supported; send a Content-Length")
     lengths = set(headers.get_all("Content-Length", []))
     if not lengths:
-        raise Refused(411, "a Content-Length is needed")
+        raise Refused(411, "Content-Length is missing")
     text = lengths.pop().strip()
     if lengths or not (text.isascii() and text.isdigit()):
         raise Refused(400, "the Content-Length is not one number")
-    # So many digits are refused unconverted.
+    # int() is slow for very long numbers.
     if len(text) > 18 or int(text) > limit:
-        raise Refused(413, f"the body has {text[:18]} bytes; {limit} are read at most")
+        raise Refused(413, f"the body has {text[:18]} bytes; the limit is {limit}")
     missing = int(text)
     parts: list[bytes] = []
     deadline = time.monotonic() + BODY_SECONDS
     while missing:
-        part = stream.read1(min(missing, 1 << 16))
+        part = reader.read1(min(missing, 1 << 16))
         if not part:
             raise Refused(400, f"the body ended {missing} bytes before its Content-Length")
         if time.monotonic() > deadline:
@@ -84,12 +86,12 @@ def read_body(headers: Message, stream: _Stream, limit: int) -> bytes:
 
 
 class CheckedHandler(BaseHTTPRequestHandler):
-    """Refuses whom `Service.access` refuses, and answers every failure in JSON.
+    """Checks `Service.access` for each request, and answers every error with JSON.
 
     Attributes:
-        service: what is served, and to whom; set before `__init__` is called.
-        streaming: whether the answer's head is out, and events follow.
-        unread: whether a body was announced that has not been read.
+        service: the model and its limits; set before `__init__` is called.
+        streaming: whether the headers of an event stream have been sent.
+        unread: whether the request has a body that has not been read.
     """
 
     server_version = "outlier-mlx"
@@ -100,59 +102,60 @@ class CheckedHandler(BaseHTTPRequestHandler):
     unread = False
 
     def parse_request(self) -> bool:
-        """Read the request's head; refuse what may not ask, or asks for what there is not."""
+        """Read the request line and headers; refuse unknown endpoints and forbidden clients."""
         if not super().parse_request():
             return False
         self.unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         self.path = self.path.partition("?")[0]
         preflight = self.command == "OPTIONS"
         try:
-            self.service.access.check(self.headers, free=preflight or self.path == "/health")
+            needs_key = not preflight and self.path != "/health"
+            self.service.access.check(self.headers, needs_key=needs_key)
             named = self.path.startswith("/v1/models/")
-            method = "GET" if named else ROUTES.get(self.path)
+            method = "GET" if named else ENDPOINTS.get(self.path)
             if method is None:
-                raise Refused(404, f"there is no {self.path[:80]}")
+                raise Refused(404, f"unknown endpoint {self.path[:80]}")
             if self.command not in (method, "OPTIONS"):
-                raise Refused(405, f"{self.path[:80]} takes {method}")
+                raise Refused(405, f"{self.path[:80]} expects {method}")
         except Refused as refused:
             self.refuse(refused)
             return False
         return True
 
     def do_OPTIONS(self) -> None:
-        """Answer a page that asks beforehand whether it may ask."""
+        """Answer a browser's CORS preflight request."""
         self.send_json(204, None)
 
-    def guarded(self, answer: Callable[[], None]) -> None:
-        """Call `answer`; whatever it raises becomes the answer."""
+    def answer_errors(self, answer: Callable[[], None]) -> None:
+        """Call `answer`; send any exception to the client as an error response."""
         try:
             answer()
         except Refused as refused:
             self.refuse(refused)
         except (ConnectionError, TimeoutError):
-            self.log_message("left before the answer was finished")
+            self.log_message("the client disconnected before the response was complete")
         except Exception as error:
             self.service.warn(f"{type(error).__name__}: {error}")
-            self.refuse(Refused(500, "the answer could not be finished"))
+            self.refuse(Refused(500, "the response could not be completed"))
 
     def refuse(self, refused: Refused) -> None:
-        """Send an error for an answer, or as the last event of a stream."""
+        """Send an error as the response, or as the last event of an event stream."""
         self.close_connection = True
         try:
             if self.streaming:
                 self.wfile.write(f"data: {json.dumps(refused.as_json())}\n\n".encode())
                 return
-            if self.request_version == "HTTP/0.9":  # which has no status
+            if self.request_version == "HTTP/0.9":  # HTTP/0.9 has no status line
                 self.request_version = "HTTP/1.0"
-            self._headers_buffer: list[bytes] = []  # of an answer that was begun
+            self._headers_buffer: list[bytes] = []  # drop headers that were not sent yet
             self.send_json(refused.status, refused.as_json())
             if self.unread:
-                self._linger()
+                self._drain_body()
         except OSError:
-            self.log_message("left before the answer was read")
+            self.log_message("the client disconnected before it read the response")
 
     def send_json(self, status: int, value: object) -> None:
-        """Send a whole answer; without a body if `value` is None."""
+        """Send a complete response, without a body if `value` is None."""
         body = b"" if value is None else json.dumps(value).encode()
         self.send_response(status)
         self.send_cors_headers()
@@ -165,23 +168,23 @@ class CheckedHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def send_cors_headers(self) -> None:
-        """Send headers that let a page read the answer, if its origin may."""
+        """Send the CORS headers if the request's origin is allowed."""
         origin = self.headers.get("Origin") if getattr(self, "headers", None) else None
         for name, value in self.service.access.cors_headers(origin).items():
             self.send_header(name, value)
 
     def send_error(self, code: int, message: str | None = None, *_: Any) -> None:
-        """What http.server itself refuses, in JSON as well."""
+        """Send errors of http.server as JSON, too."""
         self.refuse(Refused(code, message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """One line, without control characters, to whoever started the server."""
+        """Log one line, with control characters replaced by "?"."""
         text = f"{self.address_string()} {format % args}"
         self.service.log("".join(c if c.isprintable() else "?" for c in text))
 
-    def _linger(self) -> None:
+    def _drain_body(self) -> None:
         self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(LINGER_SECONDS)
-        deadline = time.monotonic() + LINGER_SECONDS
+        self.connection.settimeout(DRAIN_SECONDS)
+        deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline and self.connection.recv(1 << 16):
             pass

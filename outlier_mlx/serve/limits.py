@@ -1,4 +1,4 @@
-"""What may be asked: bodies and parameters that mlx-lm's server does not check itself."""
+"""Checks of request bodies and parameters that mlx-lm's server does not make."""
 
 import json
 import math
@@ -7,12 +7,12 @@ from typing import Any
 
 from outlier_mlx.serve.access import Refused
 
-# MLX takes numbers as 32-bit ones.
-LARGEST = 1 << 31
-STOP_WORDS = 16
-STOP_LENGTH = 256
-# Parameters that would change the answer if they were heeded, with the values that change nothing.
-UNSERVED: dict[str, tuple[Any, ...]] = {
+# MLX converts numbers to 32 bits.
+MAX_NUMBER = 1 << 31
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+# Parameters that are not supported, with the values that mean the same as leaving them out.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -42,10 +42,10 @@ NUMBERS = (
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
-    """The JSON object in a body, without the members that are null.
+    """The JSON object in a body, without its null members.
 
     Raises:
-        Refused: it is none.
+        Refused: the body is not a JSON object.
     """
     try:
         body = json.loads(raw.decode(), parse_constant=_refuse_constant)
@@ -63,13 +63,13 @@ def _refuse_constant(name: str) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask of the model.
+    """Limits for the parameters of a request.
 
     Attributes:
-        max_tokens: tokens that an answer may have.
+        max_tokens: largest number of tokens in a response.
         vocab: width of the logits.
-        context: tokens that prompt and answer may have together; None: any number.
-        template_names: arguments of the chat template's renderer, which are not a client's.
+        context: largest number of tokens in prompt and response together; None: no limit.
+        template_names: parameters of `apply_chat_template`, which a client must not set.
     """
 
     max_tokens: int
@@ -78,30 +78,30 @@ class Limits:
     template_names: frozenset[str] = frozenset()
 
     def check(self, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
-        """Bring a request's parameters to the form that mlx-lm takes.
+        """Convert a request's parameters to those that mlx-lm expects.
 
-        mlx-lm checks the types of most; here is refused what it would trip over while generating,
-        or pass over in silence.
+        mlx-lm checks most types itself. This refuses values that would make its generation fail,
+        and parameters that it would ignore without an error.
 
         Raises:
             Refused: 400, with the parameter's name.
         """
         body = dict(body)
-        for name, harmless in UNSERVED.items():
+        for name, harmless in UNSUPPORTED.items():
             if name in body and body.pop(name) not in harmless:
-                raise Refused(400, f"{name} is not served here", "unsupported_parameter")
+                raise Refused(400, f"{name} is not supported", "unsupported_parameter")
         for name in NUMBERS:
             value = body.get(name)
             if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
                 raise Refused(400, f"{name} must be a number")
-            if isinstance(value, int | float) and name != "seed" and abs(value) > LARGEST:
+            if isinstance(value, int | float) and name != "seed" and abs(value) > MAX_NUMBER:
                 raise Refused(400, f"{name} is too large")
         for name in ("max_tokens", "max_completion_tokens"):
-            asked = body.get(name, 0)
-            if isinstance(asked, int) and asked > self.max_tokens:
+            requested = body.get(name, 0)
+            if isinstance(requested, int) and requested > self.max_tokens:
                 raise Refused(
                     400,
-                    f"{name} is {asked}; this server allows {self.max_tokens} (--max-tokens)",
+                    f"{name} is {requested}; this server allows {self.max_tokens} (--max-tokens)",
                     "max_tokens",
                 )
         self._check_sampling(body)
@@ -119,9 +119,9 @@ class Limits:
         return body
 
     def _check_sampling(self, body: dict[str, Any]) -> None:
-        """Values of the right type that stop mlx-lm's sampler in the middle of a batch."""
+        """Check values of the right type that would make mlx-lm's sampler fail during a batch."""
         if isinstance(body.get("top_k"), int) and body["top_k"] >= self.vocab:
-            body["top_k"] = 0  # all of them
+            body["top_k"] = 0  # 0: all tokens
         for name in ("xtc_probability", "xtc_threshold"):
             if name in body and isinstance(body[name], int | float):
                 body[name] = float(body[name])
@@ -129,14 +129,14 @@ class Limits:
             raise Refused(400, "xtc_threshold must be at most 0.5")
         penalty = body.get("repetition_penalty", 0.0)
         if isinstance(penalty, int | float) and 0 < penalty < 0.01:
-            raise Refused(400, "repetition_penalty must be 0, which is none, or at least 0.01")
+            raise Refused(400, "repetition_penalty must be 0 (off) or at least 0.01")
         if isinstance(body.get("seed"), int):
             body["seed"] %= 1 << 64
         bias = body.get("logit_bias", {})
         if not isinstance(bias, dict):
             raise Refused(400, "logit_bias must be an object")
         for token, value in bias.items():
-            # A token beyond the logits would be written beyond the array.
+            # MLX does not check the index: a token beyond the logits would overwrite other memory.
             digits = token.isascii() and token.isdigit() and len(token) < 10
             if not digits or int(token) >= self.vocab:
                 raise Refused(400, f"logit_bias: {token[:20]!r} is not a token of this model")
@@ -150,23 +150,24 @@ class Limits:
             raise Refused(400, "chat_template_kwargs must be an object")
         for name, value in kwargs.items():
             if name in self.template_names or not isinstance(value, bool | int | float | str):
-                raise Refused(400, f"chat_template_kwargs: {name[:40]!r} is not a template's")
+                raise Refused(400, f"chat_template_kwargs: {name[:40]!r} is not supported")
 
 
 def _check_stop(body: dict[str, Any]) -> None:
     stop = body.get("stop", [])
-    words = [stop] if isinstance(stop, str) else stop
-    fits = isinstance(words, list) and len(words) <= STOP_WORDS
-    if not fits or not all(isinstance(w, str) and 0 < len(w) <= STOP_LENGTH for w in words):
+    strings = [stop] if isinstance(stop, str) else stop
+    fits = isinstance(strings, list) and len(strings) <= MAX_STOP_STRINGS
+    if not fits or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in strings):
         raise Refused(
-            400, f"stop must be up to {STOP_WORDS} strings of 1 to {STOP_LENGTH} characters"
+            400,
+            f"stop must be up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters",
         )
-    body["stop"] = words
+    body["stop"] = strings
 
 
 def _check_messages(messages: object) -> None:
     if not isinstance(messages, list) or not messages:
-        raise Refused(400, "messages must be a list, and not empty")
+        raise Refused(400, "messages must be a list that is not empty")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Refused(400, "each message must be an object with a role")
@@ -174,7 +175,7 @@ def _check_messages(messages: object) -> None:
         if content is None or isinstance(content, str):
             continue
         if not isinstance(content, list) or not all(map(_is_text, content)):
-            # mlx-lm would fetch whatever an image's URL names.
+            # mlx-lm would download an image from any URL.
             raise Refused(400, "a message's content must be text", "unsupported_content")
 
 
@@ -189,13 +190,13 @@ def _check_prompt(body: dict[str, Any]) -> None:
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str) or not prompt:
-        raise Refused(400, "prompt must be one string, and not empty")
+        raise Refused(400, "prompt must be one string that is not empty")
     body["prompt"] = prompt
 
 
 def _unify_logprobs(body: dict[str, Any]) -> None:
-    """For completions, logprobs is how many alternatives are wanted."""
-    wanted = body.get("logprobs")
-    if isinstance(wanted, int) and not isinstance(wanted, bool):
+    """Convert `logprobs` of `/v1/completions`, a number of alternatives, to those of chat."""
+    alternatives = body.get("logprobs")
+    if isinstance(alternatives, int) and not isinstance(alternatives, bool):
         body["logprobs"] = True
-        body["top_logprobs"] = wanted
+        body["top_logprobs"] = alternatives

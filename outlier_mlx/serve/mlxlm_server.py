@@ -1,6 +1,6 @@
-"""mlx-lm's HTTP server, bent to one model and to guests who are not trusted.
+"""mlx-lm's HTTP server, changed to serve one model to clients that are not trusted.
 
-All that is used of `mlx_lm.server`, none of it public, is used here.
+`mlx_lm.server` has no public Python API; this is the only module that uses it.
 """
 
 import argparse
@@ -43,12 +43,12 @@ try:
         TextStateMachine,
     )
 except ImportError as error:
-    raise OutlierError(f"this mlx-lm's server is not the one that is known here: {error}") from None
+    raise OutlierError(f"the server of this mlx-lm version is not supported: {error}") from None
 
 Load = Callable[[], tuple[nn.Module, TokenizerWrapper]]
 
 NOT_A_NUMBER = (
-    "the model's output is not a number: activations overflowed, as they may in float16;"
+    "the model's output is not a number, probably because activations overflowed in float16;"
     " serve it with --dtype bfloat16 or --dtype float32"
 )
 TEMPLATE_NAMES = frozenset(
@@ -57,15 +57,15 @@ TEMPLATE_NAMES = frozenset(
 
 
 class OneModel(ModelProvider):
-    """Provides the one model, whatever a request names.
+    """Provides the same model for every request, whatever model the request names.
 
-    Loaded in the thread that generates: a lazy array can only be evaluated where it was made, and
-    some that a model keeps besides its parameters are lazy.
+    The thread that generates also loads: MLX evaluates a lazy array only in the thread that made
+    it, and a model has lazy arrays besides its parameters.
 
     Attributes:
         loaded: set when loading has ended.
-        failure: what it ended with, if not with a model.
-        limits: what requests may ask of the model, once it is loaded.
+        failure: the exception that ended loading, or None.
+        limits: limits for the parameters of requests; set once the model is loaded.
     """
 
     model: Any
@@ -81,7 +81,7 @@ class OneModel(ModelProvider):
         self._load_model = load
 
     def load_default(self) -> None:
-        """Load the model, the first time."""
+        """Load the model if it is not loaded yet."""
         if self.loaded.is_set():
             return
         try:
@@ -101,18 +101,19 @@ class OneModel(ModelProvider):
             self.loaded.set()
 
     def load(self, *_: Any) -> tuple[nn.Module, TokenizerWrapper]:
-        """The model, and its tokenizer."""
+        """The loaded model and its tokenizer; the arguments are ignored."""
         return self.model, self.tokenizer
 
 
 class PromptCache(LRUPromptCache):
-    """Never holds the whole prompt: one token at least is left to start from.
+    """mlx-lm's prompt cache, which here never covers the whole prompt.
 
-    mlx-lm fails where all of it is cached, as when an answer comes back as a prompt to go on from.
+    mlx-lm's generation needs at least one token that is not cached. It fails if all are, for
+    example if a client sends prompt and response back as the next prompt.
     """
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """The cache of the longest known beginning, and the tokens after it."""
+        """The cache of the longest known prefix, and the tokens after that prefix."""
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is None or rest:
             return cache, rest
@@ -121,10 +122,10 @@ class PromptCache(LRUPromptCache):
 
 
 class Generator(ResponseGenerator):
-    """Generates for all requests, in a thread of its own, and outlives what goes wrong there.
+    """Generates for all requests in one thread, which continues after an error.
 
     Attributes:
-        replies: the replies under way.
+        replies: replies that are being generated.
     """
 
     def __init__(self, provider: OneModel, cache_size: int, cache_bytes: int | None) -> None:
@@ -132,9 +133,9 @@ class Generator(ResponseGenerator):
         self.replies: set[Reply] = set()
         limit = 1 << 63 if cache_bytes is None else cache_bytes
         self._new_cache = lambda: PromptCache(cache_size, limit)
-        # How often generation failed: replies from before a failure get no more tokens.
-        self._era = 0
-        self._asking = threading.local()
+        # Replies that began before the latest failure get no more tokens.
+        self._failures = 0
+        self._handler_thread = threading.local()
         super().__init__(provider, self._new_cache())
 
     def _run_generate(self) -> None:
@@ -154,23 +155,23 @@ class Generator(ResponseGenerator):
             while True:
                 self.requests.get_nowait()
         except Empty:
-            self._era += 1
+            self._failures += 1
 
     def generation_available(self) -> bool:
-        """Whether the thread lives, and what the calling thread asked for is not lost."""
-        asked_in = getattr(self._asking, "era", self._era)
-        return self._generation_thread.is_alive() and asked_in == self._era
+        """Whether generation runs and has not failed since the calling thread's request began."""
+        failures = getattr(self._handler_thread, "failures", self._failures)
+        return self._generation_thread.is_alive() and failures == self._failures
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As mlx-lm does: the context of a reply, and an iterator over its tokens."""
-        self._asking.era = self._era
+        """Start a reply: mlx-lm's generation context, and an iterator over its responses."""
+        self._handler_thread.failures = self._failures
         return super().generate(*args, **kwargs)
 
     def _tokenize(self, tokenizer: TokenizerWrapper, request: Any, args: Any) -> Any:
         try:
             tokenized = super()._tokenize(tokenizer, request, args)
-        except Exception as error:  # a template raises what it likes
-            raise Refused(400, f"no prompt can be made of this: {error}") from None
+        except Exception as error:  # a chat template can raise anything
+            raise Refused(400, f"the chat template failed: {error}") from None
         prompt, context = tokenized[0], self.provider.limits.context
         if not isinstance(prompt, list) or not prompt:
             raise Refused(400, "the prompt is empty")
@@ -179,14 +180,14 @@ class Generator(ResponseGenerator):
             if room < 1:
                 raise Refused(
                     400,
-                    f"the prompt has {len(prompt)} tokens, the context {context}",
+                    f"the prompt has {len(prompt)} tokens; the context length is {context}",
                     "context_length_exceeded",
                 )
             args.max_tokens = room
         return tokenized
 
     def stop(self, seconds: float) -> bool:
-        """End all replies and the thread; whether it ended in time."""
+        """End all replies and the thread; returns whether the thread ended within `seconds`."""
         self._stop = True
         for reply in list(self.replies):
             reply.close()
@@ -194,56 +195,58 @@ class Generator(ResponseGenerator):
         return not self._generation_thread.is_alive()
 
 
-class ClientGone(ConnectionError):
-    """Nobody is there to read the answer."""
+class ClientDisconnected(ConnectionError):
+    """The client closed the connection before the response was complete."""
 
 
 class Reply:
-    """One request's way to the generator; to mlx-lm's handler it is the generator.
+    """The reply to one request; takes the place of the generator in mlx-lm's handler.
 
-    It minds three things that mlx-lm does not: a client that leaves while nothing is being written
-    to it, stop words whose tokens come out otherwise than alone, and the probabilities of streamed
-    tokens.
+    It adds three things to mlx-lm. It notices that a client disconnected even while nothing is
+    being sent. It finds stop words also when the model writes them with other tokens than the
+    tokenizer would. And it collects the log probabilities of streamed tokens.
     """
 
     def __init__(self, generator: Generator, connection: socket.socket) -> None:
         self.generator = generator
         self.cli_args = generator.cli_args
-        self.entries: list[dict[str, Any]] = []  # of tokens since they were last taken
+        self.logprobs: list[dict[str, Any]] = []  # of the tokens that were not sent yet
         self._connection = connection
         self._context: GenerationContext | None = None
         self._closed = False
-        self._wants_entries = False
+        self._wants_logprobs = False
 
     def generate(
         self, request: Any, args: Any, progress_callback: Progress
     ) -> tuple[GenerationContext, Iterator[Response]]:
-        """As `ResponseGenerator.generate`."""
+        """Like `ResponseGenerator.generate`; the stop words are handled here, not by mlx-lm."""
         words, args.stop_words = args.stop_words, []
 
         def progress(done: int, total: int) -> None:
             self._check_client()
             progress_callback(done, total)
 
-        self._wants_entries = args.logprobs or args.top_logprobs > 0
+        self._wants_logprobs = args.logprobs or args.top_logprobs > 0
         self.generator.replies.add(self)
         self._context, responses = self.generator.generate(request, args, progress)
         if self._closed:
             self._context.stop()
-        return self._context, self._watched(responses, words)
+        return self._context, self._until_stop_word(responses, words)
 
     def close(self) -> None:
-        """Free the reply's slot."""
+        """End the reply, so that another request can take its place in the batch."""
         self._closed = True
         if self._context is not None:
             self._context.stop()
         self.generator.replies.discard(self)
 
-    def _watched(self, responses: Iterator[Response], words: list[str]) -> Iterator[Response]:
+    def _until_stop_word(
+        self, responses: Iterator[Response], words: list[str]
+    ) -> Iterator[Response]:
         """The responses up to the first stop word.
 
-        mlx-lm's handler drops the text of a response with the reason "stop", so none gets it: it
-        takes that reason itself when responses end without one.
+        mlx-lm's handler drops the text of a response whose finish reason is "stop". So the last
+        response gets the reason None; the handler then sends "stop" itself.
         """
         machine = TextStateMachine({"normal": [(word, None) for word in words]} if words else {})
         state = machine.make_state("normal")
@@ -253,8 +256,8 @@ class Reply:
                 raise Refused(500, NOT_A_NUMBER)
             state, segments = TextStateMachine.split(state, response.text)
             text = segments[0][1]
-            if self._wants_entries and response.finish_reason != "stop":
-                self.entries.append(self._entry(response))
+            if self._wants_logprobs and response.finish_reason != "stop":
+                self.logprobs.append(self._chosen_and_alternatives(response))
             if len(segments) > 1:
                 yield replace(response, text=text, finish_reason=None)
                 return
@@ -269,17 +272,17 @@ class Reply:
     def _check_client(self) -> None:
         readable, _, _ = select.select([self._connection], [], [], 0)
         if readable and not self._connection.recv(1, socket.MSG_PEEK):
-            raise ClientGone("the client left")
+            raise ClientDisconnected("the client disconnected")
 
-    def _entry(self, response: Response) -> dict[str, Any]:
-        """A token and its probability as OpenAI's API has them."""
+    def _chosen_and_alternatives(self, response: Response) -> dict[str, Any]:
+        """The chosen token and the likeliest tokens, in the format of OpenAI's API."""
         ranked = sorted(response.top_tokens, key=lambda token: -token["logprob"])
-        entry = self._token(response.token, response.logprob)
-        entry["top_logprobs"] = [self._token(token["id"], token["logprob"]) for token in ranked]
-        return entry
+        chosen = self._token(response.token, response.logprob)
+        chosen["top_logprobs"] = [self._token(token["id"], token["logprob"]) for token in ranked]
+        return chosen
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        """A token by its text, or, if it is part of a character, by its name in the vocabulary."""
+        """A token with its text, or with its vocabulary name if it is part of a character."""
         tokenizer = self.generator.provider.tokenizer
         text = tokenizer.decode([token])
         if "\ufffd" in text:
@@ -289,7 +292,7 @@ class Reply:
 
 
 class Handler(CheckedHandler, APIHandler):
-    """One request: checked, and then mlx-lm's to answer."""
+    """Checks a request, then lets mlx-lm's handler answer it."""
 
     response_generator: Any
 
@@ -297,18 +300,18 @@ class Handler(CheckedHandler, APIHandler):
         self.service = service
         self.generator = generator
         self._reply: Reply | None = None
-        # The default names this machine's operating system.
+        # mlx-lm's default fingerprint would name this machine's operating system.
         fingerprint = f"outlier-mlx-{__version__}"
         APIHandler.__init__(self, generator, *args, system_fingerprint=fingerprint)
 
     def do_GET(self) -> None:
         """Answer `/health` and `/v1/models`."""
-        self.guarded(lambda: APIHandler.do_GET(self))
+        self.answer_errors(lambda: APIHandler.do_GET(self))
 
     def do_POST(self) -> None:
         """Check the body, then let mlx-lm answer."""
         try:
-            self.guarded(self._answer)
+            self.answer_errors(self._answer)
         finally:
             if self._reply is not None:
                 self._reply.close()
@@ -318,7 +321,7 @@ class Handler(CheckedHandler, APIHandler):
         self.unread = False
         chat = self.path.endswith("/chat/completions")
         body = self.generator.provider.limits.check(parse_body(raw), chat=chat)
-        # One name for all, or mlx-lm would not generate for them together.
+        # mlx-lm batches only requests that name the same model.
         body["model"] = self.service.name
         raw = json.dumps(body).encode()
         self.headers.replace_header("Content-Length", str(len(raw)))
@@ -330,35 +333,36 @@ class Handler(CheckedHandler, APIHandler):
             self.rfile = connected
 
     def handle_models_request(self) -> None:
-        """List the one model, or describe it; mlx-lm would list the hub's cache."""
+        """List the model, or describe it. mlx-lm would list all models in the hub's cache."""
         model = {"id": self.service.name, "object": "model", "created": self.created}
         model["owned_by"] = "outlier-mlx"
-        asked = unquote(self.path.removeprefix("/v1/models").strip("/"))
-        if asked not in ("", self.service.name):
-            raise Refused(404, f"there is no model {asked[:80]!r}", "model_not_found")
-        self.send_json(200, model if asked else {"object": "list", "data": [model]})
+        name = unquote(self.path.removeprefix("/v1/models").strip("/"))
+        if name not in ("", self.service.name):
+            raise Refused(404, f"there is no model {name[:80]!r}", "model_not_found")
+        self.send_json(200, model if name else {"object": "list", "data": [model]})
 
     def generate_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As mlx-lm does, with probabilities as OpenAI's API has them, in streams as well."""
+        """mlx-lm's response, with log probabilities in OpenAI's format, also when streamed."""
         for name in ("tokens", "token_logprobs", "top_tokens"):
             kwargs.pop(name, None)
         response = super().generate_response(*args, **kwargs)
-        if self._reply is not None and self._reply.entries:
-            entries, self._reply.entries = self._reply.entries, []
+        if self._reply is not None and self._reply.logprobs:
+            logprobs, self._reply.logprobs = self._reply.logprobs, []
             chat = self.object_type.startswith("chat.completion")
-            logprobs = {"content": entries} if chat else _as_columns(entries)
-            response["choices"][0]["logprobs"] = logprobs
+            response["choices"][0]["logprobs"] = (
+                {"content": logprobs} if chat else _completion_logprobs(logprobs)
+            )
         return response
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         if status_code >= 400:
-            # mlx-lm gives every failure to generate the status 404.
+            # mlx-lm sends status 404 for every error during generation.
             error = sys.exception()
             if isinstance(error, Refused):
                 raise error
             if status_code == 400:
                 raise Refused(400, str(error))
-            raise Refused(503, "the model generates nothing at the moment")
+            raise Refused(503, "generation failed; try again")
         super()._set_completion_headers(status_code)
 
     def _set_stream_headers(self, status_code: int = 200) -> None:
@@ -369,13 +373,13 @@ class Handler(CheckedHandler, APIHandler):
         self.send_cors_headers()
 
 
-def _as_columns(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Probabilities as `/v1/completions` has them."""
+def _completion_logprobs(logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Log probabilities in the format of `/v1/completions`."""
     return {
-        "tokens": [entry["token"] for entry in entries],
-        "token_logprobs": [entry["logprob"] for entry in entries],
+        "tokens": [token["token"] for token in logprobs],
+        "token_logprobs": [token["logprob"] for token in logprobs],
         "top_logprobs": [
-            {token["token"]: token["logprob"] for token in entry["top_logprobs"]}
-            for entry in entries
+            {other["token"]: other["logprob"] for other in token["top_logprobs"]}
+            for token in logprobs
         ],
     }

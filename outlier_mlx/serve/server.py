@@ -1,4 +1,4 @@
-"""Binding, loading, serving, ending."""
+"""Start the server, serve the model, and shut down."""
 
 import argparse
 import ipaddress
@@ -21,28 +21,30 @@ from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.mlxlm_server import Generator, Handler, Load, OneModel
 from outlier_mlx.terminal import working
 
-# What is still under way when the server ends is cut off after so long.
-END_SECONDS = 3.0
+# Time limit for replies that are still being generated when the server shuts down.
+SHUTDOWN_SECONDS = 3.0
 ANY_HOST = ("0.0.0.0", "::", "")
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where to serve, to whom, and how; the last twelve are those of `mlx_lm.server`.
+    """Options of the server. Those without a description here are options of `mlx_lm.server`.
 
     Attributes:
         host: address or name to bind.
-        port: 0 takes a free one.
-        api_key: what requests must carry; needed unless the host is a loopback address.
-        allow_origins: web origins that may ask, such as "https://chat.example"; "*" is any.
-        allow_hosts: names besides `host`, "localhost" and IP addresses that may stand in Host.
-        max_tokens: tokens that an answer may have; what a request gets that names no number.
-        max_body: bytes that a request's body may have.
-        max_context: tokens that prompt and answer may have together; None: as the model has it.
-        max_clients: connections at a time; more are told to come back.
+        port: port to bind; 0 picks a free port.
+        api_key: the key that requests must send; required unless the host is a loopback address.
+        allow_origins: allowed web origins, such as "https://chat.example"; "*" allows any.
+        allow_hosts: allowed Host names besides `host`, "localhost" and IP addresses.
+        max_tokens: largest number of tokens in a response, and the default for requests that set
+            none.
+        max_body: largest size of a request body in bytes.
+        max_context: largest number of tokens in prompt and response together; None: the model's
+            context length.
+        max_clients: connections at a time; further ones get status 503.
 
     Raises:
-        OutlierError: they are no options to serve with.
+        OutlierError: an option has a value that is not allowed.
     """
 
     host: str = "127.0.0.1"
@@ -68,7 +70,7 @@ class ServeOptions:
     quantized_kv_start: int = 5000
 
     def __post_init__(self) -> None:
-        """Refuse now what would be refused, or dangerous, later."""
+        """Check the options."""
         self.cache_options()
         key = self.api_key
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
@@ -81,7 +83,11 @@ class ServeOptions:
                 raise OutlierError(f"--allow-origin {origin}: expected SCHEME://HOST[:PORT], or *")
 
     def cache_options(self) -> Options:
-        """The options of the KV cache, checked."""
+        """The options of the KV cache.
+
+        Raises:
+            OutlierError: one has a value that is not allowed.
+        """
         return Options(
             kv_bits=self.kv_bits,
             kv_group_size=self.kv_group_size,
@@ -89,7 +95,7 @@ class ServeOptions:
         )
 
     def access(self) -> Access:
-        """Who may ask."""
+        """The access rules that follow from host, origins and key."""
         names = [host_name(host) for host in (self.host, *self.allow_hosts)]
         return Access(
             frozenset(name for name in names if name and not is_address(name)),
@@ -98,7 +104,7 @@ class ServeOptions:
         )
 
     def arguments(self) -> argparse.Namespace:
-        """What `mlx_lm.server` would have got from its command line."""
+        """The options as `mlx_lm.server` parses them from its command line."""
         return argparse.Namespace(
             model=None,
             adapter_path=None,
@@ -127,17 +133,17 @@ class ServeOptions:
 
 
 class Server(ThreadingHTTPServer):
-    """Bound to its port at once; it listens from `start` on.
+    """An HTTP server for one model. The constructor binds the port; `start` begins to listen.
 
     Args:
-        name: the model's, as clients see it.
-        load: makes model and tokenizer; called in the thread that generates.
-        options: where to serve, to whom, and how.
-        log: takes a line for each request.
-        warn: takes a line for what should not happen.
+        name: the model's name, as clients see it.
+        load: returns model and tokenizer; called in the thread that generates.
+        options: see `ServeOptions`.
+        log: called with one line for each request.
+        warn: called with one line for each unexpected error.
 
     Raises:
-        OutlierError: the address cannot be bound, or needs a key.
+        OutlierError: the address cannot be bound, or it requires an API key.
     """
 
     request_queue_size = 128
@@ -162,8 +168,8 @@ class Server(ThreadingHTTPServer):
             log,
             warn,
         )
-        self._active = 0
-        self._change = threading.Condition()
+        self._connections = 0
+        self._connections_changed = threading.Condition()
         self.address_family, address = _resolve(options)
         try:
             super().__init__(address, Handler, bind_and_activate=False)
@@ -172,18 +178,18 @@ class Server(ThreadingHTTPServer):
             if hasattr(self, "socket"):
                 self.server_close()
             place = f"{options.host}:{options.port}"
-            raise OutlierError(f"{place}: {error.strerror}; --port takes another") from None
+            raise OutlierError(f"{place}: {error.strerror}; choose another --port") from None
 
     @property
     def url(self) -> str:
-        """The base URL for clients on this machine or, if the host is not any, on others."""
+        """The base URL for clients; that of this machine if the server binds all addresses."""
         host, port = str(self.server_address[0]), self.server_address[1]
         if host in ANY_HOST:
             host = "127.0.0.1"
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
     def server_bind(self) -> None:
-        """Bind, without asking a name server for this machine's name as http.server does."""
+        """Bind without the DNS lookup of this machine's name that http.server makes."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -205,49 +211,53 @@ class Server(ThreadingHTTPServer):
         self.server_activate()
 
     def stop(self) -> bool:
-        """End replies and the thread that generates; whether all ended in time."""
+        """End all replies and the thread that generates.
+
+        Returns:
+            Whether the thread ended within `SHUTDOWN_SECONDS`.
+        """
         generator = getattr(self, "generator", None)
-        ended = generator is None or generator.stop(END_SECONDS)
-        with self._change:
-            self._change.wait_for(lambda: not self._active, END_SECONDS)
+        ended = generator is None or generator.stop(SHUTDOWN_SECONDS)
+        with self._connections_changed:
+            self._connections_changed.wait_for(lambda: not self._connections, SHUTDOWN_SECONDS)
         self.server_close()
         return ended
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection a thread, if there are not too many."""
-        with self._change:
-            full = self._active >= self.options.max_clients
-            self._active += not full
+        """Handle a connection in a new thread, or answer 503 if there are too many."""
+        with self._connections_changed:
+            full = self._connections >= self.options.max_clients
+            self._connections += not full
         if full:
             request.settimeout(1)
-            request.sendall(_busy())
+            request.sendall(_too_many_connections())
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
-        except BaseException:  # no thread was to be had
-            self._leave()
+        except BaseException:  # the system could not start a thread
+            self._connection_ended()
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection, and count it out."""
+        """Handle a connection, and lower the number of connections at its end."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._leave()
+            self._connection_ended()
 
-    def _leave(self) -> None:
-        with self._change:
-            self._active -= 1
-            self._change.notify_all()
+    def _connection_ended(self) -> None:
+        with self._connections_changed:
+            self._connections -= 1
+            self._connections_changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what ended a connection in one line."""
+        """Log the error that ended a connection in one line."""
         error = sys.exception()
         self.service.warn(f"{client_address[0]} {type(error).__name__}: {error}")
 
 
-def _busy() -> bytes:
+def _too_many_connections() -> bytes:
     body = json.dumps(Refused(503, "too many connections; try again").as_json()).encode()
     head = (
         "HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
@@ -256,10 +266,10 @@ def _busy() -> bytes:
 
 
 def _resolve(options: ServeOptions) -> tuple[socket.AddressFamily, Any]:
-    """The address to bind.
+    """Find the address to bind.
 
     Raises:
-        OutlierError: there is none, or others can reach it and no key was given.
+        OutlierError: the host is unknown, or other machines can reach it and no key is set.
     """
     try:
         found = socket.getaddrinfo(
@@ -270,14 +280,14 @@ def _resolve(options: ServeOptions) -> tuple[socket.AddressFamily, Any]:
         )
     except OSError as error:
         raise OutlierError(f"--host {options.host}: {error.strerror}") from None
-    # Clients try 127.0.0.1 for "localhost" more surely than ::1.
+    # IPv4 first: not every client tries ::1 for "localhost".
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     family, *_, address = found[0]
     loopback = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
     if options.api_key is None and not loopback:
         raise OutlierError(
-            f"--host {options.host} can be reached from other machines: an API key is needed"
-            " (--api-key, or the variable OUTLIER_MLX_API_KEY)"
+            f"--host {options.host} can be reached from other machines: set an API key"
+            " (--api-key, or the environment variable OUTLIER_MLX_API_KEY)"
         )
     return family, address
 
@@ -291,18 +301,21 @@ def serve(
     note: str = "",
     quiet: bool = False,
 ) -> NoReturn:
-    """Serve until SIGINT or SIGTERM, then end the process with status 0. For the main thread.
+    """Serve until SIGINT or SIGTERM, then end the process with exit code 0.
+
+    Call it in the main thread: only there can Python handle signals.
 
     Args:
-        name: the model's, as clients see it.
-        load: makes model and tokenizer; called in the thread that generates.
-        options: where to serve, to whom, and how.
-        log: takes lines for people.
-        note: what to say besides once it serves.
-        quiet: no note, and no line for each request.
+        name: the model's name, as clients see it.
+        load: returns model and tokenizer; called in the thread that generates.
+        options: see `ServeOptions`.
+        log: called with one line at a time for the user.
+        note: a line to log once the server is ready.
+        quiet: log neither the note nor a line for each request.
 
     Raises:
-        OutlierError: the address cannot be bound or needs a key, or the model cannot be loaded.
+        OutlierError: the address cannot be bound, it requires an API key, or the model cannot be
+            loaded.
     """
     server = Server(name, load, options, (lambda _: None) if quiet else log, log)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -310,20 +323,20 @@ def serve(
     try:
         with working(f"loading {name}", quiet=quiet):
             server.start()
-        log(f"serving {name} at {server.url} (Ctrl-C ends it)")
+        log(f"serving {name} at {server.url} (press Ctrl-C to stop)")
         if note and not quiet:
             log(note)
         server.serve_forever()
     except KeyboardInterrupt:
-        log("ending")
+        log("shutting down")
     finally:
-        # A second signal ends at once.
+        # A second signal ends the process immediately.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         server.stop()
-    # MLX frees what a thread compiled when that thread is gone for Python already, but with the
-    # interpreter's lock, and aborts the process if the interpreter ends meanwhile. And a long step
-    # of the model may still be under way.
+    # Skip Python's own shutdown. MLX may still be freeing the compiled functions of the generating
+    # thread after Python has joined it; this needs the GIL, and the process aborts if the
+    # interpreter ends first. Also, a long step of the model may still be running.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

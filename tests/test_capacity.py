@@ -1,4 +1,4 @@
-"""A server shares out the memory that its model leaves."""
+"""A server divides the memory that its model leaves free among conversations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from outlier_mlx.engine.memory import Budget, kv_bytes
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import tier_config
 from outlier_mlx.serve import server
-from outlier_mlx.serve.room import MOST_CONVERSATIONS, Room, find_room, share
+from outlier_mlx.serve.capacity import MAX_CONVERSATIONS, Capacity, capacity_for, find_capacity
 from tests.builders import write_overlay
 from tests.engine import tier_of
 
@@ -26,7 +26,7 @@ TOKENS = 8192
 
 @pytest.fixture(scope="module")
 def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("room")
+    folder = tmp_path_factory.mktemp("capacity")
     built = write_overlay(folder / "overlay", layers=2, moe_layers=(1,))
     return tier_of(built.path, None, folder / "my-tier")
 
@@ -39,15 +39,15 @@ def mac(tier: Path, conversations: float, tokens: int = TOKENS) -> Budget:
     return Budget(weights["total_size"] + cache, "this Mac's GPU")
 
 
-@given(conversations=st.integers(1, MOST_CONVERSATIONS), prompts=st.none() | st.integers(1, 8))
-def test_a_share_is_never_more_than_there_is(conversations: int, prompts: int | None):
-    room = share(conversations, prompts)
-    assert 1 <= room.decode_concurrency <= 32 and 1 <= room.prompt_concurrency <= 8
+@given(conversations=st.integers(1, MAX_CONVERSATIONS), prompts=st.none() | st.integers(1, 8))
+def test_the_capacity_never_exceeds_the_memory(conversations: int, prompts: int | None):
+    capacity = capacity_for(conversations, prompts)
+    assert 1 <= capacity.decode_concurrency <= 32 and 1 <= capacity.prompt_concurrency <= 8
     if prompts is None:
-        assert room.conversations == conversations
+        assert capacity.conversations == conversations
     else:
-        # One answer at least, which mlx-lm gives as many places as there are prompts.
-        assert room.conversations <= max(conversations, 2 * prompts - 1)
+        # At least one response; mlx-lm then allows as many responses as prompts.
+        assert capacity.conversations <= max(conversations, 2 * prompts - 1)
 
 
 @pytest.mark.parametrize(
@@ -55,19 +55,19 @@ def test_a_share_is_never_more_than_there_is(conversations: int, prompts: int | 
 )
 def test_as_many_as_fit(tier: Path, there_is: float, expected: tuple[int, int, int]) -> None:
     available = mac(tier, there_is)
-    room, conversations = find_room(tier, TOKENS, available=available)
-    assert (room.decode_concurrency, room.prompt_concurrency, conversations) == expected
-    # mlx-lm counts the caches under way among these bytes.
-    assert room.prompt_cache_bytes == available.nbytes - mac(tier, 0).nbytes
-    room, _ = find_room(tier, TOKENS, cache_bytes=1000, available=available)
-    assert room.prompt_cache_bytes == 1000
+    capacity, conversations = find_capacity(tier, TOKENS, available=available)
+    assert (capacity.decode_concurrency, capacity.prompt_concurrency, conversations) == expected
+    # mlx-lm counts the caches in use among these bytes.
+    assert capacity.prompt_cache_bytes == available.nbytes - mac(tier, 0).nbytes
+    capacity, _ = find_capacity(tier, TOKENS, cache_bytes=1000, available=available)
+    assert capacity.prompt_cache_bytes == 1000
 
 
 def test_more_than_there_is_is_refused_with_what_fits(tier: Path) -> None:
     available = mac(tier, 8.1)
-    assert find_room(tier, TOKENS, 8, 1, available=available)[1] == 8
+    assert find_capacity(tier, TOKENS, 8, 1, available=available)[1] == 8
     with pytest.raises(OutlierError) as refused:
-        find_room(tier, TOKENS, 32, available=available)
+        find_capacity(tier, TOKENS, 32, available=available)
     for words in (
         "the KV cache of 39 conversations of 8192 tokens",
         "--decode-concurrency 7",
@@ -75,16 +75,16 @@ def test_more_than_there_is_is_refused_with_what_fits(tier: Path) -> None:
         "--ignore-memory",
     ):
         assert words in str(refused.value)
-    assert find_room(tier, TOKENS, 7, available=available)[0].decode_concurrency == 7
+    assert find_capacity(tier, TOKENS, 7, available=available)[0].decode_concurrency == 7
     with pytest.raises(OutlierError, match="What helps: a smaller --max-context, or --kv-bits 4"):
-        find_room(tier, TOKENS, available=mac(tier, 0.9))
+        find_capacity(tier, TOKENS, available=mac(tier, 0.9))
 
 
 def test_connections_and_quantized_caches_bound_it(tier: Path) -> None:
     available = mac(tier, 2.2)
-    assert find_room(tier, TOKENS, 32, clients=2, available=available)[1] == 2
+    assert find_capacity(tier, TOKENS, 32, clients=2, available=available)[1] == 2
     # mlx-lm has no batches of quantized caches.
-    assert find_room(tier, TOKENS, 32, kv_bits=8, available=available)[1] == 1
+    assert find_capacity(tier, TOKENS, 32, kv_bits=8, available=available)[1] == 1
 
 
 def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,13 +95,13 @@ def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     command = ["serve", "--model", str(tier), "--max-context", "1000"]
     for there_is, options, expected in [
-        (4.5, [], Room(4, 1)),
-        (4.5, ["--decode-concurrency", "2"], Room(2, 1)),
-        (0.5, ["--ignore-memory"], Room(32, 8)),
+        (4.5, [], Capacity(4, 1)),
+        (4.5, ["--decode-concurrency", "2"], Capacity(2, 1)),
+        (0.5, ["--ignore-memory"], Capacity(32, 8)),
     ]:
         available = mac(tier, there_is, 1000)
         monkeypatch.setattr(memory, "budget", lambda ram_gb=None, found=available: found)
-        monkeypatch.setattr("outlier_mlx.serve.room.budget", memory.budget)
+        monkeypatch.setattr("outlier_mlx.serve.capacity.budget", memory.budget)
         result = CliRunner().invoke(cli.app, [*command, *options])
         assert result.exit_code == 0, result.output
         found, note = served.pop()

@@ -1,0 +1,93 @@
+"""How many conversations fit in memory at the same time."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from outlier_mlx.engine.memory import Budget, budget, check_fits, needs_of
+
+# The defaults of mlx-lm's server.
+MAX_RESPONSES = 32
+MAX_PROMPTS = 8
+MAX_CONVERSATIONS = MAX_RESPONSES + MAX_PROMPTS - 1
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a server does at the same time. The names are those of `mlx_lm.server`'s options.
+
+    Attributes:
+        decode_concurrency: responses generated together.
+        prompt_concurrency: prompts processed together.
+        prompt_cache_bytes: largest size of all KV caches together, in bytes; beyond it, caches of
+            finished conversations are dropped. None: no limit.
+    """
+
+    decode_concurrency: int = MAX_RESPONSES
+    prompt_concurrency: int = MAX_PROMPTS
+    prompt_cache_bytes: int | None = None
+
+    @property
+    def conversations(self) -> int:
+        """The largest number of conversations that have a KV cache in use at the same time.
+
+        mlx-lm processes more prompts while there is room for one more response, and allows at
+        least as many responses as prompts.
+        """
+        responses = max(self.decode_concurrency, self.prompt_concurrency)
+        return responses + self.prompt_concurrency - 1
+
+
+def capacity_for(conversations: int, prompts: int | None = None) -> Capacity:
+    """The capacity for this many conversations; by default, a quarter of them are prompts."""
+    prompts = prompts or max(1, min(MAX_PROMPTS, conversations // 4))
+    return Capacity(max(1, min(MAX_RESPONSES, conversations - prompts + 1)), prompts)
+
+
+def find_capacity(
+    folder: Path,
+    tokens: int,
+    responses: int | None = None,
+    prompts: int | None = None,
+    cache_bytes: int | None = None,
+    *,
+    kv_bits: int | None = None,
+    clients: int = MAX_CONVERSATIONS,
+    available: Budget | None = None,
+) -> tuple[Capacity, int]:
+    """Divide the memory that the weights leave free among conversations.
+
+    Args:
+        folder: the model folder.
+        tokens: tokens of a conversation.
+        responses: responses to generate together; None: as many as fit, at most 32.
+        prompts: prompts to process together; None: a quarter of the conversations, at most 8.
+        cache_bytes: largest size of all KV caches together, in bytes; None: all free memory.
+        kv_bits: bits of a quantized KV cache; mlx-lm then generates for one request at a time.
+        clients: connections at a time; each waits for one response.
+        available: memory for weights and caches; None: what this machine has.
+
+    Returns:
+        The server's capacity, and its number of conversations at the same time.
+
+    Raises:
+        OutlierError: the requested number does not fit, or not even one conversation does.
+    """
+    available = available or budget()
+    needs = needs_of(folder, available)
+    one = needs.cache(tokens, kv_bits)
+    free = max(0, available.nbytes - needs.weights)
+    fit = free // one if one else MAX_CONVERSATIONS
+    if responses is None:
+        capacity = capacity_for(min(fit, MAX_CONVERSATIONS), prompts)
+    else:
+        capacity = Capacity(responses, prompts or max(1, min(MAX_PROMPTS, responses // 4)))
+    conversations = 1 if kv_bits is not None else min(clients, capacity.conversations)
+    cures = ["a smaller --max-context"]
+    if conversations > 1 and fit:
+        cures.insert(0, f"--decode-concurrency {capacity_for(fit).decode_concurrency}")
+    check_fits(folder, tokens, kv_bits, available, conversations=conversations, cures=cures)
+    if one:
+        # Without batches, mlx-lm does not count the cache of the current conversation.
+        limit = free - one if kv_bits is not None else free
+        cache_bytes = limit if cache_bytes is None else min(cache_bytes, limit)
+    return replace(capacity, prompt_cache_bytes=cache_bytes), conversations
