@@ -153,7 +153,7 @@ def test_share_of_the_bandwidth(capsys: pytest.CaptureFixture[str]):
     assert ["tg10", "10.0", "120.0%"] in [line.split() for line in shown.out.splitlines()]
     assert shown.err == ""
 
-    note = "no bandwidth is known for Apple M99"
+    note = "no published bandwidth for Apple M99"
     unknown = result_on(Chip("Apple M99", "gpu", note=note))
     assert (unknown.decode_gb_s, unknown.of_bandwidth) == (9.0, None)
     bench_tables.print_result("tier", unknown)
@@ -172,7 +172,7 @@ def test_published_bandwidth():
         assert figure is None and why is not None and "300 or 400" in why
     assert published_bandwidth("Apple M6", 12, 48)[0] is None
     for name in ("Apple M1 (Virtual)", "Apple Paravirtual device", "Intel"):
-        assert published_bandwidth(name, 8, 8) == (None, f"no bandwidth is known for {name}")
+        assert published_bandwidth(name, 8, 8) == (None, f"no published bandwidth for {name}")
 
 
 def test_every_bandwidth_has_a_source():

@@ -196,13 +196,13 @@ def test_reset_and_another_system_prompt(loaded: Loaded):
 def test_what_no_template_takes(tier: Path):
     model, tokenizer = outlier_mlx.load(tier)
     conversation = Conversation(model, tokenizer, Options(max_tokens=400))
-    with pytest.raises(OutlierError, match=r"has 6\d\d tokens, and the model takes 512; /reset"):
+    with pytest.raises(OutlierError, match=r"has 6\d\d tokens; the context length is 512; /reset"):
         say(conversation, "!" * 600)
     assert not conversation.messages
     say(conversation, "!" * 300)
     assert len(conversation.cached) == 512
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(OutlierError, match="the chat template does not take this: roles must"):
+    with pytest.raises(OutlierError, match="the chat template failed: roles must"):
         say(conversation, "Hello")
     tokenizer.has_chat_template = False
     with pytest.raises(OutlierError, match="no chat template"):
@@ -252,20 +252,20 @@ def test_files_that_are_no_conversations(loaded: Loaded, tmp_path: Path):
             load(file, conversation, model)
         assert (conversation.messages, conversation.cached) == before
 
-    refused(path, "the cache of another model", "that model")
+    refused(path, "the cache belongs to another model", "that model")
     path.write_bytes(whole[:-10])
     refused(path, "truncated")
     path.write_bytes(whole.replace(b'"KVCache"', b'"deque  "'))
-    refused(path, "not a sound prompt cache")
+    refused(path, "damaged prompt cache")
     path.write_bytes(whole.replace(b'\\"version\\": 1', b'\\"version\\": 7'))
-    refused(path, "version 7 is not known")
+    refused(path, "version 7 is not supported")
     cached = json.dumps(conversation.cached).encode()
     fewer = json.dumps(conversation.cached[1:]).encode().ljust(len(cached))
     path.write_bytes(whole.replace(cached, fewer))
-    refused(path, "its cache does not fit its conversation")
+    refused(path, "the cache does not match its conversation")
     assert conversation.cache
     save_prompt_cache(str(path), conversation.cache[:1], {"model": "this model"})
-    refused(path, "not a sound prompt cache|does not fit")
+    refused(path, "damaged prompt cache|does not match")
     save_prompt_cache(str(path), conversation.cache)
     refused(path, "not a prompt cache of a conversation")
     text = tmp_path / "a.json"
@@ -308,7 +308,14 @@ def test_commands(tier: Path, tmp_path: Path):
     assert done.exit_code == 0
     first, second, _ = done.stdout.split("\n", 2)
     assert first == second
-    for words in ("saved", "begun anew", "1 messages", "temperature: 0.5", "Be brief", "/exit"):
+    for words in (
+        "saved",
+        "new conversation",
+        "1 messages",
+        "temperature: 0.5",
+        "Be brief",
+        "/exit",
+    ):
         assert words in done.stderr.replace("\n", " ")
     assert "never" not in done.stdout
 
@@ -325,7 +332,7 @@ def test_commands(tier: Path, tmp_path: Path):
         ("/save {folder}/no/such.json", "No such file or directory"),
         ("/load {folder}/none.json", "no such file"),
         ("/load {taken}", "not a saved conversation"),
-        ('"""two', "has no end"),
+        ('"""two', 'has no """ at its end'),
     ],
 )
 def test_commands_that_fail(tier: Path, tmp_path: Path, line: str, words: str):

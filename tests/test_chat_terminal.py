@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from outlier_mlx.cli import markdown
-from outlier_mlx.cli.markdown import harmless, renders_markdown, reply_writer
+from outlier_mlx.cli.markdown import renders_markdown, reply_writer, without_controls
 from tests.builders import write_overlay
 from tests.damage import edit_json
 from tests.engine import tier_of
@@ -108,11 +108,11 @@ def test_a_block_higher_than_the_terminal():
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_terminal_obeys_no_reply():
+def test_control_characters_are_not_sent():
     lines, sent = shown(["\x1b]0;evil\x07 and \x1b[2J\x9b1m", "\r\n\nend"])
     assert lines == ["␛]0;evil␇ and ␛[2J�1m", "", "end"]
     assert "\x1b]" not in sent and "\x07" not in sent and "\x9b" not in sent
-    assert harmless("a\tb\nc é 漢") == "a\tb\nc é 漢"
+    assert without_controls("a\tb\nc é 漢") == "a\tb\nc é 漢"
 
 
 def test_nothing_and_spaces_are_shown_too():
@@ -212,10 +212,10 @@ def terminal(tier: Path) -> Iterator[Terminal]:
 
 def test_a_session(terminal: Terminal):
     """Ctrl-C ends a reply, then a line; Ctrl-D ends the program."""
-    terminal.expect("/help lists commands; Ctrl-D ends")
+    terminal.expect("/help lists the commands; Ctrl-D ends the program")
     terminal.expect(">>> ")
     terminal.type("/hlep\n")
-    terminal.expect("no command /hlep; did you mean /help?")
+    terminal.expect("unknown command /hlep; did you mean /help?")
     terminal.expect(">>> ")
     terminal.type("/te\t0.0\n")
     terminal.expect("temperature: 0")
@@ -231,7 +231,7 @@ def test_a_session(terminal: Terminal):
     terminal.type("half a line")
     terminal.expect("half a line")
     # Python's readline misses a signal that comes while it is busy with a key.
-    terminal.type_until("\x03", "Ctrl-D or /exit ends")
+    terminal.type_until("\x03", "Ctrl-D or /exit ends the program")
     terminal.expect(">>> ")
     terminal.type('"""two\n')
     terminal.expect("... ")

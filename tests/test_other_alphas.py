@@ -36,7 +36,7 @@ def test_chat_and_its_caches_know_their_alphas(tier: Path, tmp_path: Path) -> No
     base = chat(tier, "--alpha", zero, "--prompt-cache", kept)
     assert base.exit_code == 0 and base.stdout != chat(tier).stdout
     other = chat(tier, "--prompt-cache", kept)
-    assert other.exit_code == 1 and "the cache of another model" in other.stderr
+    assert other.exit_code == 1 and "the cache belongs to another model" in other.stderr
     assert chat(tier, "--alpha", zero, "--prompt-cache", kept).exit_code == 0
 
 

@@ -1,4 +1,4 @@
-"""Replies on a terminal: Markdown, rendered block by block as it comes."""
+"""Replies on a terminal: Markdown, rendered block by block while it is generated."""
 
 import time
 from collections.abc import Iterator
@@ -11,56 +11,56 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-# Seconds between two renderings of the block that is being written.
+# Least time in seconds between two drawings of the unfinished block.
 INTERVAL = 0.08
-# Lines of the terminal left free below it.
+# Lines of the terminal that stay free below the unfinished block.
 SPARE_LINES = 2
 
 
 class Writer(Protocol):
-    """Takes a reply, piece by piece."""
+    """Shows a reply that arrives in pieces."""
 
     def write(self, text: str) -> None:
-        """Show some more text."""
+        """Show the next piece of text."""
 
 
 class PlainWriter:
-    """Prints pieces as they are; on a terminal without what would control it."""
+    """Prints pieces unchanged; on a terminal, with control characters made visible."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def write(self, text: str) -> None:
-        """Print some text."""
-        self.console.file.write(harmless(text) if self.console.is_terminal else text)
+        """Print the next piece of text."""
+        self.console.file.write(without_controls(text) if self.console.is_terminal else text)
         self.console.file.flush()
 
 
 class MarkdownWriter:
-    """Renders Markdown while it is being written.
+    """Renders Markdown while it is being generated.
 
-    A block that another one follows is finished: it is printed for good. Below it the block at the
-    end is drawn anew as it grows, or as much of its end as the terminal has room for.
+    A block is finished once another block follows; finished blocks are printed once. The last block
+    is drawn again as it grows; if it is too long for the terminal, only its last lines are drawn.
     """
 
     def __init__(self, console: Console, live: Live) -> None:
         self.console = console
         self.live = live
-        self.text = ""  # of the block at the end
+        self.text = ""  # of the unfinished block
         self.drawn = 0.0
         self.printed = False
 
     def write(self, text: str) -> None:
-        """Add some text, and show it if the last drawing is not too recent."""
-        self.text += harmless(text)
+        """Add a piece of text, and draw it if the last drawing is older than `INTERVAL`."""
+        self.text += without_controls(text)
         if time.monotonic() - self.drawn >= INTERVAL:
             self._print_finished()
-            room = max(1, self.console.height - SPARE_LINES)
-            self.live.update(_Lines(self.text, room), refresh=True)
+            limit = max(1, self.console.height - SPARE_LINES)
+            self.live.update(_Lines(self.text, limit), refresh=True)
             self.drawn = time.monotonic()
 
     def finish(self) -> None:
-        """Print what is left for good."""
+        """Print the last block."""
         self._print_finished()
         self.live.update("", refresh=True)
         if self.text.strip():
@@ -83,11 +83,11 @@ class MarkdownWriter:
 
 
 class _Lines:
-    """Markdown without the empty lines around it; its last lines only, if `room` says so."""
+    """Markdown without empty lines around it; only its last `limit` lines, if that is given."""
 
-    def __init__(self, text: str, room: int | None = None) -> None:
+    def __init__(self, text: str, limit: int | None = None) -> None:
         self.text = text
-        self.room = room
+        self.limit = limit
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(Markdown(self.text), options, pad=False)
@@ -95,7 +95,7 @@ class _Lines:
             lines.pop(0)
         while lines and all(map(_is_empty, lines[-1])):
             lines.pop()
-        for line in lines if self.room is None else lines[-self.room :]:
+        for line in lines if self.limit is None else lines[-self.limit :]:
             yield from line
             yield Segment.line()
 
@@ -106,13 +106,13 @@ def _is_empty(segment: Segment) -> bool:
 
 
 def renders_markdown(console: Console) -> bool:
-    """Whether Markdown can be rendered there, and is wanted."""
+    """Whether the console is a terminal that shows colours, and `NO_COLOR` is not set."""
     return console.is_terminal and not console.no_color and not console.is_dumb_terminal
 
 
 @contextmanager
 def reply_writer(console: Console, *, markdown: bool) -> Iterator[Writer]:
-    """What shows a reply: Markdown rendered if asked, else the text as it is."""
+    """A writer for one reply: one that renders Markdown, or one that prints plain text."""
     if not markdown:
         yield PlainWriter(console)
         return
@@ -124,8 +124,8 @@ def reply_writer(console: Console, *, markdown: bool) -> Iterator[Writer]:
             writer.finish()
 
 
-def harmless(text: str) -> str:
-    """The text with control characters shown instead of sent: a terminal would obey them."""
+def without_controls(text: str) -> str:
+    """The text with control characters as visible symbols, so that a terminal ignores them."""
     return "".join(_visible(c) for c in text if c != "\r")
 
 

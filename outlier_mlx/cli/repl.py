@@ -1,4 +1,4 @@
-"""The chat's loop: reads lines, obeys commands, shows replies."""
+"""The loop of `outlier-mlx chat`: reads lines, runs commands, shows replies."""
 
 import difflib
 import io
@@ -25,35 +25,35 @@ PROMPT = ">>> "
 MORE = "... "
 BLOCK = '"""'
 HELP = {
-    "/help": "this list",
-    "/reset": "begin anew; the system prompt stays",
+    "/help": "show this list",
+    "/reset": "start a new conversation with the same system prompt",
     "/system [TEXT]": "set the system prompt, or show it",
     "/temp [X]": "set the sampling temperature, or show it; 0: greedy",
-    "/save FILE": "save the conversation; in FILE.safetensors, with KV cache",
-    "/load FILE": "go on with a saved conversation",
-    "/exit": "end; so does Ctrl-D",
+    "/save FILE": "save the conversation; as FILE.safetensors, with its KV cache",
+    "/load FILE": "continue a saved conversation",
+    "/exit": "end the program, like Ctrl-D",
 }
 HINTS = (
-    'A line that begins with """ opens a message of several lines, which """ ends.',
-    "// at the beginning of a message stands for /. Ctrl-C ends a reply.",
+    'Begin and end a message of several lines with """.',
+    "For a message that begins with /, type //. Ctrl-C stops a reply.",
 )
 
 
 class Finished(Exception):
-    """The user is done."""
+    """The user ended the program."""
 
 
 @dataclass
 class Chat:
-    """A conversation on a terminal, or between pipes.
+    """A conversation on a terminal or in a pipe.
 
     Attributes:
-        conversation: what is said.
+        conversation: messages, KV cache and model.
         model: `files.identity` of the model.
-        cache_file: where the conversation is kept between runs, with its KV cache.
+        cache_file: file that keeps the conversation and its KV cache between runs, or None.
         quiet: show no statistics.
-        out: where replies go.
-        err: where everything else goes.
+        out: console for replies.
+        err: console for everything else.
     """
 
     conversation: Conversation
@@ -68,17 +68,17 @@ class Chat:
     )
 
     def __post_init__(self) -> None:
-        """Find out whom it talks with."""
+        """Check whether input and output are terminals."""
         self.asks = sys.stdin.isatty()
         self.markdown = renders_markdown(self.out)
         self._known: set[Path] = set()
 
     def run(self) -> None:
-        """Talk until the user is done.
+        """Answer messages and commands until the user ends the program.
 
         Raises:
-            OutlierError: without a terminal, what a line asked for failed; or a file is not a
-                conversation, or cannot be written.
+            OutlierError: a command or reply failed without a terminal; or the cache file is not a
+                saved conversation.
         """
         if self.cache_file is not None and self.cache_file.exists():
             self._load(self.cache_file)
@@ -87,7 +87,7 @@ class Chat:
         if self.asks:
             _use_readline()
             if not self.quiet:
-                self._note("/help lists commands; Ctrl-D ends")
+                self._note("/help lists the commands; Ctrl-D ends the program")
         with suppress(Finished):
             while True:
                 self._turn()
@@ -98,7 +98,7 @@ class Chat:
         try:
             text = self._read()
             if text.startswith("/") and not text.startswith("//"):
-                self._obey(*text.strip().partition(" ")[::2])
+                self._command(*text.strip().partition(" ")[::2])
             elif text.strip():
                 self._reply(text.removeprefix("/") if text.startswith("//") else text)
         except EOFError:
@@ -109,14 +109,14 @@ class Chat:
             if not self.asks:
                 raise
             self.err.print()
-            self._note("Ctrl-D or /exit ends")
+            self._note("Ctrl-D or /exit ends the program")
         except (OutlierError, OSError) as error:
             if not self.asks:
                 raise
             self.err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
 
     def _read(self) -> str:
-        """A message: a line, or the lines between triple quotes."""
+        """Read a message: one line, or the lines between triple quotes."""
         line = self._line(PROMPT)
         if not line.startswith(BLOCK):
             return line
@@ -125,7 +125,7 @@ class Chat:
             try:
                 lines.append(self._line(MORE))
             except EOFError:
-                raise OutlierError(f"the message that {BLOCK} opened has no end") from None
+                raise OutlierError(f"the message has no {BLOCK} at its end") from None
         lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
         return "\n".join(lines).strip("\n")
 
@@ -160,19 +160,19 @@ class Chat:
             self._statistics(last)
 
     def _statistics(self, last: GenerationResponse) -> None:
-        limit = " (all that --max-tokens allows)" if last.finish_reason == "length" else ""
+        limit = " (limit of --max-tokens)" if last.finish_reason == "length" else ""
         self._note(
             f"{last.prompt_tokens} tokens read, {last.generation_tokens} written{limit},"
             f" {last.generation_tps:.1f} tokens/s"
         )
 
-    def _obey(self, name: str, argument: str) -> None:
+    def _command(self, name: str, argument: str) -> None:
         argument = argument.strip()
         known = {usage.split()[0]: usage for usage in HELP}
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else "; /help lists them"
-            raise OutlierError(f"no command {name}{hint}")
+            raise OutlierError(f"unknown command {name}{hint}")
         if "FILE" in known[name] and not argument:
             raise OutlierError(f"usage: {known[name]}")
         {
@@ -194,7 +194,7 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        self._note("begun anew")
+        self._note("new conversation")
 
     def _exit(self, _: str) -> None:
         raise Finished
@@ -232,7 +232,7 @@ class Chat:
         self._note(f"{path}: {len(self.conversation.messages) // 2} messages and their replies")
 
     def _note(self, text: str) -> None:
-        # Whoever reads a pipe wants lines whole.
+        # Do not wrap lines for a program that reads them.
         self.err.print(f"[dim]{escape(text)}[/]", soft_wrap=not self.err.is_terminal)
 
 
@@ -242,7 +242,7 @@ def _path(text: str) -> Path:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C instead of raising it; a second one is raised."""
+    """Catch the first Ctrl-C; the yielded function says whether it came. A second one raises."""
     seen: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -260,7 +260,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _no_echo() -> Iterator[None]:
-    """Keep what is typed, Ctrl-C too, from being shown amid what is being drawn."""
+    """Do not show typed characters, such as ^C, in the middle of the reply."""
     if not sys.stdin.isatty():
         yield
         return
@@ -276,7 +276,7 @@ def _no_echo() -> Iterator[None]:
 
 
 def _use_readline() -> None:
-    """Line editing and history, and Tab for commands, where Python has them."""
+    """Turn on line editing, history and Tab completion, if Python has the module."""
     try:
         import readline
     except ImportError:

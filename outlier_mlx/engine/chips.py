@@ -1,4 +1,4 @@
-"""What runs here: the chip's name, and the memory bandwidth that Apple publishes for it."""
+"""This machine's chip: its name, and the memory bandwidth that Apple publishes for it."""
 
 import json
 import os
@@ -13,14 +13,16 @@ from outlier_mlx.runtime.ops import use_metal
 
 
 @dataclass(frozen=True)
-class Published:
-    """A chip's memory bandwidth, and which configurations have it; docs/bench.md has the sources.
+class Bandwidth:
+    """Published memory bandwidth of a chip or of some of its configurations.
+
+    Sources: docs/bench.md.
 
     Attributes:
-        name: as MLX and macOS say it.
+        name: the chip's name in MLX and macOS.
         gb_s: GB/s, decimal.
-        gpu_cores: of the configurations that have it; 0: any.
-        memory: sizes in GB of the configurations that have it; empty: any.
+        gpu_cores: GPU cores of these configurations; 0: any number.
+        memory: memory sizes of these configurations in GB; empty: any size.
     """
 
     name: str
@@ -30,44 +32,44 @@ class Published:
 
 
 BANDWIDTHS = (
-    Published("Apple M1", 68.25),
-    Published("Apple M1 Pro", 200),
-    Published("Apple M1 Max", 400),
-    Published("Apple M1 Ultra", 800),
-    Published("Apple M2", 100),
-    Published("Apple M2 Pro", 200),
-    Published("Apple M2 Max", 400),
-    Published("Apple M2 Ultra", 800),
-    Published("Apple M3", 100),
-    Published("Apple M3 Pro", 150),
-    Published("Apple M3 Max", 300, gpu_cores=30),
-    Published("Apple M3 Max", 400, gpu_cores=40),
-    Published("Apple M3 Ultra", 819),
-    Published("Apple M4", 120),
-    Published("Apple M4 Pro", 273),
-    Published("Apple M4 Max", 410, gpu_cores=32),
-    Published("Apple M4 Max", 546, gpu_cores=40),
-    Published("Apple M5", 153),
-    Published("Apple M5 Pro", 307),
-    Published("Apple M5 Max", 460, gpu_cores=32),
-    Published("Apple M5 Max", 614, gpu_cores=40),
-    Published("Apple M5 Ultra", 1200),
-    Published("Apple M6", 153, memory=(16,)),
-    Published("Apple M6", 170, memory=(24, 32)),
+    Bandwidth("Apple M1", 68.25),
+    Bandwidth("Apple M1 Pro", 200),
+    Bandwidth("Apple M1 Max", 400),
+    Bandwidth("Apple M1 Ultra", 800),
+    Bandwidth("Apple M2", 100),
+    Bandwidth("Apple M2 Pro", 200),
+    Bandwidth("Apple M2 Max", 400),
+    Bandwidth("Apple M2 Ultra", 800),
+    Bandwidth("Apple M3", 100),
+    Bandwidth("Apple M3 Pro", 150),
+    Bandwidth("Apple M3 Max", 300, gpu_cores=30),
+    Bandwidth("Apple M3 Max", 400, gpu_cores=40),
+    Bandwidth("Apple M3 Ultra", 819),
+    Bandwidth("Apple M4", 120),
+    Bandwidth("Apple M4 Pro", 273),
+    Bandwidth("Apple M4 Max", 410, gpu_cores=32),
+    Bandwidth("Apple M4 Max", 546, gpu_cores=40),
+    Bandwidth("Apple M5", 153),
+    Bandwidth("Apple M5 Pro", 307),
+    Bandwidth("Apple M5 Max", 460, gpu_cores=32),
+    Bandwidth("Apple M5 Max", 614, gpu_cores=40),
+    Bandwidth("Apple M5 Ultra", 1200),
+    Bandwidth("Apple M6", 153, memory=(16,)),
+    Bandwidth("Apple M6", 170, memory=(24, 32)),
 )
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What computes.
+    """The chip that computes.
 
     Attributes:
-        name: of the chip, as MLX says it.
+        name: the chip's name in MLX.
         device: "gpu" or "cpu".
-        gpu_cores: where macOS says how many.
-        memory_gb: of the machine, in units of 2**30 bytes, where it is known.
-        bandwidth_gb_s: published; None where it is not known, or not what limits.
-        note: why there is no bandwidth.
+        gpu_cores: number of GPU cores, or None if not known.
+        memory_gb: the machine's memory in units of 2**30 bytes, or None if not known.
+        bandwidth_gb_s: published memory bandwidth; None if not known, and on the CPU.
+        note: why there is no bandwidth, or None.
     """
 
     name: str
@@ -79,11 +81,11 @@ class Chip:
 
 
 def this_chip() -> Chip:
-    """The chip that MLX's default device is on."""
+    """The chip of MLX's default device."""
     name = str(mx.device_info().get("device_name", "unknown chip"))
     memory = _memory_gb()
     if not use_metal():
-        note = "on the CPU: no published bandwidth to compare with"
+        note = "on the CPU: no published bandwidth for comparison"
         return Chip(name, "cpu", memory_gb=memory, note=note)
     cores = _gpu_cores() if sys.platform == "darwin" else None
     gb_s, why = published_bandwidth(name, cores, memory)
@@ -93,16 +95,19 @@ def this_chip() -> Chip:
 def published_bandwidth(
     name: str, gpu_cores: int | None, memory_gb: int | None
 ) -> tuple[float | None, str | None]:
-    """A chip's memory bandwidth in GB/s, or None and why.
+    """Look up a chip's memory bandwidth.
 
     Args:
-        name: the chip, as MLX says it.
-        gpu_cores: None where they are not known.
-        memory_gb: likewise.
+        name: the chip's name in MLX.
+        gpu_cores: number of GPU cores, or None if not known.
+        memory_gb: memory in units of 2**30 bytes, or None if not known.
+
+    Returns:
+        GB/s and None, or None and the reason.
     """
     known = [row for row in BANDWIDTHS if row.name == name]
     if not known:
-        return None, f"no bandwidth is known for {name}"
+        return None, f"no published bandwidth for {name}"
     fitting = [
         row
         for row in known
@@ -111,7 +116,7 @@ def published_bandwidth(
     if len(fitting) == 1:
         return fitting[0].gb_s, None
     figures = listed((f"{row.gb_s:g}" for row in known), last="or")
-    return None, f"{name} has {figures} GB/s, depending on its configuration, which is not known"
+    return None, f"{name} has {figures} GB/s, depending on its configuration (not known)"
 
 
 def _memory_gb() -> int | None:
@@ -123,7 +128,7 @@ def _memory_gb() -> int | None:
 
 
 def _gpu_cores() -> int | None:
-    """GPU cores as macOS tells them; its report names them `sppci_cores`, as text."""
+    """The number of GPU cores on macOS, or None."""
     command = ["/usr/sbin/system_profiler", "SPDisplaysDataType", "-json"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -133,7 +138,10 @@ def _gpu_cores() -> int | None:
 
 
 def parse_gpu_cores(report: str) -> int | None:
-    """GPU cores in the JSON of `system_profiler SPDisplaysDataType -json`, or None."""
+    """The number of GPU cores in the output of `system_profiler SPDisplaysDataType -json`.
+
+    It is the text in `sppci_cores`; None if there is none.
+    """
     try:
         cards = json.loads(report)["SPDisplaysDataType"]
         return next(int(card["sppci_cores"]) for card in cards if "sppci_cores" in card)

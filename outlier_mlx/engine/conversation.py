@@ -1,4 +1,4 @@
-"""A conversation: messages, and a KV cache that goes on from turn to turn."""
+"""A conversation: its messages, and a KV cache that is kept from turn to turn."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,26 +18,26 @@ Message = dict[str, str]
 
 
 class Stopped(Exception):
-    """The user ended a reply while the prompt was still being read."""
+    """The user stopped a reply while the prompt was still being processed."""
 
 
 class Conversation:
-    """Messages, and what the model has read of them.
+    """The messages of a conversation and their KV cache.
 
-    Only what the KV cache does not hold yet is read for a reply. What the model wrote stays in the
-    cache as the tokens that it wrote, which need not be those that its text would be split into.
+    For each reply, only the tokens that are not in the KV cache yet are processed. The cache keeps
+    the model's own tokens. The tokenizer might split the same text into other tokens.
 
     Args:
-        model: as `outlier_mlx.load` returns it.
-        tokenizer: likewise; it must have a chat template.
-        options: how to generate. `system_prompt` is the conversation's.
+        model: the model that `outlier_mlx.load` returns.
+        tokenizer: the tokenizer that `outlier_mlx.load` returns; it must have a chat template.
+        options: options of generation; `system_prompt` belongs to the conversation.
 
     Attributes:
-        messages: as chat templates take them.
+        messages: messages with "role" and "content", as chat templates expect them.
         options: may be replaced between replies.
-        cache: mlx-lm's cache of each layer, or None if what it holds is not known.
-        cached: the tokens that it holds.
-        read: tokens that the last reply had to read.
+        cache: mlx-lm's cache of each layer, or None if its content is not known.
+        cached: the tokens in the cache.
+        read: number of prompt tokens that the last reply had to process.
 
     Raises:
         OutlierError: the model has no chat template.
@@ -55,26 +55,26 @@ class Conversation:
         self.forget()
 
     def reset(self) -> None:
-        """Begin anew, with the same system prompt."""
+        """Start a new conversation with the same system prompt."""
         self.messages = []
         self.forget()
 
     def set_system(self, text: str | None) -> None:
-        """Change the system prompt; what was said stays."""
+        """Change the system prompt and keep the messages."""
         self.options = replace(self.options, system_prompt=text)
 
     def forget(self) -> None:
-        """Drop the KV cache; the next reply reads everything again."""
+        """Drop the KV cache; the next reply processes all messages again."""
         self.cache: list[Any] | None = None
         self.cached: list[int] = []
         self.read = 0
-        # The template's text up to the end of the last reply, and its tokens as they were read and
-        # written.
+        # The rendered conversation up to the end of the last reply, and the tokens that the model
+        # read and wrote for it.
         self.spoken: tuple[str, list[int]] = ("", [])
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model was made for, if that is known."""
+        """The model's context length in tokens, or None if it is not known."""
         return context_length(self.model)
 
     def reply(
@@ -84,21 +84,21 @@ class Conversation:
         progress: Progress | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[GenerationResponse]:
-        """Say something, and get the model's reply.
+        """Send a message, and generate the model's reply.
 
-        Whatever ends the reply early, what was written of it stays in the conversation; if nothing
-        was, neither does the question.
+        A reply that ends early stays in the conversation as far as it was written. If nothing was
+        written, the user's message is removed again.
 
         Args:
             text: the user's message.
-            progress: told tokens read and tokens to read.
-            stopped: asked before each step whether to end the reply.
+            progress: progress callback (prompt tokens processed, prompt tokens in total).
+            stopped: called before each step; True ends the reply.
 
         Yields:
-            mlx-lm's responses, the last with a finish reason unless the reply was stopped.
+            mlx-lm's responses. The last one has a finish reason unless the reply was stopped.
 
         Raises:
-            OutlierError: the template does not take the conversation, or it is too long.
+            OutlierError: the chat template fails, or the conversation is too long.
         """
         self.messages.append({"role": "user", "content": text})
         answer, response = "", None
@@ -108,7 +108,7 @@ class Conversation:
                 answer += response.text
                 yield response
             if response is not None and response.finish_reason is not None:
-                # The token that ended the reply is the template's to write.
+                # The template itself writes the token that ends the reply.
                 end = -1 if response.finish_reason == "stop" else None
                 self.spoken = (prompt + answer, tokens + self.cached[len(tokens) : end])
         except Stopped:
@@ -120,15 +120,15 @@ class Conversation:
                 self.messages.pop()
 
     def _prompt(self) -> tuple[str, list[int]]:
-        """The whole conversation in the template's words, and its tokens."""
+        """The whole conversation as rendered text, and its tokens."""
         system = self.options.system_prompt
         first = [] if system is None else [{"role": "system", "content": system}]
         try:
             text = self.tokenizer.apply_chat_template(
                 first + self.messages, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # templates raise what they like
-            raise OutlierError(f"the chat template does not take this: {error}") from error
+        except Exception as error:  # a chat template can raise anything
+            raise OutlierError(f"the chat template failed: {error}") from error
         before, tokens = self.spoken
         rest = text.removeprefix(before)
         if not before or rest == text or not self._begins_apart(rest):
@@ -136,17 +136,17 @@ class Conversation:
         tokens = tokens + self.tokenizer.encode(rest, add_special_tokens=False)
         if self.context is not None and len(tokens) >= self.context:
             raise OutlierError(
-                f"the conversation has {len(tokens)} tokens, and the model takes {self.context};"
-                " /reset begins anew"
+                f"the conversation has {len(tokens)} tokens; the context length is {self.context};"
+                " /reset starts a new conversation"
             )
         return text, tokens
 
     def _begins_apart(self, text: str) -> bool:
-        """Whether the text begins with a token that never joins what stands before it."""
+        """Whether the text begins with an added token, which never merges with text before it."""
         return any(text.startswith(token) for token in self.tokenizer.get_added_vocab())
 
     def _cache_for(self, tokens: list[int]) -> tuple[list[Any], int]:
-        """A cache that holds a beginning of `tokens`, and how many of them: not all."""
+        """A cache of a prefix of `tokens`, and the prefix's length: less than all tokens."""
         if self.cache is not None:
             pairs = zip(self.cached, tokens[:-1], strict=False)
             known = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
@@ -166,10 +166,10 @@ class Conversation:
         progress: Progress | None,
         stopped: Callable[[], bool],
     ) -> Iterator[GenerationResponse]:
-        """Extend the cache by what is new in `tokens`, and by the reply.
+        """Add the new `tokens` and the reply to the cache.
 
-        Between steps the cache holds exactly `cached`, and is the conversation's; within a step it
-        is nobody's, so that an exception leaves it behind.
+        Between steps, `self.cache` holds exactly the tokens `self.cached`. During a step it is
+        None, so that after an exception no cache of unknown content is used.
         """
         cache, known = self._cache_for(tokens)
         self.cache, self.cached = None, tokens[:known]

@@ -1,4 +1,4 @@
-"""Conversations on disk: messages as JSON, or with the KV cache as mlx-lm's prompt cache file."""
+"""Saved conversations: JSON with the messages, or mlx-lm's prompt cache file with the KV cache."""
 
 import hashlib
 import json
@@ -18,13 +18,19 @@ FORMAT = "outlier-mlx chat"
 VERSION = 1
 SUFFIX = ".safetensors"
 CACHES = ("KVCache", "RotatingKVCache", "QuantizedKVCache")
-# mlx-lm makes lists as long as these numbers say.
+# mlx-lm builds lists of the lengths in these keys: limit the number of digits.
 _CACHE_KEYS = re.compile(r"0\.\w{1,32}|1\.\d{1,4}|2\.\d{1,5}(\.[01])?")
 _TENSOR_NAMES = re.compile(r"\d{1,4}\.\d(\.\d)?")
 
 
 def identity(folder: Path, dtype: str | None, alpha: Path | None = None) -> str:
-    """A digest of what a KV cache depends on: the model's files, its dtype, and other alphas."""
+    """A SHA-256 digest of everything that a KV cache depends on.
+
+    Args:
+        folder: the model folder; its manifest, config and sizes of weight files count.
+        dtype: activation dtype of `--dtype`, or None.
+        alpha: file of `--alpha`, or None.
+    """
     state = [dtype, str(mx.default_device().type)]
     if alpha is not None:
         state.append(f"alpha {hashlib.sha256(alpha.read_bytes()).hexdigest()}")
@@ -37,17 +43,17 @@ def identity(folder: Path, dtype: str | None, alpha: Path | None = None) -> str:
 
 
 def save(path: Path, conversation: Conversation, model: str) -> None:
-    """Write a conversation; with its KV cache if the name ends in .safetensors.
+    """Save a conversation; with its KV cache if the file name ends in .safetensors.
 
-    The file appears whole or not at all, and only its owner can read it.
+    The file is replaced atomically, and only its owner can read it.
 
     Args:
-        path: the file, replaced if it exists.
-        conversation: what was said.
+        path: the file; an existing file is replaced.
+        conversation: the conversation to save.
         model: `identity` of the model.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if path.suffix == SUFFIX:
         with whole_file(path, private=True) as part:
@@ -58,15 +64,16 @@ def save(path: Path, conversation: Conversation, model: str) -> None:
 
 
 def load(path: Path, conversation: Conversation, model: str) -> None:
-    """Go on from a conversation on disk.
+    """Load a saved conversation.
 
     Args:
         path: a file that `save` wrote.
-        conversation: becomes what was saved.
-        model: `identity` of the model; a KV cache is only taken if it has the same.
+        conversation: its messages, system prompt and cache are replaced.
+        model: `identity` of the model; a KV cache must have the same.
 
     Raises:
-        OutlierError: it is no such file, or another model's cache; nothing was changed.
+        OutlierError: the file is not a saved conversation, or its cache belongs to another model;
+            the conversation is unchanged.
     """
     try:
         if path.suffix == SUFFIX:
@@ -90,20 +97,20 @@ def _document(conversation: Conversation) -> dict[str, Any]:
 
 
 def _parse(document: object, path: Path) -> tuple[str | None, list[Message]]:
-    """The system prompt and messages of `_document`, checked."""
+    """Check a `_document`; returns its system prompt and messages."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise OutlierError(f"{path}: not a saved conversation")
     if document.get("version") != VERSION:
-        raise OutlierError(f"{path}: version {document.get('version')!r} is not known here")
+        raise OutlierError(f"{path}: version {document.get('version')!r} is not supported")
     system, messages = document.get("system"), document.get("messages")
     if not (system is None or isinstance(system, str)) or not isinstance(messages, list):
-        raise OutlierError(f"{path}: system must be text, and messages a list")
+        raise OutlierError(f"{path}: system must be a string, messages must be a list")
     for number, message in enumerate(messages):
         role = "assistant" if number % 2 else "user"
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             raise OutlierError(f"{path}: message {number}: expected a role and a content")
         if message["role"] != role or not isinstance(message["content"], str):
-            raise OutlierError(f"{path}: message {number}: expected text of the {role}")
+            raise OutlierError(f"{path}: message {number}: expected a string from role {role!r}")
     if len(messages) % 2:
         raise OutlierError(f"{path}: the last message has no reply")
     return system, messages
@@ -133,21 +140,21 @@ def _load_cache(path: Path, conversation: Conversation, model: str) -> None:
         if not all(map(_CACHE_KEYS.fullmatch, keys)) or keys.get("0.model") is None:
             raise OutlierError(f"{path}: not a prompt cache of a conversation")
         if keys["0.model"] != model:
-            raise OutlierError(f"{path}: the cache of another model, or of another --dtype")
+            raise OutlierError(f"{path}: the cache belongs to another model, or to another --dtype")
         cache, metadata = load_prompt_cache(str(path), return_metadata=True)
-        # Read now: the file is replaced when the conversation is saved.
+        # Evaluate now: the file is replaced when the conversation is saved.
         mx.eval([layer.state for layer in cache])
         names = ("document", "cached", "spoken")
         parsed: list[Any] = [parse_json(metadata[n].encode(), path.name) for n in names]
     except (OutlierError, OSError, MemoryError):
         raise
-    except Exception as error:  # whatever mlx-lm stumbles over
+    except Exception as error:  # mlx-lm raises many types of errors for damaged files
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise OutlierError(f"{path}: not a sound prompt cache: {reason}") from None
+        raise OutlierError(f"{path}: damaged prompt cache: {reason}") from None
     document, cached, spoken = parsed
     system, messages = _parse(document, path)
-    if not _holds(cache, cached, conversation) or not _is_beginning(spoken, cached):
-        raise OutlierError(f"{path}: its cache does not fit its conversation")
+    if not _fits_model(cache, cached, conversation) or not _is_prefix(spoken, cached):
+        raise OutlierError(f"{path}: the cache does not match its conversation")
     conversation.reset()
     conversation.set_system(system)
     conversation.messages = messages
@@ -156,8 +163,8 @@ def _load_cache(path: Path, conversation: Conversation, model: str) -> None:
         conversation.spoken = (spoken[0], cached[: spoken[1]])
 
 
-def _holds(cache: list[Any], cached: Any, conversation: Conversation) -> bool:
-    """Whether each layer's cache is one for this model, and of as many tokens."""
+def _fits_model(cache: list[Any], cached: Any, conversation: Conversation) -> bool:
+    """Whether each layer's cache fits this model and holds `len(cached)` tokens."""
     args = getattr(conversation.model, "args", None)
     heads = getattr(args, "num_key_value_heads", None)
     vocab = getattr(args, "vocab_size", len(conversation.tokenizer.get_vocab()))
@@ -180,7 +187,7 @@ def _holds(cache: list[Any], cached: Any, conversation: Conversation) -> bool:
     return True
 
 
-def _is_beginning(spoken: Any, cached: list[int]) -> bool:
+def _is_prefix(spoken: Any, cached: list[int]) -> bool:
     if not isinstance(spoken, list) or len(spoken) != 2 or not isinstance(spoken[0], str):
         return False
     return type(spoken[1]) is int and 0 <= spoken[1] <= len(cached)
