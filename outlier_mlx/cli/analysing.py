@@ -8,6 +8,7 @@ import typer
 
 from outlier_mlx.cli.app import app, say
 from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
+from outlier_mlx.measure.pictures import Format
 
 if TYPE_CHECKING:
     from outlier_mlx.measure.outlier_accumulate import Hold
@@ -56,6 +57,7 @@ def outliers(
     residual: Annotated[
         bool, typer.Option("--residual", help="Also describe the residual stream.")
     ] = False,
+    plots: Annotated[Format, typer.Option(help="File format of the pictures.")] = "png",
     no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no pictures.")] = False,
     dtype: Annotated[
         DType | None, typer.Option(help="Of activations. Default: the model's; float32 on the CPU.")
@@ -80,7 +82,7 @@ def outliers(
         overlap=overlap,
         options=Options(thresholds, _HOLDS[hold], residual=residual, per_expert=per_expert),
         dtype=dtype,
-        plots=not no_plots,
+        plots=None if no_plots else plots,
         check_memory=not ignore_memory,
     )
     entries = study_models(models, study, out, force=force, quiet=quiet)

@@ -7,6 +7,7 @@ import typer
 
 from outlier_mlx.cli.app import app, say
 from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
+from outlier_mlx.errors import OutlierError
 
 
 @app.command(
@@ -68,8 +69,6 @@ def evaluate(
         with working("starting lm-evaluation-harness", quiet=quiet):
             from outlier_mlx.measure import eval_harness as harness
     except ImportError as error:
-        from outlier_mlx.errors import OutlierError
-
         raise OutlierError(
             f"eval needs lm-evaluation-harness: pip install 'outlier-mlx[eval]' ({error})"
         ) from error
@@ -104,13 +103,29 @@ def evaluate(
         print_evaluation(evaluation)
 
 
+def _check_picture_name(path: Path | None) -> Path | None:
+    from outlier_mlx.measure.pictures import check_suffix
+
+    try:
+        if path is not None:
+            check_suffix(path)
+    except OutlierError as error:
+        raise typer.BadParameter(str(error)) from None
+    return path
+
+
 @app.command(epilog="Example: `outlier-mlx compare q4.json q8.json base.json --out scores.png`")
 def compare(
     files: Annotated[list[Path], typer.Argument(help="JSON files that `eval --out` wrote.")],
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
     metric: Annotated[str | None, typer.Option(help="Only this metric.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw a picture as well.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw a picture as well: FILE.png, FILE.svg or FILE.pdf.",
+            callback=_check_picture_name,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     force: Force = False,
@@ -120,22 +135,22 @@ def compare(
     """Show scores of models against the memory they take."""
     import json
 
-    from outlier_mlx.measure.eval_charts import charts, differences, draw
+    from outlier_mlx.measure.eval_charts import charts, check_number, differences, draw
     from outlier_mlx.measure.eval_results import read
     from outlier_mlx.measure.eval_tables import print_charts
-    from outlier_mlx.storage.output import check_writable, write_whole
+    from outlier_mlx.measure.pictures import check_picture
 
     if out is not None:
-        if out.suffix != ".png":
-            raise typer.BadParameter("its name must end in .png", param_hint="--out")
-        check_writable(out, force=force)
+        check_picture(out, force=force)
     evaluations = [read(file) for file in files]
     found = charts([file.stem for file in files], evaluations, task=task, metric=metric)
+    if out is not None:
+        check_number(found)
     if not quiet:
         for difference in differences(evaluations, found):
             say(f"warning: {difference}")
     if out is not None:
-        write_whole(out, draw(found))
+        draw(found, out)
     if as_json:
         print(json.dumps([chart.as_json() for chart in found], indent=2))
     else:

@@ -9,6 +9,7 @@ import typer
 from outlier_mlx.cli.app import app, say
 from outlier_mlx.cli.models import load_visibly
 from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
+from outlier_mlx.measure.pictures import Format
 
 Text = Annotated[
     Path, typer.Option(exists=True, dir_okay=False, help="A text file, UTF-8.", show_default=False)
@@ -72,30 +73,38 @@ def routing(
     out: Annotated[
         Path | None, typer.Option(help="Write routing.json and routing.png into this folder.")
     ] = None,
+    plots: Annotated[Format, typer.Option(help="File format of the picture.")] = "png",
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no picture.")] = False,
     window: Window = 512,
     windows: Windows = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show which experts serve a text, layer by layer."""
     from outlier_mlx.cli.tables import print_routing
     from outlier_mlx.measure import perplexity as compare
-    from outlier_mlx.measure.routing import draw, observe_routing
-    from outlier_mlx.storage.output import whole_file, write_whole
+    from outlier_mlx.measure.pictures import require_matplotlib
+    from outlier_mlx.measure.routing import FILES, draw, observe_routing
+    from outlier_mlx.storage.output import check_folder, clear_folder, write_whole
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar
 
+    if out is not None:
+        check_folder(out, FILES, force=force)
+        if not no_plots:
+            require_matplotlib(", or --no-plots")
     loaded, tokenizer = load_visibly(model, quiet=quiet)
     texts = compare.windows(tokenizer, read_utf8(text), window, windows)
     with counting_bar("routing", "tokens", quiet=quiet) as progress:
         layers = observe_routing(loaded, texts, progress)
     report = json.dumps([layer.as_json() for layer in layers], indent=2)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        clear_folder(out, FILES)
         write_whole(out / "routing.json", report + "\n")
-        with whole_file(out / "routing.png") as part:
-            draw(layers, part)
+        if not no_plots:
+            draw(layers, out / f"routing.{plots}")
     if as_json:
         print(report)
     else:

@@ -1,19 +1,18 @@
 """Scores of several models against the memory that they take."""
 
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from outlier_mlx.errors import OutlierError, listed, one_line
+from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.measure.eval_results import Evaluation
+from outlier_mlx.measure.pictures import drawable, picture
 
 #: Charts that one picture holds.
 MOST_CHARTS = 12
-# Characters of a name in a picture.
-_LONGEST = 60
 #: Settings that change scores. The batch size changes how sums are rounded, and no more.
 _SETTINGS = ("limit", "num_fewshot", "apply_chat_template", "max_tokens", "seed", "dtype")
 
@@ -167,42 +166,38 @@ def differences(evaluations: Sequence[Evaluation], found: Sequence[Chart]) -> li
     return lines
 
 
-def draw(found: Sequence[Chart]) -> bytes:
-    """Draw scores with their standard errors against GB; the front is a line.
-
-    Returns:
-        A PNG file.
+def check_number(found: Sequence[Chart]) -> None:
+    """Check that a picture holds so many charts.
 
     Raises:
-        OutlierError: matplotlib is not installed, or there are too many charts for a picture.
+        OutlierError: there are too many.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OutlierError(
-            "the picture needs matplotlib: pip install 'outlier-mlx[plots]'"
-        ) from None
     if len(found) > MOST_CHARTS:
         raise OutlierError(
-            f"{len(found)} charts are too many for a picture; --task and --metric choose of them"
+            f"{len(found)} charts are too many for a picture; --task and --metric choose some"
         )
+
+
+def draw(found: Sequence[Chart], path: Path) -> None:
+    """Draw scores with their standard errors against GB; the front is a line.
+
+    Args:
+        found: at most `MOST_CHARTS` charts.
+        path: the picture to write.
+
+    Raises:
+        OutlierError: there are too many charts, matplotlib is not installed, or the file's suffix
+            is no picture's.
+    """
+    check_number(found)
     columns = min(len(found), 3)
     rows = -(-len(found) // columns)
-    figure = Figure(figsize=(5.2 * columns, 4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for place, chart in zip(grid.flat, found, strict=False):
-        _draw_chart(place, chart)
-    for place in list(grid.flat)[len(found) :]:
-        place.axis("off")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    return picture.getvalue()
-
-
-def _drawable(text: str) -> str:
-    """Text of others on one line with room for it; a dollar sign would begin a formula."""
-    line = one_line(text)
-    return (line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…").replace("$", r"\$")
+    with picture(path, 5.2 * columns, 4 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, chart in zip(grid.flat, found, strict=False):
+            _draw_chart(axes, chart)
+        for axes in list(grid.flat)[len(found) :]:
+            axes.axis("off")
 
 
 def _draw_chart(axes: Any, chart: Chart) -> None:
@@ -216,7 +211,7 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
             color="tab:blue" if point.on_front is not False else "tab:gray",
         )
         axes.annotate(
-            _drawable(point.label),
+            drawable(point.label),
             (point.gb, point.value),
             textcoords="offset points",
             xytext=(6, 6),
@@ -225,7 +220,7 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     front = sorted((p.gb, p.value) for p in chart.points if p.on_front)
     axes.plot([gb for gb, _ in front], [value for _, value in front], "--", color="tab:blue", lw=1)
     axes.margins(0.2)
-    axes.set_title(_drawable(chart.title), fontsize=10)
+    axes.set_title(drawable(chart.title))
     axes.set_xlabel("memory, GB")
-    axes.set_ylabel(_drawable(f"{chart.metric} ({chart.direction})"))
-    axes.grid(alpha=0.3)
+    axes.set_ylabel(drawable(f"{chart.metric} ({chart.direction})"))
+    axes.grid()

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.outlier_accumulate import Accumulator
 from outlier_mlx.measure.outlier_published import FIRST, LATER, SPREAD, Published
+from outlier_mlx.measure.pictures import picture
 
 # Columns of a heat map; wider models show the largest value of several dimensions in each.
 _COLUMNS = 1024
@@ -23,20 +23,6 @@ _SHARES = {"layer_pct": "layers an outlier feature is in, %", "seq_pct": "positi
 _SETS = ((FIRST, "v", "published first"), (LATER, "s", "published later"))
 
 
-def require_matplotlib() -> None:
-    """Refuse early.
-
-    Raises:
-        OutlierError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise OutlierError(
-            "the pictures need matplotlib: pip install 'outlier-mlx[plots]', or --no-plots"
-        ) from None
-
-
 def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path) -> None:
     """Draw the share of positions that are hit, layer by dimension, attention and FFN apart (PNG).
 
@@ -47,41 +33,39 @@ def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path
         path: the file to write.
     """
     from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
 
     share = 100 * counts.hits / counts.positions  # (probes, hidden)
     each, columns = narrowed(share, _COLUMNS)
     height = 2.5 + max(2.0, 0.14 * len(share))
-    figure = Figure(figsize=(12, height), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    attention = np.array([probe.kinds == ("attention",) for probe in counts.probes])
-    for axes, rows, title in (
-        (panels[0], attention, "input of attention"),
-        (
-            panels[1],
-            ~attention,
-            "input of the feed-forward block (router and experts, where there are any)",
-        ),
-    ):
-        image = axes.imshow(
-            columns[rows],
-            aspect="auto",
-            interpolation="nearest",
-            cmap="magma_r",
-            # A share of 1 % is a find, too: the square root lets it be seen.
-            norm=PowerNorm(0.5, vmin=0, vmax=100),
-            extent=(-0.5, columns.shape[1] * each - 0.5, rows.sum() - 0.5, -0.5),
-        )
-        axes.set_ylabel("layer")
-        axes.set_title(title, fontsize="medium")
-        for dim in dims:
-            axes.axvline(dim, ymin=1.0, ymax=1.05, clip_on=False, color="tab:red", linewidth=1)
-        axes.yaxis.get_major_locator().set_params(integer=True)
-    of = f"; each column is the largest of {each}" if each > 1 else ""
-    panels[1].set_xlabel(f"dimension (red: outlier features{of})")
-    figure.suptitle(name)
-    figure.colorbar(image, ax=panels, label="positions hit, %")
-    figure.savefig(path, dpi=130, format="png")
+    with picture(path, 12, height) as figure:
+        panels = figure.subplots(2, 1, sharex=True)
+        attention = np.array([probe.kinds == ("attention",) for probe in counts.probes])
+        for axes, rows, title in (
+            (panels[0], attention, "input of attention"),
+            (
+                panels[1],
+                ~attention,
+                "input of the feed-forward block (router and experts, where there are any)",
+            ),
+        ):
+            image = axes.imshow(
+                columns[rows],
+                aspect="auto",
+                interpolation="nearest",
+                cmap="magma_r",
+                # A share of 1 % is a find, too: the square root lets it be seen.
+                norm=PowerNorm(0.5, vmin=0, vmax=100),
+                extent=(-0.5, columns.shape[1] * each - 0.5, rows.sum() - 0.5, -0.5),
+            )
+            axes.set_ylabel("layer")
+            axes.set_title(title, fontsize="medium")
+            for dim in dims:
+                axes.axvline(dim, ymin=1.0, ymax=1.05, clip_on=False, color="tab:red", linewidth=1)
+            axes.yaxis.get_major_locator().set_params(integer=True)
+        of = f"; each column is the largest of {each}" if each > 1 else ""
+        panels[1].set_xlabel(f"dimension (red: outlier features{of})")
+        figure.suptitle(name)
+        figure.colorbar(image, ax=panels, label="positions hit, %")
 
 
 def narrowed(values: np.ndarray, most: int) -> tuple[int, np.ndarray]:
@@ -105,25 +89,24 @@ def draw_comparison(entries: Sequence[dict[str, Any]], against: Against, path: P
             measured on another text.
         path: the file to write.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    for axes, (share, title) in zip(figure.subplots(1, 2), _SHARES.items(), strict=True):
-        if against != "perplexity":
-            for models, marker, label in _SETS:
-                _draw_published(axes, models, against, share, marker, label)
-        for entry in entries:
-            x, y = entry[against], entry["blog"][share]
-            axes.plot(x, y, "o", markersize=9, zorder=3, clip_on=False, label=entry["model"])
-            axes.annotate(entry["model"], (x, y), (6, 6), textcoords="offset points", fontsize=8)
-        axes.set_xscale("log")
-        axes.margins(x=0.12)
-        axes.set_ylim(0, 105)
-        axes.set_xlabel(AXES[against])
-        axes.set_ylabel(title)
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=130, format="png")
+    with picture(path, 13, 5.5) as figure:
+        for axes, (share, title) in zip(figure.subplots(1, 2), _SHARES.items(), strict=True):
+            if against != "perplexity":
+                for models, marker, label in _SETS:
+                    _draw_published(axes, models, against, share, marker, label)
+            for entry in entries:
+                x, y = entry[against], entry["blog"][share]
+                axes.plot(x, y, "o", markersize=9, zorder=3, clip_on=False, label=entry["model"])
+                axes.annotate(
+                    entry["model"], (x, y), (6, 6), textcoords="offset points", fontsize=8
+                )
+            axes.set_xscale("log")
+            axes.margins(x=0.12)
+            axes.set_ylim(0, 105)
+            axes.set_xlabel(AXES[against])
+            axes.set_ylabel(title)
+            axes.grid(alpha=0.3)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def _draw_published(

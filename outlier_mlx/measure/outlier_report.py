@@ -1,22 +1,24 @@
 """What is written about measured models: `outliers.json`, `summary.json` and pictures."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from outlier_mlx.errors import OutlierError, OutputExistsError
 from outlier_mlx.measure.outlier_accumulate import Accumulator
 from outlier_mlx.measure.outlier_active import RULE, Parameters
 from outlier_mlx.measure.outlier_definitions import blog_summary, pooled_summary
 from outlier_mlx.measure.outliers import Measurement, Options
+from outlier_mlx.measure.pictures import SUFFIXES
 
 RESULTS = "outliers.json"
 SUMMARY = "summary.json"
-#: What a run writes besides; those of an earlier run are removed when it is replaced.
-PICTURES = ("heatmap-*.png", "by-*.png")
+#: All that a run writes. The files of an earlier run are removed when it is replaced.
+FILES = (
+    RESULTS,
+    SUMMARY,
+    *(f"{name}-*{suffix}" for name in ("heatmap", "by") for suffix in SUFFIXES),
+)
 
 
 @dataclass(frozen=True)
@@ -164,39 +166,6 @@ def short_count(number: float) -> str:
             break
         number /= 1000
     return f"{number:.1f}{unit}" if unit and number < 9.95 else f"{number:.0f}{unit}"
-
-
-def check_out(out: Path, *, force: bool) -> None:
-    """Check that results may be written into a folder, before they are computed.
-
-    Raises:
-        OutputExistsError: it has results and `force` is not set, or it is no folder.
-        OutlierError: it cannot be written to, or cannot be made.
-    """
-    if out.exists() and not out.is_dir():
-        raise OutputExistsError(f"{out}: exists and is not a folder")
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise OutlierError(f"{out}: cannot write there")
-    if (out / RESULTS).exists() and not force:
-        raise OutputExistsError(f"{out / RESULTS}: exists; --force replaces it")
-
-
-def clear(out: Path) -> None:
-    """Make the folder, and remove from it what an earlier run wrote, pictures included.
-
-    Raises:
-        OutlierError: the folder cannot be written to.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for pattern in (RESULTS, SUMMARY, *PICTURES):
-            for path in out.glob(pattern):
-                path.unlink()
-    except OSError as error:
-        raise OutlierError(f"{out}: cannot write there: {error.strerror}") from None
 
 
 def file_name(model: str) -> str:

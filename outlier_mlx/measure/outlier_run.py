@@ -11,25 +11,20 @@ from outlier_mlx.engine.loading import check_model, load_model, load_tokenizer
 from outlier_mlx.engine.memory import check_fits
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.outlier_active import count_parameters, weights_bits
-from outlier_mlx.measure.outlier_draw import (
-    AXES,
-    draw_comparison,
-    draw_heatmap,
-    require_matplotlib,
-)
+from outlier_mlx.measure.outlier_draw import AXES, draw_comparison, draw_heatmap
 from outlier_mlx.measure.outlier_report import (
+    FILES,
     RESULTS,
     SUMMARY,
     Text,
-    check_out,
-    clear,
     describe,
     file_name,
     summarize,
 )
 from outlier_mlx.measure.outliers import Measurement, Options, measure, read_windows, tokens_digest
+from outlier_mlx.measure.pictures import Format, require_matplotlib
 from outlier_mlx.storage.hub import Source, resolve
-from outlier_mlx.storage.output import whole_file, write_json
+from outlier_mlx.storage.output import check_folder, clear_folder, write_json
 from outlier_mlx.terminal import counting_bar, working
 
 
@@ -44,7 +39,7 @@ class Study:
         overlap: share of a window that the next one repeats.
         options: what is measured.
         dtype: of activations; None for the model's own.
-        plots: draw pictures.
+        plots: the pictures' file format; None draws none.
         check_memory: refuse models that do not fit.
     """
 
@@ -54,7 +49,7 @@ class Study:
     overlap: float = 0.0
     options: Options = field(default_factory=Options)
     dtype: str | None = None
-    plots: bool = True
+    plots: Format | None = "png"
     check_memory: bool = True
 
 
@@ -79,9 +74,9 @@ def study_models(
     Raises:
         OutlierError: a model or the text is not usable, or `out` is taken.
     """
-    check_out(out, force=force)
+    check_folder(out, FILES, force=force)
     if study.plots:
-        require_matplotlib()
+        require_matplotlib(", or --no-plots")
     named = _named(models)
     for source in named.values():
         check_model(source.folder)
@@ -89,20 +84,19 @@ def study_models(
     for name, source in named.items():
         entry, measured = _study(name, source, study, quiet)
         if not entries:
-            clear(out)
+            clear_folder(out, FILES)
         entries.append(entry)
         write_json(out / RESULTS, entries)
         write_json(out / SUMMARY, summarize(entries))
         if study.plots:
             with working(f"drawing {name}", quiet=quiet):
-                _draw_model(out, name, measured)
+                _draw_model(out, name, measured, study.plots)
         del measured
     if study.plots:
         with working("drawing the comparison", quiet=quiet):
             for against in AXES:
-                path = out / f"by-{against.replace('_', '-')}.png"
-                with whole_file(path) as part:
-                    draw_comparison(entries, against, part)
+                path = out / f"by-{against.replace('_', '-')}.{study.plots}"
+                draw_comparison(entries, against, path)
     return entries
 
 
@@ -145,9 +139,7 @@ def _study(
     return describe(name, measured, parameters, bits, text, study.options), measured
 
 
-def _draw_model(out: Path, name: str, measured: Measurement) -> None:
+def _draw_model(out: Path, name: str, measured: Measurement, plots: Format) -> None:
     features = [f for sequence in measured.sequences["all"] for f in sequence]
     dims = sorted({feature.dim for feature in features})
-    path = out / f"heatmap-{file_name(name)}.png"
-    with whole_file(path) as part:
-        draw_heatmap(measured.counts, name, dims, part)
+    draw_heatmap(measured.counts, name, dims, out / f"heatmap-{file_name(name)}.{plots}")

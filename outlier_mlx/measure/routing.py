@@ -11,8 +11,12 @@ import mlx.nn as nn
 import numpy as np
 
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.measure.pictures import SUFFIXES, picture
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.terminal import Progress
+
+#: What the command writes; the files of an earlier run are removed when it is replaced.
+FILES = ("routing.json", *(f"routing{suffix}" for suffix in SUFFIXES))
 
 
 @dataclass(frozen=True)
@@ -140,24 +144,22 @@ def _count(
 
 
 def draw(layers: list[LayerRouting], path: Path) -> None:
-    """Draw a heat map (PNG) of the share of tokens that each expert of each layer served.
+    """Draw a heat map of the share of tokens that each expert of each layer served.
+
+    Args:
+        layers: of one model, so all have equally many experts.
+        path: the picture to write; its suffix is the format.
 
     Raises:
-        OutlierError: matplotlib is not installed.
+        OutlierError: matplotlib is not installed, or the file's suffix is no picture's.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OutlierError(
-            "the picture needs matplotlib: pip install 'outlier-mlx[plots]'"
-        ) from None
-    shares = np.array([layer.share for layer in layers])
-    figure = Figure(figsize=(1.5 + 0.6 * shares.shape[1], 1.5 + 0.4 * len(layers)))
-    axes = figure.subplots()
-    image = axes.imshow(100 * shares, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_xticks(range(shares.shape[1]))
-    axes.set_yticks(range(len(layers)), [str(layer.layer) for layer in layers])
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
-    figure.colorbar(image, label="tokens served, %")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    shares = np.array([layer.share for layer in layers])  # (layers, experts)
+    width, height = 1.5 + 0.6 * shares.shape[1], 1.5 + 0.4 * len(layers)
+    with picture(path, width, height) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(100 * shares, aspect="auto", cmap="viridis", vmin=0)
+        axes.set_xticks(range(shares.shape[1]))
+        axes.set_yticks(range(len(layers)), [str(layer.layer) for layer in layers])
+        axes.set_xlabel("expert")
+        axes.set_ylabel("layer")
+        figure.colorbar(image, label="tokens served, %")

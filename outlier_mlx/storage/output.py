@@ -3,26 +3,69 @@
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, OutputExistsError
 
 
 def check_writable(path: Path, *, force: bool) -> None:
     """Check that a file can be written, before hours are spent on what it will hold.
 
     Raises:
-        OutlierError: it exists and `force` is not set, or its folder is missing.
+        OutputExistsError: it exists and `force` is not set.
+        OutlierError: it is a folder, or its folder is missing.
     """
     if path.is_dir():
         raise OutlierError(f"{path}: is a folder")
     if path.exists() and not force:
-        raise OutlierError(f"{path}: exists; --force replaces it")
+        raise OutputExistsError(f"{path}: exists; --force replaces it")
     if not path.absolute().parent.is_dir():
         raise OutlierError(f"{path}: no such folder: {path.parent}")
+
+
+def check_folder(out: Path, patterns: Sequence[str], *, force: bool) -> None:
+    """Check that files can be written into a folder, before hours are spent on what they will hold.
+
+    Args:
+        out: the folder, which need not exist.
+        patterns: names of the files, also as `Path.glob` takes them.
+        force: existing files may be replaced.
+
+    Raises:
+        OutputExistsError: one of the files exists and `force` is not set, or `out` is no folder.
+        OutlierError: it cannot be written to, or cannot be made.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out}: exists and is not a folder")
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OutlierError(f"{out}: cannot write there")
+    for path in (found for pattern in patterns for found in sorted(out.glob(pattern))):
+        check_writable(path, force=force)
+
+
+def clear_folder(out: Path, patterns: Sequence[str]) -> None:
+    """Make a folder, and remove the files of an earlier run from it.
+
+    Args:
+        out: the folder.
+        patterns: names of the files, also as `Path.glob` takes them.
+
+    Raises:
+        OutlierError: the folder cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for pattern in patterns:
+            for path in out.glob(pattern):
+                path.unlink()
+    except OSError as error:
+        raise OutlierError(f"{out}: cannot write there: {error.strerror}") from None
 
 
 @contextmanager
