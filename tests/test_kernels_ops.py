@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.qwen2 import MLP
 
 from kernels.emulator import VirtualMetal, virtual_metal
 from outlier_mlx.runtime import ops, switch
@@ -32,7 +33,7 @@ def metal() -> Iterator[VirtualMetal]:
 def layer(hidden: int = HIDDEN, width: int = WIDTH, experts: int = EXPERTS) -> OutlierMoE:
     """A MoE layer with random weights of every kind, ready for the CPU, in evaluation mode."""
     mx.random.seed(0)
-    block = OutlierMoE(hidden, 80, width, experts, K, "tq1_0_rows")
+    block = OutlierMoE(MLP(hidden, 80), hidden, width, experts, K, "tq1_0_rows")
     block.gate.weight = mx.random.normal((experts, hidden)) / hidden**0.5
     block.alpha = mx.random.normal((experts,))
     for seed, name in enumerate(("gate", "up", "down")):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.qwen2 import MLP
 
 from outlier_mlx.runtime.affine2 import rows_to_dense
 from outlier_mlx.runtime.moe import OutlierMoE, top_experts
@@ -39,7 +40,7 @@ def test_top_experts(data: st.DataObject, experts: int, seed: int):
 def moe_block(experts: int = 5, top_k: int = 2, hidden: int = 64) -> OutlierMoE:
     """A block with random weights of every kind."""
     mx.random.seed(experts)
-    block = OutlierMoE(hidden, 96, 64, experts, top_k, "tq1_0_rows")
+    block = OutlierMoE(MLP(hidden, 96), hidden, 64, experts, top_k, "tq1_0_rows")
     block.switch_mlp = swiglu_experts(hidden, 64, experts)
     block.gate.weight = mx.random.normal((experts, hidden)) / hidden**0.5
     block.alpha = mx.random.normal((experts,))

@@ -1,11 +1,16 @@
-"""The mlx-lm model of a tier: Qwen2 whose listed layers have routed ternary experts."""
+"""The mlx-lm model of a tier: its base's own, with routed ternary experts in the listed layers."""
 
+import importlib
 import math
 from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import qwen2
+import mlx.nn as nn
+from mlx_lm.models.rope_utils import YarnRoPE
+from mlx_lm.utils import MODEL_REMAPPING
 
 from .moe import OutlierMoE
 from .switch import TernarySwitchLinear
@@ -15,13 +20,17 @@ FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 ALWAYS_FLOAT32 = (".mlp.gate.weight", ".mlp.alpha")
 # Both are the same to mlx-lm.
 YARN_NAMES = ("yarn", "deepseek_yarn")
+# transformers reads a tier's config to load its tokenizer, and fails on "llama3" in a model type
+# that it does not know; a name that is new to it, it ignores.
+TIER_LLAMA3 = "outlier_llama3"
 
 
-@dataclass
-class ModelArgs(qwen2.ModelArgs):
-    """A tier's `config.json`; the fields of the base are mlx-lm's own for Qwen2.
+@dataclass(kw_only=True)
+class ModelArgs:
+    """A tier's `config.json`. `from_dict` adds the fields that mlx-lm has for the base.
 
     Attributes:
+        base_model_type: the base's model type, which names a model of mlx-lm.
         moe_layers: numbers of the layers that have experts.
         num_experts: experts in each of them.
         num_experts_per_tok: experts that a token uses.
@@ -30,12 +39,25 @@ class ModelArgs(qwen2.ModelArgs):
         activation_dtype: overrides the dtype that the tier was written in.
     """
 
+    base_model_type: str = "qwen2"
     moe_layers: list[int] = field(default_factory=list)
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     ternary: dict[str, Any] = field(default_factory=dict)
     activation_dtype: str | None = None
+
+    @classmethod
+    def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
+        """The fields that are known, of a config that may have others.
+
+        Raises:
+            ValueError: mlx-lm has no such base, or a field has a value that cannot be run.
+        """
+        _, on_base = classes_on(str(params.get("base_model_type", "qwen2")))
+        known = {name: params[name] for name in on_base.__dataclass_fields__ if name in params}
+        args: ModelArgs = on_base(**known)
+        return args
 
     def __post_init__(self) -> None:
         """Refuse what this code does not know how to run.
@@ -47,19 +69,34 @@ class ModelArgs(qwen2.ModelArgs):
         name, version = self.ternary.get("format"), self.ternary.get("version")
         if name not in known or version != known[name]:
             raise ValueError(f"ternary format {name!r} version {version!r} is not one of {known}")
+        own: Any = super()
+        if hasattr(own, "__post_init__"):
+            own.__post_init__()
 
 
-class Model(qwen2.Model):
-    """mlx-lm's Qwen2 with `OutlierMoE` in the layers that `ModelArgs.moe_layers` lists."""
+class Model(nn.Module):
+    """The base's own model in mlx-lm, with `OutlierMoE` in the layers of `ModelArgs.moe_layers`.
 
-    args: ModelArgs
+    `Model(args)` is an instance of a class that is both this one and the base's, so that whatever
+    mlx-lm asks of a model (its cache, its layers) is answered as by the base.
+    """
 
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__(args)
+    args: Any
+    layers: list[Any]
+
+    def __new__(cls, args: Any = None) -> "Model":
+        """An empty instance of the class for the base of `args`."""
+        made: Any = classes_on(args.base_model_type)[0] if cls is Model else cls
+        return super().__new__(made)
+
+    def __init__(self, args: Any) -> None:
+        base: Any = super()
+        base.__init__(args)
         for number in args.moe_layers:
-            self.model.layers[number].mlp = OutlierMoE(
+            layer = self.layers[number]
+            layer.mlp = OutlierMoE(
+                layer.mlp,
                 args.hidden_size,
-                args.intermediate_size,
                 args.moe_intermediate_size,
                 args.num_experts,
                 args.num_experts_per_tok,
@@ -69,13 +106,15 @@ class Model(qwen2.Model):
         if scaling.get("rope_type", scaling.get("type")) in YARN_NAMES:
             # mlx-lm reads neither `attention_factor` nor a factor below 1 as YaRN's authors do.
             scale = scaling.get("attention_factor") or 0.1 * math.log(scaling["factor"]) + 1
-            for layer in self.model.layers:
-                layer.self_attn.rope.mscale = scale
+            for module in self.modules():
+                if isinstance(module, YarnRoPE):
+                    module.mscale = scale
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Bring floats to the activation dtype: float32 on the CPU, where halves are slow."""
         dtype = self._activation_dtype()
-        weights = super().sanitize(weights)
+        base: Any = super()
+        weights = base.sanitize(weights)
         if dtype is None:
             return weights
         return {
@@ -95,6 +134,36 @@ class Model(qwen2.Model):
         if self.args.activation_dtype is not None:
             return getattr(mx, self.args.activation_dtype)
         return mx.float32 if mx.default_device() == mx.cpu else None
+
+
+@cache
+def classes_on(base: str) -> tuple[type, Any]:
+    """The classes of a tier's model and its args, on a base.
+
+    Args:
+        base: a model type, such as "qwen3".
+
+    Raises:
+        ValueError: mlx-lm has no model of that type.
+    """
+    module = _base_module(base)
+    args = type("ModelArgs", (ModelArgs, module.ModelArgs), {"__doc__": ModelArgs.__doc__})
+    model = type("Model", (Model, module.Model), {"__doc__": Model.__doc__})
+    return model, dataclass(args)
+
+
+def _base_module(base: str) -> ModuleType:
+    """The module of `mlx_lm.models` that runs a model type, and nothing else by whatever name."""
+    name = MODEL_REMAPPING.get(base, base)
+    try:
+        if not name.isidentifier():
+            raise ImportError(f"{name!r} is no name of a module")
+        module = importlib.import_module(f"mlx_lm.models.{name}")
+    except ImportError as error:
+        raise ValueError(f"base_model_type {base!r}: mlx-lm has no such model") from error
+    if not hasattr(module, "Model") or not hasattr(module, "ModelArgs"):
+        raise ValueError(f"base_model_type {base!r}: mlx-lm has no such model")
+    return module
 
 
 def _stays(name: str) -> bool:

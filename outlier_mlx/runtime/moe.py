@@ -2,7 +2,6 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.qwen2 import MLP
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from .ops import weighted_sum
@@ -50,16 +49,17 @@ class OutlierMoE(nn.Module):
 
     def __init__(
         self,
+        shared_expert: nn.Module,
         hidden_size: int,
-        intermediate_size: int,
         expert_size: int,
         num_experts: int,
         top_k: int,
         experts_format: str,
     ) -> None:
+        """Put experts beside the FFN `shared_expert`, which maps (..., hidden) to the same."""
         super().__init__()
         self.top_k = min(top_k, num_experts)
-        self.shared_expert = MLP(hidden_size, intermediate_size)
+        self.shared_expert = shared_expert
         self.gate = Router(hidden_size, num_experts)
         self.alpha = mx.ones((num_experts,))
         glu = TernarySwitchGLU if experts_format == "tq1_0_rows" else SwitchGLU
