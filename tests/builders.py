@@ -1,4 +1,5 @@
-"""Synthetic checkpoints on disk: Qwen2 bases and overlays for them, in the forms that exist.
+"""Synthetic checkpoints on disk: bases of several families, and overlays for them in the forms
+that exist.
 
 Weights are random with unit-variance activations and logits of a few units; the same dims and
 seed give the same base whether it is written alone or inside an overlay.
@@ -23,7 +24,9 @@ PARTS = ("gate", "up", "down")
 class Dims:
     """What a model is. `moe_layers` None writes no list: then every layer is MoE.
 
-    `yarn` holds the fields of a YaRN rope_scaling other than its type.
+    `family` is the base's model type, `yarn` holds the fields of a YaRN rope_scaling other than its
+    type, and `scaling` a whole one of another type. `biases` says whether every projection of
+    attention and FFN has one, as Llama's configs can have it.
     """
 
     hidden: int = 64
@@ -41,11 +44,20 @@ class Dims:
     rope_theta: float = 1e6
     yarn: dict[str, float] | None = None
     seed: int = 0
+    family: str = "qwen2"
+    head_dim: int | None = None
+    scaling: dict[str, Any] | None = None
+    biases: bool = False
 
     @property
     def routed_layers(self) -> tuple[int, ...]:
         """The layers with experts."""
         return tuple(range(self.layers)) if self.moe_layers is None else self.moe_layers
+
+    @property
+    def head_width(self) -> int:
+        """The width of an attention head."""
+        return self.head_dim or self.hidden // self.heads
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Built:
     path: Path
     dims: Dims
     config: dict[str, Any]
-    base: dict[str, Array]  # by Qwen2 name; also when the files are elsewhere
+    base: dict[str, Array]  # by its own name; also when the files are elsewhere
     routers: dict[int, Array] = field(default_factory=dict)  # (E, H) a layer
     trits: dict[tuple[int, int, str], Array] = field(default_factory=dict)  # int8 (out, in)
     scales: dict[tuple[int, int, str], Array] = field(default_factory=dict)  # in the file's shape
@@ -68,9 +80,10 @@ class Built:
 
 
 def base_weights(dims: Dims) -> dict[str, Array]:
-    """A Qwen2 model's float32 tensors by name."""
+    """The base's float32 tensors by name."""
     rng = np.random.default_rng([dims.seed, 0])
-    h, kv = dims.hidden, dims.kv_heads * dims.hidden // dims.heads
+    h, width = dims.hidden, dims.head_width
+    queries, keys = dims.heads * width, dims.kv_heads * width
 
     def matrix(out: int, width: int, gain: float = 1.0) -> Array:
         return (rng.standard_normal((out, width)) * gain / np.sqrt(width)).astype(np.float32)
@@ -84,14 +97,22 @@ def base_weights(dims: Dims) -> dict[str, Array]:
         layer = {
             "input_layernorm.weight": vector(h, 1, 0.1),
             "post_attention_layernorm.weight": vector(h, 1, 0.1),
-            "self_attn.o_proj.weight": matrix(h, h, 1),
+            "self_attn.o_proj.weight": matrix(h, queries, 1),
             "mlp.gate_proj.weight": matrix(dims.intermediate, h),
             "mlp.up_proj.weight": matrix(dims.intermediate, h),
             "mlp.down_proj.weight": matrix(h, dims.intermediate, 2),
         }
-        for name, out in (("q", h), ("k", kv), ("v", kv)):
+        for name, out in (("q", queries), ("k", keys), ("v", keys)):
             layer[f"self_attn.{name}_proj.weight"] = matrix(out, h, 1.5)
-            layer[f"self_attn.{name}_proj.bias"] = vector(out, 0, 0.3)
+            if dims.family == "qwen2" or dims.biases:
+                layer[f"self_attn.{name}_proj.bias"] = vector(out, 0, 0.3)
+            if dims.family == "qwen3" and name != "v":
+                layer[f"self_attn.{name}_norm.weight"] = vector(width, 1.3, 0.2)
+        if dims.biases:
+            layer["self_attn.o_proj.bias"] = vector(h, 0, 0.3)
+            for part in PARTS:
+                rows = h if part == "down" else dims.intermediate
+                layer[f"mlp.{part}_proj.bias"] = vector(rows, 0, 0.3)
         weights |= {f"model.layers.{n}.{key}": value for key, value in layer.items()}
     weights["model.norm.weight"] = vector(h, 1, 0.1)
     if not dims.tied:
@@ -102,8 +123,8 @@ def base_weights(dims: Dims) -> dict[str, Array]:
 def model_config(dims: Dims, rope: str = "old") -> dict[str, Any]:
     """config.json of the base; `rope` says where RoPE's fields are: "old", "new" or "both"."""
     config: dict[str, Any] = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [f"{dims.family.capitalize()}ForCausalLM"],
+        "model_type": dims.family,
         "hidden_act": "silu",
         "hidden_size": dims.hidden,
         "intermediate_size": dims.intermediate,
@@ -117,12 +138,19 @@ def model_config(dims: Dims, rope: str = "old") -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
+    if dims.head_dim is not None:
+        config["head_dim"] = dims.head_dim
+    if dims.biases:
+        config |= {"attention_bias": True, "mlp_bias": True}
+    scaling = {"rope_type": "yarn", **dims.yarn} if dims.yarn else dims.scaling
     if rope in ("old", "both"):
         config["rope_theta"] = dims.rope_theta
         if dims.yarn:
             config["rope_scaling"] = {"type": "yarn", **dims.yarn}
+        elif scaling:
+            config["rope_scaling"] = scaling
     if rope in ("new", "both"):
-        kind = {"rope_type": "yarn", **dims.yarn} if dims.yarn else {"rope_type": "default"}
+        kind = scaling or {"rope_type": "default"}
         config["rope_parameters"] = {"rope_theta": dims.rope_theta, **kind}
     return config
 
@@ -136,7 +164,7 @@ def write_base(
     tokenizer: bool = True,
     **dims: Any,
 ) -> Built:
-    """Write a plain Qwen2 folder; `dims` are fields of Dims."""
+    """Write a plain folder of a base; `dims` are fields of Dims."""
     size = Dims(**dims)
     tensors = {key: stored(value, base_dtype) for key, value in base_weights(size).items()}
     config = model_config(size, rope)
@@ -203,6 +231,8 @@ def write_overlay(
     config["architectures"] = ["OutlierMoEForCausalLM"]
     if form == "real":
         config["model_type"] = "outlier_moe"
+        if size.family != "qwen2":
+            config["base_model_type"] = size.family
         config |= {"outlier_num_experts": size.experts, "outlier_num_experts_per_tok": size.top_k}
     else:
         config |= {"n_experts": size.experts, "top_k": size.top_k}

@@ -42,8 +42,9 @@ class Experts:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. `weights` is keyed as in Qwen2, such as "self_attn.q_proj.bias";
-    in a MoE layer "mlp.*_proj.weight" is the shared FFN."""
+    """One decoder layer. `weights` is keyed as in the base's checkpoint, such as
+    "self_attn.q_proj.bias" or "self_attn.q_norm.weight", which not every base has; in a MoE layer
+    "mlp.*_proj.weight" is the shared FFN."""
 
     weights: dict[str, Array]
     experts: Experts | None = None
@@ -61,15 +62,36 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """Every angle divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Fields of a `rope_scaling` of Llama 3.1 and later."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+Scaling = Yarn | Linear | Llama3
+
+
+@dataclass(frozen=True)
 class ReferenceModel:
     """Configuration and weights; `lm_head` is None when the embedding is the head as well."""
 
     heads: int
     kv_heads: int
+    head_dim: int
     top_k: int
     eps: float
     rope_theta: float
-    yarn: Yarn | None
+    scaling: Scaling | None
     embedding: Array  # (V, H)
     norm: Array  # (H,)
     lm_head: Array | None  # (V, H)
@@ -108,12 +130,34 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt(mean_square + x.dtype.type(eps)) * weight.astype(x.dtype)
 
 
-def rope_frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> tuple[Array, float]:
-    """Angle per position of each pair, (head_dim / 2,) float64, and the factor on cos and sin."""
-    pair = np.arange(head_dim // 2)
-    plain = theta ** (-2.0 * pair / head_dim)
-    if yarn is None:
+def rope_frequencies(head_dim: int, theta: float, scaling: Scaling | None) -> tuple[Array, float]:
+    """Angle per position of each pair, (head_dim / 2,) float64, and the factor on cos and sin.
+
+    After transformers' `modeling_rope_utils.py`: `_compute_yarn_parameters` (but YaRN's factor on
+    cos and sin is that of its authors, also below 1), `_compute_linear_scaling_rope_parameters`,
+    `_compute_llama3_parameters`.
+    """
+    plain = theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    if scaling is None:
         return plain, 1.0
+    if isinstance(scaling, Linear):
+        return plain / scaling.factor, 1.0
+    if isinstance(scaling, Llama3):
+        return llama3_frequencies(plain, scaling), 1.0
+    return yarn_frequencies(plain, theta, scaling)
+
+
+def llama3_frequencies(plain: Array, scaling: Llama3) -> Array:
+    """Long waves divided by the factor, short ones kept, those between blended."""
+    turns = scaling.original_positions * plain / (2 * math.pi)  # in the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return kept * plain + (1 - kept) * plain / scaling.factor
+
+
+def yarn_frequencies(plain: Array, theta: float, yarn: Yarn) -> tuple[Array, float]:
+    """See `rope_frequencies`."""
+    head_dim = 2 * len(plain)
 
     def correction(rotations: float) -> float:
         span = yarn.original_positions / (2 * math.pi * rotations)
@@ -123,7 +167,7 @@ def rope_frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> tuple[Ar
     high: float = min(math.ceil(correction(yarn.beta_slow)), head_dim - 1)
     if high == low:
         high += 0.001
-    ramp = np.clip((pair - low) / (high - low), 0, 1)
+    ramp = np.clip((np.arange(len(plain)) - low) / (high - low), 0, 1)
     factor = yarn.attention_factor
     if factor is None:
         factor = 0.1 * math.log(yarn.factor) + 1
@@ -136,16 +180,26 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def linear(weights: dict[str, Array], name: str, x: Array) -> Array:
+    """x (..., in) times the weight of a module, plus its bias if it has one."""
+    y = x @ weights[f"{name}.weight"].astype(x.dtype).T
+    bias = weights.get(f"{name}.bias")
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
 def attention(model: ReferenceModel, weights: dict[str, Array], x: Array) -> Array:
-    tokens, hidden = x.shape
-    head_dim = hidden // model.heads
+    """Causal attention of x (T, H); heads are normalised first where the layer has such norms,
+    as in transformers' `Qwen3Attention`."""
+    tokens = len(x)
 
     def project(name: str, heads: int) -> Array:  # (heads, T, d)
-        weight, bias = (weights[f"self_attn.{name}_proj.{part}"] for part in ("weight", "bias"))
-        y = x @ weight.astype(x.dtype).T + bias.astype(x.dtype)
-        return y.reshape(tokens, heads, head_dim).transpose(1, 0, 2)
+        y = linear(weights, f"self_attn.{name}_proj", x).reshape(tokens, heads, model.head_dim)
+        norm = weights.get(f"self_attn.{name}_norm.weight")
+        if norm is not None:
+            y = rms_norm(y, norm, model.eps)
+        return y.transpose(1, 0, 2)
 
-    frequencies, factor = rope_frequencies(head_dim, model.rope_theta, model.yarn)
+    frequencies, factor = rope_frequencies(model.head_dim, model.rope_theta, model.scaling)
     angles = np.arange(tokens)[:, None] * frequencies
     cos, sin = ((factor * f(angles)).astype(x.dtype) for f in (np.cos, np.sin))
     q = rotate(project("q", model.heads), cos, sin)
@@ -153,10 +207,16 @@ def attention(model: ReferenceModel, weights: dict[str, Array], x: Array) -> Arr
     v = project("v", model.kv_heads)
     group = model.heads // model.kv_heads
     k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
-    scores = q @ k.transpose(0, 2, 1) * x.dtype.type(head_dim**-0.5)
+    scores = q @ k.transpose(0, 2, 1) * x.dtype.type(model.head_dim**-0.5)
     scores = np.where(np.tri(tokens, dtype=bool), scores, -np.inf)
-    mixed = (softmax(scores) @ v).transpose(1, 0, 2).reshape(tokens, hidden)
-    return mixed @ weights["self_attn.o_proj.weight"].astype(x.dtype).T
+    mixed = (softmax(scores) @ v).transpose(1, 0, 2).reshape(tokens, -1)
+    return linear(weights, "self_attn.o_proj", mixed)
+
+
+def feed_forward(weights: dict[str, Array], h: Array) -> Array:
+    """The base's own FFN of h (T, H)."""
+    gate, up = (linear(weights, f"mlp.{part}_proj", h) for part in ("gate", "up"))
+    return linear(weights, "mlp.down_proj", silu(gate) * up)
 
 
 def swiglu(h: Array, gate: Array, up: Array, down: Array) -> Array:
@@ -190,7 +250,7 @@ def trace(model: ReferenceModel, tokens: Sequence[int], dtype: Any = np.float32)
         w = layer.weights
         x = x + attention(model, w, rms_norm(x, w["input_layernorm.weight"], model.eps))
         h = rms_norm(x, w["post_attention_layernorm.weight"], model.eps)
-        y = swiglu(h, *(w[f"mlp.{part}_proj.weight"] for part in ("gate", "up", "down")))
+        y = feed_forward(w, h)
         if layer.experts is not None:
             probs = softmax(h @ layer.experts.router.astype(dtype).T)
             routing[n] = route(probs, model.top_k)

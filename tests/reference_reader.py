@@ -13,7 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from tests.reference import Array, Experts, Layer, ReferenceModel, Ternary, Yarn
+from tests.reference import (
+    Array,
+    Experts,
+    Layer,
+    Linear,
+    Llama3,
+    ReferenceModel,
+    Scaling,
+    Ternary,
+    Yarn,
+)
 from tests.tensor_file import read_arrays
 
 
@@ -21,16 +31,21 @@ def _first(config: dict[str, Any], *names: str, default: Any = None) -> Any:
     return next((config[name] for name in names if config.get(name) is not None), default)
 
 
-def read_yarn(config: dict[str, Any]) -> Yarn | None:
-    """YaRN from `rope_parameters` or `rope_scaling`; None for plain RoPE."""
+def read_scaling(config: dict[str, Any]) -> Scaling | None:
+    """How positions are scaled, from `rope_parameters` or `rope_scaling`; None where not."""
     rope = _first(config, "rope_parameters", "rope_scaling", default={})
     kind = _first(rope, "rope_type", "type", default="default")
     if kind == "default":
         return None
+    if kind == "linear":
+        return Linear(rope["factor"])
+    original = rope["original_max_position_embeddings"]
+    if kind == "llama3":
+        return Llama3(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], original)
     assert kind == "yarn", kind
     return Yarn(
         rope["factor"],
-        rope["original_max_position_embeddings"],
+        original,
         rope.get("beta_fast", 32.0),
         rope.get("beta_slow", 1.0),
         rope.get("attention_factor"),
@@ -120,6 +135,7 @@ def read_overlay(path: str | Path, base: str | Path | None = None) -> ReferenceM
     overlay = read_tensors(path)
     tensors = (read_tensors(Path(base)) if base else {}) | overlay
     heads = _first(config, "n_heads", "num_attention_heads")
+    hidden = _first(config, "hidden_dim", "hidden_size")
     count = _first(config, "n_layers", "num_hidden_layers")
     n_experts = _first(config, "n_experts", "outlier_num_experts", default=0)
     every = list(range(count))
@@ -156,10 +172,11 @@ def read_overlay(path: str | Path, base: str | Path | None = None) -> ReferenceM
     return ReferenceModel(
         heads=heads,
         kv_heads=_first(config, "n_kv_heads", "num_key_value_heads", default=heads),
+        head_dim=_first(config, "head_dim", default=hidden // heads),
         top_k=min(_first(config, "top_k", "outlier_num_experts_per_tok", default=2), n_experts),
         eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=rope.get("rope_theta", 1e6),
-        yarn=read_yarn(config),
+        scaling=read_scaling(config),
         embedding=tensors["model.embed_tokens.weight"].astype(np.float32),
         norm=tensors["model.norm.weight"].astype(np.float32),
         lm_head=head,

@@ -98,7 +98,7 @@ def test_built_yarn_is_read_in_old_and_new_fields(tmp_path: Path):
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 0.9}
     for rope in ("old", "new", "both"):
         built = builders.write_overlay(tmp_path / rope, rope=rope, yarn=yarn, **TINY)
-        assert read_overlay(built.path).yarn == reference.Yarn(4.0, 32, attention_factor=0.9)
+        assert read_overlay(built.path).scaling == reference.Yarn(4.0, 32, attention_factor=0.9)
 
 
 @pytest.mark.parametrize("tied", [False, True])

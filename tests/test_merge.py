@@ -60,24 +60,22 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def dense(folder: Path) -> reference.ReferenceModel:
-    """A dense model in NumPy; biases that it does not have are zero."""
+    """A dense model in NumPy."""
     weights = read_arrays(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     layers = []
     for n in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{n}."
         own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        for name in ("q", "k", "v"):
-            rows = own[f"self_attn.{name}_proj.weight"].shape[0]
-            own.setdefault(f"self_attn.{name}_proj.bias", np.zeros(rows, np.float32))
         layers.append(reference.Layer(own))
     return reference.ReferenceModel(
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
+        head_dim=config["hidden_size"] // config["num_attention_heads"],
         top_k=0,
         eps=config["rms_norm_eps"],
         rope_theta=config["rope_theta"],
-        yarn=None,
+        scaling=None,
         embedding=weights["model.embed_tokens.weight"],
         norm=weights["model.norm.weight"],
         lm_head=weights.get("lm_head.weight"),

@@ -103,7 +103,7 @@ BROKEN: dict[str, Callable[[goldens.Golden, ReferenceModel], ReferenceModel]] = 
     "topk_not_renormalised": lambda _, m: m,  # the test puts another `route` in place
     "alpha_forced_to_1": lambda _, m: with_alphas(m, lambda n, alpha: np.ones_like(alpha)),
     "alpha_json_preferred_to_alpha_values": lambda c, m: with_alphas(m, alphas_of_json(c, 0)),
-    "yarn_ignored": lambda _, m: replace(m, yarn=None),
+    "yarn_ignored": lambda _, m: replace(m, scaling=None),
     "overlay_ignored": lambda c, m: with_alphas(m, alphas_of_json(c, 0)),
 }
 

@@ -69,9 +69,12 @@ class ModelArgs:
         name, version = self.ternary.get("format"), self.ternary.get("version")
         if name not in known or version != known[name]:
             raise ValueError(f"ternary format {name!r} version {version!r} is not one of {known}")
-        own: Any = super()
-        if hasattr(own, "__post_init__"):
-            own.__post_init__()
+        own: Any = self
+        if own.rope_scaling and own.rope_scaling.get("rope_type") == TIER_LLAMA3:
+            own.rope_scaling = own.rope_scaling | {"rope_type": "llama3"}
+        base: Any = super()
+        if hasattr(base, "__post_init__"):
+            base.__post_init__()
 
 
 class Model(nn.Module):
