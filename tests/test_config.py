@@ -203,7 +203,6 @@ def test_no_yarn():
         YARN | {"factor": -4.0},
         YARN | {"factor": None},
         YARN | {"original_max_position_embeddings": 0},
-        YARN | {"original_max_position_embeddings": None},
         YARN | {"attention_factor": 0.0},
         YARN | {"beta_slow": "1"},
         "yarn",

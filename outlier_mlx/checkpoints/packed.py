@@ -18,7 +18,8 @@ from outlier_mlx.checkpoints.keys import ExpertKey, parse_key
 from outlier_mlx.checkpoints.monolith import PARTS, read_monolith
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.models.config import MAX_SIZE, read_config
+from outlier_mlx.models.config import read_config
+from outlier_mlx.models.fields import MAX_SIZE
 from outlier_mlx.storage.paths import inside, require_plain
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.ternary import TernaryError, unpack_tq1_0

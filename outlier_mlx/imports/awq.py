@@ -16,7 +16,7 @@ from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, Loss
 from outlier_mlx.imports.hf_names import Place, Stored, by_place, name_in_source, read_model_shards
 from outlier_mlx.imports.opened import Opened, quantization
 from outlier_mlx.imports.plain_parts import StackedPlain
-from outlier_mlx.models.families import Module, complete_config, modules
+from outlier_mlx.models.plain import Module, complete_config, modules
 from outlier_mlx.models.spelling import normalised
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json

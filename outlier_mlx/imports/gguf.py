@@ -17,7 +17,7 @@ from outlier_mlx.imports.gguf_names import Names, Rows
 from outlier_mlx.imports.gguf_parts import AffineMatrix, Losses, PlainTensor, round_to
 from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
 from outlier_mlx.imports.opened import Opened, quantization
-from outlier_mlx.models.families import Module, modules
+from outlier_mlx.models.plain import Module, modules
 from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.writing.parts import Part
 from outlier_mlx.writing.tensors import TernaryExperts

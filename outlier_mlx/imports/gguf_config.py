@@ -14,7 +14,7 @@ from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.gguf_blocks import FLOATS, values
 from outlier_mlx.imports.gguf_file import GgufModel
 from outlier_mlx.imports.gguf_tokenizer import Vocabulary
-from outlier_mlx.models.families import complete_config, head_dim
+from outlier_mlx.models.plain import complete_config, head_dim
 
 ARCHITECTURES = ("llama", "qwen2")
 ROPE_FREQS = "rope_freqs.weight"

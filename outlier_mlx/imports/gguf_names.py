@@ -14,7 +14,7 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.gguf_config import ROPE_FREQS
 from outlier_mlx.imports.gguf_file import GgufModel
-from outlier_mlx.models.families import Module, head_dim
+from outlier_mlx.models.plain import Module, head_dim
 from outlier_mlx.storage.gguf import GgufTensor
 
 _NAMES = {

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.families import Module
+from outlier_mlx.models.plain import Module
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
 from outlier_mlx.storage.shards import read_shards
 

@@ -9,7 +9,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge.recipe import ExpertRecipe, MergeRecipe
 from outlier_mlx.merge.sources import Dense, open_models
 from outlier_mlx.models.config import PROJECTIONS
-from outlier_mlx.models.families import head_dim
+from outlier_mlx.models.plain import head_dim
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import Derived
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.models.families import check_complete, complete_config, head_dim, modules
+from outlier_mlx.models.plain import check_complete, complete_config, head_dim, modules
 from outlier_mlx.models.spelling import normalised
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.paths import inside

@@ -1,224 +1,312 @@
-"""An overlay's `config.json`, whichever names it uses, as one checked description of the model."""
+"""Any model's config.json as one description: strictly for what is made, leniently for the rest.
 
-import sys
+Published configs call one thing by several names; two versions of transformers and three kinds of
+overlays are read here, and nowhere else.
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from outlier_mlx.errors import CheckpointError, listed
+from outlier_mlx.models.attention import read_attention
+from outlier_mlx.models.description import PROJECTIONS, Defaults, Description, ModelConfig
+from outlier_mlx.models.families import Family, families, family, with_role
+from outlier_mlx.models.fields import MAX_COUNT, MAX_SIZE, Fields, short
+from outlier_mlx.models.quantization import read_quantization
+from outlier_mlx.models.rope import read_scaling, spell_rope
+from outlier_mlx.models.spelling import NESTED, lifted, normalised
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 
-PROJECTIONS = ("gate", "up", "down")
+__all__ = ["PROJECTIONS", "Defaults", "Description", "ModelConfig"]
+
 POSITIONS = ("max_seq_len", "max_position_embeddings")
 MOE_LISTS = ("moe_layer_indices", "v3_2_moe_layers", "moe_layers")
-MODEL_TYPES = ("outlier_moe", "qwen2", "qwen2_moe")
-# Far above any model's. Names are listed for every layer and expert, so those have a bound of
-# their own.
-MAX_SIZE = 2**31 - 1
-MAX_COUNT = 10_000
-# What tiers call YaRN: see `tiers.plan`.
-TIER_YARN = "deepseek_yarn"
+#: What the config of an overlay calls itself, besides the model type of its base.
+OVERLAY_TYPES = ("outlier_moe", "qwen2_moe")
+#: In configs of overlays and tiers: the model type of the base.
+BASE_TYPE = "base_model_type"
+# What the configs of mixtures of experts call the number of experts, and of those used by a token.
+_EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
+_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size")
+# Models of this project that mlx-lm's have been made of.
+_MADE_OF = {"ternary_mixtral": "mixtral"}
+_NOT_SPELLED = ("quantization_config", "quantization", "auto_map", "model_file")
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What a form of checkpoint means when its config does not say."""
-
-    rope_theta: float = 1_000_000.0
-    rms_norm_eps: float = 1e-6
-    max_positions: int = 32768
+def is_tier(raw: dict) -> bool:
+    """Whether a config is a tier's."""
+    return "ternary" in raw
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """Dimensions and constants of a model; `raw` is the config as it was written.
-
-    `defaults` is what applied where it did not say.
-    """
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    max_positions: int
-    rope_theta: float
-    rope_scaling: dict | None
-    rms_norm_eps: float
-    tied: bool
-    experts: int
-    top_k: int
-    moe_layers: tuple[int, ...]
-    raw: dict
-    defaults: Defaults
-
-    @property
-    def head_dim(self) -> int:
-        """Width of an attention head."""
-        return self.hidden // self.heads
+def is_overlay(raw: dict) -> bool:
+    """Whether a config is an overlay's."""
+    experts = raw.get("n_experts") or raw.get("outlier_num_experts")
+    return not is_tier(raw) and bool(experts or raw.get("model_type") == "outlier_moe")
 
 
 def read_config(folder: Path, defaults: Defaults | None = None) -> ModelConfig:
-    """Read and check a folder's `config.json`.
-
-    Args:
-        folder: a checkpoint or base folder.
-        defaults: what missing fields mean in this form.
-
-    Raises:
-        CheckpointError: a field is missing, malformed, or two names for one field disagree.
-    """
+    """Read and check a folder's `config.json`; see `parse_config`."""
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: no config.json")
-    return parse_config(read_json(inside(folder, "config.json")), defaults or Defaults())
+    return parse_config(read_json(inside(folder, "config.json")), defaults)
 
 
-def parse_config(raw: dict, defaults: Defaults) -> ModelConfig:
-    """Check the fields of a config; see `read_config`."""
-    hidden = _size(raw, "hidden_dim", "hidden_size")
-    layers = _size(raw, "n_layers", "num_hidden_layers", most=MAX_COUNT)
-    heads = _size(raw, "n_heads", "num_attention_heads")
-    kv_heads = _size(raw, "n_kv_heads", "num_key_value_heads", default=heads)
-    if hidden % heads or heads % kv_heads or (hidden // heads) % 2:
-        raise CheckpointError(
-            f"config.json: hidden size {hidden}, {heads} heads, {kv_heads} KV heads: each must"
-            " divide the one before it, and the head width must be even"
+def parse_config(
+    raw: dict,
+    defaults: Defaults | None = None,
+    *,
+    role: str = "base",
+    where: str = "config.json",
+) -> ModelConfig:
+    """Check the config of an overlay, a tier, or a model of a supported family.
+
+    Args:
+        raw: as it was read.
+        defaults: what missing fields mean; by default, `Defaults()` for overlays and tiers, and
+            transformers' for the family of any other model.
+        role: what the model is to be; see `Family.roles`. Overlays and tiers are on a "base".
+        where: what messages call the config.
+
+    Raises:
+        CheckpointError: a field is missing or not sound, two names for one field disagree, or
+            mlx-lm's model of the family does not do what the config asks for.
+    """
+    on_base = is_tier(raw) or is_overlay(raw) or "model_type" not in raw
+    known = family(_base_type(raw, where) if on_base else _model_type(raw, role, where))
+    if on_base or defaults is not None:
+        defaults = defaults or Defaults()
+        spelled = spell_rope(raw, where, defaults.max_positions)
+    else:
+        defaults = Defaults(
+            rope_theta=known.defaults["rope_theta"],
+            rms_norm_eps=known.defaults["rms_norm_eps"],
+            max_positions=known.defaults["max_position_embeddings"],
         )
-    theta, scaling = _rope(raw, defaults)
+        spelled = normalised(raw, where)
+    fields = Fields(spelled, where, strict=True)
+    values = _values(fields, known, defaults)
+    known.check(fields)
+    _check_heads(fields, known, values, role)
+    allowed = known.base_scalings if role == "base" else known.scalings
+    scaling = read_scaling(spelled, where, allowed, tier=is_tier(raw))
+    if role != "base" and scaling is not None and scaling.get("attention_factor") is not None:
+        raise CheckpointError(f"{where}: rope scaling: attention_factor is ignored by mlx-lm")
     return ModelConfig(
-        hidden=hidden,
-        intermediate=_size(raw, "intermediate_dim", "intermediate_size"),
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        vocab=_size(raw, "vocab_size"),
-        max_positions=_size(raw, *POSITIONS, default=defaults.max_positions),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rms_norm_eps=_positive(raw, "rms_norm_eps", defaults.rms_norm_eps),
-        tied=_flag(raw, "tie_word_embeddings"),
-        **_mixture(raw, layers),
-        raw=raw,
+        **values | {"rope_scaling": scaling, "raw": raw},
+        qkv_bias=known.flag(known.qkv_bias, fields),
+        o_bias=known.flag(known.o_bias, fields),
+        mlp_bias=known.flag(known.mlp_bias, fields),
+        qk_norm=known.qk_norm,
         defaults=defaults,
     )
 
 
 def tier_config(raw: dict) -> ModelConfig:
-    """Check the `config.json` of a tier, which calls two fields otherwise; see `read_config`."""
-    mixture = {"n_experts": raw.get("num_experts"), "top_k": raw.get("num_experts_per_tok")}
-    return parse_config(raw | mixture, Defaults())
+    """Check the `config.json` of a tier; see `parse_config`."""
+    return parse_config(raw)
 
 
-def _mixture(raw: dict, layers: int) -> dict:
-    experts = _size(raw, "n_experts", "outlier_num_experts", default=0, least=0, most=MAX_COUNT)
-    top_k = _size(raw, "top_k", "outlier_num_experts_per_tok", default=2)
-    kind = raw.get("model_type", "outlier_moe")
-    if kind not in MODEL_TYPES:
-        raise CheckpointError(
-            f"config.json: model_type {_short(kind)}, expected one of {MODEL_TYPES}"
+def describe(raw: dict) -> Description:
+    """What is known of any model, whatever its config holds; nothing is an error."""
+    raw = lifted(raw)
+    own = is_tier(raw) or is_overlay(raw)
+    name = str(raw.get(BASE_TYPE, "qwen2") if own else raw.get("model_type"))
+    known = families().get(_MADE_OF.get(name, name))
+    defaults = dict(known.defaults) if known is not None and not own else {}
+    try:
+        spelled = spell_rope(raw, "config.json", defaults.get("max_position_embeddings"))
+    except CheckpointError:
+        spelled = {key: value for key, value in raw.items() if not key.startswith("rope_")}
+    spelled = defaults | {key: value for key, value in spelled.items() if value is not None}
+    return Description(**_values(Fields(spelled, "config.json", strict=False), known, None))
+
+
+def describe_args(args: Any) -> Description:
+    """What is known of a loaded model, by the `args` that mlx-lm made of its config."""
+    raw = dict(vars(args)) if hasattr(args, "__dict__") else {}
+    inner = raw.get(NESTED)
+    if hasattr(inner, "__dict__"):
+        raw[NESTED] = dict(vars(inner))
+    return describe(raw)
+
+
+def spell_config(config: ModelConfig) -> dict:
+    """A plain model's config.json with everything spelled out that MLX's model depends on.
+
+    Without what is said of quantization, and of code of the model's own.
+    """
+    kept = {k: v for k, v in normalised(config.raw).items() if k not in _NOT_SPELLED}
+    return kept | {"num_key_value_heads": config.kv_heads, "tie_word_embeddings": config.tied}
+
+
+def _model_type(raw: dict, role: str, where: str) -> str:
+    kind = raw["model_type"]
+    names = with_role(role)
+    if kind in names:
+        return kind
+    if role == "base" and kind in OVERLAY_TYPES:
+        return _base_type(raw, where)
+    raise CheckpointError(f"{where}: model_type {short(kind)}, expected {listed(names, last='or')}")
+
+
+def _base_type(raw: dict, where: str) -> str:
+    """The family of the base of an overlay or tier: published ones are on Qwen2."""
+    names = with_role("base")
+    kind = raw.get("model_type", OVERLAY_TYPES[0])
+    base = raw.get(BASE_TYPE) or (kind if kind in names else "qwen2")
+    for name, value in (("model_type", kind), (BASE_TYPE, base)):
+        known = (*names, *OVERLAY_TYPES) if name == "model_type" else names
+        if not isinstance(value, str) or value not in known:
+            expected = listed(known, last="or")
+            raise CheckpointError(f"{where}: {name} {short(value)}, expected {expected}")
+    return base
+
+
+def _values(fields: Fields, known: Family | None, defaults: Defaults | None) -> dict[str, Any]:
+    """The fields of a `Description`; RoPE's scaling is not checked."""
+    raw = fields.raw
+    own = fields.strict or is_overlay(dict(raw)) or is_tier(dict(raw))
+    hidden = _size(fields, own, "hidden_dim", "hidden_size")
+    layers = _size(fields, own, "n_layers", "num_hidden_layers", most=MAX_COUNT)
+    heads = _size(fields, own, "n_heads", "num_attention_heads")
+    intermediate = _size(fields, own, "intermediate_dim", "intermediate_size")
+    positions = defaults.max_positions if defaults else None
+    values = {
+        "model_type": raw.get("model_type") if isinstance(raw.get("model_type"), str) else None,
+        "family": known.model_type if known is not None else None,
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": _size(fields, own, "n_kv_heads", "num_key_value_heads", default=heads),
+        "head_dim": _head_dim(fields, known, hidden, heads),
+        "vocab": fields.size("vocab_size"),
+        "max_positions": _size(fields, own, *POSITIONS, default=positions),
+        "rope_theta": fields.positive("rope_theta", defaults.rope_theta if defaults else None),
+        "rope_scaling": raw.get("rope_scaling") or None,
+        "rms_norm_eps": fields.positive(
+            "rms_norm_eps", defaults.rms_norm_eps if defaults else None
+        ),
+        "tied": fields.flag("tie_word_embeddings", False if fields.strict else None),
+        **_mixture(fields, known, layers),
+        "attention": read_attention(fields, known, layers),
+        "dtype": _dtype(raw),
+        "eos_ids": _ids(raw.get("eos_token_id")),
+        "quantization": read_quantization(raw),
+        "raw": dict(raw),
+    }
+    if known is not None and known.model_type == "mixtral":
+        values["expert_width"] = intermediate
+    return values
+
+
+def _size(
+    fields: Fields, own: bool, alias: str, name: str, *, most: int = MAX_SIZE, default: Any = None
+) -> Any:
+    """A size by its usual name, and in our own configs by another one, too."""
+    return fields.size(*((alias, name) if own else (name,)), default=default, most=most)
+
+
+def _head_dim(fields: Fields, known: Family | None, hidden: Any, heads: Any) -> int | None:
+    if known is None or known.own_head_dim:
+        given = fields.size("head_dim", required=False)
+        if given is not None or fields.raw.get("head_dim") is not None:
+            return given
+    if hidden is None or heads is None or hidden % heads:
+        fields.refuse(f"{heads} attention heads do not divide hidden_size {hidden}")
+        return None
+    return hidden // heads
+
+
+def _check_heads(fields: Fields, known: Family, values: dict[str, Any], role: str) -> None:
+    heads, kv_heads, width = (values[name] for name in ("heads", "kv_heads", "head_dim"))
+    if heads % kv_heads:
+        fields.refuse(f"{kv_heads} KV heads do not divide {heads} attention heads")
+    if width % 2:
+        fields.refuse(f"attention heads of an odd width, {width}")
+    given = fields.raw.get("head_dim")
+    if role != "base" and not known.own_head_dim and given not in (None, width):
+        fields.refuse(
+            f"head_dim {short(given)} is not hidden_size / heads; MLX's {known.model_type} has no"
+            " such heads"
         )
-    moe_layers = _moe_layers(raw, layers) if experts else ()
-    top_k = min(top_k, experts) if experts else top_k
-    return {"experts": experts, "top_k": top_k, "moe_layers": moe_layers}
 
 
-def _moe_layers(raw: dict, layers: int) -> tuple[int, ...]:
-    lists = {name: raw[name] for name in MOE_LISTS if raw.get(name) is not None}
+@dataclass(frozen=True)
+class _MixtureNames:
+    experts: tuple[str, ...]
+    top_k: tuple[str, ...]
+    lists: tuple[str, ...]
+
+
+def _mixture(fields: Fields, known: Family | None, layers: int | None) -> dict[str, Any]:
+    raw = dict(fields.raw)
+    if is_tier(raw):
+        names = _MixtureNames(("num_experts",), ("num_experts_per_tok",), ("moe_layers",))
+    elif is_overlay(raw):
+        names = _MixtureNames(
+            ("n_experts", "outlier_num_experts"),
+            ("top_k", "outlier_num_experts_per_tok"),
+            MOE_LISTS,
+        )
+    elif known is None:
+        return _other_mixture(fields, layers)
+    elif known.experts is not None:
+        names = _MixtureNames((known.experts[0],), (known.experts[1],), ())
+    else:
+        return {"experts": 0, "top_k": 0, "moe_layers": (), "expert_width": None}
+    experts = fields.size(*names.experts, default=0, least=0, most=MAX_COUNT) or 0
+    top_k = fields.size(*names.top_k, default=2)
+    if experts and names.lists == () and top_k is not None and top_k > experts:
+        fields.refuse(f"{names.top_k[0]} is {top_k}, of {experts} experts")
+    moe_layers = _moe_layers(fields, names.lists, layers) if experts else ()
+    width = fields.size("moe_intermediate_size", required=False) if moe_layers else None
+    return {
+        "experts": experts,
+        "top_k": min(top_k, experts) if experts and top_k else top_k,
+        "moe_layers": moe_layers,
+        "expert_width": width,
+    }
+
+
+def _other_mixture(fields: Fields, layers: int | None) -> dict[str, Any]:
+    """Of a model of another family: as far as the usual names go."""
+    experts = next((n for name in _EXPERTS if (n := fields.size(name))), 0)
+    return {
+        "experts": experts,
+        "top_k": next((n for name in _TOP_K if (n := fields.size(name))), None),
+        "moe_layers": None if experts or layers is None else (),
+        "expert_width": next((n for name in _EXPERT_WIDTHS if (n := fields.size(name))), None),
+    }
+
+
+def _moe_layers(
+    fields: Fields, names: tuple[str, ...], layers: int | None
+) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    lists = {name: fields.raw[name] for name in names if fields.raw.get(name) is not None}
     for name, numbers in lists.items():
         valid = isinstance(numbers, list) and all(
             type(number) is int and 0 <= number < layers for number in numbers
         )
         if not valid or len(set(numbers)) != len(numbers):
-            raise CheckpointError(
-                f"config.json: {name} must list different layer numbers from 0 to {layers - 1}"
-            )
+            fields.refuse(f"{name} must list different layer numbers from 0 to {layers - 1}")
+            return None
     if len({frozenset(numbers) for numbers in lists.values()}) > 1:
-        raise CheckpointError(f"config.json: {listed(lists)} list different layers")
-    for numbers in lists.values():
-        return tuple(sorted(numbers))
-    return tuple(range(layers))
-
-
-def _rope(raw: dict, defaults: Defaults) -> tuple[float, dict | None]:
-    nested = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
-        if not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {name} must be an object")
-    bases = {
-        name: _positive(fields, "rope_theta", None, name)
-        for name, fields in (("rope_theta", raw), ("rope_parameters.rope_theta", nested))
-        if fields.get("rope_theta") is not None
-    }
-    if len(set(bases.values())) > 1:
-        raise CheckpointError(f"config.json: {_settings(bases)} disagree")
-    theta = next(iter(bases.values()), defaults.rope_theta)
-    own = {key: value for key, value in nested.items() if key != "rope_theta"}
-    names = {"yarn", TIER_YARN} if "ternary" in raw else {"yarn"}
-    found = [s for s in (_scaling(own, names), _scaling(scaling, names)) if s is not None]
-    if len(found) == 2 and found[0] != found[1]:
-        raise CheckpointError("config.json: rope_scaling and rope_parameters disagree")
-    return theta, found[0] if found else None
-
-
-def _scaling(fields: dict, names: set[str]) -> dict | None:
-    """YaRN's fields by their usual names, or None where positions are not scaled."""
-    kinds = {str(fields[name]) for name in ("type", "rope_type") if fields.get(name) is not None}
-    if kinds <= {"default"}:
+        fields.refuse(f"{listed(lists)} list different layers")
         return None
-    if len(kinds) > 1 or not kinds <= names:
-        raise CheckpointError(f"config.json: rope scaling {_short(sorted(kinds))}, expected yarn")
-    result: dict = {"rope_type": "yarn", "factor": _positive(fields, "factor", None)}
-    original = "original_max_position_embeddings"
-    result[original] = _size(fields, original)
-    for name in ("beta_fast", "beta_slow", "attention_factor"):
-        if fields.get(name) is not None:
-            result[name] = _positive(fields, name, None)
-    return result
+    return tuple(sorted(next(iter(lists.values()), range(layers))))
 
 
-def _size(
-    raw: dict, *names: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE
-) -> int:
-    given = {name: raw[name] for name in names if raw.get(name) is not None}
-    for name, value in given.items():
-        if type(value) is not int or not least <= value <= most:
-            raise CheckpointError(
-                f"config.json: {name} is {_short(value)}, expected a whole number from {least} to"
-                f" {most}"
-            )
-    if len(set(given.values())) > 1:
-        raise CheckpointError(f"config.json: {_settings(given)} disagree")
-    for value in given.values():
-        return value
-    if default is None:
-        raise CheckpointError(f"config.json: {listed(names, last='or')} is missing")
-    return default
+def _dtype(raw: Any) -> str | None:
+    value = raw.get("dtype") or raw.get("torch_dtype")
+    return value.removeprefix("torch.") if isinstance(value, str) else None
 
 
-def _positive(raw: dict, name: str, default: float | None, shown: str | None = None) -> float:
-    value = raw.get(name)
-    value = default if value is None else value
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
-    if 0 < number <= sys.float_info.max:
-        return float(number)
-    raise CheckpointError(
-        f"config.json: {shown or name} is {_short(value)}, expected a positive number"
-    )
-
-
-def _flag(raw: dict, name: str) -> bool:
-    value = raw.get(name, False)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {name} is {_short(value)}, expected true or false")
-    return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _settings(values: dict) -> str:
-    return listed(f"{name} = {value}" for name, value in values.items())
+def _ids(value: Any) -> tuple[int, ...]:
+    listed = value if isinstance(value, list) else [value]
+    return tuple(n for n in listed if type(n) is int and n >= 0)

@@ -9,7 +9,8 @@ import numpy as np
 from outlier_mlx.checkpoints.base import WholeModel
 from outlier_mlx.checkpoints.overlay import base_shapes
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.models.config import PROJECTIONS, TIER_YARN
+from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.models.rope import TIER_NAMES
 from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
 from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.tiers.presets import GROUP_SIZES, Recipe
@@ -184,9 +185,8 @@ def _config(model: WholeModel, recipe: Recipe) -> dict:
         ternary["row_bytes_multiple"] = 4
     scaling = config.rope_scaling
     if scaling is not None:
-        # transformers reads this file to load the tokenizer, and of a model type that it does not
-        # know it fails on "yarn". Other names it leaves alone; to mlx-lm this one is the same.
-        scaling = scaling | {"rope_type": TIER_YARN}
+        kind = scaling["rope_type"]
+        scaling = scaling | {"rope_type": TIER_NAMES.get(kind, kind)}
     return common_config(model, recipe) | {
         "model_type": "outlier_moe",
         "model_file": "outlier_moe.py",

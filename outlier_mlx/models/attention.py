@@ -1,0 +1,65 @@
+"""Which layers keep keys and values of which tokens, as far as a config says it."""
+
+from outlier_mlx.models.families import Family
+from outlier_mlx.models.fields import Fields
+
+# Fields of models that keep something else than each layer's keys and values of one width: latent
+# or shared keys, states of recurrent layers, layers that differ.
+_OTHER = (
+    *("kv_lora_rank", "num_kv_shared_layers", "block_configs", "block_types", "use_cla"),
+    *("hybrid_override_pattern", "layers_block_type", "full_attention_interval", "full_attn_idxs"),
+    *("attn_layer_period", "attn_type_list", "attention_chunk_size", "layer_group_size"),
+    *("num_kv_reuse_layers", "state_size", "sliding_window_layers", "global_head_dim"),
+)
+_OTHER_PREFIXES = ("mamba_", "ssm_", "linear_", "conv_", "lru_", "swa_", "rwkv_")
+
+
+def read_attention(
+    fields: Fields, known: Family | None, layers: int | None
+) -> tuple[int | None, ...] | None:
+    """The window of each layer, None for all tokens; None: not known, or no plain attention.
+
+    Args:
+        fields: the config.
+        known: the family, if it is one of `models/`; mlx-lm's models of these have plain attention.
+        layers: how many there are.
+    """
+    if layers is None:
+        return None
+    if known is not None and not known.honours_layer_types:
+        return (None,) * layers
+    if known is None and _is_other(fields):
+        return None
+    types, window = fields.raw.get("layer_types"), fields.raw.get("sliding_window")
+    if types is None and known is None:
+        types = _from_pattern(fields.raw.get("sliding_window_pattern"), layers)
+    if types is None:
+        return (None,) * layers
+    windows = {"full_attention": None, "sliding_attention": window}
+    if not isinstance(types, list) or len(types) != layers:
+        return None
+    if any(kind not in windows for kind in types if isinstance(kind, str)):
+        return None
+    if "sliding_attention" in types and (type(window) is not int or window < 1):
+        return None
+    return tuple(windows[kind] for kind in types)
+
+
+def _is_other(fields: Fields) -> bool:
+    raw = fields.raw
+    if any(raw.get(name) for name in _OTHER):
+        return True
+    if any(raw[name] for name in raw if name.startswith(_OTHER_PREFIXES)):
+        return True
+    given = raw.get("v_head_dim")
+    return given is not None and given != raw.get("head_dim")
+
+
+def _from_pattern(pattern: object, layers: int) -> object:
+    """`layer_types` of a `sliding_window_pattern`: of so many layers, the last attends to all."""
+    if pattern is None:
+        return None
+    if type(pattern) is not int or pattern < 1:
+        return ()
+    full = {layer for layer in range(layers) if layer % pattern == pattern - 1}
+    return ["full_attention" if n in full else "sliding_attention" for n in range(layers)]

@@ -1,0 +1,86 @@
+"""MLX's affine quantization: group sizes, and what a config.json says of it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+#: How many weights along a row can share a scale and a bias.
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """How a matrix is stored.
+
+    Attributes:
+        bits: of a weight.
+        group_size: weights along a row that share a scale and a bias.
+    """
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The `quantization` of a config.json.
+
+    Attributes:
+        default: how matrices that have scales are stored, if that is said.
+        by_path: modules that are stored otherwise; None for those that are not quantized.
+    """
+
+    default: Affine | None
+    by_path: Mapping[str, Affine | None] = field(default_factory=dict)
+
+    def of(self, path: str) -> Affine | None:
+        """How the module at `path` is stored, if it has scales; None if that is not said."""
+        return self.by_path.get(path, self.default)
+
+
+def largest_group(width: int, most: int = GROUP_SIZES[-1]) -> int | None:
+    """The largest group size, `most` at most, that divides the width of a row; None: none does."""
+    return max((size for size in GROUP_SIZES if size <= most and width % size == 0), default=None)
+
+
+def read_quantization(raw: Mapping) -> Quantization | None:
+    """What a config says of quantization in MLX's form; None if it says nothing."""
+    given = raw.get("quantization")
+    if not isinstance(given, dict):
+        return None
+    by_path = {
+        path: _affine(how) for path, how in given.items() if isinstance(how, dict) or how is False
+    }
+    return Quantization(_affine(given), by_path)
+
+
+def _affine(how: object) -> Affine | None:
+    if not isinstance(how, dict):
+        return None
+    bits, group = how.get("bits"), how.get("group_size")
+    if not isinstance(bits, int) or not isinstance(group, int) or bits < 1 or group < 1:
+        return None
+    return Affine(bits, group)
+
+
+def spell_quantization(
+    stored: Mapping[str, tuple[int, int]], default: tuple[int, int] | None = None
+) -> dict:
+    """The `quantization` of a config.json.
+
+    Args:
+        stored: (bits, group size) by the path of each quantized module.
+        default: what holds for modules that are not listed; by default the most common.
+
+    Returns:
+        The default, and the modules that differ from it; empty if nothing is quantized.
+    """
+    if not stored:
+        return {}
+    bits, group = default or Counter(stored.values()).most_common(1)[0][0]
+    others = {
+        path: {"group_size": g, "bits": b, "mode": "affine"}
+        for path, (b, g) in stored.items()
+        if (b, g) != (bits, group)
+    }
+    return {"group_size": group, "bits": bits, "mode": "affine"} | others

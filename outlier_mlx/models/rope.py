@@ -1,0 +1,171 @@
+"""Rotary positions, in whichever spelling a config has them.
+
+Version 5 of transformers writes `rope_parameters: {rope_theta, rope_type, ...}` where version 4
+wrote `rope_theta` and `rope_scaling`. Most models of mlx-lm 0.32 read the old names alone, and fall
+back to a default without a word.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from outlier_mlx.errors import CheckpointError, listed
+from outlier_mlx.models.fields import Fields, short
+
+ORIGINAL = "original_max_position_embeddings"
+# transformers reads a tier's config to load its tokenizer, and of a model type that it does not
+# know it fails on its own names. Other names it leaves alone; the first is the same to mlx-lm.
+TIER_NAMES = {"yarn": "deepseek_yarn", "llama3": "outlier_llama3"}
+YARN = ("yarn", "deepseek_yarn")
+# Found inside `rope_parameters` where version 4 had them at the top.
+_LIFTED = ("rope_theta", "partial_rotary_factor")
+_NAMES = ("rope_theta", "type", "rope_type")
+_NEED_ORIGINAL = ("yarn", "llama3", "longrope")
+_YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor")
+_LLAMA3_NUMBERS = ("low_freq_factor", "high_freq_factor")
+
+
+def spell_rope(config: dict, where: str, default_positions: int | None = None) -> dict:
+    """A config with RoPE's old names beside the new ones, and their defaults written out.
+
+    `rope_theta` and `partial_rotary_factor` are lifted out of `rope_parameters`, and a `rope_type`
+    other than "default" becomes `rope_scaling`. `rope_parameters` stays, for the models that read
+    it. One that has an entry for each type of layer is left alone: only a model that knows about
+    it can use it.
+
+    Args:
+        config: as it was read; it is not changed.
+        where: what messages call it.
+        default_positions: `max_position_embeddings` where the config does not say.
+
+    Raises:
+        CheckpointError: two spellings of a field contradict each other.
+    """
+    result = dict(config)
+    nested, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+    for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(f"{where}: {name} is not an object")
+    if nested and not any(isinstance(value, dict) for value in nested.values()):
+        for name in _LIFTED:
+            agree(result, name, nested.get(name), f"rope_parameters.{name}", where)
+        ours, theirs = _scaling(nested, where), _scaling(scaling or {}, where)
+        if ours is not None and theirs is not None and _differ(ours, theirs):
+            raise CheckpointError(
+                f"{where}: rope_scaling is {theirs}, but rope_parameters is {ours}: which one"
+                " holds?"
+            )
+        result["rope_scaling"] = scaling if ours is None else ours
+        if scaling is None and ours is None and "rope_scaling" not in config:
+            del result["rope_scaling"]
+    for name in ("rope_scaling", "rope_parameters"):
+        given = result.get(name)
+        if given and rope_type(given, where) in _NEED_ORIGINAL:
+            original = _original(config, given, default_positions)
+            if original is not None:
+                result[name] = given | {ORIGINAL: original}
+    return result
+
+
+def _original(config: dict, scaling: dict, default_positions: int | None) -> Any:
+    """The context before scaling, by transformers' rule (`standardize_rope_params`)."""
+    candidates = (config.get(ORIGINAL), scaling.get(ORIGINAL))
+    positions = (config.get("max_position_embeddings"), config.get("max_seq_len"))
+    given = (*candidates, *positions, default_positions)
+    return next((value for value in given if value is not None), None)
+
+
+def agree(result: dict, name: str, value: object, shown: str, where: str) -> None:
+    """Set a field that is absent; one that is there must have this value.
+
+    Raises:
+        CheckpointError: it has another.
+    """
+    if value is None:
+        return
+    if result.get(name) is None:
+        result[name] = value
+    elif result[name] != value:
+        raise CheckpointError(
+            f"{where}: {name} is {short(result[name])}, but {shown} is {short(value)}: which one"
+            " holds?"
+        )
+
+
+def _differ(ours: dict, theirs: dict) -> bool:
+    """Whether two scalings do, where both say something."""
+    names = (ours.keys() & theirs.keys()) | ((ours.keys() | theirs.keys()) - {*_LIFTED, ORIGINAL})
+    return any(ours.get(name) != theirs.get(name) for name in names)
+
+
+def rope_type(fields: Mapping[str, Any], where: str = "config.json") -> str:
+    """How positions are scaled: "default", "yarn", "llama3" and so on.
+
+    Raises:
+        CheckpointError: two names for it contradict each other.
+    """
+    kinds = [fields[name] for name in ("rope_type", "type") if fields.get(name) is not None]
+    kinds = [kind for kind in kinds if kind != "default"]
+    if any(not isinstance(kind, str) for kind in kinds) or len(set(map(str, kinds))) > 1:
+        raise CheckpointError(f"{where}: rope scaling {short(kinds)}, expected one type")
+    return kinds[0] if kinds else "default"
+
+
+def _scaling(fields: dict, where: str) -> dict | None:
+    """How positions are scaled, or None where they are not."""
+    kind = rope_type(fields, where)
+    if kind == "default":
+        return None
+    return {"rope_type": kind, **{k: v for k, v in fields.items() if k not in _NAMES}}
+
+
+def read_scaling(
+    spelled: dict, where: str, allowed: tuple[str, ...], *, tier: bool
+) -> dict[str, Any] | None:
+    """How positions are scaled, checked, by the usual names; None where they are not.
+
+    Args:
+        spelled: a config as `spell_rope` returns it.
+        where: what messages call it.
+        allowed: types of scaling that the model honours.
+        tier: whether it is a tier's, which has names of its own for two types.
+
+    Raises:
+        CheckpointError: the type is none of these, or its numbers are not sound.
+    """
+    scaling = _scaling(spelled.get("rope_scaling") or {}, where)
+    if scaling is None:
+        return None
+    usual = {theirs: ours for ours, theirs in TIER_NAMES.items()} if tier else {}
+    kind = usual.get(scaling["rope_type"], scaling["rope_type"])
+    if kind not in allowed:
+        expected = (
+            f"expected {listed(allowed, last='or')}" if allowed else "which is not supported here"
+        )
+        raise CheckpointError(f"{where}: rope scaling {short(kind)}, {expected}")
+    if kind not in ("yarn", "llama3"):
+        return scaling
+    fields = Fields(scaling, where, strict=True)
+    result: dict[str, Any] = {"rope_type": kind, "factor": fields.positive("factor")}
+    result[ORIGINAL] = fields.size(ORIGINAL)
+    for name in _YARN_NUMBERS if kind == "yarn" else _LLAMA3_NUMBERS:
+        if scaling.get(name) is not None:
+            result[name] = fields.positive(name)
+    if kind == "llama3" and not all(name in result for name in _LLAMA3_NUMBERS):
+        raise CheckpointError(f"{where}: rope scaling llama3 needs {listed(_LLAMA3_NUMBERS)}")
+    if kind == "yarn":
+        _read_mscale(fields, scaling, result)
+    return result
+
+
+def _read_mscale(fields: Fields, scaling: dict, result: dict[str, Any]) -> None:
+    """DeepSeek's way to say the attention factor; transformers' `_compute_yarn_parameters`."""
+    if scaling.get("truncate") is False:
+        fields.refuse("rope scaling yarn with truncate false is not supported by mlx-lm")
+    both = [scaling.get("mscale"), scaling.get("mscale_all_dim")]
+    if all(both) and "attention_factor" not in result:
+        log = math.log(max(1.0, result["factor"]))
+        top, bottom = (
+            0.1 * fields.positive(name) * log + 1 for name in ("mscale", "mscale_all_dim")
+        )
+        result["attention_factor"] = top / bottom
