@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from tests.program import run_command
 
 # What would lead a program back to this checkout.
 _LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
@@ -15,10 +16,10 @@ _LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 def make_environment(folder: Path, *requirements: str) -> Path:
     """A new virtual environment with these requirements from the package index; its Python."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    run_command(sys.executable, "-m", "venv", folder)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *requirements], check=True, env=clean_variables())
+    run_command(*pip, *requirements, env=clean_variables())
     return python
 
 
@@ -40,12 +41,4 @@ def clean_variables() -> dict[str, str]:
 
 def run(*command: Any, cwd: Path) -> str:
     """Run a program elsewhere than in the checkout, and give what it prints; stderr if it fails."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=clean_variables(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_command(*command, cwd=cwd, env=clean_variables()).out

@@ -6,13 +6,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from outlier_mlx.cli.showcase import FOLDER
+from tests.program import ROOT, Result, run_command
 
-ROOT = Path(__file__).parents[1]
 # A repository of the hub stands for the folder that it would be fetched to.
 STAND_INS = {"Qwen/Qwen2.5-7B-Instruct": "./base"}
 
@@ -23,6 +22,11 @@ def blocks(page: str) -> list[tuple[str, str]]:
     found = re.findall(r"^ *```(\w+)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
     assert found
     return found
+
+
+def blocks_in(language: str, page: str) -> list[str]:
+    """Text of the code blocks of a page in a language."""
+    return [text for name, text in blocks(page) if name == language]
 
 
 def prepare(folder: Path) -> None:
@@ -37,24 +41,15 @@ def prepare(folder: Path) -> None:
     (folder / "data" / "valid.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
 
 
-def variables() -> dict[str, str]:
-    """An environment in which this checkout's programs come first."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def variables(**more: str) -> dict[str, str]:
+    """An environment in which this checkout's programs come first; `more` variables are set."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path} | more
 
 
-def run_block(language: str, text: str, folder: Path) -> str:
-    """Run a block to its end, without a terminal; what it prints."""
+def run_block(language: str, text: str, folder: Path, **more: str) -> Result:
+    """Run a block to its end, without a terminal; `more` variables are set."""
     for name, stand_in in STAND_INS.items():
         text = text.replace(name, stand_in)
     shell = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
-    done = subprocess.run(
-        [*shell, text],
-        cwd=folder,
-        env=variables(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return run_command(*shell, text, cwd=folder, env=variables(**more), timeout=300)

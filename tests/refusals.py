@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
-from outlier_mlx.cli import app
 from tests.builders import write_base, write_overlay
 from tests.damage import (
     INDEX,
@@ -26,6 +24,7 @@ from tests.damage import (
     find_tensor,
     replace_tensor,
 )
+from tests.program import Result, run
 
 DIMS: dict[str, Any] = {
     "intermediate": 64,
@@ -98,16 +97,12 @@ def snapshot(folder: Path) -> dict[str, str]:
     return found
 
 
-def run(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
 def assert_refused(result: Result, *words: str) -> None:
     """One line on stderr that holds all the words, nothing on stdout, exit code 1."""
-    assert result.exit_code == 1, (result.output, result.exception)
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
+    assert result.code == 1, result
+    assert result.out == ""
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
     assert lines[0].startswith("error: ")
     assert "Traceback" not in lines[0]
     assert len(lines[0]) < 500
@@ -118,7 +113,7 @@ def assert_refused(result: Result, *words: str) -> None:
 def refuse(site: Site, *command: object, words: tuple[str, ...]) -> None:
     """Run a command that must be refused and must not change a byte below the site."""
     before = snapshot(site.root)
-    assert_refused(run(*command), *words)
+    assert_refused(run(*command, code=1), *words)
     assert snapshot(site.root) == before
 
 

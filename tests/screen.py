@@ -7,12 +7,10 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
-from pathlib import Path
 
-SCRIPT = Path(sys.executable).with_name("outlier-mlx")
+from tests.program import start_program
+
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|4[0-7]|9[0-7])(?:;[0-9;]*)?m")
 
@@ -49,6 +47,12 @@ def highest_jump(sent: str) -> int:
     return max((jump.count("\x1b[1A") for jump in jumps), default=0)
 
 
+def terminal_variables(**variables: str) -> dict[str, str]:
+    """The environment of a program on a terminal with colours."""
+    kept = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    return kept | {"TERM": "xterm-256color"} | variables
+
+
 def on_terminal(columns: int, *arguments: object, **variables: str) -> str:
     """What a program writes to a terminal of some width, escapes included."""
 
@@ -57,14 +61,12 @@ def on_terminal(columns: int, *arguments: object, **variables: str) -> str:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     ours, theirs = pty.openpty()
-    settings = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
-    settings |= {"TERM": "xterm-256color"} | variables
-    process = subprocess.Popen(
-        [SCRIPT, *map(str, arguments)],
+    process = start_program(
+        *arguments,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=settings,
+        env=terminal_variables(**variables),
         preexec_fn=set_size,
         start_new_session=True,
     )

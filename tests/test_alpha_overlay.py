@@ -17,17 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from outlier_mlx import open_overlay
 from outlier_mlx.checkpoints.alpha import alphas_from_json
 from outlier_mlx.checkpoints.alpha_overlay import AlphaOverlay, read_alpha_overlay
-from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from tests.builders import Built, write_overlay
 from tests.engine import tier_of
 from tests.form_builders import Pickle, torch_save, torch_zip
 from tests.goldens import require_shared
+from tests.program import run
 from tests.tensor_file import read_arrays, rounded
 
 LAYERS, EXPERTS = 5, 3
@@ -260,11 +259,10 @@ def test_conversion(built: Built, tmp_path: Path):
 
 def test_command(built: Built, tmp_path: Path):
     command = ["convert", str(built.path), "--tier", "f32", "--alpha", "original", "--out"]
-    run = CliRunner().invoke(app, [*command, str(tmp_path / "t")])
-    assert run.exit_code == 1 and "there is no alpha_overlay.pt" in run.stderr
+    done = run(*command, tmp_path / "t", code=1)
+    assert "there is no alpha_overlay.pt" in done.err
     torch_save(built.path / "alpha_overlay.pt", {"alphas": NEW, "originals": originals(built)})
-    run = CliRunner().invoke(app, [*command, str(tmp_path / "t")])
-    assert run.exit_code == 0
+    done = run(*command, tmp_path / "t")
     stored = read_arrays(tmp_path / "t/model-00001-of-00001.safetensors")
     np.testing.assert_array_equal(stored["model.layers.3.mlp.alpha"], built.alphas[3])
 

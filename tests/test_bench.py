@@ -10,11 +10,9 @@ from typing import Any
 
 import mlx.nn as nn
 import pytest
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from kernels.emulator import virtual_metal
-from outlier_mlx.cli import app
 from outlier_mlx.engine import chips
 from outlier_mlx.engine.chips import BANDWIDTHS, Chip, parse_gpu_cores, published_bandwidth
 from outlier_mlx.measure import bench, bench_tables
@@ -22,6 +20,7 @@ from outlier_mlx.measure.bench import BenchOptions, BenchResult, Runs
 from outlier_mlx.runtime import variants
 from tests.builders import Dims, write_overlay
 from tests.engine import load, tier_of
+from tests.program import run
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "bench.md"
 
@@ -30,10 +29,6 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "bench.md"
 def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     return tier_of(write_overlay(folder / "overlay").path, None, folder / "tier")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
 
 
 def assert_summary(found: dict[str, Any], count: int) -> None:
@@ -48,9 +43,8 @@ def assert_summary(found: dict[str, Any], count: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_json(tier: Path, batch: int):
-    done = run("--model", tier, "-p", 24, "-g", 8, "-n", 3, "-b", batch, "--json")
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
+    done = run("bench", "--model", tier, "-p", 24, "-g", 8, "-n", 3, "-b", batch, "--json")
+    found = done.json
     assert found["model"] == "tier" and found["dtype"] == "float32"
     assert found["options"] == {
         "prompt_tokens": 24,
@@ -214,26 +208,25 @@ def test_this_chip_is_a_cpu():
     ["--save", "-g 1", "-p 0", "-n 0", "-b 0", "--delay -1", "--prefill-step-size 0", "--dtype f8"],
 )
 def test_flags(flags: str, tier: Path):
-    done = run("--model", tier, *flags.split())
-    assert done.exit_code == 2 and flags.split()[0] in done.stderr and done.stdout == ""
+    done = run("bench", "--model", tier, *flags.split(), code=2)
+    assert flags.split()[0] in done.err and done.out == ""
 
 
 def test_no_kernels_to_choose_from(tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "kernels.json"
     monkeypatch.setenv(variants.VARIANTS_VARIABLE, str(file))
-    done = run("--model", tier, "--kernels", "--save")
-    assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == "error: --save: no Metal here, so there are no kernels to choose from\n"
+    done = run("bench", "--model", tier, "--kernels", "--save", code=1)
+    assert done.out == ""
+    assert done.err == "error: --save: no Metal here, so there are no kernels to choose from\n"
     assert not file.exists()
 
 
 def test_no_ternary_experts(tier: Path, tmp_path: Path):
     built = write_overlay(tmp_path / "overlay", expert_intermediate=96)
     other = tier_of(built.path, None, tmp_path / "tier", experts="affine2")
-    done = run("--model", other, "--kernels", "-n", 1)
-    assert done.exit_code == 1
-    assert done.stderr.endswith("error: this model has no ternary experts to time kernels on\n")
-    assert run("--model", other, "-p", 4, "-g", 2, "-n", 1).exit_code == 0
+    done = run("bench", "--model", other, "--kernels", "-n", 1, code=1)
+    assert done.err.endswith("error: this model has no ternary experts to time kernels on\n")
+    run("bench", "--model", other, "-p", 4, "-g", 2, "-n", 1)
 
 
 def test_defaults_are_those_of_mlx_lm():

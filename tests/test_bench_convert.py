@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.tiers.convert import convert_tier
+from tests.program import ROOT, run_command
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -49,16 +49,11 @@ def test_a_run(tmp_path: Path) -> None:
     work.mkdir()
     command = [sys.executable, SCRIPTS / "bench_convert.py", "--shape", "tiny", "--form", "packed"]
     command += ["--layers", "1", "2", "--repeat", "1", "--vocab", "512"]
-    done = subprocess.run(
-        [*map(str, command), "--work", str(work), "--json", str(tmp_path / "found.json")],
-        env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--work", work, "--json", tmp_path / "found.json"]
+    done = run_command(*command, *options, env=os.environ | {"PYTHONPATH": str(ROOT)})
     one, two = json.loads((tmp_path / "found.json").read_text())
     assert (one["layers"], two["layers"]) == (1, 2)
     assert two["trits"] == 2 * one["trits"] == 2 * 8 * 3 * 256 * 512
     assert two["written"] > one["written"]
-    assert done.stdout.count("packed ") == 2
+    assert done.out.count("packed ") == 2
     assert list(work.iterdir()) == []

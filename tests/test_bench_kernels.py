@@ -22,7 +22,8 @@ from outlier_mlx.runtime.variants import Variant
 from tests.builders import write_overlay
 from tests.engine import as_array, load, tier_of
 from tests.kernel_cases import random_matrices
-from tests.test_bench import assert_summary, run
+from tests.program import run
+from tests.test_bench import assert_summary
 
 DOWN = KERNELS[1]
 
@@ -34,10 +35,9 @@ def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_without_metal_only_the_plain_path_is_timed(tier: Path):
-    done = run("--model", tier, "--kernels", "-n", 2, "-b", 3, "--json")
-    assert done.exit_code == 0, done.output
-    assert done.stderr.startswith("no Metal here, so there are no kernels to time")
-    found = json.loads(done.stdout)
+    done = run("bench", "--model", tier, "--kernels", "-n", 2, "-b", 3, "--json")
+    assert done.err.startswith("no Metal here, so there are no kernels to time")
+    found = done.json
     assert [k["kernel"] for k in found["kernels"]] == ["tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv"]
     for kernel in found["kernels"]:
         assert kernel["pairs"] == 6 and kernel["best"] is None
@@ -164,9 +164,8 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
     with virtual_metal(count=False) as metal:
         monkeypatch.setattr(bench_kernels, "DECODES", ("exponent", "exact", "telescoped"))
         assert variants.saved_variant("tq1_0_down") is None
-        done = run("--model", tier, "--kernels", "--save", "-n", 4, "--json")
-        assert done.exit_code == 1, done.output
-        found = json.loads(done.stdout)
+        done = run("bench", "--model", tier, "--kernels", "--save", "-n", 4, "--json", code=1)
+        found = done.json
         launched = len(metal.launches)
         assert variants.saved_variant("tq1_0_down") is not None
         m = random_matrices(1, 2, 64, 80)
@@ -178,7 +177,7 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
     assert (kernel["out_features"], kernel["in_features"]) == (64, 80)
     assert "its result is wrong" in arms["telescoped"]["error"]
     assert arms["telescoped"]["seconds"] is None
-    assert "tq1_0_down, telescoped, 4 rows, 32-bit loads: not timed" in done.stderr
+    assert "tq1_0_down, telescoped, 4 rows, 32-bit loads: not timed" in done.err
     sound = ("mlx", "exponent", "exact")
     for name in sound:
         assert_summary(arms[name]["seconds"], 4)

@@ -21,6 +21,7 @@ from outlier_mlx.writing.bundle import bundle
 from tests.builders import Built, write_overlay
 from tests.engine import forward, load, tier_of
 from tests.environments import make_environment, mlx_package, pinned, run
+from tests.program import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = Path(outlier_mlx.runtime.__file__).parent
@@ -94,15 +95,7 @@ def test_the_bundle_is_the_same_each_time():
     """`verify` compares a tier's with it, whatever the order of sets in that process."""
     script = "from outlier_mlx.writing.bundle import bundle; print(bundle(), end='')"
     texts = {
-        subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            env={"PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for seed in ("1", "2", "3")
+        run_python(script, cwd=ROOT, env={"PYTHONHASHSEED": seed}).out for seed in ("1", "2", "3")
     }
     assert texts == {bundle()}
 

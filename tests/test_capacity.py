@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from outlier_mlx import cli
 from outlier_mlx.engine import memory
 from outlier_mlx.engine.memory import Budget, kv_bytes
 from outlier_mlx.errors import OutlierError
@@ -20,6 +18,7 @@ from outlier_mlx.serve import server
 from outlier_mlx.serve.capacity import MAX_CONVERSATIONS, Capacity, capacity_for, find_capacity
 from tests.builders import write_overlay
 from tests.engine import tier_of
+from tests.program import run
 
 TOKENS = 8192
 
@@ -102,8 +101,7 @@ def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) ->
         available = mac(tier, there_is, 1000)
         monkeypatch.setattr(memory, "budget", lambda ram_gb=None, found=available: found)
         monkeypatch.setattr("outlier_mlx.serve.capacity.budget", memory.budget)
-        result = CliRunner().invoke(cli.app, [*command, *options])
-        assert result.exit_code == 0, result.output
+        run(*command, *options)
         found, note = served.pop()
         assert isinstance(found, server.ServeOptions)
         assert found.decode_concurrency == expected.decode_concurrency

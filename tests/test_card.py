@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx.checkpoints.info import inspect
-from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.measure import eval_results as results
 from outlier_mlx.measure.measured import read_measured
@@ -22,6 +20,7 @@ from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.licences import Licence, combine, stated_licence
 from tests.builders import write_base, write_overlay
 from tests.damage import edit_json
+from tests.program import run
 
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
 
@@ -173,18 +172,12 @@ def test_what_was_modified(tmp_path: Path, options: dict[str, Any], words: list[
     assert "| 4,096 | 1.0 MB |" in text and "| 32,768 | 8.4 MB |" in text
 
 
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
 def test_what_was_measured(tmp_path: Path) -> None:
     tier = make(tmp_path, "license: mit", "license: mit")
     text = tmp_path / "sea.txt"
     text.write_text("the cat sat on the mat and the dog sat on the log " * 8)
     command = ["perplexity", tier, "--text", text, "--window", 32]
-    plain = json.loads(run(*command, "--windows", 2, "--json").stdout)
+    plain = run(*command, "--windows", 2, "--json").json
     assert not (tier / "measured.json").exists()
     before = verify_tier(tier)
     run(*command, "--windows", 2, "--record")
@@ -235,13 +228,13 @@ def test_scores(tmp_path: Path) -> None:
     )
     results.save(evaluation, tmp_path / "scores.json")
     command = ["push", tier, "owner/tier", "--dry-run", "--results", tmp_path / "scores.json"]
-    card = run(*command).stdout
+    card = run(*command).out
     assert "On the GPU, in float16; lm-eval 0.4.13:" in card
     assert "| `arc_easy` | `acc` | 0 | 400 | 0.5000 | 0.0250 |" in card
     assert "| `arc_easy` | `f1, strict` | 0 | 400 | 0.5000 |  |" in card
     # Scores of another model are not this one's.
     results.save(replace(evaluation, bytes_in_memory=1), tmp_path / "scores.json", force=True)
-    assert "not of this tier" in run(*command, code=1).stderr
+    assert "not of this tier" in run(*command, code=1).err
 
 
 def test_a_file_of_measurements_that_is_none(tmp_path: Path) -> None:
@@ -256,4 +249,4 @@ def test_a_file_of_measurements_that_is_none(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"measured\.json"):
             read_measured(tier)
     result = run("perplexity", tmp_path / "base", "--text", text, "--record", code=1)
-    assert "nothing can be recorded" in result.stderr
+    assert "nothing can be recorded" in result.err

@@ -10,10 +10,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
-from outlier_mlx import cli
 from outlier_mlx.engine.conversation import Conversation
 from outlier_mlx.engine.generate import Options, stream_tokens
 from outlier_mlx.engine.sessions import identity, load, save
@@ -21,6 +19,7 @@ from outlier_mlx.errors import OutlierError
 from tests.builders import write_overlay
 from tests.damage import edit_json
 from tests.engine import tier_of
+from tests.program import Result, run
 
 Loaded = tuple[Any, TokenizerWrapper]
 QUESTIONS = ("Hello there", "And then?", "Why?")
@@ -283,19 +282,18 @@ def test_what_identifies_a_model(tier: Path):
     assert identity(tier, None) == identity(tier, None) != identity(tier, "float16")
 
 
-def chat(tier: Path, lines: str, *options: str) -> Result:
+def chat(tier: Path, lines: str, *options: object, code: int = 0) -> Result:
     """The command with lines from a pipe."""
-    command = ["chat", "--model", str(tier), "--max-tokens", "8", "--temp", "0", *options]
-    return CliRunner().invoke(cli.app, command, input=lines)
+    command = ["chat", "--model", tier, "--max-tokens", 8, "--temp", 0, *options]
+    return run(*command, code=code, input=lines)
 
 
 def test_a_message_a_line(tier: Path, loaded: Loaded):
     conversation = begin(loaded, max_tokens=8, system_prompt=None)
     expected = [say(conversation, question) for question in (*QUESTIONS[:2], "/a")]
     done = chat(tier, "Hello there\n\nAnd then?\n//a\n")
-    assert done.exit_code == 0
-    assert done.stdout == "".join(f"{text}\n" for text in expected)
-    assert not done.stderr
+    assert done.out == "".join(f"{text}\n" for text in expected)
+    assert not done.err
 
 
 def test_commands(tier: Path, tmp_path: Path):
@@ -305,19 +303,12 @@ def test_commands(tier: Path, tmp_path: Path):
         f"Hello\n/save {kept}\n/save {kept}\n/reset\nHello\n/load {kept}\n/temp 0.5\n/temp\n"
         '/system\n/system Be brief\n/help\n"""two\nlines"""\n/exit\nnever said\n',
     )
-    assert done.exit_code == 0
-    first, second, _ = done.stdout.split("\n", 2)
+    first, second, _ = done.out.split("\n", 2)
     assert first == second
-    for words in (
-        "saved",
-        "new conversation",
-        "1 messages",
-        "temperature: 0.5",
-        "Be brief",
-        "/exit",
-    ):
-        assert words in done.stderr.replace("\n", " ")
-    assert "never" not in done.stdout
+    shown = ("saved", "new conversation", "1 messages", "temperature: 0.5", "Be brief", "/exit")
+    for words in shown:
+        assert words in done.err.replace("\n", " ")
+    assert "never" not in done.out
 
 
 @pytest.mark.parametrize(
@@ -339,10 +330,10 @@ def test_commands_that_fail(tier: Path, tmp_path: Path, line: str, words: str):
     """End a pipe, in one line; nothing is said after them."""
     taken = tmp_path / "taken.json"
     taken.write_text("{}")
-    done = chat(tier, line.format(taken=taken, folder=tmp_path) + "\nHello\n")
-    assert done.exit_code == 1 and not done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert words in done.stderr
+    done = chat(tier, line.format(taken=taken, folder=tmp_path) + "\nHello\n", code=1)
+    assert not done.out
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+    assert words in done.err
     assert taken.read_text() == "{}"
 
 
@@ -352,9 +343,9 @@ def test_a_prompt_cache_between_runs(tier: Path, loaded: Loaded, tmp_path: Path)
     kept = tmp_path / "kept.safetensors"
     for number, question in enumerate(QUESTIONS):
         done = chat(tier, f"{question}\n", "--prompt-cache", str(kept))
-        assert done.stdout == f"{expected[number]}\n"
+        assert done.out == f"{expected[number]}\n"
     before = kept.read_bytes()
-    done = chat(tier, "Hello\n", "--prompt-cache", str(kept), "--dtype", "float16")
-    assert done.exit_code == 1 and "another --dtype" in done.stderr
+    done = chat(tier, "Hello\n", "--prompt-cache", str(kept), "--dtype", "float16", code=1)
+    assert "another --dtype" in done.err
     assert kept.read_bytes() == before
-    assert chat(tier, "", "--prompt-cache", "kept.txt").exit_code == 2
+    chat(tier, "", "--prompt-cache", "kept.txt", code=2)

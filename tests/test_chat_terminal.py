@@ -6,8 +6,6 @@ import io
 import os
 import pty
 import select
-import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -25,7 +23,8 @@ from outlier_mlx.cli.markdown import renders_markdown, reply_writer, without_con
 from tests.builders import write_overlay
 from tests.damage import edit_json
 from tests.engine import tier_of
-from tests.screen import highest_jump, screen
+from tests.program import start_program
+from tests.screen import highest_jump, screen, terminal_variables
 
 REPLY = """# Ducks
 
@@ -157,14 +156,13 @@ class Terminal:
     def __init__(self, tier: Path, **variables: str) -> None:
         self.master, slave = pty.openpty()
         termios.tcsetwinsize(slave, (24, 80))
-        command = [sys.executable, "-m", "outlier_mlx", "chat", "--model", str(tier)]
-        kept = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-        self.process = subprocess.Popen(
-            [*command, "--temp", "0", "--max-tokens", "50000"],
+        command = ["chat", "--model", tier, "--temp", 0, "--max-tokens", 50_000]
+        self.process = start_program(
+            *command,
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env=kept | {"TERM": "xterm-256color"} | variables,
+            env=terminal_variables(**variables),
             preexec_fn=lambda: os.login_tty(slave),  # Ctrl-C becomes a signal
         )
         self.slave = slave

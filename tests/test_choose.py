@@ -5,10 +5,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from typer.testing import CliRunner
 
 import outlier_mlx
-from outlier_mlx import cli
 from outlier_mlx.engine import memory
 from outlier_mlx.engine.memory import Budget, budget, check_fits, kv_bytes
 from outlier_mlx.errors import OutlierError
@@ -17,6 +15,7 @@ from outlier_mlx.tiers.choose import best, list_choices
 from outlier_mlx.tiers.presets import RECIPES
 from tests.builders import Built, write_overlay
 from tests.engine import forward, load
+from tests.program import run
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +89,9 @@ def test_what_does_not_fit_is_refused_with_cures(tier: Path) -> None:
 def test_generate_checks_unless_told_not_to(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "budget", lambda ram_gb=None: Budget(1000, "this machine"))
     command = ["generate", "--model", str(tier), "-p", "hello", "-m", "2"]
-    refused = CliRunner().invoke(cli.app, command)
-    assert refused.exit_code == 1
-    assert "this machine gives 0.0" in refused.stderr
-    assert CliRunner().invoke(cli.app, [*command, "--ignore-memory"]).exit_code == 0
+    refused = run(*command, code=1)
+    assert "this machine gives 0.0" in refused.err
+    run(*command, "--ignore-memory")
 
 
 def test_the_budget_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,10 +104,9 @@ def test_the_budget_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command(overlay: Built) -> None:
-    run = CliRunner().invoke(cli.app, ["tiers", str(overlay.path), "--ram", "16"])
-    assert run.exit_code == 0
-    assert "q4-mixed" in run.stdout
-    assert all(len(line) <= 80 for line in run.stdout.splitlines() if "portable" not in line)
-    listed = json.loads(CliRunner().invoke(cli.app, ["tiers", str(overlay.path), "--json"]).stdout)
+    done = run("tiers", overlay.path, "--ram", "16")
+    assert "q4-mixed" in done.out
+    assert all(len(line) <= 80 for line in done.out.splitlines() if "portable" not in line)
+    listed = json.loads(run("tiers", overlay.path, "--json").out)
     names = [recipe["name"] for recipe in listed["recipes"]]
     assert names[:4] == ["bf16", "q8", "q4-mixed", "q4"]

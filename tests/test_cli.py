@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,14 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx.cli import app
 from outlier_mlx.engine.generate import Options, stream
 from tests.builders import write_base, write_overlay
 from tests.damage import edit_config
-from tests.screen import COLOUR, ESCAPE, SCRIPT, fits, lines_shown, on_terminal
+from tests.program import ROOT, Result, run, run_command, run_program, run_python, start_program
+from tests.screen import COLOUR, ESCAPE, fits, lines_shown, on_terminal
 
 PROMPT = "The heron stands in the water"
 COMMANDS = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -36,19 +35,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: object, code: int = 0, **how: Any) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], **how)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
 # -- convert ----------------------------------------------------------------------------------
 
 
 def test_convert_reports_on_stderr(place: Path, tmp_path: Path) -> None:
     result = run("convert", place / "overlay", "--out", tmp_path / "out")
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
+    assert result.out == ""
+    lines = result.err.splitlines()
     assert lines[0].strip() == "out: q4, bfloat16"
     words = [line.split() for line in lines]
     assert ["bits", "per"] in words and ["part", "params", "size", "weight"] in words
@@ -56,13 +49,13 @@ def test_convert_reports_on_stderr(place: Path, tmp_path: Path) -> None:
     assert ["experts", "61.4", "K", "17.9", "kB", "2.33"] in words
     assert any(line[0] == "total" for line in words if line)
     assert lines[-1] == f"wrote {tmp_path / 'out'} from an overlay of form v3.2"
-    assert "\x1b" not in result.stderr
+    assert "\x1b" not in result.err
 
 
 def test_convert_names_what_stays_unquantized(tmp_path: Path) -> None:
     dims: dict[str, Any] = {"hidden": 48, "layers": 1, "moe_layers": (0,)}
     overlay = write_overlay(tmp_path / "overlay", **dims).path
-    stderr = run("convert", overlay, "--out", tmp_path / "out").stderr
+    stderr = run("convert", overlay, "--out", tmp_path / "out").err
     (line,) = [line for line in stderr.splitlines() if line.startswith("unquantized")]
     assert "model.embed_tokens" in line and re.search(r"and \d+ more$", line)
 
@@ -94,24 +87,24 @@ def test_default_output(
 
 def test_quiet_is_silent(place: Path, tmp_path: Path) -> None:
     result = run("convert", place / "overlay", "--out", tmp_path / "out", "--quiet")
-    assert result.output == ""
+    assert result.both == ""
     result = run("verify", tmp_path / "out", "--quiet")
-    assert result.stderr == ""
+    assert result.err == ""
 
 
 def test_names_are_printed_as_they_are(place: Path, tmp_path: Path) -> None:
     """No markup, no emoji, no control characters: names come from folders and files."""
     out = tmp_path / "[" / "b] [c] :smile: \x1b[31mred"
     shown = "b] [c] :smile: \\x1b[31mred"
-    stderr = run("convert", place / "overlay", "--out", out).stderr
+    stderr = run("convert", place / "overlay", "--out", out).err
     assert stderr.startswith(f"{shown}: q4") and f"[/{shown} from" in stderr
-    stdout = run("info", out).stdout
+    stdout = run("info", out).out
     assert stdout.startswith(f"{shown}: tier (tq1_0_rows)\n")
     edit_config(out, model_type="\x1b[31mred\nand more")
-    assert "\x1b" not in run("info", out).stdout
+    assert "\x1b" not in run("info", out).out
     overlay = write_overlay(tmp_path / "overlay", layers=1, moe_layers=(0,)).path
     edit_config(overlay, hidden_act="\x1b]0;title\a")
-    stderr = run("convert", overlay, code=1).stderr
+    stderr = run("convert", overlay, code=1).err
     assert len(stderr.splitlines()) == 1 and stderr.strip().isprintable()
 
 
@@ -126,19 +119,19 @@ def test_generate_prints_the_text_and_then_statistics(place: Path) -> None:
     result = generate(place, "--prompt", PROMPT, "--max-tokens", 8)
     model, tokenizer = outlier_mlx.load(place / "tier")
     text = "".join(r.text for r in stream(model, tokenizer, PROMPT, Options(max_tokens=8)))
-    assert result.stdout == text + "\n"
+    assert result.out == text + "\n"
     pattern = (
         r"prompt: (\d+) tokens, [\d.]+ tokens/s\n"
         r"generation: 8 tokens, [\d.]+ tokens/s\n"
         r"peak memory: \d+\.\d{3} GB\n"
     )
-    assert re.fullmatch(pattern, result.stderr)
+    assert re.fullmatch(pattern, result.err)
     quiet = generate(place, "--prompt", PROMPT, "--max-tokens", 8, "--quiet")
-    assert (quiet.stdout, quiet.stderr) == (result.stdout, "")
+    assert (quiet.out, quiet.err) == (result.out, "")
 
 
 def prompt_tokens(result: Result) -> int:
-    match = re.match(r"prompt: (\d+) tokens", result.stderr)
+    match = re.match(r"prompt: (\d+) tokens", result.err)
     assert match
     return int(match[1])
 
@@ -164,20 +157,20 @@ def test_generate_uses_the_chat_template(place: Path) -> None:
 def test_generate_reads_stdin(place: Path) -> None:
     given = generate(place, "--prompt", "-", "-m", 8, input="Line one\nline two: é")
     expected = generate(place, "--prompt", "Line one\\nline two: é", "-m", 8)
-    assert given.stdout == expected.stdout
+    assert given.out == expected.out
     assert prompt_tokens(given) == prompt_tokens(expected)
     result = generate(place, "--prompt", "-", input=b"\xff\xfe", code=1)
-    assert result.stderr == "error: stdin: the prompt is not UTF-8 text: invalid start byte\n"
+    assert result.err == "error: stdin: the prompt is not UTF-8 text: invalid start byte\n"
 
 
 def test_seeds_reproduce(place: Path) -> None:
     def sampled(seed: int) -> str:
-        return generate(place, "-p", PROMPT, "-m", 16, "--temp", 1, "--seed", seed).stdout
+        return generate(place, "-p", PROMPT, "-m", 16, "--temp", 1, "--seed", seed).out
 
     first = sampled(1)
     assert sampled(1) == first
     assert sampled(2) != first
-    assert generate(place, "-p", PROMPT, "-m", 16).stdout != first
+    assert generate(place, "-p", PROMPT, "-m", 16).out != first
 
 
 @pytest.mark.parametrize(
@@ -198,9 +191,9 @@ def test_seeds_reproduce(place: Path) -> None:
 )
 def test_generation_options_are_taken(place: Path, options: str) -> None:
     result = generate(place, "-p", PROMPT, "-m", 4, *options.split())
-    assert "generation: 4 tokens" in result.stderr
+    assert "generation: 4 tokens" in result.err
     if options in ("--top-k 1 --temp 1", "--prefill-step-size 3"):
-        assert result.stdout == generate(place, "-p", PROMPT, "-m", 4).stdout
+        assert result.out == generate(place, "-p", PROMPT, "-m", 4).out
 
 
 # -- help -------------------------------------------------------------------------------------
@@ -210,7 +203,7 @@ def test_generation_options_are_taken(place: Path, options: str) -> None:
 def test_every_help_has_an_example_that_is_valid(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = run(command, "--help", env={"COLUMNS": "400", "TERM": "dumb"}).stdout
+    text = run(command, "--help", env={"COLUMNS": "400", "TERM": "dumb"}).out
     (line,) = [line.strip() for line in text.splitlines() if "Example: " in line]
     program, name, *arguments = shlex.split(line.removeprefix("Example: "))
     assert (program, name) == ("outlier-mlx", command)
@@ -223,17 +216,16 @@ def test_every_help_has_an_example_that_is_valid(
 
 
 def test_version() -> None:
-    assert run("--version").stdout == f"outlier-mlx {outlier_mlx.__version__}\n"
+    assert run("--version").out == f"outlier-mlx {outlier_mlx.__version__}\n"
 
 
 HEAVY = ["mlx", "mlx_lm", "transformers", "huggingface_hub", "numpy", "safetensors", "tokenizers"]
 LOOK = f"""
 import sys
-from typer.testing import CliRunner
-from outlier_mlx.cli import app
+from tests.program import run
 for command in [[], *([name] for name in {COMMANDS!r})]:
-    result = CliRunner().invoke(app, [*command, "--help"])
-    assert result.exit_code == 0 and "Usage" in result.stdout, command
+    result = run(*command, "--help")
+    assert "Usage" in result.out, command
     loaded = [name for name in {HEAVY!r} if name in sys.modules]
     assert not loaded, (command, loaded)
 """
@@ -241,45 +233,34 @@ for command in [[], *([name] for name in {COMMANDS!r})]:
 
 def test_help_imports_nothing_heavy() -> None:
     """So it answers at once; what is imported is certain, how long it takes is not."""
-    subprocess.run([sys.executable, "-c", LOOK], check=True)
+    run_python(LOOK, cwd=ROOT)
 
 
 # -- as a program -----------------------------------------------------------------------------
 
 
-def program(*arguments: object, code: int = 0, **how: Any) -> subprocess.CompletedProcess[str]:
-    command = [str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
-    assert done.returncode == code, done
-    return done
-
-
 def test_each_command_as_a_program(place: Path, tmp_path: Path) -> None:
-    done = program("convert", place / "overlay", cwd=tmp_path)
+    done = run_program("convert", place / "overlay", cwd=tmp_path)
     tier = tmp_path / "overlay-q4"
-    assert done.stdout == "" and "wrote overlay-q4" in done.stderr and "\x1b" not in done.stderr
-    done = program("generate", "--model", tier, "--prompt", "-", "-m", 6, input=PROMPT)
-    assert done.stdout == generate(place, "--prompt", PROMPT, "-m", 6).stdout
-    assert len(done.stderr.splitlines()) == 3
-    assert '"kind": "tier"' in program("info", tier, "--json").stdout
-    assert "whole: " in program("verify", tier).stdout
+    assert done.out == "" and "wrote overlay-q4" in done.err and "\x1b" not in done.err
+    done = run_program("generate", "--model", tier, "--prompt", "-", "-m", 6, input=PROMPT)
+    assert done.out == generate(place, "--prompt", PROMPT, "-m", 6).out
+    assert len(done.err.splitlines()) == 3
+    assert '"kind": "tier"' in run_program("info", tier, "--json").out
+    assert "whole: " in run_program("verify", tier).out
 
 
 def test_python_m_and_debug(place: Path) -> None:
-    command = [sys.executable, "-m", "outlier_mlx", "convert", str(place / "base"), "--debug"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("Traceback")
-    assert "CheckpointError: " in done.stderr.splitlines()[-1]
+    command = [sys.executable, "-m", "outlier_mlx", "convert", place / "base", "--debug"]
+    done = run_command(*command, code=1)
+    assert done.err.startswith("Traceback")
+    assert "CheckpointError: " in done.err.splitlines()[-1]
 
 
 def test_a_reader_that_leaves(place: Path) -> None:
     """As in `outlier-mlx generate ... | head -c 1`."""
-    command = [str(SCRIPT), "generate", "--model", str(place / "tier"), "-p", PROMPT, "-m", "4000"]
-    options = ["--temp", "1", "--seed", "1", "--ignore-memory"]
-    process = subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = ["generate", "--model", place / "tier", "-p", PROMPT, "-m", 4000]
+    process = start_program(*command, "--temp", 1, "--seed", 1, "--ignore-memory")
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.read(1)
     process.stdout.close()
@@ -290,11 +271,9 @@ def test_a_reader_that_leaves(place: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_result_that_cannot_be_written(place: Path) -> None:
     with Path("/dev/full").open("w") as full:
-        command = [str(SCRIPT), "info", str(place / "tier"), "--json"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "No space left on device" in done.stderr
+        done = run_program("info", place / "tier", "--json", code=1, stdout=full)
+    assert "Traceback" not in done.err
+    assert "No space left on device" in done.err
 
 
 # -- on a terminal ----------------------------------------------------------------------------
@@ -321,13 +300,13 @@ def test_info_without_colour(place: Path) -> None:
     written = on_terminal(80, "info", place / "tier", NO_COLOR="1")
     assert not COLOUR.search(written)
     assert not fits(80, lines_shown(written))
-    piped = program("info", place / "tier").stdout
+    piped = run_program("info", place / "tier").out
     assert [line.rstrip() for line in piped.splitlines()] == lines_shown(written)[:-1]
 
 
 @pytest.mark.parametrize("command", [(), ("convert",), ("generate",)], ids=str)
 def test_help_fits_a_terminal(command: tuple[str, ...]) -> None:
-    text = run(*command, "--help", env={"COLUMNS": "80"}).stdout
+    text = run(*command, "--help", env={"COLUMNS": "80"}).out
     assert max(len(ESCAPE.sub("", line)) for line in text.splitlines()) <= 80
     assert "Usage: " in text
 

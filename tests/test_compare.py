@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from outlier_mlx.cli import app
 from outlier_mlx.measure.eval_charts import charts, draw, on_front
 from outlier_mlx.measure.eval_results import Evaluation, read, save
 from outlier_mlx.measure.eval_results import Result as Score
 from outlier_mlx.measure.eval_tables import plot
+from tests.program import run
 
 CONFIG = {"tasks": ["quiz"], "limit": None, "num_fewshot": None, "seed": 1, "dtype": "float16"}
 
@@ -50,10 +49,6 @@ MODELS = (
 )
 
 
-def run(*arguments: object, **environment: str) -> Result:
-    return CliRunner(env=environment).invoke(app, [str(argument) for argument in arguments])
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     for model in MODELS:
@@ -70,8 +65,8 @@ def test_what_is_saved_is_read(files: list[Path]) -> None:
 
 def test_best_first_and_the_front_marked(files: list[Path]) -> None:
     done = run("compare", *files, "--json")
-    assert done.exit_code == 0 and done.stderr == ""
-    acc, perplexity = json.loads(done.stdout)
+    assert done.err == ""
+    acc, perplexity = done.json
     assert [(p["label"], p["on_front"]) for p in acc["points"]] == [
         ("big", True),
         ("small", True),
@@ -92,15 +87,14 @@ def test_the_front() -> None:
 
 
 def test_table_and_plot(files: list[Path]) -> None:
-    done = run("compare", *files, "--metric", "acc", COLUMNS="60")
-    assert done.exit_code == 0, done.output
-    lines = done.stdout.splitlines()
-    assert all(len(line) <= 60 for line in lines[:-1]) and "\x1b" not in done.stdout
+    done = run("compare", *files, "--metric", "acc", env={"COLUMNS": "60"})
+    lines = done.out.splitlines()
+    assert all(len(line) <= 60 for line in lines[:-1]) and "\x1b" not in done.out
     assert lines[0] == "quiz, acc (higher is better)"
     assert [line.split()[0] for line in lines[3:6]] == ["A*", "B*", "c"]
     assert lines[4].split() == ["B*", "small", "4.00", "GB", "0.7000", "0.0200", "0.175"]
-    assert "word_perplexity" not in done.stdout
-    narrow = run("compare", *files, "--metric", "acc", COLUMNS="34").stdout.splitlines()
+    assert "word_perplexity" not in done.out
+    narrow = run("compare", *files, "--metric", "acc", env={"COLUMNS": "34"}).out.splitlines()
     assert all(len(line) <= 34 for line in narrow[:-1])  # the legend is one line for pipes
     assert narrow[4].split() == ["B*", "small", "4.00", "GB", "0.7000"]
 
@@ -128,26 +122,26 @@ def test_every_model_has_its_place_in_the_plot(width: int) -> None:
 
 def test_one_model_and_equal_ones_can_be_shown(files: list[Path], tmp_path: Path) -> None:
     alone = run("compare", files[0])
-    assert alone.exit_code == 0 and "big" in alone.stdout
+    assert "big" in alone.out
     twice = run("compare", files[0], files[0], "--json", "--out", tmp_path / "same.png")
-    points = json.loads(twice.stdout)[0]["points"]
+    points = twice.json[0]["points"]
     assert [point["label"] for point in points] == ["big (big) 1", "big (big) 2"]
     assert all(point["on_front"] for point in points)
-    assert run("compare", files[0], files[0]).exit_code == 0
+    run("compare", files[0], files[0])
 
 
 def test_the_picture(files: list[Path], tmp_path: Path) -> None:
     picture = tmp_path / "scores.png"
-    assert run("compare", *files, "--out", picture).exit_code == 0
+    run("compare", *files, "--out", picture)
     data = picture.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
     assert width > 1.5 * height > 500  # two charts, side by side
-    again = run("compare", *files, "--out", picture)
-    assert again.exit_code == 1 and "--force replaces it" in again.stderr
-    assert run("compare", *files, "--out", picture, "--force", "--quiet").exit_code == 0
-    wrong = run("compare", *files, "--out", tmp_path / "scores.jpg")
-    assert wrong.exit_code == 2 and ".png" in wrong.stderr
+    again = run("compare", *files, "--out", picture, code=1)
+    assert "--force replaces it" in again.err
+    run("compare", *files, "--out", picture, "--force", "--quiet")
+    wrong = run("compare", *files, "--out", tmp_path / "scores.jpg", code=2)
+    assert ".png" in wrong.err
 
 
 def test_a_picture_of_odd_names(tmp_path: Path) -> None:
@@ -163,9 +157,9 @@ def test_a_picture_needs_the_extra(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    done = run("compare", *files, "--out", tmp_path / "scores.png")
-    assert done.exit_code == 1 and "pip install 'outlier-mlx[plots]'" in done.stderr
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "scores.png").exists()
+    done = run("compare", *files, "--out", tmp_path / "scores.png", code=1)
+    assert "pip install 'outlier-mlx[plots]'" in done.err
+    assert done.err.count("\n") == 1 and not (tmp_path / "scores.png").exists()
 
 
 def test_what_was_not_run_alike_is_told(files: list[Path], tmp_path: Path) -> None:
@@ -179,15 +173,14 @@ def test_what_was_not_run_alike_is_told(files: list[Path], tmp_path: Path) -> No
     )
     save(other, tmp_path / "other.json")
     done = run("compare", files[0], tmp_path / "other.json")
-    assert done.exit_code == 0
-    assert done.stderr.splitlines() == [
+    assert done.err.splitlines() == [
         'warning: not run alike: lm-eval version: "0.4.13", "0.5"',
         "warning: not run alike: limit: null, 10",
         "warning: not run alike: examples before a question of quiz: 0, 5",
         "warning: not run alike: documents of quiz: 100, 10",
     ]
-    assert "perplexity" not in done.stdout  # which only one of them has
-    assert run("compare", files[0], tmp_path / "other.json", "--quiet").stderr == ""
+    assert "perplexity" not in done.out  # which only one of them has
+    assert run("compare", files[0], tmp_path / "other.json", "--quiet").err == ""
 
 
 def without(key: str) -> dict[str, Any]:
@@ -215,15 +208,15 @@ FOREIGN: dict[str, Any] = {
 def test_foreign_files_are_refused(files: list[Path], tmp_path: Path, name: str) -> None:
     raw = FOREIGN[name]
     (tmp_path / "x.json").write_bytes(raw if isinstance(raw, bytes) else json.dumps(raw).encode())
-    done = run("compare", files[0], tmp_path / "x.json")
-    assert done.exit_code == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "x.json: " in done.stderr
+    done = run("compare", files[0], tmp_path / "x.json", code=1)
+    assert done.out == ""
+    assert done.err.count("\n") == 1 and "x.json: " in done.err
 
 
 def test_nothing_in_common(files: list[Path], tmp_path: Path) -> None:
     save(evaluation("x", 1.0, f1=0.5, acc=None), tmp_path / "x.json")
-    done = run("compare", files[0], tmp_path / "x.json")
-    assert done.exit_code == 1 and "no score in common" in done.stderr
-    unknown = run("compare", *files, "--task", "other")
-    assert unknown.exit_code == 1 and "quiz acc and quiz word_perplexity" in unknown.stderr
-    assert run("compare", tmp_path / "nowhere.json").exit_code == 1
+    done = run("compare", files[0], tmp_path / "x.json", code=1)
+    assert "no score in common" in done.err
+    unknown = run("compare", *files, "--task", "other", code=1)
+    assert "quiz acc and quiz word_perplexity" in unknown.err
+    run("compare", tmp_path / "nowhere.json", code=1)

@@ -11,15 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import outlier_mlx
-from outlier_mlx import cli
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import open_base
 from outlier_mlx.cli.showcase import FOLDER, OLD_DOMAIN, heldout, load_base, perplexities
 from outlier_mlx.engine.loading import load
 from outlier_mlx.runtime.moe import OutlierMoE
+from tests.program import run
 from tests.reference import forward
 from tests.reference_reader import read_overlay
 
@@ -98,10 +97,9 @@ def test_perplexity_and_expert_shares(
 
 @pytest.mark.slow
 def test_the_demo_command(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "tier")])
-    assert result.exit_code == 0, result.output
+    result = run("demo", "--out", tmp_path / "tier")
     for words in ("size of weights", "unquantized      int4", "all new domains", "generation:"):
-        assert words in result.output
+        assert words in result.both
     assert (tmp_path / "tier" / "tier.json").exists()
     model: nn.Module = load(tmp_path / "tier")[0]
     assert model(mx.array([[1]])).shape[-1] > 1

@@ -4,15 +4,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from typer.testing import CliRunner
 
 import outlier_mlx
-from outlier_mlx.cli import app
 from outlier_mlx.engine import loading
 from outlier_mlx.engine.loading import load, suited_dtype
 from outlier_mlx.runtime.moe import OutlierMoE
 from tests.builders import write_overlay
 from tests.damage import edit_json
+from tests.program import run
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +77,7 @@ def test_an_overflow_is_named_with_its_cure(tier: Path, tmp_path: Path) -> None:
     edit_json(tmp_path / "alpha.json", **alphas)
     command = ["generate", "--model", str(tier), "-p", "hi", "-m", "4"]
     options = ["--dtype", "float16", "--alpha", str(tmp_path / "alpha.json")]
-    overflown = CliRunner().invoke(app, [*command, *options])
-    assert overflown.exit_code == 1
-    assert "activations overflowed" in overflown.stderr
-    assert "--dtype bfloat16" in overflown.stderr
-    assert CliRunner().invoke(app, [*command, "--dtype", "float16"]).exit_code == 0
+    overflown = run(*command, *options, code=1)
+    assert "activations overflowed" in overflown.err
+    assert "--dtype bfloat16" in overflown.err
+    run(*command, "--dtype", "float16")

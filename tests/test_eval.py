@@ -17,16 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
-from outlier_mlx.cli import app
 from outlier_mlx.cli.showcase import FOLDER
 from outlier_mlx.engine.memory import Budget
 from outlier_mlx.errors import OutlierError
 from tests.affine import with_quantized_base
 from tests.builders import write_base, write_overlay
 from tests.engine import tier_of
+from tests.program import run
 from tests.reference import ReferenceModel, forward, greedy, with_alphas
 from tests.reference_reader import read_overlay
 
@@ -53,10 +52,6 @@ CHOICES = [
 ]
 
 GREEDY = "What comes next"  # continued by the likeliest tokens
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -253,8 +248,7 @@ def test_scores_are_the_references(cases: dict[str, Case], name: str, tmp_path: 
     case = cases[name]
     tasks = write_tasks(tmp_path / "tasks", case)
     done = run("eval", case.folder, "--tasks", tasks, "--batch-size", 2, "--json")
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
+    found = done.json
     assert found["bytes_in_memory"] == case.nbytes and found["gb"] == case.nbytes / 1e9
     assert (found["model"], found["config"]["dtype"]) == (name, "float32")
     wanted = expected(case)
@@ -308,7 +302,6 @@ def test_settings_are_heeded_and_noted(cases: dict[str, Case], tmp_path: Path) -
     out = tmp_path / "found.json"
     command = ["eval", case.folder, "--tasks", task, "--limit", 2, "--max-tokens", 2]
     done = run(*command, "--apply-chat-template", "--seed", 7, "--out", out)
-    assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
     assert [(row["value"], row["n"]) for row in found["results"]] == [(1.0, 2)]
     assert found["config"]["tasks"] == ["talk.yaml"]
@@ -316,13 +309,13 @@ def test_settings_are_heeded_and_noted(cases: dict[str, Case], tmp_path: Path) -
     assert found["config"]["apply_chat_template"] is True and found["config"]["max_tokens"] == 2
     assert {"outlier-mlx", "lm-eval", "mlx", "mlx-lm"} == set(found["versions"])
     assert found["date"].endswith("+00:00")
-    assert "at most 2 documents a task" in done.stdout and "1.0000" in done.stdout
-    again = run(*command, "--out", out)
-    assert again.exit_code == 1 and "--force replaces it" in again.stderr
-    assert again.stdout == "" and json.loads(out.read_text()) == found
+    assert "at most 2 documents a task" in done.out and "1.0000" in done.out
+    again = run(*command, "--out", out, code=1)
+    assert "--force replaces it" in again.err
+    assert again.out == "" and json.loads(out.read_text()) == found
     plain = run(*command, "--json", "--out", out, "--force")
-    assert json.loads(plain.stdout) == json.loads(out.read_text())
-    assert json.loads(plain.stdout)["results"][0]["value"] == 0.0  # asked without the template
+    assert plain.json == json.loads(out.read_text())
+    assert plain.json["results"][0]["value"] == 0.0  # asked without the template
     assert [file.name for file in tmp_path.iterdir() if file.suffix == ".part"] == []
 
 
@@ -340,8 +333,7 @@ def test_examples_come_before_the_question(cases: dict[str, Case], tmp_path: Pat
     task = write_task(tmp_path / "tasks", "shots", rows, text + GENERATE % '"never"')
     for number, score in ((1, 1.0), (0, 0.0)):
         done = run("eval", case.folder, "--tasks", task, "--num-fewshot", number, "--json")
-        assert done.exit_code == 0, done.output
-        row = json.loads(done.stdout)["results"][0]
+        row = done.json["results"][0]
         assert (row["fewshot"], row["value"]) == (number, score)
 
 
@@ -369,14 +361,13 @@ def test_task_files_run_no_code(cases: dict[str, Case], line: str, tmp_path: Pat
     task = write_task(tmp_path, "evil", rows, text + line)
     (tmp_path / "evil.py").write_text(EVIL)
     (tmp_path / "more.template").write_text("process_docs: !function evil.twice\n")
-    done = run("eval", cases["base"].folder, "--tasks", task)
-    assert done.exit_code == 1 and CODE[line] in done.stderr
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "ran").exists()
+    done = run("eval", cases["base"].folder, "--tasks", task, code=1)
+    assert CODE[line] in done.err
+    assert done.err.count("\n") == 1 and not (tmp_path / "ran").exists()
     if "function" in CODE[line]:
-        assert "--trust-tasks" in done.stderr
+        assert "--trust-tasks" in done.err
         trusted = run("eval", cases["base"].folder, "--tasks", task, "--trust-tasks", "--json")
-        assert trusted.exit_code == 0, trusted.output
-        assert json.loads(trusted.stdout)["results"] and (tmp_path / "ran").exists()
+        assert trusted.json["results"] and (tmp_path / "ran").exists()
 
 
 ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
@@ -417,9 +408,8 @@ def test_a_hub_out_of_reach_is_told_once(
 
     task = write_task(tmp_path, "far", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    done = run("eval", cases["base"].folder, "--tasks", task)
-    assert done.exit_code == 1
-    assert done.stderr == (
+    done = run("eval", cases["base"].folder, "--tasks", task, code=1)
+    assert done.err == (
         "error: task far: Couldn't reach 'a/b' on the Hub, and it is not in the local cache\n"
     )
 
@@ -446,12 +436,12 @@ def test_mistakes_get_one_line(cases: dict[str, Case], tmp_path: Path) -> None:
         garbled: "its data cannot be read: ",
         f"{good},{good}": "there is another task 'good'",
     }.items():
-        done = run("eval", base, "--tasks", tasks)
-        assert done.exit_code == 1 and said in done.stderr, (tasks, done.output)
-        assert done.stderr.count("\n") == 1 and done.stdout == ""
-    assert run("eval", base, "--tasks", ",").exit_code == 2
-    away = run("eval", base, "--tasks", good, "--out", tmp_path / "away" / "x.json")
-    assert away.exit_code == 1 and "no such folder" in away.stderr
+        done = run("eval", base, "--tasks", tasks, code=1)
+        assert said in done.err, (tasks, done)
+        assert done.err.count("\n") == 1 and done.out == ""
+    run("eval", base, "--tasks", ",", code=2)
+    away = run("eval", base, "--tasks", good, "--out", tmp_path / "away" / "x.json", code=1)
+    assert "no such folder" in away.err
 
 
 def test_a_model_that_does_not_fit(
@@ -460,9 +450,9 @@ def test_a_model_that_does_not_fit(
     task = write_task(tmp_path, "one", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
     monkeypatch.setattr("outlier_mlx.engine.memory.budget", lambda: Budget(1000, "this machine"))
     command = ["eval", cases["base"].folder, "--tasks", task]
-    refused = run(*command)
-    assert refused.exit_code == 1 and "--ignore-memory" in refused.stderr
-    assert run(*command, "--ignore-memory").exit_code == 0
+    refused = run(*command, code=1)
+    assert "--ignore-memory" in refused.err
+    run(*command, "--ignore-memory")
 
 
 def test_groups_of_a_folder_are_asked_once(cases: dict[str, Case], tmp_path: Path) -> None:
@@ -473,8 +463,7 @@ def test_groups_of_a_folder_are_asked_once(cases: dict[str, Case], tmp_path: Pat
         "aggregate_metric_list: [{metric: exact_match, weight_by_size: false}]\n"
     )
     done = run("eval", cases["base"].folder, "--tasks", tmp_path, "--json")
-    assert done.exit_code == 0, done.output
-    rows = {row["task"]: row for row in json.loads(done.stdout)["results"]}
+    rows = {row["task"]: row for row in done.json["results"]}
     assert {task: (row["value"], row["n"]) for task, row in rows.items()} == {
         "one": (0.0, 1),
         "two": (1.0, 1),
@@ -491,15 +480,15 @@ def test_the_extra_is_named_where_it_is_missing(
         monkeypatch.delitem(sys.modules, f"outlier_mlx.measure.eval_{name}", raising=False)
         monkeypatch.delattr(outlier_mlx.measure, f"eval_{name}", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    done = run("eval", cases["base"].folder, "--tasks", "arc_easy")
-    assert done.exit_code == 1 and done.stderr.count("\n") == 1
-    assert "pip install 'outlier-mlx[eval]'" in done.stderr
+    done = run("eval", cases["base"].folder, "--tasks", "arc_easy", code=1)
+    assert done.err.count("\n") == 1
+    assert "pip install 'outlier-mlx[eval]'" in done.err
 
 
 @pytest.mark.slow
 def test_tasks_of_the_harness_by_name(cases: dict[str, Case]) -> None:
-    wrong = run("eval", cases["base"].folder, "--tasks", "arc_eazy")
-    assert wrong.exit_code == 1 and "near: " in wrong.stderr and "arc_easy" in wrong.stderr
-    away = run("eval", cases["base"].folder, "--tasks", "arc_easy")
-    assert away.exit_code == 1 and away.stderr.count("\n") == 1, away.output
-    assert "task arc_easy: " in away.stderr and "reach" in away.stderr, away.stderr
+    wrong = run("eval", cases["base"].folder, "--tasks", "arc_eazy", code=1)
+    assert "near: " in wrong.err and "arc_easy" in wrong.err
+    away = run("eval", cases["base"].folder, "--tasks", "arc_easy", code=1)
+    assert away.err.count("\n") == 1, away
+    assert "task arc_easy: " in away.err and "reach" in away.err, away.err

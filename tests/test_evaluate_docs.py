@@ -1,50 +1,29 @@
 """Every command on the page about evaluation runs as it stands there, and what it claims is so."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from outlier_mlx.cli.showcase import FOLDER
+from tests.pages import ROOT, blocks_in, run_block
 
-ROOT = Path(__file__).parents[1]
+PAGE = "docs/evaluate.md"
 TASKS = FOLDER / "tasks"
-
-
-def blocks(language: str) -> list[str]:
-    text = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.slow
 def test_commands(tmp_path: Path) -> None:
     (tmp_path / "outlier_mlx").symlink_to(ROOT / "outlier_mlx")
-    (task,) = blocks("yaml")
+    (task,) = blocks_in("yaml", PAGE)
     (tmp_path / "capitals.yaml").write_text(task, encoding="utf-8")
-    settings = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     printed = ""
-    for commands in blocks("sh"):
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", commands],
-            cwd=tmp_path,
-            env=os.environ | settings,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
-        assert "warning" not in done.stderr
-        printed += done.stdout
+    for commands in blocks_in("sh", PAGE):
+        done = run_block("sh", commands, tmp_path, **settings)
+        assert "warning" not in done.err
+        printed += done.out
     assert (tmp_path / "scores.png").stat().st_size > 1000
     found = {
         name: {

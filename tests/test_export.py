@@ -10,18 +10,17 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from outlier_mlx import open_overlay
 from outlier_mlx.checkpoints.base import join, open_base
 from outlier_mlx.checkpoints.export import FORMATS, export_tier
-from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
 from tests import damage
 from tests.builders import PARTS, Built, write_base, write_overlay
 from tests.engine import engine, forward, tier_of
 from tests.forms import BLOCKS, ODD
 from tests.goldens import assert_logits_close, golden
+from tests.program import run
 from tests.tensor_file import read_arrays, read_stored
 from tests.test_checkpoints import assert_same_contents, contents, written
 
@@ -351,15 +350,13 @@ def test_an_error_midway_leaves_nothing(
 
 
 def test_command(tier: Path, tmp_path: Path):
-    run = CliRunner().invoke(
-        app, ["export", str(tier), "--format", "packed", "--out", str(tmp_path / "e")]
-    )
-    assert run.exit_code == 0 and run.stdout == ""
-    assert "packed" in run.stderr and "with the base" in run.stderr
+    done = run("export", tier, "--format", "packed", "--out", tmp_path / "e")
+    assert done.out == ""
+    assert "packed" in done.err and "with the base" in done.err
     assert open_overlay(tmp_path / "e").form == "monolith"
-    run = CliRunner().invoke(app, ["export", str(tier), "--out", str(tmp_path / "e")])
-    assert run.exit_code == 1 and run.stderr.startswith("error: ") and "exists" in run.stderr
-    assert CliRunner().invoke(app, ["export", str(tier)]).exit_code == 2
+    done = run("export", tier, "--out", tmp_path / "e", code=1)
+    assert done.err.startswith("error: ") and "exists" in done.err
+    run("export", tier, code=2)
 
 
 @pytest.mark.parametrize("format", FORMATS)

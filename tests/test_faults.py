@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,10 +20,8 @@ from typing import IO, Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import outlier_mlx
-from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
 from outlier_mlx.writing import folders
 from outlier_mlx.writing import parts as storage_parts
@@ -32,6 +29,7 @@ from outlier_mlx.writing import tensors as parts
 from outlier_mlx.writing.writer import ShardedWriter, TensorSpec
 from tests.builders import write_overlay
 from tests.damage import find_tensor, replace_tensor, truncate
+from tests.program import run, run_program, run_python, start_program
 
 LAST_TENSOR = "lm_head.weight"
 
@@ -112,10 +110,9 @@ def test_ctrl_c_on_the_command_line_is_one_word(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts, "pack_rows", lambda trits: interrupt())
-    arguments = ["convert", str(place / "overlay"), "--out", str(place / "outputs" / "new")]
     with leaves_no_trace(place):
-        result = CliRunner().invoke(app, arguments)
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+        result = run("convert", place / "overlay", "--out", place / "outputs" / "new", code=130)
+    assert (result.out, result.err) == ("", "interrupted\n")
 
 
 class FullDisk:
@@ -370,17 +367,11 @@ def write_zeros(folder: Path, gigabytes: float) -> Path:
     return folder
 
 
-def start(*arguments: object, limits: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "outlier_mlx", *map(str, arguments)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, preexec_fn=limits, **pipes)
-
-
 def test_sigint_in_the_middle_of_a_conversion(tmp_path: Path) -> None:
     overlay = write_zeros(tmp_path / "overlay", 8.0)
     outputs = tmp_path / "outputs"
     outputs.mkdir()
-    process = start("convert", overlay, "--out", outputs / "tier")
+    process = start_program("convert", overlay, "--out", outputs / "tier")
     try:
         deadline = time.monotonic() + 120
         while not any(path.stat().st_size > 1_000_000 for path in outputs.rglob("*.safetensors")):
@@ -403,10 +394,10 @@ def test_a_limit_on_the_size_of_files(place: Path) -> None:
     """The system itself refuses a write."""
     outputs = snapshot(place / "outputs")
     out = place / "outputs" / "old"
-    process = start("convert", place / "overlay", "--out", out, "--force", limits=limit_files)
-    stdout, stderr = process.communicate(timeout=120)
-    assert (process.returncode, stdout) == (1, "")
-    assert stderr == f"error: {out}: cannot write: {os.strerror(errno.EFBIG)}\n"
+    command = ["convert", place / "overlay", "--out", out, "--force"]
+    done = run_program(*command, code=1, preexec_fn=limit_files, timeout=120)
+    assert done.out == ""
+    assert done.err == f"error: {out}: cannot write: {os.strerror(errno.EFBIG)}\n"
     assert snapshot(place / "outputs") == outputs
 
 
@@ -432,10 +423,10 @@ def test_a_disk_that_is_really_full(tmp_path: Path, place: Path) -> None:
     # Room for the tensors, as is checked beforehand, but not for all the files.
     pages = -(-tensors // 4096) + 2
     with small_disk(tmp_path / "disk", 4096 * pages) as disk:
-        process = start("convert", place / "overlay", "--out", disk / "deep" / "tier")
-        stdout, stderr = process.communicate(timeout=120)
-        assert (process.returncode, stdout) == (1, "")
-        assert stderr == f"error: {disk}/deep/tier: cannot write: No space left on device\n"
+        command = ["convert", place / "overlay", "--out", disk / "deep" / "tier"]
+        done = run_program(*command, code=1, timeout=120)
+        assert done.out == ""
+        assert done.err == f"error: {disk}/deep/tier: cannot write: No space left on device\n"
         assert list(disk.iterdir()) == []
 
 
@@ -459,10 +450,8 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     for layers in (4, 24):
         overlay = tmp_path / f"overlay-{layers}"
         write_overlay(overlay, layers=layers, moe_layers=None, experts=8, base_dtype="F32", **sizes)
-        paths = str(overlay), str(tmp_path / f"tier-{layers}")
-        command = [sys.executable, "-W", "ignore", "-c", MEASURE, *paths]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks[layers] = int(done.stdout)
+        done = run_python(MEASURE, overlay, tmp_path / f"tier-{layers}")
+        peaks[layers] = int(done.out)
     assert peaks[24] < peaks[4] + 12_000, peaks
     # 24 layers have 200 MB of source: holding them would show.
     assert peaks[24] < 80_000, peaks

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,16 +13,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx import terminal
 from outlier_mlx.checkpoints.export import export_tier
-from outlier_mlx.cli import app
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import after_reading, counting_bar, print_columns, progress_bar, working
 from tests.builders import write_overlay
-from tests.screen import ESCAPE, SCRIPT, fits, lines_shown, on_terminal, screen
+from tests.program import SCRIPT, run, run_command, run_program, run_python
+from tests.screen import ESCAPE, fits, lines_shown, on_terminal, screen
 from tests.test_cli import HEAVY
 
 COMPLETE = "_OUTLIER_MLX_COMPLETE"
@@ -40,12 +37,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: object, code: int = 0, **how: Any) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], **how)
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
 # -- completion -------------------------------------------------------------------------------
 
 
@@ -54,8 +45,7 @@ def in_bash(script: str, home: Path) -> str:
         "HOME": str(home),
         "PATH": f"{SCRIPT.parent}{os.pathsep}{os.environ['PATH']}",
     }
-    command = ["bash", "--norc", "--noprofile", "-euc", script]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
+    return run_command("bash", "--norc", "--noprofile", "-euc", script, env=variables).out
 
 
 def test_bash_completes_after_installation(tmp_path: Path) -> None:
@@ -74,7 +64,7 @@ done
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_name_the_program(shell: str) -> None:
-    shown = run(prog_name="outlier-mlx", env={COMPLETE: f"source_{shell}"}).stdout
+    shown = run(env={COMPLETE: f"source_{shell}"}).out
     assert "outlier-mlx" in shown and f"{COMPLETE}=complete_{shell}" in shown
 
 
@@ -84,10 +74,10 @@ def test_completion_is_shown_for_this_shell(tmp_path: Path) -> None:
 
 def test_zsh_and_fish_get_commands_with_their_help() -> None:
     words = {"_TYPER_COMPLETE_ARGS": "outlier-mlx veri"}
-    zsh = run(prog_name="outlier-mlx", env=words | {COMPLETE: "complete_zsh"}).stdout
+    zsh = run(env=words | {COMPLETE: "complete_zsh"}).out
     assert '"verify":"Check every file' in zsh
     words["_TYPER_COMPLETE_FISH_ACTION"] = "get-args"
-    fish = run(prog_name="outlier-mlx", env=words | {COMPLETE: "complete_fish"}).stdout
+    fish = run(env=words | {COMPLETE: "complete_fish"}).out
     assert fish.startswith("verify\tCheck every file")
 
 
@@ -99,14 +89,8 @@ from outlier_mlx.cli import main
 main()
 """
     words = {"COMP_WORDS": "outlier-mlx convert --tier q", "COMP_CWORD": "3"}
-    done = subprocess.run(
-        [sys.executable, "-c", look],
-        env=os.environ | words | {COMPLETE: "complete_bash"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert (done.stdout.split(), done.stderr) == (["q4", "q4-mixed", "q8"], "[]\n")
+    done = run_python(look, env=os.environ | words | {COMPLETE: "complete_bash"})
+    assert (done.out.split(), done.err) == (["q4", "q4-mixed", "q8"], "[]\n")
 
 
 # -- hints ------------------------------------------------------------------------------------
@@ -125,7 +109,7 @@ main()
     ],
 )
 def test_what_was_likely_meant(line: str, hint: str) -> None:
-    stderr = run(*line.split(), code=2, env={"COLUMNS": "300", "TERM": "dumb"}).stderr
+    stderr = run(*line.split(), code=2, env={"COLUMNS": "300", "TERM": "dumb"}).err
     assert hint in stderr and "Value error" not in stderr
 
 
@@ -254,7 +238,7 @@ def test_nothing_is_cut_at_40_columns(
 ) -> None:
     monkeypatch.chdir(place)
     narrow, wide = (
-        run(*TABLES[command].split(), env={"COLUMNS": columns}).stdout for columns in ("40", "400")
+        run(*TABLES[command].split(), env={"COLUMNS": columns}).out for columns in ("40", "400")
     )
     # Sentences are left to the terminal to wrap; tables have no comma but in headings.
     rows = [line for line in narrow.splitlines() if line.startswith(" ") or "  " in line.strip()]
@@ -314,16 +298,9 @@ def test_a_reader_that_left_is_not_complained_of(place: Path) -> None:
     for command in ("--help", "tiers overlay"):
         reader, writer = os.pipe()
         os.close(reader)
-        done = subprocess.run(
-            [SCRIPT, *command.split()],
-            cwd=place,
-            stdout=writer,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        done = run_program(*command.split(), code=1, cwd=place, stdout=writer)
         os.close(writer)
-        assert (done.returncode, done.stderr) == (1, "")
+        assert done.err == ""
 
 
 def test_a_model_does_not_command_the_terminal(
@@ -334,7 +311,7 @@ def test_a_model_does_not_command_the_terminal(
         console = Console(file=io.StringIO(), force_terminal=True, _environ={})
         patch.setattr(terminal, "stdout", lambda: console)
         written = run("generate", "--model", place / "tier", "-p", "the", "-m", 40, "--temp", 2)
-        assert written.stdout == "\n"
+        assert written.out == "\n"
         shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert shown and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
 
@@ -348,4 +325,4 @@ def test_what_ends_a_text_early_is_said_on_a_line_of_its_own(
 
     monkeypatch.setattr("outlier_mlx.engine.generate.stream", stream)
     result = run("generate", "--model", place / "tier", "-p", "the cat", code=130)
-    assert (result.stdout, result.stderr) == ("Once upon\n", "interrupted\n")
+    assert (result.out, result.err) == ("Once upon\n", "interrupted\n")

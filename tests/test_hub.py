@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx.checkpoints.info import inspect
-from outlier_mlx.cli import app
 from outlier_mlx.errors import OutlierError
 from tests.builders import write_base, write_overlay
 from tests.form_builders import to_gguf, to_packed
 from tests.hub import Hub, point_to, serving
+from tests.program import Result, run, run_program
 
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
 OVERLAY_DIMS: dict[str, Any] = DIMS | {"moe_layers": (1,), "experts": 2}
@@ -61,12 +58,6 @@ def hub(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         huggingface_hub.close_session()
 
 
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
 def convert(out: Path, *options: str, code: int = 0) -> Result:
     arguments = ["convert", "owner/overlay", "--base", "owner/base", "--out", out, "--quiet"]
     return run(*arguments, *options, code=code)
@@ -85,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_convert(hub: Hub, folders: Path, tmp_path: Path, which: int) -> None:
     options = ["--revision", "v1", "--base-revision", "v1"] if which == 1 else []
     result = convert(tmp_path / "tier", *options)
-    assert result.output == ""
+    assert result.both == ""
     local = outlier_mlx.convert(
         folders / f"overlay-{which}", folders / f"base-{which}", tmp_path / "local"
     )
@@ -153,8 +144,8 @@ def test_a_hub_that_is_away(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def assert_one_line(result: Result, *words: str) -> None:
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and result.stdout == ""
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: ") and result.out == ""
     assert not [word for word in words if word not in line], line
 
 
@@ -191,7 +182,7 @@ def test_refusals(hub: Hub, command: list[str]) -> None:
 
 def test_names_that_lead_elsewhere_are_not_asked_for(hub: Hub) -> None:
     for name in ("owner/..", "owner/name/more", "../owner", "owner/na me", "owner//name"):
-        assert len(run("info", name, code=1).stderr.splitlines()) == 1
+        assert len(run("info", name, code=1).err.splitlines()) == 1
     assert hub.requests == []
 
 
@@ -211,7 +202,7 @@ def test_the_login_is_sent_and_kept_secret(
     result = convert(tmp_path / "tier")
     run("info", "owner/overlay")
     assert {r.token for r in hub.requests if "owner" in r.path} == {f"Bearer {token}"}
-    assert token not in result.output
+    assert token not in result.both
     for path in (tmp_path / "tier").iterdir():
         assert token.encode() not in path.read_bytes()
 
@@ -278,8 +269,8 @@ def test_info_as_of_a_revision(hub: Hub, folders: Path) -> None:
 
 def test_generate_from_a_repository(hub: Hub, folders: Path) -> None:
     options = ["--prompt", PROMPT, "--max-tokens", "6"]
-    text = run("generate", "--model", "owner/tier", *options).stdout
-    assert text == run("generate", "--model", folders / "tier", *options).stdout
+    text = run("generate", "--model", "owner/tier", *options).out
+    assert text == run("generate", "--model", folders / "tier", *options).out
     # Code in a repository is not run, so it is not even fetched.
     asked = hub.files_asked("owner/tier")
     assert "config.json" in asked and "outlier_moe.py" not in asked
@@ -301,17 +292,13 @@ def test_the_environment_of_a_program(hub: Hub, tmp_path: Path, folders: Path) -
         "HF_TOKEN": "hf_secret",
         "HF_HUB_DISABLE_XET": "1",
     }
-    command = [sys.executable, "-m", "outlier_mlx", "convert", "owner/overlay", "--base"]
     out = tmp_path / "tier"
-    options = ["owner/base", "--out", str(out), "--quiet"]
+    command = ["convert", "owner/overlay", "--base", "owner/base", "--out", out, "--quiet"]
     for offline in ("0", "1"):
         shutil.rmtree(out, ignore_errors=True)
         hub.requests.clear()
         settings = environment | {"HF_HUB_OFFLINE": offline}
-        done = subprocess.run(
-            [*command, *options], capture_output=True, text=True, check=False, env=settings
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert run_program(*command, env=settings).both == ""
         assert contents(out) == contents(folders / "tier")
         assert {r.token for r in hub.requests if "owner" in r.path} == (
             {"Bearer hf_secret"} if offline == "0" else set()

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import mlx.core as mx
 import pytest
-from typer.testing import CliRunner, Result
 
 from outlier_mlx.checkpoints.info import inspect
-from outlier_mlx.cli import app
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.tiers.verify import verify_tier
@@ -26,13 +20,9 @@ from tests.damage import edit_config
 from tests.gguf_builder import build as build_gguf
 from tests.gguf_builder import write_page as write_gguf_page
 from tests.hub import Hub, point_to, serving
+from tests.pages import run_block
+from tests.program import run
 from tests.test_docs import commands
-
-
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +44,14 @@ def imported(awq: Path) -> Path:
 def test_what_it_prints(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     told = run("import", awq)
-    assert told.stdout == ""
-    assert "Mixtral-2x-AWQ-mlx: from AutoAWQ int4" in told.stderr
-    assert "exact: scales and biases are float32" in told.stderr
-    assert told.stderr.endswith("wrote Mixtral-2x-AWQ-mlx\n")
+    assert told.out == ""
+    assert "Mixtral-2x-AWQ-mlx: from AutoAWQ int4" in told.err
+    assert "exact: scales and biases are float32" in told.err
+    assert told.err.endswith("wrote Mixtral-2x-AWQ-mlx\n")
     card = (tmp_path / "Mixtral-2x-AWQ-mlx" / "README.md").read_text()
     assert "license: apache-2.0" in card and "AutoAWQ int4" in card
-    assert "exists; --force replaces it" in run("import", awq, code=1).stderr
-    assert run("import", awq, "--force", "--quiet").stderr == ""
+    assert "exists; --force replaces it" in run("import", awq, code=1).err
+    assert run("import", awq, "--force", "--quiet").err == ""
 
 
 @pytest.mark.parametrize(
@@ -78,7 +68,7 @@ def test_options_that_do_not_fit(
     arguments: list[str], code: int, words: str, awq: Path, tmp_path: Path
 ) -> None:
     told = run("import", awq, "--out", tmp_path / "mlx", *arguments, code=code)
-    assert words in told.stderr
+    assert words in told.err
     assert not list(tmp_path.iterdir())
 
 
@@ -91,11 +81,11 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         (Path(__file__), "test_import.py: a file; what is imported is a folder or a .gguf file"),
     ]:
         told = run("import", source, "--out", out, code=1)
-        assert words in told.stderr and len(told.stderr.splitlines()) == 1
+        assert words in told.err and len(told.err.splitlines()) == 1
     (tmp_path / "two").mkdir()
     for name in "ab":
         (tmp_path / "two" / f"{name}.gguf").write_bytes(b"")
-    assert "--file" in run("import", tmp_path / "two", "--out", out, code=1).stderr
+    assert "--file" in run("import", tmp_path / "two", "--out", out, code=1).err
     assert not out.exists()
 
 
@@ -105,15 +95,15 @@ def test_gguf_beside_safetensors(awq: Path, tmp_path: Path) -> None:
     folder.mkdir()
     build_gguf().write(folder / "MODEL.GGUF")
     mx.save_safetensors(str(folder / "adapter.safetensors"), {"q.lora_a": mx.zeros((2, 2))})
-    assert "both: no config.json" in run("import", folder, "--out", out, code=1).stderr
-    assert "from GGUF F" in run("import", folder / "MODEL.GGUF", "--out", out).stderr
+    assert "both: no config.json" in run("import", folder, "--out", out, code=1).err
+    assert "from GGUF F" in run("import", folder / "MODEL.GGUF", "--out", out).err
     (folder / "MODEL.GGUF").rename(folder / "model.gguf")
-    assert "from GGUF F" in run("import", folder, "--out", out, "--force").stderr
+    assert "from GGUF F" in run("import", folder, "--out", out, "--force").err
     for name in ("config.json", "model.safetensors"):
         shutil.copy(awq / name, folder)
-    assert "from AutoAWQ" in run("import", folder, "--out", out, "--force").stderr
+    assert "from AutoAWQ" in run("import", folder, "--out", out, "--force").err
     told = run("import", folder, "--out", out, "--force", "--file", "model.gguf")
-    assert "from GGUF F" in told.stderr
+    assert "from GGUF F" in told.err
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings(awq: Path, tmp_path: Path) -> None:
@@ -122,13 +112,13 @@ def test_a_tokenizer_with_more_tokens_than_embeddings(awq: Path, tmp_path: Path)
     tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 288, "content": "<x>"})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     told = run("import", folder, "--out", tmp_path / "mlx")
-    assert "ids up to 288, but there are 288 embeddings" in told.stderr
+    assert "ids up to 288, but there are 288 embeddings" in told.err
 
 
 def test_a_sliding_window_is_noted(awq: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(awq, tmp_path / "awq")
     edit_config(folder, sliding_window=4096)
-    assert "beyond 4096 tokens" in run("import", folder, "--out", tmp_path / "mlx").stderr
+    assert "beyond 4096 tokens" in run("import", folder, "--out", tmp_path / "mlx").err
 
 
 def test_info_knows_its_experts(imported: Path, awq: Path) -> None:
@@ -141,7 +131,7 @@ def test_info_knows_its_experts(imported: Path, awq: Path) -> None:
 
 def test_loading_the_source_says_what_to_do(awq: Path) -> None:
     told = run("generate", "--model", awq, "--prompt", "a", code=1)
-    assert "`outlier-mlx import` makes an MLX model of it" in told.stderr
+    assert "`outlier-mlx import` makes an MLX model of it" in told.err
 
 
 def test_models_that_mlx_lm_wrote_have_both_names(imported: Path, tmp_path: Path) -> None:
@@ -149,14 +139,14 @@ def test_models_that_mlx_lm_wrote_have_both_names(imported: Path, tmp_path: Path
     quantization = json.loads((folder / "config.json").read_text())["quantization"]
     edit_config(folder, quantization_config=quantization)
     load_model(folder)
-    assert "an MLX model already" in run("import", folder, "--out", tmp_path / "b", code=1).stderr
+    assert "an MLX model already" in run("import", folder, "--out", tmp_path / "b", code=1).err
 
 
 def test_any_changed_byte_is_found_and_its_file_named(imported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(imported, tmp_path / "mlx")
     listed = json.loads((folder / "checksums.json").read_text())["files"]
     assert {path.name for path in folder.iterdir()} == {*listed, "checksums.json"}
-    assert "whole" in run("verify", folder).stdout
+    assert "whole" in run("verify", folder).out
     chance = random.Random(2)
     for name in listed:
         data = (folder / name).read_bytes()
@@ -186,7 +176,7 @@ def test_a_repository(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         huggingface_hub.close_session()
         run("import", "owner/Mixtral-2x-AWQ", "--out", tmp_path / "mlx", "--quiet")
         other = run("import", "owner/lora", "--out", tmp_path / "other", code=1)
-        assert "owner/lora: no config.json; name a GGUF file of a repository" in other.stderr
+        assert "owner/lora: no config.json; name a GGUF file of a repository" in other.err
         huggingface_hub.close_session()
     asked = hub.files_asked("owner/Mixtral-2x-AWQ")
     assert "model.safetensors" in asked and "pytorch_model.bin" not in asked
@@ -200,17 +190,7 @@ def test_a_repository(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_commands_of_its_page(awq: Path, tmp_path: Path) -> None:
     shutil.copytree(awq, tmp_path / awq.name)
     write_gguf_page(tmp_path)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     listed = commands("docs/import.md")
     assert len(listed) > 4
     for command in listed:
-        done = subprocess.run(
-            shlex.split(command),
-            cwd=tmp_path,
-            env=os.environ | {"PATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        run_block("sh", command, tmp_path)

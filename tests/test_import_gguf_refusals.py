@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
 from outlier_mlx.imports import import_model
 from outlier_mlx.imports.gguf import open_gguf_model
 from outlier_mlx.storage.gguf import read_gguf
 from tests.gguf_builder import Model, Tensor, blocks, build
+from tests.program import run
 
 MEMORY = 60_000_000
 FAST = settings(
@@ -353,18 +352,17 @@ def test_existing_output_is_kept(tmp_path: Path):
 
 def test_command(tmp_path: Path):
     path = build(kinds={"down": "Q6_K"}, hidden=256, width=256, layers=1).write(tmp_path / "x.gguf")
-    run = CliRunner().invoke(app, ["import", str(path), "--out", str(tmp_path / "out")])
-    assert run.exit_code == 0 and run.stdout == ""
-    assert "GGUF F32+Q6_K" in run.stderr
-    assert "Q6_K as 8-bit codes in groups of 32" in run.stderr
-    assert "model.layers.N.mlp.down_proj (1 layer)" in run.stderr
-    again = CliRunner().invoke(app, ["import", str(path), "--out", str(tmp_path / "out")])
-    assert again.exit_code == 1 and "--force" in again.stderr
-    wrong = CliRunner().invoke(app, ["import", str(path), "--k-quants", "4bit"])
-    assert wrong.exit_code == 2
+    done = run("import", path, "--out", tmp_path / "out")
+    assert done.out == ""
+    assert "GGUF F32+Q6_K" in done.err
+    assert "Q6_K as 8-bit codes in groups of 32" in done.err
+    assert "model.layers.N.mlp.down_proj (1 layer)" in done.err
+    again = run("import", path, "--out", tmp_path / "out", code=1)
+    assert "--force" in again.err
+    run("import", path, "--k-quants", "4bit", code=2)
     path.write_bytes(path.read_bytes()[:-9])
-    broken = CliRunner().invoke(app, ["import", str(path), "--out", str(tmp_path / "b")])
-    assert broken.exit_code == 1 and len(broken.stderr.strip().splitlines()) == 1
+    broken = run("import", path, "--out", tmp_path / "b", code=1)
+    assert len(broken.err.strip().splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import outlier_mlx
 from outlier_mlx.checkpoints.info import Info, inspect
-from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import TensorRef
 from tests.builders import Built, write_base, write_overlay
 from tests.damage import add_tensor, edit_config, replace_tensor
+from tests.program import run
 from tests.tensor_file import read_stored
 
 HIDDEN, FFN, WIDTH, VOCAB, LAYERS, MOE, EXPERTS, TOP_K = 64, 128, 96, 288, 4, 2, 4, 2
@@ -173,14 +171,10 @@ def test_bits_per_weight(overlay: Built, tmp_path: Path) -> None:
     assert info.details["base"] == "4 bits, groups of 64"
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["info", *map(str, arguments)])
-
-
 def test_json(overlay: Built) -> None:
-    result = run(overlay.path, "--json")
-    assert (result.exit_code, result.stderr) == (0, "")
-    read = json.loads(result.stdout)
+    result = run("info", overlay.path, "--json")
+    assert result.err == ""
+    read = result.json
     assert read == inspect(overlay.path).as_json()
     assert read["params"] == TOTAL
     assert read["rows"][-1] == {
@@ -192,9 +186,9 @@ def test_json(overlay: Built) -> None:
 
 
 def test_text(overlay: Built) -> None:
-    result = run(overlay.path)
-    assert (result.exit_code, result.stderr) == (0, "")
-    lines = result.stdout.splitlines()
+    result = run("info", overlay.path)
+    assert result.err == ""
+    lines = result.out.splitlines()
     assert lines[0] == "overlay: overlay (v3.2)"
     active = TOTAL - PARAMS["experts"] // 2
     assert f"parameters: {TOTAL / 1e3:.1f} K, of which a token uses {active / 1e3:.1f} K" in lines
@@ -221,10 +215,9 @@ ODD: dict[str, dict[str, Any]] = {
 def test_a_config_that_makes_no_sense(overlay: Built, tmp_path: Path, name: str) -> None:
     tier = outlier_mlx.convert(overlay.path, out=tmp_path / "tier")
     edit_config(tier, **ODD[name])
-    result = run(tier)
-    assert result.exit_code == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: tier: config.json ")
+    result = run("info", tier, code=1)
+    assert len(result.err.splitlines()) == 1
+    assert result.err.startswith("error: tier: config.json ")
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -243,4 +236,4 @@ def test_other_models_are_counted_too(tmp_path: Path) -> None:
     info = inspect(path)
     assert (info.form, info.kv_bytes_per_token) == ("other", 0)
     assert info.params == info.rows[-1].params == (stored_bytes(path) - 15) // 2 + 15
-    assert "KV cache" not in run(path).stdout
+    assert "KV cache" not in run("info", path).out

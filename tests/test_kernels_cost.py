@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from kernels.costs import CHIPS, KERNELS, SHAPES, mlx_two_bit, ours
 from outlier_mlx.runtime.variants import Variant
+from tests.program import run_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,8 +51,7 @@ def test_the_7b_shapes():
 
 @pytest.mark.slow
 def test_the_page_is_what_the_kernels_cost():
-    command = [sys.executable, str(ROOT / "scripts" / "kernel_costs.py"), "--check"]
-    subprocess.run(command, check=True, cwd=ROOT)
+    run_command(sys.executable, ROOT / "scripts" / "kernel_costs.py", "--check", cwd=ROOT)
 
 
 def test_other_forms_cost_more():

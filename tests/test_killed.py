@@ -18,6 +18,7 @@ from outlier_mlx.errors import OutputExistsError
 from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.folders import whole_folder
 from tests.builders import write_overlay
+from tests.program import run_command
 
 
 def names(folder: Path) -> list[str]:
@@ -95,7 +96,7 @@ def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
     code = "import sys, outlier_mlx; outlier_mlx.convert(sys.argv[1], out=sys.argv[2], force=True)"
     command = [sys.executable, "-c", code, str(overlay.path), str(out / "tier")]
     began = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
+    run_command(*command)
     length = time.monotonic() - began
     halves = 0
     for _ in range(50):
@@ -109,7 +110,7 @@ def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
         if "tier" in left:
             verify_tier(out / "tier")
     assert halves, "no kill came while the tier was written"
-    subprocess.run(command, check=True, capture_output=True)
+    run_command(*command)
     assert names(out) == ["tier"]
     verify_tier(out / "tier")
     assert _digest(overlay.path) == before

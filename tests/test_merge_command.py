@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from outlier_mlx.cli import app
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge import merge
 from outlier_mlx.writing.writer import ShardedWriter
 from tests.merging import prompts, write_models, write_recipe
+from tests.program import run
 
 EXPERT = {"source_model": "./expert_0", "positive_prompts": ["a"]}
 OTHER = {"source_model": "./expert_1", "positive_prompts": ["b"]}
@@ -28,33 +27,26 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_models(tmp_path_factory.mktemp("sound"))
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def test_the_command(sound: Path, tmp_path: Path) -> None:
     held_out = [EXPERT | {"held_out": prompts(0, 2, seed=1)}, OTHER]
     file = write_recipe(sound, experts=held_out)
     out = tmp_path / "out"
     shown = run("merge", file, "--out", out, "--bits", 4, "--group-size", 32)
-    assert shown.exit_code == 0, shown.output
-    assert shown.stdout == ""
+    assert shown.out == ""
     for part in ("Mixtral of 2 experts", "held-out", "condition", "note: every token", "wrote "):
-        assert part in shown.stderr
-    again = run("merge", file, "--out", out)
-    assert (again.exit_code, again.stderr.count("\n")) == (1, 1)
-    assert "exists; --force replaces it" in again.stderr
+        assert part in shown.err
+    again = run("merge", file, "--out", out, code=1)
+    assert again.err.count("\n") == 1
+    assert "exists; --force replaces it" in again.err
     found = run("merge", file, "--out", out, "--force", "--quiet", "--json")
-    assert found.exit_code == 0, found.output
-    assert found.stderr == ""
-    assert json.loads(found.stdout) == json.loads((out / "merge.json").read_text())
-    assert run("merge", file).exit_code == 2
-    assert run("merge", file, "--out", out, "--bits", 3).exit_code == 2
+    assert found.err == ""
+    assert found.json == json.loads((out / "merge.json").read_text())
+    run("merge", file, code=2)
+    run("merge", file, "--out", out, "--bits", 3, code=2)
     silent = run("merge", file, "--out", out, "--force", "--quiet", "--no-measure")
-    assert (silent.exit_code, silent.output) == (0, "")
-    assert run("verify", out).exit_code == 0
-    info = run("info", out)
-    assert info.exit_code == 0, info.output
+    assert silent.both == ""
+    run("verify", out)
+    run("info", out)
 
 
 @pytest.mark.parametrize("stage", ["running the base", "routing", "writing"])

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from outlier_mlx.merge.recipe import GATE_MODES, read_recipe
 from tests.merging import prompts, write_dense
+from tests.pages import ROOT, blocks_in, run_block
 
-PAGE = (Path(__file__).parents[1] / "docs" / "merge.md").read_text(encoding="utf-8")
+PAGE = "docs/merge.md"
 MODELS = ("chat-7b", "code-7b", "story-7b", "math-7b")
-
-
-def blocks(language: str) -> list[str]:
-    """The page's code blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -29,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
         write_dense(tmp_path / name, "mistral", seed=seed, hidden=64)
     for topic, name in enumerate(("code.txt", "stories.txt", "math.txt")):
         (tmp_path / name).write_text("\n".join(prompts(topic, 5, seed=0)))
-    for text in blocks("yaml"):
+    for text in blocks_in("yaml", PAGE):
         found = re.match(r"# ([\w-]+\.yaml)", text)
         assert found is not None
         (tmp_path / found[1]).write_text(text)
@@ -41,22 +34,13 @@ def test_recipes(folder: Path) -> None:
     assert [Path(expert.source).name for expert in recipe.experts] == list(MODELS)
     assert recipe.with_held_out(folder / "held-out.yaml").held_out
     assert read_recipe(folder / "trained.yaml").held_out
-    assert all(f"`{mode}`" in PAGE for mode in GATE_MODES)
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    assert all(f"`{mode}`" in page for mode in GATE_MODES)
 
 
 @pytest.mark.slow
 def test_commands(folder: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    commands = [line for text in blocks("sh") for line in text.splitlines()]
+    commands = [line for text in blocks_in("sh", PAGE) for line in text.splitlines()]
     assert len(commands) == 7
     for command in commands:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
-            cwd=folder,
-            env=os.environ | {"PATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        run_block("sh", command, folder)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from outlier_mlx import cli
 from outlier_mlx.measure.alphas import alphas_of
 from tests.builders import write_overlay
 from tests.engine import tier_of
+from tests.program import Result, run
 
 ZERO = {"1": {"0": 0.0, "1": 0.0, "2": 0.0, "3": 0.0}}
 
@@ -26,25 +25,25 @@ def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tier_of(built.path, None, folder / "tier")
 
 
-def chat(tier: Path, *options: object) -> Result:
-    command = ["chat", "--model", str(tier), "-m", "8", "--temp", "0", *map(str, options)]
-    return CliRunner().invoke(cli.app, command, input="Hello there\n")
+def chat(tier: Path, *options: object, code: int = 0) -> Result:
+    command = ["chat", "--model", tier, "-m", 8, "--temp", 0, *options]
+    return run(*command, code=code, input="Hello there\n")
 
 
 def test_chat_and_its_caches_know_their_alphas(tier: Path, tmp_path: Path) -> None:
     zero, kept = tier.parent / "zero.json", tmp_path / "kept.safetensors"
     base = chat(tier, "--alpha", zero, "--prompt-cache", kept)
-    assert base.exit_code == 0 and base.stdout != chat(tier).stdout
-    other = chat(tier, "--prompt-cache", kept)
-    assert other.exit_code == 1 and "the cache belongs to another model" in other.stderr
-    assert chat(tier, "--alpha", zero, "--prompt-cache", kept).exit_code == 0
+    assert base.out != chat(tier).out
+    other = chat(tier, "--prompt-cache", kept, code=1)
+    assert "the cache belongs to another model" in other.err
+    chat(tier, "--alpha", zero, "--prompt-cache", kept)
 
 
 def test_serve_loads_with_them(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[Any] = []
     monkeypatch.setattr("outlier_mlx.serve.serve", lambda name, load, *_, **__: loads.append(load))
     command = ["serve", "--model", str(tier), "--alpha", str(tier.parent / "zero.json")]
-    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    run(*command)
     model, _ = loads.pop()()
     assert alphas_of(model) == ZERO
 
@@ -52,6 +51,6 @@ def test_serve_loads_with_them(tier: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_alphas_that_do_not_suit(tier: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"9": {"0": 1.0}}')
     for path in (tmp_path / "bad.json", tmp_path / "none.json"):
-        done = chat(tier, "--alpha", path)
-        assert done.exit_code == 1 and path.name in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        done = chat(tier, "--alpha", path, code=1)
+        assert path.name in done.err
+        assert len(done.err.splitlines()) == 1

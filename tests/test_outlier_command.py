@@ -12,22 +12,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
-from outlier_mlx.cli import app
 from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.outlier_draw import narrowed
 from outlier_mlx.measure.outliers import measure, read_windows, tokens_digest
 from tests.builders import write_base, write_overlay
+from tests.program import run
 
 TEXT = "the cat sat on the mat, and the dog sat on the log.\nThere it rained:  and rained. " * 40
 PLANTED = 23
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +54,8 @@ def test_two_models(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out = tmp_path / "deep" / "found"
     extras = ["--per-expert", "--residual", "--hold", "bf16", "--overlap", 0.5]
     shown = run(*command(place, "tier", "planted"), "--out", out, *extras)
-    assert shown.exit_code == 0, shown.output
-    assert "planted: 3 sequences of 32 tokens" in shown.stdout
-    assert "note: windows overlap" in shown.stdout
+    assert "planted: 3 sequences of 32 tokens" in shown.out
+    assert "note: windows overlap" in shown.out
     assert sorted(path.name for path in out.iterdir()) == [
         *("by-active-params.png", "by-perplexity.png", "by-total-params.png"),
         *("heatmap-planted.png", "heatmap-tier.png", "outliers.json", "summary.json"),
@@ -98,9 +92,8 @@ def test_two_models(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_command_measures_what_the_functions_do(place: Path, tmp_path: Path) -> None:
     options = ["--no-plots", "--json", "--quiet", "--threshold", 3, "--min-seq", 0.5]
     shown = run(*command(place, "planted"), "--out", tmp_path, *options, "--min-layers", 0.4)
-    assert shown.exit_code == 0, shown.output
-    assert shown.stderr == ""
-    (found,) = json.loads(shown.stdout)
+    assert shown.err == ""
+    (found,) = shown.json
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outliers.json", "summary.json"]
     assert json.loads((tmp_path / "outliers.json").read_text()) == [found]
     assert found["thresholds"] == {"magnitude": 3.0, "min_layers": 0.4, "min_seq": 0.5}
@@ -112,19 +105,18 @@ def test_the_command_measures_what_the_functions_do(place: Path, tmp_path: Path)
     assert [probe["max_magnitude"] for probe in found["probe_max"]] == [
         row.max() for row in measured.counts.largest
     ]
-    listed = json.loads(run("perplexity", place / "planted", "--text", place / "text.txt",
-                            "--window", 32, "--windows", 3, "--json").stdout)  # fmt: skip
+    listed = run("perplexity", place / "planted", "--text", place / "text.txt",
+                            "--window", 32, "--windows", 3, "--json").json  # fmt: skip
     # That command leaves out each window's last token, which it has nothing to check against.
     assert found["perplexity"] == pytest.approx(listed["perplexity"], rel=1e-4)
 
 
 def test_nothing_is_overwritten_unasked_and_what_is_done_stays(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "found"
-    assert run(*command(place, "tier"), "--out", out, "--no-plots").exit_code == 0
+    run(*command(place, "tier"), "--out", out, "--no-plots")
     before = (out / "outliers.json").read_bytes()
-    again = run(*command(place, "planted"), "--out", out, "--no-plots")
-    assert again.exit_code == 1
-    assert "outliers.json: exists; --force replaces it" in again.stderr
+    again = run(*command(place, "planted"), "--out", out, "--no-plots", code=1)
+    assert "outliers.json: exists; --force replaces it" in again.err
     assert (out / "outliers.json").read_bytes() == before
 
     # Files of an earlier run, and one that is somebody's own.
@@ -137,12 +129,10 @@ def test_nothing_is_overwritten_unasked_and_what_is_done_stays(place: Path, tmp_
     tensors["model.layers.2.post_attention_layernorm.weight"] *= mx.nan
     mx.save_safetensors(str(broken / "model.safetensors"), tensors)
     replacing = command(place), "--out", out, "--no-plots", "--force"
-    failed = run(*replacing[0], broken, *replacing[1:])
-    assert failed.exit_code == 1
-    assert failed.stderr == "error: broken: layer_2.ffn: not all values are finite\n"
+    failed = run(*replacing[0], broken, *replacing[1:], code=1)
+    assert failed.err == "error: broken: layer_2.ffn: not all values are finite\n"
     assert (out / "outliers.json").read_bytes() == before
-    failed = run(*replacing[0], place / "planted", broken, *replacing[1:])
-    assert failed.exit_code == 1
+    failed = run(*replacing[0], place / "planted", broken, *replacing[1:], code=1)
     (entry,) = json.loads((out / "outliers.json").read_text())
     assert entry["model"] == "planted"
     assert sorted(path.name for path in out.iterdir()) == [
@@ -156,11 +146,10 @@ def test_models_of_one_name_are_told_apart(place: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT[:600], encoding="utf-8")
     options = ["--no-plots", "--json", "--text", tmp_path / "text.txt", "--sequences", 10**12]
     shown = run(*command(place), *models, "--out", tmp_path / "found", *options)
-    assert shown.exit_code == 0, shown.output
-    (note,) = json.loads(shown.stdout)[0]["notes"]
+    (note,) = shown.json[0]["notes"]
     assert re.fullmatch(r"the text has \d+ whole windows, fewer than 10{12}", note)
-    assert [entry["model"] for entry in json.loads(shown.stdout)] == [str(m) for m in models]
-    assert shown.stdout.count(json.loads(shown.stdout)[0]["tokens_sha256"]) == 2
+    assert [entry["model"] for entry in shown.json] == [str(m) for m in models]
+    assert shown.out.count(shown.json[0]["tokens_sha256"]) == 2
 
 
 def change_config(folder: Path, **fields: Any) -> Path:
@@ -171,10 +160,10 @@ def change_config(folder: Path, **fields: Any) -> Path:
 
 def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "found"
-    missing = run("outliers", place / "tier", "--text", tmp_path / "nothing.txt", "--out", out)
-    assert missing.exit_code == 2
+    nothing = tmp_path / "nothing.txt"
+    run("outliers", place / "tier", "--text", nothing, "--out", out, code=2)
     for option, value in (("--length", 1), ("--overlap", 1), ("--hold", "int8")):
-        assert run(*command(place, "tier"), "--out", out, option, value).exit_code == 2
+        run(*command(place, "tier"), "--out", out, option, value, code=2)
 
     copy = shutil.copytree(place / "planted", tmp_path / "copy")
     parallel = change_config(
@@ -196,17 +185,16 @@ def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ([copy, "--threshold", "inf"], "--threshold"),
     ]
     for arguments, message in refused:
-        shown = run(*command(place), "--out", out, *arguments)
-        assert shown.exit_code in (1, 2), (arguments, shown.output)
-        assert message in shown.stderr, (message, shown.stderr)
-        assert shown.exit_code == 2 or shown.stderr.count("\n") == 1
+        shown = run(*command(place), "--out", out, *arguments, code=None)
+        assert shown.code in (1, 2), (arguments, shown)
+        assert message in shown.err, (message, shown.err)
+        assert shown.code == 2 or shown.err.count("\n") == 1
         assert not out.exists()
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    shown = run(*command(place, "tier"), "--out", out)
-    assert shown.exit_code == 1
-    assert "pip install 'outlier-mlx[plots]', or --no-plots" in shown.stderr
+    shown = run(*command(place, "tier"), "--out", out, code=1)
+    assert "pip install 'outlier-mlx[plots]', or --no-plots" in shown.err
 
 
 def test_windows_are_exact_and_only_what_is_needed_is_read(place: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The portable tier: stock mlx-lm computes what the overlay means, with no code of ours."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_overlay
 from tests.engine import tier_of
 from tests.goldens import assert_logits_close
+from tests.program import run_command
 from tests.reference import Array, forward
 from tests.reference_reader import read_overlay
 
@@ -83,7 +83,5 @@ def test_int4_keeps_the_residual_stream_in_the_tiers_dtype(tmp_path: Path) -> No
 def test_the_stock_command_line_needs_no_flag(tmp_path: Path) -> None:
     built = write_overlay(tmp_path / "overlay", tokenizer=True, **DIMS)
     tier = outlier_mlx.convert(built.path, out=tmp_path / "tier", portable=True, dtype="float32")
-    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(tier), "-p", "hello"]
-    done = subprocess.run([*command, "-m", "8"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Generation:" in done.stdout
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", tier, "-p", "hello", "-m", 8]
+    assert "Generation:" in run_command(*command).out

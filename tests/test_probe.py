@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from kernels.emulator import VirtualMetal
+from tests.program import ROOT, run_command
 
 # A script is no part of a package: it is loaded from its file.
-_SPEC = spec_from_file_location(
-    "probe_metal", Path(__file__).parents[1] / "scripts" / "probe_metal.py"
-)
+_SPEC = spec_from_file_location("probe_metal", ROOT / "scripts" / "probe_metal.py")
 assert _SPEC is not None and _SPEC.loader is not None
 probe_metal: Any = module_from_spec(_SPEC)
 _SPEC.loader.exec_module(probe_metal)
@@ -36,8 +34,8 @@ def test_what_a_gpu_should_compute(virtual_metal: VirtualMetal, monkeypatch: pyt
 
 
 def test_without_a_device():
-    done = subprocess.run([probe_metal.sys.executable, probe_metal.__file__], capture_output=True)
-    assert (done.returncode, done.stdout) == (1, b"MLX finds no Metal device\n")
+    done = run_command(sys.executable, probe_metal.__file__, code=1)
+    assert done.out == "MLX finds no Metal device\n"
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
 from outlier_mlx.checkpoints.info import inspect
-from outlier_mlx.cli import app
 from outlier_mlx.measure.eval_results import Evaluation, save
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_base, write_overlay
 from tests.hub import point_to, serving
 from tests.hub_uploads import WritableHandler, WritableHub
+from tests.program import run
 
 REPO = "owner/tier"
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
@@ -63,16 +62,10 @@ def tier(folders: Path, tmp_path: Path) -> Path:
     return shutil.copytree(folders / "tier", tmp_path / "tier")
 
 
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
 def refused(*arguments: object, words: tuple[str, ...], code: int = 1) -> None:
     result = run(*arguments, code=code)
-    assert result.stdout == ""
-    line = result.stderr.splitlines()[-1]
+    assert result.out == ""
+    line = result.err.splitlines()[-1]
     assert line.startswith("error: ") and not [w for w in words if w not in line], line
     assert "http" not in line and "hf_" not in line
 
@@ -97,7 +90,7 @@ def test_what_arrives_is_the_tier_and_nothing_else(hub: WritableHub, tier: Path)
         (tier / name).parent.mkdir(exist_ok=True)
         (tier / name).write_text("secret")
     result = run("push", tier, REPO, "--message", "A first one")
-    assert result.stdout == f"{hub.url}/{REPO}\n"
+    assert result.out == f"{hub.url}/{REPO}\n"
     assert without_card(arrived(hub)) == without_card(whole)
     assert "LICENSE" in whole
     assert hub.messages == ["A first one"]
@@ -106,7 +99,7 @@ def test_what_arrives_is_the_tier_and_nothing_else(hub: WritableHub, tier: Path)
     assert card.data.get("license") == "apache-2.0"
     assert f"outlier-mlx generate --model {REPO} " in card.text
     # The token goes to the hub, not to where contents are stored, and is told to nobody.
-    assert hub.token not in result.output
+    assert hub.token not in result.both
     assert not [name for name, data in arrived(hub).items() if hub.token.encode() in data]
     tokens = {request.token for request in hub.requests if "/api/models/" in request.path}
     assert tokens == {f"Bearer {hub.token}"}
@@ -119,7 +112,7 @@ def test_a_second_push_sends_nothing(hub: WritableHub, tier: Path) -> None:
     result = run("push", tier, REPO)
     assert hub.written == []
     assert hub.head(REPO) == head
-    assert "0 files sent (0 B)" in result.stderr
+    assert "0 files sent (0 B)" in result.err
 
 
 def test_an_update_sends_what_changed_and_removes_what_is_gone(
@@ -141,7 +134,7 @@ def test_an_update_sends_what_changed_and_removes_what_is_gone(
     result = run("push", folders / "tier", REPO)
     assert without_card(arrived(hub)) == without_card(contents(folders / "tier")) | theirs
     assert set(hub.sent) == {"tier.json"}
-    assert "1 files sent" in result.stderr and "3 removed" in result.stderr
+    assert "1 files sent" in result.err and "3 removed" in result.err
 
 
 def test_large_files_in_parts(hub: WritableHub, tier: Path) -> None:
@@ -166,7 +159,7 @@ def test_a_damaged_tier_is_refused_before_the_hub_is_asked(hub: WritableHub, tie
 @pytest.mark.parametrize("name", ["tier", "owner/a/b", "../tier", "owner/..", "owner/a b", ""])
 def test_names_that_are_none(hub: WritableHub, tmp_path: Path, name: str) -> None:
     for command in (["push", tmp_path, name], ["convert", tmp_path, "--upload-repo", name]):
-        assert "OWNER/NAME" in run(*command, code=2).stderr
+        assert "OWNER/NAME" in run(*command, code=2).err
     assert hub.requests == []
 
 
@@ -242,7 +235,7 @@ def test_ctrl_c(hub: WritableHub, tier: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(HfApi, "preupload_lfs_files", interrupted)
     result = run("push", tier, REPO, code=130)
-    assert "as it was or all new" in result.stderr and result.stdout == ""
+    assert "as it was or all new" in result.err and result.out == ""
     assert arrived(hub) == {}
 
 
@@ -279,7 +272,7 @@ def test_private(hub: WritableHub, tier: Path) -> None:
 
 
 def test_a_branch(hub: WritableHub, tier: Path) -> None:
-    assert run("push", tier, REPO, "--revision", "dev").stdout == f"{hub.url}/{REPO}/tree/dev\n"
+    assert run("push", tier, REPO, "--revision", "dev").out == f"{hub.url}/{REPO}/tree/dev\n"
     assert arrived(hub) == {}
     assert without_card(arrived(hub, "dev")) == without_card(contents(tier))
     hub.written.clear()
@@ -294,10 +287,10 @@ def test_nothing_is_published_without_a_licence(
     (bare / "README.md").unlink()
     tier = outlier_mlx.convert(folders / "overlay", bare, tmp_path / "tier")
     refused("push", tier, REPO, words=("base 'bare'", "--license ID", "--private"))
-    assert "'' is no" in run("push", tier, REPO, "--license", "", code=2).stderr
+    assert "'' is no" in run("push", tier, REPO, "--license", "", code=2).err
     assert hub.requests == []
     result = run("push", tier, "owner/mine", "--private")
-    assert "no licence is known for the base 'bare'" in result.stderr
+    assert "no licence is known for the base 'bare'" in result.err
     card = ModelCard((hub.head("owner/mine") / "README.md").read_text())
     assert card.data.get("license") is None
     assert "base `bare`: none stated" in card.text and "none is assumed" in card.text
@@ -314,15 +307,15 @@ def test_a_dry_run_asks_nobody(
     monkeypatch.delenv("HF_TOKEN")
     result = run("push", tier, REPO, "--dry-run")
     assert hub.requests == [] and hub.written == []
-    names = {line.split()[0] for line in result.stderr.splitlines()[:-1]}
+    names = {line.split()[0] for line in result.err.splitlines()[:-1]}
     assert names == set(contents(tier))
     # What it prints is what is pushed, and can be edited before.
     monkeypatch.setenv("HF_TOKEN", hub.token)
     run("push", tier, REPO)
-    assert arrived(hub)["README.md"].decode() == result.stdout
-    (tmp_path / "card.md").write_text(result.stdout + "\nMy own words.\n")
+    assert arrived(hub)["README.md"].decode() == result.out
+    (tmp_path / "card.md").write_text(result.out + "\nMy own words.\n")
     run("push", tier, REPO, "--card", tmp_path / "card.md")
-    assert arrived(hub)["README.md"].decode() == result.stdout + "\nMy own words.\n"
+    assert arrived(hub)["README.md"].decode() == result.out + "\nMy own words.\n"
 
 
 def test_converted_pushed_fetched_and_run(hub: WritableHub, folders: Path, tmp_path: Path) -> None:
@@ -330,14 +323,14 @@ def test_converted_pushed_fetched_and_run(hub: WritableHub, folders: Path, tmp_p
     out = tmp_path / "out"
     command = ["convert", folders / "overlay", "--base", "owner/base", "--out", out]
     result = run(*command, "--upload-repo", REPO)
-    assert result.stdout == f"{hub.url}/{REPO}\n"
+    assert result.out == f"{hub.url}/{REPO}\n"
     card = ModelCard(arrived(hub)["README.md"].decode())
     assert (card.data["base_model"], card.data["base_model_relation"]) == (
         "owner/base",
         "quantized",
     )
     generate = ["generate", "--prompt", PROMPT, "--max-tokens", "6", "--model"]
-    assert run(*generate, REPO).stdout == run(*generate, out).stdout
+    assert run(*generate, REPO).out == run(*generate, out).out
     pulled = huggingface_hub.snapshot_download(REPO)
     assert verify_tier(Path(pulled)) == verify_tier(out)
 
@@ -349,7 +342,7 @@ def test_a_push_that_fails_leaves_the_converted_tier(
     out = tmp_path / "out"
     command = ["convert", folders / "overlay", "--base", folders / "base", "--out", out]
     result = run(*command, "--upload-repo", REPO, code=1)
-    assert re.search(r"out is written; `outlier-mlx push` sends it\nerror: ", result.stderr)
+    assert re.search(r"out is written; `outlier-mlx push` sends it\nerror: ", result.err)
     verify_tier(out)
 
 
@@ -368,7 +361,7 @@ def test_the_documentation(
     assert len(commands) == 7
     for command in commands:
         words, _, target = command.partition(" > ")
-        shown = run(*shlex.split(words)).stdout
+        shown = run(*shlex.split(words)).out
         if target:
             Path(target).write_text(shown)
     files = contents(hub.head("my-name/my-tier"))

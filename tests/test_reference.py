@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import safetensors.numpy
 
 from tests import affine, builders, goldens, reference, reference_reader, tensor_file
 from tests.goldens import assert_logits_close, golden
+from tests.program import ROOT, run_python
 from tests.reference import Array, ReferenceModel, forward, greedy, trace, with_alphas
 from tests.reference_reader import read_overlay
 
@@ -46,7 +45,7 @@ def test_the_foundation_does_not_import_what_it_judges():
         "found = {name.split('.')[0] for name in sys.modules} & {'outlier_mlx', 'mlx', 'mlx_lm'}\n"
         "assert not found, found"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+    run_python(script, cwd=ROOT)
 
 
 # Against the goldens

@@ -17,6 +17,7 @@ from tests.damage import (
     drop_tensor,
     truncate,
 )
+from tests.program import run
 from tests.refusals import (
     MLP,
     WIDTH,
@@ -25,7 +26,6 @@ from tests.refusals import (
     config,
     refuse,
     remove,
-    run,
     shape,
     snapshot,
     tensor,
@@ -100,9 +100,7 @@ def test_an_existing_output_needs_force(site: Site) -> None:
 
 def test_force_replaces_a_tier_whole(site: Site) -> None:
     (site.tier / "leftover").write_text("of the old tier")
-    assert (
-        run("convert", site.overlay, "--out", site.tier, "--tier", "f32", "--force").exit_code == 0
-    )
+    run("convert", site.overlay, "--out", site.tier, "--tier", "f32", "--force")
     assert not (site.tier / "leftover").exists()
     assert json.loads((site.tier / "config.json").read_text())["dtype"] == "float32"
     assert [path.name for path in site.root.iterdir() if path.name.startswith(".")] == []
@@ -110,7 +108,7 @@ def test_force_replaces_a_tier_whole(site: Site) -> None:
 
 def test_force_fills_an_empty_folder(site: Site) -> None:
     (site.root / "empty").mkdir()
-    assert run("convert", site.overlay, "--out", site.root / "empty", "--force").exit_code == 0
+    run("convert", site.overlay, "--out", site.root / "empty", "--force")
     assert (site.root / "empty" / "tier.json").exists()
 
 
@@ -136,14 +134,13 @@ def test_an_output_that_is_no_folder_is_refused(site: Site) -> None:
 def test_without_a_tokenizer_the_tier_is_made_and_a_warning_says_so(site: Site) -> None:
     remove(site.overlay, "tokenizer*")
     result = run("convert", site.overlay, "--out", site.outputs / "tier", "--quiet")
-    assert result.exit_code == 0
-    (line,) = result.stderr.splitlines()
+    (line,) = result.err.splitlines()
     assert line.startswith("warning: overlay: no tokenizer")
 
 
 def test_debug_raises_what_happened(site: Site) -> None:
-    result = run("convert", site.root / "nowhere", "--debug")
-    assert isinstance(result.exception, CheckpointError)
+    with pytest.raises(CheckpointError):
+        run("convert", site.root / "nowhere", "--debug")
 
 
 def test_python_raises_the_same_errors(site: Site) -> None:
@@ -173,7 +170,7 @@ def test_links_of_a_hub_cache_are_followed(site: Site) -> None:
         else:
             path.rename(repo / "blobs" / blob)
         (snapshot_folder / path.name).symlink_to(Path("../../blobs") / blob)
-    assert run("convert", snapshot_folder, "--out", site.outputs / "tier").exit_code == 0
+    run("convert", snapshot_folder, "--out", site.outputs / "tier")
     written, expected = snapshot(site.outputs / "tier"), snapshot(site.tier)
     for differs in ("README.md", "tier.json"):
         del written[differs], expected[differs]

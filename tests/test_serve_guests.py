@@ -6,8 +6,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +13,13 @@ from typing import Any
 
 import openai
 import pytest
-from typer.testing import CliRunner
 
-from outlier_mlx import cli
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.access import Access, Refused, host_name
 from outlier_mlx.serve.server import ServeOptions, Server
 from tests.builders import write_overlay
 from tests.engine import tier_of
+from tests.program import run, start_program
 from tests.serving import MESSAGES, NAME, Running, read_answer, running
 
 PAGE = "https://page.example"
@@ -276,9 +273,8 @@ def test_logs_hold_no_control_characters(served: Running):
 )
 def test_signals_end_it_cleanly(tier: Path, number: signal.Signals):
     """Within seconds, with status 0, though an answer without end is under way."""
-    command = [sys.executable, "-m", "outlier_mlx", "serve", "--model", str(tier), "--port", "0"]
-    command += ["--max-tokens", "100000", "--max-context", "200000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["serve", "--model", tier, "--port", 0]
+    process = start_program(*command, "--max-tokens", 100_000, "--max-context", 200_000)
     try:
         assert process.stderr
         line = process.stderr.readline()
@@ -309,14 +305,13 @@ def test_signals_end_it_cleanly(tier: Path, number: signal.Signals):
 def test_the_command_refuses_in_one_line(tier: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OUTLIER_MLX_API_KEY", raising=False)
     command = ["serve", "--model", str(tier), "--quiet"]
-    done = CliRunner().invoke(cli.app, [*command, "--host", "0.0.0.0", "--port", "0"])
-    assert done.exit_code == 1 and not done.stdout
-    assert done.stderr.startswith("error: --host 0.0.0.0 can be reached from other machines")
+    done = run(*command, "--host", "0.0.0.0", "--port", "0", code=1)
+    assert not done.out
+    assert done.err.startswith("error: --host 0.0.0.0 can be reached from other machines")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = CliRunner().invoke(cli.app, [*command, "--port", port])
-    assert done.exit_code == 1
+        done = run(*command, "--port", port, code=1)
     place = f"127.0.0.1:{port}"
-    assert done.stderr == f"error: {place}: Address already in use; choose another --port\n"
+    assert done.err == f"error: {place}: Address already in use; choose another --port\n"

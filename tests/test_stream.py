@@ -20,10 +20,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import constants, file_download
-from typer.testing import CliRunner, Result
 
 import outlier_mlx
-from outlier_mlx.cli import app
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
 from outlier_mlx.storage import remote
 from outlier_mlx.storage.safetensors import TensorRef
@@ -38,6 +36,7 @@ from tests.damage import find_tensor, replace_tensor
 from tests.form_builders import torch_save, write_toy_dense
 from tests.forms import FORMS, build
 from tests.hub import Hub, Request, point_to, serving
+from tests.program import run, run_command
 
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
 OVERLAY_DIMS: dict[str, Any] = DIMS | {"moe_layers": (1,), "experts": 2}
@@ -599,25 +598,19 @@ def test_gguf_is_refused(hub: Hub, models: Models, tmp_path: Path) -> None:
 # The command
 
 
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
 def test_the_command(
     served: Hub, models: Models, tmp_path: Path, stop_at: Callable[[str], None]
 ) -> None:
     out = tmp_path / "tier"
     command = ["convert", "owner/overlay", "--base", "owner/base", "--stream", "--out", out]
     stop_at(OVERLAY_FILE)
-    warning, error = run(*command, code=1).stderr.splitlines()
+    warning, error = run(*command, code=1).err.splitlines()
     assert "unfinished: the same command goes on from here" in warning
     assert str(kept_folder(out)) in warning and error.startswith("error: owner/")
     served.down, served.on_file = False, None
-    assert run(*command, "--quiet").output == ""
+    assert run(*command, "--quiet").both == ""
     assert contents(out) == contents(models.tier(1))
-    assert "exists; --force" in run(*command, code=1).stderr
+    assert "exists; --force" in run(*command, code=1).err
 
 
 def test_a_recipe_is_chosen_from_headers(served: Hub, models: Models) -> None:
@@ -662,7 +655,7 @@ def test_killed(served: Hub, models: Models, tmp_path: Path) -> None:
         assert len(fetched(served)) <= 2
         assert names(out.parent) == [".tier.part-kept"]
     served.on_file = None
-    subprocess.run(command, env=environment, check=True)
+    run_command(*command, env=environment)
     assert contents(out) == contents(models.tier(1))
     assert names(out.parent) == ["tier"]
 

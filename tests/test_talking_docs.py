@@ -67,7 +67,7 @@ def test_serve(folder: Path) -> None:
                     serving.end()
                 serving = Serving(f"{text.rstrip()} --port {port}", folder, port)
             else:
-                printed = run_block(language, text.replace("8080", port), folder)
+                printed = run_block(language, text.replace("8080", port), folder).out
                 assert printed and "error" not in printed
     finally:
         if serving:

@@ -30,7 +30,7 @@ def run_page(page: str, folder: Path) -> str:
     for language, text in blocks(page):
         if LEFT_OUT not in text:
             place = folder / "gapless" if "portable" in text else folder
-            printed += run_block(language, text, place)
+            printed += run_block(language, text, place).out
     return printed
 
 
