@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model as stock_load_model
 
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.merge import Merged, merge
-from outlier_mlx.merge.routes import Stream, run_streams
+from outlier_mlx.merge.routes import RouterRun, run_routers
 from outlier_mlx.merge.texts import Sequences
 from tests.goldens import assert_logits_close, assert_same_experts, require_shared
 from tests.tensor_file import read_arrays
@@ -109,9 +109,9 @@ def test_layers_one_by_one_route_as_the_whole_model(case: Case) -> None:
     mixture, gates = case.merged.mixture, case.merged.routers.gates
     ids = case.expected["input_ids"]
     sequences = Sequences(tuple(map(tuple, ids.tolist())), (0,) * len(ids))
-    stream = Stream("hidden", gates.routed, gates.shared, sequences)
-    run_streams(mixture, [stream])
-    for layer, weights in enumerate(stream.weights):
+    run = RouterRun("hidden", gates.routed, gates.shared, sequences)
+    run_routers(mixture, [run])
+    for layer, weights in enumerate(run.weights):
         chosen = case.expected[f"experts.{layer}"].reshape(len(weights), -1)
         served = np.sort(np.nonzero(weights)[1].reshape(chosen.shape))
         assert_same_experts(served, chosen)

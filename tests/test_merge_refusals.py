@@ -57,16 +57,19 @@ def refused(file: Path, **options: Any) -> str:
 
 
 RECIPES: list[tuple[dict[str, Any], str]] = [
-    ({"gate_mod": "hidden"}, "recipe.yaml: gate_mod: no such key; the nearest there is: gate_mode"),
-    ({"experts": [EXPERT | {"positive_promts": []}]}, "experts[0].positive_promts: no such key"),
+    ({"gate_mod": "hidden"}, "recipe.yaml: gate_mod: unknown key; did you mean gate_mode?"),
+    ({"experts": [EXPERT | {"positive_promts": []}]}, "experts[0].positive_promts: unknown key"),
     ({"experts": [EXPERT, "two"]}, "experts[1]: expected keys with values"),
     ({"experts": None}, "experts: 0 experts, expected 1 to 256"),
     ({"experts": {}}, "experts: dict, expected a list"),
     ({"experts": [EXPERT] * 257}, "257 experts"),
-    ({"experts": [EXPERT | {"source_model": 3}]}, "experts[0].source_model: 3, expected text"),
-    ({"experts": [{"positive_prompts": ["a"]}]}, "source_model: is missing, expected text"),
-    ({"experts": [EXPERT | {"positive_prompts": "a"}]}, "'a', expected a list of texts"),
-    ({"experts": [EXPERT | {"positive_prompts": [2024]}]}, "2024 is no text; put it in quotation"),
+    ({"experts": [EXPERT | {"source_model": 3}]}, "experts[0].source_model: 3, expected a string"),
+    ({"experts": [{"positive_prompts": ["a"]}]}, "source_model: is missing, expected a string"),
+    ({"experts": [EXPERT | {"positive_prompts": "a"}]}, "'a', expected a list of strings"),
+    (
+        {"experts": [EXPERT | {"positive_prompts": [2024]}]},
+        "2024 is not a string; put it in quotation",
+    ),
     (
         {"experts": [EXPERT | {"noise_scale": -1}]},
         "noise_scale: -1, expected a number of 0 or more",
@@ -79,13 +82,13 @@ RECIPES: list[tuple[dict[str, Any], str]] = [
     ({"no_positive": "skip"}, "no_positive: 'skip', expected one of error, bos, zero"),
     ({"experts_per_token": 0}, "experts_per_token: 0, expected a whole number of 1 or more"),
     ({"experts_per_token": 4}, "experts_per_token: 4, but there are 3 experts"),
-    ({"base_model": None}, "base_model: is missing, expected text"),
+    ({"base_model": None}, "base_model: is missing, expected a string"),
     ({"base_model": "./nowhere"}, "nowhere: no such folder"),
     ({"base_model": "nowhere"}, "nowhere: no such folder, and not a hub repository (OWNER/NAME)"),
     ({"architecture": "deepseek"}, "architecture: 'deepseek', expected one of mixtral, qwen"),
     ({"architecture": "qwen"}, "architecture qwen2_moe: it needs one entry in shared_experts"),
-    ({"shared_experts": [EXPERT, EXPERT]}, "shared_experts: 2 experts, expected one at most"),
-    ({"shared_experts": [EXPERT | {"texts": []}]}, "shared_experts[0].texts: no such key"),
+    ({"shared_experts": [EXPERT, EXPERT]}, "shared_experts: 2 experts, expected at most one"),
+    ({"shared_experts": [EXPERT | {"texts": []}]}, "shared_experts[0].texts: unknown key"),
     ({"shared_experts": [EXPERT], "architecture": "mixtral"}, "it has no shared expert"),
     ({"experts": [EXPERT, {"source_model": "./expert_1"}]}, "expert 1 has no positive prompts"),
     (
@@ -98,7 +101,7 @@ RECIPES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"experts": [EXPERT, OTHER | {"positive_prompts": ["a" * 2000]}]},
-        "has 1001 tokens; the base takes 512 at most",
+        "has 1001 tokens; the base's limit is 512",
     ),
 ]
 
@@ -114,7 +117,7 @@ def test_recipes(sound: Path, changes: dict[str, Any], message: str) -> None:
         ("experts: [", "recipe.yaml: not valid YAML"),
         ("", "the recipe: expected keys with values"),
         ("- 1", "the recipe: expected keys with values"),
-        ("dtype: float32\ndtype: float16", "the key 'dtype' is there twice"),
+        ("dtype: float32\ndtype: float16", "duplicate key 'dtype'"),
         ("base_model: !!python/object/apply:os.getpid []", "not valid YAML"),
         ("a: " + "[" * 600, "recipe.yaml: not valid YAML"),
         ("? [1, 2]\n: 3", "not valid YAML"),
@@ -176,13 +179,15 @@ def test_any_values(changes: dict[str, Any], expert: dict[str, Any]) -> None:
 def test_held_out_file(sound: Path, tmp_path: Path) -> None:
     file = write_recipe(sound)
     (tmp_path / "few.yaml").write_text("[[a], [b]]")
-    assert "a list of prompts for each of the 3 experts" in refused(
+    assert "expected a list of 3 lists: the prompts of each expert" in refused(
         file, held_out=tmp_path / "few.yaml"
     )
     (tmp_path / "numbers.yaml").write_text("[[a], [b], [3]]")
-    assert "expert 2.held_out: 3 is no text" in refused(file, held_out=tmp_path / "numbers.yaml")
+    assert "expert 2.held_out: 3 is not a string" in refused(
+        file, held_out=tmp_path / "numbers.yaml"
+    )
     (tmp_path / "none.yaml").write_text("[[], [], []]")
-    assert "none.yaml: no prompts in it" in refused(file, held_out=tmp_path / "none.yaml")
+    assert "none.yaml: no prompts" in refused(file, held_out=tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -307,7 +312,7 @@ def test_a_tokenizer_without_bos(tmp_path: Path) -> None:
     write_models(tmp_path, bos=False)
     empty = [EXPERT, OTHER | {"positive_prompts": [""]}]
     message = refused(write_recipe(tmp_path, experts=empty))
-    assert "the prompt '' tokenizes to nothing: the base's tokenizer has no BOS" in message
+    assert "the prompt '' has no tokens: the base's tokenizer has no BOS" in message
     negative = [EXPERT, {"source_model": "./expert_1", "negative_prompts": ["a"]}]
     file = write_recipe(tmp_path, experts=negative)
     message = refused(file, no_positive="bos")
@@ -322,7 +327,9 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
     content["model"]["merges"].append(["z", "z"])
     edit_json(tmp_path / "base/tokenizer.json", model=content["model"])
     file = write_recipe(tmp_path, experts=[EXPERT, OTHER | {"positive_prompts": ["zz"]}])
-    assert "the tokenizer gives token 400, but the base's embedding has 200 rows" in refused(file)
+    assert "the tokenizer produced token 400, but the base's embedding has 200 rows" in refused(
+        file
+    )
 
 
 def test_what_is_odd_is_told(sound: Path, tmp_path: Path) -> None:

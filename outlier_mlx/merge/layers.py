@@ -1,4 +1,4 @@
-"""The base's decoder layers, one in memory at a time, in float32 on any device."""
+"""Run the base layer by layer in float32, with one layer in memory at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +19,7 @@ def read_array(tensor: FloatTensor) -> mx.array:
 
 
 def embed(model: Dense, batch: Batch) -> mx.array:
-    """Embeddings of a batch's tokens, (batch, length, hidden); only their rows are read."""
+    """Token embeddings of a batch: (batch, length, hidden). Only the needed rows are read."""
     tensor = model.tensors["model.embed_tokens.weight"]
     used, places = np.unique(batch.tokens, return_inverse=True)
     rows = np.stack([tensor.read_float32(i, i + 1)[0] for i in used.tolist()])
@@ -27,11 +27,11 @@ def embed(model: Dense, batch: Batch) -> mx.array:
 
 
 class AttentionLayer:
-    """The half of a decoder layer that every expert shares: norms and attention.
+    """Norms and attention of a decoder layer: the part that is the same for all experts.
 
     Args:
         model: the base.
-        layer: which of its layers to read.
+        layer: number of the layer.
     """
 
     def __init__(self, model: Dense, layer: int) -> None:
@@ -52,10 +52,11 @@ class AttentionLayer:
         self._eps = config["rms_norm_eps"]
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Attend; x (batch, length, hidden) is the residual stream that enters the layer.
+        """Apply attention to the layer's input x (batch, length, hidden).
 
         Returns:
-            The residual stream after attention, and it normalised: what FFN and router see.
+            The residual stream after attention, and the normalised input of FFN and router; both
+            of x's shape.
         """
         mask = "causal" if x.shape[1] > 1 else None
         h = x + self._attention(mx.fast.rms_norm(x, self._before, self._eps), mask)
@@ -75,28 +76,28 @@ class FeedForward:
         self._gate, self._up, self._down = (read_array(matrix) for matrix in matrices)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Map x (..., hidden) to the same shape."""
+        """Apply the FFN to x (..., hidden); the result has the same shape."""
         y = (nn.silu(x @ self._gate.T) * (x @ self._up.T)) @ self._down.T
         mx.eval(y)
         return y
 
 
-def entering(model: Dense, groups: Sequence[Batch]) -> Iterator[list[mx.array]]:
-    """Run a model, layer by layer.
+def layer_inputs(model: Dense, groups: Sequence[Batch]) -> Iterator[list[mx.array]]:
+    """Run a model layer by layer.
 
     Yields:
-        For each layer the residual stream that enters it: of each batch (batch, length, hidden).
-        The first is the embeddings.
+        For each layer, its input for each batch: (batch, length, hidden). The first layer's input
+        is the token embeddings.
     """
-    streams = [embed(model, batch) for batch in groups]
+    inputs = [embed(model, batch) for batch in groups]
     for layer in range(model.layers):
-        yield streams
+        yield inputs
         if layer + 1 == model.layers:
             return
         attention = AttentionLayer(model, layer)
-        halves = [attention(x) for x in streams]
+        attended = [attention(x) for x in inputs]
         del attention
         ffn = FeedForward([model.ffn(layer, projection) for projection in PROJECTIONS])
-        streams = [h + ffn(normed) for h, normed in halves]
-        mx.eval(streams)
-        del ffn, halves
+        inputs = [h + ffn(normed) for h, normed in attended]
+        mx.eval(inputs)
+        del ffn, attended

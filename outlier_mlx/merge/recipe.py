@@ -1,7 +1,7 @@
-"""Merge recipes: the YAML of mergekit-moe, parsed strictly.
+"""Merge recipes: mergekit-moe's YAML format, parsed strictly.
 
-Format: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md. Keys of our own are
-`no_positive`, and an expert's `texts` and `held_out`.
+Format: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md. This project adds the keys
+`no_positive`, and `texts` and `held_out` of an expert.
 """
 
 import difflib
@@ -17,7 +17,7 @@ import yaml
 from outlier_mlx.errors import OutlierError
 
 GATE_MODES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "trained")
-#: These need no prompts.
+#: Gate modes that need no prompts.
 RANDOM_MODES = ("random", "uniform_random")
 NO_POSITIVE = ("error", "bos", "zero")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -29,16 +29,16 @@ _MAX_KEYS = 1000
 
 @dataclass(frozen=True)
 class ExpertRecipe:
-    """One expert.
+    """One expert of a recipe.
 
     Attributes:
-        source: folder or hub repository of the model whose FFNs it gets.
-        positive: prompts that it should serve.
-        negative: prompts that it should not serve.
-        texts: files of text that it should serve, for `gate_mode: trained`.
-        held_out: prompts that routing is measured on; nothing is fitted to them.
-        noise_scale: standard deviation of normal noise that is added to its weights.
-        residual_scale: its down projection is multiplied by this.
+        source: folder or hub repository of the model that its FFNs come from.
+        positive: prompts that should be routed to it.
+        negative: prompts that should not be routed to it.
+        texts: text files that should be routed to it, for `gate_mode: trained`.
+        held_out: prompts to measure routing on; routers are not made from them.
+        noise_scale: standard deviation of the normal noise that is added to its weights.
+        residual_scale: factor of its down projections.
     """
 
     source: str
@@ -52,18 +52,18 @@ class ExpertRecipe:
 
 @dataclass(frozen=True)
 class MergeRecipe:
-    """A merge.
+    """A merge recipe.
 
     Attributes:
-        base: folder or hub repository of the model that gives everything but the FFNs.
+        base: folder or hub repository of the model that everything but the FFNs comes from.
         experts: the routed experts, in order.
-        shared: the expert that serves every token, if there is one.
-        gate_mode: how the routers come about, one of `GATE_MODES`.
-        no_positive: what an expert without positive prompts means, one of `NO_POSITIVE`.
-        experts_per_token: experts that serve a token.
-        dtype: of the output; None is the base's.
-        architecture: "mixtral" or "qwen2_moe"; None leaves it to the models.
-        raw: the recipe as it was written.
+        shared: the expert that every token goes through, or None.
+        gate_mode: how the routers are made, one of `GATE_MODES`.
+        no_positive: what to do for an expert without positive prompts, one of `NO_POSITIVE`.
+        experts_per_token: number of experts that each token is routed to.
+        dtype: dtype of the output; None: the base's.
+        architecture: "mixtral" or "qwen2_moe"; None: the one that fits the models.
+        raw: the parsed YAML.
     """
 
     base: str
@@ -78,40 +78,40 @@ class MergeRecipe:
 
     @property
     def held_out(self) -> bool:
-        """Whether there are prompts to measure routing on."""
+        """Whether any expert has prompts to measure routing on."""
         return any(expert.held_out for expert in self.experts)
 
     def with_held_out(self, file: Path) -> "MergeRecipe":
-        """The recipe with the prompts of a file: YAML, a list of prompts for each expert in order.
+        """Add the held-out prompts of a YAML file: a list of prompts for each expert, in order.
 
         Raises:
-            OutlierError: it holds something else.
+            OutlierError: the file has another content.
         """
         lists = read_yaml(file)
         if not isinstance(lists, list) or len(lists) != len(self.experts):
             raise OutlierError(
-                f"{file.name}: expected a list with a list of prompts for each of the"
-                f" {len(self.experts)} experts"
+                f"{file.name}: expected a list of {len(self.experts)} lists: the prompts of each"
+                " expert"
             )
         experts = []
         for number, (expert, prompts) in enumerate(zip(self.experts, lists, strict=True)):
             fields = _Fields({"held_out": prompts}, file.name, f"expert {number}", ("held_out",))
             experts.append(replace(expert, held_out=fields.texts("held_out")))
         if not any(expert.held_out for expert in experts):
-            raise OutlierError(f"{file.name}: no prompts in it")
+            raise OutlierError(f"{file.name}: no prompts")
         return replace(self, experts=tuple(experts))
 
 
 def read_recipe(file: Path, *, no_positive: str | None = None) -> MergeRecipe:
-    """Read a recipe. Paths in it are relative to its folder.
+    """Read a recipe. Its paths are relative to its folder.
 
     Args:
-        file: the YAML.
-        no_positive: wins over the recipe's own.
+        file: the YAML file.
+        no_positive: used instead of the recipe's `no_positive`.
 
     Raises:
-        OutlierError: it cannot be read, a key is unknown or missing, or a value is not what it
-            should be; the message names the key.
+        OutlierError: the file cannot be read, a key is unknown or missing, or a value is wrong; the
+            message names the key.
     """
     raw = read_yaml(file)
     known = ("base_model", "gate_mode", "dtype", "experts_per_token", "architecture")
@@ -123,10 +123,10 @@ def read_recipe(file: Path, *, no_positive: str | None = None) -> MergeRecipe:
     shared_keys = tuple(key for key in EXPERT_KEYS if key not in ("texts", "held_out"))
     shared = [_expert(entry, folder) for entry in fields.entries("shared_experts", shared_keys)]
     if len(shared) > 1:
-        raise fields.error("shared_experts", f"{len(shared)} experts, expected one at most")
+        raise fields.error("shared_experts", f"{len(shared)} experts, expected at most one")
     architecture = fields.choice("architecture", ARCHITECTURES, None)
     recipe = MergeRecipe(
-        base=_place(fields.text("base_model"), folder),
+        base=_folder_or_repository(fields.text("base_model"), folder),
         experts=experts,
         shared=shared[0] if shared else None,
         gate_mode=fields.choice("gate_mode", GATE_MODES, "hidden") or "hidden",
@@ -156,33 +156,33 @@ def _expert(fields: "_Fields", folder: Path) -> ExpertRecipe:
         if not path.is_file():
             raise fields.error("texts", f"{path.name}: no such file")
     return ExpertRecipe(
-        source=_place(fields.text("source_model"), folder),
+        source=_folder_or_repository(fields.text("source_model"), folder),
         positive=fields.texts("positive_prompts"),
         negative=fields.texts("negative_prompts"),
         texts=texts,
         held_out=fields.texts("held_out"),
-        noise_scale=fields.number("noise_scale", 0.0, least=0.0),
+        noise_scale=fields.number("noise_scale", 0.0, minimum=0.0),
         residual_scale=fields.number("residual_scale", 1.0),
     )
 
 
-def _place(name: str, folder: Path) -> str:
-    """A folder beside the recipe, if there is one; else the name as it is."""
+def _folder_or_repository(name: str, folder: Path) -> str:
+    """The path of a folder beside the recipe if it exists; else the unchanged name."""
     path = folder / Path(name).expanduser()
     return str(path) if path.is_dir() or name.startswith((".", "/", "~")) else name
 
 
 class _Fields:
-    """A mapping of the recipe, whose keys are known and whose values are checked as they are read.
+    """A mapping of the recipe. Its values are checked when they are read.
 
     Args:
-        value: the mapping, if it is one.
-        file: name of the recipe.
-        place: where in it, as in "experts[2]"; empty at the top.
-        known: the keys that there may be.
+        value: the parsed YAML.
+        file: file name of the recipe.
+        place: the mapping's place in the recipe, such as "experts[2]"; empty at the top.
+        known: the allowed keys.
 
     Raises:
-        OutlierError: it is no mapping, or holds another key.
+        OutlierError: the value is not a mapping, or has an unknown key.
     """
 
     def __init__(self, value: Any, file: str, place: str, known: Iterable[str]) -> None:
@@ -194,7 +194,7 @@ class _Fields:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
                 raise OutlierError(
-                    f"{self._at(str(key)[:80])}: no such key; the nearest there is: {close[0]}"
+                    f"{self._at(str(key)[:80])}: unknown key; did you mean {close[0]}?"
                 )
         self.value = value
 
@@ -202,30 +202,30 @@ class _Fields:
         return f"{self.file}: {self.place + '.' if self.place else ''}{key}"
 
     def error(self, key: str, problem: str) -> OutlierError:
-        """What is wrong with the value of a key."""
+        """An error about the value of a key, with the key's place in the file."""
         return OutlierError(f"{self._at(key)}: {problem}")
 
     def text(self, key: str) -> str:
-        """A text that has to be there."""
+        """A required string that is not empty."""
         value = self.value.get(key)
         if not isinstance(value, str) or not value or "\0" in value:
-            raise self.error(key, f"{_short(value)}, expected text")
+            raise self.error(key, f"{_short(value)}, expected a string")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of texts; empty if the key is missing."""
+        """A list of strings; empty if the key is missing."""
         value = self.value.get(key)
         if value is None:
             return ()
         if not isinstance(value, list):
-            raise self.error(key, f"{_short(value)}, expected a list of texts")
+            raise self.error(key, f"{_short(value)}, expected a list of strings")
         for item in value:
             if not isinstance(item, str):
-                raise self.error(key, f"{_short(item)} is no text; put it in quotation marks")
+                raise self.error(key, f"{_short(item)} is not a string; put it in quotation marks")
         return tuple(value)
 
     def choice(self, key: str, choices: Iterable[str], default: str | None) -> str | None:
-        """One of some words."""
+        """One of the given strings."""
         value = self.value.get(key)
         if value is None:
             return default
@@ -240,16 +240,16 @@ class _Fields:
             raise self.error(key, f"{_short(value)}, expected a whole number of 1 or more")
         return value
 
-    def number(self, key: str, default: float, least: float = -math.inf) -> float:
-        """A finite number; YAML reads 1e-3 as text, which is understood."""
+    def number(self, key: str, default: float, minimum: float = -math.inf) -> float:
+        """A finite number. A string such as "1e-3" is accepted: YAML reads it as a string."""
         value = self.value.get(key, default)
         try:
             number = math.nan if isinstance(value, bool | list | dict) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number) or number < least:
-            wanted = f"a number of {least:g} or more" if math.isfinite(least) else "a number"
-            raise self.error(key, f"{_short(value)}, expected {wanted}")
+        if not math.isfinite(number) or number < minimum:
+            bound = f" of {minimum:g} or more" if math.isfinite(minimum) else ""
+            raise self.error(key, f"{_short(value)}, expected a number{bound}")
         return number
 
     def entries(self, key: str, known: Iterable[str]) -> list["_Fields"]:
@@ -262,7 +262,7 @@ class _Fields:
         return [_Fields(v, self.file, f"{key}[{n}]", known) for n, v in enumerate(value)]
 
 
-# PyYAML lets through what Python raises at texts like "!!int ''" or "!!timestamp x".
+# PyYAML does not catch Python's own errors for values like "!!int ''" or "!!timestamp x".
 _YAML_ERRORS = (
     *(yaml.YAMLError, ValueError, RecursionError),
     *(AttributeError, LookupError, TypeError, ArithmeticError),
@@ -270,20 +270,20 @@ _YAML_ERRORS = (
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML of plain values, without a key twice in a mapping."""
+    """Loads plain values only, and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """A mapping, as PyYAML makes it once its keys were seen to differ."""
+        """Build a mapping after a check for duplicate keys."""
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        twice, times = max(names.items(), key=lambda item: item[1], default=("", 0))
+        name, times = max(names.items(), key=lambda item: item[1], default=("", 0))
         if times > 1:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {str(twice)[:80]!r} is there twice", node.start_mark
+                None, None, f"duplicate key {str(name)[:80]!r}", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put the keys of `<<` into a mapping, where a few lines could ask for any number."""
+        """Merge the keys of `<<` into a mapping, up to a limit: a few lines can give millions."""
         super().flatten_mapping(node)
         if len(node.value) > _MAX_KEYS:
             raise yaml.constructor.ConstructorError(
@@ -292,10 +292,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(file: Path) -> Any:
-    """The value of a small YAML file; only plain values are made.
+    """Parse a small YAML file of plain values.
 
     Raises:
-        OutlierError: it cannot be read, is too large, or is no such YAML.
+        OutlierError: the file cannot be read, is too large, or is not valid.
     """
     try:
         if file.stat().st_size > MAX_RECIPE_BYTES:

@@ -1,4 +1,4 @@
-"""What a merge did: `merge.json`."""
+"""The result of a merge, and its report `merge.json`."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -15,18 +15,18 @@ from outlier_mlx.models.summary import SummaryRow
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote.
+    """The result of a merge.
 
     Attributes:
-        path: the folder.
-        recipe: what was asked for.
+        path: the written folder.
+        recipe: the merge recipe.
         mixture: the models.
         form: how the result is stored.
-        seed: of random routers and noise.
+        seed: seed of random routers and noise.
         rows: parameters and bytes by kind of part, the total last.
-        unquantized: matrices that no group size divides, by path.
-        routers: the routers, and what was measured of them.
-        notes: what is odd.
+        unquantized: paths of matrices whose width no group size divides.
+        routers: the routers and their measurements.
+        notes: remarks for the user, such as choices that may not be intended.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Merged:
 
 
 def as_json(result: Merged) -> dict:
-    """All figures, and the recipe without paths of this machine."""
+    """The content of `merge.json`: all figures, and the recipe without local paths."""
     mixture, recipe = result.mixture, result.recipe
     shared = mixture.shared
     routers = result.routers
@@ -68,7 +68,7 @@ def as_json(result: Merged) -> dict:
 
 
 def conditions(result: Merged) -> list[float | None]:
-    """Condition numbers of the layers' routers; None where they are infinite or mean nothing."""
+    """Condition numbers of the layers' routers; None if infinite or if routers were trained."""
     found = result.routers.gates.condition_numbers
     trained = result.recipe.gate_mode == "trained"
     return [None if trained or not math.isfinite(number) else number for number in found]

@@ -1,4 +1,4 @@
-"""The routers of a merge: computed in the modes that are wanted, and measured side by side."""
+"""Compute the routers of a merge, and measure how well each gate mode routes."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,33 +9,33 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge.gates import Gates, can_use_prompts, check_gates, prompt_gates, shared_gate
 from outlier_mlx.merge.model import Mixture
 from outlier_mlx.merge.recipe import RANDOM_MODES, MergeRecipe
-from outlier_mlx.merge.routes import Routing, Stream, run_streams
+from outlier_mlx.merge.routes import RouterRun, Routing, run_routers
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import MAX_TOKENS, Sequences, Tokens, open_tokenizer
 from outlier_mlx.merge.trained import Fitted
 from outlier_mlx.terminal import Progress, Stages
 
-#: What is held against the recipe's own mode where there are held-out prompts.
+#: Modes to compare with the recipe's mode on held-out prompts.
 COMPARED = ("hidden", "hidden_avg", "cheap_embed", "random", "trained")
 
 _NONE = Sequences((), ())
 
 
 def silent(title: str, unit: str) -> AbstractContextManager[Progress]:
-    """A stage that shows nothing."""
+    """A stage without progress display."""
     return nullcontext(lambda done, total: None)
 
 
 @dataclass(frozen=True)
 class Routers:
-    """What became of the routers.
+    """The routers of a merge and their measurements.
 
     Attributes:
-        gates: those of the recipe's mode.
-        routing: how each mode routes the measured prompts, the recipe's own first.
+        gates: routers of the recipe's mode.
+        routing: how each mode routes the measured prompts; the recipe's mode is first.
         measured_on: "held_out", "positive_prompts", or None if nothing was measured.
-        fitted: of each layer, if routers were trained.
-        notes: what is odd about the gates.
+        fitted: one for each layer if routers were trained, else empty.
+        notes: remarks on the routers for the user.
     """
 
     gates: Gates
@@ -53,18 +53,18 @@ def compute_routers(
     measure: bool = True,
     stages: Stages = silent,
 ) -> Routers:
-    """Compute the routers of a recipe, and measure them if there are prompts to do it on.
+    """Compute the routers of a recipe, and measure how they route its prompts.
 
     Args:
-        recipe: mode, prompts and texts.
+        recipe: gate mode, prompts and texts.
         mixture: the models.
-        seed: of random routers.
-        measure: whether to measure.
+        seed: seed of random routers.
+        measure: whether to measure routing, if there are prompts.
         stages: shows progress.
 
     Raises:
-        OutlierError: prompts or texts are missing or have no tokens, there is no tokenizer, or all
-            experts end with equal routers.
+        OutlierError: prompts or texts are missing or have no tokens, there is no tokenizer, or the
+            rows of all experts are equal.
     """
     mode = recipe.gate_mode
     measured_on = _measured_on(recipe) if measure else None
@@ -80,37 +80,37 @@ def compute_routers(
         with stages("running the base", "layers") as progress:
             known = prompt_gates(recipe, mixture, tokens, given, seed=seed, progress=progress)
     notes = check_gates(known[mode], recipe) if mode in known else []
-    streams = []
+    runs = []
     if tokens is not None and (measured_on is not None or mode == "trained"):
         skip = 1 if tokens.bos else 0
         for other in modes:
             if other in known:
                 gates = known[other]
-                streams.append(Stream(other, gates.routed, gates.shared, measured, skip=skip))
+                runs.append(RouterRun(other, gates.routed, gates.shared, measured, skip=skip))
             else:
                 shared = _shared_gate(recipe, mixture, tokens, known)
-                streams.append(Stream(other, None, shared, measured, training, skip))
+                runs.append(RouterRun(other, None, shared, measured, training, skip))
         with stages("routing", "experts") as progress:
-            run_streams(mixture, streams, progress)
+            run_routers(mixture, runs, progress)
     if mode == "trained":
-        known[mode] = streams[0].all_gates()
+        known[mode] = runs[0].all_gates()
         notes = check_gates(known[mode], recipe)
     return Routers(
         gates=known[mode],
-        routing=[stream.routing() for stream in streams if measured_on],
+        routing=[run.routing() for run in runs if measured_on],
         measured_on=measured_on,
-        fitted=next((stream.fitted for stream in streams if stream.fitted), []),
+        fitted=next((run.fitted for run in runs if run.fitted), []),
         notes=notes,
     )
 
 
 def _modes(recipe: MergeRecipe, measured_on: str | None) -> list[str]:
-    """The recipe's mode, and those that it is held against."""
+    """The recipe's mode, and the modes to compare it with."""
     mode, untrained = recipe.gate_mode, _first_untrained(recipe)
     if mode == "trained" and untrained is not None:
         raise OutlierError(
-            f"expert {untrained} has neither texts nor positive prompts, which gate_mode trained"
-            " needs"
+            f"expert {untrained} has neither texts nor positive prompts; gate_mode trained needs"
+            " one of them"
         )
     others = _comparable(recipe) if measured_on == "held_out" else []
     return [mode, *(other for other in others if other != mode)]
@@ -119,7 +119,7 @@ def _modes(recipe: MergeRecipe, measured_on: str | None) -> list[str]:
 def _shared_gate(
     recipe: MergeRecipe, mixture: Mixture, tokens: Tokens, known: dict[str, Gates]
 ) -> np.ndarray | None:
-    """The shared expert's gate beside a router that is trained: what its prompts make."""
+    """The gate of the shared expert when routers are trained: that of mode "hidden"."""
     if mixture.shared is None:
         return None
     if "hidden" in known:
@@ -134,7 +134,7 @@ def _measured_on(recipe: MergeRecipe) -> str | None:
 
 
 def _first_untrained(recipe: MergeRecipe) -> int | None:
-    """The first expert without anything to train its router on."""
+    """The number of the first expert without prompts or texts for training, or None."""
     lacking = (n for n, e in enumerate(recipe.experts) if not (e.texts or e.positive))
     return next(lacking, None)
 
@@ -143,7 +143,7 @@ def _comparable(recipe: MergeRecipe) -> list[str]:
     usable = {"random"}
     if can_use_prompts(recipe):
         usable |= {"hidden", "hidden_avg", "cheap_embed"}
-    # A shared expert's own gate is from its prompts in that mode, too.
+    # In mode "trained", the gate of the shared expert is still made from its prompts.
     if _first_untrained(recipe) is None and (recipe.shared is None or can_use_prompts(recipe)):
         usable.add("trained")
     return [mode for mode in COMPARED if mode in usable]
@@ -166,7 +166,7 @@ def _measured(recipe: MergeRecipe, tokens: Tokens, measured_on: str | None) -> S
 
 
 def _training(recipe: MergeRecipe, tokens: Tokens) -> Sequences:
-    """Each expert's positive prompts and texts, up to a number of tokens."""
+    """Each expert's positive prompts and texts, up to `MAX_TOKENS` tokens."""
     ids, owners = [], []
     for number, expert in enumerate(recipe.experts):
         found = [tokens.prompt(text) for text in expert.positive]

@@ -1,8 +1,8 @@
-"""The merged model run layer by layer, before it is written: how tokens are routed in it.
+"""Run the merged model layer by layer before it is written, to measure how tokens are routed.
 
-Several routers run side by side, each with a residual stream of its own, so that every weight is
-read once for all of them. That is also where routers are trained: a layer's router is fitted to
-what it will see, which depends on the routers before it.
+Several gate modes run at the same time, each with its own hidden states, so that every weight is
+read only once. Routers are trained here, too: a layer's router is fitted to its true input, which
+depends on the routers of the layers before it.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.layers import AttentionLayer, FeedForward, embed
 from outlier_mlx.merge.model import Expert, Mixture
-from outlier_mlx.merge.texts import Sequences, batches, flat, unflat
+from outlier_mlx.merge.texts import Sequences, batches, pad, unpad
 from outlier_mlx.merge.trained import Fitted, fit_router
 from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.terminal import Progress
@@ -22,13 +22,13 @@ from outlier_mlx.terminal import Progress
 
 @dataclass(frozen=True)
 class LayerShares:
-    """How a layer routes the measured tokens.
+    """How a layer routes the measured tokens. Shares are between 0 and 1.
 
     Attributes:
         first: for each expert, the share of tokens for which it has the largest weight.
-        served: for each expert, the share of tokens that it serves; they add up to the top k.
-        weight: for each expert, its mean routing weight; they add up to 1.
-        largest: mean of a token's largest weight; 1 / k where the router hardly decides.
+        served: for each expert, the share of tokens that are routed to it; the sum is the top k.
+        weight: for each expert, its mean routing weight; the sum is 1.
+        largest: mean over tokens of the largest weight; near 1 / k, the router hardly decides.
         right: share of tokens for which the right expert has the largest weight.
     """
 
@@ -41,18 +41,19 @@ class LayerShares:
 
 @dataclass(frozen=True)
 class Routing:
-    """How one mode routes the measured prompts in the merged model.
+    """How one gate mode routes the measured prompts in the merged model.
 
-    The first token is left out where it is BOS: it is the same in every prompt.
+    A BOS token at the beginning does not count: it is the same in every prompt.
 
     Attributes:
         mode: the gate mode.
-        tokens: tokens that were measured.
-        right: share of (token, layer) for which the right expert has the largest weight.
+        tokens: number of measured tokens.
+        right: share of (token, layer) pairs in which the right expert has the largest weight.
         weight: mean routing weight of the right expert.
-        prompts: prompts that were measured.
-        prompts_right: those whose right expert has the largest mean weight over tokens and layers.
-        layers: layer by layer.
+        prompts: number of measured prompts.
+        prompts_right: number of prompts whose right expert has the largest mean weight over tokens
+            and layers.
+        layers: shares in each layer.
     """
 
     mode: str
@@ -65,16 +66,16 @@ class Routing:
 
 
 @dataclass
-class Stream:
-    """Tokens on their way through the merged model under one router.
+class RouterRun:
+    """A run of the merged model with the routers of one gate mode.
 
     Attributes:
-        mode: its gate mode.
-        gates: of all layers; None to train them on the way.
-        shared: (layers, hidden), the shared expert's gate.
-        measured: sequences to measure on.
+        mode: the gate mode.
+        gates: (layers, experts, hidden); None to train the routers during the run.
+        shared: (layers, hidden), the gate of the shared expert, or None.
+        measured: sequences to measure routing on.
         trained: sequences to train on, if `gates` is None.
-        skip: tokens at the beginning of each sequence that do not count.
+        skip: number of tokens at the beginning of each sequence that do not count.
     """
 
     mode: str
@@ -85,11 +86,11 @@ class Stream:
     skip: int = 0
 
     def __post_init__(self) -> None:
-        """Lay the tokens out."""
+        """Arrange the tokens in batches."""
         both = self.measured + self.trained
         self.groups = batches(both.ids)
-        members = [np.repeat(g.members[:, None], g.tokens.shape[1], 1)[g.true] for g in self.groups]
-        places = [np.broadcast_to(np.arange(g.tokens.shape[1]), g.true.shape)[g.true]
+        members = [np.repeat(g.members[:, None], g.tokens.shape[1], 1)[g.mask] for g in self.groups]
+        places = [np.broadcast_to(np.arange(g.tokens.shape[1]), g.mask.shape)[g.mask]
                   for g in self.groups]  # fmt: skip
         self.sequence = np.concatenate(members)  # (tokens,)
         self.owner = np.array(both.owners)[self.sequence]
@@ -102,7 +103,7 @@ class Stream:
         self.weights: list[np.ndarray] = []  # a layer: (measured tokens, experts)
 
     def router(self, layer: int, x: mx.array, experts: int) -> mx.array:
-        """The layer's router (experts, hidden); x (tokens, hidden) is what it sees."""
+        """The layer's router (experts, hidden); x (tokens, hidden) is its input."""
         if self.gates is not None:
             return mx.array(self.gates[layer])
         places = np.flatnonzero(self.is_trained)
@@ -111,14 +112,14 @@ class Stream:
         return mx.array(fitted.rows)
 
     def all_gates(self) -> Gates:
-        """The routers, trained ones included."""
+        """The routers of all layers, given or trained."""
         routed = self.gates
         if routed is None:
             routed = np.stack([fitted.rows for fitted in self.fitted])
         return Gates(routed, self.shared)
 
     def routing(self) -> Routing:
-        """What was measured."""
+        """The measurements of the finished run."""
         owner, sequence = self.owner[self.is_measured], self.sequence[self.is_measured]
         layers = [_shares(weights, owner) for weights in self.weights]
         mean = np.mean(self.weights, axis=0)  # (measured tokens, experts)
@@ -138,7 +139,7 @@ class Stream:
 
 
 def _shares(weights: np.ndarray, owner: np.ndarray) -> LayerShares:
-    """How a layer routes tokens of these owners; weights (tokens, experts)."""
+    """How a layer with these weights (tokens, experts) routes; owner (tokens,): right experts."""
     first = weights.argmax(axis=1)
     return LayerShares(
         first=(np.bincount(first, minlength=weights.shape[1]) / len(first)).tolist(),
@@ -149,25 +150,25 @@ def _shares(weights: np.ndarray, owner: np.ndarray) -> LayerShares:
     )
 
 
-def run_streams(
-    mixture: Mixture, streams: Sequence[Stream], progress: Progress | None = None
+def run_routers(
+    mixture: Mixture, runs: Sequence[RouterRun], progress: Progress | None = None
 ) -> None:
-    """Send streams through the merged model; they keep what is measured and trained.
+    """Run the merged model for each gate mode; the runs store their measurements.
 
-    In memory are the weights of one layer's attention, or of one expert's FFN in it, and the
-    tokens' states.
+    Memory holds one layer's attention weights or one expert's FFN weights in that layer, and the
+    hidden states of all tokens.
 
     Args:
         mixture: the merged model.
-        streams: as they were made.
-        progress: called with experts run and in all.
+        runs: new runs.
+        progress: progress callback (experts done, experts in total, over all layers).
     """
     total = mixture.base.layers * len(mixture.all_experts)
-    for stream in streams:
-        stream.residual = [embed(mixture.base, batch) for batch in stream.groups]
+    for run in runs:
+        run.residual = [embed(mixture.base, batch) for batch in run.groups]
     for layer in range(mixture.base.layers):
         attention = AttentionLayer(mixture.base, layer)
-        passes = [_Pass(mixture, stream, layer, attention) for stream in streams]
+        passes = [_LayerPass(mixture, run, layer, attention) for run in runs]
         del attention
         if layer + 1 == mixture.base.layers:
             break
@@ -184,57 +185,59 @@ def run_streams(
         progress(total, total)
 
 
-class _Pass:
-    """A stream in one layer: attention and routing first, then expert after expert."""
+class _LayerPass:
+    """One layer of a run: attention and routing first, then one expert after another."""
 
     def __init__(
-        self, mixture: Mixture, stream: Stream, layer: int, attention: AttentionLayer
+        self, mixture: Mixture, run: RouterRun, layer: int, attention: AttentionLayer
     ) -> None:
-        self.stream, self.shared = stream, mixture.shared
-        pairs = [attention(x) for x in stream.residual]
-        groups = stream.groups
+        self.run, self.shared = run, mixture.shared
+        pairs = [attention(x) for x in run.residual]
+        groups = run.groups
         self.after = [h for h, _ in pairs]
-        self.x = mx.concatenate([flat(g, x) for g, (_, x) in zip(groups, pairs, strict=True)])
-        stream.residual = []
-        router = stream.router(layer, self.x, len(mixture.experts))
+        self.x = mx.concatenate([unpad(g, x) for g, (_, x) in zip(groups, pairs, strict=True)])
+        run.residual = []
+        router = run.router(layer, self.x, len(mixture.experts))
         self.weights = routing_weights(np.array(self.x @ router.T), mixture.top_k)
-        stream.weights.append(self.weights[stream.is_measured])
-        if stream.shared is not None:
-            gate = mx.sigmoid(self.x @ mx.array(stream.shared[layer])[:, None])
+        run.weights.append(self.weights[run.is_measured])
+        if run.shared is not None:
+            gate = mx.sigmoid(self.x @ mx.array(run.shared[layer])[:, None])
             self.shared_gate = gate
         self.y = mx.zeros(self.x.shape)
         mx.eval(self.x, self.y)
 
     def add(self, expert: Expert, ffn: FeedForward) -> None:
-        """Add what an expert makes of the tokens that it serves."""
+        """Add the expert's weighted output for the tokens that are routed to it."""
         if expert is self.shared:
             self.y = self.y + self.shared_gate * ffn(self.x)
             mx.eval(self.y)
             return
         weights = self.weights[:, expert.number]
-        served = np.flatnonzero(weights)
-        if not len(served):
+        routed = np.flatnonzero(weights)
+        if not len(routed):
             return
-        places = mx.array(served)
-        self.y[places] += mx.array(weights[served])[:, None] * ffn(self.x[places])
+        places = mx.array(routed)
+        self.y[places] += mx.array(weights[routed])[:, None] * ffn(self.x[places])
         mx.eval(self.y)
 
     def finish(self) -> None:
-        """Add the result to the residual stream."""
+        """Add the sum of all experts to the residual stream."""
         start = 0
-        for batch, h in zip(self.stream.groups, self.after, strict=True):
+        for batch, h in zip(self.run.groups, self.after, strict=True):
             count = int(batch.lengths.sum())
-            self.stream.residual.append(h + unflat(batch, self.y[start : start + count]))
+            self.run.residual.append(h + pad(batch, self.y[start : start + count]))
             start += count
-        mx.eval(self.stream.residual)
+        mx.eval(self.run.residual)
 
 
 def routing_weights(logits: np.ndarray, k: int) -> np.ndarray:
-    """Softmax over the k largest of each row, zero elsewhere; ties go to the lower number.
+    """Softmax over the k largest logits of each row; the other weights are 0.
+
+    Of equal logits, the expert with the lower number wins.
 
     Args:
         logits: (tokens, experts) float32.
-        k: experts that serve a token.
+        k: number of experts that each token is routed to.
 
     Returns:
         (tokens, experts) float32.

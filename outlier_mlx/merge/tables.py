@@ -1,4 +1,4 @@
-"""What the terminal shows of a merge."""
+"""Tables that show the result of a merge on the terminal."""
 
 from rich.console import Console
 
@@ -10,15 +10,15 @@ from outlier_mlx.terminal import count, parts_table, print_columns, print_headin
 
 
 def print_merged(result: Merged) -> None:
-    """Sizes, how tokens are routed, what is odd, and where the model is; on stderr."""
+    """Print sizes, routing, notes and the output folder to stderr."""
     console = stderr()
     mixture, form, routers = result.mixture, result.form, result.routers
     stored = f"{form.bits} bits" if form.bits else form.dtype
     print_heading(console, result.path.name, f": {_kind(result)}, {stored}")
     console.print(parts_table(result.rows))
     console.print(
-        f"parameters: {count(mixture.total_params)}, of which a token uses"
-        f" {count(mixture.active_params)}",
+        f"parameters: {count(mixture.total_params)} in total,"
+        f" {count(mixture.active_params)} active per token",
         soft_wrap=True,
     )
     if routers.routing:
@@ -29,7 +29,7 @@ def print_merged(result: Merged) -> None:
     if result.unquantized:
         names = listed(result.unquantized, 1)
         console.print(
-            f"unquantized, since no group size divides their width: {names}", soft_wrap=True
+            f"not quantized because no group size divides their width: {names}", soft_wrap=True
         )
     console.print(one_line(f"wrote {result.path}"), soft_wrap=True)
 
@@ -45,7 +45,7 @@ def _experts(number: int) -> str:
 
 
 def _print_modes(console: Console, result: Merged) -> None:
-    """How well each mode routes."""
+    """Print how well each gate mode routes."""
     routers, experts = result.routers, len(result.mixture.experts)
     texts = "held-out prompts" if routers.measured_on == "held_out" else "the positive prompts"
     heads = ("gate_mode", "tokens,\n%", "weight,\n%", "prompts")
@@ -60,12 +60,12 @@ def _print_modes(console: Console, result: Merged) -> None:
     ]
     chance = f"{100 / experts:.1f}"
     console.print()
-    print_heading(console, "Routing", f" of {texts} to the right one of {_experts(experts)}")
+    print_heading(console, "Routing", f" of {texts} to the right expert of {experts}")
     print_columns(console, heads, [*rows, ("chance", chance, chance, "")])
 
 
 def _print_layers(console: Console, routing: Routing, numbers: list[float | None]) -> None:
-    """Which experts serve in each layer, under the recipe's own mode."""
+    """Print each expert's share of the tokens in each layer, for the recipe's mode."""
     experts = [str(expert) for expert in range(len(routing.layers[0].first))]
     heads = ("layer", "condition\nnumber", "largest\nweight, %", *experts)
     rows = [
@@ -78,9 +78,9 @@ def _print_layers(console: Console, routing: Routing, numbers: list[float | None
         for number, (layer, condition) in enumerate(zip(routing.layers, numbers, strict=True))
     ]
     tokens = f"{routing.tokens} token{'' if routing.tokens == 1 else 's'}"
-    said = f": share of {tokens} that each expert serves first, %"
+    title = f": share of {tokens} for which each expert has the largest weight, %"
     console.print()
-    print_heading(console, routing.mode, said)
+    print_heading(console, routing.mode, title)
     print_columns(console, heads, rows, left=0)
 
 

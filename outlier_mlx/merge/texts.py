@@ -1,4 +1,4 @@
-"""Prompts and texts as tokens, in batches that are padded on the right."""
+"""Tokenize prompts and texts, and put them into batches that are padded on the right."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_utf8
 
-#: Tokens of a text that are seen together, and that are used of an expert's texts at most.
+#: Tokens in one window of a text.
 WINDOW = 256
+#: Largest number of tokens that are used of one expert's texts.
 MAX_TOKENS = 4096
 MAX_TEXT_BYTES = 10_000_000
 _BATCH_TOKENS = 4096
@@ -22,11 +23,11 @@ _BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences with the expert that each belongs to.
+    """Token sequences, each with the expert that it belongs to.
 
     Attributes:
-        ids: tokens of each.
-        owners: number of an expert for each.
+        ids: the tokens of each sequence.
+        owners: the expert's number for each sequence.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -38,12 +39,12 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of about the same length, padded on the right, where causal attention never looks.
+    """Sequences of similar length, padded on the right; causal attention never sees the padding.
 
     Attributes:
-        members: numbers of the sequences.
+        members: (batch,) numbers of the sequences.
         tokens: (batch, length) int32.
-        lengths: (batch,), true tokens of each.
+        lengths: (batch,) number of tokens of each sequence, without padding.
     """
 
     members: np.ndarray
@@ -51,18 +52,18 @@ class Batch:
     lengths: np.ndarray
 
     @property
-    def true(self) -> np.ndarray:
-        """(batch, length) bool: what is no padding."""
+    def mask(self) -> np.ndarray:
+        """(batch, length) bool: False for padding."""
         return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
 
 def batches(sequences: Iterable[Sequence[int]]) -> list[Batch]:
-    """Put sequences into batches of some thousand tokens, short ones with short ones."""
+    """Group sequences of similar length into batches of about 4096 tokens."""
     listed = list(sequences)
     order = sorted(range(len(listed)), key=lambda n: len(listed[n]))
     groups: list[list[int]] = []
     for number in order:
-        # Sorted, so this one is the longest of its group yet.
+        # The sequences are sorted, so this one is the longest of its group so far.
         if not groups or (len(groups[-1]) + 1) * len(listed[number]) > _BATCH_TOKENS:
             groups.append([])
         groups[-1].append(number)
@@ -78,22 +79,22 @@ def _batch(members: list[int], sequences: list[Sequence[int]]) -> Batch:
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer of transformers."""
+    """The parts of a transformers tokenizer that are used here."""
 
     bos_token: str | None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """A text's tokens."""
+        """The tokens of a text."""
 
 
 def open_tokenizer(folder: Path, config: dict) -> Tokenizer:
-    """The tokenizer of a model, as its tokenizer.json has it.
+    """Load a model's tokenizer exactly as its tokenizer.json describes it.
 
-    For some families transformers 5 takes no more than the vocabulary from that file, and builds
-    the rest as the family's first models had it.
+    For some families, transformers 5 takes only the vocabulary from that file, and builds the rest
+    like the tokenizer of the family's first models.
 
     Raises:
-        CheckpointError: there is none, or it cannot be loaded.
+        CheckpointError: the tokenizer is missing or cannot be loaded.
     """
     if not (folder / "tokenizer.json").exists():
         return load_tokenizer(folder, config)
@@ -109,46 +110,46 @@ def open_tokenizer(folder: Path, config: dict) -> Tokenizer:
 
 
 class Tokens:
-    """Cuts prompts into tokens as mergekit-moe does: raw text after BOS, no chat template.
+    """Tokenizes prompts like mergekit-moe: BOS, then raw text, without chat template.
 
     Args:
-        tokenizer: the base's.
-        vocab: rows of the embedding, which tokens must be below.
-        longest: tokens that a prompt may have.
+        tokenizer: the base's tokenizer.
+        vocab: number of rows of the embedding; all tokens must be smaller.
+        max_length: largest number of tokens in a prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab: int, longest: int) -> None:
-        self._tokenizer, self._vocab, self._longest = tokenizer, vocab, longest
+    def __init__(self, tokenizer: Tokenizer, vocab: int, max_length: int) -> None:
+        self._tokenizer, self._vocab, self._max_length = tokenizer, vocab, max_length
         self.bos: str = tokenizer.bos_token or ""
 
     def prompt(self, text: str) -> tuple[int, ...]:
-        """A prompt's tokens, BOS first if the tokenizer has one.
+        """The tokens of a prompt, after BOS if the tokenizer has one.
 
         Raises:
-            OutlierError: there are none, too many, or some that the model does not have.
+            OutlierError: there are no tokens, too many, or one that is not in the embedding.
         """
         ids = self._encode(self.bos + text)
         shown = f"the prompt {text[:60]!r}"
         if not ids:
-            raise OutlierError(f"{shown} tokenizes to nothing: the base's tokenizer has no BOS")
-        if len(ids) > self._longest:
+            raise OutlierError(f"{shown} has no tokens: the base's tokenizer has no BOS")
+        if len(ids) > self._max_length:
             raise OutlierError(
-                f"{shown} has {len(ids)} tokens; the base takes {self._longest} at most"
+                f"{shown} has {len(ids)} tokens; the base's limit is {self._max_length}"
             )
         return ids
 
     def windows(self, text: str) -> list[tuple[int, ...]]:
-        """A text in windows of tokens, each after BOS."""
+        """Cut the first `MAX_TOKENS` tokens of a text into windows; each begins with BOS."""
         start = self._encode(self.bos)
         ids = self._encode(text)[:MAX_TOKENS]
-        step = min(WINDOW, self._longest - len(start))
+        step = min(WINDOW, self._max_length - len(start))
         return [start + ids[at : at + step] for at in range(0, len(ids), step)]
 
     def file(self, path: Path) -> list[tuple[int, ...]]:
-        """A file's text in windows, see `windows`.
+        """The windows of a text file; see `windows`.
 
         Raises:
-            OutlierError: it is too large, no UTF-8, or empty.
+            OutlierError: the file is too large, is not UTF-8, or is empty.
         """
         try:
             if path.stat().st_size > MAX_TEXT_BYTES:
@@ -157,7 +158,7 @@ class Tokens:
             raise OutlierError(f"{path}: {error.strerror}") from None
         found = self.windows(read_utf8(path))
         if not found:
-            raise OutlierError(f"{path.name}: no text in it")
+            raise OutlierError(f"{path.name}: no text")
         return found
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -166,21 +167,21 @@ class Tokens:
         above = next((i for i in ids if i >= self._vocab), None)
         if above is not None:
             raise OutlierError(
-                f"the tokenizer gives token {above}, but the base's embedding has {self._vocab}"
-                " rows"
+                f"the tokenizer produced token {above}, but the base's embedding has"
+                f" {self._vocab} rows"
             )
         return tuple(ids)
 
 
-def flat(batch: Batch, values: mx.array) -> mx.array:
-    """What belongs to true tokens: (batch, length, hidden) to (tokens, hidden)."""
-    places = np.flatnonzero(batch.true.reshape(-1)).astype(np.uint32)
+def unpad(batch: Batch, values: mx.array) -> mx.array:
+    """Drop padding: (batch, length, hidden) to (tokens, hidden)."""
+    places = np.flatnonzero(batch.mask.reshape(-1)).astype(np.uint32)
     return values.reshape(-1, values.shape[-1])[mx.array(places)]
 
 
-def unflat(batch: Batch, rows: mx.array) -> mx.array:
-    """The reverse of `flat`; zeros where there is padding."""
-    places = np.flatnonzero(batch.true.reshape(-1)).astype(np.uint32)
+def pad(batch: Batch, rows: mx.array) -> mx.array:
+    """The inverse of `unpad`: (tokens, hidden) to (batch, length, hidden), zero for padding."""
+    places = np.flatnonzero(batch.mask.reshape(-1)).astype(np.uint32)
     result = mx.zeros((batch.tokens.size, rows.shape[-1]), rows.dtype)
     result[mx.array(places)] = rows
     return result.reshape(*batch.tokens.shape, rows.shape[-1])

@@ -1,4 +1,4 @@
-"""Routers fitted to texts: one softmax regression a layer, everything else frozen."""
+"""Train routers on texts: one softmax regression for each layer; all other weights are frozen."""
 
 from dataclasses import dataclass
 
@@ -9,19 +9,19 @@ import numpy as np
 
 STEPS = 200
 LEARNING_RATE = 0.1
-#: Weight of the mean square of the (scaled) router, which keeps separable texts from driving it
-#: to infinity.
+#: Factor of the penalty, the mean square of the scaled router. Without a penalty, the router would
+#: grow without limit on texts that can be separated.
 PENALTY = 0.05
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A router, and how well it fits.
+    """The trained router of a layer.
 
     Attributes:
         rows: (experts, hidden) float32.
-        loss: mean cross-entropy in nats, each expert's tokens weighing the same.
-        accuracy: share of tokens whose largest logit is their expert's.
+        loss: mean cross-entropy in nats; each expert has the same total weight.
+        accuracy: share of tokens whose expert has the largest logit.
     """
 
     rows: np.ndarray
@@ -30,17 +30,17 @@ class Fitted:
 
 
 def fit_router(x: mx.array, owners: np.ndarray, experts: int) -> Fitted:
-    """Fit a router to tell which expert's text a token is from.
+    """Train a router to tell which expert's text a token comes from.
 
-    It minimises the cross-entropy of softmax(R x) plus a penalty on R. Features are scaled to
-    mean square 1 / hidden first: the router's input has dimensions many times the others' size,
-    and so one learning rate suits models of any width. Training begins at zero and sees all tokens
-    in each step, so nothing is random.
+    It minimises the cross-entropy of softmax(R x) plus a penalty on R. First, each dimension of x
+    is scaled to mean square 1 / hidden, because some dimensions are many times larger than others;
+    then one learning rate works for models of any width. Training begins at zero and uses all
+    tokens in each step, so nothing is random.
 
     Args:
-        x: (tokens, hidden) float32, what the layer's router sees.
-        owners: (tokens,), the number of an expert for each.
-        experts: how many there are.
+        x: (tokens, hidden) float32, the input of the layer's router.
+        owners: (tokens,), the number of each token's expert.
+        experts: number of experts.
     """
     hidden = x.shape[1]
     scale = mx.rsqrt(mx.maximum(mx.mean(x * x, axis=0), 1e-12)) * hidden**-0.5
