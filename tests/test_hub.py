@@ -16,6 +16,8 @@ from huggingface_hub import constants
 import outlier_mlx
 from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.storage import remote
+from outlier_mlx.storage.hub import resolve
 from tests.builders import write_base, write_overlay
 from tests.form_builders import to_gguf, to_packed
 from tests.hub import Hub, point_to, serving
@@ -218,11 +220,13 @@ def test_info_reads_headers_only(hub: Hub, folders: Path, tmp_path: Path) -> Non
     hub.add("owner/large", large)
     assert same_but_for_the_name("owner/large", large)
     shards = {path.name: path.stat().st_size for path in large.glob("*.safetensors")}
-    assert hub.files_asked("owner/large") == {"config.json", *shards}
+    index = "model.safetensors.index.json"
+    assert hub.files_asked("owner/large") == {"config.json", index, *shards}
     # A header is somewhere in the first 100 kB; that much is asked for, and no more.
     weights = [r for r in hub.asked("owner/large") if r.path.endswith(".safetensors")]
-    assert [request.part for request in weights] == ["bytes=0-100000"] * 2
-    assert sum(request.sent for request in weights) <= 2 * 100_001 < sum(shards.values()) / 4
+    ends = [min(100_000, size) - 1 for size in shards.values()]
+    assert sorted(r.part or "" for r in weights) == sorted(f"bytes=0-{end}" for end in ends)
+    assert sum(request.sent for request in weights) <= 2 * 100_000 < sum(shards.values()) / 4
     for name, folder in [("overlay", "overlay-2"), ("base", "base-2"), ("tier", "tier")]:
         assert same_but_for_the_name(f"owner/{name}", folders / folder)
 
@@ -234,16 +238,25 @@ def test_info_counts_packed_experts(hub: Hub, tmp_path: Path, monolith: bool) ->
     assert folder == built.path
     hub.add("owner/packed", folder)
     assert same_but_for_the_name("owner/packed", folder)
-    assert not [name for name in hub.files_asked("owner/packed") if name.endswith(".bin")]
+    asked = [r for r in hub.asked("owner/packed") if r.path.endswith(".bin")]
+    # A table says where everything is in a monolith; files of their own have no header.
+    assert len(asked) == monolith and all(request.part for request in asked)
 
 
-def test_info_names_what_it_does_not_count(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [100_000, 50])
+def test_info_counts_experts_in_gguf(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: int
+) -> None:
+    """How long its metadata are, a GGUF file does not say: more is fetched until they end."""
     dims: dict[str, Any] = {"hidden": 256, "expert_intermediate": 256, "layers": 2, "experts": 2}
     folder = to_gguf(write_overlay(tmp_path / "gguf", moe_layers=(1,), **dims)).path
-    (file,) = folder.glob("*.gguf")
     hub.add("owner/gguf", folder)
-    size = f"{file.stat().st_size / 1e9:.2f} GB"
-    assert inspect("owner/gguf").details[f"not counted: {file.name}"] == size
+    monkeypatch.setattr(remote, "SMALL_BYTES", head)
+    assert same_but_for_the_name("owner/gguf", folder)
+    weights = [r for r in hub.asked("owner/gguf") if r.path.endswith(".gguf")]
+    (file,) = folder.glob("*.gguf")
+    assert len(weights) == 1 if head == 100_000 else len(weights) > 1
+    assert sum(request.sent for request in weights) <= max(head, file.stat().st_size / 8)
 
 
 def test_info_of_a_long_header(hub: Hub, tmp_path: Path) -> None:
@@ -256,8 +269,30 @@ def test_info_of_a_long_header(hub: Hub, tmp_path: Path) -> None:
     hub.add("owner/many", folder)
     assert inspect("owner/many").params == inspect(folder).params
     weights = [r for r in hub.asked("owner/many") if r.path.endswith(".safetensors")]
-    assert [r.part for r in weights] == ["bytes=0-100000", f"bytes=8-{header + 7}"]
-    assert sum(request.sent for request in weights) <= 100_001 + header
+    assert [r.part for r in weights] == ["bytes=0-99999", f"bytes=100000-{header + 7}"]
+    assert sum(request.sent for request in weights) == 8 + header
+
+
+def test_recipes_are_listed_from_headers(
+    hub: Hub, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are neither fetched nor, once they are in the cache, asked for."""
+    monkeypatch.setattr(remote, "SMALL_BYTES", 4000)
+    command = ["tiers", "--ram", "16", "--json"]
+    local = run(*command, folders / "overlay-2", "--base", folders / "base-2").out
+    local = local.replace("overlay-2:", "overlay:")
+    assert run(*command, "owner/overlay", "--base", "owner/base").out == local
+    weights = [r for r in hub.requests if r.path.endswith(".safetensors")]
+    assert weights and all(r.part and r.sent <= 8000 for r in weights)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    assert_one_line(run("tiers", "owner/overlay", code=1), "owner/overlay", "not in the local")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for repo in ("owner/overlay", "owner/base"):
+        resolve(repo)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    assert run(*command, "owner/overlay", "--base", "owner/base").out == local
 
 
 def test_info_as_of_a_revision(hub: Hub, folders: Path) -> None:

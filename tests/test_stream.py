@@ -614,7 +614,7 @@ def test_the_command(
 
 
 def test_a_recipe_is_chosen_from_headers(served: Hub, models: Models) -> None:
-    choices, _ = list_choices("owner/overlay", "owner/base", ram_gb=16, stream=True)
+    choices, _ = list_choices("owner/overlay", "owner/base", ram_gb=16)
     local, _ = list_choices(models.overlay(1), models.base(1), ram_gb=16)
     assert [(c.name, c.memory) for c in choices] == [(c.name, c.memory) for c in local]
     assert not fetched(served)

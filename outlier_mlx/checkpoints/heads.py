@@ -1,7 +1,36 @@
-"""How much of a file must be at hand to open it: enough for any form of overlay or base."""
+"""Headers of a model wherever it is: enough to open any form of overlay, base or tier."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from outlier_mlx.checkpoints import monolith, packed
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.storage import gguf
+from outlier_mlx.storage.hub import Source, cached, local_source
+from outlier_mlx.storage.remote import RemoteFile, find_commit, mirror, mirrors
 from outlier_mlx.storage.safetensors import header_bytes
+from outlier_mlx.terminal import Progress
+
+# What opening a model reads, and nothing that is for its tokenizer or for people.
+_FILES = (
+    *("config.json", "*.safetensors", "*.safetensors.index.json", "*alpha.json"),
+    *("alpha_overlay.pt", "packed_experts/*", "*expert*.gguf", "rotation_metadata.json"),
+)
+
+
+@dataclass(frozen=True)
+class Headers:
+    """A model's headers.
+
+    Attributes:
+        source: the model, in a folder that can be opened.
+        files: what stands behind each file that has its header alone.
+    """
+
+    source: Source
+    files: dict[Path, RemoteFile] = field(default_factory=dict)
 
 
 def head_bytes(name: str, begin: bytes) -> int:
@@ -9,10 +38,59 @@ def head_bytes(name: str, begin: bytes) -> int:
 
     Args:
         name: its name, which may have folders in it.
-        begin: its first bytes.
+        begin: its first bytes. If they are few, the answer may be too; ask again with as many.
     """
     if name.endswith(".safetensors"):
         return header_bytes(begin)
+    if name.endswith(".gguf"):
+        return gguf.head_bytes(begin)
     if name == f"{packed.FOLDER}/{packed.MONOLITH}":
         return monolith.head_bytes(begin)
     return 0
+
+
+@contextmanager
+def headers(
+    path_or_repo: str | Path, revision: str | None = None, progress: Progress | None = None
+) -> Iterator[Headers]:
+    """A model in a folder, as it is; one on the hub as a folder of headers, while the block runs.
+
+    Where the hub cannot be reached, a repository that is whole in the local cache will do.
+
+    Args:
+        path_or_repo: a folder, or a repository on the hub.
+        revision: branch, tag or commit on the hub.
+        progress: told how many files on the hub have been asked for, and how many will be.
+
+    Raises:
+        CheckpointError: neither a folder nor the name of a repository. One that is raised within
+            the block names the repository where it named the folder.
+        OutlierError: the hub cannot be reached or refuses.
+    """
+    local = local_source(path_or_repo, revision)
+    if local is not None:
+        yield Headers(local)
+        return
+    repo = str(path_or_repo)
+    with mirrors() as work:
+        yield _from_hub(repo, revision, work, progress)
+
+
+def _from_hub(repo: str, revision: str | None, work: Path, progress: Progress | None) -> Headers:
+    folder = work / "model" / repo
+    try:
+        commit = find_commit(repo, revision)
+        files = mirror(
+            repo, commit, folder, head_bytes, patterns=_FILES, small=0, progress=progress
+        )
+        return Headers(Source(folder, repo, commit), files)
+    except CheckpointError:
+        raise
+    except OutlierError:
+        snapshot = cached(repo, revision)
+        if snapshot is None:
+            raise
+        folder = work / "cached" / repo  # by its name rather than its commit's
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(snapshot)
+        return Headers(Source(folder, repo, snapshot.name))

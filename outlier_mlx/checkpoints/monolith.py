@@ -47,7 +47,7 @@ class Monolith:
 def head_bytes(begin: bytes) -> int:
     """How much of a monolith `read_monolith` reads, given its first bytes."""
     if len(begin) < HEADER.size or begin[:4] != MAGIC:
-        return len(begin)
+        return HEADER.size
     _, _, _, _, entries, *_ = HEADER.unpack(begin[: HEADER.size])
     return ALIGNMENT + min(entries, _MAX_ENTRIES) * ROW.size
 

@@ -84,9 +84,7 @@ def convert(
     if tier == "auto":
         from outlier_mlx.tiers.choose import best, list_choices
 
-        choices = list_choices(
-            overlay, base, revision=revision, base_revision=base_revision, stream=stream
-        )
+        choices = list_choices(overlay, base, revision=revision, base_revision=base_revision)
         name = best(*choices)
     recipe = make_recipe(
         name,

@@ -28,6 +28,7 @@ from outlier_mlx.measure.eval_model import HarnessModel
 from outlier_mlx.measure.eval_results import Evaluation, Result
 from outlier_mlx.measure.eval_tasks import Working, is_path, load_tasks, sandboxed
 from outlier_mlx.storage.hub import Source
+from outlier_mlx.storage.hub_errors import hush_hub
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.storage.shards import read_shards
@@ -251,10 +252,7 @@ def _noting(noted: Noted) -> Iterator[None]:
     # Without any, the first message of mlx-lm's would make one that prints.
     root, nothing = logging.getLogger(), logging.NullHandler()
     root.addHandler(nothing)
-    # The retries that it logs are told once, by the error that ends them.
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
-    hub.setLevel(logging.ERROR)
+    hush_hub()
     bars = datasets.utils.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.WARNING)
@@ -270,7 +268,6 @@ def _noting(noted: Noted) -> Iterator[None]:
             logger.propagate = propagate
             logger.handlers = handlers
         root.removeHandler(nothing)
-        hub.setLevel(hub_level)
         if not bars:
             datasets.enable_progress_bars()
 

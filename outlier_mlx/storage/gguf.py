@@ -6,6 +6,7 @@ used: it makes two arrays for every string of a vocabulary (15 s and 560 MB for 
 this takes half a second), and it trusts every number in the file.
 """
 
+import io
 import os
 import stat
 import struct
@@ -114,9 +115,28 @@ def read_gguf(path: Path) -> Gguf:
     kinds = _kinds(path)
     try:
         with path.open("rb") as file:
-            return _read(_Cursor(path, file), kinds)
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{path}: not a file")
+            return _read(_Cursor(path, file, found.st_size), kinds)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def head_bytes(begin: bytes) -> int:
+    """How much of a file `read_gguf` reads, given its first bytes; a guess if those are too few."""
+    cursor = _Cursor(Path("GGUF"), io.BytesIO(begin), len(begin))
+    try:
+        _read_head(cursor)
+    except _TooShort:
+        return min(2 * len(begin) + 1, _MAX_BYTES)
+    except CheckpointError:  # it will be refused when it is read
+        return len(begin)
+    return cursor.at
+
+
+class _TooShort(CheckpointError):
+    """The file ends within its metadata."""
 
 
 def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
@@ -133,16 +153,13 @@ def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
 class _Cursor:
     """A place in a file; every step is checked against the file's size."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(f"{path}: not a file")
-        self.path, self.file, self.size, self.at = path, file, found.st_size, 0
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self.file, self.size, self.at = path, file, size, 0
 
     def bytes(self, count: int) -> bytes:
         """The next bytes."""
         if count > self.size - self.at:
-            raise CheckpointError(f"{self.path.name}: the file ends within its metadata")
+            raise _TooShort(f"{self.path.name}: the file ends within its metadata")
         if count > _MAX_BYTES - self.at:
             raise CheckpointError(f"{self.path.name}: more than {_MAX_BYTES} bytes of metadata")
         data = self.file.read(count)
@@ -164,7 +181,12 @@ class _Cursor:
             raise CheckpointError(f"{self.path.name}: metadata that is not UTF-8") from None
 
 
-def _read(cursor: _Cursor, kinds: dict[int, tuple[str, int, int]]) -> Gguf:
+#: A tensor's name, shape in NumPy's order, type and offset.
+_Entry = tuple[str, tuple[int, ...], int, int]
+
+
+def _read_head(cursor: _Cursor) -> tuple[dict[str, Any], list[_Entry]]:
+    """Metadata, and what is said of each tensor."""
     name = cursor.path.name
     if cursor.bytes(4) != b"GGUF":
         raise CheckpointError(f"{name}: not a GGUF file")
@@ -176,11 +198,14 @@ def _read(cursor: _Cursor, kinds: dict[int, tuple[str, int, int]]) -> Gguf:
     tensors, entries = cursor.number("<Q"), cursor.number("<Q")
     if max(tensors, entries) > _MAX_ENTRIES:
         raise CheckpointError(f"{name}: {tensors} tensors and {entries} fields")
-    fields = _fields(cursor, entries)
-    infos = [_info(cursor) for _ in range(tensors)]
+    return _fields(cursor, entries), [_info(cursor) for _ in range(tensors)]
+
+
+def _read(cursor: _Cursor, kinds: dict[int, tuple[str, int, int]]) -> Gguf:
+    fields, infos = _read_head(cursor)
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
-        raise CheckpointError(f"{name}: general.alignment is {alignment!r}")
+        raise CheckpointError(f"{cursor.path.name}: general.alignment is {alignment!r}")
     begin = -(-cursor.at // alignment) * alignment
     found: dict[str, GgufTensor] = {}
     for info in infos:
@@ -224,8 +249,7 @@ def _value(cursor: _Cursor, kind: int, count: int | None) -> Any:
     return numbers[0].item() if count is None else numbers
 
 
-def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """A tensor's name, shape in NumPy's order, type and offset."""
+def _info(cursor: _Cursor) -> _Entry:
     name, rank = cursor.text(), cursor.number("<I")
     if not 1 <= rank <= _MAX_DIMS:
         raise CheckpointError(f"{cursor.path.name}: {name}: {rank} dimensions")
@@ -235,7 +259,7 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 def _tensor(
     cursor: _Cursor,
-    info: tuple[str, tuple[int, ...], int, int],
+    info: _Entry,
     begin: int,
     kinds: dict[int, tuple[str, int, int]],
 ) -> GgufTensor:

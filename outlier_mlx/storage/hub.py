@@ -1,13 +1,13 @@
 """Names of models: a folder here, or a repository on the Hugging Face hub."""
 
-import logging
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.hub_errors import hub_errors
 
 #: What a checkpoint or tier consists of; nothing else is fetched.
 CHECKPOINT_FILES = (
@@ -101,7 +101,11 @@ def cached(repo: str, revision: str | None = None) -> Path | None:
             allow_patterns=list(CHECKPOINT_FILES),
             local_files_only=True,
         )
-    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.IncompleteSnapshotError,
+        errors.HFValidationError,
+    ):
         return None
     return Path(found)
 
@@ -116,33 +120,3 @@ def _terminal_bar() -> type:
             super().__init__(*args, **kwargs | {"disable": hidden})
 
     return Bar
-
-
-class hub_errors:
-    """A context that turns the hub's many exceptions into one line that says what to do."""
-
-    def __init__(self, repo: str) -> None:
-        self.repo = repo
-
-    def __enter__(self) -> None:
-        # The retries that it logs are told once, by the error that ends them.
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        from huggingface_hub import errors
-
-        said = str(error).strip().splitlines()
-        reason = said[0] if said else type(error).__name__
-        if isinstance(error, errors.GatedRepoError):
-            reason = "access is restricted; ask for it on its page, then run `hf auth login`"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            reason = "no such folder, nor repository on the hub; if private: `hf auth login`"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            reason = "no such revision"
-        elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            reason = "not in the local cache, and the hub cannot be reached"
-        elif type(error).__module__.startswith("httpx"):  # what huggingface_hub lets through
-            reason = f"the hub cannot be reached: {reason}"
-        raise OutlierError(f"{self.repo}: {reason}") from error

@@ -9,20 +9,25 @@ Addresses, login, retries and transfer are huggingface_hub's.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.storage.hub import CHECKPOINT_FILES, hub_errors
+from outlier_mlx.storage.hub import CHECKPOINT_FILES
+from outlier_mlx.storage.hub_errors import hub_errors
 from outlier_mlx.storage.paths import require_plain
 from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.terminal import Progress
 
 #: Files up to this size are fetched whole with the headers: it takes one request either way.
 SMALL_BYTES = 100_000
-_DATA = (".safetensors", ".bin")
+_DATA = (".safetensors", ".bin", ".gguf")
 _THREADS = 8
 
 #: How many bytes of a file, by its name, must be read to open it, given its first ones.
@@ -166,21 +171,50 @@ def find_commit(repo: str, revision: str | None) -> str:
     return commit
 
 
-def mirror(repo: str, commit: str, folder: Path, head_bytes: HeadBytes) -> dict[Path, RemoteFile]:
+@contextmanager
+def mirrors() -> Iterator[Path]:
+    """A temporary folder for mirrors: each goes to a folder NAME/OWNER/REPO in it.
+
+    Raises:
+        CheckpointError: one was raised within the block; it names the repository now, since the
+            folder is gone when it is read.
+    """
+    with TemporaryDirectory(prefix="outlier-mlx-") as work:
+        try:
+            yield Path(work)
+        except CheckpointError as error:
+            text = re.sub(rf"{re.escape(work)}/\w+/", "", str(error))
+            if text == str(error):
+                raise
+            raise CheckpointError(text) from error
+
+
+def mirror(
+    repo: str,
+    commit: str,
+    folder: Path,
+    head_bytes: HeadBytes,
+    *,
+    patterns: Iterable[str] = CHECKPOINT_FILES,
+    small: int | None = None,
+    progress: Progress | None = None,
+) -> dict[Path, RemoteFile]:
     """Make a folder that opens like the repository, fetching little more than headers.
 
     Args:
         repo: the repository.
         commit: which of its commits.
-        folder: an empty folder.
+        folder: a folder to be made.
         head_bytes: how much of a file's beginning must be there.
+        patterns: of the files that are of use.
+        small: bytes up to which a file of tensors is fetched whole; by default `SMALL_BYTES`.
+        progress: told how many files are there, and how many will be.
 
     Returns:
         What stands behind each sparse file.
 
     Raises:
-        OutlierError: the hub cannot be reached or refuses, or holds a form that cannot be
-            streamed.
+        OutlierError: the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi, RepoFile, hf_hub_download
     from huggingface_hub.utils import filter_repo_objects
@@ -188,17 +222,17 @@ def mirror(repo: str, commit: str, folder: Path, head_bytes: HeadBytes) -> dict[
     with hub_errors(repo):
         tree = list(HfApi().list_repo_tree(repo, recursive=True, revision=commit))
     listed = {file.path: file for file in tree if isinstance(file, RepoFile)}
-    small, large = [], {}
-    for name in filter_repo_objects(listed, allow_patterns=list(CHECKPOINT_FILES)):
+    limit = SMALL_BYTES if small is None else small
+    whole, sparse = [], {}
+    for name in filter_repo_objects(listed, allow_patterns=list(patterns)):
         require_plain(name, repo)
-        if name.endswith(".gguf"):
-            raise CheckpointError(f"{repo}: {name}: GGUF cannot be streamed; leave out --stream")
         file = listed[name]
-        if name.endswith(_DATA) and file.size > SMALL_BYTES:
+        if name.endswith(_DATA) and file.size > limit:
             sha256 = file.lfs.sha256 if file.lfs else None
-            large[folder / name] = RemoteFile(repo, commit, name, file.size, sha256)
+            sparse[folder / name] = RemoteFile(repo, commit, name, file.size, sha256)
         else:
-            small.append(name)
+            whole.append(name)
+    folder.mkdir(parents=True)
 
     def fetch(name: str) -> None:
         with hub_errors(repo):
@@ -206,9 +240,10 @@ def mirror(repo: str, commit: str, folder: Path, head_bytes: HeadBytes) -> dict[
                 repo, name, revision=commit, local_dir=folder, tqdm_class=_counter(lambda _: None)
             )
 
-    _all(fetch, small)
-    _all(lambda path: _sparse(path, large[path], head_bytes), large)
-    return large
+    calls: list[Callable[[], None]] = [partial(fetch, name) for name in whole]
+    calls += [partial(_sparse, path, file, head_bytes) for path, file in sparse.items()]
+    _all(calls, progress)
+    return sparse
 
 
 def fill(tensors: Iterable[TensorRef], files: dict[Path, RemoteFile]) -> None:
@@ -216,7 +251,6 @@ def fill(tensors: Iterable[TensorRef], files: dict[Path, RemoteFile]) -> None:
 
     No more than `SMALL_BYTES` are fetched for one: 10,000 alphas in float64 have room.
     """
-    lacking = [t for t in tensors if t.file in files and 0 < t.nbytes <= SMALL_BYTES]
 
     def fill_one(tensor: TensorRef) -> None:
         data = files[tensor.file].read(tensor.offset, tensor.offset + tensor.nbytes)
@@ -224,7 +258,8 @@ def fill(tensors: Iterable[TensorRef], files: dict[Path, RemoteFile]) -> None:
             file.seek(tensor.offset)
             file.write(data)
 
-    _all(fill_one, lacking)
+    lacking = [t for t in tensors if t.file in files and 0 < t.nbytes <= SMALL_BYTES]
+    _all([partial(fill_one, tensor) for tensor in lacking])
 
 
 def forget(files: Iterable[Path]) -> None:
@@ -234,23 +269,23 @@ def forget(files: Iterable[Path]) -> None:
 
 
 def _sparse(path: Path, file: RemoteFile, head_bytes: HeadBytes) -> None:
-    head = file.read(0, SMALL_BYTES)
-    length = min(head_bytes(file.name, head), file.nbytes)
-    if length > len(head):
-        head += file.read(len(head), length)
+    head = b""
+    while (length := min(head_bytes(file.name, head), file.nbytes)) > len(head):
+        head += file.read(len(head), max(length, SMALL_BYTES))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as target:
         target.write(head[:length])
         target.truncate(file.nbytes)
 
 
-def _all(call: Callable[[Any], None], items: Sequence[Any] | dict[Any, Any]) -> None:
-    """Do it for all, several at a time; the first error drops what has not begun."""
+def _all(calls: list[Callable[[], None]], progress: Progress | None = None) -> None:
+    """Make all calls, several at a time; the first error drops what has not begun."""
     pool = ThreadPoolExecutor(max_workers=_THREADS)
     try:
-        waiting: list[Future[None]] = [pool.submit(call, item) for item in items]
-        for future in waiting:
+        for done, future in enumerate(as_completed([pool.submit(call) for call in calls]), 1):
             future.result()
+            if progress is not None:
+                progress(done, len(calls))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,15 +1,18 @@
 """Choosing: what each recipe would take, and which is the best that fits."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import WholeModel, join, open_base
+from outlier_mlx.checkpoints.heads import headers
 from outlier_mlx.engine.memory import Budget, budget, kv_bytes
 from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.storage.remote import fill
 from outlier_mlx.tiers.plan import make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import RECIPES, Recipe, make_recipe
-from outlier_mlx.tiers.sources import open_sources
 
 CONTEXTS = (4096, 32768)
 KV_BITS = (None, 8, 4)
@@ -43,9 +46,8 @@ def list_choices(
     ram_gb: float | None = None,
     revision: str | None = None,
     base_revision: str | None = None,
-    stream: bool = False,
 ) -> tuple[list[Choice], Budget]:
-    """Predict sizes and memory of every recipe; only headers are read.
+    """Predict sizes and memory of every recipe; only headers are read, and of repositories fetched.
 
     Args:
         overlay: the overlay's folder or hub repository.
@@ -53,7 +55,6 @@ def list_choices(
         ram_gb: choose for a Mac with so many gigabytes rather than for this machine.
         revision: the overlay's revision on the hub.
         base_revision: the base's.
-        stream: of repositories, fetch the headers alone.
 
     Returns:
         The choices, and the memory that they were held against.
@@ -61,10 +62,15 @@ def list_choices(
     available = budget(ram_gb)
     recipes = {name: RECIPES[name] for name in (*PREFERENCE, "f16", "f32")}
     recipes["q4 --portable"] = make_recipe("q4", portable=True)
-    with open_sources(
-        overlay, base, revision=revision, base_revision=base_revision, stream=stream
-    ) as sources:
-        model = join(sources.opened, open_base(sources.base.folder) if sources.base else None)
+    with ExitStack() as stack:
+        found = stack.enter_context(headers(overlay, revision))
+        opened = open_overlay(found.source.folder)
+        fill(opened.alpha_tensors.values(), found.files)
+        opened_base = None
+        if base is not None:
+            found = stack.enter_context(headers(base, base_revision))
+            opened_base = open_base(found.source.folder)
+        model = join(opened, opened_base)
         return [_choice(name, r, model, available) for name, r in recipes.items()], available
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure import measured
+from outlier_mlx.storage.hub_errors import hub_errors
 from outlier_mlx.storage.safetensors import read_bytes, read_json
 from outlier_mlx.tiers.push_card import MANIFEST, Publication, Upload
-from outlier_mlx.tiers.push_refusals import talking
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.licences import CARD
 from outlier_mlx.writing.manifest import LOADED
@@ -77,11 +79,13 @@ def publish(
             holds something else.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
     repo = publication.repo
     check_login(repo)
     api = HfApi()
-    with talking(repo, quiet=quiet):
+    bars = nullcontext() if sys.stderr.isatty() and not quiet else disable_progress_bars()
+    with bars, hub_errors(repo, writing=True):
         info, missing_branch = _open_repo(api, publication, revision)
         assert info.sha is not None
         there = {file.path: file for file in api.list_repo_tree(repo, revision=info.sha)}

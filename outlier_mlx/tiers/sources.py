@@ -1,18 +1,16 @@
 """Finding a conversion's sources: in folders, or on the hub, whole or a file at a time."""
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.heads import head_bytes
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, OutputExistsError
 from outlier_mlx.storage.hub import Source, local_source, resolve
-from outlier_mlx.storage.remote import RemoteFile, fill, find_commit, mirror
+from outlier_mlx.storage.remote import RemoteFile, fill, find_commit, mirror, mirrors
 from outlier_mlx.tiers.stream import Sources, Streamed
 from outlier_mlx.writing.folders import JOURNAL, kept_folder
 from outlier_mlx.writing.journal import read_identity
@@ -25,7 +23,7 @@ Asked = dict[str, tuple[str | Path, str | None]]
 def open_sources(
     overlay: str | Path,
     base: str | Path | None,
-    target: Path | None = None,
+    target: Path,
     *,
     revision: str | None = None,
     base_revision: str | None = None,
@@ -37,7 +35,7 @@ def open_sources(
     Args:
         overlay: a folder or hub repository.
         base: likewise; None where the overlay contains it.
-        target: the tier that will be made, if one will.
+        target: the tier that will be made.
         revision: the overlay's revision on the hub.
         base_revision: the base's.
         stream: what is on the hub will be fetched a file at a time.
@@ -57,15 +55,12 @@ def open_sources(
         base_found = here.get("base") or resolve(base, base_revision) if base is not None else None
         yield Sources(found, base_found, opened)
         return
-    with TemporaryDirectory(prefix="outlier-mlx-") as work:
-        kept = kept_folder(target) if target is not None else Path(work)
+    with mirrors() as work:
+        kept = kept_folder(target)
         try:
-            yield _mirrored(asked, here, kept, Path(work), force=force)
-        except OutputExistsError:
+            yield _mirrored(asked, here, kept, work, force=force)
+        except (CheckpointError, OutputExistsError):
             raise
-        except CheckpointError as error:
-            # The folder is gone when this is read; what follows it is the repository's name.
-            raise CheckpointError(re.sub(rf"{re.escape(work)}/\w+/", "", str(error))) from error
         except BaseException:
             if (kept / JOURNAL).exists():
                 _tell(
@@ -94,8 +89,11 @@ def _mirrored(
         )
         anew |= gone
         folder = work / role / repo
-        folder.mkdir(parents=True)
         files.update(mirror(repo, commit, folder, head_bytes))
+        for path in folder.glob("*.gguf"):
+            raise CheckpointError(
+                f"{repo}: {path.name}: GGUF cannot be streamed; leave out --stream"
+            )
         return Source(folder, repo, commit)
 
     overlay = find("overlay")
