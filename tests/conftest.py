@@ -1,6 +1,18 @@
 """Fixtures for every test, and what keeps tests apart from their user's settings."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import Built
+from tests.library import Library
+from tests.metal import Metal, any_metal
+from tests.refusals import Site
+from tests.refusals import build as build_site
 
 pytest_plugins = ["kernels.emulator.pytest_plugin"]
 
@@ -10,3 +22,56 @@ os.environ["OUTLIER_MLX_KERNELS"] = ""
 # A terminal's own width counts, not what a parent process has exported.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Library]:
+    """Checkpoints and tiers that are made once, for reading."""
+    library = Library(tmp_path_factory.mktemp("library"))
+    yield library
+    library.check()
+
+
+@pytest.fixture(scope="session")
+def overlay(library: Library) -> Built:
+    """A V3.2 overlay with its base: four layers, experts in two."""
+    return library.overlay()
+
+
+@pytest.fixture(scope="session")
+def tier(library: Library) -> Path:
+    """The float32 tier of `overlay`."""
+    return library.tier()
+
+
+@pytest.fixture(scope="session")
+def small_tier(library: Library) -> Path:
+    """A float32 tier of two layers, with experts in the second."""
+    return library.tier(library.overlay(layers=2, moe_layers=(1,)))
+
+
+@pytest.fixture
+def metal() -> Iterator[Metal]:
+    """The GPU that is here, or else the emulator; its launches are recorded."""
+    with any_metal() as device:
+        yield device
+
+
+@pytest.fixture(scope="session")
+def sound_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return build_site(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture
+def site(sound_site: Site, tmp_path: Path) -> Site:
+    """Sound inputs to damage, and a folder for outputs that holds something already."""
+    return Site(shutil.copytree(sound_site.root, tmp_path / "site"))
+
+
+@pytest.fixture(scope="module")
+def served(small_tier: Path) -> Iterator[Any]:
+    """A server of `small_tier` with small limits."""
+    from tests.serving import running
+
+    with running(small_tier, max_tokens=50, max_body=20_000) as server:
+        yield server

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,17 +54,6 @@ class Golden:
     def moe_layers(self) -> list[int]:
         """The layers with experts."""
         return self.readme["dims"]["moe_layers"]
-
-
-def copy_writable(source: Path, target: Path) -> Path:
-    """Copy a checkpoint folder without its read-only modes, so that a test can damage it."""
-    for path in [source, *source.rglob("*")]:
-        copy = target / path.relative_to(source)
-        if path.is_dir():
-            copy.mkdir(parents=True)
-        else:
-            shutil.copyfile(path, copy)
-    return target
 
 
 def golden(name: str) -> Golden:

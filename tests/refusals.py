@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from tests.damage import (
     find_tensor,
     replace_tensor,
 )
+from tests.folders import snapshot
 from tests.program import Result, run
 
 DIMS: dict[str, Any] = {
@@ -81,20 +81,6 @@ def build(root: Path) -> Site:
     site.outputs.mkdir()
     (site.outputs / "note").write_text("here before")
     return site
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """Every file, link and folder below, with what it holds."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            what = f"-> {path.readlink()}"
-        elif not path.is_file():
-            what = "folder" if path.is_dir() else "pipe"
-        else:
-            what = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[path.relative_to(folder).as_posix()] = what
-    return found
 
 
 def assert_refused(result: Result, *words: str) -> None:

@@ -25,12 +25,6 @@ from tests.program import run
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "bench.md"
 
 
-@pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bench")
-    return tier_of(write_overlay(folder / "overlay").path, None, folder / "tier")
-
-
 def assert_summary(found: dict[str, Any], count: int) -> None:
     """Median and extremes are those of the runs."""
     runs = found["runs"]

@@ -19,19 +19,12 @@ from outlier_mlx.measure.bench_cases import KERNELS, Layer
 from outlier_mlx.measure.bench_kernels import Arm, KernelBench, KernelResult
 from outlier_mlx.runtime import kernels, variants
 from outlier_mlx.runtime.variants import Variant
-from tests.builders import write_overlay
-from tests.engine import as_array, load, tier_of
+from tests.engine import as_array, load
 from tests.kernel_cases import random_matrices
 from tests.program import run
 from tests.test_bench import assert_summary
 
 DOWN = KERNELS[1]
-
-
-@pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bench")
-    return tier_of(write_overlay(folder / "overlay").path, None, folder / "tier")
 
 
 def test_without_metal_only_the_plain_path_is_timed(tier: Path):

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import builders, damage, goldens, reference, tensor_file
+from tests import builders, damage, reference, tensor_file
+from tests.folders import copy_writable
 from tests.goldens import golden
 from tests.reference import ReferenceModel, forward, gaps, greedy, trace, with_alphas
 from tests.reference_reader import read_overlay
@@ -170,7 +171,7 @@ def test_damage_does_what_it_says(tmp_path: Path):
 
 def test_a_copied_golden_can_be_changed(tmp_path: Path):
     case = golden("v1_real_sharded")
-    copy = goldens.copy_writable(case.overlay, tmp_path / "copy")
+    copy = copy_writable(case.overlay, tmp_path / "copy")
     damage.drop_tensor(copy, "base.model.norm.weight")
     assert (copy / "config.json").stat().st_mode & 0o200
     with pytest.raises(KeyError):

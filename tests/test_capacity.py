@@ -16,18 +16,14 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import tier_config
 from outlier_mlx.serve import server
 from outlier_mlx.serve.capacity import MAX_CONVERSATIONS, Capacity, capacity_for, find_capacity
-from tests.builders import write_overlay
-from tests.engine import tier_of
 from tests.program import run
 
 TOKENS = 8192
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("capacity")
-    built = write_overlay(folder / "overlay", layers=2, moe_layers=(1,))
-    return tier_of(built.path, None, folder / "my-tier")
+def tier(small_tier: Path) -> Path:
+    return small_tier
 
 
 def mac(tier: Path, conversations: float, tokens: int = TOKENS) -> Budget:

@@ -19,6 +19,8 @@ from outlier_mlx.errors import OutlierError
 from tests.builders import write_overlay
 from tests.damage import edit_json
 from tests.engine import tier_of
+from tests.folders import copy_writable
+from tests.library import Library
 from tests.program import Result, run
 
 Loaded = tuple[Any, TokenizerWrapper]
@@ -26,11 +28,10 @@ QUESTIONS = ("Hello there", "And then?", "Why?")
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tier(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tier whose replies never end by themselves."""
-    folder = tmp_path_factory.mktemp("chat")
-    built = write_overlay(folder / "overlay", layers=2, moe_layers=(1,), seed=8)
-    tier = tier_of(built.path, None, folder / "tier")
+    made = library.tier(library.overlay(layers=2, moe_layers=(1,), seed=8))
+    tier = copy_writable(made, tmp_path_factory.mktemp("chat") / "tier")
     edit_json(tier / "generation_config.json", eos_token_id=1)
     return tier
 

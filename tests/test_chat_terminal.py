@@ -20,9 +20,9 @@ from rich.console import Console
 
 from outlier_mlx.cli import markdown
 from outlier_mlx.cli.markdown import renders_markdown, reply_writer, without_controls
-from tests.builders import write_overlay
 from tests.damage import edit_json
-from tests.engine import tier_of
+from tests.folders import copy_writable
+from tests.library import Library
 from tests.program import start_program
 from tests.screen import highest_jump, screen, terminal_variables
 
@@ -139,10 +139,9 @@ def test_where_markdown_is_rendered(terminal: bool, variables: dict[str, str], r
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chat")
-    built = write_overlay(folder / "overlay", layers=2, moe_layers=(1,), seed=8)
-    tier = tier_of(built.path, None, folder / "tier")
+def tier(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = library.tier(library.overlay(layers=2, moe_layers=(1,), seed=8))
+    tier = copy_writable(made, tmp_path_factory.mktemp("chat") / "tier")
     # No token ends a reply: a fast machine would be done before Ctrl-C comes.
     edit_json(tier / "generation_config.json", eos_token_id=100_000)
     edit_json(tier / "tokenizer_config.json", eos_token=None)

@@ -13,20 +13,20 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import tier_config
 from outlier_mlx.tiers.choose import best, list_choices
 from outlier_mlx.tiers.presets import RECIPES
-from tests.builders import Built, write_overlay
+from tests.builders import Built
 from tests.engine import forward, load
+from tests.library import Library
 from tests.program import run
 
 
 @pytest.fixture(scope="module")
-def overlay(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    path = tmp_path_factory.mktemp("choose") / "overlay"
-    return write_overlay(path, tokenizer=True, layers=8, moe_layers=(2, 3))
+def overlay(library: Library) -> Built:
+    return library.overlay(layers=8, moe_layers=(2, 3))
 
 
 @pytest.fixture(scope="module")
-def tier(overlay: Built) -> Path:
-    return outlier_mlx.convert(overlay.path, out=overlay.path.parent / "tier")
+def tier(library: Library, overlay: Built) -> Path:
+    return library.tier(overlay, tier="q4")
 
 
 @pytest.mark.parametrize("name", ["q4", "q4-mixed", "q8", "bf16", "f32"])

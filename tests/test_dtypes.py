@@ -5,20 +5,17 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-import outlier_mlx
 from outlier_mlx.engine import loading
 from outlier_mlx.engine.loading import load, suited_dtype
 from outlier_mlx.runtime.moe import OutlierMoE
-from tests.builders import write_overlay
 from tests.damage import edit_json
+from tests.library import Library
 from tests.program import run
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dtypes")
-    overlay = write_overlay(folder / "overlay", tokenizer=True)
-    return outlier_mlx.convert(overlay.path, out=folder / "tier", dtype="bfloat16")
+def tier(library: Library) -> Path:
+    return library.tier(tier="q4", dtype="bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import resource
 import shutil
@@ -29,6 +28,7 @@ from outlier_mlx.writing import tensors as parts
 from outlier_mlx.writing.writer import ShardedWriter, TensorSpec
 from tests.builders import write_overlay
 from tests.damage import find_tensor, replace_tensor, truncate
+from tests.folders import snapshot
 from tests.program import run, run_program, run_python, start_program
 
 LAST_TENSOR = "lm_head.weight"
@@ -49,21 +49,11 @@ def place(sound: Path, tmp_path: Path) -> Path:
     return shutil.copytree(sound, tmp_path / "place")
 
 
-def snapshot(folder: Path) -> dict[str, str]:
-    """Every file and folder below, with what it holds and when it was written."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        when = path.stat().st_mtime_ns if path.is_file() else ""
-        found[path.relative_to(folder).as_posix()] = f"{digest} {when}"
-    return found
-
-
 @contextmanager
 def leaves_no_trace(place: Path) -> Iterator[None]:
     """No file made, changed or touched; no descriptor, thread or MLX setting left over."""
     descriptors = Path("/proc/self/fd") if Path("/proc/self/fd").exists() else Path("/dev/fd")
-    before, threads = snapshot(place), threading.active_count()
+    before, threads = snapshot(place, times=True), threading.active_count()
     handles = len(list(descriptors.iterdir()))
     limit = mx.set_cache_limit(12345678)
     try:
@@ -71,7 +61,7 @@ def leaves_no_trace(place: Path) -> Iterator[None]:
         assert mx.set_cache_limit(limit) == 12345678
     finally:
         mx.set_cache_limit(limit)
-    assert snapshot(place) == before
+    assert snapshot(place, times=True) == before
     assert threading.active_count() == threads
     assert len(list(descriptors.iterdir())) == handles
 
@@ -209,10 +199,10 @@ def test_a_source_that_becomes_shorter_meanwhile(place: Path) -> None:
     shard = place / "overlay" / "model.safetensors"
     whole = shard.read_bytes()
     cut = progress_that(lambda: truncate(shard, 10) if shard.stat().st_size == len(whole) else 0, 0)
-    outputs = snapshot(place / "outputs")
+    outputs = snapshot(place / "outputs", times=True)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: .*the file ends within"):
         outlier_mlx.convert(place / "overlay", out=place / "outputs" / "new", progress=cut)
-    assert snapshot(place / "outputs") == outputs
+    assert snapshot(place / "outputs", times=True) == outputs
 
 
 @pytest.mark.parametrize("error", [RuntimeError("lost"), MemoryError(), KeyboardInterrupt()])
@@ -290,7 +280,7 @@ def test_ctrl_c_while_the_old_tier_is_replaced(
 
     monkeypatch.setattr(Path, "rename", interrupted_rename)
     monkeypatch.setattr(shutil, "rmtree", interrupted_rmtree)
-    old = snapshot(place / "outputs")
+    old = snapshot(place / "outputs", times=True)
     with pytest.raises(KeyboardInterrupt):
         outlier_mlx.convert(
             place / "overlay", out=place / "outputs" / "old", force=True, tier="f32"
@@ -300,7 +290,7 @@ def test_ctrl_c_while_the_old_tier_is_replaced(
         assert '"dtype": "float32"' in (place / "outputs" / "old" / "config.json").read_text()
         assert {path.name for path in (place / "outputs").iterdir()} == {"old", "note"}
     else:
-        assert snapshot(place / "outputs") == old
+        assert snapshot(place / "outputs", times=True) == old
 
 
 def test_somebody_else_takes_the_name_meanwhile(place: Path) -> None:
@@ -317,12 +307,12 @@ def test_somebody_else_takes_the_name_meanwhile(place: Path) -> None:
 
 
 def test_a_sound_conversion_changes_nothing_but_its_output(place: Path) -> None:
-    before = snapshot(place)
+    before = snapshot(place, times=True)
     seen: list[tuple[int, int]] = []
     out = outlier_mlx.convert(
         place / "overlay", out=place / "made" / "new", progress=lambda *at: seen.append(at)
     )
-    after = snapshot(place)
+    after = snapshot(place, times=True)
     assert {name: after[name] for name in before} == before
     assert all(name.startswith("made") for name in set(after) - set(before))
     # The bar rises to exactly its end.
@@ -392,13 +382,13 @@ def limit_files() -> None:
 
 def test_a_limit_on_the_size_of_files(place: Path) -> None:
     """The system itself refuses a write."""
-    outputs = snapshot(place / "outputs")
+    outputs = snapshot(place / "outputs", times=True)
     out = place / "outputs" / "old"
     command = ["convert", place / "overlay", "--out", out, "--force"]
     done = run_program(*command, code=1, preexec_fn=limit_files, timeout=120)
     assert done.out == ""
     assert done.err == f"error: {out}: cannot write: {os.strerror(errno.EFBIG)}\n"
-    assert snapshot(place / "outputs") == outputs
+    assert snapshot(place / "outputs", times=True) == outputs
 
 
 @contextmanager

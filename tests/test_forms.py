@@ -19,9 +19,10 @@ from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from tests import damage
 from tests.builders import Built, write_base, write_overlay
 from tests.engine import engine, greedy_cached, tier_of, trace
+from tests.folders import copy_writable
 from tests.form_builders import experts_of, write_toy_dense
 from tests.forms import FORMS, build
-from tests.goldens import Golden, assert_logits_close, assert_same_experts, copy_writable, golden
+from tests.goldens import Golden, assert_logits_close, assert_same_experts, golden
 from tests.tensor_file import read_arrays, read_stored, write_stored
 from tests.test_checkpoints import assert_same_contents, contents, written
 

@@ -18,10 +18,10 @@ import outlier_mlx
 from outlier_mlx.engine.generate import Options, encode_prompt, stream
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.model import Model
-from tests.builders import write_overlay
+from tests.builders import Built, write_overlay
 from tests.damage import edit_json
 from tests.engine import tier_of
-from tests.goldens import copy_writable
+from tests.folders import copy_writable
 from tests.reference import ReferenceModel, greedy
 from tests.reference_reader import read_overlay
 
@@ -29,18 +29,8 @@ PROMPT = "The heron stands in the water"
 
 
 @pytest.fixture(scope="module")
-def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_overlay(tmp_path_factory.mktemp("generate") / "overlay").path
-
-
-@pytest.fixture(scope="module")
-def reference(overlay: Path) -> ReferenceModel:
-    return read_overlay(overlay)
-
-
-@pytest.fixture(scope="module")
-def tier(overlay: Path) -> Path:
-    return tier_of(overlay, None, overlay.parent / "tier")
+def reference(overlay: Built) -> ReferenceModel:
+    return read_overlay(overlay.path)
 
 
 Loaded = tuple[Any, TokenizerWrapper]

@@ -14,7 +14,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from outlier_mlx.runtime.model import Model
 from tests.engine import assert_same_run, engine, forward, greedy_cached, trace
-from tests.goldens import Golden, assert_logits_close, copy_writable, golden
+from tests.folders import copy_writable
+from tests.goldens import Golden, assert_logits_close, golden
 from tests.reference import Routing, Trace
 
 CASES = ["v1_real_sharded", "v2_real_perchannel", "v32_alpha_tensors", "v32_alpha_json_partial"]

@@ -27,7 +27,8 @@ from outlier_mlx.imports.codes import WIDTHS, pack_codes
 from outlier_mlx.writing import parts as storage_parts
 from tests.awq_builder import Awq, Built, dequantized, model_config, pack, write_awq
 from tests.damage import REMOVE, add_tensor, drop_tensor, edit_config, replace_tensor
-from tests.goldens import assert_logits_close, copy_writable, require_shared
+from tests.folders import copy_writable
+from tests.goldens import assert_logits_close, require_shared
 from tests.tensor_file import read_arrays, read_stored, write_stored
 
 TOKENS = list(range(3, 43))

@@ -14,7 +14,8 @@ from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure.alphas import alphas_of, apply_alphas, save_alphas, tune_alphas
 from outlier_mlx.measure.perplexity import compare, same_tokens, windows
 from outlier_mlx.measure.routing import draw, moe_blocks, observe_routing
-from tests.builders import Built, write_overlay
+from tests.builders import Built
+from tests.library import Library
 from tests.reference import forward, trace
 from tests.reference_reader import read_overlay
 
@@ -22,14 +23,13 @@ TEXT = "the cat sat on the mat and the dog sat on the log while the sun went dow
 
 
 @pytest.fixture(scope="module")
-def overlay(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    path = tmp_path_factory.mktemp("inside") / "overlay"
-    return write_overlay(path, tokenizer=True, expert_intermediate=64)
+def overlay(library: Library) -> Built:
+    return library.overlay(expert_intermediate=64)
 
 
 @pytest.fixture(scope="module")
-def tier(overlay: Built) -> Path:
-    return outlier_mlx.convert(overlay.path, out=overlay.path.parent / "tier", tier="f32")
+def tier(library: Library, overlay: Built) -> Path:
+    return library.tier(overlay)
 
 
 def log_probs(logits: np.ndarray) -> np.ndarray:
@@ -57,8 +57,10 @@ def test_perplexity_is_the_references(tier: Path, overlay: Built) -> None:
     assert found.kl is None
 
 
-def test_divergence_and_agreement_with_another_model(tier: Path, tmp_path: Path) -> None:
-    other_tier = outlier_mlx.convert(tier.parent / "overlay", out=tmp_path / "q4")
+def test_divergence_and_agreement_with_another_model(
+    library: Library, overlay: Built, tier: Path
+) -> None:
+    other_tier = library.tier(overlay, tier="q4")
     model, tokenizer = load(tier)
     other, other_tokenizer = load(other_tier)
     same_tokens(tokenizer, other_tokenizer, TEXT)
@@ -115,7 +117,9 @@ def test_a_model_without_experts_is_refused(tier: Path) -> None:
         moe_blocks(model)
 
 
-def test_tuning_finds_better_alphas_and_trains_nothing_else(tier: Path, tmp_path: Path) -> None:
+def test_tuning_finds_better_alphas_and_trains_nothing_else(
+    tier: Path, overlay: Built, tmp_path: Path
+) -> None:
     model, tokenizer = load(tier)
     texts = windows(tokenizer, TEXT, 24)
     others = {
@@ -135,7 +139,7 @@ def test_tuning_finds_better_alphas_and_trains_nothing_else(tier: Path, tmp_path
     tokens = mx.array([texts[0]])
     np.testing.assert_array_equal(np.array(again(tokens)), np.array(model(tokens)))
     converted = outlier_mlx.convert(
-        tier.parent / "overlay", out=tmp_path / "t", tier="f32", alpha=tmp_path / "alpha.json"
+        overlay.path, out=tmp_path / "t", tier="f32", alpha=tmp_path / "alpha.json"
     )
     np.testing.assert_array_equal(np.array(load(converted)[0](tokens)), np.array(model(tokens)))
 

@@ -6,8 +6,6 @@ rounding the result to float16 costs anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,14 +13,7 @@ import pytest
 from kernels.accuracy import errors, half_ulp, planted
 from outlier_mlx.runtime import kernels
 from tests.engine import pack_rows
-from tests.metal import Metal, any_metal
-
-
-@pytest.fixture
-def metal() -> Iterator[Metal]:
-    with any_metal() as device:
-        yield device
-
+from tests.metal import Metal
 
 # Largest error allowed: of rows whose trits are 0 where x is large, and of the others.
 ALLOWED = {"exponent": (0.5, 1.0), "exact": (0.01, 1.0)}

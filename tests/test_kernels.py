@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +29,6 @@ from tests.reference import Array
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DIGITS = np.arange(256)[:, None] * 3 ** np.arange(1, 6) // 256 % 3
-
-
-@pytest.fixture
-def metal() -> Iterator[Metal]:
-    with any_metal() as device:
-        yield device
 
 
 # Decoding

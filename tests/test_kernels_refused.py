@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -10,13 +10,7 @@ import pytest
 
 from outlier_mlx.runtime import kernels
 from tests.kernel_cases import random_matrices
-from tests.metal import Metal, any_metal
-
-
-@pytest.fixture
-def metal() -> Iterator[Metal]:
-    with any_metal() as device:
-        yield device
+from tests.metal import Metal
 
 
 def swiglu_call(**changes: Any) -> Callable[[], mx.array]:

@@ -18,11 +18,8 @@ from outlier_mlx.errors import OutputExistsError
 from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.folders import whole_folder
 from tests.builders import write_overlay
+from tests.folders import names
 from tests.program import run_command
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def write_and_die(target: Path, moment: str) -> None:

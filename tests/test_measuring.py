@@ -6,21 +6,23 @@ from pathlib import Path
 
 import pytest
 
-import outlier_mlx
-from tests.builders import write_overlay
+from tests.library import Library
 from tests.program import run
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("measuring")
-    overlay = write_overlay(folder / "overlay", tokenizer=True, expert_intermediate=64)
-    (folder / "text.txt").write_text("the cat sat on the mat and the dog sat on the log " * 16)
-    return outlier_mlx.convert(overlay.path, out=folder / "tier")
+def tier(library: Library) -> Path:
+    return library.tier(library.overlay(expert_intermediate=64), tier="q4")
 
 
-def test_perplexity(tier: Path) -> None:
-    text = tier.parent / "text.txt"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("measuring") / "text.txt"
+    path.write_text("the cat sat on the mat and the dog sat on the log " * 16)
+    return path
+
+
+def test_perplexity(tier: Path, text: Path) -> None:
     command = ["perplexity", tier, "--text", text, "--window", 32, "--windows", 2]
     shown = run(*command, "--against", tier)
     assert "KL divergence: 0.00000" in shown.out
@@ -30,8 +32,8 @@ def test_perplexity(tier: Path) -> None:
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
 
 
-def test_routing(tier: Path, tmp_path: Path) -> None:
-    command = ["routing", tier, "--text", tier.parent / "text.txt", "--windows", 1, "--window", 16]
+def test_routing(tier: Path, text: Path, tmp_path: Path) -> None:
+    command = ["routing", tier, "--text", text, "--windows", 1, "--window", 16]
     shown = run(*command, "--out", tmp_path / "routing")
     assert "entropy" in shown.out
     written = json.loads((tmp_path / "routing" / "routing.json").read_text())
@@ -40,9 +42,9 @@ def test_routing(tier: Path, tmp_path: Path) -> None:
     assert run(*command, "--json").json == written
 
 
-def test_tuned_alphas_are_what_generate_takes(tier: Path, tmp_path: Path) -> None:
+def test_tuned_alphas_are_what_generate_takes(tier: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "alpha.json"
-    command = ["tune-alpha", tier, "--text", tier.parent / "text.txt", "--window", 24]
+    command = ["tune-alpha", tier, "--text", text, "--window", 24]
     shown = run(*command, "--out", out, "--learning-rate", 0.1, "--epochs", 1, "--windows", 10)
     before, after = (float(line.split(": ")[1]) for line in shown.out.splitlines()[:2])
     assert after < before

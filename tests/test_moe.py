@@ -14,8 +14,9 @@ from mlx_lm.models.qwen2 import MLP
 
 from outlier_mlx.runtime.affine2 import rows_to_dense
 from outlier_mlx.runtime.moe import OutlierMoE, top_experts
-from tests import builders, reference
-from tests.engine import as_array, load, recording, swiglu_experts, tier_of
+from tests import reference
+from tests.engine import as_array, load, recording, swiglu_experts
+from tests.library import Library
 
 # Ties of all kinds: zeros, the smallest subnormal, neighbours, and what a sure router gives.
 VALUES = np.array([0, 1e-45, 1e-39, 0.125, np.nextafter(np.float32(0.125), 1), 0.25, 1], np.float32)
@@ -94,10 +95,9 @@ def test_the_block_is_the_formula():
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tier(library: Library) -> Path:
     """A bfloat16 tier of 4-bit weights."""
-    built = builders.write_overlay(tmp_path_factory.mktemp("dtypes") / "overlay", tokenizer=False)
-    return tier_of(built.path, None, built.path.parent / "tier", tier="q4", dtype="bfloat16")
+    return library.tier(tier="q4", dtype="bfloat16")
 
 
 PROMPT = list(range(40))

@@ -9,20 +9,22 @@ from typing import Any
 import pytest
 
 from outlier_mlx.measure.alphas import alphas_of
-from tests.builders import write_overlay
-from tests.engine import tier_of
+from tests.library import Library
 from tests.program import Result, run
 
 ZERO = {"1": {"0": 0.0, "1": 0.0, "2": 0.0, "3": 0.0}}
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tier beside a `zero.json`."""
-    folder = tmp_path_factory.mktemp("alphas")
-    built = write_overlay(folder / "overlay", layers=2, moe_layers=(1,), seed=8)
-    (folder / "zero.json").write_text(json.dumps(ZERO))
-    return tier_of(built.path, None, folder / "tier")
+def tier(library: Library) -> Path:
+    return library.tier(library.overlay(layers=2, moe_layers=(1,), seed=8))
+
+
+@pytest.fixture
+def zero(tmp_path: Path) -> Path:
+    """A file of alphas that are 0."""
+    (tmp_path / "zero.json").write_text(json.dumps(ZERO))
+    return tmp_path / "zero.json"
 
 
 def chat(tier: Path, *options: object, code: int = 0) -> Result:
@@ -30,8 +32,8 @@ def chat(tier: Path, *options: object, code: int = 0) -> Result:
     return run(*command, code=code, input="Hello there\n")
 
 
-def test_chat_and_its_caches_know_their_alphas(tier: Path, tmp_path: Path) -> None:
-    zero, kept = tier.parent / "zero.json", tmp_path / "kept.safetensors"
+def test_chat_and_its_caches_know_their_alphas(tier: Path, zero: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.safetensors"
     base = chat(tier, "--alpha", zero, "--prompt-cache", kept)
     assert base.out != chat(tier).out
     other = chat(tier, "--prompt-cache", kept, code=1)
@@ -39,10 +41,10 @@ def test_chat_and_its_caches_know_their_alphas(tier: Path, tmp_path: Path) -> No
     chat(tier, "--alpha", zero, "--prompt-cache", kept)
 
 
-def test_serve_loads_with_them(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_loads_with_them(tier: Path, zero: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[Any] = []
     monkeypatch.setattr("outlier_mlx.serve.serve", lambda name, load, *_, **__: loads.append(load))
-    command = ["serve", "--model", str(tier), "--alpha", str(tier.parent / "zero.json")]
+    command = ["serve", "--model", str(tier), "--alpha", zero]
     run(*command)
     model, _ = loads.pop()()
     assert alphas_of(model) == ZERO

@@ -19,6 +19,7 @@ from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.measure.eval_results import Evaluation, save
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_base, write_overlay
+from tests.folders import contents
 from tests.hub import point_to, serving
 from tests.hub_uploads import WritableHandler, WritableHub
 from tests.program import run
@@ -68,10 +69,6 @@ def refused(*arguments: object, words: tuple[str, ...], code: int = 1) -> None:
     line = result.err.splitlines()[-1]
     assert line.startswith("error: ") and not [w for w in words if w not in line], line
     assert "http" not in line and "hf_" not in line
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def without_card(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,6 @@ from tests.refusals import (
     WIDTH,
     Site,
     alpha_json,
-    build,
     changed,
     config,
     holder,
@@ -45,17 +43,6 @@ from tests.refusals import (
     tensor,
     without_expert,
 )
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return build(tmp_path_factory.mktemp("sound"))
-
-
-@pytest.fixture
-def site(sound: Site, tmp_path: Path) -> Site:
-    return Site(shutil.copytree(sound.root, tmp_path / "site"))
-
 
 OVERLAYS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ("overlay", "config.json")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from tests.refusals import (
     MLP,
     WIDTH,
     Site,
-    build,
     config,
     refuse,
     remove,
@@ -30,17 +28,6 @@ from tests.refusals import (
     snapshot,
     tensor,
 )
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return build(tmp_path_factory.mktemp("sound"))
-
-
-@pytest.fixture
-def site(sound: Site, tmp_path: Path) -> Site:
-    return Site(shutil.copytree(sound.root, tmp_path / "site"))
-
 
 # -- a damaged tier ---------------------------------------------------------------------------
 

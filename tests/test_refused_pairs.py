@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from tests.refusals import (
     HIDDEN,
     VOCAB,
     Site,
-    build,
     changed,
     config,
     linked_out,
@@ -28,17 +26,6 @@ from tests.refusals import (
     shape,
     tensor,
 )
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return build(tmp_path_factory.mktemp("sound"))
-
-
-@pytest.fixture
-def site(sound: Site, tmp_path: Path) -> Site:
-    return Site(shutil.copytree(sound.root, tmp_path / "site"))
-
 
 # -- a damaged base, and pairs that do not fit ------------------------------------------------
 

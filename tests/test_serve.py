@@ -26,6 +26,7 @@ from outlier_mlx.serve import mlxlm_server
 from outlier_mlx.serve.server import ServeOptions, Server
 from tests.builders import write_overlay
 from tests.engine import tier_of
+from tests.library import Library
 from tests.serving import MESSAGES, NAME, Running, running
 
 Loaded = tuple[Any, TokenizerWrapper]
@@ -33,10 +34,8 @@ PROMPT = MESSAGES[0]["content"]
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve")
-    built = write_overlay(folder / "overlay", layers=2, moe_layers=(1,), seed=8)
-    return tier_of(built.path, None, folder / "tier")
+def tier(library: Library) -> Path:
+    return library.tier(library.overlay(layers=2, moe_layers=(1,), seed=8))
 
 
 @pytest.fixture(scope="module")

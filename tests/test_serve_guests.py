@@ -17,8 +17,6 @@ import pytest
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.access import Access, Refused, host_name
 from outlier_mlx.serve.server import ServeOptions, Server
-from tests.builders import write_overlay
-from tests.engine import tier_of
 from tests.program import run, start_program
 from tests.serving import MESSAGES, NAME, Running, read_answer, running
 
@@ -28,23 +26,10 @@ IPV6 = socket.has_dualstack_ipv6()
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve")
-    built = write_overlay(folder / "overlay", layers=2, moe_layers=(1,))
-    return tier_of(built.path, None, folder / "tier")
-
-
-@pytest.fixture(scope="module")
-def served(tier: Path) -> Iterator[Running]:
-    with running(tier, max_tokens=50, max_body=20_000) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def guarded(tier: Path) -> Iterator[Running]:
+def guarded(small_tier: Path) -> Iterator[Running]:
     """With a key, a name and an origin that is allowed."""
     options: dict[str, Any] = {"allow_hosts": ("mac.local",), "allow_origins": (PAGE,)}
-    with running(tier, api_key=KEY, **options) as server:
+    with running(small_tier, api_key=KEY, **options) as server:
         yield server
 
 
@@ -248,8 +233,8 @@ def test_host_names():
     assert Refused(500, "x").as_json()["error"]["type"] == "server_error"
 
 
-def test_a_crowd_is_told_to_come_back(tier: Path):
-    with running(tier, max_clients=2) as server:
+def test_a_crowd_is_told_to_come_back(small_tier: Path):
+    with running(small_tier, max_clients=2) as server:
         waiting = [server.connect() for _ in range(2)]
         assert server.wait(lambda: server.server._connections == 2)
         with server.connect() as late:
@@ -271,9 +256,9 @@ def test_logs_hold_no_control_characters(served: Running):
     "number",
     [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
 )
-def test_signals_end_it_cleanly(tier: Path, number: signal.Signals):
+def test_signals_end_it_cleanly(small_tier: Path, number: signal.Signals):
     """Within seconds, with status 0, though an answer without end is under way."""
-    command = ["serve", "--model", tier, "--port", 0]
+    command = ["serve", "--model", small_tier, "--port", 0]
     process = start_program(*command, "--max-tokens", 100_000, "--max-context", 200_000)
     try:
         assert process.stderr
@@ -302,9 +287,9 @@ def test_signals_end_it_cleanly(tier: Path, number: signal.Signals):
         process.wait()
 
 
-def test_the_command_refuses_in_one_line(tier: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_command_refuses_in_one_line(small_tier: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OUTLIER_MLX_API_KEY", raising=False)
-    command = ["serve", "--model", str(tier), "--quiet"]
+    command = ["serve", "--model", small_tier, "--quiet"]
     done = run(*command, "--host", "0.0.0.0", "--port", "0", code=1)
     assert not done.out
     assert done.err.startswith("error: --host 0.0.0.0 can be reached from other machines")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,23 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outlier_mlx.serve.limits import NUMBERS
-from tests.builders import write_overlay
-from tests.engine import tier_of
-from tests.serving import MESSAGES, Running, running
-
-
-@pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve")
-    built = write_overlay(folder / "overlay", layers=2, moe_layers=(1,))
-    return tier_of(built.path, None, folder / "tier")
-
-
-@pytest.fixture(scope="module")
-def served(tier: Path) -> Iterator[Running]:
-    with running(tier, max_tokens=50, max_body=20_000) as server:
-        yield server
-
+from tests.serving import MESSAGES, Running
 
 GOOD = json.dumps({"messages": MESSAGES, "max_tokens": 3}).encode()
 BAD_BODIES = {

@@ -35,6 +35,7 @@ TRANSCODE = ["tq1_0_to_affine2"] * 3
 
 @pytest.fixture
 def metal() -> Iterator[VirtualMetal]:
+    """The emulator, also where there is a GPU."""
     with virtual_metal(count=False) as device:
         yield device
 

@@ -1,0 +1,52 @@
+"""Small checkpoints and tiers that many tests read, each made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.builders import Built, write_base, write_overlay
+from tests.engine import tier_of
+from tests.folders import snapshot
+
+
+class Library:
+    """Makes models when they are first asked for.
+
+    They are for reading: a test that changes one copies it, and `check` fails otherwise.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._made: dict[str, Any] = {}
+        self._as_made: dict[Path, dict[str, str]] = {}
+
+    def overlay(self, **how: Any) -> Built:
+        """An overlay; `how` is as for `write_overlay`."""
+        return self._once("overlay", lambda path: write_overlay(path, **how), how)
+
+    def base(self, **how: Any) -> Built:
+        """A base model; `how` is as for `write_base`."""
+        return self._once("base", lambda path: write_base(path, **how), how)
+
+    def tier(self, overlay: Built | None = None, **recipe: Any) -> Path:
+        """A tier of an overlay that holds its base, by default the plain one.
+
+        `recipe` is as for `outlier_mlx.convert`; float32 unless told.
+        """
+        of = (overlay or self.overlay()).path
+        return self._once("tier", lambda path: tier_of(of, None, path, **recipe), of, recipe)
+
+    def check(self) -> None:
+        """Everything is still as it was made."""
+        for folder, before in self._as_made.items():
+            assert snapshot(folder) == before, f"a test changed what is in {folder}"
+
+    def _once(self, name: str, make: Callable[[Path], Any], *how: object) -> Any:
+        key = f"{name} {how}"
+        if key not in self._made:
+            folder = self.root / str(len(self._made))
+            self._made[key] = make(folder / name)
+            self._as_made[folder] = snapshot(folder)
+        return self._made[key]
