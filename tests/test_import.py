@@ -139,7 +139,7 @@ def test_models_that_mlx_lm_wrote_have_both_names(imported: Path, tmp_path: Path
     quantization = json.loads((folder / "config.json").read_text())["quantization"]
     edit_config(folder, quantization_config=quantization)
     load_model(folder)
-    assert "an MLX model already" in run("import", folder, "--out", tmp_path / "b", code=1).err
+    assert "already an MLX model" in run("import", folder, "--out", tmp_path / "b", code=1).err
 
 
 def test_any_changed_byte_is_found_and_its_file_named(imported: Path, tmp_path: Path) -> None:

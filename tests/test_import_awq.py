@@ -332,16 +332,16 @@ REFUSED = {
     "zero_point": (settings_of(zero_point=1), "zero_point 1"),
     "nothing said": (
         lambda folder: edit_config(folder, quantization_config=REMOVE),
-        "neither config.json has a quantization_config",
+        "config.json has no quantization_config",
     ),
-    "MLX": (lambda folder: edit_config(folder, quantization={"bits": 4}), "an MLX model already"),
+    "MLX": (lambda folder: edit_config(folder, quantization={"bits": 4}), "already an MLX model"),
     "an expert is missing": (
         without(f"{W1}.qweight", f"{W1}.qzeros", f"{W1}.scales"),
         rf"{W1}\.weight \(or \.qweight\) is missing",
     ),
     "one expert too many": (
         lambda folder: edit_config(folder, num_local_experts=1, num_experts_per_tok=1),
-        r"experts\.1\.w1\.qweight: not a tensor of this model|gate.*expected.*\(1, 64\)",
+        r"experts\.1\.w1\.qweight: unknown tensor for this model|gate.*expected.*\(1, 64\)",
     ),
     "more experts a token than there are": (
         lambda folder: edit_config(folder, num_experts_per_tok=3),
@@ -349,15 +349,15 @@ REFUSED = {
     ),
     "an unknown tensor": (
         lambda folder: add_tensor(folder, "model.extra.weight", np.zeros(3, np.float16)),
-        r"model\.extra\.weight: not a tensor of this model",
+        r"model\.extra\.weight: unknown tensor for this model",
     ),
     "a bias": (
         lambda folder: add_tensor(folder, f"{Q}.bias", np.zeros(64, np.float16)),
-        rf"{Q}\.bias: not a tensor",
+        rf"{Q}\.bias: unknown tensor",
     ),
     "both forms": (
         lambda folder: add_tensor(folder, f"{Q}.weight", np.zeros((64, 64), np.float16)),
-        rf"{Q}\.weight: not a tensor",
+        rf"{Q}\.weight: unknown tensor",
     ),
     "the same twice": (
         lambda folder: add_tensor(
@@ -367,7 +367,7 @@ REFUSED = {
     ),
     "an expert that is not quantized": (
         unquantized(W1, (96, 64)),
-        rf"{W1}\.weight: not quantized, but others",
+        rf"{W1}\.weight: not quantized, but other experts",
     ),
     "quantized embeddings": (
         unquantized("model.embed_tokens", (64, 20), "qweight"),

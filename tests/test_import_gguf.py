@@ -360,7 +360,7 @@ def test_stops_and_unread_metadata(tmp_path: Path):
     model.fields |= {"tokenizer.ggml.eot_token_id": 7, "llama.logit_scale": 2.0}
     done, config = imported(model, tmp_path)
     assert config["eos_token_id"] == [2, 7]
-    assert "metadata that is not read: llama.logit_scale" in done.notes
+    assert "ignored metadata: llama.logit_scale" in done.notes
 
 
 def test_metadata_is_what_the_package_reads(tmp_path: Path):

@@ -88,12 +88,13 @@ MODELS: dict[str, tuple[Callable[..., Model], Callable[[Model], Any], str]] = {
     "two layouts": (
         moe,
         put("blk.0.ffn_up_exps.weight", floats(3, 96, 64)),
-        "layer 0 has up experts as blk.0.ffn_up_exps.weight and as blk.0.ffn_up.0.weight",
+        "layer 0 has its up experts twice: as blk.0.ffn_up_exps.weight and"
+        " as blk.0.ffn_up.0.weight",
     ),
     "an expert twice": (
         moe,
         put("blk.0.ffn_up.01.weight", floats(96, 64)),
-        "x.gguf: blk.0.ffn_up.01.weight: expert 1 is there twice",
+        "x.gguf: blk.0.ffn_up.01.weight: duplicate expert 1",
     ),
     "more experts used than there are": (
         moe,
@@ -125,7 +126,7 @@ MODELS: dict[str, tuple[Callable[..., Model], Callable[[Model], Any], str]] = {
         say(vocab_size=300),
         "x.gguf: llama.vocab_size is 300, but token_embd.weight has 288 rows",
     ),
-    "no embeddings": (build, drop("token_embd.weight"), "no matrix token_embd.weight"),
+    "no embeddings": (build, drop("token_embd.weight"), "the matrix token_embd.weight is missing"),
     "a matrix is missing": (
         build,
         drop("blk.1.ffn_up.weight"),
@@ -134,12 +135,12 @@ MODELS: dict[str, tuple[Callable[..., Model], Callable[[Model], Any], str]] = {
     "a matrix too many": (
         build,
         put("blk.1.attn_q_norm.weight", floats(16)),
-        "x.gguf: blk.1.attn_q_norm.weight: not a tensor of a llama model of 2 layers",
+        "x.gguf: blk.1.attn_q_norm.weight: unknown tensor for a llama model of 2 layers",
     ),
     "a layer too many": (
         build,
         put("blk.2.attn_norm.weight", floats(64)),
-        "x.gguf: blk.2.attn_norm.weight: not a tensor of a llama model of 2 layers",
+        "x.gguf: blk.2.attn_norm.weight: unknown tensor for a llama model of 2 layers",
     ),
     "another shape": (
         build,
@@ -169,12 +170,12 @@ MODELS: dict[str, tuple[Callable[..., Model], Callable[[Model], Any], str]] = {
     "scaling that is not known": (
         build,
         say(rope__scaling__type="longrope", rope__scaling__factor=2.0),
-        "rope.scaling.type 'longrope' with factor 2.0; linear and yarn are honoured",
+        "rope.scaling.type 'longrope' with factor 2.0; only linear and yarn are supported",
     ),
     "half of YaRN": (
         build,
         say(rope__scaling__type="yarn", rope__scaling__factor=2.0),
-        "yarn without rope.scaling.original_context_length",
+        "rope.scaling.original_context_length is missing (yarn)",
     ),
     "more than YaRN": (
         build,
@@ -184,7 +185,7 @@ MODELS: dict[str, tuple[Callable[..., Model], Callable[[Model], Any], str]] = {
             rope__scaling__original_context_length=128,
             rope__scaling__yarn_beta_fast=8.0,
         ),
-        "llama.rope.scaling.yarn_beta_fast is not honoured",
+        "llama.rope.scaling.yarn_beta_fast is not supported",
     ),
     "scaled positions of a Mixtral": (
         moe,
@@ -194,7 +195,7 @@ MODELS: dict[str, tuple[Callable[..., Model], Callable[[Model], Any], str]] = {
     "other frequencies": (
         build,
         put("rope_freqs.weight", floats(8)),
-        "x.gguf: rope_freqs.weight: frequencies that are not Llama 3's",
+        "x.gguf: rope_freqs.weight: frequency factors other than Llama 3's",
     ),
     "frequencies of another head": (
         build,
@@ -295,7 +296,10 @@ def test_missing_and_wrong_splits(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"00002-of-00003.gguf: missing; the model has 3"):
         open_gguf_model(tmp_path)
     paths[1].write_bytes(paths[0].read_bytes())
-    with pytest.raises(CheckpointError, match=r"00002-of.*: token_embd.weight: is in model-00001"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"00002-of.*: token_embd.weight: duplicate tensor, also in model-00001",
+    ):
         open_gguf_model(paths[2])
     at = whole.index(b"split.count") + 11 + 4
     paths[1].write_bytes(patched(whole, at, struct.pack("<I", 4)))
@@ -306,7 +310,7 @@ def test_missing_and_wrong_splits(tmp_path: Path):
         path.unlink()
     paths[1].rename(tmp_path / "model-00001-of-00001.gguf")
     open_gguf_model(tmp_path)
-    with pytest.raises(CheckpointError, match=r"says that it is file 00005 of 3"):
+    with pytest.raises(CheckpointError, match=r"the name says file 00005 of 3"):
         open_gguf_model(tmp_path / "model-00005-of-00003.gguf")
 
 

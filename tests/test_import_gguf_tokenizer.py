@@ -215,22 +215,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model": "t5"}, "tokenizer.ggml.model is 't5', expected 'llama' or 'gpt2'"),
     "no model": ({"model": None}, "tokenizer.ggml.model is None"),
     "no tokens": ({"tokens": None}, "tokens is missing"),
-    "a token twice": ({"tokens": ["<unk>", "a", "b", "a"]}, "the token 'a' is there 2 times"),
+    "a token twice": ({"tokens": ["<unk>", "a", "b", "a"]}, "duplicate token 'a' (2 times)"),
     "a token without end": (
         {"tokens": [f"t{n}" for n in range(299)] + ["x" * 40_000], "token_type": np.ones(300)},
-        "40000 characters in a token",
+        "a token has 40000 characters",
     ),
     "scores of fewer": ({"scores": np.zeros(5)}, "scores: expected a number for each of the 300"),
     "no scores": ({"scores": None}, "scores: expected a number"),
     "scores that are no numbers": ({"scores": np.full(300, np.nan)}, "scores holds NaN"),
     "types as text": ({"token_type": ["a"] * 300}, "token_type: expected a number"),
-    "an end beyond": ({"eos_token_id": 300}, "eos_token_id is 300, of 300 tokens"),
-    "a flag that is none": ({"add_bos_token": 1}, "add_bos_token is no boolean"),
+    "an end beyond": ({"eos_token_id": 300}, "eos_token_id is 300, but there are 300 tokens"),
+    "a flag that is none": ({"add_bos_token": 1}, "add_bos_token is not a boolean"),
 }
 REFUSED_BYTES: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown rule": ({"pre": "chameleon"}, "tokenizer.ggml.pre 'chameleon' is not known"),
-    "a merge of three": ({"merges": ["a b c"]}, "'a b c' is no pair"),
-    "a merge of nothing": ({"merges": ["h zz"]}, "no sound tokenizer"),
+    "an unknown rule": ({"pre": "chameleon"}, "tokenizer.ggml.pre 'chameleon' is not supported"),
+    "a merge of three": ({"merges": ["a b c"]}, "'a b c' is not a pair"),
+    "a merge of nothing": ({"merges": ["h zz"]}, "invalid tokenizer"),
     "no merges": ({"merges": None}, "merges is missing"),
 }
 

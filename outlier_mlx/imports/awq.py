@@ -1,7 +1,7 @@
-"""Opening AutoAWQ checkpoints, and unquantized ones of the same families.
+"""Open AutoAWQ checkpoints, and unquantized checkpoints of the same families.
 
-mlx-lm's own loader stacks Mixtral's experts before it transforms AWQ's tensors, and then finds
-none of them. Here everything is in MLX's names and form before mlx-lm sees it.
+mlx-lm's own loader fails for Mixtral with AWQ: it looks for experts to stack before it converts
+AWQ's tensors, and finds none. Here everything is converted to mlx-lm's names and layout first.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True)
 class _Form:
-    """How AWQ's matrices are written."""
+    """How AWQ's matrices are stored."""
 
     bits: int
     dtype: str
@@ -39,15 +39,16 @@ class _Form:
 def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None = None) -> Opened:
     """Open a folder of safetensors: AutoAWQ int4, or unquantized.
 
-    A module is quantized if and only if it has a `qweight`: `modules_to_not_convert` is not asked.
+    A module is quantized if it has a `qweight`; `modules_to_not_convert` is ignored.
 
     Args:
-        folder: with config.json.
-        dtype: "float32" or "float16", of scales and biases; by default what is exact with `bits`.
-        bits: 4, or 5, with which float16 is exact; default 4.
+        folder: folder with config.json.
+        dtype: "float32" or "float16", the dtype of scales and biases; default: the one that is
+            exact with `bits`.
+        bits: 4 (default), or 5, which is exact with float16.
 
     Raises:
-        CheckpointError: names what is missing, has the wrong shape, or is of another format.
+        CheckpointError: a tensor is missing, has a wrong shape, or the format is not supported.
     """
     raw = read_json(inside(folder, "config.json"))
     awq = read_format(folder, raw)
@@ -56,8 +57,8 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
     quantized = any(name.endswith(".qweight") for name in tensors)
     if quantized and awq is None:
         raise CheckpointError(
-            f"{folder.name}: tensors are quantized, but neither config.json has a"
-            " quantization_config, nor is there a quant_config.json"
+            f"{folder.name}: tensors are quantized, but config.json has no quantization_config and"
+            " there is no quant_config.json"
         )
     tied = not any(name.startswith("lm_head.") for name in tensors)
     config, notes = complete_config(normalised(raw), "config.json", tied=tied)
@@ -82,20 +83,20 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
 def _refuse_gptq(tensors: Mapping[str, TensorRef]) -> None:
     for name, tensor in tensors.items():
         if name.endswith(".g_idx"):
-            raise CheckpointError(f"{tensor.where}: a tensor of GPTQ, which is not imported")
+            raise CheckpointError(f"{tensor.where}: a tensor of GPTQ, which is not supported")
 
 
 def _form(dtype: str | None, bits: int | None, quantized: bool) -> _Form:
     if (dtype or bits) and not quantized:
-        raise CheckpointError("nothing here is quantized: --dtype and --bits change nothing")
+        raise CheckpointError("--dtype and --bits are for quantized models; this one is not")
     if bits == 5 and dtype == "float32":
-        raise CheckpointError("5 bits are for float16: with float32 scales, 4 bits lose nothing")
+        raise CheckpointError("--bits 5 is for float16: with float32 scales, 4 bits are exact")
     chosen = dtype or ("float16" if bits == 5 else "float32")
     return _Form(bits or 4, chosen, Loss())
 
 
 class _Planner:
-    """Makes parts of a checkpoint's tensors, and takes those that it uses out of `places`."""
+    """Makes parts from a checkpoint's tensors; tensors that are used are removed from `places`."""
 
     def __init__(
         self,
@@ -112,15 +113,15 @@ class _Planner:
         self.form = form
 
     def parts(self) -> list[Part]:
-        """A part a quantized module or other tensor, in the model's order.
+        """One part for each quantized module or other tensor, in the model's order.
 
         Raises:
-            CheckpointError: names the tensor that is missing, not as it should be, or left over.
+            CheckpointError: a tensor is missing, wrong or unknown; the message names it.
         """
         parts = [part for module in modules(self.config) for part in self._module(module)]
         for stored in self.places.values():
             for tensor in stored.values():
-                raise CheckpointError(f"{tensor.where}: not a tensor of this model")
+                raise CheckpointError(f"{tensor.where}: unknown tensor for this model")
         return parts
 
     def _module(self, module: Module) -> Iterator[Part]:
@@ -160,10 +161,10 @@ class _Planner:
         return StackedPlain(module.path, module.kind, tuple(tensors), name, dtype)
 
     def _dtype(self, module: Module, tensor: TensorRef) -> str:
-        """How an unquantized tensor is stored; never so that it loses anything.
+        """The dtype of an unquantized tensor, always exact.
 
-        With float32 scales all is computed in float32 from the first norm on, and MLX would
-        convert a narrower weight at every use. A row of the embeddings is no such weight.
+        With float32 scales, MLX computes everything in float32 from the first norm on, and would
+        convert 16-bit weights at every use. Embeddings are only looked up, so they stay 16-bit.
         """
         narrow = module.kind == "embeddings" and not self.config["tie_word_embeddings"]
         if self.awq is not None and self.form.dtype == "float32" and not narrow:
@@ -171,12 +172,14 @@ class _Planner:
         return _DTYPES[tensor.dtype]
 
     def _matrix(self, module: Module, expert: int | None, stored: Stored) -> AwqMatrix:
-        """A quantized layer, checked."""
+        """Check the tensors of a quantized layer."""
         assert self.awq is not None
         name = name_in_source(module, expert)
         qweight = stored.pop("qweight", None)
         if qweight is None:
-            raise CheckpointError(f"{name}.weight: not quantized, but others of its layer are")
+            raise CheckpointError(
+                f"{name}.weight: not quantized, but other experts of the layer are"
+            )
         if module.kind in ("embeddings", "norms"):
             raise CheckpointError(f"{qweight.where}: AWQ quantizes linear layers only")
         out, width = module.shape[-2:]
@@ -184,8 +187,8 @@ class _Planner:
             raise CheckpointError(f"{qweight.where}: {out} columns, expected a multiple of 8")
         if qweight.shape == (width // 8, out):
             raise CheckpointError(
-                f"{qweight.where}: shape {qweight.shape} is packed along the input, as GPTQ does"
-                f" it; AWQ has {(width, out // 8)}; GPTQ is not imported"
+                f"{qweight.where}: shape {qweight.shape} is GPTQ's packing, which is not supported;"
+                f" AWQ has {(width, out // 8)}"
             )
         _check(qweight, (width, out // 8), ("I32",))
         group = width if self.awq.group_size == -1 else self.awq.group_size
@@ -213,7 +216,7 @@ def _check(tensor: TensorRef, shape: tuple[int, ...], dtypes: tuple[str, ...]) -
 
 
 def _activations(parts: list[Part], form: _Form) -> str:
-    """The dtype that a forward pass ends up in."""
+    """The dtype of activations in a forward pass."""
     if any(isinstance(part, AwqPart) for part in parts):
         return form.dtype
     stored = Counter(part.dtype for part in parts if isinstance(part, Plain | StackedPlain))
@@ -225,20 +228,20 @@ def _notes(parts: list[Part], form: _Form, quantized: bool) -> list[str]:
         return []
     if form.dtype == "float32":
         return [
-            "exact: scales and biases are float32. All is then computed in float32, and the KV"
-            " cache takes 4 bytes a value; --bits 5 is exact in 16 bits, too"
+            "exact: scales and biases are float32. MLX then computes everything in float32, and the"
+            " KV cache takes 4 bytes per value; --bits 5 is exact in 16 bits"
         ]
     notes = []
     if form.bits == 5:
-        notes.append("exact: 5 bits a weight, scales and biases in float16")
+        notes.append("exact: 5 bits per weight, scales and biases in float16")
     else:
         loss = form.loss
         notes.append(
             f"not exact: {100 * loss.exact / max(1, loss.groups):.1f} % of {loss.groups:,} biases"
-            f" survive float16; a weight is off by up to {loss.largest:.3g}, which is"
-            f" {loss.largest_in_steps:.2g} of the step between two of its values"
+            f" are exact in float16; errors of weights are up to {loss.largest:.3g}, or"
+            f" {loss.largest_in_steps:.2g} of the step between two values of a weight"
         )
     others = {part.dtype for part in parts if isinstance(part, Plain)} - {"float16"}
     if others:
-        notes.append(f"unquantized tensors in {listed(sorted(others))} beside float16 scales")
+        notes.append(f"unquantized tensors are {listed(sorted(others))}, scales are float16")
     return notes

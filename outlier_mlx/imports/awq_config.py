@@ -1,4 +1,4 @@
-"""AutoAWQ's settings, as configs state them."""
+"""AutoAWQ's quantization settings from config.json or quant_config.json."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +8,18 @@ from outlier_mlx.imports.awq_layout import mlx_group
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 
-# Layouts of AutoAWQ other than GEMM, by the names that configs give them.
+# Names of AutoAWQ's other layouts in configs.
 _OTHER_VERSIONS = ("gemv", "gemv_fast", "marlin", "exllama", "exllamav2", "ipex")
 
 
 @dataclass(frozen=True)
 class AwqFormat:
-    """What a config says of quantization.
+    """Settings of AWQ quantization.
 
     Attributes:
-        where: file and field, for messages.
-        group_size: weights along `in` that share a scale; -1 for all of a row.
-        zero_point: whether zeros are stored; without, they are 8.
+        where: file and field of the settings, for messages.
+        group_size: number of weights along `in` that share a scale; -1: a whole row.
+        zero_point: whether zero points are stored; if not, they are all 8.
     """
 
     where: str
@@ -28,17 +28,17 @@ class AwqFormat:
 
 
 def read_format(folder: Path, config: dict) -> AwqFormat | None:
-    """AutoAWQ's settings, from config.json or from the quant_config.json of old repositories.
+    """Read AutoAWQ's settings from config.json, or from quant_config.json of old repositories.
 
     Returns:
-        None where nothing is said of quantization.
+        The settings, or None if there are none.
 
     Raises:
-        CheckpointError: the method, version or number of bits is none that is read.
+        CheckpointError: the method, version or number of bits is not supported.
     """
     if "quantization" in config:
         raise CheckpointError(
-            f"{folder.name}: config.json has `quantization`: an MLX model already"
+            f"{folder.name}: config.json has `quantization`: this is already an MLX model"
         )
     settings, where = config.get("quantization_config"), "config.json: quantization_config"
     if settings is None and (folder / "quant_config.json").exists():
@@ -47,17 +47,17 @@ def read_format(folder: Path, config: dict) -> AwqFormat | None:
     if settings is None:
         return None
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{where}: an object was expected")
+        raise CheckpointError(f"{where}: expected an object")
     method = str(settings.get("quant_method"))[:40].lower()
     if method != "awq":
-        raise CheckpointError(f"{where}: quant_method {method}; only awq is imported")
+        raise CheckpointError(f"{where}: quant_method {method}; only awq is supported")
     version = str(settings.get("version", "gemm"))[:40].lower()
     backend = str(settings.get("backend", "autoawq"))[:40].lower()
     if version != "gemm":
         known = "another layout" if version in _OTHER_VERSIONS else "unknown"
-        raise CheckpointError(f"{where}: version {version} ({known}); only gemm is imported")
+        raise CheckpointError(f"{where}: version {version} ({known}); only gemm is supported")
     if backend != "autoawq":
-        raise CheckpointError(f"{where}: backend {backend}; only autoawq's layout is imported")
+        raise CheckpointError(f"{where}: backend {backend}; only autoawq is supported")
     bits = settings.get("bits", settings.get("w_bit"))
     if type(bits) is not int or bits != 4:
         raise CheckpointError(f"{where}: bits {_short(bits)}, expected 4")
@@ -73,5 +73,5 @@ def read_format(folder: Path, config: dict) -> AwqFormat | None:
 
 
 def _short(value: object) -> str:
-    """A value as Python writes it, so that "4" is not taken for 4."""
+    """The value's repr, which tells "4" and 4 apart."""
     return repr(value)[:40]

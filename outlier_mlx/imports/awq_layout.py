@@ -1,8 +1,9 @@
-"""AutoAWQ's GEMM layout, and its weights in MLX's affine format.
+"""Repack weights from AutoAWQ's GEMM layout into MLX's affine format.
 
-A layer of (out, in) is stored as `qweight` (in, out / 8), `qzeros` (in / g, out / 8), both int32,
-and `scales` (in / g, out) float16, and means w[o, i] = (q[i, o] - z[i // g, o]) * s[i // g, o].
-Word c of a row holds columns 8c to 8c + 7, eight to an int32, in the order `NIBBLES`.
+AutoAWQ stores a layer (out, in) as `qweight` (in, out / 8) int32, `qzeros` (in / g, out / 8) int32
+and `scales` (in / g, out) float16. The weights are
+w[o, i] = (q[i, o] - z[i // g, o]) * s[i // g, o].
+Word c of a row, an int32, holds columns 8c to 8c + 7 in the order `NIBBLES`.
 Source: AutoAWQ 0.2, `awq/modules/linear/gemm.py` and `awq/utils/packing_utils.py`.
 """
 
@@ -10,18 +11,18 @@ import numpy as np
 
 from outlier_mlx.imports.codes import five_bytes
 
-#: Column j of eight sits in bits 4 * NIBBLES[j] and on.
+#: Of eight columns, column j is in the 4 bits of a word that begin at bit 4 * NIBBLES[j].
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
-# Which of the eight columns the low and the high half of each of a word's four bytes hold.
+# The columns in the low halves of a word's four bytes, and those in the high halves.
 _LOW = [NIBBLES.index(n) for n in (0, 2, 4, 6)]
 _HIGH = [NIBBLES.index(n) for n in (1, 3, 5, 7)]
-# Rows that are transposed at a time: with 64 words a row, what is read and written fits in a
-# core's cache.
+# Number of rows to transpose at a time: with 64 words a row, input and output fit in a core's
+# cache.
 _BLOCK = 4096
 
 
 def unpack(words: np.ndarray) -> np.ndarray:
-    """Codes (rows, 8 * c) uint8 of words (rows, c) of 32 bits."""
+    """Unpack words (rows, c) of 32 bits into codes (rows, 8 * c) uint8."""
     rows, count = words.shape
     halves = np.ascontiguousarray(words).view(np.uint8).reshape(rows, count, 4)
     codes = np.empty((rows, count, 8), np.uint8)
@@ -31,10 +32,10 @@ def unpack(words: np.ndarray) -> np.ndarray:
 
 
 def to_four_bits(words: np.ndarray) -> np.ndarray:
-    """The codes of words (in, c), transposed and packed for MLX.
+    """Transpose the codes of words (in, c) and pack them for MLX.
 
-    A byte of MLX's holds the codes of two neighbours along `in`, which here are bytes of two
-    neighbouring rows; so no code has to stand alone.
+    A byte in MLX's format holds the codes of two neighbours along `in`. In AutoAWQ's layout, these
+    are in the same half of the bytes of two neighbouring rows, so the codes need not be unpacked.
 
     Returns:
         (8 * c, in / 8) uint32.
@@ -51,18 +52,18 @@ def to_four_bits(words: np.ndarray) -> np.ndarray:
 
 
 def _transposed(block: np.ndarray, count: int) -> np.ndarray:
-    """(rows, 4 * c) as (c, 4, rows)."""
+    """Transpose (rows, 4 * c) to (c, 4, rows)."""
     return block.T.reshape(count, 4, -1)
 
 
 def to_five_bits(words: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
-    """The codes of words (in, c) as q - z + 16, transposed and packed for MLX.
+    """Transpose the codes of words (in, c) and pack them for MLX as q - z + 16.
 
-    With them every bias is -16 times its scale, which 16 bits hold exactly.
+    With these codes, every bias is -16 times its scale, which float16 holds exactly.
 
     Args:
         words: (in, c) of 32 bits.
-        zeros: (groups, c) of 32 bits; None stands for zeros of 8.
+        zeros: (groups, c) of 32 bits; None: all zero points are 8.
 
     Returns:
         (8 * c, in * 5 / 32) uint32.
@@ -85,13 +86,13 @@ def to_five_bits(words: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
 
 
 def _halves(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The low and the high codes (rows, 4 * c) uint8 of the bytes of words (rows, c)."""
+    """The low and the high half of each byte of words (rows, c): (rows, 4 * c) uint8 each."""
     block = np.ascontiguousarray(words).view(np.uint8)
     return block & 15, block >> 4
 
 
 def _packed_rows(codes: np.ndarray) -> np.ndarray:
-    """Codes (rows, n) of 5 bits, packed along the rows: (rows * 5 / 8, n) uint8."""
+    """Pack codes (rows, n) of 5 bits along the rows: (rows * 5 / 8, n) uint8."""
     packed = np.empty((len(codes) * 5 // 8, codes.shape[1]), np.uint8)
     for n, values in enumerate(five_bytes([codes[n::8] for n in range(8)])):
         packed[n::5] = values
@@ -99,5 +100,5 @@ def _packed_rows(codes: np.ndarray) -> np.ndarray:
 
 
 def mlx_group(group: int) -> int | None:
-    """The largest of MLX's groups that divides one of AWQ's, or None."""
+    """The largest group size of MLX that divides AWQ's group size, or None."""
     return next((size for size in (128, 64, 32) if group % size == 0), None)

@@ -1,4 +1,4 @@
-"""A linear layer of an AWQ checkpoint, or one projection of all experts, as MLX stores it."""
+"""Convert a linear layer of an AWQ checkpoint, or one projection of all experts, for MLX."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.writing.parts import Chunk, Part, ahead
 from outlier_mlx.writing.writer import TensorSpec
 
-# Words of a row that are transposed at a time, and the bytes of a slab that a thread is given.
+# Words of a row to transpose at a time, and bytes of the slab that a thread packs at a time.
 _WORDS = 64
 _SLAB_BYTES = 1 << 20
 
 
 @dataclass
 class Loss:
-    """What biases in float16 lose; counted while they are written."""
+    """Rounding errors of biases in float16; counted while they are written."""
 
     groups: int = 0
     exact: int = 0
@@ -31,7 +31,13 @@ class Loss:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, exact: np.ndarray, rounded: np.ndarray, scales: np.ndarray) -> None:
-        """Add the biases of some groups: float32, rounded to float16, and the groups' scales."""
+        """Count the biases of some groups.
+
+        Args:
+            exact: biases, float32.
+            rounded: the same in float16.
+            scales: scales of the same groups.
+        """
         error = np.abs(exact - rounded.astype(np.float32))
         steps = np.abs(scales.astype(np.float32))
         relative = np.divide(error, steps, out=np.zeros_like(error), where=steps > 0)
@@ -49,7 +55,7 @@ class AwqMatrix:
     Attributes:
         qweight: (in, out / 8) int32.
         scales: (in / group, out) float16.
-        qzeros: (in / group, out / 8) int32; None where all zeros are 8.
+        qzeros: (in / group, out / 8) int32; None if all zero points are 8.
     """
 
     qweight: TensorRef
@@ -63,24 +69,28 @@ class AwqMatrix:
 
     @property
     def group(self) -> int:
-        """Weights along `in` that share a scale."""
+        """Number of weights along `in` that share a scale."""
         return self.qweight.shape[0] // self.scales.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """What will be read."""
+        """Size of its tensors on disk, in bytes."""
         tensors = (self.qweight, self.scales, self.qzeros)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def read_scales(self) -> np.ndarray:
-        """(groups, out) float16, checked to be finite."""
+        """Read the scales (groups, out) float16.
+
+        Raises:
+            CheckpointError: one is NaN or infinite.
+        """
         scales = self.scales.read()
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{self.scales.where}: holds NaN or infinity")
         return scales
 
     def read_zeros(self) -> np.ndarray | None:
-        """(groups, out) uint8, or None where all are 8."""
+        """Read the zero points (groups, out) uint8; None if all are 8."""
         return None if self.qzeros is None else unpack(self.qzeros.read())
 
 
@@ -89,11 +99,11 @@ class AwqPart(Part):
     """The `weight`, `scales` and `biases` of a module.
 
     Attributes:
-        matrices: the layer, or a layer of each expert.
+        matrices: the linear layer, or one for each expert.
         stacked: whether the module's tensors have an axis of experts.
-        bits: 4, or 5 for the form whose float16 biases are exact.
-        dtype: "float32" or "float16": of scales and biases.
-        loss: told what float16 loses.
+        bits: 4 or 5; with 5, biases in float16 are exact.
+        dtype: "float32" or "float16", the dtype of scales and biases.
+        loss: counts the rounding errors of float16.
     """
 
     matrices: tuple[AwqMatrix, ...]
@@ -104,7 +114,7 @@ class AwqPart(Part):
 
     @property
     def params(self) -> int:
-        """Weights of all matrices."""
+        """Number of weights of all matrices."""
         return sum(prod(matrix.shape) for matrix in self.matrices)
 
     @property
@@ -114,7 +124,7 @@ class AwqPart(Part):
 
     @property
     def group_size(self) -> int:
-        """The group of MLX's that the scales are written for; larger ones are repeated."""
+        """Group size in MLX's format. A larger group of AWQ becomes several with the same scale."""
         size = mlx_group(self.matrices[0].group)
         assert size is not None
         return size
@@ -132,7 +142,7 @@ class AwqPart(Part):
         ]
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """The packed weight, a slab of rows at a time, then scales and biases, each by expert."""
+        """The packed weight in slabs of rows; then scales, then biases, one expert at a time."""
         for rows, used in ahead(pool, self._slabs()):
             yield f"{self.path}.weight", rows.reshape(-1).data, used
         for name, read in (("scales", self._scales), ("biases", self._biases)):
@@ -142,7 +152,7 @@ class AwqPart(Part):
                 yield f"{self.path}.{name}", values.reshape(-1).data, used
 
     def _slabs(self) -> Iterator[Callable[[], tuple[np.ndarray, int]]]:
-        """Calls that pack a slab each. A matrix is read when its first slab is asked for."""
+        """Calls that pack one slab each. A matrix is read when its first slab is needed."""
         for matrix in self.matrices:
             words = matrix.qweight.read()
             zeros = None
@@ -158,7 +168,7 @@ class AwqPart(Part):
         return self._spread(matrix, matrix.read_scales().astype(self.dtype))
 
     def _biases(self, matrix: AwqMatrix) -> np.ndarray:
-        """-z s, or -16 s: at most 15 significant bits, exact in float32."""
+        """The biases -z s or -16 s, which have at most 15 significant bits: exact in float32."""
         scales, zeros = matrix.read_scales(), None
         if self.bits == 4:
             zeros = matrix.read_zeros()
@@ -169,21 +179,21 @@ class AwqPart(Part):
             biases = exact.astype(self.dtype)
         if not np.isfinite(biases).all():
             raise CheckpointError(
-                f"{matrix.scales.where}: scales up to {np.abs(scales).max()}: with them, biases do"
-                " not fit in float16; import with --dtype float32"
+                f"{matrix.scales.where}: with scales up to {np.abs(scales).max()}, biases do not"
+                " fit in float16; import with --dtype float32"
             )
         if self.dtype == "float16":
             self.loss.count(exact, biases, scales)
         return self._spread(matrix, biases)
 
     def _spread(self, matrix: AwqMatrix, values: np.ndarray) -> np.ndarray:
-        """(groups, out) as (out, groups of MLX's)."""
+        """Transpose (groups of AWQ, out) to (out, groups of MLX)."""
         times = matrix.group // self.group_size
         return np.ascontiguousarray(np.repeat(values.T, times, axis=1))
 
 
 def _pack(words: np.ndarray, zeros: np.ndarray | None, bits: int) -> tuple[np.ndarray, int]:
-    """Packed rows of a slab of columns, and the bytes of source that they used up."""
+    """Pack a slab of columns; returns packed rows, and the number of source bytes in the slab."""
     pieces = []
     for start in range(0, words.shape[1], _WORDS):
         columns = slice(start, start + _WORDS)

@@ -1,4 +1,4 @@
-"""Unsigned codes packed as MLX's affine format stores them."""
+"""Pack unsigned codes for MLX's affine format."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ WIDTHS = (2, 4, 5, 8)
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack codes along the last axis: code n of a row sits in its bits `bits * n` and on.
+    """Pack codes along the last axis: code n of a row begins at bit `bits * n` of the row.
 
-    Layout: MLX 0.32, `mlx/backend/cpu/quantized.cpp`; least significant bits first, and for widths
-    that are no power of two no code is cut where a pack (8 codes in 5 bytes) ends.
+    Layout: MLX 0.32, `mlx/backend/cpu/quantized.cpp`; least significant bit first. For 5 bits, a
+    pack of 8 codes fills 5 bytes, so no code crosses the end of a pack.
 
     Args:
         codes: (..., in) uint8, each below 2**bits; in is a multiple of 32.
@@ -35,7 +35,14 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def five_bytes(codes: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The five bytes that eight codes of 5 bits make, for arrays of first, second ... codes."""
+    """Pack eight codes of 5 bits into five bytes.
+
+    Args:
+        codes: eight uint8 arrays: the first code of every pack, the second code, and so on.
+
+    Returns:
+        Five uint8 arrays: the first byte of every pack, the second byte, and so on.
+    """
     a, b, c, d, e, f, g, h = codes
     return [
         a | b << 5,

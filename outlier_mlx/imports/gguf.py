@@ -1,4 +1,4 @@
-"""GGUF models: what each tensor becomes, chosen so that nothing is lost where MLX has a form."""
+"""Open GGUF models, and choose how each tensor is stored: exactly if MLX has a format for it."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -24,8 +24,9 @@ from outlier_mlx.writing.tensors import TernaryExperts
 
 _TERNARY = ("TQ1_0", "TQ2_0")
 _REGROUPED_BITS, _GROUP = 8, 32
-# Norms, biases and routers are looked at before the dtype is chosen; larger matrices are not.
-_LOOK_AT = 1 << 22
+# Only float32 tensors of at most this many weights (norms, biases, routers) are checked for whether
+# a 16-bit dtype holds them exactly.
+_MAX_CHECKED = 1 << 22
 _LAYER = re.compile(r"\.layers\.[0-9]+\.")
 
 
@@ -41,15 +42,15 @@ def open_gguf_model(
 
     Args:
         place: a `.gguf` file, one of the files of a split model, or a folder.
-        file: which file of a folder.
-        dtype: of scales, biases, norms and routers; "float16" is that of every other float, too.
-            The default is the smallest that loses nothing.
-        k_quants: how Q2_K, Q3_K and Q6_K are stored: as affine 8-bit, or as floats.
-        experts: how ternary experts with one scale a row are stored: "tq1_0" in this project's
-            ternary layers, "affine2" so that stock mlx-lm loads them.
+        file: file name of the model in a folder.
+        dtype: dtype of scales, biases, norms and routers; with "float16", also of all other floats.
+            Default: the smallest dtype that is exact.
+        k_quants: how to store Q2_K, Q3_K and Q6_K: as affine 8-bit, or as floats.
+        experts: how to store ternary experts with one scale per row: "tq1_0" for this project's
+            ternary layers, "affine2" for stock mlx-lm.
 
     Raises:
-        CheckpointError: the files are not sound, or not of a kind that is read.
+        CheckpointError: the files are damaged or not supported.
     """
     model = read_model(place, file)
     kind = architecture(model)
@@ -74,7 +75,7 @@ def open_gguf_model(
 
 @dataclass(frozen=True)
 class _Source:
-    """A weight or bias of a module, and the rows that it is made of."""
+    """A weight or bias of a module, and its source rows."""
 
     module: Module
     rows: tuple[Rows, ...]
@@ -90,11 +91,11 @@ class _Source:
 
     @property
     def layer(self) -> str:
-        """The path of the experts that it belongs to, or what is no such path."""
+        """For experts, the path without the projection; else ""."""
         return self.module.path.rpartition(".")[0] if self.module.kind == "experts" else ""
 
     def check(self) -> None:
-        """Refuse types that are not read, and vectors in blocks."""
+        """Refuse types that are not supported, and quantized vectors."""
         read = FLOATS if len(self.shape) == 1 else (*FLOATS, *AFFINE, *REGROUPED)
         for rows in self.rows:
             if rows.tensor.kind not in read:
@@ -104,10 +105,10 @@ class _Source:
                 )
 
 
-def _sources(names: Names, wanted: Sequence[Module]) -> list[_Source]:
-    """What a model's modules are made of: every tensor has its place, and a type that is read."""
-    sources = [_Source(module, names.weight(module)) for module in wanted]
-    sources += [_Source(module, names.bias(module), bias=True) for module in wanted if module.bias]
+def _sources(names: Names, needed: Sequence[Module]) -> list[_Source]:
+    """Find the sources of all modules; checks that every tensor is used and its type supported."""
+    sources = [_Source(module, names.weight(module)) for module in needed]
+    sources += [_Source(module, names.bias(module), bias=True) for module in needed if module.bias]
     names.check_all_used()
     for source in sources:
         source.check()
@@ -116,7 +117,7 @@ def _sources(names: Names, wanted: Sequence[Module]) -> list[_Source]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What decides about the form of a part."""
+    """Decides how each part is stored."""
 
     dtype: str
     k_quants: KQuants
@@ -124,7 +125,7 @@ class _Plan:
     ternary: dict[str, list[ExpertMatrix]]
 
     def part(self, source: _Source) -> Part:
-        """The part that a source becomes."""
+        """The part for a source."""
         path, kind = source.module.path, source.module.kind
         if path in self.ternary:
             return TernaryExperts(path, kind, tuple(self.ternary[path]))
@@ -145,7 +146,7 @@ class _Plan:
         return PlainTensor(*common, dtype, self.losses, name)
 
     def config(self, parts: Sequence[Part]) -> dict:
-        """What config.json says of the forms."""
+        """The fields of config.json that describe how parts are stored."""
         config: dict = {"dtype": self.dtype, "torch_dtype": self.dtype}
         affine = [part for part in parts if isinstance(part, AffineMatrix)]
         if affine:
@@ -157,7 +158,7 @@ class _Plan:
         return config
 
     def _floats(self, source: _Source) -> str:
-        """Large matrices of 16-bit floats stay what they are where everything is to be exact."""
+        """The dtype of an unquantized source. In an exact model, large 16-bit matrices stay so."""
         halves = {"F16": "float16", "BF16": "bfloat16"}
         small = len(source.shape) == 1 or source.module.kind == "router"
         if self.dtype == "float32" and len(source.kinds) == 1 and not small:
@@ -166,9 +167,10 @@ class _Plan:
 
 
 def _ternary_layers(sources: Sequence[_Source]) -> dict[str, list[ExpertMatrix]]:
-    """The experts that ternary layers hold exactly, by path of projection.
+    """The experts that ternary layers can hold exactly, by path of their projection.
 
-    All three projections of a layer are ternary, and the blocks of every row agree on a scale.
+    All three projections of the layer must be ternary, and all blocks of a row must have the same
+    scale.
     """
     layers: dict[str, list[_Source]] = {}
     for source in sources:
@@ -205,11 +207,10 @@ def _has_row_scales(matrix: ExpertMatrix) -> bool:
 
 
 def _exact_dtype(sources: Iterable[_Source], k_quants: KQuants) -> str:
-    """The smallest dtype in which everything can be that one model should have in common.
+    """The smallest dtype that holds all norms, scales and biases exactly.
 
-    MLX computes in float32 as soon as one operand is float32, or one is float16 and the other
-    bfloat16; so norms, scales and biases share a dtype, and it is 16 bits only if none of them
-    loses anything.
+    They all need the same dtype: MLX computes in float32 if one operand is float32, or if one is
+    float16 and the other bfloat16.
     """
     sources = list(sources)
     kinds = set().union(*(source.kinds for source in sources))
@@ -229,11 +230,11 @@ def _exact_dtype(sources: Iterable[_Source], k_quants: KQuants) -> str:
 
 
 def _fits(rows: Rows, dtype: str) -> bool:
-    """Whether a tensor, if it is float32, holds numbers of a dtype only."""
+    """Whether a dtype holds a float32 tensor exactly; True for all other tensors."""
     tensor = rows.tensor
     if tensor.kind != "F32":
         return True
-    if rows.count * tensor.shape[-1] > _LOOK_AT:
+    if rows.count * tensor.shape[-1] > _MAX_CHECKED:
         return False
     weights = gguf_blocks.values("F32", rows.read(0, rows.count))
     try:
@@ -243,7 +244,7 @@ def _fits(rows: Rows, dtype: str) -> bool:
 
 
 def _types(sources: Iterable[_Source]) -> list[str]:
-    """ggml's types, the one of most weights first; not those of norms and routers."""
+    """The ggml types of the model without norms and routers, by falling number of weights."""
     weights: dict[str, int] = {}
     for source in sources:
         for rows in source.rows if source.module.kind not in ("norms", "router") else ():
@@ -253,7 +254,7 @@ def _types(sources: Iterable[_Source]) -> list[str]:
 
 
 def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
-    """What is not exact, by type and form, with the largest error of each."""
+    """Notes on what is not exact, with the largest error for each type and form."""
     found: dict[tuple[str, str], list[str]] = {}
     for part in parts:
         if not isinstance(part, PlainTensor | AffineMatrix):
@@ -266,27 +267,27 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
         notes.append(f"{kinds} as {form}: off by up to {error:.2g} in {_modules(paths)}")
     if plan.ternary:
         notes.append(
-            "experts are ternary layers of this project, which stock mlx-lm does not load;"
-            " --experts affine2 makes a model that it does"
+            "the experts are ternary layers of this project, which stock mlx-lm cannot load; it can"
+            " load a model made with --experts affine2"
         )
     if plan.dtype != "float32":
         return notes
     if dtype is None and any(isinstance(p, AffineMatrix) and p.bits < 8 for p in parts):
         notes.append(
-            "scales, biases and norms are float32, so that nothing is lost; --dtype float16 is"
-            " smaller by a bit a weight"
+            "scales, biases and norms are float32, so the model is exact; --dtype float16 saves one"
+            " bit per weight"
         )
     halves = [p.path for p in parts if isinstance(p, PlainTensor) and p.dtype != "float32"]
     if halves:
         notes.append(
-            f"{_modules(halves)}: 16 bits beside float32, which MLX converts at every use; --dtype"
-            " float16 stores all in float16"
+            f"{_modules(halves)}: 16-bit weights in a float32 model, which MLX converts at every"
+            " use; --dtype float16 stores all in float16"
         )
     return notes
 
 
 def _modules(paths: Iterable[str]) -> str:
-    """Modules, with those of several layers put together."""
+    """Names of modules for messages; the same module of several layers is named once."""
     layers: dict[str, int] = {}
     for path in dict.fromkeys(paths):
         name = _LAYER.sub(".layers.N.", path)

@@ -1,12 +1,12 @@
-"""ggml's quantized blocks as MLX's affine format: weight = scale * code + bias.
+"""Convert ggml's quantized blocks to MLX's affine format: weight = scale * code + bias.
 
-Layouts as in the package `gguf` (`gguf/quants.py`) and ggml's sources. Everything here works on
-rows as they are stored, (rows, row_bytes) uint8, and gives codes, scales and biases of those rows.
-For the types in `AFFINE` nothing is lost with float32 scales: products of codes and scales have at
-most 24 significant bits, and MLX adds the bias as ggml does, rounding once.
+The layouts are those of the package `gguf` (`gguf/quants.py`) and of ggml's sources. The functions
+take stored rows, (rows, row_bytes) uint8, and return their codes, scales and biases. With float32
+scales, the types in `AFFINE` are exact: products of codes and scales have at most 24 significant
+bits, and MLX adds the bias with one rounding, like ggml.
 
-Q2_K, Q3_K and Q6_K have a scale for every 16 weights; MLX's smallest group is 32. They are decoded
-(`values`) and quantized anew (`quantize`).
+Q2_K, Q3_K and Q6_K have a scale for every 16 weights, but MLX's smallest group is 32. They are
+decoded (`values`) and quantized again (`quantize`).
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.ternary import TernaryError
 from outlier_mlx.ternary.ggml import unpack_tq1_0_blocks, unpack_tq2_0_blocks
 
-#: Types whose weights are stored one by one.
+#: Types that are not quantized.
 FLOATS = ("F32", "F16", "BF16")
-#: Types that no affine group of MLX fits.
+#: Types whose groups are smaller than MLX's smallest group.
 REGROUPED = ("Q2_K", "Q3_K", "Q6_K")
 
 #: The blocks of some rows, (rows, blocks, block_bytes) uint8.
@@ -29,15 +29,15 @@ Blocks = np.ndarray
 
 @dataclass(frozen=True)
 class Affine:
-    """How a type becomes affine.
+    """How to convert a type to the affine format.
 
     Attributes:
-        bits: of a code.
-        group: weights that share a scale.
-        half: whether scales and biases are float16 values.
-        block_bytes: bytes of a block.
-        codes: (rows, blocks, weights of a block) uint8 of blocks.
-        scales: (rows, groups) float32 scales and biases of blocks.
+        bits: bits of a code.
+        group: number of weights that share a scale.
+        half: whether float16 holds all scales and biases exactly.
+        block_bytes: size of a block in bytes.
+        codes: function from blocks to codes (rows, blocks, weights of a block) uint8.
+        scales: function from blocks to scales and biases, (rows, groups) float32 each.
     """
 
     bits: int
@@ -59,10 +59,10 @@ def scales(kind: str, raw: np.ndarray, group: int = 0) -> tuple[np.ndarray, np.n
     Args:
         kind: the type.
         raw: (rows, row_bytes) uint8.
-        group: a divisor of the type's own group size, which is the default.
+        group: group size to return scales for, a divisor of the type's group size; 0: that size.
 
     Raises:
-        CheckpointError: one of them is NaN or infinite.
+        CheckpointError: a scale or bias is NaN or infinite.
     """
     layout = AFFINE[kind]
     found = layout.scales(_blocks(kind, raw))
@@ -78,7 +78,7 @@ def scales(kind: str, raw: np.ndarray, group: int = 0) -> tuple[np.ndarray, np.n
 
 
 def values(kind: str, raw: np.ndarray) -> np.ndarray:
-    """The weights of rows of any type that is read here: (rows, in) float32, exact.
+    """Decode rows of any supported type: (rows, in) float32, exact.
 
     Raises:
         CheckpointError: a weight is NaN or infinite.
@@ -102,15 +102,15 @@ def values(kind: str, raw: np.ndarray) -> np.ndarray:
 
 
 def grid(weights: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """The range of each group in equal steps.
+    """Divide the range of each group into equal steps.
 
     Args:
         weights: (rows, in) float32, finite.
-        bits: of a code.
-        group: a divisor of `in`.
+        bits: bits of a code.
+        group: group size, a divisor of `in`.
 
     Returns:
-        Steps and lowest weights, (rows, in / group) float32 each: MLX's scales and biases.
+        Step sizes and lowest weights, (rows, in / group) float32 each: MLX's scales and biases.
     """
     shape = (len(weights), weights.shape[1] // group)
     across = np.ascontiguousarray(weights.reshape(-1, group).T)  # NumPy is slow along short axes
@@ -121,16 +121,16 @@ def grid(weights: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.nda
 def quantize(
     weights: np.ndarray, steps: np.ndarray, lowest: np.ndarray, bits: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest codes on a grid.
+    """Round weights to the nearest codes of a `grid`.
 
     Args:
         weights: (rows, in) float32.
-        steps: (rows, groups) float32; of a group of equal weights 0.
+        steps: (rows, groups) float32; 0 for a group of equal weights.
         lowest: (rows, groups) float32.
-        bits: of a code.
+        bits: bits of a code.
 
     Returns:
-        Codes (rows, in) uint8, and the weights that they mean, float32.
+        Codes (rows, in) uint8, and the weights that they stand for, (rows, in) float32.
     """
     steps, lowest = steps[..., None], lowest[..., None]
     found = weights.reshape(*steps.shape[:-1], -1) - lowest
@@ -144,7 +144,13 @@ def quantize(
 
 
 def affine_values(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
-    """What MLX makes of codes (rows, in), and of scales and biases (rows, groups): float32."""
+    """The weights (rows, in) float32 that MLX computes.
+
+    Args:
+        codes: (rows, in).
+        scales: (rows, groups).
+        biases: (rows, groups).
+    """
     grouped = codes.reshape(*scales.shape, -1).astype(np.float32)
     return _flat(grouped * scales[..., None] + biases[..., None])
 
@@ -158,22 +164,22 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def _half(blocks: Blocks, at: int) -> np.ndarray:
-    """A float16 at some place of every block, as (rows, blocks) float32."""
+    """Read a float16 at byte `at` of every block: (rows, blocks) float32."""
     return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0].astype(np.float32)
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """(rows, blocks, n) bytes -> (rows, blocks, 2 n): all low nibbles, then all high ones."""
+    """Split bytes (rows, blocks, n) into (rows, blocks, 2 n): low nibbles first, then high ones."""
     return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
 def _fifth(packed: np.ndarray) -> np.ndarray:
-    """Four bytes of a block as 32 bits, each in the place of a fifth bit."""
+    """Turn four bytes of a block into 32 fifth bits: values 0 or 16."""
     return np.unpackbits(packed, axis=-1, bitorder="little") << 4
 
 
 def _offset(offset: int) -> Callable[[Blocks], tuple[np.ndarray, np.ndarray]]:
-    """Scales of types that are d * (code - offset)."""
+    """Scales of types with weight = d * (code - offset)."""
 
     def scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
         d = _half(blocks, 0)
@@ -183,12 +189,12 @@ def _offset(offset: int) -> Callable[[Blocks], tuple[np.ndarray, np.ndarray]]:
 
 
 def _minimum(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """Scales of types that are d * code + m."""
+    """Scales of types with weight = d * code + m."""
     return _half(blocks, 0), _half(blocks, 2)
 
 
 def _k_scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """Scales of Q4_K and Q5_K: d * sc and -dmin * mn for each of the eight groups of a block."""
+    """Scales d * sc and biases -dmin * mn of Q4_K and Q5_K; a block has eight groups."""
     p = blocks[..., 4:16]
     low, middle, high = p[..., 0:4], p[..., 4:8], p[..., 8:12]
     sc = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=-1)
@@ -200,7 +206,7 @@ def _k_scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _k_nibbles(packed: np.ndarray) -> np.ndarray:
-    """128 bytes of a block: of 32, the low nibbles are one group and the high ones the next."""
+    """Split 128 bytes of a block: the low nibbles of 32 bytes are one group, the high the next."""
     runs = packed.reshape(*packed.shape[:2], 4, 32)
     return _nibbles(runs).reshape(*packed.shape[:2], 256)
 

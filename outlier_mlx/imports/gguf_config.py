@@ -1,7 +1,7 @@
-"""The config.json that a GGUF file's metadata describes.
+"""Build config.json from the metadata of a GGUF file.
 
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Files of the architecture `llama`
-hold Llama, Mistral and, with experts, Mixtral models: MLX runs all but the last with the same code.
+hold Llama and Mistral models, which mlx-lm runs with the same code, and Mixtral models.
 """
 
 import math
@@ -30,7 +30,7 @@ _SIZES = {
 }
 _EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 _NUMBERS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta"}
-# Read elsewhere, or without influence on what is computed.
+# Keys that are read elsewhere, or do not change the model's output.
 _OTHER = {
     "vocab_size",
     "rope.dimension_count",
@@ -50,8 +50,8 @@ _ARCHITECTURE_NAMES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
-# Llama 3.1's and 3.2's long positions: the factors of low and high frequencies, and the context
-# that they were made for. The first is in the file (it is the largest of the frequencies' factors).
+# RoPE scaling of Llama 3.1 and 3.2. Only `factor` differs between models: it is the largest of the
+# frequency factors in the file.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -61,7 +61,7 @@ _LLAMA3 = {
 
 @dataclass(frozen=True)
 class _Fields:
-    """The metadata of an architecture, with its types checked."""
+    """Reads metadata of an architecture and checks the types."""
 
     model: GgufModel
     prefix: str
@@ -79,7 +79,7 @@ class _Fields:
 
 
 def architecture(model: GgufModel) -> str:
-    """The architecture of a file.
+    """The `general.architecture` of a file.
 
     Raises:
         CheckpointError: it is not one of `ARCHITECTURES`.
@@ -88,17 +88,17 @@ def architecture(model: GgufModel) -> str:
     if name not in ARCHITECTURES:
         raise CheckpointError(
             f"{model.where}: architecture {str(name)[:40]!r}, expected one of"
-            f" {', '.join(ARCHITECTURES)} (which holds Mistral and Mixtral, too)"
+            f" {', '.join(ARCHITECTURES)} (llama includes Mistral and Mixtral)"
         )
     return name
 
 
 def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[dict, list[str]]:
-    """The config of MLX's model, complete, and notes on what it does not honour.
+    """Build the complete config of the mlx-lm model; returns it with notes on ignored metadata.
 
     Raises:
-        CheckpointError: the metadata contradicts itself or the tensors, or asks for what MLX's
-            model does not do.
+        CheckpointError: the metadata is not consistent or does not match the tensors, or mlx-lm's
+            model does not support it.
     """
     fields = _Fields(model, architecture(model))
     sizes = _SIZES | (_EXPERTS if _experts(fields) else {})
@@ -134,8 +134,8 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[dict, list[st
         config["rope_scaling"] = scaling
     config, notes = complete_config(config, model.where, tied="output.weight" not in model.tensors)
     _check_rest(fields, config, vocabulary)
-    config = _honour_frequencies(model, config)
-    return config, notes + _unread(fields, sizes)
+    config = _with_frequency_factors(model, config)
+    return config, notes + _ignored(fields, sizes)
 
 
 def _experts(fields: _Fields) -> int:
@@ -143,14 +143,14 @@ def _experts(fields: _Fields) -> int:
 
 
 def _short(value: float) -> float:
-    """A float32 of the metadata as the shortest decimal that means it: 1e-05, not 9.99999975e-06"""
+    """The shortest decimal for a float32 of the metadata: 1e-05, not 9.99999975e-06."""
     return value if isinstance(value, int) else float(str(np.float32(value)))
 
 
 def _rows_of_embeddings(model: GgufModel) -> int:
     tensor = model.tensors.get("token_embd.weight")
     if tensor is None or len(tensor.shape) != 2:
-        raise CheckpointError(f"{model.where}: no matrix token_embd.weight")
+        raise CheckpointError(f"{model.where}: the matrix token_embd.weight is missing")
     return tensor.shape[0]
 
 
@@ -189,7 +189,7 @@ def _check_rest(fields: _Fields, config: dict, vocabulary: Vocabulary) -> None:
 
 
 def _scaling(fields: _Fields) -> dict | None:
-    """`rope_scaling` of the metadata; llama.cpp's defaults for YaRN are transformers'."""
+    """`rope_scaling` from the metadata; the defaults for YaRN are the same as in transformers."""
     kind = fields.get("rope.scaling.type", (str,))
     old = fields.get("rope.scale_linear", (int, float))  # files of 2023
     factor = fields.get("rope.scaling.factor", (int, float), old)
@@ -200,24 +200,26 @@ def _scaling(fields: _Fields) -> dict | None:
     where = fields.model.where
     if kind not in ("linear", "yarn") or factor is None or not 0 < factor < math.inf:
         raise CheckpointError(
-            f"{where}: {fields.prefix}.rope.scaling.type {kind!r} with factor {factor}; linear and"
-            " yarn are honoured"
+            f"{where}: {fields.prefix}.rope.scaling.type {kind!r} with factor {factor}; only linear"
+            " and yarn are supported"
         )
     scaling = {"rope_type": kind, "type": kind, "factor": _short(factor)}
     if kind == "yarn":
         context = fields.get("rope.scaling.original_context_length", (int,))
         if context is None:
-            raise CheckpointError(f"{where}: yarn without rope.scaling.original_context_length")
+            raise CheckpointError(
+                f"{where}: rope.scaling.original_context_length is missing (yarn)"
+            )
         scaling["original_max_position_embeddings"] = context
     for key in fields.model.fields:
         name = key.removeprefix(f"{fields.prefix}.")
         if name.startswith("rope.scaling.") and name not in _OTHER:
-            raise CheckpointError(f"{where}: {key} is not honoured by mlx-lm")
+            raise CheckpointError(f"{where}: {key} is not supported by mlx-lm")
     return scaling
 
 
-def _honour_frequencies(model: GgufModel, config: dict) -> dict:
-    """Express a tensor of frequency factors as Llama 3's `rope_scaling`, or refuse it."""
+def _with_frequency_factors(model: GgufModel, config: dict) -> dict:
+    """Convert the tensor of frequency factors to Llama 3's `rope_scaling`, or refuse it."""
     tensor = model.tensors.get(ROPE_FREQS)
     if tensor is None:
         return config
@@ -233,13 +235,13 @@ def _honour_frequencies(model: GgufModel, config: dict) -> dict:
     same = np.allclose(factors, _llama3_factors(config, scaling), rtol=1e-5, atol=0)
     if config["model_type"] != "llama" or "rope_scaling" in config or not same:
         raise CheckpointError(
-            f"{tensor.where}: frequencies that are not Llama 3's; mlx-lm has no place for them"
+            f"{tensor.where}: frequency factors other than Llama 3's are not supported by mlx-lm"
         )
     return config | {"rope_scaling": scaling}
 
 
 def _llama3_factors(config: dict, scaling: dict) -> np.ndarray:
-    """What Llama 3 divides each frequency by (its reference code, `apply_scaling`)."""
+    """Llama 3's divisors of the frequencies, (head_dim / 2,); source: its `apply_scaling`."""
     width, factor = head_dim(config), scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     context = scaling["original_max_position_embeddings"]
@@ -249,7 +251,7 @@ def _llama3_factors(config: dict, scaling: dict) -> np.ndarray:
     return np.where(lengths < context / high, 1, np.where(lengths > context / low, factor, between))
 
 
-def _unread(fields: _Fields, sizes: dict[str, str]) -> list[str]:
+def _ignored(fields: _Fields, sizes: dict[str, str]) -> list[str]:
     known = _OTHER | set(sizes) | set(_EXPERTS) | set(_NUMBERS)
     prefix = f"{fields.prefix}."
     names = [
@@ -257,4 +259,4 @@ def _unread(fields: _Fields, sizes: dict[str, str]) -> list[str]:
         for key in fields.model.fields
         if key.startswith(prefix) and key.removeprefix(prefix) not in known
     ]
-    return [f"metadata that is not read: {listed(names, 8)}"] if names else []
+    return [f"ignored metadata: {listed(names, 8)}"] if names else []

@@ -1,4 +1,4 @@
-"""Which GGUF files make a model, and what they hold together."""
+"""Find the GGUF files of a model and read their metadata."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.storage.gguf import GgufTensor, read_gguf
 from outlier_mlx.storage.paths import inside, require_plain
 
-# llama.cpp's `gguf-split` names the files of a model so, and counts from 1.
+# File names of llama.cpp's `gguf-split`, numbered from 1.
 _SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 _MAX_SPLITS = 1000
 
@@ -19,9 +19,9 @@ class GgufModel:
     """The files of a model.
 
     Attributes:
-        where: what messages call it.
-        fields: the metadata of the first file.
-        tensors: of all files, by name.
+        where: name of the first file, for messages.
+        fields: metadata of the first file.
+        tensors: tensors of all files, by name.
     """
 
     where: str
@@ -34,11 +34,10 @@ def read_model(place: Path, file: str | None = None) -> GgufModel:
 
     Args:
         place: a `.gguf` file, one of the files of a split model, or a folder.
-        file: which file of a folder with several models; any of a split model's.
+        file: file name in a folder with several models; for a split model, any of its files.
 
     Raises:
-        CheckpointError: there is not exactly one model, a file of it is missing, or one is not
-            sound.
+        CheckpointError: there is not exactly one model, or a file is missing or damaged.
     """
     if place.is_dir():
         paths = _splits(place, _only_model(place) if file is None else file)
@@ -50,7 +49,7 @@ def read_model(place: Path, file: str | None = None) -> GgufModel:
         for tensor in part.tensors:
             if tensor.name in tensors:
                 raise CheckpointError(
-                    f"{tensor.where}: is in {tensors[tensor.name].file.name}, too"
+                    f"{tensor.where}: duplicate tensor, also in {tensors[tensor.name].file.name}"
                 )
             tensors[tensor.name] = tensor
     for number, part in enumerate(read):
@@ -59,14 +58,14 @@ def read_model(place: Path, file: str | None = None) -> GgufModel:
 
 
 def patterns(file: str) -> tuple[str, ...]:
-    """What to fetch of a repository for a file: with it all files of a split model, and papers."""
+    """Patterns of the files to download for a model: all its files, its licence and README."""
     match = _SPLIT.fullmatch(file)
     names = file if match is None else f"{match[1]}-*-of-{match[3]}.gguf"
     return (names, "LICENSE*", "NOTICE*", "README.md")
 
 
 def _only_model(folder: Path) -> str:
-    """The file of the one model in a folder, or the first of its files."""
+    """The name of the only model in a folder, or of the first file if the model is split."""
     names = sorted(path.name for path in folder.glob("*.gguf"))
     models: dict[str, str] = {}
     for name in names:
@@ -81,13 +80,13 @@ def _only_model(folder: Path) -> str:
 
 
 def _splits(folder: Path, file: str) -> list[Path]:
-    """A file, or all files of the split model that it is a part of."""
+    """All files of the model that a file belongs to."""
     match = _SPLIT.fullmatch(file)
     if match is None:
         return [inside(folder, file)]
     count = int(match[3])
     if not 1 <= int(match[2]) <= count <= _MAX_SPLITS:
-        raise CheckpointError(f"{file}: the name says that it is file {match[2]} of {count}")
+        raise CheckpointError(f"{file}: the name says file {match[2]} of {count}")
     names = [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, count + 1)]
     for name in names:
         require_plain(name, folder.name)
@@ -99,8 +98,8 @@ def _splits(folder: Path, file: str) -> list[Path]:
 def _check_split(fields: dict[str, Any], number: int, count: int, tensors: int, path: Path) -> None:
     expected = {"split.no": number, "split.count": count, "split.tensors.count": tensors}
     for key, value in expected.items():
-        # A model of one file need not say so, and some say that it has no splits.
+        # In a model of one file these fields may be missing or 0.
         if key in fields and fields[key] != value and not (count == 1 and not fields[key]):
             raise CheckpointError(f"{path.name}: {key} is {fields[key]!r}, expected {value}")
         if key not in fields and count > 1:
-            raise CheckpointError(f"{path.name}: no {key}; is it a file of a split model?")
+            raise CheckpointError(f"{path.name}: {key} is missing; is it a file of a split model?")

@@ -1,8 +1,8 @@
-"""Which rows of which GGUF tensors a module of MLX's model is made of.
+"""Find the rows of GGUF tensors for each module of the mlx-lm model.
 
-Names are llama.cpp's (`gguf/constants.py`). Experts come in three layouts: one tensor for all of a
-layer (since April 2024), one for each expert (before), and gate and up in one tensor (since 2026).
-Files of the architecture `llama` have the rows of q and k in another order.
+Names are llama.cpp's (`gguf/constants.py`). There are three layouts of experts: one tensor for all
+experts of a layer (since April 2024), one tensor for each expert (before), and gate and up in one
+tensor (since 2026). In files of the architecture `llama`, the rows of q and k are in another order.
 """
 
 import re
@@ -35,19 +35,19 @@ _NAMES = {
 _LAYER = re.compile(r"model\.layers\.([0-9]+)\.(.+)")
 _EXPERTS = re.compile(r"block_sparse_moe\.switch_mlp\.(gate|up|down)_proj")
 _OF_EXPERT = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)\.([0-9]+)\.weight")
-# Made from the config anew; old files hold them.
+# Tensors that follow from the config.
 _IGNORED = re.compile(r"blk\.[0-9]+\.attn_rot_embd(\.weight)?|" + re.escape(ROPE_FREQS))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a tensor that follow each other in MLX's model.
+    """Successive rows of a tensor.
 
     Attributes:
         tensor: the tensor.
-        start: its first row.
-        count: how many.
-        head: rows of a head whose rotary pairs are interleaved and are to be put apart; 0: none.
+        start: number of the first row.
+        count: number of rows.
+        head: rows of one attention head if their rotary pairs are interleaved, else 0.
     """
 
     tensor: GgufTensor
@@ -57,13 +57,18 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Their size on disk."""
+        """Size of the rows on disk in bytes."""
         return self.count * self.tensor.row_bytes
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Some of them as stored, (rows, row_bytes) uint8; whole heads where they are reordered.
+        """Read stored rows: (rows, row_bytes) uint8.
 
-        Row 2 j + r of a head of the file is row r * head / 2 + j of transformers' and MLX's.
+        If `head` is not 0, the range must consist of whole heads, and the rows of each are put into
+        the order of transformers and MLX: row 2 j + r in the file becomes row r * head / 2 + j.
+
+        Args:
+            start: first row, counted from the start of this range.
+            stop: end of the rows, exclusive.
         """
         raw = self.tensor.read(self.start + start, self.start + stop)
         if not self.head:
@@ -73,12 +78,12 @@ class Rows:
 
 
 class Names:
-    """The tensors of a model by what MLX's model calls them.
+    """Finds the GGUF tensors of mlx-lm's modules.
 
     Args:
-        model: its files.
-        config: as `gguf_config.read_config` returns it.
-        permuted: whether rows of q and k are interleaved.
+        model: the GGUF model.
+        config: the config that `gguf_config.read_config` returns.
+        permuted: whether the rows of q and k are interleaved.
     """
 
     def __init__(self, model: GgufModel, config: dict, *, permuted: bool) -> None:
@@ -90,13 +95,13 @@ class Names:
             if match := _OF_EXPERT.fullmatch(name):
                 found = self._by_expert.setdefault((match[1], match[2]), {})
                 if found.setdefault(int(match[3]), tensor) is not tensor:
-                    raise CheckpointError(f"{tensor.where}: expert {int(match[3])} is there twice")
+                    raise CheckpointError(f"{tensor.where}: duplicate expert {int(match[3])}")
 
     def weight(self, module: Module) -> tuple[Rows, ...]:
-        """The rows of a module's weight, of each expert in turn.
+        """The rows of a module's weight; of several experts, one after another.
 
         Raises:
-            CheckpointError: a tensor is missing, of another shape, or there in two layouts.
+            CheckpointError: a tensor is missing, has a wrong shape, or is there in two layouts.
         """
         layer, place = _place(module.path)
         if match := _EXPERTS.fullmatch(place):
@@ -105,21 +110,21 @@ class Names:
         return (self._rows(tensor, place),)
 
     def bias(self, module: Module) -> tuple[Rows, ...]:
-        """The bias of a module that has one, as rows of one element; see `weight`."""
+        """The bias of a module as rows of one element; raises like `weight`."""
         layer, place = _place(module.path)
         tensor = self._tensor(f"{_prefix(layer)}{_NAMES[place]}.bias", module.shape[:1])
         return (self._rows(replace(tensor, shape=(*tensor.shape, 1)), place),)
 
     def check_all_used(self) -> None:
-        """Refuse tensors that no module took.
+        """Refuse tensors that no module uses.
 
         Raises:
-            CheckpointError: names the first.
+            CheckpointError: there is one; the message names the first.
         """
         for name, tensor in self.model.tensors.items():
             if name not in self._used and not _IGNORED.fullmatch(name):
                 raise CheckpointError(
-                    f"{tensor.where}: not a tensor of a {self.config['model_type']} model"
+                    f"{tensor.where}: unknown tensor for a {self.config['model_type']} model"
                     f" of {self.config['num_hidden_layers']} layers"
                 )
 
@@ -148,12 +153,12 @@ class Names:
         if len(found) + bool(split) > 1:
             where = [*found, *(tensor.name for tensor in split.values())]
             raise CheckpointError(
-                f"{self.model.where}: layer {layer} has {projection} experts as {where[0]} and as"
-                f" {where[1]}"
+                f"{self.model.where}: layer {layer} has its {projection} experts twice: as"
+                f" {where[0]} and as {where[1]}"
             )
         if split:
             return self._split(module, layer, projection, split)
-        # A file without any of them is told of the layout of today.
+        # If there is none, the error names the current layout.
         tensor = self.model.tensors.get(found[0] if found else stacked)
         if tensor is not None and tensor.shape[0] != experts:
             raise CheckpointError(
@@ -185,7 +190,7 @@ class Names:
 
 
 def _place(path: str) -> tuple[str, str]:
-    """The number of a module's layer, if it is in one, and its name within."""
+    """The module's layer number as text ("" outside of layers), and its path inside the layer."""
     match = _LAYER.fullmatch(path)
     return ("", path) if match is None else (match[1], match[2])
 

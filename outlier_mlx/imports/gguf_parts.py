@@ -1,7 +1,7 @@
-"""What an imported GGUF model stores: affine matrices and plain tensors, made slab by slab.
+"""Write affine matrices and plain tensors from GGUF tensors, slab by slab.
 
-Scales and biases stand behind all codes of their tensor, so the source is read once for each of the
-three: that is little, since the codes' pass leaves it in the page cache, and nothing is put aside.
+The output holds all codes of a tensor, then all scales, then all biases. So the source is read
+three times, but from the page cache after the first time, and nothing has to be kept in memory.
 """
 
 import threading
@@ -21,19 +21,19 @@ from outlier_mlx.writing.parts import Chunk, Part, ahead
 from outlier_mlx.writing.writer import TensorSpec
 
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-#: Weights that a thread decodes at a time.
+#: Number of weights that a thread decodes at a time.
 SLAB_WEIGHTS = 1 << 19
 
 
 @dataclass
 class Losses:
-    """The largest errors of modules that are not exact; known once they are written."""
+    """Largest errors of modules that are not stored exactly; complete once they are written."""
 
     largest: dict[str, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, path: str, exact: np.ndarray, stored: np.ndarray) -> None:
-        """Add weights of a module: as they were, and as they are now."""
+        """Compare weights of the module `path` with their stored values."""
         error = exact - stored
         largest = max(float(error.max(initial=0)), -float(error.min(initial=0)))
         with self._lock:
@@ -42,13 +42,13 @@ class Losses:
 
 @dataclass(frozen=True)
 class GgufPart(Part):
-    """A tensor, or the three of a quantized module, made from rows of GGUF tensors.
+    """A tensor, or the three tensors of a quantized module, made from rows of GGUF tensors.
 
     Attributes:
-        shape: of the weights, before quantization.
-        rows: what it is made of, in order.
-        dtype: "float32", "float16" or "bfloat16": of weights, or of scales and biases.
-        losses: told the errors, where there are any.
+        shape: shape of the weights before quantization.
+        rows: source rows, in order.
+        dtype: "float32", "float16" or "bfloat16": dtype of the weights, or of scales and biases.
+        losses: collects the errors.
     """
 
     shape: tuple[int, ...]
@@ -58,23 +58,31 @@ class GgufPart(Part):
 
     @property
     def params(self) -> int:
-        """Weights."""
+        """Number of weights."""
         return prod(self.shape)
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the rows on disk."""
+        """Size of the source rows in bytes."""
         return sum(rows.nbytes for rows in self.rows)
 
     @property
     def kinds(self) -> list[str]:
-        """ggml's types of the rows."""
+        """The ggml types of the source rows, sorted."""
         return sorted({rows.tensor.kind for rows in self.rows})
 
     def _slabs(
         self, make: Callable[[Rows, int, int], np.ndarray], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[memoryview, int]]:
-        """What `make` makes of ranges of rows, in order, and the bytes of source of each."""
+        """Call `make` for one slab of rows after another.
+
+        Args:
+            make: converts rows `start` to `stop` of `Rows`.
+            pool: runs the calls.
+
+        Yields:
+            The bytes of each slab, and its size in the source.
+        """
 
         def made(rows: Rows, start: int, stop: int) -> tuple[memoryview, int]:
             try:
@@ -97,21 +105,25 @@ class GgufPart(Part):
 
 @dataclass(frozen=True)
 class PlainTensor(GgufPart):
-    """A weight or bias that is not quantized; `name` is the tensor's."""
+    """A weight or bias that is not quantized.
+
+    Attributes:
+        name: name of the tensor.
+    """
 
     name: str
 
     @property
     def form(self) -> str:
-        """What it is stored as, for people."""
+        """How it is stored, for messages."""
         return self.dtype
 
     def specs(self) -> list[TensorSpec]:
-        """The one tensor."""
+        """The tensor of shape `shape`."""
         return [TensorSpec(self.name, SAFETENSORS_NAMES[self.dtype], self.shape)]
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """The rows as floats."""
+        """The rows as numbers of `dtype`."""
         for data, used in self._slabs(self._floats, pool):
             yield self.name, data, used
 
@@ -132,12 +144,12 @@ class AffineMatrix(GgufPart):
 
     @property
     def form(self) -> str:
-        """What it is stored as, for people."""
+        """How it is stored, for messages."""
         return f"{self.bits}-bit codes in groups of {self.group}, {self.dtype} scales"
 
     @property
     def is_exact(self) -> bool:
-        """Whether MLX's weights are ggml's."""
+        """Whether MLX computes exactly ggml's weights."""
         layouts = [gguf_blocks.AFFINE.get(kind) for kind in self.kinds]
         return all(a is not None and (a.half or self.dtype == "float32") for a in layouts)
 
@@ -190,22 +202,22 @@ class AffineMatrix(GgufPart):
 
 
 def _holds(dtype: str, kind: str) -> bool:
-    """Whether every weight of a type is a number of a dtype."""
+    """Whether a dtype holds every weight of a ggml type exactly."""
     return dtype == "float32" or {"F16": "float16", "BF16": "bfloat16"}.get(kind) == dtype
 
 
 def round_to(array: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Round to the nearest of a dtype.
+    """Round to the nearest number of a dtype.
 
     Args:
         array: float32, finite.
         dtype: "float32", "float16" or "bfloat16".
 
     Returns:
-        The numbers as they are stored (bfloat16 as uint16), and as float32.
+        The rounded numbers in `dtype` (bfloat16 as uint16), and in float32.
 
     Raises:
-        CheckpointError: one is too large.
+        CheckpointError: a number is too large for the dtype.
     """
     if dtype == "float32":
         return array, array
@@ -215,7 +227,7 @@ def round_to(array: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         rounded = stored.astype(np.float32)
     else:
         bits = np.ascontiguousarray(array).view(np.uint32)
-        stored = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype("<u2")  # halves to even
+        stored = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype("<u2")  # ties to even
         rounded = (stored.astype(np.uint32) << 16).view(np.float32)
     if not np.isfinite(rounded).all():
         raise CheckpointError(
@@ -226,6 +238,6 @@ def round_to(array: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _step(rows: Rows) -> int:
-    """Rows of a slab; whole heads, where those are reordered."""
+    """Number of rows in a slab. If heads are reordered, a slab has whole heads only."""
     step = max(1, SLAB_WEIGHTS // rows.tensor.shape[-1])
     return max(rows.head, step - step % rows.head) if rows.head else step

@@ -1,12 +1,12 @@
-"""The tokenizer that a GGUF file's metadata describes, as `tokenizer.json` and its config.
+"""Build `tokenizer.json` and its config from the metadata of a GGUF file.
 
-Two kinds are read. `llama` is SentencePiece BPE with a score for every piece: merges are the ways
-to split a piece into two others, the best score first. `gpt2` is byte-level BPE, whose merges are
-listed, and whose rule for cutting text into words has a name (`tokenizer.ggml.pre`). Defaults are
-llama.cpp's (`src/llama-vocab.cpp`), the rules those of the models' own tokenizer.json.
+Two tokenizers are supported. `llama` is SentencePiece BPE with a score for every piece: the merges
+are all ways to split a piece into two others, best score first. `gpt2` is byte-level BPE with a
+list of merges; `tokenizer.ggml.pre` names the rule that splits text into words. Defaults are those
+of llama.cpp (`src/llama-vocab.cpp`); the rules are those of the models' own tokenizer.json.
 
-transformers converts these, too, but drops a space at the beginning of a text, and takes a rule
-that it does not know for GPT-2's.
+transformers can convert these tokenizers, too, but it drops a space at the beginning of a text, and
+uses GPT-2's rule if it does not know the rule's name.
 """
 
 import json
@@ -19,8 +19,8 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 
-_SPACE = "\u2581"  # how SentencePiece writes a space
-# Characters to look at when pieces are cut in two; a vocabulary of 32,000 has some millions.
+_SPACE = "\u2581"  # SentencePiece's symbol for a space
+# Limit for the sum of squared lengths of all pieces; a vocabulary of 32,000 has some millions.
 _MAX_WORK = 10**9
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
@@ -38,13 +38,13 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class _Rule:
-    """How text is cut into words before merging.
+    """How text is split into words before merging.
 
     Attributes:
-        splits: patterns; each cuts what the one before it left.
-        whole: a word that is a token is that token, whatever its merges say.
-        bos: whether texts begin with a token, where the file does not say.
-        nfc: whether text is brought to Unicode's composed form first.
+        splits: patterns; each one splits the pieces that the one before produced.
+        whole: whether a word that is a token becomes that token without merging.
+        bos: whether texts begin with BOS if the file does not say.
+        nfc: whether text is normalised to Unicode NFC first.
     """
 
     splits: tuple[str, ...]
@@ -71,22 +71,23 @@ _RULES = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the metadata says of a tokenizer, checked.
+    """The checked metadata of a tokenizer.
 
     Attributes:
         where: the file, for messages.
         model: "llama" or "gpt2".
-        tokens: by id.
-        types: by id: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte.
-        scores: by id, float32; of "llama" only.
-        merges: of "gpt2" only.
-        rule: how words are cut, of "gpt2" only.
-        special: ids of "bos", "eos", "unk" and "pad", as far as there are any.
-        stops: further ids that end a reply.
-        add: "bos" and "eos", if they are added to every text.
-        space: whether a space is put before a text, of "llama" only.
+        tokens: text of each token, by id.
+        types: type of each token, by id: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused,
+            6 byte.
+        scores: score of each token, by id, float32; for "llama" only.
+        merges: pairs of pieces, in order; for "gpt2" only.
+        rule: name of the rule that splits text into words; for "gpt2" only.
+        special: ids of "bos", "eos", "unk" and "pad", if they exist.
+        stops: other ids that end a reply.
+        add: which of "bos" and "eos" are added to every text.
+        space: whether a space is added before a text; for "llama" only.
         templates: chat templates by name; "" is the default.
-        notes: what was assumed.
+        notes: assumptions that were made.
     """
 
     where: str
@@ -105,15 +106,16 @@ class Vocabulary:
 
 
 def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vocabulary:
-    """The tokenizer of a file.
+    """Read the tokenizer from the metadata of a file.
 
     Args:
-        fields: its metadata.
-        architecture: its `general.architecture`; files of early 2024 do not name their rule.
+        fields: the metadata.
+        architecture: `general.architecture`, which decides if the file does not name its rule, as
+            in early 2024.
         where: the file, for messages.
 
     Raises:
-        CheckpointError: there is none, it is of a kind that is not read, or it contradicts itself.
+        CheckpointError: there is no tokenizer, or it is not supported or not consistent.
     """
     read = _Reader(fields, where)
     model = read.get("model", str, None)
@@ -124,14 +126,14 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
     tokens = read.strings("tokens")
     (most, times), *_ = Counter(tokens).most_common(1)
     if times > 1:
-        raise CheckpointError(f"{where}: the token {most[:40]!r} is there {times} times")
+        raise CheckpointError(f"{where}: duplicate token {most[:40]!r} ({times} times)")
     spm = model == "llama"
     rule, notes = ("", ()) if spm else _rule(read, architecture)
     if architecture == "qwen2" and _RULES.get(rule) is not _QWEN2:
-        # transformers 5 does not ask tokenizer.json, nor its config, for models of this type.
+        # transformers 5 ignores tokenizer.json and its config for models of this type.
         raise CheckpointError(
-            f"{where}: a qwen2 model with the tokenizer {rule or model!r}; transformers gives all"
-            " qwen2 models Qwen2's own"
+            f"{where}: a qwen2 model with the tokenizer {rule or model!r}; transformers would use"
+            " Qwen2's tokenizer for it"
         )
     defaults = {"bos": 1, "eos": 2, "unk": 0} if spm else {}
     special = {}
@@ -167,12 +169,12 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> list[str]:
     """Write `tokenizer.json` and `tokenizer_config.json`; returns their names.
 
     Raises:
-        CheckpointError: merges make tokens that are not there.
+        CheckpointError: a merge has a token that is not in the vocabulary.
     """
     try:
         text = _build(vocabulary).to_str(pretty=False)
-    except Exception as error:  # the library raises plain Exceptions
-        raise CheckpointError(f"{vocabulary.where}: no sound tokenizer: {error}") from None
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise CheckpointError(f"{vocabulary.where}: invalid tokenizer: {error}") from None
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -195,7 +197,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> list[str]:
 
 
 def _build(vocabulary: Vocabulary) -> Any:
-    """The `tokenizers.Tokenizer`."""
+    """Build the `tokenizers.Tokenizer`."""
     from tokenizers import AddedToken, processors
 
     tokenizer = _sentencepiece(vocabulary) if vocabulary.model == "llama" else _bytes(vocabulary)
@@ -245,11 +247,11 @@ def _sentencepiece(vocabulary: Vocabulary) -> Any:
 
 
 def _scored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Every way to make a normal piece of two others, in the order in which they are tried."""
+    """All pairs of normal pieces whose concatenation is a normal piece, best score first."""
     normal = np.flatnonzero(vocabulary.types == _NORMAL).tolist()
     ids = {vocabulary.tokens[n]: n for n in normal}
     if sum(len(text) ** 2 for text in ids) > _MAX_WORK:
-        raise CheckpointError(f"{max(map(len, ids))} characters in a token")
+        raise CheckpointError(f"a token has {max(map(len, ids))} characters")
     scores = vocabulary.scores.tolist()
     found = []
     for text, number in ids.items():
@@ -282,14 +284,15 @@ def _bytes(vocabulary: Vocabulary) -> Any:
 
 
 def _rule(read: "_Reader", architecture: str) -> tuple[str, tuple[str, ...]]:
-    """The name of the rule, and a note if it is a guess."""
+    """The name of the rule, and a note if it is assumed."""
     name = read.get("pre", str, None)
     if name is None:
         name = "qwen2" if architecture == "qwen2" else "default"
-        return name, (f"the file does not name its pre-tokenizer (tokenizer.ggml.pre): {name}",)
+        return name, (f"tokenizer.ggml.pre is missing; the rule {name} is assumed",)
     if name not in _RULES:
         raise CheckpointError(
-            f"{read.where}: tokenizer.ggml.pre {name!r} is not known; known are {', '.join(_RULES)}"
+            f"{read.where}: tokenizer.ggml.pre {name!r} is not supported; supported:"
+            f" {', '.join(_RULES)}"
         )
     return name, ()
 
@@ -297,15 +300,15 @@ def _rule(read: "_Reader", architecture: str) -> tuple[str, tuple[str, ...]]:
 def _templates(fields: dict[str, Any], where: str) -> dict[str, str]:
     key = "tokenizer.chat_template"
     found = {name[len(key) :]: text for name, text in fields.items() if name.startswith(key)}
-    # `tokenizer.chat_templates` lists the names of the others.
+    # The field `tokenizer.chat_templates` is the list of the templates' names.
     result = {name.removeprefix("."): text for name, text in found.items() if name != "s"}
     if not all(isinstance(text, str) for text in result.values()):
-        raise CheckpointError(f"{where}: {key} is no text")
+        raise CheckpointError(f"{where}: {key} is not a string")
     return result
 
 
 class _Reader:
-    """The fields of a tokenizer, with their types checked."""
+    """Reads fields of a tokenizer and checks their types."""
 
     def __init__(self, fields: dict[str, Any], where: str) -> None:
         self.fields, self.where = fields, where
@@ -314,7 +317,7 @@ class _Reader:
         value = self.fields.get(f"tokenizer.ggml.{name}", default)
         if value is not default and type(value) is not kind:
             raise CheckpointError(
-                f"{self.where}: tokenizer.ggml.{name} is no {_KINDS.get(kind, kind.__name__)}"
+                f"{self.where}: tokenizer.ggml.{name} is not a {_KINDS.get(kind, kind.__name__)}"
             )
         return value
 
@@ -322,7 +325,7 @@ class _Reader:
         value = self.get(name, int, None)
         if value is not None and not 0 <= value < count:
             raise CheckpointError(
-                f"{self.where}: tokenizer.ggml.{name} is {value}, of {count} tokens"
+                f"{self.where}: tokenizer.ggml.{name} is {value}, but there are {count} tokens"
             )
         return value
 
@@ -350,9 +353,14 @@ class _Reader:
         for pair in pairs:
             if len(pair) != 2:
                 raise CheckpointError(
-                    f"{self.where}: tokenizer.ggml.merges: {' '.join(pair)!r} is no pair"
+                    f"{self.where}: tokenizer.ggml.merges: {' '.join(pair)!r} is not a pair"
                 )
         return [(a, b) for a, b in pairs]
 
 
-_KINDS: dict[type, str] = {str: "text", int: "whole number", bool: "boolean", list: "list of texts"}
+_KINDS: dict[type, str] = {
+    str: "string",
+    int: "whole number",
+    bool: "boolean",
+    list: "list of strings",
+}
