@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -219,6 +220,18 @@ def serving(hub: Hub, handles: type[Handler] = Handler) -> Iterator[None]:
         finally:
             http.shutdown()
             thread.join()
+
+
+@contextmanager
+def opened(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handles: type[Handler] = Handler
+) -> Iterator[None]:
+    """Have a hub answer as this process's own, with an empty cache and nobody logged in."""
+    with serving(hub, handles):
+        point_to(hub, tmp_path, monkeypatch)
+        huggingface_hub.close_session()
+        yield
+        huggingface_hub.close_session()
 
 
 def point_to(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage import remote
 from outlier_mlx.storage.hub import resolve
 from tests.builders import write_base, write_overlay
+from tests.folders import tier_contents
 from tests.form_builders import to_gguf, to_packed
-from tests.hub import Hub, point_to, serving
+from tests.hub import Hub, opened
 from tests.program import Result, run, run_program
 
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
@@ -53,25 +54,13 @@ def hub(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     hub.add("owner/overlay", folders / "overlay-1", folders / "overlay-2")
     hub.add("owner/base", folders / "base-1", folders / "base-2")
     hub.add("owner/tier", folders / "tier")
-    with serving(hub):
-        point_to(hub, tmp_path, monkeypatch)
-        huggingface_hub.close_session()
+    with opened(hub, tmp_path, monkeypatch):
         yield hub
-        huggingface_hub.close_session()
 
 
 def convert(out: Path, *options: str, code: int = 0) -> Result:
     arguments = ["convert", "owner/overlay", "--base", "owner/base", "--out", out, "--quiet"]
     return run(*arguments, *options, code=code)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a tier that do not tell where it came from."""
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.name not in ("README.md", "tier.json")
-    }
 
 
 @pytest.mark.parametrize("which", [1, 2])
@@ -82,7 +71,7 @@ def test_convert(hub: Hub, folders: Path, tmp_path: Path, which: int) -> None:
     local = outlier_mlx.convert(
         folders / f"overlay-{which}", folders / f"base-{which}", tmp_path / "local"
     )
-    assert contents(tmp_path / "tier") == contents(local)
+    assert tier_contents(tmp_path / "tier") == tier_contents(local)
     # The commits are recorded, whatever they were asked for as.
     manifest = json.loads((tmp_path / "tier" / "tier.json").read_text())
     overlay_commit = hub.repos["owner/overlay"].refs[f"v{which}"]
@@ -99,7 +88,7 @@ def test_one_revision_of_each(hub: Hub, folders: Path, tmp_path: Path) -> None:
     commit = hub.repos["owner/overlay"].refs["v1"]
     convert(tmp_path / "tier", "--revision", commit)
     local = outlier_mlx.convert(folders / "overlay-1", folders / "base-2", tmp_path / "local")
-    assert contents(tmp_path / "tier") == contents(local)
+    assert tier_contents(tmp_path / "tier") == tier_contents(local)
 
 
 def test_only_what_is_needed_is_fetched(hub: Hub, tmp_path: Path) -> None:
@@ -122,7 +111,7 @@ def test_a_warm_cache_needs_no_hub(
     huggingface_hub.close_session()
     hub.requests.clear()
     convert(tmp_path / "second")
-    assert contents(tmp_path / "second") == contents(tmp_path / "first")
+    assert tier_contents(tmp_path / "second") == tier_contents(tmp_path / "first")
     assert same_but_for_the_name("owner/base", folders / "base-2")
     assert hub.requests == []
     first = json.loads((tmp_path / "first" / "tier.json").read_text())
@@ -140,7 +129,7 @@ def test_a_hub_that_is_away(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monkey
         constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.url, gone),
     )
     convert(tmp_path / "second")
-    assert contents(tmp_path / "second") == contents(tmp_path / "first")
+    assert tier_contents(tmp_path / "second") == tier_contents(tmp_path / "first")
     result = run("convert", "owner/tier", code=1)
     assert_one_line(result, "owner/tier", "cannot be reached")
 
@@ -334,7 +323,7 @@ def test_the_environment_of_a_program(hub: Hub, tmp_path: Path, folders: Path) -
         hub.requests.clear()
         settings = environment | {"HF_HUB_OFFLINE": offline}
         assert run_program(*command, env=settings).both == ""
-        assert contents(out) == contents(folders / "tier")
+        assert tier_contents(out) == tier_contents(folders / "tier")
         assert {r.token for r in hub.requests if "owner" in r.path} == (
             {"Bearer hf_secret"} if offline == "0" else set()
         )

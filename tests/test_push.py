@@ -20,7 +20,7 @@ from outlier_mlx.measure.eval_results import Evaluation, save
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_base, write_overlay
 from tests.folders import contents
-from tests.hub import point_to, serving
+from tests.hub import opened
 from tests.hub_uploads import WritableHandler, WritableHub
 from tests.program import run
 
@@ -50,12 +50,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub
     """The stand-in as this process's hub, with an empty cache and its user logged in."""
     (tmp_path / "store").mkdir()
     hub = WritableHub(store=tmp_path / "store")
-    with serving(hub, WritableHandler):
-        point_to(hub, tmp_path, monkeypatch)
+    with opened(hub, tmp_path, monkeypatch, WritableHandler):
         monkeypatch.setenv("HF_TOKEN", hub.token)
-        huggingface_hub.close_session()
         yield hub
-        huggingface_hub.close_session()
 
 
 @pytest.fixture
