@@ -17,6 +17,7 @@ from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.tiers.plan import Plan, make_plan
 from outlier_mlx.tiers.presets import Recipe
+from outlier_mlx.writing.parts import Parts
 
 PAGE = Path(__file__).parents[1] / "docs" / "sizes.md"
 EXPERTS, TOP_K = 8, 2
@@ -73,7 +74,7 @@ def model_of(shape: tuple) -> WholeModel:
 
 def of_kind(plan: Plan, kind: str) -> SummaryRow:
     """One row of a plan's summary."""
-    return next(row for row in plan.rows() if row.kind == kind)
+    return next(row for row in Parts(plan.parts).rows if row.kind == kind)
 
 
 def alternatives(model: WholeModel) -> dict[str, float]:
@@ -103,7 +104,7 @@ def page() -> str:
     total = [[name, *(f"{formats[name][label] / 1e9:.1f}" for label in names)] for name in formats]
     by_part = []
     for name, model in models.items():
-        for row in make_plan(model, Recipe()).rows():
+        for row in Parts(make_plan(model, Recipe()).parts).rows:
             by_part.append(
                 [f"{name}: {row.kind}", f"{row.params / 1e9:.3f}", f"{row.nbytes / 1e9:.3f}"]
                 + [f"{row.bits_per_weight:.3f}"]

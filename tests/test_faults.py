@@ -143,14 +143,14 @@ def test_a_full_disk(place: Path, target: str, room: int, monkeypatch: pytest.Mo
 def test_a_disk_that_is_full_at_the_last_file(
     place: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def write(self: Path, *args: Any, **kwargs: Any) -> int:
-        if self.name == name:
+    def write(self: Path, data: Any) -> int:
+        if self.name.startswith(f".{Path(name).stem}."):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_text(self, *args, **kwargs)
+        return write_bytes(self, data)
 
-    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(Path, "write_bytes", write)
     with leaves_no_trace(place), pytest.raises(OutlierError, match="No space left"):
         outlier_mlx.convert(place / "overlay", out=place / "outputs" / "new")
 

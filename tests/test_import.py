@@ -145,7 +145,7 @@ def test_models_that_mlx_lm_wrote_have_both_names(imported: Path, tmp_path: Path
 def test_any_changed_byte_is_found_and_its_file_named(imported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(imported, tmp_path / "mlx")
     listed = json.loads((folder / "checksums.json").read_text())["files"]
-    assert {path.name for path in folder.iterdir()} == {*listed, "checksums.json"}
+    assert {path.name for path in folder.iterdir()} == {*listed, "checksums.json", "README.md"}
     assert "whole" in run("verify", folder).out
     chance = random.Random(2)
     for name in listed:

@@ -291,7 +291,7 @@ def test_nothing_is_published_without_a_licence(
     run("push", tier, REPO, "--license", "mit")
     card = ModelCard(arrived(hub)["README.md"].decode())
     assert card.data.get("license") == ["apache-2.0", "mit"]
-    assert "the publisher of this tier names `mit`" in card.text
+    assert "the publisher of this model names `mit`" in card.text
     refused("push", folders / "tier", REPO, "--license", "mit", words=("apache-2.0", "state"))
 
 

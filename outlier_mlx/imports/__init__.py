@@ -1,22 +1,19 @@
 """Importing: models in the formats of other tools, streamed into plain MLX folders."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.imports.card import write_card
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.imports.card import model_card
 from outlier_mlx.imports.gguf_file import patterns
 from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
-from outlier_mlx.imports.vocabulary import largest_id
-from outlier_mlx.models.summary import SummaryRow, summarize
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
 from outlier_mlx.terminal import Progress
-from outlier_mlx.writing.assets import TOKENIZER_FILES
 from outlier_mlx.writing.folders import check_free
-from outlier_mlx.writing.model_folder import write_model
+from outlier_mlx.writing.model_folder import Written, write_model
+from outlier_mlx.writing.parts import Parts
 
 ScaleType = Literal["float32", "float16"]
 #: How types of GGUF are stored that no affine group of MLX fits.
@@ -26,22 +23,16 @@ TernaryForm = Literal["tq1_0", "affine2"]
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What an import wrote.
+class Imported(Written):
+    """A model that was imported.
 
     Attributes:
-        path: the folder.
         form: the format that the model came in.
-        rows: parameters and bytes by kind of part, the total last.
-        notes: what is not exact, or not honoured by mlx-lm.
-        tokenizer: whether a tokenizer came along.
+        notes: what is not exact, or ignored by mlx-lm.
     """
 
-    path: Path
     form: str
-    rows: list[SummaryRow]
     notes: list[str]
-    tokenizer: bool
 
 
 def import_model(
@@ -82,39 +73,20 @@ def import_model(
     found = _resolve(source, file, revision)
     gguf = {"k_quants": k_quants, "experts": experts}
     opened = _open(found, dtype, bits, file, {k: v for k, v in gguf.items() if v is not None})
-    rows = summarize((part.kind, part.params, part.nbytes) for part in opened.parts)
-    written: list[str] = []
-
-    def assets(folder: Path) -> list[str]:
-        written.extend(opened.assets(folder))
-        _warn_of_tokenizer(found.name, folder, written, opened.config)
-        written.append(write_card(folder, target.name, found, opened, rows))
-        return written
-
+    tensors = Parts(opened.parts)
     origin = {"name": found.name, "revision": found.revision, "form": opened.form}
-    path = write_model(
+    written = write_model(
         target,
-        opened.parts,
+        tensors,
         opened.config,
-        source=origin | opened.details,
-        assets=assets,
+        source=found.name,
+        assets=opened.assets,
+        manifest={"source": origin | opened.details},
+        card=lambda folder: model_card(folder, target.name, found, opened, tensors.rows),
         force=force,
         progress=progress,
     )
-    tokenizer = any(name in written for name in TOKENIZER_FILES)
-    return Imported(path, opened.form, rows, opened.notes(), tokenizer)
-
-
-def _warn_of_tokenizer(name: str, folder: Path, written: list[str], config: dict) -> None:
-    largest = largest_id(folder)
-    said = None
-    if not any(file in written for file in TOKENIZER_FILES):
-        said = "no tokenizer beside it; the model has none"
-    elif largest is not None and largest >= config["vocab_size"]:
-        rows = config["vocab_size"]
-        said = f"its tokenizer has ids up to {largest}, but there are {rows} embeddings"
-    if said:
-        warnings.warn(f"{name}: {said}", CheckpointWarning, stacklevel=2)
+    return Imported(**vars(written), form=opened.form, notes=opened.notes())
 
 
 def _resolve(source: str | Path, file: str | None, revision: str | None) -> Source:

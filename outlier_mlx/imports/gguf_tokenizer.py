@@ -9,7 +9,6 @@ transformers can convert these tokenizers, too, but it drops a space at the begi
 uses GPT-2's rule if it does not know the rule's name.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.output import write_json, write_whole
 
 _SPACE = "\u2581"  # SentencePiece's symbol for a space
 # Limit for the sum of squared lengths of all pieces; a vocabulary of 32,000 has some millions.
@@ -165,8 +165,8 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
     )
 
 
-def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> list[str]:
-    """Write `tokenizer.json` and `tokenizer_config.json`; returns their names.
+def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`.
 
     Raises:
         CheckpointError: a merge has a token that is not in the vocabulary.
@@ -175,7 +175,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> list[str]:
         text = _build(vocabulary).to_str(pretty=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions
         raise CheckpointError(f"{vocabulary.where}: invalid tokenizer: {error}") from None
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    write_whole(folder / "tokenizer.json", text)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -191,9 +191,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> list[str]:
         config["chat_template"] = [
             {"name": name or "default", "template": text} for name, text in templates.items()
         ]
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    return ["tokenizer.json", "tokenizer_config.json"]
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _build(vocabulary: Vocabulary) -> Any:

@@ -20,7 +20,7 @@ class Opened:
         form: the format it came in, as "AutoAWQ int4".
         parts: its tensors, in the order in which they are written.
         config: its config.json.
-        assets: writes tokenizer and the like into a folder, and returns the names of the files.
+        assets: writes tokenizer and the like into a folder.
         notes: sentences on what is not exact or not honoured; asked once the parts are written.
         details: how it was made, for the manifest.
     """
@@ -28,7 +28,7 @@ class Opened:
     form: str
     parts: list[Part]
     config: dict
-    assets: Callable[[Path], list[str]]
+    assets: Callable[[Path], None]
     notes: Callable[[], list[str]] = _no_notes
     details: dict = field(default_factory=dict)
 

@@ -1,6 +1,6 @@
 """The plan of the merged model: its tensors in order, and its config."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -161,7 +161,7 @@ class _Plan:
         return Quantized(path, kind, tensor, form.bits, max(sizes), form.dtype)
 
 
-def unquantized(parts: list[Part], form: Form) -> list[str]:
+def unquantized(parts: Sequence[Part], form: Form) -> list[str]:
     """Matrices that no group size divides, though they were to be quantized."""
     if form.bits is None:
         return []
@@ -169,7 +169,7 @@ def unquantized(parts: list[Part], form: Form) -> list[str]:
     return [path for path, p in members if isinstance(p, Plain) and len(p.tensor.shape) == 2]
 
 
-def make_config(mixture: Mixture, form: Form, parts: list[Part]) -> dict:
+def make_config(mixture: Mixture, form: Form, parts: Sequence[Part]) -> dict:
     """The merged model's config.json: the base's, and what makes it a mixture of experts."""
     base = mixture.base.config
     config = {key: value for key, value in base.items() if key not in _DROPPED}

@@ -1,4 +1,4 @@
-"""The result of a merge, and its report `merge.json`."""
+"""The result of a merge, its report `merge.json`, and its model card."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -11,6 +11,7 @@ from outlier_mlx.merge.recipe import MergeRecipe
 from outlier_mlx.merge.routers import Routers
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.models.summary import SummaryRow
+from outlier_mlx.writing.card import Card, origin_of, plain
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,47 @@ def as_json(result: Merged) -> dict:
         "unquantized": result.unquantized,
         "notes": result.notes,
     }
+
+
+def model_card(result: Merged, folder: Path) -> str:
+    """The text of the card, once everything else is in the folder."""
+    mixture, form, name = result.mixture, result.form, result.path.name
+    base = origin_of("base", mixture.base.source)
+    experts = [origin_of(f"expert {e.number}", e.model.source) for e in mixture.experts]
+    if mixture.shared:
+        experts.append(origin_of("shared expert", mixture.shared.model.source))
+    changes = [
+        "the experts are the feed-forward layers of the models named so; all else is the base's",
+        f"the routers were made by outlier-mlx, `gate_mode: {result.recipe.gate_mode}`;"
+        " `merge.json` has the prompts and what was measured",
+        f"matrices were quantized to {form.bits} bits in groups of {form.group_size} at most"
+        if form.bits
+        else f"weights were converted to {form.dtype}",
+        *map(plain, result.notes),
+    ]
+    return Card(
+        name=name,
+        introduction=f"A {kind_of(mixture)}, merged by outlier-mlx from dense models.",
+        commands=[f'mlx_lm.generate --model {name} --prompt "Once upon a time"'],
+        origins=[base, *experts],
+        based_on=[base, *experts],
+        relation="merge",
+        tags=["mlx", "moe", "merge"],
+        rows=result.rows,
+        after_sizes=f"A token uses {mixture.active_params:,} of the parameters.",
+        changes=changes,
+    ).text(folder)
+
+
+def kind_of(mixture: Mixture) -> str:
+    """What a mixture is, as in "Mixtral of 4 experts, 2 a token"."""
+    name = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2-MoE"}[mixture.architecture]
+    return f"{name} of {experts_of(len(mixture.experts))}, {mixture.top_k} a token"
+
+
+def experts_of(number: int) -> str:
+    """A number of experts in words."""
+    return f"{number} expert{'' if number == 1 else 's'}"
 
 
 def conditions(result: Merged) -> list[float | None]:

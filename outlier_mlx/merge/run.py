@@ -9,14 +9,14 @@ from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.model import open_mixture
 from outlier_mlx.merge.plan import DTYPES, Form, make_config, make_parts, unquantized
 from outlier_mlx.merge.recipe import read_recipe
-from outlier_mlx.merge.report import Merged, as_json
+from outlier_mlx.merge.report import Merged, as_json, model_card
 from outlier_mlx.merge.routers import compute_routers, silent
-from outlier_mlx.models.summary import summarize
+from outlier_mlx.storage.output import write_json
 from outlier_mlx.terminal import Stages
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.folders import check_free, check_space
 from outlier_mlx.writing.model_folder import write_model
-from outlier_mlx.writing.parts import Part, write_json
+from outlier_mlx.writing.parts import Parts
 
 REPORT = "merge.json"
 
@@ -68,40 +68,44 @@ def merge(
     form = Form(dtype or recipe.dtype or stored, bits, group_size)
     layers, hidden = mixture.base.layers, mixture.base.hidden
     empty = Gates(np.zeros((layers, len(mixture.experts), hidden)), np.zeros((layers, hidden)))
-    check_space(target, sum(p.nbytes for p in make_parts(mixture, empty, form)), "the model")
+    check_space(target, Parts(make_parts(mixture, empty, form)).nbytes, "the model")
 
     routers = compute_routers(recipe, mixture, seed=seed, measure=measure, stages=stages)
     mx.clear_cache()  # buffers of layers, which nobody needs any more
-    parts = make_parts(mixture, routers.gates, form)
+    tensors = Parts(make_parts(mixture, routers.gates, form))
     result = Merged(
         path=target,
         recipe=recipe,
         mixture=mixture,
         form=form,
         seed=seed,
-        rows=summarize((part.kind, part.params, part.nbytes) for part in parts),
-        unquantized=unquantized(parts, form),
+        rows=tensors.rows,
+        unquantized=unquantized(tensors.parts, form),
         routers=routers,
         notes=[*mixture.notes, *routers.notes],
     )
-    _write(result, parts, force=force, stages=stages)
+    _write(result, tensors, force=force, stages=stages)
     return result
 
 
-def _write(result: Merged, parts: list[Part], *, force: bool, stages: Stages) -> None:
-    report = as_json(result)
+def _write(result: Merged, tensors: Parts, *, force: bool, stages: Stages) -> None:
+    report, mixture = as_json(result), result.mixture
+    models = (mixture.base, *(expert.model for expert in mixture.all_experts))
 
-    def assets(folder: Path) -> list[str]:
-        write_json(folder, REPORT, report)
-        return [*copy_assets([result.mixture.base.source.folder], folder), REPORT]
+    def assets(folder: Path) -> None:
+        write_json(folder / REPORT, report)
+        # The first with a tokenizer gives it: the base.
+        copy_assets(list(dict.fromkeys(model.source.folder for model in models)), folder)
 
     with stages("writing", "") as progress:
         write_model(
             result.path,
-            parts,
-            make_config(result.mixture, result.form, parts),
-            source={"form": "merge", "base": report["base"], "experts": report["experts"]},
+            tensors,
+            make_config(mixture, result.form, tensors.parts),
+            source=mixture.base.name,
             assets=assets,
+            manifest={"source": {"form": "merge"} | {k: report[k] for k in ("base", "experts")}},
+            card=lambda folder: model_card(result, folder),
             force=force,
             progress=progress,
         )

@@ -4,7 +4,7 @@ from rich.console import Console
 
 from outlier_mlx.errors import listed, one_line
 from outlier_mlx.merge.gates import CONDITION_LIMIT
-from outlier_mlx.merge.report import Merged, conditions
+from outlier_mlx.merge.report import Merged, conditions, kind_of
 from outlier_mlx.merge.routes import Routing
 from outlier_mlx.terminal import count, parts_table, print_columns, print_heading, stderr
 
@@ -14,7 +14,7 @@ def print_merged(result: Merged) -> None:
     console = stderr()
     mixture, form, routers = result.mixture, result.form, result.routers
     stored = f"{form.bits} bits" if form.bits else form.dtype
-    print_heading(console, result.path.name, f": {_kind(result)}, {stored}")
+    print_heading(console, result.path.name, f": {kind_of(result.mixture)}, {stored}")
     console.print(parts_table(result.rows))
     console.print(
         f"parameters: {count(mixture.total_params)} in total,"
@@ -32,16 +32,6 @@ def print_merged(result: Merged) -> None:
             f"not quantized because no group size divides their width: {names}", soft_wrap=True
         )
     console.print(one_line(f"wrote {result.path}"), soft_wrap=True)
-
-
-def _kind(result: Merged) -> str:
-    mixture = result.mixture
-    name = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2-MoE"}[mixture.architecture]
-    return f"{name} of {_experts(len(mixture.experts))}, {mixture.top_k} a token"
-
-
-def _experts(number: int) -> str:
-    return f"{number} expert{'' if number == 1 else 's'}"
 
 
 def _print_modes(console: Console, result: Merged) -> None:

@@ -1,24 +1,19 @@
-"""The figures of a model card, as tables in Markdown."""
+"""What was measured and reckoned of a tier, as parts of its model card."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from outlier_mlx.checkpoints.info import Info
-from outlier_mlx.errors import one_line
 from outlier_mlx.measure.eval_results import Evaluation
 from outlier_mlx.measure.measured import Measured
 from outlier_mlx.terminal import size
 from outlier_mlx.tiers.choose import CONTEXTS
+from outlier_mlx.writing.card import code, plain
 
 
-def sizes(info: Info) -> str:
-    """Bytes by part, and the memory that contexts take."""
-    rows = [
-        f"| {row.kind} | {row.params:,} | {row.nbytes:,} | {row.bits_per_weight:.2f} |"
-        for row in info.rows
-    ]
-    text = "## Size\n\n| part | parameters | bytes | bits per weight |\n|---|---:|---:|---:|\n"
-    text += "\n".join(rows)
-    text += f"\n\nA token uses {info.active_params:,} of the parameters."
+def memory(info: Info) -> str:
+    """The parameters that a token uses, and the memory that contexts take."""
+    text = f"A token uses {info.active_params:,} of the parameters."
     if not info.kv_bytes_per_token:
         return text
     text += "\n\n| tokens of context | KV cache, 16 bits | with the weights |\n|---:|---:|---:|\n"
@@ -26,6 +21,25 @@ def sizes(info: Info) -> str:
     return text + "\n".join(
         f"| {tokens:,} | {size(cache)} | {size(info.nbytes + cache)} |" for tokens, cache in caches
     )
+
+
+def as_metadata(title: str, measured: Sequence[Measured]) -> dict[str, Any]:
+    """Perplexities as the hub shows them: fields of `huggingface_hub.ModelCardData`."""
+    from huggingface_hub import EvalResult
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=one.text,
+            dataset_revision=one.sha256,
+            metric_type="perplexity",
+            metric_value=one.perplexity,
+            metric_args={"window": one.window, "tokens": one.tokens, "dtype": one.dtype},
+        )
+        for one in measured
+    ]
+    return {"model_name": title, "eval_results": results} if results else {}
 
 
 def perplexities(measured: Sequence[Measured]) -> str:
@@ -72,13 +86,3 @@ def scores(evaluations: Sequence[Evaluation]) -> str:
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def plain(value: object) -> str:
-    """Text of others in Markdown: without what would be markup."""
-    return "".join(c for c in one_line(str(value))[:300] if c not in "`|<>[]*_\\")
-
-
-def code(value: object) -> str:
-    """Text of others as code in Markdown."""
-    return f"`{''.join(c for c in one_line(str(value))[:300] if c not in '`|')}`"

@@ -11,7 +11,7 @@ from outlier_mlx.checkpoints.overlay import base_shapes
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.models.rope import TIER_NAMES
-from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
+from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.tiers.presets import GROUP_SIZES, Recipe
 from outlier_mlx.writing.tensors import (
@@ -56,15 +56,6 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(part.nbytes for part in self.parts)
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes that will be read."""
-        return sum(part.source_bytes for part in self.parts)
-
-    def rows(self) -> list[SummaryRow]:
-        """Parameters and bytes by kind of part, the total last."""
-        return summarize((part.kind, part.params, part.nbytes) for part in self.parts)
 
 
 def make_plan(model: WholeModel, recipe: Recipe, alpha: Path | str | None = None) -> Plan:

@@ -3,20 +3,58 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.checkpoints import open_overlay
+from outlier_mlx.checkpoints import Overlay, open_overlay
 from outlier_mlx.checkpoints.heads import head_bytes
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, OutputExistsError
 from outlier_mlx.storage.hub import Source, local_source, resolve
 from outlier_mlx.storage.remote import RemoteFile, fill, find_commit, mirror, mirrors
-from outlier_mlx.tiers.stream import Sources, Streamed
+from outlier_mlx.tiers.plan import Plan
+from outlier_mlx.writing.fetched import FetchedParts
 from outlier_mlx.writing.folders import JOURNAL, kept_folder
 from outlier_mlx.writing.journal import read_identity
+from outlier_mlx.writing.parts import Parts
 
 #: A folder or repository, and the revision that was asked for, by "overlay" and "base".
 Asked = dict[str, tuple[str | Path, str | None]]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """An overlay and its base, in folders that can be opened.
+
+    Attributes:
+        overlay: the overlay.
+        base: the base; None where the overlay contains it.
+        opened: the overlay, opened, and its alphas at hand.
+        fetching: how the files of repositories get here one at a time: arguments of
+            `FetchedParts`; None where all are here.
+    """
+
+    overlay: Source
+    base: Source | None
+    opened: Overlay
+    fetching: dict[str, Any] | None = None
+
+    @property
+    def by_role(self) -> dict[str, Source]:
+        """The sources by "overlay" and "base"."""
+        return {"overlay": self.overlay} | ({"base": self.base} if self.base else {})
+
+    def tensors(self, plan: Plan) -> Parts:
+        """The tensors of a plan, and how they are written."""
+        if self.fetching is None:
+            return Parts(plan.parts, "the tier")
+        return FetchedParts(
+            plan.parts,
+            "the tier with one source file",
+            sources=self.by_role,
+            settings={"recipe": asdict(plan.recipe)},
+            **self.fetching,
+        )
 
 
 @contextmanager
@@ -72,7 +110,7 @@ def open_sources(
 
 def _mirrored(
     asked: Asked, here: dict[str, Source | None], kept: Path, work: Path, *, force: bool
-) -> Streamed:
+) -> Sources:
     begun = read_identity(kept) or {}
     files: dict[Path, RemoteFile] = {}
     anew = False
@@ -99,15 +137,10 @@ def _mirrored(
     overlay = find("overlay")
     opened = open_overlay(overlay.folder)
     fill(opened.alpha_tensors.values(), files)
-    return Streamed(
-        overlay,
-        find("base") if "base" in asked else None,
-        opened,
-        files=files,
-        revisions={role: revision for role, (_, revision) in asked.items()},
-        force=force,
-        anew=anew,
-    )
+    base = find("base") if "base" in asked else None
+    revisions = {role: revision for role, (_, revision) in asked.items()}
+    fetching = {"files": files, "asked": revisions, "force": force, "anew": anew}
+    return Sources(overlay, base, opened, fetching)
 
 
 def _choose_commit(

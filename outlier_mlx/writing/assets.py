@@ -1,10 +1,10 @@
 """What comes along unchanged, or nearly: tokenizer, chat template, generation config, licence."""
 
-import json
 import re
 import shutil
 from pathlib import Path
 
+from outlier_mlx.storage.output import write_json, write_whole
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_bytes, read_json
 
@@ -23,35 +23,47 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)(-base)*(\.txt|\.md)?")
 
 
-def copy_assets(folders: list[Path], target: Path) -> list[str]:
-    """Copy tokenizer, templates, generation config and licence files into a tier.
+def copy_assets(folders: list[Path], target: Path) -> None:
+    """Copy tokenizer, templates, generation config and licence files into a model's folder.
 
     The tokenizer comes as a whole from the first folder that has one: halves of two would not fit.
 
     Args:
         folders: where to look, the first wins.
-        target: the tier being written.
-
-    Returns:
-        The names of the files written; without a tokenizer none of its names is among them.
+        target: the folder being written.
     """
-    written = []
-    owner = next((f for f in folders if any((f / name).exists() for name in _TOKENIZERS)), None)
+    owner = next(filter(has_tokenizer, folders), None)
     if owner is not None:
         for name in TOKENIZER_FILES:
             if (owner / name).exists():
                 shutil.copyfile(inside(owner, name), target / name)
-                written.append(name)
         if (owner / "tokenizer_config.json").exists():
             config = tidy_tokenizer_config(read_json(inside(owner, "tokenizer_config.json")))
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
-            written.append("tokenizer_config.json")
+            write_json(target / "tokenizer_config.json", config)
     source = next((f for f in folders if (f / "generation_config.json").exists()), None)
     if source is not None:
         shutil.copyfile(inside(source, "generation_config.json"), target / "generation_config.json")
-        written.append("generation_config.json")
-    return written + _copy_legal(folders, target)
+    _copy_legal(folders, target)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of any kind."""
+    return any((folder / name).exists() for name in _TOKENIZERS)
+
+
+def largest_id(folder: Path) -> int | None:
+    """The largest id that the `tokenizer.json` in a folder can give; None without such a file."""
+    if not (folder / "tokenizer.json").exists():
+        return None
+    content = read_json(inside(folder, "tokenizer.json"))
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    # BPE and WordPiece map tokens to ids; Unigram's are counted.
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    if isinstance(vocabulary, list):
+        ids.append(len(vocabulary) - 1)
+    ids += [token.get("id") for token in added or () if isinstance(token, dict)]
+    return max((number for number in ids if type(number) is int), default=None)
 
 
 def is_legal(name: str) -> bool:
@@ -65,7 +77,7 @@ def base_variant(name: str) -> str:
     return f"{stem}-base{dot}{suffix}"
 
 
-def _copy_legal(folders: list[Path], target: Path) -> list[str]:
+def _copy_legal(folders: list[Path], target: Path) -> None:
     """Every source's licence and notice; two that differ are both kept."""
     written: dict[str, bytes] = {}
     for folder in folders:
@@ -73,9 +85,8 @@ def _copy_legal(folders: list[Path], target: Path) -> list[str]:
             data = read_bytes(inside(folder, name))
             while written.get(name, data) != data:
                 name = base_variant(name)
-            (target / name).write_bytes(data)
+            write_whole(target / name, data)
             written[name] = data
-    return list(written)
 
 
 def tidy_tokenizer_config(config: dict) -> dict:

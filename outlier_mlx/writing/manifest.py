@@ -1,17 +1,22 @@
-"""Holding a folder's files against the manifest that was written with them."""
+"""Manifests: the list of a folder's files with their checksums, written and checked."""
 
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import outlier_mlx
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.terminal import Progress
+from outlier_mlx.writing.assets import is_legal
+from outlier_mlx.writing.licences import CARD
+from outlier_mlx.writing.writer import WrittenFile
 
 # Large enough that hashing lets other threads run, small enough for a smooth bar.
 _BLOCK = 4 << 20
@@ -116,3 +121,27 @@ def _sha256(path: Path, advance: Callable[[int], None], stop: threading.Event) -
             digest.update(block)
             advance(len(block))
     return digest.hexdigest()
+
+
+def write_manifest(
+    folder: Path, name: str, content: dict, known: Sequence[WrittenFile] = ()
+) -> None:
+    """Write the manifest of a folder whose other files are written.
+
+    Files that do not change results (licences, the card) are not listed.
+
+    Args:
+        folder: the folder.
+        name: the manifest's file.
+        content: what it says besides the list of files.
+        known: files whose checksums were taken while they were written.
+    """
+    files = {file.name: {"sha256": file.sha256, "bytes": file.nbytes} for file in known}
+    for path in folder.rglob("*"):
+        file = path.relative_to(folder).as_posix()
+        if path.is_file() and file not in {*files, name, CARD} and not is_legal(file):
+            with path.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            files[file] = {"sha256": digest, "bytes": path.stat().st_size}
+    producer = {"producer": f"outlier-mlx {outlier_mlx.__version__}"}
+    write_json(folder / name, producer | content | {"files": dict(sorted(files.items()))})

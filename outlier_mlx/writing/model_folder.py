@@ -1,58 +1,94 @@
-"""Writing a plain MLX model: a folder that stock mlx-lm loads, and that can be verified."""
+"""The one way in which model folders are written: tiers, imported and merged models, exports."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import outlier_mlx
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import CheckpointWarning, OutlierError
+from outlier_mlx.models.summary import SummaryRow
+from outlier_mlx.storage.output import write_json, write_whole
 from outlier_mlx.terminal import Progress
+from outlier_mlx.writing.assets import has_tokenizer, largest_id
+from outlier_mlx.writing.bundle import bundle
 from outlier_mlx.writing.folders import check_free, check_space, whole_folder
-from outlier_mlx.writing.parts import Part, described, listing, write_json, write_parts
+from outlier_mlx.writing.licences import CARD
+from outlier_mlx.writing.manifest import write_manifest
+from outlier_mlx.writing.parts import Parts
 
-#: The manifest of a model that is no tier.
-MANIFEST = "checksums.json"
+
+@dataclass(frozen=True)
+class Written:
+    """A model folder that was written.
+
+    Attributes:
+        path: the folder.
+        rows: parameters and bytes by kind of part, the total last.
+        tokenizer: whether a tokenizer came along.
+    """
+
+    path: Path
+    rows: list[SummaryRow]
+    tokenizer: bool
 
 
 def write_model(
     target: Path,
-    parts: Sequence[Part],
+    tensors: Parts,
     config: dict,
     *,
-    source: dict,
-    assets: Callable[[Path], list[str]],
+    source: str,
+    assets: Callable[[Path], None],
+    manifest: dict,
+    manifest_name: str = "checksums.json",
+    card: Callable[[Path], str] | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> Path:
+) -> Written:
     """Write a model as a folder that appears whole or not at all.
 
     Args:
         target: the folder to make.
-        parts: its tensors, in the order in which they are written.
-        config: its config.json.
-        source: where it came from and how it was made; goes into the manifest.
-        assets: writes tokenizer, model card and the like into the folder, and returns their names.
-        force: replace `target` if it is a model that this wrote.
-        progress: called with bytes of source read so far, and in all.
-
-    Returns:
-        The folder.
+        tensors: its tensors, and how they are written.
+        config: its config.json. With `model_file` in it, the code of that name is written, too.
+        source: what messages call the model that it is made from.
+        assets: writes tokenizer, licences and the like into the folder.
+        manifest: where the model came from and how it was made. Checksums are added of all files
+            but the licences and the card.
+        manifest_name: the manifest's file, one of `outlier_mlx.writing.folders.MANIFESTS`.
+        card: the text of the model card, asked once everything else is in the folder.
+        force: replace `target` if it is a model that this project wrote.
+        progress: called while tensors are written.
 
     Raises:
-        OutlierError: the output exists, or the disk is too small. Nothing is left behind.
+        OutputExistsError: `target` exists and may not be replaced.
+        OutlierError: a source is not sound, or the disk is too small. Nothing is left behind, but
+            for what `tensors` keep for the next run.
     """
     check_free(target, force=force)
-    check_space(target, sum(part.nbytes for part in parts), "the model")
+    check_space(target, tensors.room(target), tensors.what)
     try:
-        with whole_folder(target, force=force) as folder:
-            files = write_parts(parts, folder, progress)
-            files.append(write_json(folder, "config.json", config))
-            files += [described(folder, name) for name in assets(folder)]
-            manifest = {
-                "producer": f"outlier-mlx {outlier_mlx.__version__}",
-                "source": source,
-                "files": listing(files),
-            }
-            write_json(folder, MANIFEST, manifest)
+        with whole_folder(target, force=force, keep=tensors.keep) as folder:
+            files = tensors.write(folder, progress)
+            write_json(folder / "config.json", config)
+            if "model_file" in config:
+                write_whole(folder / config["model_file"], bundle())
+            assets(folder)
+            write_manifest(folder, manifest_name, manifest, files)
+            if card is not None:
+                write_whole(folder / CARD, card(folder))
     except OSError as error:
         raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error
-    return target
+    _warn_of_tokenizer(source, target, config)
+    return Written(target, tensors.rows, has_tokenizer(target))
+
+
+def _warn_of_tokenizer(source: str, folder: Path, config: dict) -> None:
+    largest, rows = largest_id(folder), config["vocab_size"]
+    wrong = None
+    if not has_tokenizer(folder):
+        wrong = "no tokenizer beside it; the model has none"
+    elif largest is not None and largest >= rows:
+        wrong = f"its tokenizer has ids up to {largest}, but there are {rows} embeddings"
+    if wrong:
+        warnings.warn(f"{source}: {wrong}", CheckpointWarning, stacklevel=3)

@@ -1,7 +1,5 @@
-"""Parts: what a model on disk consists of, and how their bytes stream into its files."""
+"""Parts: what the tensors of a model on disk are made of, and how they are written."""
 
-import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
 from collections import deque
@@ -9,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import mlx.core as mx
 
+from outlier_mlx.models.summary import SummaryRow, summarize
 from outlier_mlx.terminal import Progress
 from outlier_mlx.writing.writer import ShardedWriter, TensorSpec, WrittenFile
 
@@ -61,31 +60,66 @@ class Part(ABC):
         """The bytes of those tensors, in order."""
 
 
-def write_parts(
-    parts: Sequence[Part], folder: Path, progress: Progress | None = None
-) -> list[WrittenFile]:
-    """Stream parts into the shards of a folder, and their index; one part is open at a time.
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of a new model folder, all of whose sources are at hand.
 
-    Args:
+    Attributes:
         parts: in the order in which they are written.
-        folder: an existing folder.
-        progress: called with bytes of source read so far, and in all.
+        what: how messages call what takes room on the disk.
     """
-    specs = [spec for part in parts for spec in part.specs()]
-    total, done = sum(part.source_bytes for part in parts), 0
-    with (
-        ShardedWriter(folder, specs) as writer,
-        # Left early (an error, Ctrl-C), the pool drops what it has not begun.
-        reading_pool() as pool,
-        small_cache(),
-    ):
-        for part in parts:
-            for name, chunk, used in part.chunks(pool):
-                writer.write(name, chunk)
-                done += used
-                if progress is not None and used:
-                    progress(done, total)
-        return writer.finish()
+
+    parts: Sequence[Part]
+    what: str = "the model"
+
+    #: Whether what an unfinished run has written is of use to the next.
+    keep: ClassVar[bool] = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes that will be read."""
+        return sum(part.source_bytes for part in self.parts)
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """All tensors, in order."""
+        return [spec for part in self.parts for spec in part.specs()]
+
+    @property
+    def rows(self) -> list[SummaryRow]:
+        """Parameters and bytes by kind of part, the total last."""
+        return summarize((part.kind, part.params, part.nbytes) for part in self.parts)
+
+    def room(self, target: Path) -> int:
+        """Bytes that the disk needs for writing them into the folder `target`."""
+        return self.nbytes
+
+    def write(self, folder: Path, progress: Progress | None = None) -> list[WrittenFile]:
+        """Write the shards of a folder and their index; one part is open at a time.
+
+        Args:
+            folder: an existing folder.
+            progress: called with bytes of source read so far, and in all.
+        """
+        total, done = self.source_bytes, 0
+        with (
+            ShardedWriter(folder, self.specs) as writer,
+            # Left early (an error, Ctrl-C), the pool drops what it has not begun.
+            reading_pool() as pool,
+            small_cache(),
+        ):
+            for part in self.parts:
+                for name, chunk, used in part.chunks(pool):
+                    writer.write(name, chunk)
+                    done += used
+                    if progress is not None and used:
+                        progress(done, total)
+            return writer.finish()
 
 
 def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
@@ -97,31 +131,6 @@ def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterato
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def write_text(folder: Path, name: str, text: str) -> WrittenFile:
-    """Write a small file; what a manifest says of it."""
-    (folder / name).write_text(text, encoding="utf-8")
-    return described(folder, name)
-
-
-def write_json(folder: Path, name: str, value: dict) -> WrittenFile:
-    """Write a JSON object as people can read it."""
-    return write_text(folder, name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def described(folder: Path, name: str) -> WrittenFile:
-    """What a manifest says of a small file that is there."""
-    data = (folder / name).read_bytes()
-    return WrittenFile(name, hashlib.sha256(data).hexdigest(), len(data))
-
-
-def listing(files: Sequence[WrittenFile]) -> dict[str, dict]:
-    """The list of files in a manifest: SHA-256 and size by name."""
-    return {
-        file.name: {"sha256": file.sha256, "bytes": file.nbytes}
-        for file in sorted(files, key=lambda file: file.name)
-    }
 
 
 class reading_pool:

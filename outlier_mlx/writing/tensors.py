@@ -20,7 +20,7 @@ from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
 from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
-from outlier_mlx.writing.own_stream import own_stream
+from outlier_mlx.writing.mlx_stream import own_mlx_stream
 from outlier_mlx.writing.parts import Chunk, Part, ahead
 from outlier_mlx.writing.writer import TensorSpec
 
@@ -298,7 +298,7 @@ def _made_slabs(
                 f"{tensor.where}: differs from {twin.where} of the base; an overlay may repeat base"
                 " tensors, not change them"
             )
-        with own_stream():
+        with own_mlx_stream():
             return make(slab), row_size * (stop - start)
 
     row_size = _stored_bytes(tensor) // max(1, tensor.shape[0])

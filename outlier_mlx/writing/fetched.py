@@ -1,106 +1,65 @@
-"""Writing a tier from sources of which some are on the hub, with one source file at a time here.
+"""Writing a model whose sources are on the hub, with one source file at a time here.
 
 Headers are there from the start, so every output byte has its place. Each source file is fetched,
 all that is made from it is written to its place, and it is deleted; a journal says which are done.
-What is written stays beside the tier's place until the tier is whole, so that a run that was
-interrupted can be gone on with.
+What is written stays beside the model's place until it is whole, so that a run that was
+interrupted can be resumed.
 """
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import outlier_mlx
-from outlier_mlx.checkpoints import Overlay
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.remote import RemoteFile, forget
 from outlier_mlx.terminal import Progress
-from outlier_mlx.tiers.plan import Plan
-from outlier_mlx.writing.folders import JOURNAL, check_space, kept_folder
+from outlier_mlx.writing.folders import JOURNAL, kept_folder
 from outlier_mlx.writing.journal import Journal, read_identity
-from outlier_mlx.writing.parts import reading_pool, small_cache, write_parts
+from outlier_mlx.writing.parts import Parts, reading_pool, small_cache
 from outlier_mlx.writing.pieces import Piece, Work, fingerprint, split
 from outlier_mlx.writing.tensors import Constant
 from outlier_mlx.writing.writer import PlacedWriter, WrittenFile
 
 
-@dataclass
-class Sources:
-    """An overlay and its base, in folders that can be opened.
+@dataclass(frozen=True)
+class FetchedParts(Parts):
+    """Parts that are made from files on the hub, of which one at a time is here.
 
     Attributes:
-        overlay: the overlay.
-        base: the base; None where the overlay contains it.
-        opened: the overlay, opened, and its alphas at hand.
-    """
-
-    overlay: Source
-    base: Source | None
-    opened: Overlay
-
-    @property
-    def keep(self) -> bool:
-        """Whether what an unfinished run has written is of use to the next."""
-        return False
-
-    @property
-    def folders(self) -> list[Path]:
-        """The folders, the overlay's first."""
-        return [source.folder for source in (self.overlay, self.base) if source is not None]
-
-    def check_space(self, plan: Plan, target: Path) -> None:
-        """Check that the disk has room for the tier, and for what making it takes.
-
-        Raises:
-            OutlierError: it has not.
-        """
-        check_space(target, plan.nbytes, "the tier")
-
-    def write(self, plan: Plan, folder: Path, progress: Progress | None) -> list[WrittenFile]:
-        """Write all parts into a folder; see `outlier_mlx.writing.parts.write_parts`."""
-        return write_parts(plan.parts, folder, progress)
-
-
-@dataclass
-class Streamed(Sources):
-    """Sources of which some are on the hub.
-
-    Attributes:
+        sources: what they are made from, by "overlay" and "base".
+        asked: the revisions that were asked for, likewise.
         files: what stands behind each sparse file.
-        revisions: what was asked for, by "overlay" and "base".
+        settings: all else that the written bytes depend on, as JSON.
         force: an unfinished run with other settings may be thrown away.
-        anew: an unfinished run cannot be gone on with.
+        anew: an unfinished run cannot be resumed.
     """
 
-    files: dict[Path, RemoteFile] = field(default_factory=dict)
-    revisions: dict[str, str | None] = field(default_factory=dict)
+    keep: ClassVar[bool] = True
+
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    asked: Mapping[str, str | None] = field(default_factory=dict)
+    files: Mapping[Path, RemoteFile] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     force: bool = False
     anew: bool = False
 
-    @property
-    def keep(self) -> bool:
-        """It is."""
-        return True
-
-    def check_space(self, plan: Plan, target: Path) -> None:
-        """Check for the tier and the largest source file; what is written already counts."""
-        needed = split(plan.parts).pieces
-        largest = max(map(self._to_fetch, needed), default=0)
+    def room(self, target: Path) -> int:
+        """Bytes for the model and the largest source file; what is written already counts."""
+        largest = max(map(self._to_fetch, split(self.parts).pieces), default=0)
         kept = (path.stat() for path in kept_folder(target).rglob("*") if path.is_file())
-        written = sum(found.st_blocks * 512 for found in kept)
-        check_space(target, plan.nbytes + largest - written, "the tier with one source file")
+        return self.nbytes + largest - sum(found.st_blocks * 512 for found in kept)
 
-    def write(self, plan: Plan, folder: Path, progress: Progress | None) -> list[WrittenFile]:
-        """Write all parts, going on where an earlier run stopped.
+    def write(self, folder: Path, progress: Progress | None = None) -> list[WrittenFile]:
+        """Write all parts, resuming where an earlier run stopped.
 
         Args:
-            plan: what to write.
             folder: where, as `whole_folder` gives it with `keep`.
             progress: called with bytes fetched, used and checked, and their sum in the end.
 
@@ -111,23 +70,23 @@ class Streamed(Sources):
                 as it left it.
         """
         owner = folder.parent
-        work = split(plan.parts)
-        identity = self._identity(plan, work)
+        work = split(self.parts)
+        identity = self._identity(work)
         if self.anew or (self.force and read_identity(owner) not in (None, identity)):
             for path in owner.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             folder.mkdir()
         journal = Journal(owner, identity)
         forget(self.files)
-        output = PlacedWriter(folder, [spec for part in plan.parts for spec in part.specs()])
+        output = PlacedWriter(folder, self.specs)
         if journal.done and not output.is_begun():
             raise OutlierError(
                 f"{owner}: files are missing that were begun; delete it to begin anew"
             )
-        sources = plan.source_bytes + sum(map(self._to_fetch, work.pieces))
+        total = self.source_bytes + sum(map(self._to_fetch, work.pieces)) + output.nbytes
         try:
             with output as writer, reading_pool() as pool, small_cache():
-                tally = _Tally(sources + writer.nbytes, progress)
+                tally = _Tally(total, progress)
                 run = _Run(work, journal, writer, pool, tally)
                 for file, pieces in work.pieces.items():
                     if file is None:
@@ -162,11 +121,12 @@ class Streamed(Sources):
             shutil.rmtree(own)
 
     def _to_fetch(self, file: Path | None) -> int:
-        return self.files[file].nbytes if file in self.files else 0
+        remote = self.files.get(file) if file is not None else None
+        return remote.nbytes if remote is not None else 0
 
     def _source(self, file: Path) -> tuple[str, Source] | None:
-        for role, source in (("overlay", self.overlay), ("base", self.base)):
-            if source is not None and file.is_relative_to(source.folder):
+        for role, source in self.sources.items():
+            if file.is_relative_to(source.folder):
                 return role, source
         return None
 
@@ -178,29 +138,29 @@ class Streamed(Sources):
         role, source = found
         return f"{role}/{file.relative_to(source.folder).as_posix()}"
 
-    def _identity(self, plan: Plan, work: Work) -> dict[str, Any]:
+    def _identity(self, work: Work) -> dict[str, Any]:
         """All that the written bytes depend on, and their layout."""
-        constants = (part.value.tobytes() for part in plan.parts if isinstance(part, Constant))
-        specs = (repr(spec).encode() for part in plan.parts for spec in part.specs())
+        # Alphas are read before; the other constants depend on nothing.
+        alphas = (part.value.tobytes() for part in self.parts if isinstance(part, Constant))
         local = {}
         for file in work.pieces:
             found = self._source(file) if file is not None else None
             if file is not None and (found is None or found[1].revision is None):
                 state = file.stat()
                 local[self.name(file)] = [state.st_size, state.st_mtime_ns]
+        cited = {
+            role: {"name": s.name, "asked": self.asked.get(role), "revision": s.revision}
+            for role, s in self.sources.items()
+        }
         return {
             "version": outlier_mlx.__version__,
-            "overlay": self._cited("overlay", self.overlay),
-            "base": self._cited("base", self.base) if self.base else None,
-            "recipe": asdict(plan.recipe),
-            "alphas": _digest(constants),
+            **dict.fromkeys(("overlay", "base")),
+            **cited,
+            **self.settings,
+            "alphas": _digest(alphas),
             "files": local,
-            "layout": _digest(specs),
+            "layout": _digest(repr(spec).encode() for spec in self.specs),
         }
-
-    def _cited(self, role: str, source: Source) -> dict[str, str | None]:
-        asked = self.revisions.get(role)
-        return {"name": source.name, "asked": asked, "revision": source.revision}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""MLX streams for threads that compute at the same time."""
+"""MLX's streams (queues of computations) for threads that compute at the same time."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _idle: defaultdict[str, SimpleQueue[mx.Stream]] = defaultdict(SimpleQueue)
 
 
 @contextmanager
-def own_stream() -> Iterator[None]:
+def own_mlx_stream() -> Iterator[None]:
     """Compute on a stream that no other thread uses for as long as the block lasts.
 
     On the CPU a stream is a thread: without this, all threads would wait for one.

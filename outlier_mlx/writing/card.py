@@ -1,0 +1,176 @@
+"""Model cards (`README.md`): what a model is made from and how large it is; changes, licences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from outlier_mlx.errors import listed, one_line
+from outlier_mlx.models.summary import SummaryRow
+from outlier_mlx.storage.hub import Source
+from outlier_mlx.writing.assets import base_variant, is_legal
+from outlier_mlx.writing.licences import Licence, combine, stated_licence
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that another one is made from.
+
+    Attributes:
+        role: what it gave, such as "overlay" or "base".
+        name: the repository, or a folder's name.
+        revision: the commit on the hub; None for a folder.
+        licence: what its model card states.
+    """
+
+    role: str
+    name: str
+    revision: str | None
+    licence: Licence | None
+
+
+def origin_of(role: str, source: Source) -> Origin:
+    """A source with the licence that its own card states; a single file has no card."""
+    licence = stated_licence(source.folder) if source.folder.is_dir() else None
+    return Origin(role, source.name, source.revision, licence)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
+
+    Attributes:
+        name: what commands call the model: a repository or a folder.
+        introduction: Markdown: what it is.
+        commands: lines for a shell.
+        origins: what it is made from.
+        rows: parameters and bytes by kind of part.
+        changes: what was changed, a line each.
+        tags: for the hub.
+        relation: what the hub calls its relation to the origins in `based_on`.
+        based_on: the origins that the hub shows as its base models.
+        manifest: the file that lists checksums.
+        after_commands: Markdown.
+        after_sizes: Markdown.
+        sections: further sections in Markdown, each with its heading.
+        contained: what an origin contains that could have been one of its own, as a line.
+        given: identifier of the licence of origins that state none.
+        metadata: further fields of `huggingface_hub.ModelCardData`.
+    """
+
+    name: str
+    introduction: str
+    commands: Sequence[str]
+    origins: Sequence[Origin]
+    rows: Sequence[SummaryRow]
+    changes: Sequence[str]
+    tags: Sequence[str]
+    relation: str
+    based_on: Sequence[Origin]
+    manifest: str = "checksums.json"
+    after_commands: str = ""
+    after_sizes: str = ""
+    sections: Sequence[str] = ()
+    contained: str = ""
+    given: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self, folder: Path) -> str:
+        """The card of the model in `folder`, as Markdown with metadata at its head."""
+        commands = "\n".join(["```", *self.commands, "```"])
+        blocks = [
+            f"---\n{self._metadata(folder)}\n---",
+            f"# {plain(self.name.rsplit('/', 1)[-1])}",
+            self.introduction,
+            commands,
+            self.after_commands,
+            self._sizes(),
+            self.after_sizes,
+            *self.sections,
+            self._modifications(),
+            self._licences(folder),
+        ]
+        return "\n\n".join(block for block in blocks if block) + "\n"
+
+    def _metadata(self, folder: Path) -> str:
+        """The YAML at the head, as the hub reads it."""
+        from huggingface_hub import ModelCardData
+
+        licence = combine([origin.licence for origin in self.origins], self.given)
+        stated = licence.as_json() if licence else {}
+        if licence and not _leads_somewhere(folder, licence.link):
+            stated.pop("license_link", None)
+        bases = list(dict.fromkeys(o.name for o in self.based_on if o.revision))
+        data = ModelCardData(
+            **stated,
+            library_name="mlx",
+            pipeline_tag="text-generation",
+            base_model=bases[0] if len(bases) == 1 else bases or None,
+            base_model_relation=self.relation if bases else None,
+            tags=list(self.tags),
+            **self.metadata,
+        )
+        return data.to_yaml()
+
+    def _sizes(self) -> str:
+        rows = [
+            f"| {row.kind} | {row.params:,} | {row.nbytes:,} | {row.bits_per_weight:.2f} |"
+            for row in self.rows
+        ]
+        head = ["| part | parameters | bytes | bits per weight |", "|---|---:|---:|---:|"]
+        return "\n".join(["## Size", "", *head, *rows])
+
+    def _modifications(self) -> str:
+        lines = ["## Modifications", "", "Made from", ""]
+        for origin in self.origins:
+            revision = f", revision {code(origin.revision)}" if origin.revision else ""
+            lines.append(f"- {origin.role} {code(origin.name)}{revision}")
+        if self.contained:
+            lines.append(f"- {self.contained}")
+        lines += ["", "The files here are not the originals. What was changed:", ""]
+        lines += [f"- {change}" for change in self.changes]
+        listing = f"`{self.manifest}` lists size and SHA-256 of every file that changes results."
+        return "\n".join([*lines, "", listing])
+
+    def _licences(self, folder: Path) -> str:
+        lines = ["## Licence", "", "What the model cards of the sources state:", ""]
+        for origin in self.origins:
+            lines.append(f"- {origin.role} {code(origin.name)}: {_stated(origin.licence)}")
+        silent = [origin.role for origin in self.origins if origin.licence is None]
+        if silent and self.given:
+            publisher = f"the publisher of this model names {code(self.given)}"
+            lines += ["", f"For those that state none, {publisher}."]
+        elif silent:
+            lines += ["", f"No licence is known for the {listed(silent)}; none is assumed."]
+        names = sorted(path.name for path in folder.iterdir() if is_legal(path.name))
+        if names:
+            lines += ["", f"Files that came with them: {', '.join(map(code, names))}."]
+        return "\n".join(lines)
+
+
+def plain(value: object) -> str:
+    """Text of others in Markdown: without what would be markup."""
+    return "".join(c for c in one_line(str(value))[:600] if c not in "`|<>[]*\\")
+
+
+def code(value: object) -> str:
+    """Text of others as code in Markdown."""
+    return f"`{''.join(c for c in one_line(str(value))[:300] if c not in '`|')}`"
+
+
+def _stated(licence: Licence | None) -> str:
+    if licence is None:
+        return "none stated"
+    text = ", ".join(code(value) for value in licence.ids)
+    if licence.name:
+        text += f" ({code(licence.name)})"
+    return text + (f", {code(licence.link)}" if licence.link else "")
+
+
+def _leads_somewhere(folder: Path, link: str | None) -> bool:
+    """Whether a licence's link is an address, or a licence file in the folder."""
+    if link is None or link.startswith(("https://", "http://")):
+        return True
+    return (
+        is_legal(link) and (folder / link).is_file() and not (folder / base_variant(link)).exists()
+    )
