@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlier_mlx.engine import memory
-from outlier_mlx.engine.memory import Budget, kv_bytes
+from outlier_mlx.engine.memory import Budget
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import tier_config
+from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.serve import server
 from outlier_mlx.serve.capacity import MAX_CONVERSATIONS, Capacity, capacity_for, find_capacity
 from tests.program import run

@@ -8,9 +8,10 @@ import pytest
 
 import outlier_mlx
 from outlier_mlx.engine import memory
-from outlier_mlx.engine.memory import Budget, budget, check_fits, kv_bytes
+from outlier_mlx.engine.memory import Budget, budget, check_fits
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import tier_config
+from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.tiers.choose import best, list_choices
 from outlier_mlx.tiers.presets import RECIPES
 from tests.builders import Built

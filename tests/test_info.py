@@ -234,6 +234,6 @@ def test_other_models_are_counted_too(tmp_path: Path) -> None:
     (path / "config.json").write_text('{"model_type": "other"}')
     add_tensor(path, "some.other.weight", np.zeros((3, 5), np.uint8))
     info = inspect(path)
-    assert (info.form, info.kv_bytes_per_token) == ("other", 0)
+    assert (info.form, info.kv_bytes_per_token) == ("other", None)
     assert info.params == info.rows[-1].params == (stored_bytes(path) - 15) // 2 + 15
     assert "KV cache" not in run("info", path).out

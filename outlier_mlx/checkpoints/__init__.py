@@ -44,7 +44,7 @@ def open_overlay(path: str | Path) -> Overlay:
     config = folder / "config.json"
     if config.exists() and "ternary" in read_json(inside(folder, "config.json")):
         raise CheckpointError(f"{folder}: this is a tier already; an overlay was expected")
-    tensors = read_shards(folder, required=False)
+    tensors = read_shards(folder, required=False, every=True)
     refuse_unsupported(folder, tensors)
     for _, open_form in _FORMS:
         overlay = open_form(folder, tensors)

@@ -1,24 +1,21 @@
 """What a model is and how large, from its config and the headers of its files alone."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 from outlier_mlx.checkpoints import Overlay, open_overlay
 from outlier_mlx.checkpoints.heads import headers
-from outlier_mlx.engine.memory import dimensions, kv_bytes
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.config import Defaults, parse_config
+from outlier_mlx.models.config import Description, describe, is_overlay, is_tier, parse_config
+from outlier_mlx.models.sizes import add_up, context_length, kv_bytes
+from outlier_mlx.models.stored import stored_params
 from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import Progress
-
-# A tier's own names, and those of models that portable tiers are.
-EXPERT_NAMES = ("num_experts", "moe_num_experts", "num_local_experts")
-TOP_K_NAMES = ("num_experts_per_tok", "moe_k")
 
 
 @dataclass(frozen=True)
@@ -32,9 +29,13 @@ class Info:
         params: parameters in all.
         active_params: parameters that a token uses.
         nbytes: bytes of all tensors.
-        kv_bytes_per_token: bytes that the KV cache grows by with each token, in 16 bits.
+        kv_bytes_per_token: bytes that the KV cache grows by with each token, in 16 bits; None: not
+            known.
         rows: parameters and bytes by kind of part, the total last.
         details: layers, experts and so on, for people.
+        context_length: tokens of context that it was made for.
+        vocab: rows of its embedding.
+        dtype: of activations and unquantized weights.
     """
 
     name: str
@@ -43,9 +44,12 @@ class Info:
     params: int
     active_params: int
     nbytes: int
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int | None
     rows: list[SummaryRow]
     details: dict[str, str] = field(default_factory=dict)
+    context_length: int | None = None
+    vocab: int | None = None
+    dtype: str | None = None
 
     def as_json(self) -> dict:
         """Everything, with the bits per weight of each row."""
@@ -74,11 +78,11 @@ def inspect(
 
 
 def _inspect_folder(folder: Path, name: str) -> Info:
-    config = _read_config(folder)
-    if _is_overlay(config):
+    config = _read(name, _read_config(folder))
+    if is_overlay(config.raw):
         overlay = open_overlay(folder)
-        return _describe(name, config, overlay_sizes(overlay), overlay.form)
-    return _describe(name, config, tensor_sizes(config, read_shards(folder)), None)
+        return _describe(config, name, overlay_sizes(overlay), overlay.form)
+    return _describe(config, name, tensor_sizes(name, config, read_shards(folder)), None)
 
 
 def _read_config(folder: Path) -> dict:
@@ -87,56 +91,44 @@ def _read_config(folder: Path) -> dict:
     return read_json(inside(folder, "config.json"))
 
 
-def _is_overlay(config: dict) -> bool:
-    experts = config.get("n_experts") or config.get("outlier_num_experts")
-    dense = config.get("model_type") == "outlier_moe"
-    return "ternary" not in config and bool(experts or dense)
-
-
 #: Kind of part, parameters and bytes.
 Sizes = Iterable[tuple[str, int, int]]
 
 
-def _number(raw: dict, names: tuple[str, ...]) -> int:
-    return next((int(raw[name]) for name in names if raw.get(name)), 0)
-
-
-def _describe(name: str, raw: dict, sizes: Sizes, form: str | None) -> Info:
-    try:
-        return _added_up(name, raw, sizes, form)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Any model may be asked about, so its config may hold anything.
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"{name}: config.json does not describe the tensors: {reason}"
-        ) from error
-
-
-def _added_up(name: str, raw: dict, sizes: Sizes, form: str | None) -> Info:
-    tier = "ternary" in raw
-    overlay = _is_overlay(raw)
-    if overlay:
-        config = parse_config(raw, Defaults())
-        experts, top_k = config.experts, config.top_k
-    else:
-        experts, top_k = _number(raw, EXPERT_NAMES), _number(raw, TOP_K_NAMES)
+def _describe(config: Description, name: str, sizes: Sizes, form: str | None) -> Info:
     rows = summarize(sizes)
     total = rows[-1]
-    routed = next((row.params for row in rows if row.kind == "experts"), 0)
-    idle = routed * (experts - min(top_k, experts)) // experts if experts else 0
-    kind_name = "tier" if tier else "overlay" if overlay else "model"
-    known = dimensions(raw)
+    counted = add_up(((row.kind, row.params) for row in rows[:-1]), config)
+    tier = is_tier(config.raw)
+    if tier:
+        form = str(config.raw["ternary"].get("format", "?"))
     return Info(
         name=name,
-        kind=kind_name,
-        form=raw["ternary"].get("format", "?") if tier else form or raw.get("model_type", "?"),
+        kind="tier" if tier else "overlay" if is_overlay(config.raw) else "model",
+        form=form or config.model_type or "?",
         params=total.params,
-        active_params=total.params - idle,
+        active_params=counted.active,
         nbytes=total.nbytes,
-        kv_bytes_per_token=kv_bytes(known, 1) if known else 0,
+        kv_bytes_per_token=kv_bytes(config, 1),
         rows=rows,
-        details=_details(raw, experts, top_k),
+        details=_details(config),
+        context_length=context_length(config),
+        vocab=config.vocab,
+        dtype=config.dtype,
     )
+
+
+def _read(name: str, raw: dict) -> Description:
+    """What a config says: checked if it is an overlay's or a tier's, but for a tier's type."""
+    known = describe(raw)
+    if not is_overlay(raw) and not is_tier(raw):
+        return known
+    try:
+        checked = parse_config(raw | {"model_type": "outlier_moe"} if is_tier(raw) else raw)
+        return replace(checked, model_type=known.model_type)
+    except CheckpointError as error:
+        reason = str(error).removeprefix("config.json: ")
+        raise CheckpointError(f"{name}: config.json does not describe a model: {reason}") from None
 
 
 def overlay_sizes(overlay: Overlay) -> Sizes:
@@ -154,48 +146,19 @@ def overlay_sizes(overlay: Overlay) -> Sizes:
             yield "experts", prod(matrix.trits.shape), matrix.trits.nbytes + scale
 
 
-def tensor_sizes(raw: dict, tensors: Mapping[str, TensorRef]) -> Sizes:
-    """Kind, parameters and bytes of the tensors of a tier or plain model."""
+def tensor_sizes(name: str, config: Description, tensors: Mapping[str, TensorRef]) -> Sizes:
+    """Kind, parameters and bytes of the tensors of a tier or plain model; `name` is for errors."""
     for key, tensor in tensors.items():
-        yield kind_of(key), _params(key, tensor, raw, tensors), tensor.nbytes
+        yield kind_of(key), stored_params(key, tensors, config, name), tensor.nbytes
 
 
-def _params(key: str, tensor: TensorRef, raw: dict, tensors: Mapping[str, TensorRef]) -> int:
-    """Parameters of the model that a tensor stands for; scales and biases of codes count none."""
-    shape = tensor.shape
-    module, _, leaf = key.rpartition(".")
-    if f"{module}.qweight" in tensors and leaf in ("qweight", "qzeros", "scales"):  # AWQ
-        return 8 * prod(shape) if leaf == "qweight" else 0
-    weight = tensors.get(f"{module}.weight")
-    ternary = "ternary" in raw or "ternary_switch" in raw
-    packed = weight is not None and weight.dtype in (("U8", "U32") if ternary else ("U32",))
-    if packed and leaf in ("scales", "biases"):
-        return 0
-    if key.endswith("_scale") or (leaf == "scale" and ".experts." in key):
-        return 0
-    if leaf != "weight" or not packed:
-        return prod(shape)
-    if tensor.dtype == "U8":
-        inner = "moe_intermediate_size" if "ternary" in raw else "intermediate_size"
-        return prod(shape[:-1]) * int(raw[inner if ".down_proj" in module else "hidden_size"])
-    quantization = raw.get("quantization") or {}
-    bits = int((quantization.get(module) or quantization).get("bits", 4))
-    return prod(shape) * 32 // bits
-
-
-def _details(raw: dict, experts: int, top_k: int) -> dict[str, str]:
-    details = {
-        "architecture": str(raw.get("model_type", "?")),
-        "layers": str(raw.get("num_hidden_layers") or raw.get("n_layers") or "?"),
-    }
-    if experts:
-        lists = [raw[n] for n in ("moe_layers", "moe_layer_indices", "v3_2_moe_layers") if n in raw]
-        count = len(lists[0]) if lists and isinstance(lists[0], list) else "all"
-        details["MoE layers"] = str(count)
-        details["experts"] = f"{experts}, {top_k} used by a token"
-    quantization = raw.get("quantization")
-    if isinstance(quantization, dict):
-        details["base"] = (
-            f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
-        )
+def _details(config: Description) -> dict[str, str]:
+    details = {"architecture": config.model_type or "?", "layers": str(config.layers or "?")}
+    if config.experts:
+        layers = config.moe_layers
+        details["MoE layers"] = "all" if layers is None else str(len(layers))
+        details["experts"] = f"{config.experts}, {config.top_k or '?'} used by a token"
+    if config.quantization is not None and config.quantization.default is not None:
+        how = config.quantization.default
+        details["base"] = f"{how.bits} bits, groups of {how.group_size}"
     return details

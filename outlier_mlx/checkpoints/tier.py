@@ -9,13 +9,13 @@ import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.models.config import PROJECTIONS, Defaults, parse_config
+from outlier_mlx.models.config import PROJECTIONS, tier_config
+from outlier_mlx.models.stored import expected_tensors
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.ternary import TernaryError, check_rows, unpack_rows
-from outlier_mlx.tiers.verify import expected_tensors
 
 _CODES_PER_BYTE = 4
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
@@ -143,12 +143,11 @@ def open_tier(folder: Path) -> Overlay:
         raise CheckpointError(f"{folder}: not a tier; only tiers are exported")
     if ternary.get("format") not in ("tq1_0_rows", "affine2"):
         raise CheckpointError(f"{folder}: experts in the format {ternary.get('format')!r}")
-    mixture = {"n_experts": raw.get("num_experts"), "top_k": raw.get("num_experts_per_tok")}
-    config = parse_config(raw | mixture, Defaults())
+    config = tier_config(raw)
     if not config.moe_layers:
         raise CheckpointError(f"{folder}: has no experts to export")
     tensors = read_shards(folder)
-    for name, (shape, dtypes) in expected_tensors(config, raw, tensors).items():
+    for name, (shape, dtypes) in expected_tensors(config, tensors).items():
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != shape or tensor.dtype not in dtypes:
             found = f"{tensor.dtype} {tensor.shape}" if tensor else "nothing"

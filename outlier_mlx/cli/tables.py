@@ -58,7 +58,7 @@ def print_info(info) -> None:  # type: ignore[no-untyped-def]
         f"parameters: {count(info.params)}, of which a token uses {count(info.active_params)}",
         soft_wrap=True,
     )
-    cache = size(info.kv_bytes_per_token * 4096)
+    cache = size((info.kv_bytes_per_token or 0) * 4096)
     more = f", and {cache} of KV cache for 4096 tokens in 16 bits"
     console.print(
         f"memory: {size(info.nbytes)} of weights" + (more if info.kv_bytes_per_token else ""),

@@ -10,8 +10,9 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from outlier_mlx.engine.generate import Options, context_length, stream_tokens
+from outlier_mlx.engine.generate import Options, described, stream_tokens
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress
 
 Message = dict[str, str]
@@ -75,7 +76,7 @@ class Conversation:
     @property
     def context(self) -> int | None:
         """The model's context length in tokens, or None if it is not known."""
-        return context_length(self.model)
+        return context_length(described(self.model))
 
     def reply(
         self,

@@ -14,12 +14,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.config import Description, describe_args
+from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
+from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress
 
 # Tokens between two looks at whether the output is still finite.
 CHECK_EVERY = 16
 KV_BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def stream(
         mx.random.seed(options.seed)
     with quiet_transformers():
         tokens = encode_prompt(tokenizer, prompt, options)
-    limit = context_length(model)
+    limit = context_length(described(model))
     if limit is not None and len(tokens) > limit and options.max_kv_size is None:
         warnings.warn(
             f"the prompt has {len(tokens)} tokens, and the model was made for {limit}",
@@ -193,7 +195,7 @@ def top_k(wanted: int, model: nn.Module, tokenizer: TokenizerWrapper) -> int:
 
 def vocabulary(model: nn.Module, tokenizer: TokenizerWrapper) -> int:
     """Width of the logits; for models that do not say it, the number of the tokenizer's tokens."""
-    return getattr(getattr(model, "args", None), "vocab_size", len(tokenizer.get_vocab()))
+    return described(model).vocab or len(tokenizer.get_vocab())
 
 
 def _check_finite(response: GenerationResponse) -> None:
@@ -206,30 +208,27 @@ def _check_finite(response: GenerationResponse) -> None:
 
 
 def check_kv_cache(model: nn.Module, options: Options) -> None:
-    """Refuse a group size that does not divide the width of an attention head.
+    """Refuse to quantize a KV cache that mlx-lm cannot quantize like that.
 
     Raises:
-        OutlierError: it does not.
+        OutlierError: the group size does not divide the width of a head, or layers keep a window
+            of tokens alone.
     """
-    args = getattr(model, "args", None)
-    if options.kv_bits is None or args is None:
+    if options.kv_bits is None:
         return
-    width = args.hidden_size // args.num_attention_heads
-    if width % options.kv_group_size:
-        fit = [size for size in GROUP_SIZES if width % size == 0]
-        hint = f"use --kv-group-size {max(fit)}" if fit else "leave out --kv-bits"
+    config = described(model)
+    if any(window is not None for window in config.attention or ()):
+        raise OutlierError("--kv-bits: mlx-lm does not quantize the cache of sliding windows")
+    width = config.head_dim
+    if width is not None and width % options.kv_group_size:
+        fit = largest_group(width)
+        hint = f"use --kv-group-size {fit}" if fit else "leave out --kv-bits"
         raise OutlierError(
             f"--kv-group-size {options.kv_group_size} does not divide the head width {width};"
             f" {hint}"
         )
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Tokens of context that the model was made for, stretched by YaRN if it is; None: unknown."""
-    args = getattr(model, "args", None)
-    length = getattr(args, "max_position_embeddings", None)
-    scaling = getattr(args, "rope_scaling", None) or {}
-    if length is None:
-        return None
-    original = scaling.get("original_max_position_embeddings", 0)
-    return max(length, int(original * scaling.get("factor", 1)))
+def described(model: nn.Module) -> Description:
+    """What is known of a loaded model."""
+    return describe_args(getattr(model, "args", None))

@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,16 +14,21 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
-from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.config import tier_config
+from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.models.config import is_overlay, is_tier, tier_config
+from outlier_mlx.models.families import families
+from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.spelling import normalised
 from outlier_mlx.runtime.mixtral import TernaryMixtral, TernaryMixtralArgs
 from outlier_mlx.runtime.model import Model, ModelArgs
 from outlier_mlx.runtime.qwen2_moe import RenormalisedQwen2Moe
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
+
+#: Forms of overlays whose activations overflow float16, or may.
+OVERFLOWING = ("real", "toy", "toy dense", "packed", "monolith")
 
 
 def load(
@@ -55,7 +60,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
     config = check_model(folder)
     dtype = dtype or suited_dtype(folder, config)
     try:
-        if "ternary" in config:
+        if is_tier(config):
             return mlx_lm_load_model(
                 folder,
                 model_config={"model_file": None, "activation_dtype": dtype},
@@ -92,7 +97,8 @@ def suited_dtype(folder: Path, config: dict) -> str | None:
 
     The GPUs of M1 and M2 have no bfloat16 arithmetic (Metal's feature set tables give it from the
     family Apple9 on, which is M3's), so float16 takes its place there. Not for tiers of V1 and V2
-    checkpoints: of those it is known that activations overflow float16.
+    checkpoints: of those it is known that activations overflow float16. Nor of forms that pack
+    experts of any version.
     """
     if not mx.metal.is_available() or mx.default_device() == mx.cpu:
         return None
@@ -102,7 +108,8 @@ def suited_dtype(folder: Path, config: dict) -> str | None:
     manifest = read_json(inside(folder, "tier.json")) if (folder / "tier.json").exists() else {}
     overlay = manifest.get("overlay")
     form = overlay.get("form") if isinstance(overlay, dict) else None
-    return None if form in ("real", "toy") else "float16"
+    # Newer alphas beside any form add to its name.
+    return None if str(form).split(" + ")[0] in OVERFLOWING else "float16"
 
 
 def check_model(folder: Path) -> dict:
@@ -118,9 +125,9 @@ def check_model(folder: Path) -> dict:
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: not a model: no config.json")
     config = read_json(inside(folder, "config.json"))
-    if "ternary" in config:
+    if is_tier(config):
         tier_config(config)
-    elif config.get("n_experts") or config.get("outlier_num_experts"):
+    elif is_overlay(config):
         raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
     elif "model_file" in config:
         raise CheckpointError(f"{folder}: runs only by code of its own, which is never run here")
@@ -130,8 +137,19 @@ def check_model(folder: Path) -> dict:
         )
     else:
         config = normalised(config, f"{folder.name}/config.json")
+        return _with_head(folder, config, read_shards(folder))
     read_shards(folder)
     return config
+
+
+def _with_head(folder: Path, config: dict, tensors: Mapping[str, TensorRef]) -> dict:
+    """The config with what its files say of the head, where mlx-lm's model has a choice."""
+    if config.get("model_type") not in families():
+        return config
+    tied, note = settle_head(config.get("tie_word_embeddings"), tensors)
+    if note is not None:
+        warnings.warn(f"{folder.name}: {note}", CheckpointWarning, stacklevel=3)
+    return config | {"tie_word_embeddings": tied}
 
 
 def _is_mlx(config: dict) -> bool:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.models.config import Defaults, ModelConfig, parse_config, tier_config
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.config import Description, describe
+from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.storage.shards import read_shards
@@ -15,8 +16,6 @@ from outlier_mlx.storage.shards import read_shards
 GPU_SHARE = 0.75
 # Without a GPU: the experts once more in MLX's 2-bit format, everything else in float32.
 CPU_FACTOR = 2.0
-# Each group of 64 quantized values has a scale and a bias of 16 bits.
-_GROUP_BITS = 32 / 64
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,6 @@ class Budget:
 
     nbytes: int
     whose: str
-
-
-def kv_bytes(config: ModelConfig, tokens: int, bits: int | None = None) -> int:
-    """Bytes of the KV cache.
-
-    Args:
-        config: the model's dimensions.
-        tokens: tokens in the cache.
-        bits: of a quantized cache, in groups of 64; None for 16 bits.
-    """
-    width = 2 * config.layers * config.kv_heads * config.head_dim
-    return int(width * tokens * (16 if bits is None else bits + _GROUP_BITS) / 8)
 
 
 def budget(ram_gb: float | None = None) -> Budget:
@@ -63,23 +50,23 @@ class Needs:
 
     Attributes:
         weights: bytes of its weights.
-        config: its dimensions, if they are known.
+        config: what is known of it.
         factor: how many times as large a KV cache is as it would be in 16 bits.
     """
 
     weights: int
-    config: ModelConfig | None
+    config: Description
     factor: float
 
     def cache(self, tokens: int, bits: int | None = None) -> int:
-        """Bytes of the KV cache of so many tokens; 0 if the dimensions are not known."""
-        return int(self.factor * kv_bytes(self.config, tokens, bits)) if self.config else 0
+        """Bytes of the KV cache of so many tokens; 0 where its size is not known."""
+        return int(self.factor * (kv_bytes(self.config, tokens, bits) or 0))
 
 
 def needs_of(folder: Path, available: Budget) -> Needs:
     """What the model in a folder takes: a tier, or a plain MLX model."""
     weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
-    config = dimensions(read_json(inside(folder, "config.json")))
+    config = describe(read_json(inside(folder, "config.json")))
     if available.whose == "this machine":
         return Needs(int(weights * CPU_FACTOR), config, CPU_FACTOR)
     return Needs(weights, config, 1.0)
@@ -114,7 +101,7 @@ def check_fits(
         return
     helps = list(cures)
     quantized = needs.cache(conversations * tokens, 4)
-    if needs.config and kv_bits is None and needs.weights + quantized <= available.nbytes:
+    if cache and kv_bits is None and needs.weights + quantized <= available.nbytes:
         helps.append("--kv-bits 4")
     helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
     if available.whose == "this Mac's GPU":
@@ -126,13 +113,3 @@ def check_fits(
         f" the KV cache{whose}; {available.whose} gives {available.nbytes / 1e9:.1f}. What helps:"
         f" {', or '.join(helps)}; --ignore-memory tries all the same"
     )
-
-
-def dimensions(raw: dict) -> ModelConfig | None:
-    """Dimensions by a Qwen2-like `config.json`; None for others, whose cache is not known."""
-    try:
-        if "ternary" in raw:
-            return tier_config(raw)
-        return parse_config({**raw, "model_type": "qwen2"}, Defaults())
-    except CheckpointError:
-        return None

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from outlier_mlx.engine.conversation import Conversation, Message
+from outlier_mlx.engine.generate import described, vocabulary
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.output import whole_file, write_whole
 from outlier_mlx.storage.safetensors import parse_json, read_header, read_json
@@ -165,9 +166,8 @@ def _load_cache(path: Path, conversation: Conversation, model: str) -> None:
 
 def _fits_model(cache: list[Any], cached: Any, conversation: Conversation) -> bool:
     """Whether each layer's cache fits this model and holds `len(cached)` tokens."""
-    args = getattr(conversation.model, "args", None)
-    heads = getattr(args, "num_key_value_heads", None)
-    vocab = getattr(args, "vocab_size", len(conversation.tokenizer.get_vocab()))
+    heads = described(conversation.model).kv_heads
+    vocab = vocabulary(conversation.model, conversation.tokenizer)
     if not isinstance(cached, list) or len(cache) != len(conversation.model.layers):
         return False
     if not all(type(token) is int and 0 <= token < vocab for token in cached):

@@ -13,13 +13,14 @@ from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.awq_config import AwqFormat, read_format
 from outlier_mlx.imports.awq_layout import mlx_group
 from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, Loss
-from outlier_mlx.imports.hf_names import Place, Stored, by_place, name_in_source, read_model_shards
+from outlier_mlx.imports.hf_names import Place, Stored, by_place, name_in_source
 from outlier_mlx.imports.opened import Opened, quantization
 from outlier_mlx.imports.plain_parts import StackedPlain
 from outlier_mlx.models.plain import Module, complete_config, modules
 from outlier_mlx.models.spelling import normalised
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
+from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.parts import Part
 from outlier_mlx.writing.tensors import Plain
@@ -52,7 +53,7 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
     """
     raw = read_json(inside(folder, "config.json"))
     awq = read_format(folder, raw)
-    tensors = read_model_shards(folder)
+    tensors = read_shards(folder)
     _refuse_gptq(tensors)
     quantized = any(name.endswith(".qweight") for name in tensors)
     if quantized and awq is None:

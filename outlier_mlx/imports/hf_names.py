@@ -25,18 +25,6 @@ _MODEL = re.compile(r"model\.(?:embed_tokens|layers\.\d+)\.")
 _FUSED = re.compile(_LAYER + r"mlp\.experts\.(gate_up_proj|down_proj)")
 
 
-def read_model_shards(folder: Path) -> dict[str, TensorRef]:
-    """The tensors of `model*.safetensors`, as mlx-lm reads them, or else of all safetensors.
-
-    Beside a model's files, some repositories have the same weights under other names.
-
-    Raises:
-        CheckpointError: see `read_shards`.
-    """
-    usual = any(folder.glob("model*.safetensors"))
-    return read_shards(folder, pattern="model*.safetensors" if usual else "*.safetensors")
-
-
 def holds_model(folder: Path) -> bool:
     """Whether the safetensors of a folder are a model's, by the names of their tensors.
 
@@ -45,7 +33,7 @@ def holds_model(folder: Path) -> bool:
     """
     if not any(folder.glob("*.safetensors")):
         return False
-    return any(_MODEL.match(name) for name in read_model_shards(folder))
+    return any(_MODEL.match(name) for name in read_shards(folder))
 
 
 def by_place(tensors: Mapping[str, TensorRef], config: dict) -> dict[Place, Stored]:

@@ -12,12 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import batch_generate, stream_generate
-from mlx_lm.models import qwen2
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx import __version__
 from outlier_mlx.engine.chips import Chip, this_chip
-from outlier_mlx.runtime.model import ModelArgs
+from outlier_mlx.engine.generate import described, vocabulary
+from outlier_mlx.models.sizes import bytes_read
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.terminal import Progress
 
@@ -138,7 +138,7 @@ def bench_model(
     """
     mx.random.seed(0)
     size = (options.batch_size, options.prompt_tokens)
-    prompts: Any = mx.random.randint(0, _vocabulary(model), size).tolist()
+    prompts: Any = mx.random.randint(0, vocabulary(model, tokenizer), size).tolist()
     ends, tokenizer.eos_token_ids = tokenizer.eos_token_ids, []  # none ends a text
     responses = []
     try:
@@ -185,35 +185,21 @@ def _generate(
 def decode_bytes(model: nn.Module, context: int) -> int | None:
     """Bytes that decoding one token has to read, where the model's kind is known.
 
-    Every weight once, but: of the experts those that a token uses, of an embedding that is not
-    also the output layer one row; and the KV cache. Activations are left out. Where there are no
-    kernels, MLX's copy of the experts counts in place of the packed ones.
+    See `models.sizes.bytes_read`. Where there are no kernels, MLX's copy of the experts counts in
+    place of the packed ones.
 
     Args:
-        model: a tier, or any model of mlx-lm's Qwen2.
+        model: a tier, or any model of mlx-lm's.
         context: tokens in the KV cache.
 
     Returns:
-        None for models of other kinds.
+        None for models that are not of a family in `models/`.
     """
-    if not isinstance(model, qwen2.Model):
+    config = described(model)
+    if config.family is None:
         return None
-    args: Any = model.args
-    used = 1.0
-    if isinstance(args, ModelArgs):
-        used = min(args.num_experts_per_tok, args.num_experts) / args.num_experts
-    total = 0.0
-    for name, array in _weights(model):
-        share = 1.0
-        if ".switch_mlp." in name:
-            share = used
-        elif name.startswith("model.embed_tokens.") and not args.tie_word_embeddings:
-            share = 1 / array.shape[0]
-        total += array.nbytes * share
-    head = args.hidden_size // args.num_attention_heads
-    element = model.model.norm.weight.dtype.size
-    cache = 2 * args.num_hidden_layers * args.num_key_value_heads * head * element * context
-    return round(total) + cache
+    weights = [(name, array.nbytes, array.shape[0]) for name, array in _weights(model)]
+    return bytes_read(weights, config, context, activation_dtype(model).size)
 
 
 def _weights(model: nn.Module) -> list[tuple[str, mx.array]]:
@@ -225,12 +211,6 @@ def _weights(model: nn.Module) -> list[tuple[str, mx.array]]:
             for number, array in enumerate(module.prepared.arrays):
                 weights[f"{name}.{number}"] = array
     return list(weights.items())
-
-
-def _vocabulary(model: nn.Module) -> int:
-    args: Any = getattr(model, "args", None)
-    size = getattr(args, "vocab_size", None) or args.text_config["vocab_size"]
-    return int(size)
 
 
 def activation_dtype(model: nn.Module) -> mx.Dtype:

@@ -22,15 +22,15 @@ from lm_eval.tasks.manager import TaskDict
 from mlx.utils import tree_flatten
 
 import outlier_mlx
+from outlier_mlx.engine.generate import described
 from outlier_mlx.engine.loading import load, quiet_transformers
 from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.measure.eval_model import HarnessModel
 from outlier_mlx.measure.eval_results import Evaluation, Result
 from outlier_mlx.measure.eval_tasks import Working, is_path, load_tasks, sandboxed
+from outlier_mlx.models.sizes import context_length
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.hub_errors import hush_hub
-from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import Stages
 
@@ -118,7 +118,7 @@ def evaluate(
             adapter = HarnessModel(
                 model,
                 tokenizer,
-                max_length=_max_length(source.folder),
+                max_length=_max_length(model),
                 batch_size=options.batch_size,
                 max_tokens=options.max_tokens,
                 chat=options.apply_chat_template,
@@ -187,10 +187,10 @@ def _run(
     return found
 
 
-def _max_length(folder: Path) -> int:
-    """Tokens of context that the model in a folder was made for."""
-    length = read_json(inside(folder, "config.json")).get("max_position_embeddings")
-    return length if isinstance(length, int) and length > 1 else _MAX_LENGTH
+def _max_length(model: nn.Module) -> int:
+    """Tokens of context that a model was made for."""
+    length = context_length(described(model))
+    return length if length is not None and length > 1 else _MAX_LENGTH
 
 
 def _failure(error: Exception) -> str:

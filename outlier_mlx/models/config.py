@@ -74,6 +74,8 @@ def parse_config(
         CheckpointError: a field is missing or not sound, two names for one field disagree, or
             mlx-lm's model of the family does not do what the config asks for.
     """
+    if is_tier(raw) and not isinstance(raw["ternary"], dict):
+        raise CheckpointError(f"{where}: ternary is {short(raw['ternary'])}, expected an object")
     on_base = is_tier(raw) or is_overlay(raw) or "model_type" not in raw
     known = family(_base_type(raw, where) if on_base else _model_type(raw, role, where))
     if on_base or defaults is not None:
@@ -121,7 +123,8 @@ def describe(raw: dict) -> Description:
     except CheckpointError:
         spelled = {key: value for key, value in raw.items() if not key.startswith("rope_")}
     spelled = defaults | {key: value for key, value in spelled.items() if value is not None}
-    return Description(**_values(Fields(spelled, "config.json", strict=False), known, None))
+    values = _values(Fields(spelled, "config.json", strict=False), known, None)
+    return Description(**values | {"raw": raw})
 
 
 def describe_args(args: Any) -> Description:

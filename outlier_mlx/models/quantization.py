@@ -44,9 +44,12 @@ def largest_group(width: int, most: int = GROUP_SIZES[-1]) -> int | None:
 
 
 def read_quantization(raw: Mapping) -> Quantization | None:
-    """What a config says of quantization in MLX's form; None if it says nothing."""
-    given = raw.get("quantization")
-    if not isinstance(given, dict):
+    """What a config says of quantization in MLX's form; None if it says nothing.
+
+    mlx-lm writes it under two names; the second is also that of other formats.
+    """
+    given = raw.get("quantization") or raw.get("quantization_config")
+    if not isinstance(given, dict) or "group_size" not in given or "quant_method" in given:
         return None
     by_path = {
         path: _affine(how) for path, how in given.items() if isinstance(how, dict) or how is False

@@ -70,16 +70,55 @@ def kv_bytes(
     return int(2 * heads * width * kept * value_bits / 8)
 
 
-def count_modules(modules: Iterable[Module], experts: int, top_k: int) -> Parameters:
-    """The parameters of a model's modules, where a token uses `top_k` of `experts` experts."""
-    return add_up(((module.kind, module.params) for module in modules), experts, top_k)
+def bytes_read(
+    weights: Iterable[tuple[str, int, int]], config: Description, context: int, value_bytes: int
+) -> int | None:
+    """Bytes that decoding one token has to read.
+
+    Every weight once, but: of the experts those that a token uses, of an embedding that is not
+    also the output layer one row; and the KV cache. Activations are left out.
+
+    Args:
+        weights: name, bytes and rows of each tensor, by mlx-lm's names.
+        config: the model.
+        context: tokens in the KV cache.
+        value_bytes: bytes of a value in the cache.
+
+    Returns:
+        None where the size of the KV cache is not known.
+    """
+    cache = kv_bytes(config, context)
+    if cache is None:
+        return None
+    used = min(config.top_k or config.experts, config.experts) / max(1, config.experts)
+    total = 0.0
+    for name, nbytes, rows in weights:
+        share = 1.0
+        if ".switch_mlp." in name:
+            share = used
+        elif name.startswith("model.embed_tokens.") and not config.tied:
+            share = 1 / rows
+        total += nbytes * share
+    return round(total) + cache * value_bytes // 2
 
 
-def add_up(counts: Iterable[tuple[str, int]], experts: int, top_k: int) -> Parameters:
-    """Parameters by kind of part, added up; experts are those of the kind "experts"."""
+def count_modules(modules: Iterable[Module], config: Description) -> Parameters:
+    """The parameters of a model's modules; see `add_up`."""
+    return add_up(((module.kind, module.params) for module in modules), config)
+
+
+def add_up(counts: Iterable[tuple[str, int]], config: Description) -> Parameters:
+    """Parameters by kind of part, added up; those of the kind "experts" are routed to.
+
+    Args:
+        counts: kinds and parameters.
+        config: says how many of the experts a token uses; all of them where it does not.
+    """
     total = routed = 0
     for kind, count in counts:
         total += count
         routed += count if kind == "experts" else 0
-    idle = routed * (experts - min(top_k, experts)) // experts if experts else 0
+    experts = config.experts
+    used = min(config.top_k or experts, experts)
+    idle = routed * (experts - used) // experts if experts else 0
     return Parameters(total, total - idle)

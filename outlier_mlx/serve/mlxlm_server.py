@@ -26,8 +26,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx import __version__
-from outlier_mlx.engine.generate import context_length, top_k, vocabulary
+from outlier_mlx.engine.generate import described, top_k, vocabulary
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.sizes import context_length
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import CheckedHandler, Service, read_body
 from outlier_mlx.serve.limits import Limits, parse_body
@@ -92,7 +93,7 @@ class OneModel(ModelProvider):
             self.limits = Limits(
                 self.service.max_tokens,
                 vocabulary(self.model, self.tokenizer),
-                self.service.context or context_length(self.model),
+                self.service.context or context_length(described(self.model)),
                 TEMPLATE_NAMES,
             )
         except BaseException as error:

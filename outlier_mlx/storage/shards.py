@@ -1,7 +1,8 @@
 """A folder of safetensors shards: which tensor is where, checked against the index."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
@@ -9,25 +10,47 @@ from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_header, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
+SHARDS = "*.safetensors"
+MODEL_SHARDS = "model*.safetensors"
+
+
+def choose_shards(names: Iterable[str], indexed: Iterable[str] = ()) -> list[str]:
+    """Which of a folder's files hold the model.
+
+    Those that its index lists, and `model*.safetensors`, as mlx-lm reads them; where there are
+    neither, all safetensors. Some folders have the same weights under other names beside these,
+    such as Mistral's `consolidated.safetensors`.
+
+    Args:
+        names: of the files in the folder.
+        indexed: files that the index lists.
+    """
+    every = sorted(name for name in names if fnmatch(name, SHARDS))
+    listed = set(indexed)
+    usual = [name for name in every if name in listed or fnmatch(name, MODEL_SHARDS)]
+    return usual or every
 
 
 def read_shards(
-    folder: Path, *, required: bool = True, pattern: str = "*.safetensors"
+    folder: Path, *, required: bool = True, every: bool = False
 ) -> dict[str, TensorRef]:
-    """All tensors of the `*.safetensors` directly in a folder, from their headers.
+    """All tensors of the model in a folder, from the headers of its `*.safetensors`.
 
     Args:
-        folder: where to look.
-        required: whether there must be one.
-        pattern: of the files' names.
+        folder: where to look; folders in it are left alone.
+        required: whether there must be a file.
+        every: read all safetensors there, rather than those that `choose_shards` chooses.
 
     Raises:
         CheckpointError: there is none, one is damaged, a key is in two of them, or the index file
             names other files or tensors than there are.
     """
-    names = sorted(path.name for path in folder.glob(pattern))
+    index = _read_index(folder)
+    names = sorted(path.name for path in folder.glob(SHARDS))
     if not names and required:
-        raise CheckpointError(f"{folder}: no {pattern} file")
+        raise CheckpointError(f"{folder}: no {SHARDS} file")
+    if not every:
+        names = choose_shards(names, index.values())
     tensors: dict[str, TensorRef] = {}
     for name in names:
         for key, tensor in read_header(inside(folder, name)).items():
@@ -35,21 +58,24 @@ def read_shards(
                 first = tensors[key].file.name
                 raise CheckpointError(f"{folder.name}: {key} is in {first} and in {name}")
             tensors[key] = tensor
-    if (folder / INDEX_NAME).exists():
-        _check_index(folder, tensors)
+    for key, name in index.items():
+        file = inside(folder, name)
+        if key not in tensors or tensors[key].file != file:
+            raise CheckpointError(f"{INDEX_NAME}: {key} is not in {name}")
     return tensors
 
 
-def _check_index(folder: Path, tensors: dict[str, TensorRef]) -> None:
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor, by the folder's index; empty if there is none."""
+    if not (folder / INDEX_NAME).exists():
+        return {}
     listed = read_json(inside(folder, INDEX_NAME)).get("weight_map")
     if not isinstance(listed, dict):
         raise CheckpointError(f"{INDEX_NAME}: no weight_map")
     for key, name in listed.items():
         if not isinstance(name, str):
             raise CheckpointError(f"{INDEX_NAME}: {key}: a file name was expected")
-        file = inside(folder, name)
-        if key not in tensors or tensors[key].file != file:
-            raise CheckpointError(f"{INDEX_NAME}: {key} is not in {name}")
+    return listed
 
 
 def find_files(folder: Path, name: str) -> Iterator[Path]:

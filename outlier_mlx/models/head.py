@@ -1,0 +1,54 @@
+"""Whether a model's head is its embedding: the files decide, whatever the config says."""
+
+from collections.abc import Mapping
+
+from outlier_mlx.storage.safetensors import TensorRef
+
+NOTE = (
+    "config.json ties the head to the embedding, but the files hold a head that differs: it is kept"
+)
+_SLAB_BYTES = 1 << 22
+
+
+def settle_head(stated: object, tensors: Mapping[str, TensorRef]) -> tuple[bool, str | None]:
+    """Whether the head is the embedding.
+
+    A head that is stored is the head, as it is to transformers; one that equals the embedding may
+    be left out. Where nothing is stored or said, the head is tied.
+
+    Args:
+        stated: `tie_word_embeddings` of the config, or None.
+        tensors: the model's, by mlx-lm's names; the head and the embedding may be compared.
+
+    Returns:
+        Whether it is tied, and a note where that is not what the config says.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    if not any(name.startswith("lm_head.") for name in tensors):
+        return stated is not False, None
+    if stated is not True:
+        return False, None
+    return (True, None) if _equal(tensors) else (False, NOTE)
+
+
+def _equal(tensors: Mapping[str, TensorRef]) -> bool:
+    """Whether head and embedding are the same, byte for byte."""
+    head, embedding = (
+        {name.removeprefix(side): t for name, t in tensors.items() if name.startswith(side)}
+        for side in ("lm_head.", "model.embed_tokens.")
+    )
+    return head.keys() == embedding.keys() and all(_same(head[k], embedding[k]) for k in head)
+
+
+def _same(one: TensorRef, other: TensorRef) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    rows = one.shape[0] if one.shape else 1
+    step = max(1, _SLAB_BYTES // max(1, one.nbytes // max(1, rows)))
+    for start in range(0, rows, step):
+        a, b = (tensor.read(start, start + step) for tensor in (one, other))
+        if a.tobytes() != b.tobytes():
+            return False
+    return True
