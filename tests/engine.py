@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models import qwen2
+from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 
 import outlier_mlx
@@ -59,23 +59,27 @@ def forward(model: Any, tokens: Sequence[int], cache: Any = None) -> Array:
 def recording(hidden: list[mx.array], routed: list[tuple[mx.array, ...]]) -> Iterator[None]:
     """Collect the residual stream around every layer, and (probs, indices, weights) of each
     MoE layer, of whatever forward passes run meanwhile."""
-    block, route = qwen2.TransformerBlock.__call__, OutlierMoE.route
+    route = OutlierMoE.route
 
-    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        if not hidden:
-            hidden.append(x)
-        hidden.append(block(self, x, *args, **kwargs))
-        return hidden[-1]
+    def watched(block: Any) -> Any:
+        def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+            if not hidden:
+                hidden.append(x)
+            hidden.append(block(self, x, *args, **kwargs))
+            return hidden[-1]
+
+        return call
 
     def recorded(self: OutlierMoE, x: mx.array) -> tuple[mx.array, mx.array]:
         indices, weights = route(self, x)
         routed.append((self.gate(x), indices, weights))
         return indices, weights
 
-    with (
-        patch.object(qwen2.TransformerBlock, "__call__", call),
-        patch.object(OutlierMoE, "route", recorded),
-    ):
+    with ExitStack() as patches:
+        for module in (llama, qwen2, qwen3):
+            block = module.TransformerBlock
+            patches.enter_context(patch.object(block, "__call__", watched(block.__call__)))
+        patches.enter_context(patch.object(OutlierMoE, "route", recorded))
         yield
 
 

@@ -121,7 +121,7 @@ def test_model_types(kind: str):
     assert parse(model_type=kind).moe_layers == (1, 3)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", 7])
+@pytest.mark.parametrize("kind", ["mixtral", "gemma3", 7])
 def test_other_model_types(kind: object):
     refused("model_type", kind, model_type=kind)
 

@@ -198,8 +198,8 @@ def test_tensors_that_mean_nothing_are_told(tmp_path: Path):
         warnings.simplefilter("error")
         open_overlay(built.path)
     for n in range(5):
-        damage.add_tensor(built.path, f"model.layers.{n}.mlp.gate_proj.bias", np.ones(8))
-    with pytest.warns(CheckpointWarning, match=r"layers\.0\.mlp\.gate_proj\.bias.* and 2 more"):
+        damage.add_tensor(built.path, f"model.layers.{n}.mlp.gate_proj.extra", np.ones(8))
+    with pytest.warns(CheckpointWarning, match=r"layers\.0\.mlp\.gate_proj\.extra.* and 2 more"):
         overlay = open_overlay(built.path)
     assert len(overlay.unused) == 6
 

@@ -1,20 +1,38 @@
-"""The base model: an ordinary folder of Qwen2 in Hugging Face's names."""
+"""The base model: an ordinary folder in Hugging Face's names, of a family that can be one."""
 
 import re
-from collections.abc import Container
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outlier_mlx.checkpoints.keys import BaseKey, parse_key
 from outlier_mlx.checkpoints.overlay import Overlay, check_base, check_layers
-from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.config import POSITIONS, ModelConfig, parse_config, read_config
+from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.models.config import (
+    BASE_TYPE,
+    DEFAULT_BASE,
+    POSITIONS,
+    Defaults,
+    ModelConfig,
+    parse_config,
+    read_config,
+    stated_base,
+)
+from outlier_mlx.models.families import family
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 
 # `base_model: OWNER/NAME` in a card's metadata, or a list of one.
 _CARD_BASE = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w./-]+)", re.MULTILINE)
 _CARD_CHARACTERS = 20_000
+# Of a `ModelConfig`: what overlay and base must agree in. The names of fields are those by which an
+# overlay may state it; without any, it does.
+_DIMENSIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(["hidden", "intermediate", "layers", "heads", "vocab"], ()),
+    "kv_heads": ("n_kv_heads", "num_key_value_heads"),
+    "head_dim": ("head_dim",),
+    "tied": ("tie_word_embeddings",),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class WholeModel:
 
     Attributes:
         config: what both say of the model.
-        base: every base tensor, by mlx-lm's Qwen2 name.
+        base: every base tensor, by mlx-lm's name.
         twins: for base tensors that both hold, the base's own; they must turn out equal.
         overlay: the rest.
     """
@@ -47,7 +65,7 @@ def open_base(folder: Path) -> BaseModel:
     """Open a base model; only headers are read.
 
     Raises:
-        CheckpointError: no such folder, a config that is not Qwen2's, or damaged files.
+        CheckpointError: no such folder, a config of another family, or damaged files.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
@@ -78,22 +96,36 @@ def join(overlay: Overlay, base: BaseModel | None) -> WholeModel:
         CheckpointError: they describe different models, or base tensors are missing.
     """
     if base is None:
-        if not overlay.base:
-            raise CheckpointError(
-                f"{overlay.path}: holds no base model; give one with --base{_likely_base(overlay)}"
-            )
-        config = _untied(overlay.config, overlay.base)
-        tensors = check_base(overlay.base, config, overlay.path.name)
-        return WholeModel(config, tensors, {}, overlay)
-    both = {**base.tensors, **overlay.base}
-    config = _untied(_agree(overlay.config, base.config), both)
-    tensors = check_base(both, config, base.path.name)
-    twins = {
-        name: base.tensors[name]
-        for name in tensors
-        if name in overlay.base and name in base.tensors
-    }
+        found, place, config = overlay.base, overlay.path.name, _alone(overlay)
+    else:
+        found, place = {**base.tensors, **overlay.base}, base.path.name
+        config = _agree(overlay.config, base.config)
+    if "lm_head.weight" in found:
+        # A head that is stored is the head, whatever the config says of tying.
+        config = replace(config, tied=False)
+    for note in family(config.family).notes(config.raw):
+        warnings.warn(f"{place}: {note}", CheckpointWarning, stacklevel=2)
+    tensors = check_base(found, config, place)
+    twins = {}
+    if base is not None:
+        both = overlay.base.keys() & base.tensors.keys()
+        twins = {name: base.tensors[name] for name in tensors if name in both}
     return WholeModel(config, tensors, twins, overlay)
+
+
+def _alone(overlay: Overlay) -> ModelConfig:
+    """The config of an overlay that contains its base, which it need not name.
+
+    Raises:
+        CheckpointError: it contains none, or the config is not one of such a base.
+    """
+    if not overlay.base:
+        raise CheckpointError(
+            f"{overlay.path}: holds no base model; give one with --base{_likely_base(overlay)}"
+        )
+    raw = overlay.config.raw
+    base = stated_base(raw) or DEFAULT_BASE
+    return parse_config(raw | {BASE_TYPE: base}, overlay.config.defaults)
 
 
 def _likely_base(overlay: Overlay) -> str:
@@ -110,22 +142,24 @@ def _likely_base(overlay: Overlay) -> str:
     return ""
 
 
-def _untied(config: ModelConfig, tensors: Container[str]) -> ModelConfig:
-    """A head that is stored is the head, whatever the config says of tying."""
-    return replace(config, tied=False) if "lm_head.weight" in tensors else config
-
-
 def _agree(overlay: ModelConfig, base: ModelConfig) -> ModelConfig:
-    for name in ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocab", "tied"):
+    """What the two say together; what the overlay leaves unsaid is as in the base."""
+    stated = stated_base(overlay.raw)
+    if stated not in (None, base.family):
+        raise CheckpointError(
+            f"overlay and base are for different models: the overlay's base is {stated}, this one"
+            f" is {base.family}"
+        )
+    for name, fields in _DIMENSIONS.items():
         ours, theirs = getattr(overlay, name), getattr(base, name)
-        stated = name != "tied" or "tie_word_embeddings" in overlay.raw
-        if stated and ours != theirs:
+        left_open = fields and all(overlay.raw.get(field) is None for field in fields)
+        if ours != theirs and not left_open:
             raise CheckpointError(
                 f"overlay and base are for different models: {name} {ours} and {theirs}"
             )
-    # What the overlay leaves unsaid is as in the base. The number of positions may differ, and
-    # each may have its own name for it.
+    # The number of positions may differ, and each may have its own name for it.
     raw = dict(base.raw)
     if any(overlay.raw.get(name) is not None for name in POSITIONS):
         raw = {key: value for key, value in raw.items() if key not in POSITIONS}
-    return parse_config({**raw, **overlay.raw}, overlay.defaults)
+    defaults = Defaults(base.rope_theta, base.rms_norm_eps, base.max_positions)
+    return parse_config({**raw, **overlay.raw, BASE_TYPE: base.family}, defaults)

@@ -176,7 +176,8 @@ def _key(layer: int, expert: int, projection: str) -> str:
 def _copied(overlay: Overlay) -> Iterator[tuple[str, TensorRef]]:
     for name, tensor in overlay.base.items():
         words = name.split(".")
-        if words[1] == "layers" and words[3] == "mlp" and int(words[2]) in overlay.routers:
+        shared = words[1] == "layers" and words[3] == "mlp" and int(words[2]) in overlay.routers
+        if shared and words[5] == "weight":
             projection = words[4].removesuffix("_proj")
             name = f"model.layers.{words[2]}.mlp.shared_expert.{projection}_W"
         yield f"base.{name}", tensor

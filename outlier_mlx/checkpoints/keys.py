@@ -1,11 +1,15 @@
 """The spellings that tensor keys have in overlays, and what each of them names.
 
-Base tensors get the names that Qwen2 has in mlx-lm. Digits are ASCII only, and leading zeros do
+Base tensors get the names that the base has in mlx-lm. Digits are ASCII only, and leading zeros do
 not make another number: two spellings of one tensor are found to be one.
 """
 
 import re
 from dataclasses import dataclass
+from functools import cache
+
+from outlier_mlx.models.config import parse_config
+from outlier_mlx.models.families import family, with_role
 
 _LAYER = r"(?:model\.)?layers\.(?P<layer>[0-9]+)\."
 _LEAF = r"(?P<projection>gate|up|down)(?:_(?P<packed>ternary|scale)|_proj\.(?P<plain>weight|scale))"
@@ -15,11 +19,12 @@ _ROUTER = re.compile(
     _LAYER + r"(?:mlp\.)?router\.weight|layer_(?P<trainer_layer>[0-9]+)_router_weight"
 )
 _SHARED = re.compile(_LAYER + r"mlp\.shared_expert\.(?P<projection>gate|up|down)_W")
-_BASE_LAYER = re.compile(
-    r"model\.layers\.(?P<layer>[0-9]+)\.(?P<leaf>self_attn\.(?:[qkv]_proj\.(?:weight|bias)"
-    r"|o_proj\.weight)|(?:input|post_attention)_layernorm\.weight|mlp\.(?:gate|up|down)_proj\.weight)"
-)
-_BASE_PLAIN = frozenset(["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+_BASE_LAYER = re.compile(r"model\.layers\.(?P<layer>[0-9]+)\.(?P<leaf>.+)")
+# Any dimensions: the names are what is asked for.
+_SMALL = {
+    **dict.fromkeys(["hidden_size", "intermediate_size", "vocab_size", "head_dim"], 2),
+    **dict.fromkeys(["num_hidden_layers", "num_attention_heads", "num_key_value_heads"], 1),
+}
 
 # More digits than any number of a layer or expert has, yet few enough to convert.
 _MAX_DIGITS = 18
@@ -51,7 +56,7 @@ class AlphaKey:
 
 @dataclass(frozen=True)
 class BaseKey:
-    """A tensor of the base model, by mlx-lm's Qwen2 name."""
+    """A tensor of the base model, by its name in mlx-lm."""
 
     name: str
 
@@ -76,9 +81,23 @@ def parse_key(key: str) -> Key | None:
         return base_key(parse_number(match["layer"]), f"mlp.{match['projection']}_proj.weight")
     if "alpha" in plain.lower():
         return AlphaKey(plain)
-    if match := _BASE_LAYER.fullmatch(plain):
+    if (
+        match := _BASE_LAYER.fullmatch(plain)
+    ) and f"model.layers.0.{match['leaf']}" in _base_names():
         return base_key(parse_number(match["layer"]), match["leaf"])
-    return BaseKey(plain) if plain in _BASE_PLAIN else None
+    return BaseKey(plain) if plain in _base_names() and not match else None
+
+
+@cache
+def _base_names() -> frozenset[str]:
+    """Tensors that a base of any family has, if it has one layer."""
+    names: set[str] = set()
+    for known in map(family, with_role("base")):
+        flags = [flag for flag in (known.qkv_bias, known.o_bias, known.mlp_bias) if flag]
+        raw = _SMALL | {"model_type": known.model_type} | {str(flag): True for flag in flags}
+        for module in known.modules(parse_config(raw)):
+            names |= module.tensors().keys()
+    return frozenset(names)
 
 
 def base_key(layer: int, leaf: str) -> BaseKey:

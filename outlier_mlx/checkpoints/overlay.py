@@ -8,7 +8,8 @@ import numpy as np
 
 from outlier_mlx.checkpoints.alpha_sources import resolve_alphas
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.config import PROJECTIONS, ModelConfig
+from outlier_mlx.models.config import BASE_TYPE, ModelConfig
+from outlier_mlx.models.families import family
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix
 
@@ -33,7 +34,7 @@ class Overlay:
         path: the folder it was opened from.
         form: the name of its form on disk.
         config: its dimensions.
-        base: tensors of the base model that it contains, by mlx-lm's Qwen2 names; may be empty.
+        base: tensors of the base model that it contains, by mlx-lm's names; may be empty.
         routers: for each MoE layer, the routing matrix (experts, hidden).
         experts: for each MoE layer, its experts in order.
         alpha_files: alpha.json files, in the order in which they apply.
@@ -145,48 +146,40 @@ def check_layers(base: Mapping[str, TensorRef], config: ModelConfig, place: str)
 
 
 def base_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Qwen2 base has, by mlx-lm's name; biases may be left out in threes."""
-    hidden, kv = config.hidden, config.kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab, hidden),
-    }
-    for layer in range(config.layers):
-        prefix = f"model.layers.{layer}"
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}.{name}.weight"] = (hidden,)
-        for name, out in (("q", hidden), ("k", kv), ("v", kv)):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (out, hidden)
-            shapes[f"{prefix}.self_attn.{name}_proj.bias"] = (out,)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, hidden)
-        for name in PROJECTIONS:
-            down = name == "down"
-            shape = (hidden, config.intermediate) if down else (config.intermediate, hidden)
-            shapes[f"{prefix}.mlp.{name}_proj.weight"] = shape
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tied:
-        shapes["lm_head.weight"] = (config.vocab, hidden)
-    return shapes
+    """Every tensor that the base has, by mlx-lm's name, in the order of a forward pass."""
+    modules = family(config.family).modules(config)
+    return {name: shape for module in modules for name, shape in module.tensors().items()}
 
 
 def check_base(
     tensors: Mapping[str, TensorRef], config: ModelConfig, place: str
 ) -> dict[str, TensorRef]:
-    """Check that `tensors` are a whole Qwen2 base of these dimensions.
+    """Check that `tensors` are a whole base of its family and dimensions.
 
     Returns:
         The tensors that the model uses, in the order of `base_shapes`.
 
     Raises:
-        CheckpointError: a tensor is missing or has the wrong shape; `place` names the source.
+        CheckpointError: a tensor is missing, has the wrong shape, or is another family's; `place`
+            names the source.
     """
     used = {}
-    for name, shape in base_shapes(config).items():
+    # Where the family has biases, not the config, a layer may leave them out in threes.
+    optional = family(config.family).qkv_bias is True
+    shapes = base_shapes(config)
+    for name, shape in shapes.items():
         tensor = tensors.get(name)
         if tensor is None:
             biases = [name.replace(f".{p}_proj.", f".{q}_proj.") for p in "qkv" for q in "qkv"]
-            if name.endswith(".bias") and not any(bias in tensors for bias in biases):
+            if optional and name.endswith(".bias") and not any(b in tensors for b in biases):
                 continue
             raise CheckpointError(f"{place}: the tensor {name} {shape} is missing")
         _check_float(tensor, shape)
         used[name] = tensor
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise CheckpointError(
+                f"{place}: {tensor.where}: a {config.family} model has no such tensor; if the base"
+                f" is of another family, {BASE_TYPE} in config.json can say so"
+            )
     return used

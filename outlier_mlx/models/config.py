@@ -4,7 +4,7 @@ Published configs call one thing by several names; two versions of transformers 
 overlays are read here, and nowhere else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ MOE_LISTS = ("moe_layer_indices", "v3_2_moe_layers", "moe_layers")
 OVERLAY_TYPES = ("outlier_moe", "qwen2_moe")
 #: In configs of overlays and tiers: the model type of the base.
 BASE_TYPE = "base_model_type"
+#: The base of overlays that name none and come without one: all that were published are on it.
+DEFAULT_BASE = "qwen2"
 # What the configs of mixtures of experts call the number of experts, and of those used by a token.
 _EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
@@ -66,8 +68,9 @@ def parse_config(
     Args:
         raw: as it was read.
         defaults: what missing fields mean; by default, `Defaults()` for overlays and tiers, and
-            transformers' for the family of any other model.
-        role: what the model is to be; see `Family.roles`. Overlays and tiers are on a "base".
+            transformers' for the family of any other model, or of a base that is named.
+        role: what the model is to be; see `Family.roles`. Overlays and tiers are on a "base"; of
+            one that the config does not name, all that a base can say is let through.
         where: what messages call the config.
 
     Raises:
@@ -77,20 +80,22 @@ def parse_config(
     if is_tier(raw) and not isinstance(raw["ternary"], dict):
         raise CheckpointError(f"{where}: ternary is {short(raw['ternary'])}, expected an object")
     on_base = is_tier(raw) or is_overlay(raw) or "model_type" not in raw
-    known = family(_base_type(raw, where) if on_base else _model_type(raw, role, where))
+    known = _base_family(raw, where) if on_base else family(_model_type(raw, role, where))
+    if on_base and defaults is None and known.model_type == DEFAULT_BASE:
+        defaults = Defaults()
     if on_base or defaults is not None:
-        defaults = defaults or Defaults()
+        defaults = defaults or known.own_defaults()
         spelled = spell_rope(raw, where, defaults.max_positions)
     else:
-        defaults = Defaults(
-            rope_theta=known.defaults["rope_theta"],
-            rms_norm_eps=known.defaults["rms_norm_eps"],
-            max_positions=known.defaults["max_position_embeddings"],
-        )
+        defaults = known.own_defaults()
         spelled = normalised(raw, where)
     fields = Fields(spelled, where, strict=True)
     values = _values(fields, known, defaults)
     known.check(fields)
+    if None not in (values["attention"] or ()):
+        fields.refuse(
+            "layer_types must name full or sliding attention for each layer, and full once"
+        )
     _check_heads(fields, known, values, role)
     allowed = known.base_scalings if role == "base" else known.scalings
     scaling = read_scaling(spelled, where, allowed, tier=is_tier(raw))
@@ -115,7 +120,9 @@ def describe(raw: dict) -> Description:
     """What is known of any model, whatever its config holds; nothing is an error."""
     raw = lifted(raw)
     own = is_tier(raw) or is_overlay(raw)
-    name = str(raw.get(BASE_TYPE, "qwen2") if own else raw.get("model_type"))
+    name = str(raw.get("model_type"))
+    if own:
+        name = str(raw.get(BASE_TYPE) or (name if name in with_role("base") else DEFAULT_BASE))
     known = families().get(_MADE_OF.get(name, name))
     defaults = dict(known.defaults) if known is not None and not own else {}
     try:
@@ -151,21 +158,36 @@ def _model_type(raw: dict, role: str, where: str) -> str:
     if kind in names:
         return kind
     if role == "base" and kind in OVERLAY_TYPES:
-        return _base_type(raw, where)
+        return stated_base(raw, where) or DEFAULT_BASE
     raise CheckpointError(f"{where}: model_type {short(kind)}, expected {listed(names, last='or')}")
 
 
-def _base_type(raw: dict, where: str) -> str:
-    """The family of the base of an overlay or tier: published ones are on Qwen2."""
+def stated_base(raw: dict, where: str = "config.json") -> str | None:
+    """The family of the base that the config of an overlay or tier names, if it names one.
+
+    Raises:
+        CheckpointError: it names one that is not supported.
+    """
     names = with_role("base")
     kind = raw.get("model_type", OVERLAY_TYPES[0])
-    base = raw.get(BASE_TYPE) or (kind if kind in names else "qwen2")
-    for name, value in (("model_type", kind), (BASE_TYPE, base)):
-        known = (*names, *OVERLAY_TYPES) if name == "model_type" else names
-        if not isinstance(value, str) or value not in known:
-            expected = listed(known, last="or")
+    base = raw.get(BASE_TYPE) or (kind if kind in names else None)
+    for name, value, known in (
+        ("model_type", kind, (*names, *OVERLAY_TYPES)),
+        (BASE_TYPE, base, (*names, None)),
+    ):
+        if value not in known:
+            expected = listed((each for each in known if each is not None), last="or")
             raise CheckpointError(f"{where}: {name} {short(value)}, expected {expected}")
     return base
+
+
+def _base_family(raw: dict, where: str) -> Family:
+    base = stated_base(raw, where)
+    if base is not None or is_tier(raw):
+        return family(base or DEFAULT_BASE)
+    bases = [family(name) for name in with_role("base")]
+    scalings = dict.fromkeys(kind for each in bases for kind in each.base_scalings)
+    return replace(family(DEFAULT_BASE), own_head_dim=True, base_scalings=tuple(scalings))
 
 
 def _values(fields: Fields, known: Family | None, defaults: Defaults | None) -> dict[str, Any]:
@@ -177,6 +199,7 @@ def _values(fields: Fields, known: Family | None, defaults: Defaults | None) -> 
     heads = _size(fields, own, "n_heads", "num_attention_heads")
     intermediate = _size(fields, own, "intermediate_dim", "intermediate_size")
     positions = defaults.max_positions if defaults else None
+    kv_heads = known.defaults.get("num_key_value_heads", heads) if known is not None else heads
     values = {
         "model_type": raw.get("model_type") if isinstance(raw.get("model_type"), str) else None,
         "family": known.model_type if known is not None else None,
@@ -184,7 +207,7 @@ def _values(fields: Fields, known: Family | None, defaults: Defaults | None) -> 
         "intermediate": intermediate,
         "layers": layers,
         "heads": heads,
-        "kv_heads": _size(fields, own, "n_kv_heads", "num_key_value_heads", default=heads),
+        "kv_heads": _size(fields, own, "n_kv_heads", "num_key_value_heads", default=kv_heads),
         "head_dim": _head_dim(fields, known, hidden, heads),
         "vocab": fields.size("vocab_size"),
         "max_positions": _size(fields, own, *POSITIONS, default=positions),
@@ -218,6 +241,8 @@ def _head_dim(fields: Fields, known: Family | None, hidden: Any, heads: Any) -> 
         given = fields.size("head_dim", required=False)
         if given is not None or fields.raw.get("head_dim") is not None:
             return given
+        if known is not None and "head_dim" in known.defaults:
+            return int(known.defaults["head_dim"])
     if hidden is None or heads is None or hidden % heads:
         fields.refuse(f"{heads} attention heads do not divide hidden_size {hidden}")
         return None

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import outlier_mlx.models as package
-from outlier_mlx.models.description import ModelConfig
+from outlier_mlx.models.description import Defaults, ModelConfig
 from outlier_mlx.models.fields import Fields, short
 from outlier_mlx.models.modules import FeedForward, Module, dense, list_modules
 
@@ -60,6 +60,21 @@ class Family:
     experts: tuple[str, str] | None = None
     feed_forward: FeedForward = dense
 
+    def own_defaults(self) -> Defaults:
+        """What transformers takes where a config of the family does not say."""
+        return Defaults(
+            rope_theta=self.defaults["rope_theta"],
+            rms_norm_eps=self.defaults["rms_norm_eps"],
+            max_positions=self.defaults["max_position_embeddings"],
+        )
+
+    def config_fields(self, config: ModelConfig) -> dict[str, Any]:
+        """What `config.json` says of a model besides what that of every family does."""
+        flags = {self.qkv_bias: config.qkv_bias, self.o_bias: config.o_bias}
+        flags[self.mlp_bias] = config.mlp_bias
+        said: dict[str, Any] = {name: on for name, on in flags.items() if isinstance(name, str)}
+        return said | ({"head_dim": config.head_dim} if self.own_head_dim else {})
+
     def check(self, fields: Fields) -> None:
         """Refuse what mlx-lm's model would ignore.
 
@@ -81,7 +96,8 @@ class Family:
         """What mlx-lm's model does otherwise than transformers' does, as sentences."""
         window = raw.get("sliding_window")
         switched = raw.get(self.window_switch or "use_sliding_window", self.window_switch is None)
-        if window is None or not switched:
+        honoured = self.honours_layer_types and raw.get("layer_types") is not None
+        if window is None or not switched or honoured:
             return []
         return [f"mlx-lm has no sliding window here: beyond {window} tokens, results differ"]
 

@@ -5,7 +5,7 @@ from outlier_mlx.models.families import Family
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    roles=frozenset(["import", "merge"]),
+    roles=frozenset(["base", "import", "merge"]),
     defaults={
         "rope_theta": 1e4,
         "rms_norm_eps": 1e-6,
@@ -16,6 +16,6 @@ FAMILY = Family(
     o_bias="attention_bias",
     mlp_bias="mlp_bias",
     own_head_dim=True,
-    base_scalings=("yarn", "llama3"),
+    base_scalings=("linear", "llama3", "yarn"),
     honours_layer_types=True,
 )

@@ -143,9 +143,11 @@ def read_scaling(
             f"expected {listed(allowed, last='or')}" if allowed else "which is not supported here"
         )
         raise CheckpointError(f"{where}: rope scaling {short(kind)}, {expected}")
+    fields = Fields(scaling, where, strict=True)
+    if kind == "linear":
+        return {"rope_type": kind, "factor": fields.positive("factor")}
     if kind not in ("yarn", "llama3"):
         return scaling
-    fields = Fields(scaling, where, strict=True)
     result: dict[str, Any] = {"rope_type": kind, "factor": fields.positive("factor")}
     result[ORIGINAL] = fields.size(ORIGINAL)
     for name in _YARN_NUMBERS if kind == "yarn" else _LLAMA3_NUMBERS:

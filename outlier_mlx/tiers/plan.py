@@ -8,8 +8,9 @@ import numpy as np
 
 from outlier_mlx.checkpoints.base import WholeModel
 from outlier_mlx.checkpoints.overlay import base_shapes
-from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.config import BASE_TYPE, DEFAULT_BASE, PROJECTIONS
+from outlier_mlx.models.families import family
 from outlier_mlx.models.rope import TIER_NAMES
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.tensors import FloatTensor
@@ -27,7 +28,15 @@ FORMAT_VERSION = 1
 
 # What belongs to the overlay's packaging, or is written anew under its usual name.
 _DROPPED = frozenset(
-    ["auto_map", "base_model_name_or_path", "v3_pipeline", "v3_checkpoint", "pipeline", "notes"]
+    [
+        "auto_map",
+        "base_model_name_or_path",
+        BASE_TYPE,
+        "v3_pipeline",
+        "v3_checkpoint",
+        "pipeline",
+        "notes",
+    ]
     + ["hidden_dim", "intermediate_dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"]
     + ["n_experts", "outlier_num_experts", "top_k", "outlier_num_experts_per_tok"]
     + ["moe_layer_indices", "v3_2_moe_layers", "rope_parameters", "torch_dtype", "dtype"]
@@ -95,16 +104,14 @@ def finish_plan(parts: list[Part], config: dict, recipe: Recipe) -> Plan:
 
 def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> Iterator[Part]:
     moe_layers = set(model.config.moe_layers)
-    done: set[int] = set()
     for name, shape in base_shapes(model.config).items():
         words = name.split(".")
         layer = int(words[2]) if words[1] == "layers" else None
         shared = layer in moe_layers and ".mlp." in name
         target = name.replace(".mlp.", ".mlp.shared_expert.") if shared else name
         yield base_part(model, recipe, name, target, shape)
-        if layer in moe_layers and layer not in done and name.endswith("mlp.down_proj.weight"):
+        if shared and name.endswith("mlp.down_proj.weight"):
             assert layer is not None
-            done.add(layer)
             yield from _moe_parts(model, recipe, layer, alphas[layer])
 
 
@@ -178,44 +185,46 @@ def _config(model: WholeModel, recipe: Recipe) -> dict:
     if scaling is not None:
         kind = scaling["rope_type"]
         scaling = scaling | {"rope_type": TIER_NAMES.get(kind, kind)}
-    return common_config(model, recipe) | {
-        "model_type": "outlier_moe",
-        "model_file": "outlier_moe.py",
-        "architectures": ["OutlierMoEForCausalLM"],
-        "rope_scaling": scaling,
-        "moe_layers": list(config.moe_layers),
-        "num_experts": config.experts,
-        "num_experts_per_tok": config.top_k,
-        "moe_intermediate_size": model.overlay.expert_intermediate,
-        "ternary": ternary,
-    }
+    base = {} if config.family == DEFAULT_BASE else {BASE_TYPE: config.family}
+    return (
+        common_config(model, recipe)
+        | base
+        | {
+            "model_type": "outlier_moe",
+            "model_file": "outlier_moe.py",
+            "architectures": ["OutlierMoEForCausalLM"],
+            "rope_scaling": scaling,
+            "moe_layers": list(config.moe_layers),
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.top_k,
+            "moe_intermediate_size": model.overlay.expert_intermediate,
+            "ternary": ternary,
+        }
+    )
 
 
 def common_config(model: WholeModel, recipe: Recipe) -> dict:
-    """The fields of a `config.json` that do not depend on how experts are stored.
-
-    Raises:
-        OutlierError: the activation is not SiLU.
-    """
+    """The fields of a `config.json` that do not depend on how experts are stored."""
     config = model.config
     kept = {key: value for key, value in config.raw.items() if key not in _DROPPED}
-    activation = kept.get("hidden_act", "silu")
-    if activation != "silu":
-        raise OutlierError(f"config.json: hidden_act {activation!r}, expected 'silu'")
-    return kept | {
-        "dtype": recipe.dtype,
-        "hidden_size": config.hidden,
-        "intermediate_size": config.intermediate,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "vocab_size": config.vocab,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "tie_word_embeddings": config.tied,
-    }
+    return (
+        kept
+        | family(config.family).config_fields(config)
+        | {
+            "dtype": recipe.dtype,
+            "hidden_size": config.hidden,
+            "intermediate_size": config.intermediate,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads,
+            "vocab_size": config.vocab,
+            "max_position_embeddings": config.max_positions,
+            "rms_norm_eps": config.rms_norm_eps,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": config.rope_scaling,
+            "tie_word_embeddings": config.tied,
+        }
+    )
 
 
 def _quantization(recipe: Recipe, parts: list[Part]) -> dict:

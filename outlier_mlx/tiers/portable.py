@@ -67,7 +67,12 @@ def _check_expressible(model: WholeModel) -> None:
     elif list(layers) != list(range(layers[0], layers[-1] + 1)):
         reason = f"its MoE layers {list(layers)} leave gaps"
     elif config.rope_scaling is not None:
-        reason = "it scales positions (YaRN)"
+        kind = config.rope_scaling["rope_type"]
+        reason = f"it scales positions ({'YaRN' if kind == 'yarn' else kind})"
+    elif config.qk_norm:
+        reason = "its base has norms of queries and keys"
+    elif any(window is not None for window in config.attention or ()):
+        reason = "its base attends to a window of tokens in some layers"
     elif config.intermediate % width:
         reason = f"the expert width {width} does not divide the shared width {config.intermediate}"
     elif width % GROUP_SIZES[0] or config.hidden % GROUP_SIZES[0]:
@@ -82,7 +87,8 @@ def _check_expressible(model: WholeModel) -> None:
 def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> Iterator[Part]:
     config = model.config
     assert recipe.dtype is not None
-    for name, shape in base_shapes(config).items():
+    shapes = base_shapes(config)
+    for name, shape in shapes.items():
         words = name.split(".")
         layer = int(words[2]) if words[1] == "layers" else None
         moe = layer in config.moe_layers and ".mlp." in name
@@ -92,7 +98,8 @@ def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> 
             change = _adjacent(config.head_dim)
         yield base_part(model, recipe, name, target, shape, change)
         path, leaf = target.rsplit(".", 1)
-        if leaf == "weight" and (".o_proj" in path or ".mlp." in path):
+        bias = f"{name.rsplit('.', 1)[0]}.bias"
+        if leaf == "weight" and "_proj" in path and bias not in shapes:
             zeros = np.zeros(shape[0], np.float32)
             yield Constant(path, "norms", f"{path}.bias", zeros, recipe.dtype)
         if moe and name.endswith("mlp.down_proj.weight"):
@@ -123,6 +130,7 @@ def _config(model: WholeModel, recipe: Recipe) -> dict:
     config, width = model.config, model.overlay.expert_intermediate
     return common_config(model, recipe) | {
         "model_type": MODEL_TYPE,
+        "head_dim": config.head_dim,
         "architectures": ["Ernie4_5_MoeForCausalLM"],
         "use_bias": True,
         "moe_num_experts": config.experts,
