@@ -11,16 +11,13 @@ from hypothesis.extra import numpy as hnp
 from outlier_mlx.ternary import (
     TernaryError,
     check_rows,
-    check_trits,
     flat_to_rows,
     pack_rows,
     pack_tq1_0,
-    pack_two_bit,
     row_bytes,
     rows_to_flat,
     unpack_rows,
     unpack_tq1_0,
-    unpack_two_bit,
 )
 from tests.trits import ALL_BYTES, PACKERS, random_trits, tiny_chunks
 
@@ -42,14 +39,6 @@ def plain_row(trits: list[int]) -> list[int]:
             number = number * 3 + trit + 1
         numbers.append(-(-256 * number // 243))
     return numbers
-
-
-def plain_two_bit(trits: list[int]) -> list[int]:
-    codes = [{0: 0, 1: 1, -1: 3}[trit] for trit in trits + [0] * (-len(trits) % 4)]
-    return [
-        codes[i] + 4 * codes[i + 1] + 16 * codes[i + 2] + 64 * codes[i + 3]
-        for i in range(0, len(codes), 4)
-    ]
 
 
 def carried_digits(byte: int) -> list[int]:
@@ -109,11 +98,6 @@ def test_row_bytes_that_no_encoder_produces_are_refused() -> None:
     assert refused == set(range(256)) - encoded
 
 
-def test_every_two_bit_byte_decodes() -> None:
-    expected = [[(0, 1, 0, -1)[byte >> 2 * k & 3] for k in range(4)] for byte in range(256)]
-    assert unpack_two_bit(ALL_BYTES[:, None], 4).tolist() == expected
-
-
 @pytest.mark.parametrize("size", range(1, 301))
 def test_sizes(size: int) -> None:
     trits = random_trits(3, size, seed=size)
@@ -123,11 +107,9 @@ def test_sizes(size: int) -> None:
     assert packed.tolist() == plain_flat(trits.reshape(-1).tolist())
     assert packed_rows.tolist() == [plain_row(line) for line in lines]
     assert row_bytes(size) == packed_rows.shape[1]
-    assert pack_two_bit(trits).tolist() == [plain_two_bit(line) for line in lines]
 
     assert (unpack_tq1_0(packed, (3, size)) == trits).all()
     assert (unpack_rows(packed_rows, size) == trits).all()
-    assert (unpack_two_bit(pack_two_bit(trits), size) == trits).all()
     assert (flat_to_rows(packed, (3, size)) == packed_rows).all()
     assert (rows_to_flat(packed_rows, (3, size)) == packed).all()
     check_rows(packed_rows, size)
@@ -149,7 +131,6 @@ def test_real_chunks(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(unpack_rows(packed_rows.astype(np.uint8), shape[-1]), trits)
     np.testing.assert_array_equal(flat_to_rows(packed.astype(np.uint8), shape), packed_rows)
     np.testing.assert_array_equal(rows_to_flat(packed_rows.astype(np.uint8), shape), packed)
-    np.testing.assert_array_equal(unpack_two_bit(pack_two_bit(trits), shape[-1]), trits)
 
 
 SHAPES = st.tuples(hnp.array_shapes(min_dims=0, max_dims=3, max_side=4), st.integers(1, 70)).map(
@@ -165,11 +146,9 @@ def test_round_trips(trits: np.ndarray, chunk: int) -> None:
         width = trits.shape[-1]
         np.testing.assert_array_equal(unpack_tq1_0(packed, trits.shape), trits)
         np.testing.assert_array_equal(unpack_rows(packed_rows, width), trits)
-        np.testing.assert_array_equal(unpack_two_bit(pack_two_bit(trits), width), trits)
         np.testing.assert_array_equal(flat_to_rows(packed, trits.shape), packed_rows)
         np.testing.assert_array_equal(rows_to_flat(packed_rows, trits.shape), packed)
         check_rows(packed_rows, width)
-        check_trits(trits)
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,16 +14,13 @@ import pytest
 from outlier_mlx.ternary import (
     TernaryError,
     check_rows,
-    check_trits,
     flat_to_rows,
     pack_rows,
     pack_tq1_0,
-    pack_two_bit,
     row_bytes,
     rows_to_flat,
     unpack_rows,
     unpack_tq1_0,
-    unpack_two_bit,
 )
 from tests.trits import random_trits, tiny_chunks
 
@@ -47,26 +44,22 @@ def views(trits: np.ndarray) -> Iterator[np.ndarray]:
 @pytest.mark.parametrize("chunk", [2, 7, 10_000])
 def test_strided_inputs(chunk: int) -> None:
     trits = random_trits(6, 10, 14)
-    packed, packed_rows, packed_bits = pack_tq1_0(trits), pack_rows(trits), pack_two_bit(trits)
+    packed, packed_rows = pack_tq1_0(trits), pack_rows(trits)
     with tiny_chunks(chunk):
         for view in views(trits):
-            check_trits(view)
             assert (pack_tq1_0(view) == packed).all()
             assert (pack_rows(view) == packed_rows).all()
-            assert (pack_two_bit(view) == packed_bits).all()
     for view in views(packed_rows.view(np.int8)):
         assert (unpack_rows(view.view(np.uint8), 14) == trits).all()
         assert (rows_to_flat(view.view(np.uint8), (6, 10, 14)) == packed).all()
         check_rows(view.view(np.uint8), 14)
-    for view in views(packed_bits.view(np.int8)):
-        assert (unpack_two_bit(view.view(np.uint8), 14) == trits).all()
     assert (unpack_tq1_0(np.repeat(packed, 2)[::2], trits.shape) == trits).all()
 
 
 @pytest.mark.parametrize("chunk", [2, 7, 10_000])
 def test_out(chunk: int, tmp_path: Path) -> None:
     trits = random_trits(6, 10, 15)
-    packed, packed_rows, packed_bits = pack_tq1_0(trits), pack_rows(trits), pack_two_bit(trits)
+    packed, packed_rows = pack_tq1_0(trits), pack_rows(trits)
     shape = trits.shape
 
     def into(write: Callable[[np.ndarray], np.ndarray], out: np.ndarray) -> np.ndarray:
@@ -81,9 +74,6 @@ def test_out(chunk: int, tmp_path: Path) -> None:
         assert (into(lambda o: flat_to_rows(packed, shape, out=o), out) == pack_rows(trits)).all()
     for out in views(trits.copy()):
         assert (into(lambda o: unpack_rows(pack_rows(trits), 15, out=o), out) == trits).all()
-        assert (into(lambda o: unpack_two_bit(pack_two_bit(trits), 15, out=o), out) == trits).all()
-    for out in (v.view(np.uint8) for v in views(packed_bits.view(np.int8))):
-        assert (into(lambda o: pack_two_bit(trits, out=o), out) == pack_two_bit(trits)).all()
     for out in (np.empty(180, np.uint8), np.empty(360, np.uint8)[::2]):
         assert (into(lambda o: pack_tq1_0(trits, out=o), out) == packed).all()
         assert (into(lambda o: rows_to_flat(pack_rows(trits), shape, out=o), out) == packed).all()
@@ -95,7 +85,6 @@ def test_out(chunk: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 7), (3, 4, 0)])
 def test_empty(shape: tuple[int, ...]) -> None:
     trits = np.empty(shape, np.int8)
-    check_trits(trits)
     assert pack_tq1_0(trits).shape == (0,)
     assert unpack_tq1_0(pack_tq1_0(trits), shape).shape == shape
     packed_rows = pack_rows(trits)
@@ -104,7 +93,6 @@ def test_empty(shape: tuple[int, ...]) -> None:
     assert unpack_rows(packed_rows, shape[-1]).shape == shape
     assert flat_to_rows(pack_tq1_0(trits), shape).shape == packed_rows.shape
     assert rows_to_flat(packed_rows, shape).shape == (0,)
-    assert unpack_two_bit(pack_two_bit(trits), shape[-1]).shape == shape
 
 
 def test_a_single_number_packs_flat() -> None:
@@ -153,7 +141,6 @@ INT: Any = 40
         (lambda: unpack_rows(ROWS, -1), "in_features: expected an integer of at least 0, got -1"),
         (lambda: check_rows(ROWS.view(np.int8), 10), "rows: expected uint8, got int8"),
         (lambda: row_bytes(5, 0), "multiple: expected an integer of at least 1, got 0"),
-        (lambda: unpack_two_bit(ROWS, 17), "rows: expected 5 bytes a row for 17 trits, got 4"),
         (lambda: pack_rows(TRITS, out=FROZEN), "out: the array is read-only"),
         (lambda: pack_rows(TRITS, out=FLAT), r"out: expected shape \(4, 4\), got \(8,\)"),
         (lambda: pack_rows(TRITS, out=ROWS.view(np.int8)), "out: expected uint8, got int8"),
@@ -170,7 +157,6 @@ def test_scratch_is_bounded() -> None:
     trits = random_trits(600, 13_824)
     packed, packed_rows = pack_tq1_0(trits), pack_rows(trits)
     for call in (
-        lambda: check_trits(trits),
         lambda: pack_tq1_0(trits, out=packed),
         lambda: pack_rows(trits, out=packed_rows),
         lambda: unpack_tq1_0(packed, trits.shape, out=trits),

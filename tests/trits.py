@@ -12,18 +12,15 @@ import pytest
 
 from outlier_mlx.ternary import (
     arrays,
-    check_trits,
     flat,
     ggml,
     pack_rows,
     pack_tq1_0,
-    pack_two_bit,
     rows,
-    two_bit,
 )
 
 ALL_BYTES = np.arange(256, dtype=np.uint8)
-PACKERS: list[Callable[[np.ndarray], Any]] = [pack_tq1_0, pack_rows, pack_two_bit, check_trits]
+PACKERS: list[Callable[[np.ndarray], Any]] = [pack_tq1_0, pack_rows]
 
 
 def random_trits(*shape: int, seed: int = 0) -> np.ndarray:
@@ -34,9 +31,7 @@ def random_trits(*shape: int, seed: int = 0) -> np.ndarray:
 def tiny_chunks(size: int = 4) -> Iterator[None]:
     """Small inputs then take every path that large ones take, rows longer than a chunk included."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in itertools.product(
-            (arrays, flat, rows, two_bit, ggml), ("CHUNK", "_CHUNK")
-        ):
+        for module, name in itertools.product((arrays, flat, rows, ggml), ("CHUNK", "_CHUNK")):
             if hasattr(module, name):
                 patch.setattr(module, name, size)
         yield

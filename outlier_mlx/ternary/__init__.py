@@ -1,12 +1,11 @@
 """The number format in NumPy: trits (-1, 0, 1) as bytes, in every order that files use.
 
-`flat` is what overlays hold, `rows` what tiers hold; `two_bit` and `ggml` serve other tools. Scales
-are kept apart everywhere but in `ggml`. Packing validates on the way. Every function is safe to
+`flat` is what overlays hold, `rows` what tiers hold, `ggml` what GGUF files hold. Scales are kept
+apart everywhere but in `ggml`. Packing validates on the way. Every function is safe to
 call from several threads and needs one or two megabytes of scratch, whatever the tensor's size.
 """
 
-from outlier_mlx.ternary.arrays import check_trits
-from outlier_mlx.ternary.errors import TernaryError
+from outlier_mlx.ternary.arrays import TernaryError
 from outlier_mlx.ternary.flat import pack_tq1_0, unpack_tq1_0
 from outlier_mlx.ternary.rows import (
     check_rows,
@@ -16,19 +15,15 @@ from outlier_mlx.ternary.rows import (
     rows_to_flat,
     unpack_rows,
 )
-from outlier_mlx.ternary.two_bit import pack_two_bit, unpack_two_bit
 
 __all__ = [
     "TernaryError",
     "check_rows",
-    "check_trits",
     "flat_to_rows",
     "pack_rows",
     "pack_tq1_0",
-    "pack_two_bit",
     "row_bytes",
     "rows_to_flat",
     "unpack_rows",
     "unpack_tq1_0",
-    "unpack_two_bit",
 ]

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from outlier_mlx.ternary.errors import TernaryError
 
-_CHUNK = 131072  # trits that `check_trits` handles at a time
+class TernaryError(ValueError):
+    """Trits or packed bytes are not what they should be; the message says where."""
 
 
 def require_array(name: str, array: Any, dtype: type[np.generic]) -> np.ndarray:
@@ -57,25 +57,6 @@ def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or isinstance(shape, str):
         raise TernaryError(f"shape: expected a tuple of integers, got {shape!r}")
     return tuple(require_size("shape", size) for size in shape)
-
-
-def check_trits(trits: np.ndarray) -> None:
-    """Refuse an array that holds anything but trits. (Packing does so on its own.)
-
-    Args:
-        trits: int8 of any shape and strides.
-
-    Raises:
-        TernaryError: wrong type, or a value outside -1..1, named with its position.
-    """
-    trits = require_array("trits", trits, np.int8)
-    rows = trits if trits.ndim else trits.reshape(1)
-    scratch = np.empty(min(_CHUNK, trits.size), np.uint8)
-    for first, (matrix,) in matrix_views(rows):
-        for lines, columns in blocks(matrix, _CHUNK):
-            piece = matrix[lines, columns]
-            at = (first + lines.start) * rows.shape[-1] + columns.start
-            write_digits(piece, scratch[: piece.size].reshape(piece.shape), trits.shape, at)
 
 
 def write_digits(trits: np.ndarray, digits: np.ndarray, shape: tuple[int, ...], at: int) -> None:

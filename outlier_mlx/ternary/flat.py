@@ -12,7 +12,13 @@ from math import prod
 
 import numpy as np
 
-from outlier_mlx.ternary.arrays import require_array, require_out, require_shape, write_digits
+from outlier_mlx.ternary.arrays import (
+    TernaryError,
+    require_array,
+    require_out,
+    require_shape,
+    write_digits,
+)
 from outlier_mlx.ternary.digits import (
     CHUNK,
     FIRST_IS_LEAST,
@@ -23,7 +29,6 @@ from outlier_mlx.ternary.digits import (
     Encoder,
     group_table,
 )
-from outlier_mlx.ternary.errors import TernaryError
 
 # (256, 5): the digits of a byte; bytes of 243 and more have none.
 DIGITS = (np.arange(256)[:, None] // 3 ** np.arange(GROUP) % 3).astype(np.uint8)

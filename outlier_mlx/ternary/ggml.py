@@ -18,6 +18,7 @@ import numpy as np
 
 from outlier_mlx.ternary import rows
 from outlier_mlx.ternary.arrays import (
+    TernaryError,
     blocks,
     matrix_views,
     require_array,
@@ -25,7 +26,6 @@ from outlier_mlx.ternary.arrays import (
     write_digits,
 )
 from outlier_mlx.ternary.digits import NUMBERS
-from outlier_mlx.ternary.errors import TernaryError
 
 BLOCK = 256  # weights
 TQ1_0_BYTES = 54
@@ -52,8 +52,8 @@ def pack_tq1_0_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
         TernaryError: wrong type or shape, a trit outside -1..1 or a scale that is not finite,
             named with its position.
     """
-    packed = _new_blocks(trits, d, TQ1_0_BYTES)
-    for digits, scales, target in _packing(trits, d, packed, TQ1_0_BYTES):
+    packed = _new_blocks(trits, d)
+    for digits, scales, target in _packing(trits, d, packed):
         for byte, weight, size, depth in _RUNS:
             run = digits[..., weight : weight + size * depth].reshape(
                 *digits.shape[:2], depth, size
@@ -88,29 +88,6 @@ def unpack_tq1_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return trits, d
 
 
-def pack_tq2_0_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Pack trits and block scales into ggml's TQ2_0.
-
-    Args:
-        trits: (..., in) int8 of any strides, `in` a multiple of 256, every value -1, 0 or 1.
-        d: (..., in / 256) float16, finite.
-
-    Returns:
-        (..., in / 256 * 66) uint8.
-
-    Raises:
-        TernaryError: wrong type or shape, a trit outside -1..1 or a scale that is not finite,
-            named with its position.
-    """
-    packed = _new_blocks(trits, d, TQ2_0_BYTES)
-    for digits, scales, target in _packing(trits, d, packed, TQ2_0_BYTES):
-        codes = digits.reshape(*digits.shape[:2], 2, 4, 32) << _SHIFTS
-        halves = np.bitwise_or.reduce(codes, axis=-2)
-        target[..., :-_D_BYTES] = halves.reshape(*digits.shape[:2], -1)
-        target[..., -_D_BYTES:] = scales
-    return packed
-
-
 def unpack_tq2_0_blocks(
     packed: np.ndarray, *, strict: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -138,38 +115,12 @@ def unpack_tq2_0_blocks(
     return trits, d
 
 
-def quantize(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Trits and block scales of float weights by ggml's rule.
-
-    d is the largest magnitude of a block; a trit is weight / d, rounded, halves away from zero.
-    d is rounded to float16 only afterwards; a block of zeros has d = 0.
-
-    Args:
-        weights: (..., in) float32, `in` a multiple of 256.
-
-    Returns:
-        Trits (..., in) int8 and d (..., in / 256) float16.
-
-    Raises:
-        TernaryError: wrong type or shape, or a block whose d is no finite float16.
-    """
-    weights = require_rows("weights", weights, np.float32)
-    grouped = weights.reshape(*weights.shape[:-1], _blocks_of(weights, BLOCK, "weights"), BLOCK)
-    largest = np.abs(grouped).max(axis=-1, keepdims=True)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        scaled = grouped * np.where(largest == 0, np.float32(0), 1 / largest)
-        d = largest[..., 0].astype(np.float16)
-    _require_finite(d)
-    trits = (scaled >= 0.5).view(np.int8) - (scaled <= -0.5).view(np.int8)
-    return trits.reshape(weights.shape), d
-
-
 def _packing(
-    trits: np.ndarray, d: np.ndarray, packed: np.ndarray, size: int
+    trits: np.ndarray, d: np.ndarray, packed: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Digits (rows, blocks, 256), scales as bytes and a view of `packed`, a chunk at a time."""
     for first, (source, scales, target) in matrix_views(trits, d, packed):
-        target = target.reshape(len(target), -1, size)
+        target = target.reshape(len(target), -1, TQ1_0_BYTES)
         for lines, groups in blocks(scales, _CHUNK):
             columns = slice(BLOCK * groups.start, BLOCK * groups.stop)
             piece = source[lines, columns]
@@ -191,14 +142,14 @@ def _unpacking(
             yield source[lines, groups], target[lines, groups]
 
 
-def _new_blocks(trits: np.ndarray, d: np.ndarray, size: int) -> np.ndarray:
+def _new_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
     trits = require_rows("trits", trits, np.int8)
     d = require_array("d", d, np.float16)
     shape = (*trits.shape[:-1], _blocks_of(trits, BLOCK, "trits"))
     if d.shape != shape:
         raise TernaryError(f"d: expected shape {shape}, one a block, got {d.shape}")
     _require_finite(d)
-    return np.empty((*shape[:-1], shape[-1] * size), np.uint8)
+    return np.empty((*shape[:-1], shape[-1] * TQ1_0_BYTES), np.uint8)
 
 
 def _new_trits(packed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

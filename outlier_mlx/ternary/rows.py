@@ -13,6 +13,7 @@ import numpy as np
 
 from outlier_mlx.ternary import flat
 from outlier_mlx.ternary.arrays import (
+    TernaryError,
     blocks,
     matrix_views,
     require_out,
@@ -32,7 +33,6 @@ from outlier_mlx.ternary.digits import (
     Encoder,
     group_table,
 )
-from outlier_mlx.ternary.errors import TernaryError
 
 _MULTIPLE = 4
 _LIFT = 256
