@@ -342,7 +342,7 @@ def test_an_error_midway_leaves_nothing(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("outlier_mlx.checkpoints.export_packed.pack_tq1_0", fail)
+    monkeypatch.setattr("outlier_mlx.checkpoints.export_packed.rows_to_flat", fail)
     refused(tier, tmp_path / "e", "packed", "cannot write: No space left on device")
 
 

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from outlier_mlx import open_overlay
-from outlier_mlx.checkpoints.packed import MONOLITH_VARIABLE
+from outlier_mlx.checkpoints.packed import MONOLITH_VARIABLE, PackedTrits
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.ternary import pack_rows
 from tests import damage
 from tests.builders import Built, write_overlay
+from tests.engine import tier_of
 from tests.form_builders import pack_flat, to_packed
 from tests.forms import ODD, build, refused
+from tests.tensor_file import read_arrays
 from tests.test_checkpoints import assert_same_contents, contents, written
 
 KEY = "base.model.layers.1.mlp.experts.2.up_ternary"
@@ -238,6 +241,25 @@ def test_other_padding_only_warns(tmp_path: Path):
     with pytest.warns(CheckpointWarning, match="up_ternary: its last byte is padded"):
         found = open_overlay(built.path).experts[1][2].up.trits.read()
     np.testing.assert_array_equal(found, built.trits[1, 2, "up"])
+    with pytest.warns(CheckpointWarning, match="up_ternary: its last byte is padded"):
+        tier = tier_of(built.path, None, tmp_path / "tier")
+    stored = read_arrays(tier / "model-00001-of-00001.safetensors")
+    rows = stored["model.layers.1.mlp.switch_mlp.up_proj.weight"][2]
+    np.testing.assert_array_equal(rows, pack_rows(built.trits[1, 2, "up"]))
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (12, 18), (7, 13), (1, 3), (5, 1)], ids=str)
+def test_rows_for_a_tier(shape: tuple[int, int], tmp_path: Path):
+    """Whatever rows are asked for, and whether or not they begin and end with a byte."""
+    trits = np.random.default_rng(1).integers(-1, 2, shape, np.int8)
+    (tmp_path / "x.bin").write_bytes(bytes(7) + pack_flat(trits) + bytes(7))
+    packed = PackedTrits("x", tmp_path / "x.bin", 7, shape)
+    for start in range(shape[0]):
+        for stop in (*range(start + 1, shape[0] + 1), None):
+            np.testing.assert_array_equal(packed.read(start, stop), trits[start:stop])
+            np.testing.assert_array_equal(
+                packed.read_rows(start, stop), pack_rows(trits[start:stop])
+            )
 
 
 def test_a_monolith_goes_before_files(tmp_path: Path):

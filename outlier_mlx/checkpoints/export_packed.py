@@ -10,13 +10,15 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from outlier_mlx.checkpoints.export_scales import find_scale_forms
 from outlier_mlx.checkpoints.export_shared import (
     Origin,
     copy_tensor,
     overlay_config,
+    ranges,
     stored_spec,
-    trit_slabs,
     write_alphas,
     write_json,
 )
@@ -24,8 +26,8 @@ from outlier_mlx.checkpoints.monolith import ALIGNMENT, HEADER, MAGIC, ROW, VERS
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.packed import FOLDER, MONOLITH, packed_bytes
 from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.tensors import ExpertMatrix
-from outlier_mlx.ternary import pack_tq1_0
+from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, Trits
+from outlier_mlx.ternary import pack_tq1_0, rows_to_flat
 from outlier_mlx.writing.writer import ShardedWriter
 
 # Slabs of so many rows end where a byte does.
@@ -87,8 +89,9 @@ class PackedExport:
         """Write the two files of a matrix; returns their entries for the index."""
         trits, scale = f"{key}_ternary", f"{key}_scale"
         with (inner / _file(trits)).open("xb") as file:
-            for slab in trit_slabs(matrix.trits, _ROWS):
-                advance(file.write(pack_tq1_0(slab).data))
+            out, width = matrix.trits.shape
+            for start, stop in ranges(out, width, _ROWS):
+                advance(file.write(_packed(matrix.trits, start, stop).data))
         values = self.scales.values(projection, matrix).astype("<f2")
         (inner / _file(scale)).write_bytes(values.tobytes())
         advance(values.nbytes)
@@ -159,6 +162,13 @@ class PackedExport:
                             shutil.copyfileobj(f, file)
                 _pad(file)
                 advance(aligned(size))
+
+
+def _packed(trits: Trits, start: int, stop: int) -> np.ndarray:
+    """Rows in flat bytes, (bytes,) uint8."""
+    if isinstance(trits, PackedTrits):
+        return rows_to_flat(trits.read_rows(start, stop), (stop - start, trits.shape[1]))
+    return pack_tq1_0(trits.read(start, stop))
 
 
 def _pad(file: BinaryIO) -> None:

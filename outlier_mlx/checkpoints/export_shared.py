@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -88,14 +87,14 @@ def slabs(tensor: TensorRef) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(tensor.read(start, stop))
 
 
-def trit_slabs(trits: Trits, multiple: int = 1) -> Iterator[np.ndarray]:
-    """Rows of trits, int8 (rows, in); all slabs but the last are `multiple` rows or a multiple."""
-    for start, stop in ranges(trits.shape[0], prod(trits.shape[1:]), multiple):
+def trit_slabs(trits: Trits) -> Iterator[np.ndarray]:
+    """Rows of trits, int8 (rows, in), a few at a time."""
+    for start, stop in ranges(*trits.shape):
         yield trits.read(start, stop)
 
 
 def ranges(rows: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Row numbers (start, stop) of slabs of about `SLAB_BYTES`."""
+    """Row numbers (start, stop) of slabs of about `SLAB_BYTES`; `multiple` rows, or a multiple."""
     step = max(1, SLAB_BYTES // max(1, row_bytes * multiple)) * multiple
     for start in range(0, rows, step):
         yield start, min(rows, start + step)

@@ -6,7 +6,8 @@
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,7 +23,7 @@ from outlier_mlx.models.config import read_config
 from outlier_mlx.models.fields import MAX_SIZE
 from outlier_mlx.storage.paths import inside, require_plain
 from outlier_mlx.storage.safetensors import TensorRef, read_json
-from outlier_mlx.ternary import TernaryError, unpack_tq1_0
+from outlier_mlx.ternary import TernaryError, flat_to_rows, pack_rows, unpack_tq1_0
 
 SIGN = "packed_experts/index.json"
 FOLDER = "packed_experts"
@@ -31,7 +32,6 @@ MONOLITH = "experts.bin"
 MONOLITH_VARIABLE = "OUTLIER_MONOLITH_PATH"
 
 _GROUP = 5
-_PAD_DIGIT = 1
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,50 @@ class PackedTrits:
         Raises:
             CheckpointError: a byte encodes no five trits.
         """
-        out, width = self.shape
-        stop = out if stop is None else min(stop, out)
-        first, end = start * width, stop * width
+        first, last = self._span(start, stop)
         begin = first // _GROUP
-        packed = self._bytes.read(begin, -(-end // _GROUP))
-        try:
+        packed = self._read(begin, -(-last // _GROUP))
+        with self._naming(begin):
             trits = unpack_tq1_0(packed, (_GROUP * packed.size,))
+        return trits[first - _GROUP * begin : last - _GROUP * begin].reshape(-1, self.shape[1])
+
+    def read_rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as a tier has them, (rows, row_bytes) uint8; see `read`."""
+        first, last = self._span(start, stop)
+        if first % _GROUP or (last % _GROUP and last < prod(self.shape)):
+            return pack_rows(self.read(start, stop))
+        begin = first // _GROUP
+        packed = self._read(begin, -(-last // _GROUP))
+        with self._naming(begin):
+            return flat_to_rows(packed, ((last - first) // self.shape[1], self.shape[1]))
+
+    def _span(self, start: int, stop: int | None) -> tuple[int, int]:
+        """The first trit of these rows, and the one after the last."""
+        out, width = self.shape
+        return start * width, (out if stop is None else min(stop, out)) * width
+
+    def _read(self, begin: int, end: int) -> np.ndarray:
+        """Bytes; the padding of the last one of all becomes zeros, with a warning if it is not."""
+        packed = self._bytes.read(begin, end)
+        used = prod(self.shape) % _GROUP
+        if used and end == self.nbytes:
+            values, padding = packed[-1] % 3**used, packed[-1] // 3**used
+            zeros = sum(3**k for k in range(_GROUP - used))
+            if padding != zeros and packed[-1] < 3**_GROUP:
+                warnings.warn(
+                    f"{self.where}: its last byte is padded with something else than zeros",
+                    CheckpointWarning,
+                    stacklevel=3,
+                )
+                packed[-1] = values + zeros * 3**used
+        return packed
+
+    @contextmanager
+    def _naming(self, begin: int) -> Iterator[None]:
+        try:
+            yield
         except TernaryError as error:
             raise CheckpointError(f"{self.where}: from byte {begin}: {error}") from None
-        if stop == out and (trits[end - _GROUP * begin :] != _PAD_DIGIT - 1).any():
-            warnings.warn(
-                f"{self.where}: its last byte is padded with something else than zeros",
-                CheckpointWarning,
-                stacklevel=2,
-            )
-        return trits[first - _GROUP * begin : end - _GROUP * begin].reshape(stop - start, width)
 
     @property
     def _bytes(self) -> TensorRef:

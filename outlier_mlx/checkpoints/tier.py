@@ -44,7 +44,11 @@ class RowTrits:
         return self.rows.nbytes
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows as int8 (rows, in).
+        """Rows as int8 (rows, in); see `read_rows`."""
+        return unpack_rows(self.read_rows(start, stop), self.width)
+
+    def read_rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as they are stored, (rows, row_bytes) uint8.
 
         Raises:
             CheckpointError: bytes that no conversion writes.
@@ -54,7 +58,7 @@ class RowTrits:
             check_rows(packed, self.width)
         except TernaryError as error:
             raise CheckpointError(f"{self.where}: from row {start}: {error}") from None
-        return unpack_rows(packed, self.width)
+        return packed
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Tensors that are somewhere on disk: what parts and overlays are made of."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -70,6 +70,14 @@ class Trits(Protocol):
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in); values are checked by who packs them."""
+
+
+@runtime_checkable
+class PackedTrits(Trits, Protocol):
+    """Trits that are stored five a byte, so that packed rows need no unpacking."""
+
+    def read_rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as `ternary.pack_rows` packs them, (rows, row_bytes) uint8, checked."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
-from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor
+from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, PackedTrits
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
 from outlier_mlx.writing.mlx_stream import own_mlx_stream
 from outlier_mlx.writing.parts import Chunk, Part, ahead
@@ -28,6 +28,8 @@ SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # Of source. Small enough to stay in a core's cache from reading to packing, and for the allocator
 # to reuse: at 8 MB, fresh pages alone took a quarter of the time.
 SLAB_BYTES = 2 << 20
+# Where rows share bytes, every fifth begins with one.
+_TRITS_PER_BYTE = 5
 
 T = TypeVar("T")
 
@@ -268,8 +270,8 @@ def _rounded(slab: np.ndarray, dtype: str, tensor: FloatTensor) -> mx.array:
     return stored
 
 
-def _ranges(rows: int, row_size: int) -> Iterator[tuple[int, int]]:
-    step = max(1, SLAB_BYTES // max(1, row_size))
+def _ranges(rows: int, row_size: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    step = max(1, SLAB_BYTES // max(1, row_size * multiple)) * multiple
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 
@@ -326,12 +328,16 @@ def _packed_slabs(
         (
             partial(_pack_slab, matrix, start, stop)
             for matrix in matrices
-            for start, stop in _ranges(*matrix.trits.shape)
+            for start, stop in _ranges(
+                matrix.trits.shape[0], matrix.trits.shape[1], _TRITS_PER_BYTE
+            )
         ),
     )
 
 
 def _pack_slab(matrix: ExpertMatrix, start: int, stop: int) -> tuple[np.ndarray, int]:
+    if isinstance(matrix.trits, PackedTrits):
+        return matrix.trits.read_rows(start, stop), (stop - start) * matrix.trits.shape[1]
     trits = matrix.trits.read(start, stop)
     try:
         return pack_rows(trits), trits.size
