@@ -75,3 +75,14 @@ def served(small_tier: Path) -> Iterator[Any]:
 
     with running(small_tier, max_tokens=50, max_body=20_000) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No network for data sets, and a cache of them for these tests."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,26 +17,14 @@ from tokenizers import Tokenizer
 
 import outlier_mlx
 from outlier_mlx.cli.showcase import FOLDER
-from outlier_mlx.engine.memory import Budget
-from outlier_mlx.errors import OutlierError
 from tests.affine import with_quantized_base
 from tests.builders import write_base, write_overlay
 from tests.engine import tier_of
+from tests.evaluating import BASE_DIMS, DIMS, GENERATE, metrics, write_task
 from tests.program import run
 from tests.reference import ReferenceModel, forward, greedy, with_alphas
 from tests.reference_reader import read_overlay
 
-# A token a character, so that every text is one that can be written and read back.
-DIMS: dict[str, Any] = {
-    "hidden": 32,
-    "intermediate": 64,
-    "expert_intermediate": 32,
-    "layers": 2,
-    "moe_layers": (1,),
-    "vocab": 100,
-    "base_dtype": "F32",
-    "seed": 1,
-}
 LONGEST = 512  # max_position_embeddings of what the builders write
 QUESTIONS = ["The cat sat on the", "Why?", "", "A blank ends this ", "One and one is", "So"]
 CHOICES = [
@@ -50,19 +35,10 @@ CHOICES = [
     ["2", "3"],
     ["a", "b"],
 ]
-
 GREEDY = "What comes next"  # continued by the likeliest tokens
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No network, and a cache of data sets of its own."""
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @dataclass(frozen=True)
@@ -119,8 +95,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 
     folder = tmp_path_factory.mktemp("models")
     overlay = write_overlay(folder / "overlay", **DIMS)
-    base_dims = {k: v for k, v in DIMS.items() if k not in ("expert_intermediate", "moe_layers")}
-    write_base(folder / "base", **base_dims)
+    write_base(folder / "base", **BASE_DIMS)
     convert(str(folder / "base"), str(folder / "mlx"), quantize=True, q_group_size=32, q_bits=8)
     tier_of(overlay.path, None, folder / "tier")
     whole = read_overlay(overlay.path)
@@ -130,32 +105,6 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         name: Case(folder / name, reference, tensor_bytes(folder / name))
         for name, reference in references.items()
     }
-
-
-def write_task(folder: Path, name: str, rows: list[dict[str, Any]], text: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    head = f"task: {name}\ndataset_path: json\ntest_split: test\n"
-    data = f"dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}\n"
-    (folder / f"{name}.yaml").write_text(head + data + text, encoding="utf-8")
-    return folder / f"{name}.yaml"
-
-
-def metrics(**directions: str) -> str:
-    """A metric_list: each name with its aggregation, "-" before it where lower is better."""
-    lines = [
-        f"  - {{metric: {name}, aggregation: {how.lstrip('-')},"
-        f" higher_is_better: {str(not how.startswith('-')).lower()}}}\n"
-        for name, how in directions.items()
-    ]
-    return "metric_list:\n" + "".join(lines)
-
-
-GENERATE = (
-    'output_type: generate_until\ndoc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
-    "generation_kwargs: {until: [%s], max_gen_toks: 6, do_sample: false}\n"
-) + metrics(exact_match="mean")
 
 
 def write_tasks(folder: Path, case: Case) -> Path:
@@ -337,124 +286,6 @@ def test_examples_come_before_the_question(cases: dict[str, Case], tmp_path: Pat
         assert (row["fewshot"], row["value"]) == (number, score)
 
 
-EVIL = """from pathlib import Path
-Path(__file__).with_name("ran").touch()
-def twice(documents): return documents
-"""
-CODE = {
-    "process_docs: !function evil.twice\n": "!function is code",
-    "include: more.template\n": "!function is code",
-    "class: evil.Task\n": "`class` may load code",
-    "use_prompt: promptsource:x\n": "`use_prompt` may load code",
-    "metric_list: [{metric: ./evil.py}]\n": "code from elsewhere",
-    "metric_list: [{metric: acc, hf_evaluate: true}]\n": "code from elsewhere",
-    "description: \"{{ ''.__class__.__mro__[1].__subclasses__() }}\"\n": "SecurityError",
-}
-
-
-@pytest.mark.parametrize("line", CODE)
-def test_task_files_run_no_code(cases: dict[str, Case], line: str, tmp_path: Path) -> None:
-    rows = [{"question": "a", "answer": "b"}]
-    text = GENERATE % '"never"'
-    if "metric_list" in line:
-        text = text.partition("metric_list")[0]
-    task = write_task(tmp_path, "evil", rows, text + line)
-    (tmp_path / "evil.py").write_text(EVIL)
-    (tmp_path / "more.template").write_text("process_docs: !function evil.twice\n")
-    done = run("eval", cases["base"].folder, "--tasks", task, code=1)
-    assert CODE[line] in done.err
-    assert done.err.count("\n") == 1 and not (tmp_path / "ran").exists()
-    if "function" in CODE[line]:
-        assert "--trust-tasks" in done.err
-        trusted = run("eval", cases["base"].folder, "--tasks", task, "--trust-tasks", "--json")
-        assert trusted.json["results"] and (tmp_path / "ran").exists()
-
-
-ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
-HOSTILE = {
-    "a0: &a0 [x]\n" + ALIASES: "too many values",
-    "a: &a [*a]\n": "too many values",
-    "include: ../outside.yaml\n": "which is outside",
-    "include: link.yaml\n": "which is outside",
-    "include: hostile.yaml\n": "includes itself",
-    "include: [" + "twice.yaml, " * 9 + "]\n": "includes more than 64 files",
-    "# " + " " * (16 << 20): "too large",
-}
-
-
-@pytest.mark.parametrize("line", HOSTILE, ids=range(len(HOSTILE)))
-def test_task_files_that_never_end_or_lead_outside(line: str, tmp_path: Path) -> None:
-    from outlier_mlx.measure.eval_tasks import load_tasks
-
-    (tmp_path / "in").mkdir()
-    (tmp_path / "outside.yaml").write_text("output_type: generate_until\n")
-    (tmp_path / "in" / "link.yaml").symlink_to(tmp_path / "outside.yaml")
-    (tmp_path / "in" / "twice.yaml").write_text("include: [" + "once.yaml, " * 9 + "]\n")
-    (tmp_path / "in" / "once.yaml").write_text("output_type: generate_until\n")
-    task = tmp_path / "in" / "hostile.yaml"
-    task.write_text("task: hostile\n" + line)
-    with pytest.raises(OutlierError, match=HOSTILE[line]):
-        load_tasks([str(task)], nullcontext)
-
-
-def test_a_hub_out_of_reach_is_told_once(
-    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import datasets
-
-    def unreachable(*_: object, **__: object) -> None:
-        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
-        raise ConnectionError("Couldn't reach 'a/b' on the Hub (LocalEntryNotFoundError)")
-
-    task = write_task(tmp_path, "far", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    done = run("eval", cases["base"].folder, "--tasks", task, code=1)
-    assert done.err == (
-        "error: task far: Couldn't reach 'a/b' on the Hub, and it is not in the local cache\n"
-    )
-
-
-def test_mistakes_get_one_line(cases: dict[str, Case], tmp_path: Path) -> None:
-    base = cases["base"].folder
-    good = write_task(tmp_path, "good", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
-    (tmp_path / "list.yaml").write_text("- task\n")
-    (tmp_path / "broken.yaml").write_text("task: [")
-    (tmp_path / "template.yaml").write_text("output_type: generate_until\n")
-    (tmp_path / "bad.yaml").write_text(good.read_text().replace("{{question}}", "{{nothing}}"))
-    (tmp_path / "empty").mkdir()
-    none = write_task(tmp_path, "none", [], GENERATE % '"x"')
-    garbled = write_task(tmp_path, "garbled", [], GENERATE % '"x"')
-    (tmp_path / "garbled.jsonl").write_text("{")
-    for tasks, said in {
-        tmp_path / "missing.yaml": "missing.yaml: No such file",
-        tmp_path / "list.yaml": "list.yaml: not a task file",
-        tmp_path / "broken.yaml": "broken.yaml: not a sound task file",
-        tmp_path / "template.yaml": "neither `task` nor `group`",
-        tmp_path / "empty": "empty: no task in it",
-        tmp_path / "bad.yaml": "'nothing' is undefined",
-        none: "task none: its data has no documents",
-        garbled: "its data cannot be read: ",
-        f"{good},{good}": "there is another task 'good'",
-    }.items():
-        done = run("eval", base, "--tasks", tasks, code=1)
-        assert said in done.err, (tasks, done)
-        assert done.err.count("\n") == 1 and done.out == ""
-    run("eval", base, "--tasks", ",", code=2)
-    away = run("eval", base, "--tasks", good, "--out", tmp_path / "away" / "x.json", code=1)
-    assert "no such folder" in away.err
-
-
-def test_a_model_that_does_not_fit(
-    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = write_task(tmp_path, "one", [{"question": "a", "answer": "b"}], GENERATE % '"x"')
-    monkeypatch.setattr("outlier_mlx.engine.memory.budget", lambda: Budget(1000, "this machine"))
-    command = ["eval", cases["base"].folder, "--tasks", task]
-    refused = run(*command, code=1)
-    assert "--ignore-memory" in refused.err
-    run(*command, "--ignore-memory")
-
-
 def test_groups_of_a_folder_are_asked_once(cases: dict[str, Case], tmp_path: Path) -> None:
     for name, answer in (("one", "b"), ("two", cases["base"].answer("a"))):
         write_task(tmp_path, name, [{"question": "a", "answer": answer}], GENERATE % '"never"')
@@ -469,26 +300,3 @@ def test_groups_of_a_folder_are_asked_once(cases: dict[str, Case], tmp_path: Pat
         "two": (1.0, 1),
         "both": (0.5, 2),
     }
-
-
-def test_the_extra_is_named_where_it_is_missing(
-    cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import outlier_mlx.measure
-
-    for name in ("harness", "model", "tasks"):
-        monkeypatch.delitem(sys.modules, f"outlier_mlx.measure.eval_{name}", raising=False)
-        monkeypatch.delattr(outlier_mlx.measure, f"eval_{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    done = run("eval", cases["base"].folder, "--tasks", "arc_easy", code=1)
-    assert done.err.count("\n") == 1
-    assert "pip install 'outlier-mlx[eval]'" in done.err
-
-
-@pytest.mark.slow
-def test_tasks_of_the_harness_by_name(cases: dict[str, Case]) -> None:
-    wrong = run("eval", cases["base"].folder, "--tasks", "arc_eazy", code=1)
-    assert "near: " in wrong.err and "arc_easy" in wrong.err
-    away = run("eval", cases["base"].folder, "--tasks", "arc_easy", code=1)
-    assert away.err.count("\n") == 1, away
-    assert "task arc_easy: " in away.err and "reach" in away.err, away.err

@@ -30,11 +30,12 @@ from outlier_mlx.storage.gguf import read_gguf
 from tests.gguf_builder import Model, build
 from tests.goldens import require_shared
 from tests.hub import Hub, point_to, serving
+from tests.importing import assert_same_weights, stored_weights, unquantized_logits
 from tests.metal import needs_emulator
 from tests.tensor_file import read_arrays
 
 K_SIZES: dict[str, Any] = {"hidden": 256, "width": 256, "layers": 1}
-IDS = mx.array([[1, 260, 5, 9, 261, 30, 77, 200]])
+TOKENS = [1, 260, 5, 9, 261, 30, 77, 200]
 
 
 def imported(model: Model, folder: Path, **how: Any) -> tuple[Imported, dict[str, Any]]:
@@ -44,46 +45,9 @@ def imported(model: Model, folder: Path, **how: Any) -> tuple[Imported, dict[str
     return done, json.loads((done.path / "config.json").read_text())
 
 
-def stored_weights(model: nn.Module) -> dict[str, np.ndarray]:
-    """Weights and biases by name, as MLX computes with them in float32."""
-    found = {}
-    for path, module in model.named_modules():
-        if "weight" not in module:
-            continue
-        weight = module.weight
-        if hasattr(module, "bits"):
-            scales, biases = (a.astype(mx.float32) for a in (module.scales, module.biases))
-            weight = mx.dequantize(weight, scales, biases, module.group_size, module.bits)
-        found[f"{path}.weight"] = np.array(weight.astype(mx.float32))
-        if "bias" in module:
-            found[f"{path}.bias"] = np.array(module.bias.astype(mx.float32))
-    return found
-
-
-def assert_same_weights(folder: Path, expected: dict[str, np.ndarray]) -> nn.Module:
-    """Stock mlx-lm loads the folder, and every weight is what GGUF says, bit for bit."""
-    model, _ = stock_load_model(folder)
-    found = stored_weights(model)
-    assert set(found) == set(expected)
-    for name, weights in expected.items():
-        np.testing.assert_array_equal(found[name], weights, err_msg=name)
-    return model
-
-
 def logits(model: nn.Module) -> np.ndarray:
     model.set_dtype(mx.float32)
-    return np.array(model(IDS))
-
-
-def reference_logits(config: dict[str, Any], weights: dict[str, np.ndarray]) -> np.ndarray:
-    """Those of mlx-lm's model of unquantized float32 weights."""
-    from mlx_lm.models import llama, mixtral, qwen2
-
-    family = {"llama": llama, "qwen2": qwen2}.get(config["model_type"], mixtral)
-    plain = config | {"model_type": "mixtral"} if family is mixtral else config
-    model = family.Model(family.ModelArgs.from_dict(plain))
-    model.load_weights([(name, mx.array(value)) for name, value in weights.items()])
-    return np.array(model(IDS))
+    return np.array(model(mx.array([TOKENS])))
 
 
 def assert_logits(found: np.ndarray, expected: np.ndarray, atol: float = 2e-5) -> None:
@@ -110,7 +74,7 @@ def test_dense(case: str, arch: str, tmp_path: Path):
     found = assert_same_weights(done.path, model.weights)
     assert config["model_type"] == arch
     assert config["tie_word_embeddings"] is (arch == "qwen2")
-    assert_logits(logits(found), reference_logits(config, model.weights))
+    assert_logits(logits(found), unquantized_logits(config, model.weights, TOKENS))
     assert not any("off by" in note for note in done.notes)
 
 
@@ -132,7 +96,7 @@ def test_experts(case: str, tmp_path: Path):
     assert (config["model_type"], config["num_local_experts"]) == ("mixtral", 3)
     assert config["num_experts_per_tok"] == 2
     found = assert_same_weights(done.path, model.weights)
-    assert_logits(logits(found), reference_logits(config, model.weights))
+    assert_logits(logits(found), unquantized_logits(config, model.weights, TOKENS))
 
 
 @pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
@@ -149,8 +113,8 @@ def test_ternary_experts(kind: str, layout: str, tmp_path: Path):
     found, _ = load_model(done.path)
     scales = [m.scales for m in found.modules() if isinstance(m, TernarySwitchLinear)]
     assert len(scales) == 6 and all(s.dtype == mx.float32 for s in scales)
-    expected = reference_logits(config, model.weights)
-    assert_logits(np.array(found(IDS)), expected)
+    expected = unquantized_logits(config, model.weights, TOKENS)
+    assert_logits(np.array(found(mx.array([TOKENS]))), expected)
     found.set_dtype(mx.float16)
     assert all(m.scales.dtype == mx.float32 for m in found.modules() if hasattr(m, "prepared"))
     with pytest.raises(ValueError, match="ternary_mixtral not supported"):
@@ -171,7 +135,9 @@ def test_ternary_experts_through_the_kernels(tmp_path: Path):
         ternary = [m for m in found.modules() if isinstance(m, TernarySwitchLinear)]
         assert len(ternary) == 3 and all(m.prepared is None for m in ternary)
         metal.clear()
-        assert_logits(np.array(found(IDS)), reference_logits(config, model.weights))
+        assert_logits(
+            np.array(found(mx.array([TOKENS]))), unquantized_logits(config, model.weights, TOKENS)
+        )
         assert metal.names == ["tq1_0_swiglu", "tq1_0_down"]
 
 
@@ -221,7 +187,7 @@ def test_float16_tells_what_it_loses(tmp_path: Path):
     assert {array.dtype for _, array in arrays} == {mx.float16, mx.uint32}
     told = {note.split()[0] for note in done.notes if "off by up to" in note}
     assert told == {"Q4_K", "F32", "BF16"}  # norms and head, embeddings: but not Q4_0
-    expected = reference_logits(config, model.weights)
+    expected = unquantized_logits(config, model.weights, TOKENS)
     assert_logits(logits(found), expected, atol=0.02 * np.abs(expected).max())
 
 
@@ -300,7 +266,9 @@ def test_rope_scaling(tmp_path: Path):
     model.fields |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     done, config = imported(model, tmp_path)
     assert config["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 4.0}
-    assert_logits(logits(stock_load_model(done.path)[0]), reference_logits(config, model.weights))
+    assert_logits(
+        logits(stock_load_model(done.path)[0]), unquantized_logits(config, model.weights, TOKENS)
+    )
 
 
 def test_yarn(tmp_path: Path):
