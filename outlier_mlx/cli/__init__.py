@@ -7,15 +7,11 @@ import io
 import sys
 
 from outlier_mlx.cli import (  # noqa: F401 - they register commands
-    analysing,
     evaluating,
-    importing,
     making,
     measuring,
-    merging,
     running,
     sharing,
-    talking,
 )
 from outlier_mlx.cli.app import app
 

@@ -1,31 +1,42 @@
 """The typer app, and how commands end: in one clear line."""
 
-import re
 import sys
 import warnings
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 from typer.core import TyperGroup
 
 from outlier_mlx import __version__
-from outlier_mlx.errors import OutlierError, did_you_mean, one_line
+from outlier_mlx.cli.command import Command, flattened, write_parameters, write_section
+from outlier_mlx.errors import OutlierError, one_line
 
-# The order in which people meet them.
-ORDER = (
-    *("convert", "import", "merge", "generate", "chat", "serve", "info", "tiers", "verify", "demo"),
-    *("bench", "perplexity", "routing", "tune-alpha", "outliers", "eval", "compare", "export"),
-    "push",
-)
+Panel = Literal["Make", "Run", "Measure", "Share"]
+Function = TypeVar("Function", bound=Callable[..., None])
 
 
 class Commands(TyperGroup):
-    """Ends a command in one clear line on stderr: exit code 1, or 130 after Ctrl-C."""
+    """Ends a command in one line on stderr: exit code 1, 2 for wrong usage, 130 for Ctrl-C."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Names in the order of `ORDER`."""
-        names = super().list_commands(ctx)
-        return sorted(names, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run the program and leave it."""
+        try:
+            status = super().main(*arguments, **options | {"standalone_mode": False})
+        except typer.TyperException as error:
+            if message := error.format_message():
+                say(_misused(message, error))
+            sys.exit(error.exit_code)
+        except typer.Abort:
+            sys.exit(1)
+        sys.exit(status if isinstance(status, int) else 0)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the program's own options; without any words, show the help."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; `--debug` shows the traceback of what ended it."""
@@ -37,25 +48,35 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise
-        except typer.BadParameter as error:
-            error.message = _with_nearest(error.message)
-            raise
         except (OutlierError, OSError, MemoryError) as error:
             if ctx.meta.get("debug"):
                 raise
             say(f"error: {_told(error)}")
             raise typer.Exit(1) from None
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands by panel, then the program's own options."""
+        listed = [(getattr(c, "rich_help_panel", ""), c) for c in self.commands.values()]
+        for panel in get_args(Panel):
+            rows = [(str(c.name), c.help or "") for of, c in listed if of == panel]
+            write_section(panel, rows, formatter)
+        write_parameters(self.get_params(ctx), formatter)
 
-def _with_nearest(message: str) -> str:
-    """What is said of a value that is none of an option's choices, with the one likely meant.
 
-    Typer lists the choices, but suggests only commands and options.
-    """
-    message = message.removeprefix("Value error, ")
-    given, found, rest = message.partition(" is not one of ")
-    choices = re.findall(r"'([^']+)'", rest) if found else []
-    return message + did_you_mean(given.strip("'"), choices, " Did you mean {!r}?")
+def _misused(message: str, error: Any) -> str:
+    """What is said of wrong usage: what is wrong, and where the right usage is told."""
+    if isinstance(error, typer.BadParameter) and error.message:
+        message = error.message
+        if error.param is not None:
+            option = error.param.param_type_name == "option"
+            message = (
+                f"{max(error.param.opts, key=len) if option else error.param.metavar}: {message}"
+            )
+        elif error.param_hint is not None:
+            message = f"{error.param_hint}: {message}"
+    ctx = getattr(error, "ctx", None)
+    where = f" (see {ctx.command_path} --help)" if ctx is not None else ""
+    return f"error: {message[:1].lower()}{message[1:]}{where}"
 
 
 def _told(error: BaseException) -> str:
@@ -82,12 +103,28 @@ def _print_version(value: bool) -> None:
 app = typer.Typer(
     name="outlier-mlx",
     cls=Commands,
-    help="Outlier models on Apple silicon: an int4 base plus ternary experts, in MLX.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    rich_markup_mode=None,
 )
+
+
+def command(panel: str, example: str, name: str | None = None) -> Callable[[Function], Function]:
+    """Make a function a command of the program.
+
+    Args:
+        panel: the heading that it is listed under.
+        example: what to type after `outlier-mlx`, for the end of its help.
+        name: its name, if that is not the function's.
+    """
+
+    def register(function: Function) -> Function:
+        epilog = f"Example: outlier-mlx {example}"
+        decorate = app.command(name, cls=Command, rich_help_panel=panel, epilog=epilog)
+        decorate(flattened(function))
+        return function
+
+    return register
 
 
 @app.callback()

@@ -1,54 +1,54 @@
-"""Commands that evaluate models and hold the results against each other."""
+"""Commands that evaluate models on tasks and compare the results: eval, compare."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from outlier_mlx.cli.app import app, say
-from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
+from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.options import Force, Json, Loading, Model, Quiet
 from outlier_mlx.errors import OutlierError
 
 
-@app.command(
-    "eval", epilog="Example: `outlier-mlx eval ./tier --tasks arc_easy,./my.yaml --out tier.json`"
-)
+@command("Measure", "eval ./tier --tasks arc_easy,./my.yaml --out tier.json", name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or hub repository of a model.")],
+    model: Model,
     tasks: Annotated[
         str,
-        typer.Option(help="Tasks of the harness, task files, folders of them; commas between."),
+        typer.Option(
+            metavar="TASK,...", help="Tasks of the harness, task files, and folders of them."
+        ),
     ],
+    loading: Loading,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of each task at most. Default: all.")
+        int | None, typer.Option(min=1, help="Documents of each task, at most. Default: all.")
     ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before a question. Default: the task's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers generated together.")] = 8,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask as the chat template has it.")
+        bool, typer.Option("--apply-chat-template", help="Ask through the chat template.")
     ] = False,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer at most. Default: the task's.")
+        int | None, typer.Option(min=1, help="Tokens of an answer, at most. Default: the task's.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed, above all for few-shot examples.")] = 1234,
-    out: Annotated[Path | None, typer.Option(help="Write JSON to this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed, mainly for the choice of few-shot examples.")
+    ] = 1234,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write the results to this file.")
+    ] = None,
     trust_tasks: Annotated[
-        bool, typer.Option("--trust-tasks", help="Run Python that task files bring along.")
+        bool, typer.Option("--trust-tasks", help="Run Python code that task files contain.")
     ] = False,
     run_generated_code: Annotated[
         bool, typer.Option("--run-generated-code", help="Run code that the model writes.")
     ] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Of activations. Default: the model's; float32 on the CPU.")
-    ] = None,
-    ignore_memory: IgnoreMemory = False,
+    as_json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Evaluate a model with lm-evaluation-harness: scores, and scores per GB of memory."""
     from functools import partial
@@ -72,8 +72,8 @@ def evaluate(
         raise OutlierError(
             f"eval needs lm-evaluation-harness: pip install 'outlier-mlx[eval]' ({error})"
         ) from error
-    source = resolve(model, revision)
-    if not ignore_memory:
+    source = resolve(model, loading.revision)
+    if not loading.ignore_memory:
         check_fits(source.folder, 2048 * batch_size)
     options = harness.EvalOptions(
         limit=limit,
@@ -82,7 +82,7 @@ def evaluate(
         apply_chat_template=apply_chat_template,
         max_tokens=max_tokens,
         seed=seed,
-        dtype=dtype,
+        dtype=loading.dtype,
     )
     evaluation, noted = harness.evaluate(
         source,
@@ -114,27 +114,29 @@ def _check_picture_name(path: Path | None) -> Path | None:
     return path
 
 
-@app.command(epilog="Example: `outlier-mlx compare q4.json q8.json base.json --out scores.png`")
+@command("Measure", "compare q4.json q8.json base.json --out scores.png")
 def compare(
-    files: Annotated[list[Path], typer.Argument(help="JSON files that `eval --out` wrote.")],
-    task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Only this metric.")] = None,
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE.json", help="Files that `eval --out` wrote."),
+    ],
+    task: Annotated[str | None, typer.Option(metavar="TASK", help="Show only this task.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="Show only this metric.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw a picture as well: FILE.png, FILE.svg or FILE.pdf.",
+            help="Also draw a picture: FILE.png, FILE.svg or FILE.pdf.",
             callback=_check_picture_name,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Show scores of models against the memory they take."""
-    import json
-
     from outlier_mlx.measure.eval_charts import charts, check_number, differences, draw
     from outlier_mlx.measure.eval_results import read
     from outlier_mlx.measure.eval_tables import print_charts

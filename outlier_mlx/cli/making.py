@@ -1,76 +1,86 @@
-"""Commands that make and check tiers."""
+"""Commands that make models: convert, import, merge, tune-alpha, tiers, demo."""
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from outlier_mlx.cli.app import app, say
+from outlier_mlx.cli.app import command
+from outlier_mlx.cli.models import load_visibly
 from outlier_mlx.cli.options import (
+    Base,
     BaseBits,
-    Debug,
+    BaseRevision,
     DType,
     Experts,
-    ExportFormat,
     Force,
     GroupSize,
+    Json,
+    Model,
+    OutFolder,
+    Overlay,
+    OverlayRevision,
     Quiet,
-    Tier,
+    Recipe,
+    Revision,
+    TextFile,
+    Window,
+    Windows,
 )
 from outlier_mlx.cli.sharing import push_converted, require_pushable
 
 
-@app.command(
-    epilog="Example: `outlier-mlx convert ./overlay --base Qwen/Qwen2.5-7B-Instruct --out ./tier`"
-)
+@command("Make", "convert ./overlay --base Qwen/Qwen2.5-7B-Instruct --out ./tier")
 def convert(
-    overlay: Annotated[str, typer.Argument(help="Folder or hub repository of the overlay.")],
-    base: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub repository of the base, if the overlay holds none."),
-    ] = None,
+    overlay: Overlay,
+    base: Base = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to make. Default: ./NAME-RECIPE.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder to write. Default: ./NAME-RECIPE."),
     ] = None,
     tier: Annotated[
-        Tier, typer.Option(help="Recipe; auto takes the best that fits this machine.")
+        Recipe, typer.Option(help="Recipe; auto takes the best one that fits this machine.")
     ] = "q4",
     base_bits: Annotated[
-        BaseBits | None, typer.Option(help="Bits a weight of the base; none: unquantized.")
+        BaseBits | None,
+        typer.Option(help="Bits a weight of the base; none, 16 and 32: unquantized."),
     ] = None,
     group_size: Annotated[
         GroupSize | None, typer.Option(help="Weights of the base that share a scale.")
     ] = None,
     experts: Annotated[Experts | None, typer.Option(help="Format of the experts.")] = None,
     dtype: Annotated[
-        DType | None, typer.Option(help="Of activations and scales. Default: the checkpoint's.")
+        DType | None,
+        typer.Option(help="Dtype of activations and scales. Default: the checkpoint's."),
     ] = None,
     portable: Annotated[
-        bool, typer.Option("--portable", help="A model that mlx-lm loads without this package.")
+        bool,
+        typer.Option("--portable", help="Write a model that mlx-lm loads without this package."),
     ] = False,
     alpha: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|original",
-            help="Alphas that win over the overlay's (JSON); original: without alpha_overlay.pt.",
+            metavar="FILE.json|original",
+            help="Alphas to use instead of the overlay's; original: those without"
+            " alpha_overlay.pt.",
         ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="The overlay's revision on the hub.")] = None,
-    base_revision: Annotated[
-        str | None, typer.Option(help="The base's revision on the hub.")
-    ] = None,
+    revision: OverlayRevision = None,
+    base_revision: BaseRevision = None,
     stream: Annotated[
         bool,
-        typer.Option("--stream", help="Fetch one file of a repository at a time, then delete it."),
+        typer.Option(
+            "--stream", help="Download one file of a repository at a time, and delete it after use."
+        ),
     ] = False,
     upload_repo: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Push the tier to the hub; see `push`."),
+        typer.Option(metavar="OWNER/NAME", help="Push the tier to this repository on the hub."),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Turn an overlay and its base into a tier."""
     from outlier_mlx.cli.tables import print_report
@@ -113,24 +123,203 @@ def convert(
         push_converted(report.path, upload_repo, quiet=quiet)
 
 
-@app.command(epilog="Example: `outlier-mlx tiers ./overlay --base ./base --ram 32`")
-def tiers(
-    overlay: Annotated[str, typer.Argument(help="Folder or hub repository of the overlay.")],
-    base: Annotated[
+@command("Make", "import ./Confinus-2x7B-AWQ --out ./confinus", name="import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder, .gguf file or hub repository of an AWQ or GGUF model."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder to write. Default: ./NAME-mlx.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16"] | None,
+        typer.Option(
+            help="Dtype of scales and biases; float16 is smaller, and what it loses is reported."
+        ),
+    ] = None,
+    bits: Annotated[
+        Literal["4", "5"] | None,
+        typer.Option(help="AWQ: bits a weight; 5 is exact with scales and biases in float16."),
+    ] = None,
+    file: Annotated[
         str | None,
-        typer.Option(help="Folder or hub repository of the base, if the overlay holds none."),
+        typer.Option(
+            metavar="NAME.gguf", help="GGUF: which file of the folder or repository to read."
+        ),
     ] = None,
+    k_quants: Annotated[
+        Literal["8bit", "float16", "float32"] | None,
+        typer.Option(help="GGUF: how Q2_K, Q3_K and Q6_K are stored. Default: 8bit."),
+    ] = None,
+    experts: Annotated[
+        Experts | None,
+        typer.Option(help="GGUF: how TQ1_0 and TQ2_0 experts are stored. Default: tq1_0."),
+    ] = None,
+    revision: Revision = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn an AWQ or GGUF model into an MLX folder."""
+    if bits == "5" and dtype == "float32":
+        raise typer.BadParameter(
+            "5 is for scales in float16: in float32, 4 bits lose nothing", param_hint="--bits"
+        )
+    from outlier_mlx.cli.tables import print_imported
+    from outlier_mlx.imports import import_model
+    from outlier_mlx.terminal import progress_bar
+
+    name = Path(source).resolve().name if Path(source).exists() else source.rsplit("/", 1)[-1]
+    with progress_bar("importing", quiet=quiet) as progress:
+        written = import_model(
+            source,
+            out if out is not None else Path(f"{name.removesuffix('.gguf')}-mlx"),
+            dtype=dtype,
+            bits=int(bits) if bits else None,
+            file=file,
+            k_quants=k_quants,
+            experts=experts,
+            revision=revision,
+            force=force,
+            progress=progress,
+        )
+    if not quiet:
+        print_imported(written)
+
+
+@command("Make", "merge recipe.yaml --out ./merged")
+def merge(
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE.yaml", help="Recipe, in the format of mergekit-moe."),
+    ],
+    out: OutFolder,
+    bits: Annotated[
+        Literal["4", "8"] | None,
+        typer.Option(
+            help="Quantize and write an MLX folder. Default: unquantized, with Hugging Face's"
+            " tensor names."
+        ),
+    ] = None,
+    group_size: Annotated[
+        GroupSize, typer.Option(help="Weights that share a scale, with --bits.")
+    ] = "64",
+    dtype: Annotated[
+        DType | None, typer.Option(help="Dtype of unquantized weights. Default: the recipe's.")
+    ] = None,
+    no_positive: Annotated[
+        Literal["error", "bos", "zero"] | None,
+        typer.Option(help="How to treat an expert without positive prompts."),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml", help="For each expert, a list of prompts to measure routing on."
+        ),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Run the merged model on prompts to measure its routing.")
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random routers and noise.")] = 0,
+    as_json: Json = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge dense models into a mixture of experts (a frankenMoE)."""
+    from outlier_mlx.merge import merge as merge_models
+    from outlier_mlx.merge.report import as_json as report_of
+    from outlier_mlx.merge.tables import print_merged
+    from outlier_mlx.terminal import Progress, counting_bar, progress_bar
+
+    def stages(title: str, unit: str) -> AbstractContextManager[Progress]:
+        return counting_bar(title, unit, quiet=quiet) if unit else progress_bar(title, quiet=quiet)
+
+    result = merge_models(
+        recipe,
+        out,
+        bits=int(bits) if bits else None,
+        group_size=int(group_size),
+        dtype=dtype,
+        no_positive=no_positive,
+        held_out=held_out,
+        seed=seed,
+        measure=measure,
+        force=force,
+        stages=stages,
+    )
+    if as_json:
+        print(json.dumps(report_of(result), indent=2))
+    elif not quiet:
+        print_merged(result)
+
+
+@command("Make", "tune-alpha ./tier --text book.txt --out alpha.json")
+def tune_alpha(
+    model: Model,
+    text: TextFile,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE.json", help="File to write the alphas to.")
+    ] = Path("alpha.json"),
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Learn this model's predictions, not the text's tokens."
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 2,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate of Adam.")] = 0.02,
+    window: Window = 256,
+    windows: Windows = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the alphas of a tier, and nothing else; judge them on a fifth of the text, held out."""
+    from outlier_mlx.measure import perplexity as compare
+    from outlier_mlx.measure.alphas import save_alphas, tune_alphas
+    from outlier_mlx.storage.output import check_writable
+    from outlier_mlx.storage.texts import read_utf8
+    from outlier_mlx.terminal import counting_bar
+
+    check_writable(out, force=force)
+    loaded, tokenizer = load_visibly(model, quiet=quiet)
+    other = load_visibly(teacher, quiet=quiet)[0] if teacher is not None else None
+    texts = compare.windows(tokenizer, read_utf8(text), window, windows)
+    with counting_bar("tuning", "windows", quiet=quiet) as progress:
+        tuned = tune_alphas(
+            loaded,
+            texts,
+            teacher=other,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            progress=progress,
+        )
+    print(f"held-out perplexity before: {tuned.before.perplexity:.4f}")
+    print(f"held-out perplexity after: {tuned.after.perplexity:.4f}")
+    if tuned.before.kl is not None and tuned.after.kl is not None:
+        print(f"KL from the teacher before: {tuned.before.kl:.5f} nats")
+        print(f"KL from the teacher after: {tuned.after.kl:.5f} nats")
+    save_alphas(tuned, out, force=force)
+    print(f"wrote {out}")
+
+
+@command("Make", "tiers ./overlay --base ./base --ram 32")
+def tiers(
+    overlay: Overlay,
+    base: Base = None,
     ram: Annotated[
-        float | None, typer.Option(min=1, help="Choose for a Mac with so many GB of memory.")
+        float | None,
+        typer.Option(
+            min=1, help="Choose for a Mac with this many GB of memory. Default: this machine."
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="The overlay's revision on the hub.")] = None,
-    base_revision: Annotated[
-        str | None, typer.Option(help="The base's revision on the hub.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Debug = False,
+    revision: OverlayRevision = None,
+    base_revision: BaseRevision = None,
+    as_json: Json = False,
 ) -> None:
     """List the recipes: size, memory at two lengths of context, and what fits."""
+    from outlier_mlx.cli.tables import print_choices
     from outlier_mlx.tiers.choose import as_json_object, list_choices
 
     choices, available = list_choices(
@@ -138,44 +327,22 @@ def tiers(
     )
     if as_json:
         print(json.dumps(as_json_object(choices, available), indent=2))
-        return
-    from outlier_mlx.cli.tables import print_choices
-
-    print_choices(choices, available)
+    else:
+        print_choices(choices, available)
 
 
-@app.command(epilog="Example: `outlier-mlx verify ./tier`")
-def verify(
-    tier: Annotated[Path, typer.Argument(help="Folder of a tier, or of an imported model.")],
+@command("Make", "demo --out ./demo-tier")
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep the converted tier in this folder.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Measure on all held-out documents.")
+    ] = False,
+    force: Force = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
-    """Check every file, shape and byte range of a tier; the first damage is named."""
-    from outlier_mlx.terminal import progress_bar, size
-    from outlier_mlx.tiers.verify import verify_tier
+    """Convert the embedded pair, measure it, and write a text with it."""
+    from outlier_mlx.cli.showcase import run
 
-    with progress_bar("verifying", quiet=quiet) as progress:
-        found = verify_tier(tier, progress)
-    print(f"{tier}: whole: {found.files} files, {found.tensors} tensors, {size(found.nbytes)}")
-
-
-@app.command(epilog="Example: `outlier-mlx export ./tier --format packed --out ./packed`")
-def export(
-    tier: Annotated[str, typer.Argument(help="Folder or hub repository of a tier.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    format: Annotated[
-        ExportFormat, typer.Option(help="V3.2 overlay, packed directory, or GGUF tensors.")
-    ] = "overlay",
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Write a tier's experts, routers and alphas for other tools, exactly as they are."""
-    from outlier_mlx.checkpoints.export import export_tier
-    from outlier_mlx.terminal import progress_bar, size
-
-    with progress_bar("exporting", quiet=quiet) as progress:
-        written = export_tier(tier, out, format, revision=revision, progress=progress)
-    if not quiet:
-        base = f"without the base ({written.base})" if written.base else "with the base"
-        say(f"{written.path}: {written.format}, {size(written.nbytes)}, {base}")
+    run(out, full=full, force=force, quiet=quiet)

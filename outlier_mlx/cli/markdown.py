@@ -4,36 +4,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
+from outlier_mlx.cli.writers import PlainWriter, Writer, without_controls
+
 # Least time in seconds between two drawings of the unfinished block.
 INTERVAL = 0.08
 # Lines of the terminal that stay free below the unfinished block.
 SPARE_LINES = 2
-
-
-class Writer(Protocol):
-    """Shows a reply that arrives in pieces."""
-
-    def write(self, text: str) -> None:
-        """Show the next piece of text."""
-
-
-class PlainWriter:
-    """Prints pieces unchanged; on a terminal, with control characters made visible."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def write(self, text: str) -> None:
-        """Print the next piece of text."""
-        self.console.file.write(without_controls(text) if self.console.is_terminal else text)
-        self.console.file.flush()
 
 
 class MarkdownWriter:
@@ -114,7 +96,7 @@ def renders_markdown(console: Console) -> bool:
 def reply_writer(console: Console, *, markdown: bool) -> Iterator[Writer]:
     """A writer for one reply: one that renders Markdown, or one that prints plain text."""
     if not markdown:
-        yield PlainWriter(console)
+        yield PlainWriter(console.file, is_terminal=console.is_terminal)
         return
     with Live(console=console, transient=True, auto_refresh=False) as live:
         writer = MarkdownWriter(console, live)
@@ -122,15 +104,3 @@ def reply_writer(console: Console, *, markdown: bool) -> Iterator[Writer]:
             yield writer
         finally:
             writer.finish()
-
-
-def without_controls(text: str) -> str:
-    """The text with control characters as visible symbols, so that a terminal ignores them."""
-    return "".join(_visible(c) for c in text if c != "\r")
-
-
-def _visible(char: str) -> str:
-    code = ord(char)
-    if char in "\n\t" or 0x20 <= code < 0x7F or code >= 0xA0:
-        return char
-    return chr(0x2400 + code) if code < 0x20 else "\ufffd"

@@ -1,39 +1,146 @@
-"""Commands that measure models and tune them."""
+"""Commands that describe and measure models: info, bench, perplexity, routing, outliers."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from outlier_mlx.cli.app import app, say
+from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.models import load_visibly
-from outlier_mlx.cli.options import Debug, DType, Force, IgnoreMemory, Quiet
+from outlier_mlx.cli.options import (
+    ActivationDType,
+    Force,
+    IgnoreMemory,
+    Json,
+    Loading,
+    Model,
+    OutFolder,
+    PrefillStep,
+    Quiet,
+    Revision,
+    TextFile,
+    Window,
+    Windows,
+)
 from outlier_mlx.measure.pictures import Format
 
-Text = Annotated[
-    Path, typer.Option(exists=True, dir_okay=False, help="A text file, UTF-8.", show_default=False)
-]
-Window = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Windows = Annotated[int | None, typer.Option(min=1, help="Windows at most. Default: all.")]
+if TYPE_CHECKING:
+    from outlier_mlx.measure.outlier_accumulate import Hold
+
+Plots = Annotated[Format, typer.Option(help="File format of the pictures.")]
+NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw no pictures.")]
+HoldName = Literal["bf16", "f16", "f32"]
+_HOLDS: "dict[HoldName | None, Hold | None]" = {
+    None: None,
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f32": "float32",
+}
 
 
-@app.command(epilog="Example: `outlier-mlx perplexity ./tier --text book.txt --against ./other`")
+@command("Measure", "info Qwen/Qwen2.5-7B-Instruct --json")
+def info(model: Model, revision: Revision = None, as_json: Json = False) -> None:
+    """Say what a tier, overlay or model is, how large, and what memory it needs."""
+    from outlier_mlx.checkpoints.info import inspect
+    from outlier_mlx.terminal import counting_bar
+
+    with counting_bar("reading headers", "files", quiet=False, at_once=False) as progress:
+        found = inspect(model, revision, progress)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    from outlier_mlx.cli.tables import print_info
+
+    print_info(found)
+
+
+@command("Measure", "bench ./tier -p 512 -g 128")
+def bench(
+    model: Model,
+    loading: Loading,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "-p", min=1, help="Length of the prompt.")
+    ] = 512,
+    generation_tokens: Annotated[
+        int, typer.Option("--generation-tokens", "-g", min=2, help="Number of tokens to generate.")
+    ] = 128,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, help="Prompts at a time.")
+    ] = 1,
+    num_trials: Annotated[
+        int, typer.Option("--num-trials", "-n", min=1, help="Number of timed runs.")
+    ] = 5,
+    prefill_step_size: PrefillStep = 2048,
+    delay: Annotated[int, typer.Option(min=0, help="Seconds between runs.")] = 0,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Time the variants of the decode kernels instead.")
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="With --kernels: use the best variants from now on.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure speed and memory; the flags are those of `mlx_lm.benchmark`."""
+    from outlier_mlx.engine.memory import check_fits
+    from outlier_mlx.measure.bench import BenchOptions, bench_model
+    from outlier_mlx.measure.bench_kernels import bench_kernels, kernels_run_here, save_best
+    from outlier_mlx.measure.bench_tables import print_kernels, print_result
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.terminal import counting_bar
+
+    if save and not kernels:
+        raise typer.BadParameter(
+            "saves what --kernels finds, so it needs --kernels", param_hint="--save"
+        )
+    if kernels and not kernels_run_here(required=save):
+        say("no Metal here, so there are no kernels to time: this is the plain path in MLX alone")
+    source = resolve(model, loading.revision)
+    if not loading.ignore_memory:
+        check_fits(source.folder, batch_size * (prompt_tokens + generation_tokens))
+    loaded, tokenizer = load_visibly(source, loading.dtype, quiet=quiet)
+    with counting_bar("measuring", "runs", quiet=quiet) as progress:
+        if kernels:
+            timed = bench_kernels(loaded, num_trials, batch_size, progress)
+        else:
+            options = BenchOptions(
+                prompt_tokens, generation_tokens, batch_size, num_trials, prefill_step_size, delay
+            )
+            result = bench_model(loaded, tokenizer, options, progress)
+    if as_json:
+        found = timed.as_json() if kernels else result.as_json()
+        print(json.dumps({"model": source.name} | found, indent=2))
+    elif kernels:
+        print_kernels(source.name, timed)
+    else:
+        print_result(source.name, result)
+    if kernels:
+        for error in timed.errors:
+            say(error)
+        if save:
+            say(f"saved the best variants in {save_best(timed)}")
+        if timed.errors:
+            raise typer.Exit(1)
+
+
+@command("Measure", "perplexity ./tier --text book.txt --against ./other")
 def perplexity(
-    model: Annotated[str, typer.Argument(help="Folder or hub repository of a model.")],
-    text: Text,
+    model: Model,
+    text: TextFile,
     against: Annotated[
-        str | None, typer.Option(help="Another model, to measure the distance to.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Another model, to measure the KL divergence from."),
     ] = None,
     window: Window = 512,
     windows: Windows = None,
-    dtype: Annotated[DType | None, typer.Option(help="Of activations.")] = None,
+    dtype: ActivationDType = None,
     record: Annotated[
-        bool, typer.Option("--record", help="Keep it in the tier; `push` puts it into the card.")
+        bool,
+        typer.Option("--record", help="Save the result in the tier; `push` puts it into the card."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Measure perplexity on a text, and the distance from another model."""
     from outlier_mlx.measure import measured
@@ -66,21 +173,21 @@ def perplexity(
         print(f"same likeliest token: {100 * found.agreement:.2f} %")
 
 
-@app.command(epilog="Example: `outlier-mlx routing ./tier --text book.txt --out routing`")
+@command("Measure", "routing ./tier --text book.txt --out routing")
 def routing(
-    model: Annotated[str, typer.Argument(help="Folder or hub repository of a tier.")],
-    text: Text,
+    model: Model,
+    text: TextFile,
     out: Annotated[
-        Path | None, typer.Option(help="Write routing.json and routing.png into this folder.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write routing.json and a picture into this folder."),
     ] = None,
-    plots: Annotated[Format, typer.Option(help="File format of the picture.")] = "png",
-    no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no picture.")] = False,
+    plots: Plots = "png",
+    no_plots: NoPlots = False,
     window: Window = 512,
     windows: Windows = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Show which experts serve a text, layer by layer."""
     from outlier_mlx.cli.tables import print_routing
@@ -111,120 +218,70 @@ def routing(
         print_routing(layers)
 
 
-@app.command(epilog="Example: `outlier-mlx tune-alpha ./tier --text book.txt --out alpha.json`")
-def tune_alpha(
-    model: Annotated[str, typer.Argument(help="Folder or hub repository of a tier.")],
-    text: Text,
-    out: Annotated[Path, typer.Option(help="The alpha.json to write.")] = Path("alpha.json"),
-    teacher: Annotated[
-        str | None, typer.Option(help="Learn this model's predictions, not the text's tokens.")
+@command("Measure", "outliers ./tier ./base --text book.txt --out ./found")
+def outliers(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL", help="Folders or hub repositories of models. [required]"),
+    ],
+    text: TextFile,
+    out: OutFolder,
+    sequences: Annotated[int, typer.Option(min=1, help="Number of windows, at most.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
+    overlap: Annotated[
+        float,
+        typer.Option(min=0, max=0.99, help="Fraction of a window that the next one repeats."),
+    ] = 0.0,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1e6, help="Magnitude from which a value is an outlier.")
+    ] = 6.0,
+    min_layers: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Fraction of the layers that a feature must occur in."),
+    ] = 0.25,
+    min_seq: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Fraction of the positions that it must occur at."),
+    ] = 0.06,
+    hold: Annotated[
+        HoldName | None,
+        typer.Option(help="Round values to this dtype before comparing. Default: no rounding."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 2,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Adam's.")] = 0.02,
-    window: Window = 256,
-    windows: Windows = None,
+    per_expert: Annotated[
+        bool, typer.Option("--per-expert", help="Also report which experts get outlier tokens.")
+    ] = False,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="Also describe the residual stream.")
+    ] = False,
+    plots: Plots = "png",
+    no_plots: NoPlots = False,
+    dtype: ActivationDType = None,
+    ignore_memory: IgnoreMemory = False,
+    as_json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
-    """Train the alphas alone; a fifth of the text is held out to judge them."""
-    from outlier_mlx.measure import perplexity as compare
-    from outlier_mlx.measure.alphas import save_alphas, tune_alphas
-    from outlier_mlx.storage.texts import read_utf8
-    from outlier_mlx.terminal import counting_bar
+    """Find outlier features: dimensions with huge values in many layers, at many positions."""
+    from outlier_mlx.measure.outlier_definitions import Thresholds
+    from outlier_mlx.measure.outlier_run import Study, study_models
+    from outlier_mlx.measure.outlier_table import print_outliers
+    from outlier_mlx.measure.outliers import Options
 
-    loaded, tokenizer = load_visibly(model, quiet=quiet)
-    other = load_visibly(teacher, quiet=quiet)[0] if teacher is not None else None
-    texts = compare.windows(tokenizer, read_utf8(text), window, windows)
-    with counting_bar("tuning", "windows", quiet=quiet) as progress:
-        tuned = tune_alphas(
-            loaded,
-            texts,
-            teacher=other,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            progress=progress,
-        )
-    print(f"held-out perplexity before: {tuned.before.perplexity:.4f}")
-    print(f"held-out perplexity after: {tuned.after.perplexity:.4f}")
-    if tuned.before.kl is not None and tuned.after.kl is not None:
-        print(f"KL from the teacher before: {tuned.before.kl:.5f} nats")
-        print(f"KL from the teacher after: {tuned.after.kl:.5f} nats")
-    save_alphas(tuned, out, force=force)
-    print(f"wrote {out}")
-
-
-@app.command(epilog="Example: `outlier-mlx bench --model ./tier -p 512 -g 128`")
-def bench(
-    model: Annotated[str, typer.Option(help="Folder or hub repository of a tier.")],
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", "-p", min=1, help="Length of the prompt.")
-    ] = 512,
-    generation_tokens: Annotated[
-        int, typer.Option("--generation-tokens", "-g", min=2, help="Length of what is written.")
-    ] = 128,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", min=1, help="Prompts at a time.")
-    ] = 1,
-    num_trials: Annotated[
-        int, typer.Option("--num-trials", "-n", min=1, help="Runs that are timed.")
-    ] = 5,
-    prefill_step_size: Annotated[
-        int, typer.Option(min=1, help="Prompt tokens processed at a time.")
-    ] = 2048,
-    delay: Annotated[int, typer.Option(min=0, help="Seconds between runs.")] = 0,
-    kernels: Annotated[
-        bool, typer.Option("--kernels", help="Time the decode kernels' variants instead.")
-    ] = False,
-    save: Annotated[
-        bool, typer.Option("--save", help="With --kernels: use the best from now on.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Of activations. Default: the tier's; float32 on the CPU.")
-    ] = None,
-    ignore_memory: IgnoreMemory = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Measure speed and memory; the flags are those of `mlx_lm.benchmark`."""
-    from outlier_mlx.engine.memory import check_fits
-    from outlier_mlx.measure.bench import BenchOptions, bench_model
-    from outlier_mlx.measure.bench_kernels import bench_kernels, kernels_run_here, save_best
-    from outlier_mlx.measure.bench_tables import print_kernels, print_result
-    from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.terminal import counting_bar
-
-    if save and not kernels:
-        raise typer.BadParameter(
-            "keeps what --kernels finds, so it goes with it", param_hint="--save"
-        )
-    if kernels and not kernels_run_here(required=save):
-        say("no Metal here, so there are no kernels to time: this is the plain path in MLX alone")
-    source = resolve(model, revision)
-    if not ignore_memory:
-        check_fits(source.folder, batch_size * (prompt_tokens + generation_tokens))
-    loaded, tokenizer = load_visibly(source, dtype, quiet=quiet)
-    with counting_bar("measuring", "runs", quiet=quiet) as progress:
-        if kernels:
-            timed = bench_kernels(loaded, num_trials, batch_size, progress)
-        else:
-            options = BenchOptions(
-                prompt_tokens, generation_tokens, batch_size, num_trials, prefill_step_size, delay
-            )
-            result = bench_model(loaded, tokenizer, options, progress)
+    thresholds = Thresholds(threshold, min_layers, min_seq)
+    study = Study(
+        text=text,
+        sequences=sequences,
+        length=length,
+        overlap=overlap,
+        options=Options(thresholds, _HOLDS[hold], residual=residual, per_expert=per_expert),
+        dtype=dtype,
+        plots=None if no_plots else plots,
+        check_memory=not ignore_memory,
+    )
+    entries = study_models(models, study, out, force=force, quiet=quiet)
     if as_json:
-        found = timed.as_json() if kernels else result.as_json()
-        print(json.dumps({"model": source.name} | found, indent=2))
-    elif kernels:
-        print_kernels(source.name, timed)
+        print(json.dumps(entries, indent=2))
     else:
-        print_result(source.name, result)
-    if kernels:
-        for error in timed.errors:
-            say(error)
-        if save:
-            say(f"saved the best variants in {save_best(timed)}")
-        if timed.errors:
-            raise typer.Exit(1)
+        print_outliers(entries)
+    if not quiet:
+        say(f"wrote {out}")

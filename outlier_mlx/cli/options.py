@@ -1,15 +1,23 @@
-"""Options that commands share."""
+"""Arguments and options that commands share, each declared once, and the groups they come in."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from outlier_mlx.cli.command import GENERAL
 
-def _set_debug(ctx: typer.Context, value: bool) -> bool:
-    ctx.find_root().meta["debug"] = value
-    return value
+Recipe = Literal["auto", "q4", "q4-mixed", "q8", "bf16", "f16", "f32"]
+BaseBits = Literal["4", "8", "none", "16", "32"]
+GroupSize = Literal["32", "64", "128"]
+Experts = Literal["tq1_0", "affine2"]
+DType = Literal["bfloat16", "float16", "float32"]
+
+SAMPLING = "Sampling"
+CACHE = "KV cache"
+LOADING = "Loading"
 
 
 def _set_quiet(value: bool) -> bool:
@@ -19,24 +27,212 @@ def _set_quiet(value: bool) -> bool:
     return value
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug)]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", help="No progress, no statistics.", callback=_set_quiet)
+# -- what every command may have ----------------------------------------------------------------
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Folder or hub repository of a tier or other model. [required]"
+    ),
 ]
-IgnoreMemory = Annotated[
-    bool, typer.Option("--ignore-memory", help="Load the model even if it does not fit.")
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Folder of a tier or imported model. [required]")
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REVISION",
+        help="Branch, tag or commit of the repository on the hub.",
+        rich_help_panel=LOADING,
+    ),
+]
+ActivationDType = Annotated[
+    DType | None,
+    typer.Option(
+        help="Activation dtype. Default: the model's own; float32 on the CPU.",
+        rich_help_panel=LOADING,
+    ),
 ]
 Alpha = Annotated[
-    Path | None, typer.Option(help="An alpha.json to use instead of the tier's own alphas.")
+    Path | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="Alphas to use instead of the tier's own.",
+        rich_help_panel=LOADING,
+    ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+IgnoreMemory = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-memory",
+        help="Load the model even if it does not fit into memory.",
+        rich_help_panel=LOADING,
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace the output if it exists.", rich_help_panel=GENERAL),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=GENERAL)]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        help="Show no progress and no statistics.",
+        callback=_set_quiet,
+        rich_help_panel=GENERAL,
+    ),
+]
 
-Tier = Literal["auto", "q4", "q4-mixed", "q8", "bf16", "f16", "f32"]
-BaseBits = Literal["4", "8", "none", "16", "32"]
-GroupSize = Literal["32", "64", "128"]
-Experts = Literal["tq1_0", "affine2"]
-DType = Literal["bfloat16", "float16", "float32"]
-ExportFormat = Literal["overlay", "packed", "gguf"]
-ScaleDType = Literal["float32", "float16"]
-AwqBits = Literal["4", "5"]
-KQuants = Literal["8bit", "float16", "float32"]
+# -- making -------------------------------------------------------------------------------------
+
+Overlay = Annotated[
+    str, typer.Argument(metavar="OVERLAY", help="Folder or hub repository of an overlay.")
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BASE",
+        help="Folder or hub repository of the base model, if the overlay does not contain it.",
+    ),
+]
+BaseRevision = Annotated[
+    str | None,
+    typer.Option(metavar="REVISION", help="Branch, tag or commit of the base on the hub."),
+]
+OverlayRevision = Annotated[
+    str | None,
+    typer.Option(metavar="REVISION", help="Branch, tag or commit of the overlay on the hub."),
+]
+OutFolder = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write.")]
+
+# -- texts --------------------------------------------------------------------------------------
+
+TextFile = Annotated[
+    Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="A text file, in UTF-8.")
+]
+Window = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
+Windows = Annotated[
+    int | None, typer.Option(min=1, help="Number of windows, at most. Default: all of the text.")
+]
+
+# -- running ------------------------------------------------------------------------------------
+
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate, at most.")
+]
+PrefillStep = Annotated[int, typer.Option(min=1, help="Prompt tokens processed at a time.")]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is generated, and how long it may get."""
+
+    max_tokens: MaxTokens = 256
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System prompt, for the chat template.")
+    ] = None
+    prefill_step_size: PrefillStep = 2048
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling.", rich_help_panel=SAMPLING)
+    ] = None
+    max_kv_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens that the KV cache holds, at most. Default: no limit.",
+            rich_help_panel=CACHE,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temp: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Temperature; 0 always takes the likeliest token.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Nucleus sampling: sample from the likeliest tokens that sum to this probability.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Least probability of a token, as a fraction of the likeliest token's.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.0
+    top_k: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Sample from the K likeliest tokens; 0: from all.", rich_help_panel=SAMPLING
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True)
+class Xtc:
+    """XTC sampling, and what min-p leaves."""
+
+    xtc_probability: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Probability of XTC sampling.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.0
+    xtc_threshold: Annotated[
+        float,
+        typer.Option(min=0.0, max=0.5, help="Threshold of XTC sampling.", rich_help_panel=SAMPLING),
+    ] = 0.1
+    min_tokens_to_keep: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Number of tokens that --min-p keeps, at least.", rich_help_panel=SAMPLING
+        ),
+    ] = 1
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """How the KV cache is quantized."""
+
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of a quantized KV cache: 2 to 6, or 8. Default: not quantized.",
+            rich_help_panel=CACHE,
+        ),
+    ] = None
+    kv_group_size: Annotated[
+        int,
+        typer.Option(help="Group size of a quantized KV cache.", rich_help_panel=CACHE),
+    ] = 64
+    quantized_kv_start: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Quantize the KV cache from this token on.", rich_help_panel=CACHE
+        ),
+    ] = 5000
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which version of a model is loaded, and how."""
+
+    revision: Revision = None
+    dtype: ActivationDType = None
+    ignore_memory: IgnoreMemory = False

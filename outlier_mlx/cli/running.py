@@ -1,95 +1,121 @@
-"""Commands that run models and say what they are."""
+"""Commands that run models: generate, chat, serve."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outlier_mlx.cli.app import app
-from outlier_mlx.cli.models import load_visibly
-from outlier_mlx.cli.options import Alpha, Debug, DType, Force, IgnoreMemory, Quiet
+from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.models import load_model, load_visibly
+from outlier_mlx.cli.options import (
+    Alpha,
+    Generation,
+    KVCache,
+    Loading,
+    MaxTokens,
+    Model,
+    PrefillStep,
+    Quiet,
+    Sampling,
+    Xtc,
+)
 from outlier_mlx.errors import OutlierError
 
+if TYPE_CHECKING:
+    from outlier_mlx.engine.generate import Options
 
-@app.command(
-    epilog='Example: `outlier-mlx generate --model ./tier --prompt "Once upon a time" --temp 0.7`'
-)
+# Replies are usually sampled; texts, and answers over HTTP, only if asked.
+CHAT_SAMPLING = Sampling(temp=0.7, top_p=0.9)
+CHAT_GENERATION = Generation(max_tokens=2048)
+
+
+def generation_options(
+    generation: Generation,
+    sampling: Sampling,
+    cache: KVCache,
+    xtc: Xtc | None = None,
+    *,
+    prefill_response: str | None = None,
+    ignore_chat_template: bool = False,
+) -> "Options":
+    """The engine's options of a generation.
+
+    Raises:
+        OutlierError: the KV cache cannot be quantized like that.
+    """
+    from outlier_mlx.engine.generate import Options
+
+    xtc = xtc or Xtc()
+    return Options(
+        max_tokens=generation.max_tokens,
+        temp=sampling.temp,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        top_k=sampling.top_k,
+        xtc_probability=xtc.xtc_probability,
+        xtc_threshold=xtc.xtc_threshold,
+        min_tokens_to_keep=xtc.min_tokens_to_keep,
+        seed=generation.seed,
+        system_prompt=generation.system_prompt,
+        prefill_response=prefill_response,
+        ignore_chat_template=ignore_chat_template,
+        max_kv_size=generation.max_kv_size,
+        prefill_step_size=generation.prefill_step_size,
+        kv_bits=cache.kv_bits,
+        kv_group_size=cache.kv_group_size,
+        quantized_kv_start=cache.quantized_kv_start,
+    )
+
+
+@command("Run", 'generate ./tier --prompt "Once upon a time" --temp 0.7')
 def generate(
-    model: Annotated[str, typer.Option(help="Folder or hub repository of a tier.")],
+    model: Model,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")
     ],
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate at most.")
-    ] = 256,
-    temp: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
-    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Minimum probability.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest; 0: all.")] = 0,
-    xtc_probability: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Probability of XTC sampling.")
-    ] = 0.0,
-    xtc_threshold: Annotated[
-        float, typer.Option(min=0.0, max=0.5, help="Threshold of XTC sampling.")
-    ] = 0.1,
-    min_tokens_to_keep: Annotated[int, typer.Option(min=1, help="Tokens that min-p keeps.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="System prompt for the chat template.")
-    ] = None,
+    generation: Generation,
+    sampling: Sampling,
+    xtc: Xtc,
+    cache: KVCache,
+    loading: Loading,
     prefill_response: Annotated[
-        str | None, typer.Option(help="How the answer begins, in the chat template.")
+        str | None, typer.Option(help="How the answer begins, for the chat template.")
     ] = None,
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Use the prompt as it is.")
     ] = False,
-    max_kv_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the KV cache holds at most.")
-    ] = None,
-    prefill_step_size: Annotated[
-        int, typer.Option(min=1, help="Prompt tokens processed at a time.")
-    ] = 2048,
-    kv_bits: Annotated[int | None, typer.Option(help="Bits of the KV cache: 2 to 6, or 8.")] = None,
-    kv_group_size: Annotated[int, typer.Option(help="Group size of the KV cache.")] = 64,
-    quantized_kv_start: Annotated[
-        int, typer.Option(min=0, help="Quantize the KV cache from this token on.")
-    ] = 5000,
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Of activations. Default: the tier's; float32 on the CPU.")
-    ] = None,
     alpha: Alpha = None,
-    ignore_memory: IgnoreMemory = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Generate text from a prompt: the text on stdout, speed and memory on stderr."""
-    options_given = {
-        name: value
-        for name, value in locals().items()
-        if name
-        not in ("model", "prompt", "revision", "dtype", "alpha", "ignore_memory", "quiet", "debug")
-    }
-    from outlier_mlx.cli.markdown import PlainWriter
     from outlier_mlx.cli.tables import print_statistics
-    from outlier_mlx.engine.generate import Options, stream
+    from outlier_mlx.cli.writers import PlainWriter
+    from outlier_mlx.engine.generate import stream
     from outlier_mlx.engine.memory import check_fits
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import after_reading, stdout
 
-    options = Options(**options_given)
+    options = generation_options(
+        generation,
+        sampling,
+        cache,
+        xtc,
+        prefill_response=prefill_response,
+        ignore_chat_template=ignore_chat_template,
+    )
     text = _read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
-    source = resolve(model, revision)
-    if not ignore_memory:
+    source = resolve(model, loading.revision)
+    if not loading.ignore_memory:
         # A token of English is about four characters; three are on the safe side.
-        check_fits(source.folder, max_kv_size or len(text) // 3 + max_tokens, kv_bits)
-    loaded, tokenizer = load_visibly(source, dtype, alpha, quiet=quiet)
+        tokens = options.max_kv_size or len(text) // 3 + options.max_tokens
+        check_fits(source.folder, tokens, options.kv_bits)
+    loaded, tokenizer = load_visibly(source, loading.dtype, alpha, quiet=quiet)
     responses = after_reading(
         lambda progress: stream(loaded, tokenizer, text, options, progress), quiet=quiet
     )
-    writer, response = PlainWriter(stdout()), None
+    console, response = stdout(), None
+    writer = PlainWriter(console.file, is_terminal=console.is_terminal)
     try:
         for response in responses:
             writer.write(response.text)
@@ -108,40 +134,147 @@ def _read_stdin() -> str:
         raise OutlierError(f"stdin: the prompt is not UTF-8 text: {error.reason}") from None
 
 
-@app.command(epilog="Example: `outlier-mlx info Qwen/Qwen2.5-7B-Instruct --json`")
-def info(
-    path_or_repo: Annotated[str, typer.Argument(help="Folder or hub repository.")],
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Say what a tier, overlay or model is, how large, and what memory it needs."""
-    from outlier_mlx.checkpoints.info import inspect
-    from outlier_mlx.terminal import counting_bar
-
-    with counting_bar("reading headers", "files", quiet=False, at_once=False) as progress:
-        found = inspect(path_or_repo, revision, progress)
-    if as_json:
-        print(json.dumps(found.as_json(), indent=2))
-        return
-    from outlier_mlx.cli.tables import print_info
-
-    print_info(found)
-
-
-@app.command(epilog="Example: `outlier-mlx demo --out ./demo-tier`")
-def demo(
-    out: Annotated[
-        Path | None, typer.Option(help="Keep the converted tier in this folder.")
+@command("Run", 'chat ./tier --system-prompt "Be brief."')
+def chat(
+    model: Model,
+    cache: KVCache,
+    loading: Loading,
+    generation: Generation = CHAT_GENERATION,
+    sampling: Sampling = CHAT_SAMPLING,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.safetensors",
+            help="Keep the conversation and its KV cache in this file; go on with it if it exists.",
+        ),
     ] = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="Measure on all held-out documents.")
-    ] = False,
-    force: Force = False,
+    alpha: Alpha = None,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
-    """Convert the embedded pair, measure it, and write a text with it."""
-    from outlier_mlx.cli.showcase import run
+    """Talk with a model: on a terminal, or a message a line from a pipe."""
+    from outlier_mlx.cli.repl import Chat
+    from outlier_mlx.engine.conversation import Conversation
+    from outlier_mlx.engine.memory import check_fits
+    from outlier_mlx.engine.sessions import SUFFIX, identity
+    from outlier_mlx.storage.hub import resolve
 
-    run(out, full=full, force=force, quiet=quiet)
+    if prompt_cache is not None and prompt_cache.suffix != SUFFIX:
+        raise typer.BadParameter(f"its name must end in {SUFFIX}", param_hint="--prompt-cache")
+    options = generation_options(generation, sampling, cache)
+    source = resolve(model, loading.revision)
+    if not loading.ignore_memory:
+        tokens = options.max_kv_size or 4096 + options.max_tokens
+        check_fits(source.folder, tokens, options.kv_bits)
+    loaded, tokenizer = load_visibly(source, loading.dtype, alpha, quiet=quiet)
+    conversation = Conversation(loaded, tokenizer, options)
+    named = identity(source.folder, loading.dtype, alpha)
+    Chat(conversation, named, prompt_cache, quiet=quiet).run()
+
+
+@command("Run", "serve ./tier --port 8080")
+def serve(
+    model: Model,
+    sampling: Sampling,
+    cache: KVCache,
+    loading: Loading,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to serve at.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="OUTLIER_MLX_API_KEY",
+            show_envvar=True,
+            help="Key that requests must carry. Better set as an environment variable: others can"
+            " see the arguments of a program.",
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="Web origin that may send requests; *: any. Repeatable."
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Host name of this server. Repeatable."),
+    ] = None,
+    max_tokens: MaxTokens = 4096,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens of prompt and answer together, at most. Default: the model's limit."
+        ),
+    ] = None,
+    max_body: Annotated[
+        float, typer.Option(min=0.001, help="Size of a request's body in MB, at most.")
+    ] = 4.0,
+    max_clients: Annotated[int, typer.Option(min=1, help="Connections at a time, at most.")] = 64,
+    decode_concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Answers generated together. Default: as many as fit, 32 at most."
+        ),
+    ] = None,
+    prompt_concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Prompts read together. Default: a quarter of --decode-concurrency."
+        ),
+    ] = None,
+    prompt_cache_size: Annotated[
+        int, typer.Option(min=1, help="Conversations whose KV cache is kept.")
+    ] = 10,
+    prompt_cache_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Bytes that kept KV caches may take. Default: the memory that is left."
+        ),
+    ] = None,
+    prefill_step_size: PrefillStep = 2048,
+    alpha: Alpha = None,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a model to programs that speak OpenAI's API; to this machine alone unless told."""
+    from dataclasses import asdict, replace
+    from functools import partial
+
+    from outlier_mlx import serve as server
+    from outlier_mlx.serve.capacity import Capacity, find_capacity
+    from outlier_mlx.storage.hub import resolve
+
+    options = server.ServeOptions(
+        host=host,
+        port=port,
+        api_key=api_key,
+        allow_origins=tuple(allow_origin or ()),
+        allow_hosts=tuple(allow_host or ()),
+        max_tokens=max_tokens,
+        max_body=int(max_body * 1e6),
+        max_context=max_context,
+        max_clients=max_clients,
+        temp=sampling.temp,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        prefill_step_size=prefill_step_size,
+        prompt_cache_size=prompt_cache_size,
+        kv_bits=cache.kv_bits,
+        kv_group_size=cache.kv_group_size,
+        quantized_kv_start=cache.quantized_kv_start,
+    )
+    source = resolve(model, loading.revision)
+    requested = decode_concurrency, prompt_concurrency, prompt_cache_bytes
+    capacity = Capacity(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes)
+    note = ""
+    if not loading.ignore_memory:
+        tokens = max_context or 4096 + max_tokens
+        capacity, conversations = find_capacity(
+            source.folder, tokens, *requested, kv_bits=cache.kv_bits, clients=max_clients
+        )
+        note = f"memory for {conversations} conversations of {tokens} tokens at a time"
+    load = partial(load_model, source.folder, loading.dtype, alpha)
+    options = replace(options, **asdict(capacity))
+    server.serve(source.name, load, options, say, note=note, quiet=quiet)

@@ -1,24 +1,62 @@
-"""Commands that share tiers."""
+"""Commands that check and share models: verify, export, push."""
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from outlier_mlx.cli.app import app, say
-from outlier_mlx.cli.options import Debug, Quiet
+from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.command import GENERAL
+from outlier_mlx.cli.options import Force, Model, ModelFolder, OutFolder, Quiet, Revision
 
 if TYPE_CHECKING:
     from outlier_mlx.tiers.push_card import Publication
 
 
-@app.command(epilog="Example: `outlier-mlx push ./tier my-name/my-tier --private`")
+@command("Share", "verify ./tier")
+def verify(model: ModelFolder, quiet: Quiet = False) -> None:
+    """Check every file, shape and byte range of a tier; the first damage is named."""
+    from outlier_mlx.terminal import progress_bar, size
+    from outlier_mlx.tiers.verify import verify_tier
+
+    with progress_bar("verifying", quiet=quiet) as progress:
+        found = verify_tier(model, progress)
+    print(f"{model}: whole: {found.files} files, {found.tensors} tensors, {size(found.nbytes)}")
+
+
+@command("Share", "export ./tier --format packed --out ./packed")
+def export(
+    model: Model,
+    out: OutFolder,
+    format: Annotated[
+        Literal["overlay", "packed", "gguf"],
+        typer.Option(help="V3.2 overlay, packed directory, or GGUF tensors."),
+    ] = "overlay",
+    revision: Revision = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a tier's experts, routers and alphas for other tools, exactly as they are."""
+    from outlier_mlx.checkpoints.export import export_tier
+    from outlier_mlx.terminal import progress_bar, size
+
+    with progress_bar("exporting", quiet=quiet) as progress:
+        written = export_tier(model, out, format, revision=revision, force=force, progress=progress)
+    if not quiet:
+        base = f"without the base ({written.base})" if written.base else "with the base"
+        say(f"{written.path}: {written.format}, {size(written.nbytes)}, {base}")
+
+
+@command("Share", "push ./tier my-name/my-tier --private")
 def push(
-    tier: Annotated[Path, typer.Argument(help="Folder of a tier.")],
+    model: ModelFolder,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     private: Annotated[
-        bool, typer.Option("--private", help="Only into a private repository; a new one will be.")
+        bool,
+        typer.Option(
+            "--private", help="Push only to a private repository; make a new one private."
+        ),
     ] = False,
     licence: Annotated[
         str | None,
@@ -28,24 +66,37 @@ def push(
     ] = None,
     card: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Model card to push instead of our own."),
+        typer.Option(
+            metavar="FILE.md",
+            exists=True,
+            dir_okay=False,
+            help="Model card to push instead of the generated one.",
+        ),
     ] = None,
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="Scores for the card, as `eval --out` wrote them; any number of times."),
+        typer.Option(
+            metavar="FILE.json",
+            help="Scores for the card, as `eval --out` wrote them. Repeatable.",
+        ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="Branch; made if there is none.")
+        str | None,
+        typer.Option(metavar="BRANCH", help="Branch to push to; made if it does not exist."),
     ] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Send nothing; list the files and print the card.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace another tier, or add to other files.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace another tier, or add to other files.",
+            rich_help_panel=GENERAL,
+        ),
     ] = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Upload a tier to the hub: verified, with a model card and its licences, in one commit."""
     from outlier_mlx.measure.eval_results import read
@@ -64,7 +115,7 @@ def push(
     evaluations = [read(path) for path in results or ()]
     with progress_bar("verifying", quiet=quiet) as progress:
         publication = prepare(
-            tier,
+            model,
             repo,
             private=private,
             licence=licence,

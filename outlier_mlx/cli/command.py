@@ -1,0 +1,211 @@
+"""Commands: how their parameters are declared and parsed, and what their help looks like."""
+
+import functools
+import inspect
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from outlier_mlx.cli.values import Reader
+
+#: What `--model` gives: the argument MODEL by another spelling.
+NAMED = "named_model"
+#: Heading of the options that every command has.
+GENERAL = "General"
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> bool:
+    ctx.find_root().meta["debug"] = value
+    return value
+
+
+_NamedModel = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="MODEL", help="Use this in place of the argument MODEL."),
+]
+_Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show tracebacks.", callback=_set_debug, rich_help_panel=GENERAL),
+]
+
+
+def flattened(function: Callable[..., None]) -> Callable[..., None]:
+    """A function for typer, which knows no groups: a dataclass gives way to its fields.
+
+    An argument `model` or `models` gets its other spelling, `--model`; every command, `--debug`.
+
+    Args:
+        function: its parameters are options and arguments (`Annotated`, as typer wants them) and
+            dataclasses of such. A default of a dataclass gives the defaults of its fields.
+    """
+    groups: dict[str, type] = {}
+    flat: list[inspect.Parameter] = []
+
+    def add(name: str, annotation: Any, default: Any) -> None:
+        flat.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+        )
+
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        name, kind, default = parameter.name, parameter.annotation, parameter.default
+        if isinstance(kind, type) and is_dataclass(kind):
+            groups[name] = kind
+            for field, hint, own in _fields(kind):
+                add(field, hint, own if default is parameter.empty else getattr(default, field))
+        elif name in ("model", "models"):
+            add(name, kind, None)
+            add(NAMED, _NamedModel, None)
+        else:
+            add(name, kind, default)
+    add("debug", _Debug, False)
+
+    @functools.wraps(function)
+    def called(**given: Any) -> None:
+        del given["debug"]
+        given.pop(NAMED, None)
+        for name, group in groups.items():
+            given[name] = group(**{field: given.pop(field) for field, _, _ in _fields(group)})
+        function(**given)
+
+    called.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return called
+
+
+@functools.cache
+def _fields(group: Any) -> list[tuple[str, Any, Any]]:
+    """Name, annotation and default of each field of a dataclass."""
+    hints = get_type_hints(group, include_extras=True)
+    return [(field.name, hints[field.name], field.default) for field in fields(group)]
+
+
+class Command(TyperCommand):
+    """A command with `MODEL` in two spellings, values read by `Reader`, and help in sections."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for param in self.params:
+            param._runtime_param = Reader()  # type: ignore[attr-defined]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, with what `--model` names in the place of MODEL."""
+        with _telling(ctx):
+            return super().parse_args(ctx, [*self._named(ctx, args), *args])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with _telling(ctx):
+            return super().invoke(ctx)
+
+    def _named(self, ctx: Any, args: list[str]) -> list[str]:
+        """What `--model` names; a usage error if MODEL is given as well, or in no way."""
+        arguments = [param for param in self.params if param.param_type_name == "argument"]
+        model = next((param for param in arguments if param.name in ("model", "models")), None)
+        if model is None or ctx.resilient_parsing:
+            return []
+        given, rest, order = self.make_parser(ctx).parse_args(list(args))
+        named: list[str] = given.get(NAMED) or []
+        if named and (rest or all(given.get(param.name) is not None for param in arguments)):
+            ctx.fail("the model is given twice: as argument MODEL and by --model")
+        if len(named) > 1 and model.nargs == 1:
+            ctx.fail("--model is given twice, but there is one model")
+        # Eager options, such as --help, are obeyed whatever else is missing.
+        if not named and not given.get(model.name) and not any(p.is_eager for p in order):
+            ctx.fail("no model is given: name one, as argument MODEL or by --model MODEL")
+        return named
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The arguments, then that there are options."""
+        arguments = [param for param in self.params if param.param_type_name == "argument"]
+        return [*map(_names, arguments), "[OPTIONS]"]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, a section for each panel."""
+        write_parameters(self.get_params(ctx), formatter)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the example, on one line if the terminal has room: it may be copied."""
+        columns = get_terminal_size().columns
+        text = fill(
+            self.epilog or "",
+            max(columns, 20),
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
+        formatter.write(f"\n{text}\n")
+
+
+@contextmanager
+def _telling(ctx: Any) -> Iterator[None]:
+    """Let usage errors know the command, so that they can say where its help is."""
+    try:
+        yield
+    except typer.TyperException as error:
+        if getattr(error, "ctx", None) is None:
+            error.ctx = ctx  # type: ignore[attr-defined]
+        raise
+
+
+def write_parameters(params: Sequence[Any], formatter: Any) -> None:
+    """Write the help of arguments and options, a section for each panel, the general one last."""
+    panels: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for param in params:
+        if not param.hidden:
+            usual = "Arguments" if param.param_type_name == "argument" else "Options"
+            panel = GENERAL if param.name == "help" else param.rich_help_panel or usual
+            panels[panel].append((_names(param), _explanation(param)))
+    for panel in sorted(panels, key=lambda name: (name == GENERAL, name not in FIRST)):
+        write_section(panel, panels[panel], formatter)
+
+
+#: Headings that come before the others.
+FIRST = ("Arguments", "Options")
+
+
+def write_section(name: str, rows: list[tuple[str, str]], formatter: Any) -> None:
+    """Write a heading and what is below it: names, and what is said of each."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    with formatter.section(name if plain else typer.style(name, bold=True)):
+        formatter.write_dl(rows, col_max=26)
+
+
+def _names(param: Any) -> str:
+    """The spellings of an option, with what stands for its value; or an argument's name."""
+    value = placeholder(param)
+    if param.param_type_name == "argument":
+        return value + "..." * (param.nargs == -1)
+    spellings = sorted(param.opts, key=len)
+    return ", ".join([*spellings, *param.secondary_opts]) + f" {value}".rstrip()
+
+
+def placeholder(param: Any) -> str:
+    """What stands for the value of an option in its help; nothing for a switch."""
+    if param.metavar is not None:
+        return str(param.metavar)
+    kind = param.type_descriptor.annotation
+    if get_origin(kind) is list:
+        kind = get_args(kind)[0]
+    usual = {bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT"}
+    return usual[kind] if kind in usual else "|".join(get_args(kind))
+
+
+def _explanation(param: Any) -> str:
+    text = param.help or ""
+    if param.show_envvar and param.envvar:
+        text += f" [{param.envvar}]"
+    switch = param.type_descriptor.annotation is bool
+    if param.default is not None and not switch and param.show_default:
+        text += f" [default: {param.default}]"
+    return text + " [required]" * param.required

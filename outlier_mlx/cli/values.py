@@ -1,0 +1,75 @@
+"""How the values of options are read, and what is said about wrong ones.
+
+Typer reads them through pydantic: importing that takes longer than all of the command line else.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import typer
+
+from outlier_mlx.errors import did_you_mean
+
+
+class Reader:
+    """Turns words of a command line into values; stands in for typer's `RuntimeParam`."""
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The value, or the list of values, of an option or argument.
+
+        Args:
+            value: words, a default, or None.
+            param: typer's description of the option or argument.
+            ctx: typer's context, for messages.
+
+        Raises:
+            typer.BadParameter: a word is not what the option takes.
+        """
+        several = param.multiple or param.nargs == -1
+        if value is None:
+            return () if several else None
+        descriptor = param.type_descriptor
+        kind, info = descriptor.annotation, descriptor.parameter_info
+        try:
+            if several:
+                return [_read(word, get_args(kind)[0], info) for word in value]
+            return _read(value, kind, info)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), ctx=ctx, param=param) from None
+
+
+def _read(value: Any, kind: Any, info: Any) -> Any:
+    """One value. Raises ValueError: it is none of this kind."""
+    if kind in (int, float):
+        return _number(value, kind, info.min, info.max)
+    if kind is Path:
+        return _path(Path(value), info)
+    choices = get_args(kind)
+    if choices and value not in choices:
+        listed = ", ".join(map(repr, choices))
+        hint = did_you_mean(value, choices, " Did you mean {!r}?")
+        raise ValueError(f"{value!r} is not one of {listed}.{hint}")
+    return value
+
+
+def _number(value: Any, kind: type, least: float | None, most: float | None) -> Any:
+    try:
+        number = kind(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a {'whole number' if kind is int else 'number'}")
+    if least is not None and number < least:
+        raise ValueError(f"{value} is less than {least}")
+    if most is not None and number > most:
+        raise ValueError(f"{value} is more than {most}")
+    return number
+
+
+def _path(path: Path, info: Any) -> Path:
+    if info.exists and not path.exists():
+        raise ValueError(f"no such file: {path}")
+    if info.exists and not info.dir_okay and path.is_dir():
+        raise ValueError(f"is a folder: {path}")
+    return path

@@ -1,0 +1,35 @@
+"""Replies as plain text, piece by piece."""
+
+from typing import IO, Protocol
+
+
+class Writer(Protocol):
+    """Shows a reply that arrives in pieces."""
+
+    def write(self, text: str) -> None:
+        """Show the next piece of text."""
+
+
+class PlainWriter:
+    """Prints pieces unchanged; on a terminal, with control characters made visible."""
+
+    def __init__(self, file: IO[str], *, is_terminal: bool) -> None:
+        self.file = file
+        self.is_terminal = is_terminal
+
+    def write(self, text: str) -> None:
+        """Print the next piece of text."""
+        self.file.write(without_controls(text) if self.is_terminal else text)
+        self.file.flush()
+
+
+def without_controls(text: str) -> str:
+    """The text with control characters as visible symbols, so that a terminal ignores them."""
+    return "".join(_visible(c) for c in text if c != "\r")
+
+
+def _visible(char: str) -> str:
+    code = ord(char)
+    if char in "\n\t" or 0x20 <= code < 0x7F or code >= 0xA0:
+        return char
+    return chr(0x2400 + code) if code < 0x20 else "\ufffd"

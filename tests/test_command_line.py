@@ -1,0 +1,186 @@
+"""What all commands have in common: help, the two spellings of MODEL, and what wrong usage says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import outlier_mlx
+from outlier_mlx.cli import app
+from outlier_mlx.cli.options import Generation, KVCache, Sampling, Xtc
+from outlier_mlx.cli.running import generation_options
+from outlier_mlx.engine.generate import Options
+from tests.builders import write_overlay
+from tests.program import run
+from tests.screen import on_terminal
+
+COMMANDS = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+# Commands that take one model, with what else they need.
+ONE_MODEL = {
+    "generate": ["--prompt", "x"],
+    "chat": [],
+    "serve": ["--port", "0"],
+    "info": [],
+    "bench": [],
+    "perplexity": ["--text", "text.txt"],
+    "routing": ["--text", "text.txt"],
+    "tune-alpha": ["--text", "text.txt"],
+    "eval": ["--tasks", "x"],
+    "verify": [],
+    "export": ["--out", "out"],
+    "push": ["owner/name", "--dry-run"],
+    "outliers": ["--text", "text.txt", "--out", "found"],
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder but for `text.txt` and a folder `tier` that is none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("The heron stands in the water.")
+    (tmp_path / "tier").mkdir()
+    return tmp_path
+
+
+# -- help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_plain_and_fits(command: str, columns: int) -> None:
+    """No names of Python's types, no name of an option cut, no line too long."""
+    text = run(*command.split(), "--help", env={"COLUMNS": str(columns)}).out
+    assert max(map(len, text.splitlines())) <= columns
+    assert not re.search(r"<\w|list\[|range>|Of [a-z]+[.;]|…", text)
+    assert not re.search(r" +$", text, re.MULTILINE)
+    options = typer.main.get_command(app).commands[command].params if command else []  # type: ignore[attr-defined]
+    for option in options:
+        assert option.param_type_name == "argument" or all(name in text for name in option.opts)
+        assert option.help
+
+
+def test_commands_are_listed_under_headings() -> None:
+    text = run("--help").out
+    headings = re.findall(r"^(\w+):\n", text, re.MULTILINE)
+    assert headings == ["Make", "Run", "Measure", "Share", "Options", "General"]
+    sections = dict(zip(headings, re.split(r"^\w+:\n", text, flags=re.MULTILINE)[1:], strict=True))
+    for heading, command in [("Make", "convert"), ("Run", "chat"), ("Measure", "eval")]:
+        assert f"\n  {command} " in "\n" + sections[heading]
+    listed = re.findall(r"^  ([a-z-]+) ", "".join(list(sections.values())[:4]), re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_headings_are_bold_on_a_terminal_that_may_have_it() -> None:
+    assert "\x1b[1mRun\x1b[0m:" in on_terminal(80, "--help")
+    for setting in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        assert "\x1b" not in on_terminal(80, "--help", **setting)
+
+
+# -- MODEL, or --model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ONE_MODEL)
+@pytest.mark.parametrize("words", [["./nothing"], ["--model", "./nothing"], ["--model=./nothing"]])
+def test_a_model_in_either_spelling(command: str, words: list[str], here: Path) -> None:
+    """Both get as far as looking for the folder."""
+    options = ONE_MODEL[command]
+    for line in ([*words, *options], [*options, *words] if words[0][0] == "-" else []):
+        if line:
+            told = run(command, *line, code=1).err
+            assert re.fullmatch(r"error: \S*nothing\b.*\n", told), told
+
+
+@pytest.mark.parametrize("command", ONE_MODEL)
+def test_a_model_in_both_spellings_or_none(command: str, here: Path) -> None:
+    options = ONE_MODEL[command]
+    told = run(command, "./tier", "--model", "./tier", *options, code=2).err
+    see = f"(see outlier-mlx {command} --help)"
+    assert told == f"error: the model is given twice: as argument MODEL and by --model {see}\n"
+    if command != "outliers":
+        told = run(command, "--model", "./tier", "--model", "./tier", *options, code=2).err
+        assert told == f"error: --model is given twice, but there is one model {see}\n"
+    if command != "push":
+        told = run(command, *options, code=2).err
+        assert told == (
+            f"error: no model is given: name one, as argument MODEL or by --model MODEL {see}\n"
+        )
+    else:  # the one word that is there is taken for the model
+        assert "missing argument 'OWNER/NAME'" in run(command, "owner/name", code=2).err
+
+
+def test_a_prompt_may_look_like_the_option(tmp_path: Path) -> None:
+    write_overlay(tmp_path / "overlay", layers=1, moe_layers=(0,))
+    tier = outlier_mlx.convert(tmp_path / "overlay", out=tmp_path / "tier")
+    as_option, as_argument = (
+        run("generate", *words, "-p", "--model", "-m", 2, "--quiet").out
+        for words in (["--model", tier], [tier])
+    )
+    assert as_option == as_argument
+
+
+# -- wrong usage ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("genrate", "no such command 'genrate'. Did you mean 'generate'?"),
+        ("generate ./tier", "missing option '--prompt' / '-p'."),
+        ("generate ./tier -p x --max-tokens ten", "--max-tokens: 'ten' is not a whole number"),
+        ("generate ./tier -p x -m 1.5", "--max-tokens: '1.5' is not a whole number"),
+        ("generate ./tier -p x -m 0", "--max-tokens: 0 is less than 1"),
+        ("generate ./tier -p x --temp warm", "--temp: 'warm' is not a number"),
+        ("generate ./tier -p x --temp nan", "--temp: 'nan' is not a number"),
+        ("generate ./tier -p x --top-p 2", "--top-p: 2 is more than 1.0"),
+        ("generate ./tier -p x extra", "got unexpected extra argument(s) (extra)"),
+        ("generate ./tier -p", "option '-p' requires an argument."),
+        ("perplexity ./tier --text no.txt", "--text: no such file: no.txt"),
+        ("perplexity ./tier --text tier", "--text: is a folder: tier"),
+        ("bench ./tier --save", "--save: saves what --kernels finds, so it needs --kernels"),
+        ("compare a.json --out a.bmp", "--out: a.bmp: a picture's name must end in"),
+    ],
+)
+@pytest.mark.parametrize("columns", ["40", "400"])
+def test_wrong_usage_is_told_in_one_line(line: str, told: str, columns: str, here: Path) -> None:
+    result = run(*line.split(), code=2, env={"COLUMNS": columns})
+    assert result.out == "" and result.err.startswith(f"error: {told}")
+    assert result.err.count("\n") == 1
+    command = line.split()[0].replace("genrate", "").strip()
+    assert result.err.endswith(f"(see outlier-mlx {command} --help)\n".replace("  ", " "))
+
+
+def test_a_program_without_arguments_shows_its_help() -> None:
+    assert run(code=2).both == run("--help").out
+
+
+# -- groups of options ----------------------------------------------------------------------------
+
+
+def test_options_of_a_group_have_the_defaults_of_the_engine() -> None:
+    """But for the length, which is the command line's own."""
+    given = generation_options(Generation(), Sampling(), KVCache(), Xtc())
+    assert given == Options(max_tokens=given.max_tokens)
+
+
+def test_every_option_of_a_group_arrives() -> None:
+    groups: list[Any] = []
+    expected: dict[str, Any] = {}
+    for group in (Generation, Sampling, KVCache, Xtc):
+        values: dict[str, Any] = {field.name: 4 for field in fields(group)}
+        # The engine refuses other sizes, and a limit beside quantization.
+        values |= {"kv_group_size": 64} if group is KVCache else {}
+        values |= {"max_kv_size": None} if group is Generation else {}
+        groups.append(group(**values))
+        expected |= values
+    given = generation_options(*groups, prefill_response="It", ignore_chat_template=True)
+    assert vars(given) == expected | {"prefill_response": "It", "ignore_chat_template": True}
+
+
+def test_commands_may_have_defaults_of_their_own() -> None:
+    assert re.search(r"--temp X .*\[default: 0\.7\]", run("chat", "--help").out, re.DOTALL)
+    assert re.search(r"--temp X .*\[default: 0\.0\]", run("serve", "--help").out, re.DOTALL)
