@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from outlier_mlx import __version__
 from outlier_mlx.checkpoints.export_gguf import GgufExport
 from outlier_mlx.checkpoints.export_packed import PackedExport
 from outlier_mlx.checkpoints.export_shared import Origin
@@ -13,6 +14,7 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.tier import open_tier
 from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.storage.hub import resolve
+from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.terminal import Progress
@@ -29,6 +31,8 @@ class _Export(Protocol):
     def write(self, folder: Path, advance: Callable[[int], None]) -> None: ...
 
 
+#: Says that a folder is an export, which `force` may replace.
+MANIFEST = "export.json"
 FORMATS: dict[str, Callable[[Overlay, Origin], _Export]] = {
     "overlay": V32Export,
     "packed": PackedExport,
@@ -59,6 +63,7 @@ def export_tier(
     format: str = "overlay",
     *,
     revision: str | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write a tier's experts, routers and alphas in a form that other tools read, exactly.
@@ -72,6 +77,7 @@ def export_tier(
         format: "overlay" (the V3.2 form), "packed" (five trits a byte, and `experts.bin`) or
             "gguf" (TQ1_0 tensors).
         revision: branch, tag or commit on the hub.
+        force: replace `out` if it is an export or another folder that this project wrote.
         progress: called with bytes written so far, and in all.
 
     Raises:
@@ -83,7 +89,7 @@ def export_tier(
         raise OutlierError(f"format {format!r}: expected one of {', '.join(FORMATS)}{hint}")
     folder = resolve(tier, revision).folder
     target = Path(out)
-    check_free(target, force=False)
+    check_free(target, force=force)
     overlay = open_tier(folder)
     origin = _origin(folder, contains_base=bool(overlay.base))
     export = FORMATS[format](overlay, origin)
@@ -97,9 +103,10 @@ def export_tier(
             progress(done, total)
 
     try:
-        with whole_folder(target) as part:
+        with whole_folder(target, force=force) as part:
             export.write(part, advance)
             copy_assets([folder], part)
+            write_json(part / MANIFEST, {"producer": f"outlier-mlx {__version__}", "form": format})
             nbytes = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
     except OSError as error:
         raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from outlier_mlx.errors import OutlierError, OutputExistsError
 
-#: Of what this project writes: tiers, and other models. `--force` replaces nothing else.
-MANIFESTS = ("tier.json", "checksums.json")
+#: In what this project writes: tiers, other models, exports. `--force` replaces nothing else.
+MANIFESTS = ("tier.json", "checksums.json", "export.json")
 #: In a kept folder: what is done of what. While it is there, the folder is not cleared away.
 JOURNAL = "journal.jsonl"
 
@@ -155,7 +155,9 @@ def check_free(target: Path, *, force: bool) -> None:
     if not force:
         raise OutputExistsError(f"{target}: exists; --force replaces it")
     if any(target.iterdir()) and not any((target / name).exists() for name in MANIFESTS):
-        raise OutputExistsError(f"{target}: exists and is not a tier; --force replaces only tiers")
+        raise OutputExistsError(
+            f"{target}: exists and is not a tier; --force replaces only what outlier-mlx wrote"
+        )
 
 
 def check_space(target: Path, nbytes: int, what: str) -> None:

@@ -1,0 +1,79 @@
+"""Commands that write refuse a file or folder that exists, and `--force` replaces it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import outlier_mlx
+from outlier_mlx.checkpoints import open_overlay
+from tests.builders import write_overlay
+from tests.program import run
+
+# What is written, and a command that would write it; the words in braces are of `site`.
+OUTPUTS = {
+    "convert": ("out", "convert overlay --out out"),
+    "convert from nowhere": ("out", "convert nobody/nothing --out out"),
+    "import": ("out", "import nobody/nothing --out out"),
+    "merge": ("out", "merge nothing.yaml --out out"),
+    "demo": ("out", "demo --out out"),
+    "tune-alpha": ("out.json", "tune-alpha nobody/nothing --text text.txt --out out.json"),
+    "export": ("out", "export tier --out out"),
+    "eval": ("out.json", "eval nobody/nothing --tasks x --out out.json"),
+    "compare": ("out.png", "compare nothing.json --out out.png"),
+    "routing": ("out/routing.json", "routing nobody/nothing --text text.txt --out out"),
+    "outliers": ("out/outliers.json", "outliers nobody/nothing --text text.txt --out out"),
+}
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with an `overlay`, its `tier`, and `text.txt`; no hub can be reached."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    write_overlay(tmp_path / "overlay", layers=2, moe_layers=(1,))
+    outlier_mlx.convert(tmp_path / "overlay", out=tmp_path / "tier")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog sat on the log " * 8)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_an_output_that_exists_is_refused_before_the_work(command: str, site: Path) -> None:
+    """Also if the model is nowhere to be found: that would only be found out later."""
+    name, line = OUTPUTS[command]
+    output = site / name
+    output.parent.mkdir(exist_ok=True)
+    if output.suffix:
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        (output / "mine").write_text("mine")
+    told = run(*line.split(), code=1).err
+    assert told == f"error: {name}: exists; --force replaces it\n"
+    assert (output if output.suffix else output / "mine").read_text() == "mine"
+    if not output.suffix:  # a folder that may be anything
+        told = run(*line.split(), "--force", code=1).err
+        assert "--force replaces only what outlier-mlx wrote" in told
+        assert (output / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("form", ["overlay", "packed"])
+def test_an_export_is_replaced(form: str, site: Path) -> None:
+    run("export", "tier", "--out", "out", "--format", "packed")
+    (site / "out/stale").write_text("stale")
+    run("export", "--model", "tier", "--out", "out", "--format", form, "--force")
+    assert not (site / "out/stale").exists()
+    assert json.loads((site / "out/export.json").read_text())["form"] == form
+    assert open_overlay(site / "out").experts
+    told = run("export", "tier", "--out", "out", code=1).err
+    assert told == "error: out: exists; --force replaces it\n"
+
+
+def test_routing_is_replaced(site: Path) -> None:
+    line = ["routing", "tier", "--text", "text.txt", "--window", 16, "--out", "out", "--no-plots"]
+    run(*line, "--windows", 1)
+    first = (site / "out/routing.json").read_text()
+    run(*line, "--windows", 2, "--force")
+    assert (site / "out/routing.json").read_text() != first
