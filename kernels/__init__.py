@@ -1,1 +1,1 @@
-"""Metal kernels, one a file, and their emulator (not in the wheel)."""
+"""Metal kernels, each in one file, and their emulator, which is not in the wheel."""

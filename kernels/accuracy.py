@@ -1,4 +1,4 @@
-"""How far the decode kernels are from float64 when a few activations are far above the others."""
+"""Errors of the decode kernels against float64 when a few activations are very large."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,18 +11,18 @@ from outlier_mlx.runtime.variants import Variant
 def planted(
     seed: int, wide: int, rows: int, outliers: int, size: float, together: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Normal x with outliers, and trits that are 0 there in every even row.
+    """Make normal x with outliers, and random trits. In even rows, trits at outliers are 0.
 
     Args:
-        seed: of everything random.
-        wide: elements of x.
-        rows: of trits.
-        outliers: how many elements of x are large.
-        size: their magnitude.
-        together: whether they are among twenty neighbours: in one word of a row.
+        seed: random seed.
+        wide: number of elements of x.
+        rows: number of rows of trits.
+        outliers: number of large elements of x.
+        size: magnitude of the large elements.
+        together: whether the large elements all belong to one word of a row (20 elements).
 
     Returns:
-        x (wide,) float16, trits (rows, wide) int8, and where the outliers are.
+        x (wide,) float16, trits (rows, wide) int8, and the indices of the outliers.
     """
     rng = np.random.default_rng([seed, wide, outliers])
     x = rng.standard_normal(wide)
@@ -35,7 +35,7 @@ def planted(
 
 
 def pack(trits: np.ndarray) -> np.ndarray:
-    """Rows of trits (..., wide) as `tq1_0_rows`."""
+    """Pack trits (..., wide) into the layout `tq1_0_rows`: (..., row_bytes) uint8."""
     wide = trits.shape[-1]
     digits = np.ones((*trits.shape[:-1], row_bytes(wide) * 5), np.int64)
     digits[..., :wide] = trits + 1
@@ -51,9 +51,9 @@ def half_ulp(typical: float) -> float:
 def errors(
     x: np.ndarray, trits: np.ndarray, decode: str, dtype: mx.Dtype = mx.float16
 ) -> np.ndarray:
-    """Errors of the product `trits x` in half ulps of a typical float16 output, (rows,).
+    """Errors (rows,) of the product `trits x`, in half ulps of a typical float16 output.
 
-    Typical is an output without outliers: of trits of equal probability and x of variance 1.
+    The typical output is that for x of variance 1 without outliers, and random trits.
     """
     y = tq1_0_qmv(
         mx.array(x[None]).astype(dtype),

@@ -1,4 +1,4 @@
-"""What the decode kernels cost by the emulator's count, and how long a chip would take at least."""
+"""Costs of the decode kernels, counted by the emulator, and lower bounds of their time on chips."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,23 +12,23 @@ from outlier_mlx.runtime.affine2 import row_bytes
 from outlier_mlx.runtime.kernels import tq1_0_down, tq1_0_swiglu
 from outlier_mlx.runtime.variants import Variant
 
-# hidden size and width of an expert.
+# Hidden size and width of an expert.
 SHAPES = {"14B": (5120, 13824), "7B": (3584, 18944)}
 KERNELS = ("swiglu", "down")
-# Rows of a matrix that are run: what a weight costs does not depend on their number.
+# Number of matrix rows to run: the cost per weight does not depend on it.
 ROWS = 64
 MLX_GROUP = 128
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a weight costs: cycles of a lane on each pipe, bytes read, load instructions."""
+    """Cost per weight: cycles of a lane on each pipe, bytes read, load instructions."""
 
     main: float
     second: float
     bytes: float
     loads: float
-    private: bool  # whether an array of a thread is in memory
+    private: bool  # whether a thread keeps an array in memory instead of registers
 
     @property
     def cycles(self) -> float:
@@ -38,7 +38,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Chip:
-    """What the model of a chip takes: GB/s, GPU cores and their clock in GHz."""
+    """A chip's memory bandwidth in GB/s, number of GPU cores, and their clock in GHz."""
 
     name: str
     bandwidth: float
@@ -46,9 +46,13 @@ class Chip:
     clock: float
 
     def picoseconds(self, figures: Figures, overlapping: bool) -> float:
-        """For a weight: memory or arithmetic, whichever takes longer.
+        """Time per weight: that of memory or arithmetic, whichever is longer.
 
-        A core has four schedulers, each of which issues an instruction for 32 lanes in a cycle.
+        A core has four schedulers; each issues one instruction for 32 lanes per cycle.
+
+        Args:
+            figures: cost per weight.
+            overlapping: whether both pipes work at the same time, or one after the other.
         """
         pipes = figures.main, figures.second
         cycles = max(pipes) if overlapping else sum(pipes)
@@ -74,7 +78,7 @@ def _rows(out: int, wide: int) -> mx.array:
 def ours(
     kernel: str, hidden: int, width: int, variant: Variant, dtype: mx.Dtype = mx.float16
 ) -> Figures:
-    """A decode kernel's figures for one token with two experts."""
+    """Cost of a decode kernel of this project for one token with two experts."""
     pair = mx.array([[0, 1]], mx.uint32)
     with virtual_metal() as metal:
         if kernel == "swiglu":
@@ -96,7 +100,7 @@ def ours(
 
 @cache
 def mlx_two_bit(wide: int) -> Figures:
-    """MLX's own gathered 2-bit product, float16 throughout, in the same harness."""
+    """Cost of MLX's own gathered 2-bit product in float16, measured in the same way."""
     codes = np.random.default_rng(0).integers(0, 1 << 32, (2, ROWS, wide // 16), dtype=np.uint32)
     scales = mx.ones((2, ROWS, wide // MLX_GROUP), mx.float16)
     x, pair = mx.random.normal((1, wide)).astype(mx.float16), mx.array([[0, 1]], mx.uint32)

@@ -1,32 +1,32 @@
-// Dot products of x with rows of trits, a few rows to a simdgroup: what the tq1_0 kernels share.
+// Shared by the tq1_0 kernels: dot products of x with rows of trits, a few rows for each simdgroup.
 //
-// A row byte is a fraction of 256 whose five base-3 digits are the trits plus 1, the most
-// significant first: three times the byte carries the next digit out of its 8 bits. Byte i holds
-// weights 5 i to 5 i + 4, so a 32-bit word holds twenty. Of a row's words, lane l of a simdgroup
-// takes l, l + 32, l + 64 and so on, or pairs of them with 64-bit loads.
+// A row byte divided by 256 is a fraction whose five base-3 digits are the trits plus 1, the most
+// significant first. Multiplying the byte by 3 carries the next digit out of its 8 bits. Byte i
+// holds weights 5 i to 5 i + 4, so a 32-bit word holds 20 weights. Lane l of a simdgroup processes
+// words l, l + 32, l + 64 and so on of a row, or pairs of words with 64-bit loads.
 //
-// Nothing here may end in memory: arrays are indexed by unrolled loops only.
+// All arrays must stay in registers, so only unrolled loops index them.
 
 #define UNROLL _Pragma("clang loop unroll(full)")
 
-// How digits leave their byte.
+// How the digits of a byte are decoded.
 enum Decode : int {
-  // As exponents. With a byte at bits 2 to 9 of a 16-bit lane, three times the lane carries digit d
-  // into bits 10 and 11, the lowest of a half's exponent: these bits alone are the half d * 2^-14.
-  // The sum of x, which the digits' offset of 1 adds, is taken off where a word's sum starts.
+  // The byte is in bits 2 to 9 of 16 bits. Multiplying by 3 carries digit d into bits 10 and 11,
+  // the lowest bits of the exponent of a half. These two bits alone are the half d * 2^-14. Digits
+  // are trits plus 1, which would add the sum of x; so each word's sum starts at minus that sum.
   EXPONENT = 0,
-  // The same, with the offset subtracted from each digit. Every product is exact.
+  // The same, but 1 is subtracted from each digit. Every product is exact.
   EXACT = 1,
-  // With g_n = floor(3^n byte / 256) in floats, d_n = g_(n+1) - 3 g_n: sums of d x are sums of
-  // g c, where c depends on x alone.
+  // With g_n = floor(3^n byte / 256) in floats, digit d_n = g_(n+1) - 3 g_n. So the sum of d x is a
+  // sum of g c, where c depends only on x.
   TELESCOPED = 2,
-  // Not at all: the same loads, and a result without meaning.
+  // No decoding: the same loads, but the result is not valid. For measuring the time of the loads.
   FLOOR = 3
 };
 
-constant constexpr float DIGIT = 6.103515625e-05f;  // 2^-14, a digit of 1 as an exponent
+constant constexpr float DIGIT = 6.103515625e-05f;  // 2^-14, the half for a digit of 1
 
-// x stays a half in registers where it is one: an operand of a float fma may be.
+// A half x stays a half in registers: operands of a float fma may be halves.
 template <typename T>
 struct Register {
   typedef float type;
@@ -36,8 +36,8 @@ struct Register<half> {
   typedef half type;
 };
 
-// The part of x that meets one word, from element `at` on, VECTOR (1 or 4) to a load. Where x, of
-// `size` elements, may end within the word, WHOLE is false, and what lies beyond is zero.
+// Loads the 20 elements of x for one word, from element `at` on, VECTOR (1 or 4) at a time. If WHOLE
+// is false, x (`size` elements) may end inside the word; elements beyond its end are zero.
 template <typename X, int VECTOR, bool WHOLE>
 struct Loader {
   template <typename P>
@@ -62,18 +62,19 @@ struct Loader<X, 4, WHOLE> {
   }
 };
 
-// Digits n of bytes 0 and 2 (x) or 1 and 3 (y) of a word, as halves; the lanes move on to n + 1.
+// The next digit of two bytes of a word (0 and 2, or 1 and 3) as halves times 2^-14. `lanes` holds
+// the two bytes, 16 bits each.
 METAL_FUNC half2 next_digits(thread uint& lanes) {
   const uint carried = lanes + (lanes << 1);
   lanes = carried & 0x03FF03FF;
   return as_type<half2>(carried & 0x0C000C00);
 }
 
-// What a word of x becomes before it meets the rows, and the product of the two.
+// The elements of x for one word, prepared for its decode method, and the dot product with a word.
 template <int DECODE, typename X>
 struct Word {
   X x[20];
-  float start[2];  // of the sums over bytes 0 and 2, and over bytes 1 and 3
+  float start[2];  // start values of the sums over bytes 0 and 2, and over bytes 1 and 3
 
   METAL_FUNC void prepare() {
     UNROLL for (int i = 0; i < 2; i++) start[i] = -DIGIT * (five(5 * i) + five(5 * i + 10));
@@ -93,9 +94,9 @@ struct Word {
     }
     return sum;
   }
-  // The word's sum of trits times x, times DIGIT. An activation that is far above the others makes
-  // `start` as large, and what is added before its own product takes that away loses precision.
-  // Taking off the offset in two steps keeps that short.
+  // The word's sum of trits times x, times DIGIT. If one activation is much larger than the others,
+  // `start` is as large, and products lose precision until that activation's own product is added.
+  // So `start` is added in two parts.
   METAL_FUNC float dot(uint word) const {
     float sum = DECODE == EXACT ? 0.0f : start[0];
     sum = add(sum, (word << 2) & 0x03FC03FC, 0);
@@ -141,14 +142,14 @@ struct Word<FLOOR, X> {
   METAL_FUNC float dot(uint word) const { return as_type<float>(word ^ as_type<uint>(start)); }
 };
 
-// The lanes' shares of products of x (K elements) with ROWS rows, which lie one after the other.
+// One lane's part of the products of x (K elements) with ROWS successive rows.
 template <int DECODE, int ROWS, int WORDS, int K, typename T>
 struct Rows {
   typedef typename Register<T>::type X;
   enum : uint {
     PITCH = (K + 19) / 20 * 4,    // bytes of a row
-    STEP = 32 * 4 * WORDS,        // bytes of a row that a simdgroup reads at a time
-    WHOLE = K / 5 / STEP * STEP,  // bytes of a row before the step in which x ends
+    STEP = 32 * 4 * WORDS,        // bytes of a row that a simdgroup reads in one step
+    WHOLE = K / 5 / STEP * STEP,  // bytes of a row in whole steps
     LAST = PITCH - 4 * WORDS
   };
   static_assert(PITCH % (4 * WORDS) == 0, "a load crosses the end of a row");
@@ -163,14 +164,14 @@ struct Rows {
     }
   }
 
-  // Adds what lies at byte `at` of the rows: ROWS of `a`, then with MATRICES == 2 as many of `b`.
-  // INSIDE is false where rows and x may end before.
+  // Adds the words at byte `at` of ROWS rows of `a` and, if MATRICES is 2, of ROWS rows of `b`.
+  // If INSIDE is false, rows and x may end before these words do.
   template <int MATRICES, bool INSIDE, typename P>
   static METAL_FUNC void step(
       thread float* sums, const device uint8_t* a, const device uint8_t* b, P x, uint at) {
     uint words[MATRICES * ROWS * WORDS];
     const uint from = INSIDE ? at : min(at, uint(LAST));
-    // All loads come before the first use of one.
+    // All loads come before the first use of a loaded word.
     UNROLL for (int r = 0; r < ROWS; r++) read(words + r * WORDS, a + from + r * PITCH);
     if (MATRICES == 2) {
       UNROLL for (int r = 0; r < ROWS; r++) read(words + (ROWS + r) * WORDS, b + from + r * PITCH);
@@ -193,7 +194,7 @@ struct Rows {
     if (WHOLE * 5 < K) step<MATRICES, false>(sums, a, b, x, at);
   }
 
-  // What the sums have to be multiplied by.
+  // The factor for the sums.
   static METAL_FUNC float unit() {
     return DECODE == EXPONENT || DECODE == EXACT ? 1.0f / DIGIT : 1.0f;
   }

@@ -8,9 +8,9 @@
 //   shared   (tokens, N)             T
 //   y        (tokens, N)             T
 //
-// A simdgroup computes ROWS elements of y over all experts of a token. Every lane weights its own
-// share of each product, so there is one sum over the lanes and one rounding to T at the end.
-// Grid: x over rows, SIMDGROUPS simdgroups to a threadgroup; y over tokens.
+// A simdgroup computes ROWS elements of y for all experts of a token. Every lane multiplies its own
+// part of each product by the weight, so there is one sum over the lanes and one rounding to T.
+// Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over tokens.
 
 typedef Rows<DECODE, ROWS, WORDS, K, float> Product;
 
@@ -32,7 +32,7 @@ for (uint pair = token * k; pair < (token + 1) * k; pair++) {
   }
 }
 
-float routed = 0.0f;  // of row r in lane r
+float routed = 0.0f;  // lane r: sum of row r
 UNROLL for (uint r = 0; r < ROWS; r++) {
   const float sum = simd_sum(total[r]);
   routed = lane == r ? sum : routed;

@@ -1,12 +1,12 @@
-// y = rows x for every pair: the gathered matrix-vector product on its own.
+// y = rows x for every (vector, expert) pair: a gathered matrix-vector product.
 //
-//   x        (vectors, K)            T, each for `pairs / vectors` neighbouring pairs
+//   x        (vectors, K)            T, each used for `pairs / vectors` successive pairs
 //   rows     (experts, N, bytes)     rows of trits
 //   scales   (experts, N)            float
 //   indices  (pairs,)                uint
 //   y        (pairs, N)              float
 //
-// Grid: x over rows, SIMDGROUPS simdgroups to a threadgroup; y over pairs.
+// Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over pairs.
 
 typedef Rows<DECODE, ROWS, WORDS, K, T> Product;
 
@@ -21,7 +21,7 @@ const uint vector = pair / (uint(indices_shape[0]) / uint(x_shape[0]));
 float sums[ROWS] = {};
 Product::template add<1>(sums, rows + row * Product::PITCH, rows, x + size_t(vector) * K, lane);
 
-float product = 0.0f;  // of row r in lane r
+float product = 0.0f;  // lane r: product of row r
 UNROLL for (uint r = 0; r < ROWS; r++) {
   const float sum = simd_sum(sums[r]);
   product = lane == r ? sum : product;

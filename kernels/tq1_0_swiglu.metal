@@ -1,4 +1,4 @@
-// h = silu(gate x) * (up x) for every pair of a token and one of its experts.
+// h = silu(gate x) * (up x) for every (token, expert) pair.
 //
 //   x        (tokens, K)             T
 //   gate, up (experts, N, bytes)     rows of trits
@@ -6,9 +6,10 @@
 //   indices  (tokens, k)             uint
 //   h        (tokens, k, N)          float
 //
-// A simdgroup computes ROWS elements of h: the same rows of gate and up, so x is read once for
-// both. The last simdgroup's rows end at N and may overlap its neighbour's, which writes them.
-// Grid: x over rows, SIMDGROUPS simdgroups to a threadgroup; y over pairs.
+// A simdgroup computes ROWS elements of h from the same rows of gate and up, so it reads x once for
+// both. The rows of the last simdgroup end at N. They may overlap those of the simdgroup before it,
+// which writes the overlapping rows.
+// Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over pairs.
 
 typedef Rows<DECODE, ROWS, WORDS, K, T> Product;
 

@@ -1,11 +1,12 @@
-// Rows of trits to MLX's affine 2-bit codes, sixteen to a word, the first in the lowest bits.
+// Converts rows of trits to MLX's affine 2-bit codes: 16 codes in a word, the first in the lowest
+// bits.
 //
 //   rows     (rows, PITCH)           bytes
-//   codes    (rows, WIDTH)           uint; what lies past the end of a row has code 0
+//   codes    (rows, WIDTH)           uint; codes after the end of a row are 0
 //
-// Sixteen bytes hold eighty trits, and eighty codes fill five words: a block, one to a thread.
+// A thread converts a block: 16 bytes hold 80 trits, and 80 codes fill 5 words.
 
-constexpr uint BLOCKS = (WIDTH + 4) / 5;  // of a row
+constexpr uint BLOCKS = (WIDTH + 4) / 5;  // blocks of a row
 const size_t row = thread_position_in_grid.x / BLOCKS;
 const uint block = thread_position_in_grid.x % BLOCKS;
 
@@ -17,10 +18,10 @@ UNROLL for (uint i = 0; i < 4; i++) {
   words[i] = inside ? word : 0;
 }
 
-ulong quads[4];  // twenty codes each
+ulong quads[4];  // 20 codes each
 UNROLL for (uint i = 0; i < 4; i++) {
   uint lanes[2] = {(words[i] << 2) & 0x03FC03FC, (words[i] >> 6) & 0x03FC03FC};
-  ulong pair[2];  // the ten bits of codes of bytes 0 and 2, or 1 and 3, twenty bits apart
+  ulong pair[2];  // codes of bytes 0 and 2, or 1 and 3: 10 bits each, 20 bits apart
   UNROLL for (uint j = 0; j < 2; j++) {
     uint codes = 0;
     UNROLL for (uint n = 0; n < 5; n++) {

@@ -238,7 +238,7 @@ def test_a_file_that_is_not_sound_is_ignored(tmp_path: Path):
     ):
         file = tmp_path / f"{number}.json"
         file.write_text(text)
-        with pytest.warns(UserWarning, match=f"{number}.json: ignored, not a file of kernel"):
+        with pytest.warns(UserWarning, match=f"{number}.json: ignored: not a file of kernel"):
             assert variants.saved_variants(file) == {}
     assert variants.saved_variants(tmp_path / "none.json") == {}
 

@@ -41,7 +41,7 @@ def down_call(**changes: Any) -> Callable[[], mx.array]:
 REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
     "x-dtype": (swiglu_call(x=mx.zeros((2, 20), mx.int32)), "x is (2, 20) int32"),
     "x-shape": (swiglu_call(x=mx.zeros((20,))), "x is (20,) float32"),
-    "width": (swiglu_call(x=mx.zeros((2, 21))), "21 trits a row take (experts, out, 8) uint8"),
+    "width": (swiglu_call(x=mx.zeros((2, 21))), "expected (experts, out, 8) uint8 for rows of 21"),
     "rows-dtype": (swiglu_call(gate=mx.zeros((3, 9, 4), mx.uint32)), "gate is (3, 9, 4) uint32"),
     "up-shape": (
         swiglu_call(up=random_matrices(1, 3, 8, 20).rows, up_scales=mx.ones((3, 8))),
@@ -50,17 +50,20 @@ REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
     "scales": (swiglu_call(gate_scales=mx.ones((3, 9), mx.float16)), "scales of gate are (3, 9)"),
     "indices": (swiglu_call(indices=mx.zeros((2, 2), mx.int32)), "indices are (2, 2) int32"),
     "tokens": (swiglu_call(indices=mx.zeros((3, 2), mx.uint32)), "indices are (3, 2) uint32"),
-    "k": (swiglu_call(indices=mx.zeros((2, 65), mx.uint32)), "65 experts a token"),
-    "no-k": (swiglu_call(indices=mx.zeros((2, 0), mx.uint32)), "0 experts a token"),
+    "k": (swiglu_call(indices=mx.zeros((2, 65), mx.uint32)), "65 experts per token"),
+    "no-k": (swiglu_call(indices=mx.zeros((2, 0), mx.uint32)), "0 experts per token"),
     "no-experts": (
         swiglu_call(gate=mx.zeros((0, 9, 4), mx.uint8), gate_scales=mx.ones((0, 9))),
-        "0 experts; it takes 1 to 1024",
+        "0 experts; supported: 1 to 1024",
     ),
     "one-row": (
         swiglu_call(gate=mx.zeros((3, 1, 4), mx.uint8), gate_scales=mx.ones((3, 1))),
-        "1 out features; it takes 2 to",
+        "1 out features; supported: 2 to",
     ),
-    "too-wide": (swiglu_call(x=mx.zeros((1, 131073))), "131073 in features; it takes 1 to 131072"),
+    "too-wide": (
+        swiglu_call(x=mx.zeros((1, 131073))),
+        "131073 in features; supported: 1 to 131072",
+    ),
     "h-dtype": (down_call(h=mx.zeros((2, 2, 9), mx.float16)), "h is (2, 2, 9) float16"),
     "h-shape": (down_call(h=mx.zeros((2, 9))), "h is (2, 9) float32"),
     "h-k": (down_call(h=mx.zeros((2, 3, 9))), "differ in tokens or k"),
@@ -70,7 +73,7 @@ REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
         lambda: kernels.tq1_0_qmv(
             mx.zeros((2, 20)), *random_matrices(1, 3, 9, 20).packed, mx.zeros((3,), mx.uint32)
         ),
-        "3 pairs are no multiple of 2 vectors",
+        "3 pairs are not a multiple of 2 vectors",
     ),
     "pairs-shape": (
         lambda: kernels.tq1_0_qmv(
@@ -80,7 +83,7 @@ REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
     ),
     "transcode": (
         lambda: kernels.tq1_0_to_affine2(mx.zeros((3, 8), mx.uint8), 20),
-        "20 trits take uint8 rows of 4 bytes",
+        "expected uint8 rows of 4 bytes for 20 trits",
     ),
 }
 

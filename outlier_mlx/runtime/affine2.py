@@ -1,8 +1,8 @@
-"""Exact transcoding of ternary rows (`tq1_0_rows`) to what MLX's own operations take.
+"""Convert ternary rows (`tq1_0_rows`) to MLX's affine 2-bit format without loss.
 
 A trit t with digit d = t + 1 and row scale s is the affine 2-bit weight s * d - s. MLX packs
-sixteen 2-bit codes into a 32-bit word, the first in the lowest bits; rows hold five trits a byte,
-the first in the most significant base-3 digit of a fixed-point fraction of 256.
+sixteen 2-bit codes into a 32-bit word, the first in the lowest bits. Rows hold five trits in a
+byte: byte / 256 is a fraction whose base-3 digits are the trits plus 1, most significant first.
 """
 
 import mlx.core as mx
@@ -12,12 +12,12 @@ GROUP_SIZES = (128, 64, 32)
 
 
 def row_bytes(in_features: int) -> int:
-    """Bytes that a row of `in_features` trits takes: five a byte, padded to a multiple of 4."""
+    """Bytes of a row of `in_features` trits: five trits per byte, padded to a multiple of 4."""
     return -(-in_features // (4 * TRITS_PER_BYTE)) * 4
 
 
 def padded_width(in_features: int) -> int:
-    """The width at which rows are transcoded: a multiple of the smallest affine group."""
+    """Weights in a converted row: `in_features`, rounded up to the smallest affine group size."""
     return -(-in_features // GROUP_SIZES[-1]) * GROUP_SIZES[-1]
 
 
@@ -27,7 +27,7 @@ def affine_group(in_features: int) -> int:
 
 
 def byte_digits(byte: int) -> list[int]:
-    """The five digits (0, 1, 2) of a row byte: times 3, what carries out of the byte comes next."""
+    """The five digits (0, 1, 2) of a row byte: each time the byte is tripled, one carries out."""
     digits = []
     for _ in range(TRITS_PER_BYTE):
         byte *= 3
@@ -39,20 +39,20 @@ def byte_digits(byte: int) -> list[int]:
 def rows_to_affine2(
     rows: mx.array, scales: mx.array, in_features: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Transcode ternary rows to MLX affine 2-bit weights.
+    """Convert ternary rows to MLX affine 2-bit weights.
 
     Args:
         rows: (..., out, row_bytes) uint8.
-        scales: (..., out) float32, one a row.
-        in_features: trits in a row that count.
+        scales: (..., out) float32, one per row.
+        in_features: number of trits in a row, without padding.
 
     Returns:
         weight (..., out, padded / 16) uint32, and scales and biases (..., out, padded / group) of
-        the dtype of `scales`; `padded_width` and `affine_group` give the sizes. The columns past
-        `in_features` hold no meaning: pad x with zeros.
+        the dtype of `scales`; `padded_width` and `affine_group` give the sizes. Columns from
+        `in_features` on have no meaning: pad x with zeros.
     """
     padded = padded_width(in_features)
-    # 16 bytes of 5 digits of 2 bits are 5 words of 32.
+    # 16 bytes have 80 digits of 2 bits, which fill 5 words of 32 bits.
     spare = -rows.shape[-1] % 16
     rows = mx.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, spare)])
     table = mx.array(
@@ -73,13 +73,13 @@ def affine_product(
     indices: mx.array,
     sorted_indices: bool = False,
 ) -> mx.array:
-    """Multiply x by transcoded experts.
+    """Multiply x by experts in MLX's affine 2-bit format.
 
     Args:
         x: (..., 1, in) float32.
-        affine: what `rows_to_affine2` gives for rows (experts, out, row_bytes) of `in` trits.
-        indices: (...) experts, uint32.
-        sorted_indices: whether `indices` ascend.
+        affine: weight, scales and biases from `rows_to_affine2`, of (experts, out, row_bytes).
+        indices: (...) uint32, numbers of the experts.
+        sorted_indices: whether `indices` are in ascending order.
 
     Returns:
         (..., 1, out) float32.
@@ -103,7 +103,7 @@ def affine_product(
 
 
 def spread_scales(scales: mx.array, in_features: int) -> tuple[mx.array, mx.array]:
-    """Row scales (..., out) as affine scales and biases, (..., out, padded / group) each."""
+    """Convert row scales (..., out) to affine scales and biases (..., out, padded / group)."""
     groups = padded_width(in_features) // affine_group(in_features)
     scale = mx.repeat(scales[..., None], groups, axis=-1)
     return scale, -scale
@@ -124,8 +124,8 @@ def rows_to_dense(rows: mx.array, scales: mx.array, in_features: int) -> mx.arra
 
     Args:
         rows: (..., out, row_bytes) uint8.
-        scales: (..., out) float32, one a row.
-        in_features: trits in a row that count.
+        scales: (..., out) float32, one per row.
+        in_features: number of trits in a row, without padding.
 
     Returns:
         (..., out, in_features) of the dtype of `scales`.

@@ -1,7 +1,7 @@
-"""Launchers of the Metal kernels: grid, template arguments, and the checks that come before.
+"""Launchers of the Metal kernels: check the arguments, then choose grid and template arguments.
 
-Rows of trits are in the layout `tq1_0_rows` (affine2.py). A kernel takes what its text in
-`kernels/` says; what it cannot take is refused here.
+Rows of trits have the layout `tq1_0_rows` (affine2.py). The text of each kernel in `kernels/`
+describes its arguments.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from .kernel_text import kernel_text
 from .variants import DECODES, Variant, saved_variant
 
 ACTIVATIONS = (mx.float32, mx.float16, mx.bfloat16)
-# What the kernels were tested with, smallest and largest.
+# Smallest and largest sizes that the kernels are tested with.
 LIMITS = {
     "tokens": (0, 1 << 14),
     "experts": (1, 1 << 10),
-    "experts a token": (1, 64),
+    "experts per token": (1, 64),
     "in features": (1, 1 << 17),
     "out features": (2, 1 << 18),
 }
@@ -35,11 +35,11 @@ _OUTPUT = {
 }
 
 
-# What a kernel is launched in when the call names no variant and none was measured to be the
-# fastest here (variants.py). docs/kernels.md has the reasons.
+# Default variants, used if the call has none and tuning has chosen none (variants.py).
+# docs/kernels.md has the reasons.
 VARIANTS = {"tq1_0_swiglu": Variant(), "tq1_0_down": Variant(), "tq1_0_qmv": Variant()}
 
-# What `mx.fast.metal_kernel` made, and the kernels made by it: tests put another in its place.
+# The function `mx.fast.metal_kernel` and the kernels that it built. Tests replace the function.
 _built: tuple[Any, dict[str, Any]] = (None, {})
 
 
@@ -53,29 +53,29 @@ def tq1_0_swiglu(
     *,
     variant: Variant | None = None,
 ) -> mx.array:
-    """silu(gate x) * (up x) of each token's experts, in one launch.
+    """Compute silu(gate x) * (up x) for each token's experts in one launch.
 
     Args:
         x: (tokens, in) float32, float16 or bfloat16.
         gate: (experts, out, row_bytes) uint8.
         gate_scales: (experts, out) float32.
-        up: as `gate`.
-        up_scales: as `gate_scales`.
+        up: like `gate`.
+        up_scales: like `gate_scales`.
         indices: (tokens, k) uint32, each below `experts`.
-        variant: how to compute it.
+        variant: variant of the kernel; default: the one that tuning has chosen, or `VARIANTS`.
 
     Returns:
         (tokens, k, out) float32.
 
     Raises:
-        ValueError: a dtype or shape that the kernel was not made for.
+        ValueError: a dtype or shape is not supported.
     """
     name = "tq1_0_swiglu"
     tokens, in_features = _matrix(name, "x", x)
     experts, out_features = _rows(name, "gate", gate, gate_scales, in_features)
     if _rows(name, "up", up, up_scales, in_features) != (experts, out_features):
         raise ValueError(f"{name}: gate {gate.shape} and up {up.shape} differ")
-    k = _chosen(name, indices, tokens)
+    k = _experts_per_token(name, indices, tokens)
     if tokens == 0:
         return mx.zeros((0, k, out_features))
     inputs = [x, gate, gate_scales, up, up_scales, indices]
@@ -93,7 +93,7 @@ def tq1_0_down(
     *,
     variant: Variant | None = None,
 ) -> mx.array:
-    """shared + the sum over each token's experts of weight * (down h), rounded once.
+    """Compute shared + the sum over each token's experts of weight * (down h), rounded once.
 
     Args:
         h: (tokens, k, in) float32.
@@ -102,28 +102,30 @@ def tq1_0_down(
         indices: (tokens, k) uint32, each below `experts`.
         weights: (tokens, k) float32.
         shared: (tokens, out) float32, float16 or bfloat16.
-        variant: how to compute it.
+        variant: see `tq1_0_swiglu`.
 
     Returns:
         (tokens, out) of the dtype of `shared`.
 
     Raises:
-        ValueError: a dtype or shape that the kernel was not made for.
+        ValueError: a dtype or shape is not supported.
     """
     name = "tq1_0_down"
     if h.ndim != 3 or h.dtype != mx.float32:
-        raise ValueError(f"{name}: h is {_what(h)}; it takes (tokens, k, in) float32")
+        raise ValueError(f"{name}: h is {_described(h)}; expected (tokens, k, in) float32")
     tokens, k, in_features = h.shape
     out_features = _rows(name, "down", down, scales, in_features)[1]
-    if _chosen(name, indices, tokens) != k or weights.shape != (tokens, k):
+    if _experts_per_token(name, indices, tokens) != k or weights.shape != (tokens, k):
         raise ValueError(
             f"{name}: h {h.shape}, indices {indices.shape} and weights {weights.shape} "
             "differ in tokens or k"
         )
     if weights.dtype != mx.float32:
-        raise ValueError(f"{name}: weights are {_what(weights)}; it takes float32")
+        raise ValueError(f"{name}: weights are {_described(weights)}; expected float32")
     if _matrix(name, "shared", shared) != (tokens, out_features):
-        raise ValueError(f"{name}: shared is {_what(shared)}, not {(tokens, out_features)}")
+        raise ValueError(
+            f"{name}: shared is {_described(shared)}; expected {(tokens, out_features)}"
+        )
     if tokens == 0:
         return shared
     inputs = [h, down, scales, indices, weights, shared]
@@ -138,29 +140,29 @@ def tq1_0_qmv(
     *,
     variant: Variant | None = None,
 ) -> mx.array:
-    """The product of a vector with one expert's matrix, for many pairs of the two.
+    """Multiply vectors by experts' matrices, for many (vector, expert) pairs.
 
     Args:
-        x: (vectors, in) float32, float16 or bfloat16; each meets `pairs / vectors` experts.
+        x: (vectors, in) float32, float16 or bfloat16; each is used for `pairs / vectors` pairs.
         rows: (experts, out, row_bytes) uint8.
         scales: (experts, out) float32.
-        indices: (pairs,) uint32, each below `experts`; the first vector's pairs come first.
-        variant: how to compute it.
+        indices: (pairs,) uint32, each below `experts`; the pairs of the first vector come first.
+        variant: see `tq1_0_swiglu`.
 
     Returns:
         (pairs, out) float32.
 
     Raises:
-        ValueError: a dtype or shape that the kernel was not made for.
+        ValueError: a dtype or shape is not supported.
     """
     name = "tq1_0_qmv"
     vectors, in_features = _matrix(name, "x", x)
     _, out_features = _rows(name, "rows", rows, scales, in_features)
     if indices.ndim != 1 or indices.dtype != mx.uint32:
-        raise ValueError(f"{name}: indices are {_what(indices)}; it takes (pairs,) uint32")
+        raise ValueError(f"{name}: indices are {_described(indices)}; expected (pairs,) uint32")
     pairs = indices.size
     if pairs % max(vectors, 1) or (pairs > 0 and vectors == 0):
-        raise ValueError(f"{name}: {pairs} pairs are no multiple of {vectors} vectors")
+        raise ValueError(f"{name}: {pairs} pairs are not a multiple of {vectors} vectors")
     if pairs == 0:
         return mx.zeros((0, out_features))
     inputs = [x, rows, scales, indices]
@@ -168,24 +170,25 @@ def tq1_0_qmv(
 
 
 def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
-    """MLX affine 2-bit codes of rows of trits, as `rows_to_affine2` has them.
+    """Convert rows of trits to MLX affine 2-bit codes, like `rows_to_affine2`.
 
     Args:
         rows: (..., row_bytes) uint8.
-        in_features: trits in a row that count.
+        in_features: number of trits in a row, without padding.
 
     Returns:
-        (..., padded / 16) uint32, with `padded_width(in_features)` codes to a row.
+        (..., padded / 16) uint32: `padded_width(in_features)` codes in a row.
 
     Raises:
-        ValueError: a dtype or shape that the kernel was not made for.
+        ValueError: a dtype or shape is not supported.
     """
     name = "tq1_0_to_affine2"
-    _within(name, "in features", in_features)
+    _check_size(name, "in features", in_features)
     pitch, width = row_bytes(in_features), padded_width(in_features) // 16
     if rows.dtype != mx.uint8 or rows.ndim < 1 or rows.shape[-1] != pitch:
         raise ValueError(
-            f"{name}: rows are {_what(rows)}; {in_features} trits take uint8 rows of {pitch} bytes"
+            f"{name}: rows are {_described(rows)}; expected uint8 rows of {pitch} bytes"
+            f" for {in_features} trits"
         )
     shape = (*rows.shape[:-1], width)
     count = rows.size // pitch
@@ -193,7 +196,7 @@ def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
         return mx.zeros(shape, mx.uint32)
     threads = count * -(-width // 5)
     if threads >= 1 << 31:
-        raise ValueError(f"{name}: {count} rows of {in_features} are more than a grid has threads")
+        raise ValueError(f"{name}: {count} rows of {in_features} trits are too many for one grid")
     return _kernel(name)(
         inputs=[rows],
         template=[("PITCH", pitch), ("WIDTH", width)],
@@ -213,7 +216,7 @@ def _launch(
     shape: tuple[int, ...],
     output_dtype: mx.Dtype = mx.float32,
 ) -> mx.array:
-    """Launch a decode kernel for an output of `shape` (columns, out)."""
+    """Launch a decode kernel. `shape` is that of the output: (tokens or pairs, out)."""
     columns, out_features = shape
     variant = variant or saved_variant(name) or VARIANTS[name]
     variant = variant.fitted(in_features, out_features)
@@ -238,7 +241,7 @@ def _launch(
 
 
 def _kernel(name: str) -> Any:
-    """The kernel, built by whatever `mx.fast.metal_kernel` is now."""
+    """Build a kernel with the current `mx.fast.metal_kernel`, or return it if already built."""
     global _built
     make = mx.fast.metal_kernel
     if _built[0] != make:
@@ -255,47 +258,51 @@ def _kernel(name: str) -> Any:
     return kernels[name]
 
 
-def _what(array: mx.array) -> str:
+def _described(array: mx.array) -> str:
     return f"{array.shape} {str(array.dtype).removeprefix('mlx.core.')}"
 
 
-def _within(name: str, what: str, size: int) -> None:
+def _check_size(name: str, what: str, size: int) -> None:
     smallest, largest = LIMITS[what]
     if not smallest <= size <= largest:
-        raise ValueError(f"{name}: {size} {what}; it takes {smallest} to {largest}")
+        raise ValueError(f"{name}: {size} {what}; supported: {smallest} to {largest}")
 
 
 def _matrix(name: str, argument: str, x: mx.array) -> tuple[int, int]:
     if x.ndim != 2 or x.dtype not in ACTIVATIONS:
         names = "float32, float16 or bfloat16"
-        raise ValueError(f"{name}: {argument} is {_what(x)}; it takes two dimensions of {names}")
-    _within(name, "tokens", x.shape[0])
+        raise ValueError(
+            f"{name}: {argument} is {_described(x)}; expected two dimensions of {names}"
+        )
+    _check_size(name, "tokens", x.shape[0])
     return x.shape[0], x.shape[1]
 
 
 def _rows(
     name: str, argument: str, rows: mx.array, scales: mx.array, in_features: int
 ) -> tuple[int, int]:
-    _within(name, "in features", in_features)
+    _check_size(name, "in features", in_features)
     pitch = row_bytes(in_features)
     if rows.ndim != 3 or rows.dtype != mx.uint8 or rows.shape[-1] != pitch:
         raise ValueError(
-            f"{name}: {argument} is {_what(rows)}; "
-            f"{in_features} trits a row take (experts, out, {pitch}) uint8"
+            f"{name}: {argument} is {_described(rows)}; expected (experts, out, {pitch}) uint8"
+            f" for rows of {in_features} trits"
         )
     experts, out_features, _ = rows.shape
-    _within(name, "experts", experts)
-    _within(name, "out features", out_features)
+    _check_size(name, "experts", experts)
+    _check_size(name, "out features", out_features)
     if scales.shape != (experts, out_features) or scales.dtype != mx.float32:
         raise ValueError(
-            f"{name}: scales of {argument} are {_what(scales)}, "
-            f"not {(experts, out_features)} float32"
+            f"{name}: scales of {argument} are {_described(scales)};"
+            f" expected {(experts, out_features)} float32"
         )
     return experts, out_features
 
 
-def _chosen(name: str, indices: mx.array, tokens: int) -> int:
+def _experts_per_token(name: str, indices: mx.array, tokens: int) -> int:
     if indices.ndim != 2 or indices.dtype != mx.uint32 or indices.shape[0] != tokens:
-        raise ValueError(f"{name}: indices are {_what(indices)}; it takes ({tokens}, k) uint32")
-    _within(name, "experts a token", indices.shape[1])
+        raise ValueError(
+            f"{name}: indices are {_described(indices)}; expected ({tokens}, k) uint32"
+        )
+    _check_size(name, "experts per token", indices.shape[1])
     return indices.shape[1]

@@ -1,9 +1,9 @@
-"""Operations on ternary experts: which of them run in Metal kernels, and their gradients.
+"""Operations on ternary experts: the choice between Metal kernels and plain MLX, and gradients.
 
-There is one arithmetic, float32 sums of trits times x, times the row's scale. On a GPU, few pairs
-of a token and an expert go through the decode kernels; for many, the experts are transcoded and
-MLX's own matrix kernels multiply a copy that does not outlive the product. A custom kernel has no
-gradient, so gradients are those of the same operation in plain MLX.
+All ways compute the same: a float32 sum of trits times x, times the row's scale. On a GPU, a small
+number of (token, expert) pairs goes through the decode kernels. For many pairs, the experts are
+converted to affine 2-bit, and MLX's own matrix kernels multiply this temporary copy. A custom
+kernel has no gradient, so gradients are those of the same operation in plain MLX.
 """
 
 import sys
@@ -17,33 +17,39 @@ from mlx_lm.models.activations import swiglu
 from .affine2 import affine_product, rows_to_affine2, spread_scales
 from .kernels import tq1_0_down, tq1_0_qmv, tq1_0_swiglu, tq1_0_to_affine2
 
-# From this many (token, expert) pairs on, pairs are sorted by expert, so that MLX's matrix kernels
-# read each expert once. The figure is mlx-lm's.
+# Least number of (token, expert) pairs that are sorted by expert, so that MLX's matrix kernels read
+# each expert once. mlx-lm uses the same number.
 SORT_FROM_PAIRS = 64
-# Pairs of one expert that a tile of these kernels has room for.
+# Number of pairs of one expert in a tile of these kernels.
 TILE_PAIRS = 16
 
 
 def use_metal() -> bool:
-    """Whether what is computed now runs on a GPU. Nothing else decides about the device."""
+    """Whether operations run on a GPU now. All code asks this function only."""
     return mx.metal.is_available() and (sys.platform != "darwin" or mx.default_device() == mx.gpu)
 
 
 def use_matrix_kernels(pairs: int, experts: int) -> bool:
-    """Whether to transcode all experts once rather than decode an expert for every pair.
+    """Whether to convert all experts once instead of decoding an expert for every pair.
 
-    Transcoding reads and writes each expert, then MLX multiplies it with a tile of pairs in the
-    time of one: that is worth it from a full tile an expert on, if the pairs are sorted.
+    Conversion reads and writes each expert; then MLX multiplies an expert with a whole tile of
+    pairs in the time of one pair. It is faster from one full tile per expert on, if pairs are
+    sorted.
 
     Args:
-        pairs: (token, expert) pairs.
-        experts: experts of the layer.
+        pairs: number of (token, expert) pairs.
+        experts: number of experts of the layer.
     """
     return pairs >= max(SORT_FROM_PAIRS, TILE_PAIRS * experts)
 
 
 def weighted_sum(shared: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-    """Add experts (..., k, hidden), weighted by weights (..., k), to shared (..., hidden).
+    """Add the weighted sum of experts to the shared expert.
+
+    Args:
+        shared: (..., hidden).
+        experts: (..., k, hidden).
+        weights: (..., k).
 
     Returns:
         (..., hidden) of the dtype of `shared`: computed in float32, rounded once.
@@ -55,13 +61,13 @@ def weighted_sum(shared: mx.array, experts: mx.array, weights: mx.array) -> mx.a
 def with_gradient_of(
     plain: Callable[..., mx.array], compute: Callable[..., mx.array], inputs: int
 ) -> Callable[..., mx.array]:
-    """`compute`, with the gradients of `plain`, which is the same in plain MLX.
+    """Give `compute` the gradients of `plain`.
 
     Args:
-        plain: what is differentiated, when it is.
-        compute: what is computed otherwise, in whatever way.
-        inputs: there are gradients for so many of the first arguments; the others, packed weights
-            and indices, have none.
+        plain: the same operation in plain MLX, used for the gradient.
+        compute: the operation, used for the result.
+        inputs: number of arguments that have gradients, counted from the first. The others, packed
+            weights and indices, have none.
     """
     run: Any = mx.custom_function(compute)
 
@@ -78,8 +84,8 @@ def with_gradient_of(
     return run
 
 
-# Products of x (..., 1, in) with experts `indices` (...), rows (experts, out, row_bytes) and scales
-# (experts, out): (..., 1, out) float32.
+# The following functions multiply x (..., 1, in) by the experts `indices` (...), given rows
+# (experts, out, row_bytes) and scales (experts, out). The result is (..., 1, out) float32.
 
 
 def _plain_product(
@@ -91,7 +97,7 @@ def _plain_product(
 def _transcoded_product(
     x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array, ordered: bool
 ) -> mx.array:
-    # Without x to wait for, MLX might transcode every layer of a model before the first one runs.
+    # Make rows depend on x. Otherwise MLX could convert all layers before the first one runs.
     rows = mx.depends([rows], [x])[0]
     codes = tq1_0_to_affine2(rows, x.shape[-1])
     return affine_product(x, (codes, *spread_scales(scales, x.shape[-1])), indices, ordered)
@@ -101,7 +107,7 @@ def _decoded_product(
     x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array, ordered: bool
 ) -> mx.array:
     batch = indices.shape
-    # A vector may serve the neighbouring pairs of its token; what is broadcast otherwise is copied.
+    # The kernel can use one vector for all pairs of a token. Other broadcasts need a copy.
     if x.shape[:-2] not in (batch, (*batch[:-1], 1)):
         x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
     y = tq1_0_qmv(x.reshape(-1, x.shape[-1]), rows, scales, indices.flatten())
@@ -125,15 +131,16 @@ def rows_product(
     sorted_indices: bool = False,
     training: bool = False,
 ) -> mx.array:
-    """Multiply x by packed experts, on a GPU.
+    """Multiply x by packed experts on a GPU.
 
     Args:
         x: (..., 1, in).
-        indices: (...) experts, uint32.
+        indices: (...) uint32, numbers of the experts.
         rows: (experts, out, row_bytes) uint8.
         scales: (experts, out) float32.
-        sorted_indices: whether `indices` ascend.
-        training: keeps to plain MLX. Transcoded weights are made again for the gradient, not kept.
+        sorted_indices: whether `indices` are in ascending order.
+        training: use plain MLX only. Converted weights are not kept for the gradient, but made
+            again.
 
     Returns:
         (..., 1, out) float32.
@@ -175,14 +182,14 @@ def decoded_mix(
     indices: mx.array,
     *packed: mx.array,
 ) -> mx.array:
-    """shared + the weighted sum of each token's experts, in two launches.
+    """Add the weighted sum of each token's experts to `shared`, in two kernel launches.
 
     Args:
         x: (..., hidden), any activation dtype.
         weights: (..., k) float32.
         shared: (..., hidden) of the dtype of the result.
         indices: (..., k) uint32.
-        packed: of gate, up and down, the rows (experts, out, row_bytes) and scales (experts, out).
+        packed: rows (experts, out, row_bytes) and scales (experts, out) of gate, of up and of down.
 
     Returns:
         (..., hidden) of the dtype of `shared`: summed in float32, rounded once.

@@ -1,4 +1,4 @@
-"""Forms of the decode kernels, and which of them the user's machine was found to run fastest."""
+"""Variants of the decode kernels, and the file of those that were fastest on this machine."""
 
 import json
 import os
@@ -14,27 +14,27 @@ import mlx.core as mx
 from .affine2 import row_bytes
 
 DECODES = ("exponent", "exact", "telescoped", "floor")
-# What may be chosen by measurement: the other decodes are less accurate, or compute nothing.
+# Values that tuning may choose. The other decodes are less accurate, or give no valid result.
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "decode": ("exponent", "exact"),
     "rows": (2, 4, 8, 16),
     "load_bits": (32, 64),
     "simdgroups": (1, 2, 4),
 }
-# The environment variable that names the file of chosen variants; empty: none.
+# Environment variable with the path of the file of chosen variants; empty: no file.
 VARIANTS_VARIABLE = "OUTLIER_MLX_KERNELS"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the forms of a decode kernel; they differ in speed and rounding.
+    """A variant of a decode kernel. Variants differ in speed and rounding.
 
     Attributes:
-        decode: how digits leave their byte: "exponent", "exact", "telescoped", or "floor", which
-            only loads and whose results mean nothing. See kernels/tq1_0.metal.
-        rows: rows of a matrix that a simdgroup computes, a power of two.
-        load_bits: 32 or 64, what a lane loads of a row at a time.
-        simdgroups: simdgroups in a threadgroup.
+        decode: method of decoding, see kernels/tq1_0.metal: "exponent", "exact", "telescoped", or
+            "floor", which only loads the bytes and gives no valid result.
+        rows: number of matrix rows that a simdgroup computes, a power of two.
+        load_bits: number of bits that a lane loads from a row at a time, 32 or 64.
+        simdgroups: number of simdgroups in a threadgroup.
     """
 
     decode: str = "exponent"
@@ -43,7 +43,7 @@ class Variant:
     simdgroups: int = 2
 
     def fitted(self, in_features: int, out_features: int) -> "Variant":
-        """This variant, with fewer rows or smaller loads where the matrix does not allow them."""
+        """This variant, with fewer rows or smaller loads if the matrix requires it."""
         rows = self.rows
         while rows > out_features:
             rows //= 2
@@ -54,9 +54,9 @@ class Variant:
 
 
 def variants_file() -> Path | None:
-    """Where variants chosen by measurement are kept: a file in the user's folder for settings.
+    """The file of variants that tuning has chosen, in the user's settings folder.
 
-    The environment variable OUTLIER_MLX_KERNELS names another, or none if it is empty.
+    The environment variable OUTLIER_MLX_KERNELS sets another file; if it is empty, there is none.
     """
     named = os.environ.get(VARIANTS_VARIABLE)
     if named is not None:
@@ -66,29 +66,29 @@ def variants_file() -> Path | None:
 
 @cache
 def _settings_file(platform: str, config: str | None, home: str | None) -> Path | None:
-    # Kept, because every launch asks. `home` is what Path.home() goes by.
+    # Cached, because every launch calls it. `home` is only a key: Path.home() reads $HOME itself.
     try:
         if platform == "darwin":
             settings = Path.home() / "Library" / "Application Support"
         else:
             settings = Path(config or Path.home() / ".config")
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home directory
         return None
     return settings / "outlier-mlx" / "kernels.json"
 
 
 def saved_variant(kernel: str) -> Variant | None:
-    """What was chosen for a kernel on this chip, if anything was; the file is read once."""
+    """The variant that tuning has chosen for a kernel on this chip, or None."""
     file = variants_file()
     return None if file is None else saved_variants(file).get(kernel)
 
 
 @cache
 def saved_variants(file: Path) -> dict[str, Variant]:
-    """The variants that a file has for this chip, by kernel.
+    """Read the variants for this chip from a file, by kernel. Each file is read only once.
 
-    The file holds `{"chips": {CHIP: {KERNEL: {"decode": "exponent", "rows": 8, ...}}}}`. One that
-    cannot be read as that is ignored, with a warning; without one there are no variants.
+    The file holds `{"chips": {CHIP: {KERNEL: {"decode": "exponent", "rows": 8, ...}}}}`. A file
+    with another content is ignored with a warning. If it does not exist, the result is empty.
     """
     try:
         chips = json.loads(file.read_text(encoding="utf-8"))["chips"]
@@ -98,16 +98,16 @@ def saved_variants(file: Path) -> dict[str, Variant]:
         return {}
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{file}: ignored, not a file of kernel variants: {reason}", stacklevel=2)
+        warnings.warn(f"{file}: ignored: not a file of kernel variants: {reason}", stacklevel=2)
         return {}
 
 
 def parse_variant(fields: dict[str, Any]) -> Variant:
-    """A variant of those that may be chosen.
+    """Check the fields of a saved variant; returns the variant.
 
     Raises:
-        TypeError: a field that no variant has.
-        ValueError: a value that is not one of `CHOICES`.
+        TypeError: a field is unknown.
+        ValueError: a value is not one of `CHOICES`.
     """
     variant = Variant(**fields)
     for name, choices in CHOICES.items():
@@ -118,5 +118,5 @@ def parse_variant(fields: dict[str, Any]) -> Variant:
 
 
 def chip_name() -> str:
-    """The chip's name, as MLX says it."""
+    """The chip's name in MLX."""
     return str(mx.device_info().get("device_name", "unknown chip"))
