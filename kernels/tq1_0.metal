@@ -36,8 +36,8 @@ struct Register<half> {
   typedef half type;
 };
 
-// Loads the 20 elements of x for one word, from element `at` on, VECTOR (1 or 4) at a time. If WHOLE
-// is false, x (`size` elements) may end inside the word; elements beyond its end are zero.
+// Loads the 20 elements of x for one word, from element `at` on, VECTOR (1 or 4) at a time. If
+// WHOLE is false, x (`size` elements) may end inside the word; elements beyond its end are zero.
 template <typename X, int VECTOR, bool WHOLE>
 struct Loader {
   template <typename P>
