@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tests.builders import write_tokenizer
-from tests.tensor_file import Stored, stored, write_stored
+from tests.tensor_file import Stored, stored, write_shards
 
 Array = np.ndarray
 N = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -85,7 +85,7 @@ def write_awq(path: Path, case: Awq | None = None) -> Built:
         value = random.normal(0, 0.3, _linear(case)[name][0])
         tensors[f"{name}.bias"] = stored(value, "F16")
         built.weights[f"{name}.bias"] = tensors[f"{name}.bias"].array().astype(np.float32)
-    _write_shards(path, tensors, case.shards)
+    write_shards(path, tensors, case.shards)
     _write_configs(path, case)
     write_tokenizer(path, case.vocab)
     return built
@@ -163,19 +163,6 @@ def _biased(case: Awq) -> list[str]:
     if case.family != "qwen2":
         return []
     return [f"model.layers.{n}.self_attn.{p}_proj" for n in range(case.layers) for p in "qkv"]
-
-
-def _write_shards(path: Path, tensors: dict[str, Stored], count: int) -> None:
-    if count == 1:
-        write_stored(path / "model.safetensors", tensors)
-        return
-    index: dict[str, str] = {}
-    for n in range(count):
-        name = f"model-{n + 1:05d}-of-{count:05d}.safetensors"
-        part = {key: tensors[key] for key in list(tensors)[n::count]}
-        write_stored(path / name, part)
-        index |= dict.fromkeys(part, name)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 def model_config(case: Awq) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.tensor_file import Stored, stored, write_stored
+from tests.tensor_file import Stored, stored, write_shards
 
 Array = np.ndarray
 PARTS = ("gate", "up", "down")
@@ -296,18 +296,7 @@ def _write_folder(
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", {"eos_token_id": [0, 2], "do_sample": False})
-    if shards == 1:
-        write_stored(path / "model.safetensors", tensors)
-        return
-    weight_map: dict[str, str] = {}
-    for i in range(shards):
-        name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        keys = list(tensors)[i::shards]
-        write_stored(path / name, {key: tensors[key] for key in keys})
-        weight_map |= dict.fromkeys(keys, name)
-    total = sum(len(tensor.data) for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(path / "model.safetensors.index.json", index)
+    write_shards(path, tensors, shards)
 
 
 CHAT_TEMPLATE = (

@@ -1,4 +1,4 @@
-"""A table of every form of overlay, and how its refusals are checked."""
+"""A table of every form of overlay, what is read of one, and how its refusals are checked."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from outlier_mlx import open_overlay
+from outlier_mlx.checkpoints import Overlay
 from outlier_mlx.checkpoints.base import join, open_base
 from outlier_mlx.errors import CheckpointError
-from tests.builders import Built, write_overlay
+from tests.builders import PARTS, Built, write_overlay
 from tests.engine import tier_of
 from tests.form_builders import to_expert_files, to_gguf, to_packed, to_repacked, to_toy
-from tests.test_checkpoints import contents
+from tests.reference import Array
 
 Form = Callable[[Built], Built]
 
@@ -66,6 +68,41 @@ def build(path: Path, name: str, **changes: Any) -> Built:
     """An overlay in one of the forms above."""
     form, options, _ = FORMS[name]
     return form(write_overlay(path, "v32", tokenizer=False, **(options | changes)))
+
+
+def contents(overlay: Overlay) -> dict[str, Array]:
+    """Every value of an overlay by a name that does not depend on the form."""
+    values = {name: tensor.read_float32() for name, tensor in overlay.base.items()}
+    for layer, router in overlay.routers.items():
+        values[f"router {layer}"] = router.read_float32()
+    for layer, alphas in overlay.alphas().items():
+        values[f"alpha {layer}"] = alphas
+    for layer, experts in overlay.experts.items():
+        for number, expert in enumerate(experts):
+            for part in PARTS:
+                matrix = getattr(expert, part)
+                values[f"trits {layer} {number} {part}"] = matrix.trits.read()
+                values[f"scales {layer} {number} {part}"] = matrix.row_scales()
+    return values
+
+
+def written(built: Built) -> dict[str, Array]:
+    """The same, as the builder says it wrote it."""
+    values = dict(built.base)
+    values |= {f"router {n}": router for n, router in built.routers.items()}
+    values |= {f"alpha {n}": alphas for n, alphas in built.alphas.items()}
+    for (n, e, part), trits in built.trits.items():
+        values[f"trits {n} {e} {part}"] = trits
+        scale = built.scales[n, e, part].reshape(-1)
+        values[f"scales {n} {e} {part}"] = np.broadcast_to(scale, len(trits))
+    return values
+
+
+def assert_same_contents(found: dict[str, Array], expected: dict[str, Array]) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 def refused(

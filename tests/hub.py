@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -230,8 +231,10 @@ def opened(
     with serving(hub, handles):
         point_to(hub, tmp_path, monkeypatch)
         huggingface_hub.close_session()
-        yield
-        huggingface_hub.close_session()
+        try:
+            yield
+        finally:
+            huggingface_hub.close_session()
 
 
 def point_to(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,3 +253,10 @@ def point_to(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         assert hasattr(constants, name)
         monkeypatch.setattr(constants, name, value)
+
+
+def variables(hub: Hub, home: Path, **more: str) -> dict[str, str]:
+    """The environment of a program that asks a hub, with an empty cache; `more` is set as well."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return kept | own | {"NO_PROXY": "127.0.0.1,localhost"} | more

@@ -29,6 +29,16 @@ def blocks_in(language: str, page: str) -> list[str]:
     return [text for name, text in blocks(page) if name == language]
 
 
+def commands(page: str) -> list[str]:
+    """What a page tells its reader to type, but for setting up and for what needs a GPU."""
+    lines = [line.strip() for _, text in blocks(page) for line in text.splitlines()]
+    return [
+        line
+        for line in lines
+        if line.startswith(("outlier-mlx", "mlx_lm.")) and "--save" not in line
+    ]
+
+
 def prepare(folder: Path) -> None:
     """What pages take as given: the demo pair as `my-overlay` and `base`, a text, and data."""
     shutil.copytree(FOLDER / "overlay", folder / "my-overlay")

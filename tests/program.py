@@ -18,6 +18,9 @@ from outlier_mlx.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("outlier-mlx")
 
+# Packages that take long to import.
+HEAVY = ["mlx", "mlx_lm", "transformers", "huggingface_hub", "numpy", "safetensors", "tokenizers"]
+
 
 @dataclass(frozen=True)
 class Result:

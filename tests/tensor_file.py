@@ -103,3 +103,19 @@ def write_stored(path: Path, tensors: Mapping[str, Stored]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.writelines(tensor.data for tensor in tensors.values())
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Stored], count: int = 1) -> None:
+    """Write a model's files: tensors dealt out in turn, and an index when there are several."""
+    if count == 1:
+        write_stored(folder / "model.safetensors", tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for i in range(count):
+        name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        keys = list(tensors)[i::count]
+        write_stored(folder / name, {key: tensors[key] for key in keys})
+        weight_map |= dict.fromkeys(keys, name)
+    total = sum(len(tensor.data) for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

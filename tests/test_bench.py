@@ -20,9 +20,9 @@ from outlier_mlx.measure.bench import BenchOptions, BenchResult, Runs
 from outlier_mlx.runtime import variants
 from tests.builders import Dims, write_overlay
 from tests.engine import load, tier_of
-from tests.program import run
+from tests.program import ROOT, run
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "bench.md"
+DOCS = ROOT / "docs" / "bench.md"
 
 
 def assert_summary(found: dict[str, Any], count: int) -> None:

@@ -15,7 +15,7 @@ from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.tiers.convert import convert_tier
 from tests.program import ROOT, run_command
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import bench_overlays  # noqa: E402

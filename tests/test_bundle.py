@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,9 +20,8 @@ from outlier_mlx.writing.bundle import bundle
 from tests.builders import Built, write_overlay
 from tests.engine import forward, load, tier_of
 from tests.environments import make_environment, mlx_package, pinned, run
-from tests.program import run_python
+from tests.program import ROOT, run_command, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = Path(outlier_mlx.runtime.__file__).parent
 ALLOWED = {"mlx", "mlx_lm", *sys.stdlib_module_names}
 
@@ -57,8 +55,7 @@ def test_the_bundle_is_clean(tmp_path: Path):
     assert ruff, "ruff is one of the development requirements"
     config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", str(file)]
     for command in (["check"], ["format", "--check"]):
-        done = subprocess.run([ruff, *command, *config], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_command(ruff, *command, *config)
 
 
 def test_the_bundle_needs_only_mlx_and_mlx_lm():
@@ -170,5 +167,5 @@ def test_mlx_lm_alone_generates_the_same_text(
         text = run(*theirs, *flags, cwd=tmp_path)
         ours = run(sys.executable, "-m", "outlier_mlx", "generate", *flags, "--quiet", cwd=ROOT)
         assert text == ours and len(text) > 20
-        refused = subprocess.run([*map(str, theirs[:4]), *map(str, flags)], capture_output=True)
-        assert refused.returncode != 0  # without the flag, nothing of the tier runs
+        refused = run_command(*theirs[:4], *flags, code=None)
+        assert refused.code != 0  # without the flag, nothing of the tier runs

@@ -17,7 +17,16 @@ from outlier_mlx.cli import app
 from outlier_mlx.engine.generate import Options, stream
 from tests.builders import write_base, write_overlay
 from tests.damage import edit_config
-from tests.program import ROOT, Result, run, run_command, run_program, run_python, start_program
+from tests.program import (
+    HEAVY,
+    ROOT,
+    Result,
+    run,
+    run_command,
+    run_program,
+    run_python,
+    start_program,
+)
 from tests.screen import COLOUR, ESCAPE, fits, lines_shown, on_terminal
 
 PROMPT = "The heron stands in the water"
@@ -219,10 +228,9 @@ def test_version() -> None:
     assert run("--version").out == f"outlier-mlx {outlier_mlx.__version__}\n"
 
 
-HEAVY = ["mlx", "mlx_lm", "transformers", "huggingface_hub", "numpy", "safetensors", "tokenizers"]
 LOOK = f"""
 import sys
-from tests.program import run
+from tests.program import HEAVY, run
 for command in [[], *([name] for name in {COMMANDS!r})]:
     result = run(*command, "--help")
     assert "Usage" in result.out, command

@@ -5,19 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import ROOT, blocks, prepare, run_block
+from tests.pages import ROOT, commands, prepare, run_block
 
 PAGES = ("README.md", "docs/measure.md", "docs/bench.md")
-
-
-def commands(page: str) -> list[str]:
-    """What a page tells its reader to type, but for setting up and for what needs a GPU."""
-    lines = [line.strip() for _, text in blocks(page) for line in text.splitlines()]
-    return [
-        line
-        for line in lines
-        if line.startswith(("outlier-mlx", "mlx_lm.")) and "--save" not in line
-    ]
 
 
 @pytest.mark.slow

@@ -18,11 +18,10 @@ from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
 from tests import damage
 from tests.builders import PARTS, Built, write_base, write_overlay
 from tests.engine import engine, forward, tier_of
-from tests.forms import BLOCKS, ODD
+from tests.forms import BLOCKS, ODD, assert_same_contents, contents, written
 from tests.goldens import assert_logits_close, golden
 from tests.program import run
 from tests.tensor_file import read_arrays, read_stored
-from tests.test_checkpoints import assert_same_contents, contents, written
 
 FOUND_AS = {"overlay": "v3.2", "packed": "monolith", "gguf": "gguf"}
 WEIGHTS = "model-00001-of-00001.safetensors"

@@ -20,9 +20,8 @@ from outlier_mlx.checkpoints.export import export_tier
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import after_reading, counting_bar, print_columns, progress_bar, working
 from tests.builders import write_overlay
-from tests.program import SCRIPT, run, run_command, run_program, run_python
+from tests.program import HEAVY, SCRIPT, run, run_command, run_program, run_python
 from tests.screen import ESCAPE, fits, lines_shown, on_terminal, screen
-from tests.test_cli import HEAVY
 
 COMPLETE = "_OUTLIER_MLX_COMPLETE"
 

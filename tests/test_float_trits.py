@@ -13,8 +13,8 @@ from outlier_mlx.errors import CheckpointError
 from tests import damage
 from tests.builders import Built, write_overlay
 from tests.form_builders import SHARD
+from tests.forms import assert_same_contents, contents, written
 from tests.tensor_file import read_stored, stored, write_stored
-from tests.test_checkpoints import assert_same_contents, contents, written
 
 GATE = "model.layers.1.mlp.experts.2.gate"
 

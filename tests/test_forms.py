@@ -21,10 +21,9 @@ from tests.builders import Built, write_base, write_overlay
 from tests.engine import engine, greedy_cached, tier_of, trace
 from tests.folders import copy_writable
 from tests.form_builders import experts_of, write_toy_dense
-from tests.forms import FORMS, build
+from tests.forms import FORMS, assert_same_contents, build, contents, written
 from tests.goldens import Golden, assert_logits_close, assert_same_experts, golden
 from tests.tensor_file import read_arrays, read_stored, write_stored
-from tests.test_checkpoints import assert_same_contents, contents, written
 
 
 def expected_contents(built: Built, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from outlier_mlx.storage.hub import resolve
 from tests.builders import write_base, write_overlay
 from tests.folders import tier_contents
 from tests.form_builders import to_gguf, to_packed
-from tests.hub import Hub, opened
+from tests.hub import Hub, opened, variables
 from tests.program import Result, run, run_program
 
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
@@ -309,13 +308,7 @@ def test_python(hub: Hub, folders: Path) -> None:
 
 def test_the_environment_of_a_program(hub: Hub, tmp_path: Path, folders: Path) -> None:
     """HF_ENDPOINT, HF_HOME and HF_TOKEN as a shell sets them; nothing but errors on stderr."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_secret",
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    environment = variables(hub, tmp_path / "home", HF_TOKEN="hf_secret")
     out = tmp_path / "tier"
     command = ["convert", "owner/overlay", "--base", "owner/base", "--out", out, "--quiet"]
     for offline in ("0", "1"):

@@ -7,7 +7,6 @@ import random
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import mlx.core as mx
 import pytest
 
@@ -19,10 +18,9 @@ from tests.awq_builder import Awq, write_awq
 from tests.damage import edit_config
 from tests.gguf_builder import build as build_gguf
 from tests.gguf_builder import write_page as write_gguf_page
-from tests.hub import Hub, point_to, serving
-from tests.pages import run_block
+from tests.hub import Hub, opened
+from tests.pages import commands, run_block
 from tests.program import run
-from tests.test_docs import commands
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +169,10 @@ def test_a_repository(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "lora").mkdir()
     mx.save_safetensors(str(tmp_path / "lora" / "lora.safetensors"), {"q.lora_a": mx.zeros((2,))})
     hub.add("owner/lora", tmp_path / "lora")
-    with serving(hub):
-        point_to(hub, tmp_path, monkeypatch)
-        huggingface_hub.close_session()
+    with opened(hub, tmp_path, monkeypatch):
         run("import", "owner/Mixtral-2x-AWQ", "--out", tmp_path / "mlx", "--quiet")
         other = run("import", "owner/lora", "--out", tmp_path / "other", code=1)
         assert "owner/lora: no config.json; name a GGUF file of a repository" in other.err
-        huggingface_hub.close_session()
     asked = hub.files_asked("owner/Mixtral-2x-AWQ")
     assert "model.safetensors" in asked and "pytorch_model.bin" not in asked
     source = json.loads((tmp_path / "mlx" / "checksums.json").read_text())["source"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -29,7 +28,7 @@ from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.storage.gguf import read_gguf
 from tests.gguf_builder import Model, build
 from tests.goldens import require_shared
-from tests.hub import Hub, point_to, serving
+from tests.hub import Hub, opened
 from tests.importing import assert_same_weights, stored_weights, unquantized_logits
 from tests.metal import needs_emulator
 from tests.tensor_file import read_arrays
@@ -239,13 +238,10 @@ def test_a_split_model_of_a_repository(tmp_path: Path, monkeypatch: pytest.Monke
     build(layers=1).write(folder / "other.gguf")
     hub = Hub()
     hub.add("owner/model", folder)
-    with serving(hub):
-        point_to(hub, tmp_path, monkeypatch)
-        huggingface_hub.close_session()
+    with opened(hub, tmp_path, monkeypatch):
         done = import_model("owner/model", tmp_path / "out", file=f"Q4_0/{paths[1].name}")
         with pytest.raises(CheckpointError, match="name a GGUF file of a repository with --file"):
             import_model("owner/model", tmp_path / "b")
-        huggingface_hub.close_session()
     assert_same_weights(done.path, model.weights)
     asked = {name for name in hub.files_asked("owner/model") if name.endswith(".gguf")}
     assert asked == {f"Q4_0/{path.name}" for path in paths}

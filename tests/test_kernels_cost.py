@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
 from kernels.costs import CHIPS, KERNELS, SHAPES, mlx_two_bit, ours
 from outlier_mlx.runtime.variants import Variant
-from tests.program import run_command
-
-ROOT = Path(__file__).parents[1]
+from tests.program import ROOT, run_command
 
 # Of a weight: main-pipe plus half of second-pipe cycles, and bytes.
 ALLOWED = {

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -27,7 +26,7 @@ from outlier_mlx.merge.routes import routing_weights
 from outlier_mlx.runtime.qwen2_moe import RenormalisedMoE
 from tests import reference
 from tests.goldens import assert_logits_close
-from tests.hub import Hub, point_to, serving
+from tests.hub import Hub, opened
 from tests.merging import SIZES, write_dense, write_models, write_recipe
 from tests.tensor_file import read_arrays, rounded
 
@@ -335,11 +334,8 @@ def test_models_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     hub = Hub()
     hub.add("us/base", tmp_path / "base")
     old, new = hub.add("them/expert", tmp_path / "expert_0", newer)
-    with serving(hub):
-        point_to(hub, tmp_path, monkeypatch)
-        huggingface_hub.close_session()
+    with opened(hub, tmp_path, monkeypatch):
         out = merge(file, tmp_path / "out", measure=False).path
-        huggingface_hub.close_session()
     assert "consolidated.safetensors" not in hub.files_asked("us/base")
     report = json.loads((out / "merge.json").read_text())
     assert [expert["revision"] for expert in report["experts"]] == [old, new, None]

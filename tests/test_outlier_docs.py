@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import ROOT, prepare, run_block
-from tests.test_docs import commands
+from tests.pages import ROOT, commands, prepare, run_block
 
 PAGE = "docs/outliers.md"
 

@@ -19,9 +19,8 @@ from tests import damage
 from tests.builders import Built, write_overlay
 from tests.engine import tier_of
 from tests.form_builders import pack_flat, to_packed
-from tests.forms import ODD, build, refused
+from tests.forms import ODD, assert_same_contents, build, contents, refused, written
 from tests.tensor_file import read_arrays
-from tests.test_checkpoints import assert_same_contents, contents, written
 
 KEY = "base.model.layers.1.mlp.experts.2.up_ternary"
 SCALE = "base.model.layers.1.mlp.experts.2.up_scale"

@@ -22,7 +22,7 @@ from tests.builders import write_base, write_overlay
 from tests.folders import contents
 from tests.hub import opened
 from tests.hub_uploads import WritableHandler, WritableHub
-from tests.program import run
+from tests.program import ROOT, run
 
 REPO = "owner/tier"
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
@@ -350,7 +350,7 @@ def test_the_documentation(
     Path("text.txt").write_text("the cat sat on the mat and the dog sat on the log " * 8)
     nbytes = inspect("my-tier").nbytes
     save(Evaluation("my-tier", None, nbytes, "cpu", "today", {}, {}), Path("scores.json"))
-    page = (Path(__file__).parents[1] / "docs" / "share.md").read_text()
+    page = (ROOT / "docs" / "share.md").read_text()
     commands = re.findall(r"^outlier-mlx (.*)$", page, re.MULTILINE)
     assert len(commands) == 7
     for command in commands:

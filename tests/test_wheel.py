@@ -12,9 +12,7 @@ import pytest
 import outlier_mlx
 from tests.builders import write_overlay
 from tests.environments import make_environment, mlx_package, pinned, run
-from tests.program import run_command
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.program import ROOT, run_command
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import outlier_mlx
 from outlier_mlx.errors import CheckpointWarning, OutlierError
 from outlier_mlx.writing.folders import whole_folder
 from tests.folders import names, tier_contents
-from tests.hub import Hub
+from tests.hub import Hub, variables
 from tests.program import run_command
 from tests.stream.streaming import ORDER, OVERLAY_FILE, Models, fetched, stream, unfinished
 
@@ -203,14 +203,7 @@ def test_killed(served: Hub, models: Models, tmp_path: Path) -> None:
         "import outlier_mlx; outlier_mlx.convert('owner/overlay', 'owner/base', sys.argv[1],"
         " stream=True)"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_ENDPOINT": served.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-        "TMPDIR": str(tmp_path),
-    }
+    environment = variables(served, tmp_path / "home", TMPDIR=str(tmp_path))
     out = tmp_path / "out" / "tier"
     command = [sys.executable, "-c", script, str(out)]
     running: list[subprocess.Popen[bytes]] = []
