@@ -65,7 +65,7 @@ def test_an_export_is_replaced(form: str, site: Path) -> None:
     (site / "out/stale").write_text("stale")
     run("export", "--model", "tier", "--out", "out", "--format", form, "--force")
     assert not (site / "out/stale").exists()
-    assert json.loads((site / "out/export.json").read_text())["form"] == form
+    assert json.loads((site / "out/checksums.json").read_text())["format"] == form
     assert open_overlay(site / "out").experts
     told = run("export", "tier", "--out", "out", code=1).err
     assert told == "error: out: exists; --force replaces it\n"

@@ -3,40 +3,30 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from outlier_mlx import __version__
-from outlier_mlx.checkpoints.export_gguf import GgufExport
-from outlier_mlx.checkpoints.export_packed import PackedExport
-from outlier_mlx.checkpoints.export_shared import Origin
-from outlier_mlx.checkpoints.export_v32 import V32Export
+from outlier_mlx.checkpoints.export_gguf import gguf_tensors
+from outlier_mlx.checkpoints.export_packed import packed_tensors
+from outlier_mlx.checkpoints.export_shared import Origin, overlay_config, write_alphas
+from outlier_mlx.checkpoints.export_v32 import v32_tensors
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.tier import open_tier
 from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.storage.hub import resolve
-from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.terminal import Progress
 from outlier_mlx.writing.assets import copy_assets
-from outlier_mlx.writing.folders import check_free, check_space, whole_folder
+from outlier_mlx.writing.folders import check_free
+from outlier_mlx.writing.model_folder import write_model
+from outlier_mlx.writing.parts import Parts
 
 __all__ = ["Exported", "export_tier"]
 
 
-class _Export(Protocol):
-    @property
-    def nbytes(self) -> int: ...
-
-    def write(self, folder: Path, advance: Callable[[int], None]) -> None: ...
-
-
-#: Says that a folder is an export, which `force` may replace.
-MANIFEST = "export.json"
-FORMATS: dict[str, Callable[[Overlay, Origin], _Export]] = {
-    "overlay": V32Export,
-    "packed": PackedExport,
-    "gguf": GgufExport,
+FORMATS: dict[str, Callable[[Overlay, Origin], Parts]] = {
+    "overlay": v32_tensors,
+    "packed": packed_tensors,
+    "gguf": gguf_tensors,
 }
 
 
@@ -87,30 +77,31 @@ def export_tier(
     if format not in FORMATS:
         hint = did_you_mean(format, FORMATS)
         raise OutlierError(f"format {format!r}: expected one of {', '.join(FORMATS)}{hint}")
-    folder = resolve(tier, revision).folder
     target = Path(out)
     check_free(target, force=force)
-    overlay = open_tier(folder)
-    origin = _origin(folder, contains_base=bool(overlay.base))
-    export = FORMATS[format](overlay, origin)
-    total, done = export.nbytes, 0
-    check_space(target, total, "the export")
+    source = resolve(tier, revision)
+    overlay = open_tier(source.folder)
+    origin = _origin(source.folder, contains_base=bool(overlay.base))
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+    def assets(folder: Path) -> None:
+        write_alphas(overlay, folder)
+        copy_assets([source.folder], folder)
 
-    try:
-        with whole_folder(target, force=force) as part:
-            export.write(part, advance)
-            copy_assets([folder], part)
-            write_json(part / MANIFEST, {"producer": f"outlier-mlx {__version__}", "form": format})
-            nbytes = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
-    except OSError as error:
-        raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error
-    return Exported(target, format, nbytes, origin.base)
+    written = write_model(
+        target,
+        FORMATS[format](overlay, origin),
+        overlay_config(overlay, origin),
+        source=source.name,
+        assets=assets,
+        manifest={
+            "format": format,
+            "source": {"name": source.name, "revision": source.revision, "form": "tier"},
+        },
+        force=force,
+        progress=progress,
+    )
+    nbytes = sum(path.stat().st_size for path in written.path.rglob("*") if path.is_file())
+    return Exported(written.path, format, nbytes, origin.base)
 
 
 def _origin(folder: Path, *, contains_base: bool) -> Origin:

@@ -7,7 +7,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,19 +18,17 @@ import numpy as np
 from outlier_mlx.checkpoints.export_scales import find_scale_forms
 from outlier_mlx.checkpoints.export_shared import (
     Origin,
-    copy_tensor,
-    overlay_config,
+    copied,
     ranges,
     slabs,
-    stored_spec,
-    write_alphas,
-    write_json,
 )
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.tensors import ExpertMatrix
+from outlier_mlx.terminal import Progress
 from outlier_mlx.ternary.ggml import BLOCK, TQ1_0_BYTES, pack_tq1_0_blocks
-from outlier_mlx.writing.writer import ShardedWriter
+from outlier_mlx.writing.parts import Parts, Tally
+from outlier_mlx.writing.writer import WrittenFile
 
 NAME = "experts.gguf"
 
@@ -55,49 +53,49 @@ class _Merged:
         return prod(self.shape) // BLOCK * TQ1_0_BYTES
 
 
-class GgufExport:
-    """Writes experts and routers into `experts.gguf`, beside config.json and alpha.json.
+def gguf_tensors(overlay: Overlay, origin: Origin) -> "GgufTensors":
+    """Experts and routers for `experts.gguf`, the base, if there is one, for ordinary shards.
 
     Raises:
         OutlierError: rows that 256 does not divide, or a scale that float16 does not hold.
     """
+    _require_blocks(overlay)
+    find_scale_forms(overlay).require_float16(
+        "GGUF's ternary blocks hold float16 scales", "--format overlay keeps them in float32."
+    )
+    base = [copied(name, tensor) for name, tensor in overlay.base.items()]
+    return GgufTensors(base, "the export", overlay=overlay, origin=origin)
 
-    def __init__(self, overlay: Overlay, origin: Origin) -> None:
-        self.overlay = overlay
-        self.origin = origin
-        _require_blocks(overlay)
-        find_scale_forms(overlay).require_float16(
-            "GGUF's ternary blocks hold float16 scales", "--format overlay keeps them in float32."
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class GgufTensors(Parts):
+    """The base in shards, all else in a GGUF file."""
+
+    overlay: Overlay
+    origin: Origin
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         routers = sum(router.nbytes for router in self.overlay.routers.values())
-        base = sum(tensor.nbytes for tensor in self.overlay.base.values())
-        return base + routers + sum(tensor.nbytes for tensor in _merged(self.overlay))
+        return super().nbytes + routers + sum(tensor.nbytes for tensor in _merged(self.overlay))
 
-    def write(self, folder: Path, advance: Callable[[int], None]) -> None:
-        """Write everything but tokenizer and licence; `advance` is told of bytes written."""
-        write_json(folder / "config.json", overlay_config(self.overlay, self.origin))
-        write_alphas(self.overlay, folder)
-        if self.overlay.base:
-            specs = [stored_spec(name, tensor) for name, tensor in self.overlay.base.items()]
-            with ShardedWriter(folder, specs) as writer:
-                for name, tensor in self.overlay.base.items():
-                    advance(copy_tensor(writer, name, tensor))
-                writer.finish()
+    def write(self, folder: Path, progress: Progress | None = None) -> list[WrittenFile]:
+        """Write shards and `experts.gguf`; `progress` is told of bytes written."""
+        tally = Tally(self.nbytes, progress)
+        files = self.write_shards(folder, tally)
         with (folder / NAME).open("xb") as file:
             self._write_header(file)
             for layer in self.overlay.routers:
                 _pad(file)
                 for slab in slabs(self.overlay.routers[layer]):
-                    advance(file.write(slab.data))
+                    tally.add(file.write(slab.data))
             for experts in _merged(self.overlay):
                 _pad(file)
                 for blocks in _blocks(experts):
-                    advance(file.write(blocks.data))
+                    tally.add(file.write(blocks.data))
             _pad(file)
+        return files
 
     def _write_header(self, file: BinaryIO) -> None:
         config = self.overlay.config

@@ -5,78 +5,74 @@ runtime takes for a packed checkpoint.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from outlier_mlx.checkpoints.export_scales import find_scale_forms
-from outlier_mlx.checkpoints.export_shared import (
-    Origin,
-    copy_tensor,
-    overlay_config,
-    ranges,
-    stored_spec,
-    write_alphas,
-    write_json,
-)
+from outlier_mlx.checkpoints.export_scales import ScaleForms, find_scale_forms
+from outlier_mlx.checkpoints.export_shared import Origin, copied, ranges
 from outlier_mlx.checkpoints.monolith import ALIGNMENT, HEADER, MAGIC, ROW, VERSION, aligned
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.packed import FOLDER, MONOLITH, packed_bytes
+from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, Trits
+from outlier_mlx.terminal import Progress
 from outlier_mlx.ternary import pack_tq1_0, rows_to_flat
-from outlier_mlx.writing.writer import ShardedWriter
+from outlier_mlx.writing.parts import Parts, Tally
+from outlier_mlx.writing.writer import WrittenFile
 
 # Slabs of so many rows end where a byte does.
 _ROWS = 5
 _MEGA = 1 << 20
 
 
-class PackedExport:
-    """Writes a model in the packed form.
+def packed_tensors(overlay: Overlay, origin: Origin) -> "PackedTensors":
+    """The tensors of the packed form.
 
     Raises:
         OutlierError: a scale that float16 does not hold; packed files know nothing else.
     """
+    scales = find_scale_forms(overlay)
+    scales.require_float16(
+        "packed files hold float16 scales", "--format overlay keeps them in float32."
+    )
+    parts = [copied(name, tensor) for name, tensor in _copied(overlay)]
+    return PackedTensors(parts, "the export", overlay=overlay, origin=origin, scales=scales)
 
-    def __init__(self, overlay: Overlay, origin: Origin) -> None:
-        self.overlay = overlay
-        self.origin = origin
-        self.scales = find_scale_forms(overlay)
-        self.scales.require_float16(
-            "packed files hold float16 scales", "--format overlay keeps them in float32."
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTensors(Parts):
+    """All but the experts in shards, and the experts in files of their own, twice."""
+
+    overlay: Overlay
+    origin: Origin
+    scales: ScaleForms
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors; experts count twice."""
-        plain = sum(tensor.nbytes for _, tensor in _copied(self.overlay))
-        lengths = self._lengths()
+        lengths = sum(self._lengths())
         count = sum(len(experts) for experts in self.overlay.experts.values())
-        return plain + count * (sum(lengths) + aligned(sum(lengths)))
+        return super().nbytes + count * (lengths + aligned(lengths))
 
-    def write(self, folder: Path, advance: Callable[[int], None]) -> None:
-        """Write everything but tokenizer and licence; `advance` is told of bytes written."""
-        write_json(folder / "config.json", overlay_config(self.overlay, self.origin))
-        write_alphas(self.overlay, folder)
-        copied = list(_copied(self.overlay))
-        with ShardedWriter(
-            folder, [stored_spec(name, tensor) for name, tensor in copied]
-        ) as writer:
-            for name, tensor in copied:
-                advance(copy_tensor(writer, name, tensor))
-            writer.finish()
+    def write(self, folder: Path, progress: Progress | None = None) -> list[WrittenFile]:
+        """Write shards, and `packed_experts/`; `progress` is told of bytes written."""
+        tally = Tally(self.nbytes, progress)
+        files = self.write_shards(folder, tally)
         inner = folder / FOLDER
         inner.mkdir()
         index: dict[str, dict] = {}
         for key, projection, matrix in _matrices(self.overlay):
-            index |= self._write_matrix(inner, key, projection, matrix, advance)
+            index |= self._write_matrix(inner, key, projection, matrix, tally)
         write_json(inner / "index.json", index)
         write_json(inner / "meta.json", self._meta(index))
-        self._write_monolith(inner, advance)
+        self._write_monolith(inner, tally)
+        return files
 
     def _write_matrix(
         self,
@@ -84,17 +80,17 @@ class PackedExport:
         key: str,
         projection: str,
         matrix: ExpertMatrix,
-        advance: Callable[[int], None],
+        tally: Tally,
     ) -> dict[str, dict]:
         """Write the two files of a matrix; returns their entries for the index."""
         trits, scale = f"{key}_ternary", f"{key}_scale"
         with (inner / _file(trits)).open("xb") as file:
             out, width = matrix.trits.shape
             for start, stop in ranges(out, width, _ROWS):
-                advance(file.write(_packed(matrix.trits, start, stop).data))
+                tally.add(file.write(_packed(matrix.trits, start, stop).data))
         values = self.scales.values(projection, matrix).astype("<f2")
         (inner / _file(scale)).write_bytes(values.tobytes())
-        advance(values.nbytes)
+        tally.add(values.nbytes)
         shape = tuple(matrix.trits.shape)
         return {
             trits: {
@@ -138,7 +134,7 @@ class PackedExport:
             lengths.append(2 * prod(self.scales.shape(projection, matrix)))
         return lengths
 
-    def _write_monolith(self, inner: Path, advance: Callable[[int], None]) -> None:
+    def _write_monolith(self, inner: Path, tally: Tally) -> None:
         """Join the files of `inner`."""
         experts = self.overlay.experts
         places = [(layer, e) for layer, found in sorted(experts.items()) for e in range(len(found))]
@@ -161,7 +157,7 @@ class PackedExport:
                         ) as f:
                             shutil.copyfileobj(f, file)
                 _pad(file)
-                advance(aligned(size))
+                tally.add(aligned(size))
 
 
 def _packed(trits: Trits, start: int, stop: int) -> np.ndarray:

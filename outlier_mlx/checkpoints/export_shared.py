@@ -1,16 +1,21 @@
-"""What every exported form has: config.json, alpha.json, and tensors that are not experts'."""
+"""What every exported form has: config.json, alpha.json, and tensors that are copied."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Overlay
+from outlier_mlx.models.summary import kind_of
+from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import Trits
-from outlier_mlx.writing.writer import ShardedWriter, TensorSpec
+from outlier_mlx.writing.parts import Chunk, Part
+from outlier_mlx.writing.writer import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,6 @@ def overlay_config(overlay: Overlay, origin: Origin) -> dict:
     return kept
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write an object with an indentation of two, and nothing after it."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
 def write_alphas(overlay: Overlay, folder: Path) -> None:
     """Write alpha.json; its decimal numbers read back as the same float32."""
     table = {
@@ -69,16 +69,37 @@ def write_alphas(overlay: Overlay, folder: Path) -> None:
     write_json(folder / "alpha.json", table)
 
 
-def stored_spec(name: str, tensor: TensorRef) -> TensorSpec:
+@dataclass(frozen=True)
+class FromSlabs(Part):
+    """One tensor whose bytes a function yields, a few rows at a time."""
+
+    spec: TensorSpec
+    make: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def params(self) -> int:
+        """Elements of the tensor."""
+        return prod(self.spec.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """As many as are written."""
+        return self.spec.nbytes
+
+    def specs(self) -> list[TensorSpec]:
+        """The one tensor."""
+        return [self.spec]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The slabs."""
+        for slab in self.make():
+            yield self.spec.name, slab.data, slab.nbytes
+
+
+def copied(name: str, tensor: TensorRef) -> FromSlabs:
     """A tensor that is copied as it is stored, under another name."""
-    return TensorSpec(name, tensor.dtype, tensor.shape)
-
-
-def copy_tensor(writer: ShardedWriter, name: str, tensor: TensorRef) -> int:
-    """Copy a tensor's bytes; returns their number."""
-    for slab in slabs(tensor):
-        writer.write(name, slab.data)
-    return tensor.nbytes
+    spec = TensorSpec(name, tensor.dtype, tensor.shape)
+    return FromSlabs(name, kind_of(name), spec, partial(slabs, tensor))
 
 
 def slabs(tensor: TensorRef) -> Iterator[np.ndarray]:

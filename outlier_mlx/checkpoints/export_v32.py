@@ -1,70 +1,44 @@
 """The V3.2 form: one folder of shards with the keys `model.layers.N.mlp.experts.E.*`."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
-from outlier_mlx.checkpoints.export_scales import find_scale_forms
-from outlier_mlx.checkpoints.export_shared import (
-    Origin,
-    copy_tensor,
-    overlay_config,
-    stored_spec,
-    trit_slabs,
-    write_alphas,
-    write_json,
-)
+from outlier_mlx.checkpoints.export_scales import ScaleForms, find_scale_forms
+from outlier_mlx.checkpoints.export_shared import FromSlabs, Origin, copied, trit_slabs
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix
-from outlier_mlx.writing.writer import ShardedWriter, TensorSpec
+from outlier_mlx.writing.parts import Part, Parts
+from outlier_mlx.writing.writer import TensorSpec
 
 
-class V32Export:
-    """Writes a model in the V3.2 form.
+def v32_tensors(overlay: Overlay, origin: Origin) -> Parts:
+    """The tensors of the V3.2 form.
 
     Trits are int8, scales float16 where that holds all of them exactly, else float32. Alphas are
-    written twice, as tensors and as alpha.json: readers know the one or the other.
+    tensors as well as in alpha.json: readers know the one or the other.
     """
+    return Parts(list(_parts(overlay)), "the export")
 
-    def __init__(self, overlay: Overlay, origin: Origin) -> None:
-        self.overlay = overlay
-        self.origin = origin
-        self.scales = find_scale_forms(overlay)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(spec.nbytes for spec in self._specs())
+def _parts(overlay: Overlay) -> Iterator[Part]:
+    for name, tensor in _copied(overlay):
+        yield copied(name, tensor)
+    scales = find_scale_forms(overlay)
+    stored = "F16" if scales.wide is None else "F32"
+    for name, projection, matrix in _matrices(overlay):
+        trits = TensorSpec(f"{name}_ternary", "I8", tuple(matrix.trits.shape))
+        yield FromSlabs(name, "experts", trits, partial(trit_slabs, matrix.trits))
+        scale = TensorSpec(f"{name}_scale", stored, scales.shape(projection, matrix))
+        yield FromSlabs(name, "experts", scale, partial(_scale, scales, projection, matrix))
 
-    def write(self, folder: Path, advance: Callable[[int], None]) -> None:
-        """Write everything but tokenizer and licence; `advance` is told of bytes written."""
-        write_json(folder / "config.json", overlay_config(self.overlay, self.origin))
-        write_alphas(self.overlay, folder)
-        with ShardedWriter(folder, list(self._specs())) as writer:
-            for name, tensor in _copied(self.overlay):
-                advance(copy_tensor(writer, name, tensor))
-            for name, projection, matrix in _matrices(self.overlay):
-                for slab in trit_slabs(matrix.trits):
-                    writer.write(f"{name}_ternary", slab.data)
-                    advance(slab.size)
-                scale = self.scales.values(projection, matrix).astype(self._numpy_dtype)
-                writer.write(f"{name}_scale", scale.data)
-                advance(scale.nbytes)
-            writer.finish()
 
-    @property
-    def _numpy_dtype(self) -> type[np.floating]:
-        return np.float16 if self.scales.wide is None else np.float32
-
-    def _specs(self) -> Iterator[TensorSpec]:
-        dtype = "F16" if self.scales.wide is None else "F32"
-        for name, tensor in _copied(self.overlay):
-            yield stored_spec(name, tensor)
-        for name, projection, matrix in _matrices(self.overlay):
-            yield TensorSpec(f"{name}_ternary", "I8", tuple(matrix.trits.shape))
-            yield TensorSpec(f"{name}_scale", dtype, self.scales.shape(projection, matrix))
+def _scale(scales: ScaleForms, projection: str, matrix: ExpertMatrix) -> Iterator[np.ndarray]:
+    yield scales.values(projection, matrix).astype(
+        np.float16 if scales.wide is None else np.float32
+    )
 
 
 def _copied(overlay: Overlay) -> Iterator[tuple[str, TensorRef]]:

@@ -82,12 +82,16 @@ def model_card(result: Merged, folder: Path) -> str:
         f"matrices were quantized to {form.bits} bits in groups of {form.group_size} at most"
         if form.bits
         else f"weights were converted to {form.dtype}",
-        *map(plain, result.notes),
     ]
+    # Stock mlx-lm does not renormalise the routing weights of a Qwen2-MoE.
+    programs = ["outlier-mlx generate"]
+    if mixture.architecture == "mixtral":
+        programs.append("mlx_lm.generate")
     return Card(
         name=name,
         introduction=f"A {kind_of(mixture)}, merged by outlier-mlx from dense models.",
-        commands=[f'mlx_lm.generate --model {name} --prompt "Once upon a time"'],
+        commands=[f'{program} --model {name} --prompt "Once upon a time"' for program in programs],
+        after_commands="\n".join(f"- {plain(note)}" for note in result.notes),
         origins=[base, *experts],
         based_on=[base, *experts],
         relation="merge",

@@ -95,7 +95,8 @@ def _write(result: Merged, tensors: Parts, *, force: bool, stages: Stages) -> No
     def assets(folder: Path) -> None:
         write_json(folder / REPORT, report)
         # The first with a tokenizer gives it: the base.
-        copy_assets(list(dict.fromkeys(model.source.folder for model in models)), folder)
+        sources = dict.fromkeys(model.source.folder for model in models)
+        copy_assets(list(sources), folder, "expert")
 
     with stages("writing", "") as progress:
         write_model(

@@ -71,8 +71,9 @@ def _check_code(folder: Path, manifest: Manifest) -> None:
 def _check_tensors(folder: Path) -> int:
     """Every tensor that the config asks for, in its shape and dtype, and no other."""
     raw = read_json(inside(folder, "config.json"))
-    tensors = read_shards(folder)
-    if not is_tier(raw):  # mlx-lm's own model: held against its manifest alone
+    # An export as GGUF has no shards.
+    tensors = read_shards(folder, required=is_tier(raw))
+    if not is_tier(raw):  # mlx-lm's own model, or an export: held against its manifest alone
         return len(tensors)
     config = tier_config(raw)
     expected = expected_tensors(config, tensors)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from outlier_mlx.storage.output import write_json, write_whole
@@ -20,10 +21,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)(-base)*(\.txt|\.md)?")
+_LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)(-base|-expert)*(\.txt|\.md)?")
 
 
-def copy_assets(folders: list[Path], target: Path) -> None:
+def copy_assets(folders: Sequence[Path], target: Path, others: str = "base") -> None:
     """Copy tokenizer, templates, generation config and licence files into a model's folder.
 
     The tokenizer comes as a whole from the first folder that has one: halves of two would not fit.
@@ -31,6 +32,8 @@ def copy_assets(folders: list[Path], target: Path) -> None:
     Args:
         folders: where to look, the first wins.
         target: the folder being written.
+        others: what the second and further folders are: "base" or "expert". Their licence files
+            are called so where the first has another of that name.
     """
     owner = next(filter(has_tokenizer, folders), None)
     if owner is not None:
@@ -43,7 +46,7 @@ def copy_assets(folders: list[Path], target: Path) -> None:
     source = next((f for f in folders if (f / "generation_config.json").exists()), None)
     if source is not None:
         shutil.copyfile(inside(source, "generation_config.json"), target / "generation_config.json")
-    _copy_legal(folders, target)
+    _copy_legal(folders, target, others)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -71,20 +74,26 @@ def is_legal(name: str) -> bool:
     return _LEGAL.fullmatch(name) is not None
 
 
-def base_variant(name: str) -> str:
-    """What the base's licence file is called where the overlay has another of its name."""
+def _renamed(name: str, owner: str) -> str:
     stem, dot, suffix = name.partition(".")
-    return f"{stem}-base{dot}{suffix}"
+    return f"{stem}-{owner}{dot}{suffix}"
 
 
-def _copy_legal(folders: list[Path], target: Path) -> None:
+def is_only_legal(folder: Path, name: str) -> bool:
+    """Whether a folder has this licence file, and no other of its name from another source."""
+    others = [_renamed(name, owner) for owner in ("base", "expert")]
+    found = [other for other in (name, *others) if (folder / other).is_file()]
+    return is_legal(name) and found == [name]
+
+
+def _copy_legal(folders: Sequence[Path], target: Path, others: str) -> None:
     """Every source's licence and notice; two that differ are both kept."""
     written: dict[str, bytes] = {}
     for folder in folders:
         for name in sorted(p.name for p in folder.iterdir() if is_legal(p.name) and p.is_file()):
             data = read_bytes(inside(folder, name))
             while written.get(name, data) != data:
-                name = base_variant(name)
+                name = _renamed(name, others)
             write_whole(target / name, data)
             written[name] = data
 

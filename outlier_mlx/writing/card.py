@@ -8,7 +8,7 @@ from typing import Any
 from outlier_mlx.errors import listed, one_line
 from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.hub import Source
-from outlier_mlx.writing.assets import base_variant, is_legal
+from outlier_mlx.writing.assets import is_legal, is_only_legal
 from outlier_mlx.writing.licences import Licence, combine, stated_licence
 
 
@@ -171,6 +171,4 @@ def _leads_somewhere(folder: Path, link: str | None) -> bool:
     """Whether a licence's link is an address, or a licence file in the folder."""
     if link is None or link.startswith(("https://", "http://")):
         return True
-    return (
-        is_legal(link) and (folder / link).is_file() and not (folder / base_variant(link)).exists()
-    )
+    return is_only_legal(folder, link)

@@ -22,7 +22,7 @@ from outlier_mlx.storage.remote import RemoteFile, forget
 from outlier_mlx.terminal import Progress
 from outlier_mlx.writing.folders import JOURNAL, kept_folder
 from outlier_mlx.writing.journal import Journal, read_identity
-from outlier_mlx.writing.parts import Parts, reading_pool, small_cache
+from outlier_mlx.writing.parts import Parts, Tally, reading_pool, small_cache
 from outlier_mlx.writing.pieces import Piece, Work, fingerprint, split
 from outlier_mlx.writing.tensors import Constant
 from outlier_mlx.writing.writer import PlacedWriter, WrittenFile
@@ -86,7 +86,7 @@ class FetchedParts(Parts):
         total = self.source_bytes + sum(map(self._to_fetch, work.pieces)) + output.nbytes
         try:
             with output as writer, reading_pool() as pool, small_cache():
-                tally = _Tally(total, progress)
+                tally = Tally(total, progress)
                 run = _Run(work, journal, writer, pool, tally)
                 for file, pieces in work.pieces.items():
                     if file is None:
@@ -102,7 +102,7 @@ class FetchedParts(Parts):
             raise
 
     @contextmanager
-    def _present(self, file: Path, place: Path, tally: "_Tally") -> Iterator[None]:
+    def _present(self, file: Path, place: Path, tally: Tally) -> Iterator[None]:
         """Have a source file here, and no other of the hub; gone again when the block ends well."""
         remote = self.files.get(file)
         if remote is None:
@@ -171,7 +171,7 @@ class _Run:
     journal: Journal
     writer: PlacedWriter
     pool: ThreadPoolExecutor
-    tally: "_Tally"
+    tally: Tally
 
     def write(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
@@ -195,17 +195,3 @@ def _digest(pieces: Iterable[bytes]) -> str:
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
-
-
-@dataclass
-class _Tally:
-    """Bytes done of `total`, told as they come."""
-
-    total: int
-    progress: Progress | None
-    done: int = 0
-
-    def add(self, nbytes: int) -> None:
-        self.done += nbytes
-        if self.progress is not None:
-            self.progress(self.done, self.total)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from outlier_mlx.errors import OutlierError, OutputExistsError
 
-#: In what this project writes: tiers, other models, exports. `--force` replaces nothing else.
-MANIFESTS = ("tier.json", "checksums.json", "export.json")
+#: In what this project writes: tiers, and all other models. `--force` replaces nothing else.
+MANIFESTS = ("tier.json", "checksums.json")
 #: In a kept folder: what is done of what. While it is there, the folder is not cleared away.
 JOURNAL = "journal.jsonl"
 

@@ -100,13 +100,21 @@ class Parts:
         return self.nbytes
 
     def write(self, folder: Path, progress: Progress | None = None) -> list[WrittenFile]:
-        """Write the shards of a folder and their index; one part is open at a time.
+        """Write them into files of a folder.
 
         Args:
             folder: an existing folder.
             progress: called with bytes of source read so far, and in all.
+
+        Returns:
+            The files whose checksums were taken on the way.
         """
-        total, done = self.source_bytes, 0
+        return self.write_shards(folder, Tally(self.source_bytes, progress))
+
+    def write_shards(self, folder: Path, tally: "Tally") -> list[WrittenFile]:
+        """Write the shards of a folder and their index; one part is open at a time."""
+        if not self.parts:
+            return []
         with (
             ShardedWriter(folder, self.specs) as writer,
             # Left early (an error, Ctrl-C), the pool drops what it has not begun.
@@ -116,10 +124,23 @@ class Parts:
             for part in self.parts:
                 for name, chunk, used in part.chunks(pool):
                     writer.write(name, chunk)
-                    done += used
-                    if progress is not None and used:
-                        progress(done, total)
+                    tally.add(used)
             return writer.finish()
+
+
+@dataclass
+class Tally:
+    """Bytes done of `total`, told as they come."""
+
+    total: int
+    progress: Progress | None
+    done: int = 0
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes."""
+        self.done += nbytes
+        if self.progress is not None and nbytes:
+            self.progress(self.done, self.total)
 
 
 def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
