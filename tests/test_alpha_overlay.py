@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from outlier_mlx import open_overlay
-from outlier_mlx.checkpoints.alpha import alphas_from_json
 from outlier_mlx.checkpoints.alpha_overlay import read_alpha_overlay
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from tests.alpha_overlays import EXPERTS, LAYERS, NEW, OLD, f32, flat, read
@@ -146,16 +145,6 @@ def test_reference_files():
         with pytest.raises(CheckpointError, match=rf"^{name}: ") as error:
             read_alpha_overlay(folder / name, cases["n_layers"], cases["n_experts"])
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
-
-
-@pytest.mark.filterwarnings("ignore::outlier_mlx.errors.CheckpointWarning")
-def test_alpha_json_as_the_reference_reads_it():
-    """The lenient switch: what our rule refuses is dropped or overwritten, as there."""
-    cases = json.loads((require_shared() / "goldens/alpha_json/cases.json").read_text())
-    for case in cases["cases"]:
-        size = (cases["n_layers"], cases["n_experts"])
-        found = alphas_from_json(case["payload"], *size, "alpha.json", lenient=True)
-        assert found == table(case, "expected"), case
 
 
 # Within a checkpoint

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outlier_mlx import open_overlay
-from outlier_mlx.checkpoints.alpha import alphas_from_json
+from outlier_mlx.checkpoints.alpha import find_alphas
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from tests import damage
 from tests.builders import Built, write_overlay
@@ -103,9 +103,9 @@ def test_any_shape_is_walked_as_described(tree: Any):
     )
     if not sound:
         with pytest.raises(CheckpointError):
-            alphas_from_json(tree, LAYERS, EXPERTS, "alpha.json")
+            find_alphas(tree, LAYERS, EXPERTS, "alpha.json")
         return
-    found = alphas_from_json(tree, LAYERS, EXPERTS, "alpha.json")
+    found = find_alphas(tree, LAYERS, EXPERTS, "alpha.json")
     assert found == {place: values.pop() for place, values in stated.items()}
 
 
