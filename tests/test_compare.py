@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from outlier_mlx.measure.eval_charts import charts, draw, on_front
+from outlier_mlx.measure.eval_charts import charts, on_front
+from outlier_mlx.measure.eval_draw import draw
 from outlier_mlx.measure.eval_results import Evaluation, read, save
 from outlier_mlx.measure.eval_results import Result as Score
 from outlier_mlx.measure.eval_tables import plot

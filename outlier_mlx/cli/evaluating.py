@@ -137,7 +137,8 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Show scores of models against the memory they take."""
-    from outlier_mlx.measure.eval_charts import charts, check_number, differences, draw
+    from outlier_mlx.measure.eval_charts import charts, differences
+    from outlier_mlx.measure.eval_draw import check_number, draw
     from outlier_mlx.measure.eval_results import read
     from outlier_mlx.measure.eval_tables import print_charts
     from outlier_mlx.measure.pictures import check_picture

@@ -4,15 +4,11 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.measure.eval_results import Evaluation
-from outlier_mlx.measure.pictures import drawable, picture
 
-#: Charts that one picture holds.
-MOST_CHARTS = 12
 #: Settings that change scores. The batch size changes how sums are rounded, and no more.
 _SETTINGS = ("limit", "num_fewshot", "apply_chat_template", "max_tokens", "seed", "dtype")
 
@@ -164,63 +160,3 @@ def differences(evaluations: Sequence[Evaluation], found: Sequence[Chart]) -> li
         if len(set(texts)) > 1:
             lines.append(f"not run alike: {name.replace('_', ' ')}: {', '.join(texts)}")
     return lines
-
-
-def check_number(found: Sequence[Chart]) -> None:
-    """Check that a picture holds so many charts.
-
-    Raises:
-        OutlierError: there are too many.
-    """
-    if len(found) > MOST_CHARTS:
-        raise OutlierError(
-            f"{len(found)} charts are too many for a picture; --task and --metric choose some"
-        )
-
-
-def draw(found: Sequence[Chart], path: Path) -> None:
-    """Draw scores with their standard errors against GB; the front is a line.
-
-    Args:
-        found: at most `MOST_CHARTS` charts.
-        path: the picture to write.
-
-    Raises:
-        OutlierError: there are too many charts, matplotlib is not installed, or the file's suffix
-            is no picture's.
-    """
-    check_number(found)
-    columns = min(len(found), 3)
-    rows = -(-len(found) // columns)
-    with picture(path, 5.2 * columns, 4 * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, chart in zip(grid.flat, found, strict=False):
-            _draw_chart(axes, chart)
-        for axes in list(grid.flat)[len(found) :]:
-            axes.axis("off")
-
-
-def _draw_chart(axes: Any, chart: Chart) -> None:
-    for point in chart.points:
-        axes.errorbar(
-            point.gb,
-            point.value,
-            yerr=point.stderr,
-            fmt="o",
-            capsize=3,
-            color="tab:blue" if point.on_front is not False else "tab:gray",
-        )
-        axes.annotate(
-            drawable(point.label),
-            (point.gb, point.value),
-            textcoords="offset points",
-            xytext=(6, 6),
-            fontsize=8,
-        )
-    front = sorted((p.gb, p.value) for p in chart.points if p.on_front)
-    axes.plot([gb for gb, _ in front], [value for _, value in front], "--", color="tab:blue", lw=1)
-    axes.margins(0.2)
-    axes.set_title(drawable(chart.title))
-    axes.set_xlabel("memory, GB")
-    axes.set_ylabel(drawable(f"{chart.metric} ({chart.direction})"))
-    axes.grid()

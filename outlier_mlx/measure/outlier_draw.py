@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from outlier_mlx.measure.labels import Labels, Named, write_names
 from outlier_mlx.measure.outlier_accumulate import Accumulator
-from outlier_mlx.measure.outlier_published import FIRST, LATER, SPREAD, Published
-from outlier_mlx.measure.pictures import picture
+from outlier_mlx.measure.outlier_published import FIRST, LATER, SPREAD
+from outlier_mlx.measure.outlier_report import short_count
+from outlier_mlx.measure.pictures import color_bar, drawable, picture, spread
 
 # Columns of a heat map; wider models show the largest value of several dimensions in each.
 _COLUMNS = 1024
@@ -24,19 +26,19 @@ _SETS = ((FIRST, "v", "published first"), (LATER, "s", "published later"))
 
 
 def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path) -> None:
-    """Draw the share of positions that are hit, layer by dimension, attention and FFN apart (PNG).
+    """Draw the share of positions that are hit, layer by dimension, attention and FFN apart.
 
     Args:
         counts: of a measured model.
         name: the model's.
         dims: outlier features, which are marked.
-        path: the file to write.
+        path: the picture to write.
     """
     from matplotlib.colors import PowerNorm
 
     share = 100 * counts.hits / counts.positions  # (probes, hidden)
     each, columns = narrowed(share, _COLUMNS)
-    height = 2.5 + max(2.0, 0.14 * len(share))
+    height = min(20.0, 2.5 + max(2.0, 0.14 * len(share)))
     with picture(path, 12, height) as figure:
         panels = figure.subplots(2, 1, sharex=True)
         attention = np.array([probe.kinds == ("attention",) for probe in counts.probes])
@@ -58,14 +60,14 @@ def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path
                 extent=(-0.5, columns.shape[1] * each - 0.5, rows.sum() - 0.5, -0.5),
             )
             axes.set_ylabel("layer")
-            axes.set_title(title, fontsize="medium")
-            for dim in dims:
-                axes.axvline(dim, ymin=1.0, ymax=1.05, clip_on=False, color="tab:red", linewidth=1)
+            axes.set_title(title, pad=10)
+            marks = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(dims, np.ones(len(dims)), "v", color="tab:red", markersize=5, **marks)
             axes.yaxis.get_major_locator().set_params(integer=True)
         of = f"; each column is the largest of {each}" if each > 1 else ""
         panels[1].set_xlabel(f"dimension (red: outlier features{of})")
-        figure.suptitle(name)
-        figure.colorbar(image, ax=panels, label="positions hit, %")
+        figure.suptitle(drawable(name, 100))
+        color_bar(figure, image, panels, "positions hit, %")
 
 
 def narrowed(values: np.ndarray, most: int) -> tuple[int, np.ndarray]:
@@ -81,63 +83,55 @@ def narrowed(values: np.ndarray, most: int) -> tuple[int, np.ndarray]:
 
 
 def draw_comparison(entries: Sequence[dict[str, Any]], against: Against, path: Path) -> None:
-    """Draw `layer_pct` and `seq_pct` of measured models (PNG), with published ones as marks.
+    """Draw `layer_pct` and `seq_pct` of measured models, with published ones as marks.
 
     Args:
         entries: models as `report.describe` has them.
         against: what is on the horizontal axis. Published models have no perplexity, as they were
             measured on another text.
-        path: the file to write.
+        path: the picture to write.
     """
     with picture(path, 13, 5.5) as figure:
-        for axes, (share, title) in zip(figure.subplots(1, 2), _SHARES.items(), strict=True):
-            if against != "perplexity":
-                for models, marker, label in _SETS:
-                    _draw_published(axes, models, against, share, marker, label)
-            for entry in entries:
-                x, y = entry[against], entry["blog"][share]
-                axes.plot(x, y, "o", markersize=9, zorder=3, clip_on=False, label=entry["model"])
-                axes.annotate(
-                    entry["model"], (x, y), (6, 6), textcoords="offset points", fontsize=8
-                )
-            axes.set_xscale("log")
-            axes.margins(x=0.12)
-            axes.set_ylim(0, 105)
-            axes.set_xlabel(AXES[against])
-            axes.set_ylabel(title)
-            axes.grid(alpha=0.3)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        panels = figure.subplots(1, 2)
+        charts = [_draw(entries, against, *panel) for panel in zip(_SHARES, panels, strict=True)]
+        if against != "perplexity":
+            figure.legend(
+                *panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2
+            )
+        write_names(figure, charts)
 
 
-def _draw_published(
-    axes: Any, models: Sequence[Published], against: Against, share: str, marker: str, label: str
-) -> None:
-    xs = [getattr(model, against) for model in models]
-    ys = [getattr(model, share) for model in models]
-    # The marks say where others found a model, give or take: hence the bars.
-    axes.errorbar(
-        xs,
-        ys,
-        yerr=SPREAD,
-        fmt=marker,
-        color="0.55",
-        markerfacecolor="none",
-        capsize=2,
-        linewidth=0.8,
-        label=f"{label}, reference ±{SPREAD:g}",
-    )
-    if models is not LATER:  # which has all of them
-        return
-    order = sorted(zip(ys, xs, [model.model for model in models], strict=True))
-    for number, (y, x, name) in enumerate(order):
-        # Neighbours in height are written on different sides.
-        side, where = ("left", 5) if number % 2 else ("right", -5)
-        axes.annotate(
-            name,
-            (x, y),
-            (where, 2),
-            textcoords="offset points",
-            ha=side,
-            fontsize=6,
-            color="0.4",
+def _draw(entries: Sequence[dict[str, Any]], against: Against, share: str, axes: Any) -> Named:
+    """Draw everything but the names."""
+    published = () if against == "perplexity" else _SETS
+    marks = np.empty((0, 2))
+    for models, marker, label in published:
+        at = np.array([(getattr(model, against), getattr(model, share)) for model in models])
+        # The marks say where others found a model, give or take: hence the bars.
+        axes.errorbar(
+            *at.T,
+            yerr=SPREAD,
+            fmt=marker,
+            color="0.55",
+            markerfacecolor="none",
+            capsize=2,
+            linewidth=0.8,
+            label=f"{label}, reference ±{SPREAD:g}",
         )
+        marks = np.vstack([marks, at])
+    ours = np.array([(entry[against], entry["blog"][share]) for entry in entries])
+    for point in ours:
+        axes.plot(*point, "o", markersize=8, zorder=3)
+    xs = np.vstack([ours, marks])[:, 0]
+    spread(axes, "x", xs.min(), xs.max(), logarithmic=True)
+    if against != "perplexity":
+        axes.xaxis.set_major_formatter(lambda count, _: short_count(count))
+    axes.set_ylim(-4, 105)
+    axes.set_xlabel(f"{AXES[against]}, log scale")
+    axes.set_ylabel(_SHARES[share])
+    axes.grid()
+    names = [drawable(entry["model"]) for entry in entries]
+    # The later set has all models of the first, give or take.
+    later = Labels(at, [model.model for model in LATER], size=6, color="0.4") if published else None
+    bars = [np.array([(x, y - SPREAD), (x, y + SPREAD)]) for x, y in marks]
+    return Named(axes, Labels(ours, names), others=later, marks=marks, lines=bars)

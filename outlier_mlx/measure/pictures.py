@@ -5,24 +5,30 @@ matplotlib is imported when something is drawn. A command that will draw calls `
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import floor, log10
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
 
 from outlier_mlx.errors import OutlierError, listed, one_line
 from outlier_mlx.storage.output import check_writable, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 #: File formats of pictures, and how their files' names end.
 Format = Literal["png", "svg", "pdf"]
 SUFFIXES = tuple(f".{name}" for name in get_args(Format))
-# Characters of a name in a picture.
-_LONGEST = 60
+# Inches of a cell that has room for a number, and how bright its red, green and blue are.
+_CELL = (0.3, 0.18)
+_LUMINANCE = (0.299, 0.587, 0.114)
+# Share of an axis that is left free at each end.
+_ROOM = 0.15
 _STYLE: dict[Any, Any] = {
     # A dollar sign in a name would begin a formula.
     "text.parse_math": False,
@@ -31,7 +37,9 @@ _STYLE: dict[Any, Any] = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "legend.fontsize": 8,
-    "grid.alpha": 0.3,
+    "grid.color": "0.88",
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "pdf.fonttype": 42,
     "svg.hashsalt": "outlier-mlx",
 }
@@ -97,39 +105,112 @@ def picture(path: Path, width: float, height: float) -> Iterator["Figure"]:
     kind = path.suffix.lower()[1:]
     # Equal pictures are equal files.
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with rc_context(_STYLE), warnings.catch_warnings():
+    # Scores may be as large as floats get, and ticks lie beyond them.
+    quiet = np.errstate(all="ignore")
+    with rc_context(_STYLE), warnings.catch_warnings(), quiet:
         # Names may have characters of any script, fonts have some: boxes are drawn for others.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+        figure = Figure(figsize=(width, height), dpi=150)
         FigureCanvasAgg(figure)
+        figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
         yield figure
         with whole_file(path) as part:
             figure.savefig(part, format=kind, metadata=undated)
 
 
-def drawable(text: str, columns: int = _LONGEST) -> str:
-    """Text of others, cut to what there is room for, in lines of so many columns."""
-    line = one_line(text)
-    line = line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
-    return "\n".join(wrap(line, columns)) or line
+def drawable(text: str, longest: int = 60) -> str:
+    """Text of others, cut in its middle to `longest` characters: names often differ at the end."""
+    line, half = one_line(text), longest // 2
+    return line if len(line) <= longest else f"{line[: half - 1]}…{line[-half:]}"
 
 
-def log_scale(axes: "Axes", which: Literal["x", "y"], low: float, high: float) -> None:
-    """Give an axis a log scale that shows plain numbers, however narrow or wide it is.
+def spread(
+    axes: "Axes", which: Literal["x", "y"], low: float, high: float, *, logarithmic: bool
+) -> None:
+    """Set an axis's limits, with room at both ends, and its scale, with plain numbers.
 
     Args:
         axes: of a picture.
         which: the axis.
-        low: where it begins, above 0.
-        high: where it ends, above `low`.
+        low: the least that is shown; above 0 for a log scale.
+        high: the most that is shown; it may be the same.
+        logarithmic: use a log scale.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
+    axes.autoscale(False)
+    if not logarithmic:
+        room = _ROOM * (high - low) or 0.1 * abs(low) or 1.0
+        axes.set(**{f"{which}lim": (low - room, high + room)})
+        return
+    first, last = log10(low), log10(high)
+    room = _ROOM * (last - first) or 0.05
+    # Floats end at some 1e308.
+    first, last = max(first - room, -306), min(last + room, 306)
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (10.0**first, 10.0**last)})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    if high / low < 12:
+    if last - first < 1:
         axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     else:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if last - first < 3 else (1,)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    digits = max(6, 3 - floor(log10(last - first)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{digits}g}"))
+
+
+def heat_map(
+    path: Path, values: np.ndarray, rows: Sequence[str], names: tuple[str, str, str]
+) -> None:
+    """Draw a heat map from 0 up; where a cell has room for it, with its number.
+
+    Args:
+        path: the picture to write.
+        values: (rows, columns), 0 or more.
+        rows: a name for each row; columns are numbered from 0.
+        names: of the columns' axis, the rows' axis and the values.
+
+    Raises:
+        OutlierError: as `picture`.
+    """
+    height, width = values.shape
+    cell = min(0.5, 12 / width), min(0.3, 16 / height)  # inches
+    inches = max(3.5, width * cell[0] + 1.6), max(2.4, height * cell[1] + 0.9)
+    with picture(path, *inches) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
+        _number(axes.xaxis, [str(column) for column in range(width)], cell[0], 0.25)
+        _number(axes.yaxis, rows, cell[1], 0.16)
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+        color_bar(figure, image, axes, names[2])
+        if cell[0] >= _CELL[0] and cell[1] >= _CELL[1]:
+            for (row, column), value in np.ndenumerate(values):
+                light = np.dot(image.to_rgba(value)[:3], _LUMINANCE) > 0.5
+                axes.text(
+                    column,
+                    row,
+                    f"{value:.0f}" if value >= 9.95 or not value else f"{value:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="black" if light else "white",
+                )
+
+
+def color_bar(figure: "Figure", image: Any, axes: Any, label: str) -> None:
+    """Add a bar that tells what colours mean, equally wide in pictures of any size.
+
+    Args:
+        figure: of the picture.
+        image: what is coloured.
+        axes: one or several, beside which it stands.
+        label: what is measured.
+    """
+    width, height = figure.get_size_inches()
+    figure.colorbar(image, ax=axes, label=label, fraction=0.2 / width, aspect=height / 0.15)
+
+
+def _number(axis: "Axis", names: Sequence[str], cell: float, room: float) -> None:
+    """Name the cells along an axis, or every so many of them, since a name needs some inches."""
+    step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 10**9) if step * cell >= room)
+    axis.set_ticks(range(0, len(names), step), names[::step])

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.pictures import SUFFIXES, picture
+from outlier_mlx.measure.pictures import SUFFIXES, heat_map
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.terminal import Progress
 
@@ -153,13 +153,10 @@ def draw(layers: list[LayerRouting], path: Path) -> None:
     Raises:
         OutlierError: matplotlib is not installed, or the file's suffix is no picture's.
     """
-    shares = np.array([layer.share for layer in layers])  # (layers, experts)
-    width, height = 1.5 + 0.6 * shares.shape[1], 1.5 + 0.4 * len(layers)
-    with picture(path, width, height) as figure:
-        axes = figure.subplots()
-        image = axes.imshow(100 * shares, aspect="auto", cmap="viridis", vmin=0)
-        axes.set_xticks(range(shares.shape[1]))
-        axes.set_yticks(range(len(layers)), [str(layer.layer) for layer in layers])
-        axes.set_xlabel("expert")
-        axes.set_ylabel("layer")
-        figure.colorbar(image, label="tokens served, %")
+    shares = 100 * np.array([layer.share for layer in layers])  # (layers, experts)
+    heat_map(
+        path,
+        shares,
+        [str(layer.layer) for layer in layers],
+        ("expert", "layer", "tokens served, %"),
+    )
