@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 #: File formats of pictures, and how their files' names end.
 Format = Literal["png", "svg", "pdf"]
 SUFFIXES = tuple(f".{name}" for name in get_args(Format))
-# Inches of a cell that has room for a number, and how bright its red, green and blue are.
+# Inches of a cell that has room for a number.
 _CELL = (0.3, 0.18)
-_LUMINANCE = (0.299, 0.587, 0.114)
 # Share of an axis that is left free at each end.
 _ROOM = 0.15
 _STYLE: dict[Any, Any] = {
@@ -185,7 +184,6 @@ def heat_map(
         color_bar(figure, image, axes, names[2])
         if cell[0] >= _CELL[0] and cell[1] >= _CELL[1]:
             for (row, column), value in np.ndenumerate(values):
-                light = np.dot(image.to_rgba(value)[:3], _LUMINANCE) > 0.5
                 axes.text(
                     column,
                     row,
@@ -193,8 +191,16 @@ def heat_map(
                     ha="center",
                     va="center",
                     fontsize=7,
-                    color="black" if light else "white",
+                    color="black"
+                    if _luminance(np.array(image.to_rgba(value)[:3])) > 0.179
+                    else "white",
                 )
+
+
+def _luminance(color: np.ndarray) -> float:
+    """WCAG 2's relative luminance of an sRGB colour; at 0.179 black and white contrast alike."""
+    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
 def color_bar(figure: "Figure", image: Any, axes: Any, label: str) -> None:
