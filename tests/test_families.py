@@ -84,7 +84,11 @@ def with_all_roles(kind: str) -> Any:
         ("llama", {"head_dim": 15}, "odd"),
         ("llama", {"num_key_value_heads": 3}, "3 KV heads do not divide 4"),
         ("llama", {"attention_bias": 1}, "attention_bias is 1, expected true or false"),
-        ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "not supported here"),
+        (
+            "mixtral",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling 'linear', expected none",
+        ),
         ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 3}, "is 3, of 2 experts"),
         ("gpt2", {}, "model_type 'gpt2', expected llama, mistral, mixtral or qwen2"),
     ],

@@ -279,6 +279,11 @@ def test_yarn(tmp_path: Path):
     assert (type(rope).__name__, config["rope_theta"]) == ("YarnRoPE", 10000.0)
     assert rope.mscale == pytest.approx(0.1 * np.log(4) + 1)  # llama.cpp's, too
     assert config["rope_scaling"]["original_max_position_embeddings"] == 128
+    # llama.cpp and transformers take the context itself where the file does not say.
+    del model.fields["qwen2.rope.scaling.original_context_length"]
+    (tmp_path / "without").mkdir()
+    _, config = imported(model, tmp_path / "without")
+    assert config["rope_scaling"]["original_max_position_embeddings"] == 512
 
 
 def test_frequencies_of_llama3(tmp_path: Path):

@@ -315,10 +315,10 @@ def test_parameters_that_a_token_meets(models: Path, tmp_path: Path) -> None:
         recipe_with(models, (models / "kind").read_text()), tmp_path / "out", measure=False
     )
     tensors = read_arrays(next(merged.path.glob("*.safetensors")))
-    assert merged.mixture.total_params == sum(tensor.size for tensor in tensors.values())
+    assert merged.mixture.parameters.total == sum(tensor.size for tensor in tensors.values())
     idle = sum(tensor.size for name, tensor in tensors.items() if ".experts.2." in name)
-    assert merged.mixture.active_params == merged.mixture.total_params - idle
-    assert merged.rows[-1].params == merged.mixture.total_params
+    assert merged.mixture.parameters.active == merged.mixture.parameters.total - idle
+    assert merged.rows[-1].params == merged.mixture.parameters.total
 
 
 def test_models_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ MODELS: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (lambda f: edit_config(f / "base", hidden_size="x"), "hidden_size is 'x', expected a whole"),
     (lambda f: edit_config(f / "base", hidden_act="gelu"), "hidden_act 'gelu'"),
-    (lambda f: edit_config(f / "base", num_hidden_layers=REMOVE), "num_hidden_layers is None"),
+    (lambda f: edit_config(f / "base", num_hidden_layers=REMOVE), "num_hidden_layers is missing"),
     (lambda f: (f / "base/config.json").unlink(), "not a model: no config.json"),
     (lambda f: (f / "expert_1/model.safetensors").unlink(), "no *.safetensors file"),
     (

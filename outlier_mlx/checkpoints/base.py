@@ -19,6 +19,7 @@ from outlier_mlx.models.config import (
     stated_base,
 )
 from outlier_mlx.models.families import family
+from outlier_mlx.models.head import NOTE
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 
@@ -101,7 +102,10 @@ def join(overlay: Overlay, base: BaseModel | None) -> WholeModel:
         found, place = {**base.tensors, **overlay.base}, base.path.name
         config = _agree(overlay.config, base.config)
     if "lm_head.weight" in found:
-        # A head that is stored is the head, whatever the config says of tying.
+        # A head that is stored is the head, whatever the config says of tying. Of a repository,
+        # it may not be at hand yet to be compared with the embedding.
+        if config.tied:
+            warnings.warn(f"{place}: {NOTE}", CheckpointWarning, stacklevel=2)
         config = replace(config, tied=False)
     for note in family(config.family).notes(config.raw):
         warnings.warn(f"{place}: {note}", CheckpointWarning, stacklevel=2)

@@ -6,7 +6,7 @@ AWQ's tensors, and finds none. Here everything is converted to mlx-lm's names an
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, listed
@@ -14,10 +14,13 @@ from outlier_mlx.imports.awq_config import AwqFormat, read_format
 from outlier_mlx.imports.awq_layout import mlx_group
 from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, Loss
 from outlier_mlx.imports.hf_names import Place, Stored, by_place, name_in_source
-from outlier_mlx.imports.opened import Opened, quantization
+from outlier_mlx.imports.opened import Opened
 from outlier_mlx.imports.plain_parts import StackedPlain
-from outlier_mlx.models.plain import Module, complete_config, modules
-from outlier_mlx.models.spelling import normalised
+from outlier_mlx.models.config import ModelConfig, parse_config, spell_config
+from outlier_mlx.models.families import family
+from outlier_mlx.models.head import settle_head
+from outlier_mlx.models.modules import Module
+from outlier_mlx.models.quantization import spell_quantization
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
@@ -61,15 +64,17 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
             f"{folder.name}: tensors are quantized, but config.json has no quantization_config and"
             " there is no quant_config.json"
         )
-    tied = not any(name.startswith("lm_head.") for name in tensors)
-    config, notes = complete_config(normalised(raw), "config.json", tied=tied)
+    tied, note = settle_head(raw.get("tie_word_embeddings"), tensors)
+    model = replace(parse_config(raw, role="import"), tied=tied)
+    notes = [*([note] if note else []), *family(model.family).notes(raw)]
     form = _form(dtype, bits, quantized)
     parts = _Planner(
-        folder.name, by_place(tensors, config), config, awq if quantized else None, form
+        folder.name, by_place(tensors, model), model, awq if quantized else None, form
     ).parts()
+    config = spell_config(model)
     stored = {p.path: (p.bits, p.group_size) for p in parts if isinstance(p, AwqPart)}
     if stored:
-        config["quantization"] = quantization(stored)
+        config["quantization"] = spell_quantization(stored)
     config["dtype"] = config["torch_dtype"] = _activations(parts, form)
     return Opened(
         form="AutoAWQ int4" if stored else "unquantized safetensors",
@@ -103,13 +108,14 @@ class _Planner:
         self,
         where: str,
         places: dict[Place, Stored],
-        config: dict,
+        config: ModelConfig,
         awq: AwqFormat | None,
         form: _Form,
     ) -> None:
         self.where = where
         self.places = places
         self.config = config
+        self.modules = family(config.family).modules(config)
         self.awq = awq
         self.form = form
 
@@ -119,7 +125,7 @@ class _Planner:
         Raises:
             CheckpointError: a tensor is missing, wrong or unknown; the message names it.
         """
-        parts = [part for module in modules(self.config) for part in self._module(module)]
+        parts = [part for module in self.modules for part in self._module(module)]
         for stored in self.places.values():
             for tensor in stored.values():
                 raise CheckpointError(f"{tensor.where}: unknown tensor for this model")
@@ -167,7 +173,7 @@ class _Planner:
         With float32 scales, MLX computes everything in float32 from the first norm on, and would
         convert 16-bit weights at every use. Embeddings are only looked up, so they stay 16-bit.
         """
-        narrow = module.kind == "embeddings" and not self.config["tie_word_embeddings"]
+        narrow = module.kind == "embeddings" and not self.config.tied
         if self.awq is not None and self.form.dtype == "float32" and not narrow:
             return "float32"
         return _DTYPES[tensor.dtype]

@@ -16,8 +16,11 @@ from outlier_mlx.imports.gguf_file import read_model
 from outlier_mlx.imports.gguf_names import Names, Rows
 from outlier_mlx.imports.gguf_parts import AffineMatrix, Losses, PlainTensor, round_to
 from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
-from outlier_mlx.imports.opened import Opened, quantization
-from outlier_mlx.models.plain import Module, modules
+from outlier_mlx.imports.opened import Opened
+from outlier_mlx.models.config import spell_config
+from outlier_mlx.models.families import family
+from outlier_mlx.models.modules import Module
+from outlier_mlx.models.quantization import spell_quantization
 from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.writing.parts import Part
 from outlier_mlx.writing.tensors import TernaryExperts
@@ -56,7 +59,8 @@ def open_gguf_model(
     kind = architecture(model)
     vocabulary = read_vocabulary(model.fields, kind, model.where)
     config, notes = read_config(model, vocabulary)
-    sources = _sources(Names(model, config, permuted=kind == "llama"), modules(config))
+    modules = family(config.family).modules(config)
+    sources = _sources(Names(model, config, permuted=kind == "llama"), modules)
     ternary = _ternary_layers(sources) if experts == "tq1_0" else {}
     others = [source for source in sources if source.module.path not in ternary]
     chosen = dtype or _exact_dtype(others, k_quants)
@@ -66,7 +70,7 @@ def open_gguf_model(
     return Opened(
         form=f"GGUF {'+'.join(types)}",
         parts=parts,
-        config=config | plan.config(parts),
+        config=spell_config(config) | plan.config(parts),
         assets=lambda folder: write_tokenizer(vocabulary, folder),
         notes=lambda: [*vocabulary.notes, *notes, *_notes(parts, plan, dtype)],
         details={"types": types, "dtype": chosen, "largest_errors": plan.losses.largest},
@@ -150,7 +154,7 @@ class _Plan:
         config: dict = {"dtype": self.dtype, "torch_dtype": self.dtype}
         affine = [part for part in parts if isinstance(part, AffineMatrix)]
         if affine:
-            config["quantization"] = quantization({p.path: (p.bits, p.group) for p in affine})
+            config["quantization"] = spell_quantization({p.path: (p.bits, p.group) for p in affine})
         if self.ternary:
             layers = sorted({int(path.split(".")[2]) for path in self.ternary})
             ternary = {"format": "tq1_0_rows", "version": 1, "layers": layers}

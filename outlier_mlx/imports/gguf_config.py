@@ -14,7 +14,8 @@ from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.gguf_blocks import FLOATS, values
 from outlier_mlx.imports.gguf_file import GgufModel
 from outlier_mlx.imports.gguf_tokenizer import Vocabulary
-from outlier_mlx.models.plain import complete_config, head_dim
+from outlier_mlx.models.config import ModelConfig, parse_config
+from outlier_mlx.models.families import family
 
 ARCHITECTURES = ("llama", "qwen2")
 ROPE_FREQS = "rope_freqs.weight"
@@ -44,11 +45,6 @@ _OTHER = {
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
     "rope.scale_linear",
-}
-_ARCHITECTURE_NAMES = {
-    "llama": "LlamaForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
 }
 # RoPE scaling of Llama 3.1 and 3.2. Only `factor` differs between models: it is the largest of the
 # frequency factors in the file.
@@ -93,7 +89,7 @@ def architecture(model: GgufModel) -> str:
     return name
 
 
-def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[dict, list[str]]:
+def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, list[str]]:
     """Build the complete config of the mlx-lm model; returns it with notes on ignored metadata.
 
     Raises:
@@ -111,11 +107,11 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[dict, list[st
         value = fields.get(key, (int, float))
         if value is not None:
             config[name] = _short(value)
-    family = "mixtral" if _experts(fields) else fields.prefix
+    kind = "mixtral" if _experts(fields) else fields.prefix
     config.setdefault("rope_theta", 10000.0)
     config |= {
-        "model_type": family,
-        "architectures": [_ARCHITECTURE_NAMES[family]],
+        "model_type": kind,
+        "architectures": [family(kind).architecture],
         "hidden_act": "silu",
         "vocab_size": _rows_of_embeddings(model),
         "tie_word_embeddings": "output.weight" not in model.tensors,
@@ -124,18 +120,18 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[dict, list[st
     width = fields.get("attention.key_length", (int,))
     if width is not None:
         config["head_dim"] = width
-    if family == "llama":
+    if kind == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in model.tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in model.tensors
-    if family == "qwen2" and "sliding_window" in config:
+    if kind == "qwen2" and "sliding_window" in config:
         config["use_sliding_window"] = True
     scaling = _scaling(fields)
     if scaling is not None:
         config["rope_scaling"] = scaling
-    config, notes = complete_config(config, model.where, tied="output.weight" not in model.tensors)
-    _check_rest(fields, config, vocabulary)
-    config = _with_frequency_factors(model, config)
-    return config, notes + _ignored(fields, sizes)
+    found = parse_config(config, role="import", where=model.where)
+    _check_rest(fields, found, vocabulary)
+    found = _with_frequency_factors(model, found)
+    return found, family(kind).notes(found.raw) + _ignored(fields, sizes)
 
 
 def _experts(fields: _Fields) -> int:
@@ -167,13 +163,13 @@ def _special(vocabulary: Vocabulary) -> dict[str, Any]:
     return ids
 
 
-def _check_rest(fields: _Fields, config: dict, vocabulary: Vocabulary) -> None:
-    where, rows = fields.model.where, config["vocab_size"]
+def _check_rest(fields: _Fields, config: ModelConfig, vocabulary: Vocabulary) -> None:
+    where, rows = fields.model.where, config.vocab
     if len(vocabulary.tokens) != rows:
         raise CheckpointError(
             f"{where}: {len(vocabulary.tokens)} tokens, but token_embd.weight has {rows} rows"
         )
-    width = head_dim(config)
+    width = config.head_dim
     for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         value = fields.get(key, (int,), width)
         if value != width:
@@ -206,11 +202,8 @@ def _scaling(fields: _Fields) -> dict | None:
     scaling = {"rope_type": kind, "type": kind, "factor": _short(factor)}
     if kind == "yarn":
         context = fields.get("rope.scaling.original_context_length", (int,))
-        if context is None:
-            raise CheckpointError(
-                f"{where}: rope.scaling.original_context_length is missing (yarn)"
-            )
-        scaling["original_max_position_embeddings"] = context
+        if context is not None:  # else that of the config, as in llama.cpp
+            scaling["original_max_position_embeddings"] = context
     for key in fields.model.fields:
         name = key.removeprefix(f"{fields.prefix}.")
         if name.startswith("rope.scaling.") and name not in _OTHER:
@@ -218,12 +211,12 @@ def _scaling(fields: _Fields) -> dict | None:
     return scaling
 
 
-def _with_frequency_factors(model: GgufModel, config: dict) -> dict:
+def _with_frequency_factors(model: GgufModel, config: ModelConfig) -> ModelConfig:
     """Convert the tensor of frequency factors to Llama 3's `rope_scaling`, or refuse it."""
     tensor = model.tensors.get(ROPE_FREQS)
     if tensor is None:
         return config
-    half = head_dim(config) // 2
+    half = config.head_dim // 2
     if tensor.kind not in FLOATS or tensor.shape != (half,):
         raise CheckpointError(
             f"{tensor.where}: {tensor.kind} {tensor.shape}, expected floats {(half,)}"
@@ -233,19 +226,19 @@ def _with_frequency_factors(model: GgufModel, config: dict) -> dict:
         return config
     scaling = {"rope_type": "llama3", "factor": _short(float(factors.max())), **_LLAMA3}
     same = np.allclose(factors, _llama3_factors(config, scaling), rtol=1e-5, atol=0)
-    if config["model_type"] != "llama" or "rope_scaling" in config or not same:
+    if config.family != "llama" or config.rope_scaling is not None or not same:
         raise CheckpointError(
             f"{tensor.where}: frequency factors other than Llama 3's are not supported by mlx-lm"
         )
-    return config | {"rope_scaling": scaling}
+    return parse_config(config.raw | {"rope_scaling": scaling}, role="import", where=model.where)
 
 
-def _llama3_factors(config: dict, scaling: dict) -> np.ndarray:
+def _llama3_factors(config: ModelConfig, scaling: dict) -> np.ndarray:
     """Llama 3's divisors of the frequencies, (head_dim / 2,); source: its `apply_scaling`."""
-    width, factor = head_dim(config), scaling["factor"]
+    width, factor = config.head_dim, scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     context = scaling["original_max_position_embeddings"]
-    lengths = 2 * np.pi * config["rope_theta"] ** (np.arange(0, width, 2) / width)
+    lengths = 2 * np.pi * config.rope_theta ** (np.arange(0, width, 2) / width)
     smooth = (context / lengths - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
     return np.where(lengths < context / high, 1, np.where(lengths > context / low, factor, between))

@@ -14,7 +14,8 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.gguf_config import ROPE_FREQS
 from outlier_mlx.imports.gguf_file import GgufModel
-from outlier_mlx.models.plain import Module, head_dim
+from outlier_mlx.models.config import ModelConfig
+from outlier_mlx.models.modules import Module
 from outlier_mlx.storage.gguf import GgufTensor
 
 _NAMES = {
@@ -86,9 +87,9 @@ class Names:
         permuted: whether the rows of q and k are interleaved.
     """
 
-    def __init__(self, model: GgufModel, config: dict, *, permuted: bool) -> None:
+    def __init__(self, model: GgufModel, config: ModelConfig, *, permuted: bool) -> None:
         self.model, self.config = model, config
-        self._head = head_dim(config) if permuted else 0
+        self._head = config.head_dim if permuted else 0
         self._used: set[str] = set()
         self._by_expert: dict[tuple[str, str], dict[int, GgufTensor]] = {}
         for name, tensor in model.tensors.items():
@@ -124,8 +125,8 @@ class Names:
         for name, tensor in self.model.tensors.items():
             if name not in self._used and not _IGNORED.fullmatch(name):
                 raise CheckpointError(
-                    f"{tensor.where}: unknown tensor for a {self.config['model_type']} model"
-                    f" of {self.config['num_hidden_layers']} layers"
+                    f"{tensor.where}: unknown tensor for a {self.config.family} model"
+                    f" of {self.config.layers} layers"
                 )
 
     def _rows(self, tensor: GgufTensor, place: str) -> Rows:

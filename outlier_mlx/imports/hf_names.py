@@ -7,7 +7,8 @@ from math import prod
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.plain import Module
+from outlier_mlx.models.config import ModelConfig
+from outlier_mlx.models.modules import Module
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
 from outlier_mlx.storage.shards import read_shards
 
@@ -36,7 +37,7 @@ def holds_model(folder: Path) -> bool:
     return any(_MODEL.match(name) for name in read_shards(folder))
 
 
-def by_place(tensors: Mapping[str, TensorRef], config: dict) -> dict[Place, Stored]:
+def by_place(tensors: Mapping[str, TensorRef], config: ModelConfig) -> dict[Place, Stored]:
     """Sort a checkpoint's tensors by the module of MLX's model that they are for.
 
     Mixtral's experts are known by both of their names: a matrix each (`block_sparse_moe.experts.E`
@@ -48,12 +49,12 @@ def by_place(tensors: Mapping[str, TensorRef], config: dict) -> dict[Place, Stor
     Raises:
         CheckpointError: two tensors are for the same place, or a fused one has another shape.
     """
-    mixture = config["model_type"] == "mixtral"
+    mixture = config.family == "mixtral"
     found: dict[Place, Stored] = {}
     for name, tensor in tensors.items():
         if name.endswith("rotary_emb.inv_freq"):
             continue
-        if config["tie_word_embeddings"] and name == "lm_head.weight":
+        if config.tied and name == "lm_head.weight":
             continue
         if mixture and (match := _FUSED.fullmatch(name)):
             for place, part in _split_fused(tensor, match[1], match[2], config):
@@ -92,11 +93,10 @@ def _add(found: dict[Place, Stored], place: Place, leaf: str, tensor: TensorRef)
 
 
 def _split_fused(
-    tensor: TensorRef, layer: str, name: str, config: dict
+    tensor: TensorRef, layer: str, name: str, config: ModelConfig
 ) -> list[tuple[Place, TensorRef]]:
     """The matrices of a fused tensor: places in the same file, nothing is read."""
-    hidden, width = config["hidden_size"], config["intermediate_size"]
-    experts = config["num_local_experts"]
+    hidden, width, experts = config.hidden, config.intermediate, config.experts
     rows = {"down_proj": hidden} if name == "down_proj" else {"gate_proj": width, "up_proj": width}
     columns = width if name == "down_proj" else hidden
     shape = (experts, sum(rows.values()), columns)

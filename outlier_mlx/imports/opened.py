@@ -1,7 +1,6 @@
 """What a source becomes, whatever its format: the seam between importers and writing."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,20 +30,3 @@ class Opened:
     assets: Callable[[Path], None]
     notes: Callable[[], list[str]] = _no_notes
     details: dict = field(default_factory=dict)
-
-
-def quantization(stored: Mapping[str, tuple[int, int]]) -> dict:
-    """The `quantization` of a config.json: the most common form, and the modules that differ.
-
-    Args:
-        stored: (bits, group size) by the path of each quantized module.
-    """
-    if not stored:
-        return {}
-    (bits, group), _ = Counter(stored.values()).most_common(1)[0]
-    others = {
-        path: {"group_size": g, "bits": b, "mode": "affine"}
-        for path, (b, g) in stored.items()
-        if (b, g) != (bits, group)
-    }
-    return {"group_size": group, "bits": bits, "mode": "affine"} | others

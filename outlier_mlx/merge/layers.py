@@ -9,7 +9,7 @@ from mlx_lm.models import llama, qwen2
 
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import Batch
-from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.models.config import PROJECTIONS, spell_config
 from outlier_mlx.storage.tensors import FloatTensor
 
 
@@ -36,8 +36,9 @@ class AttentionLayer:
 
     def __init__(self, model: Dense, layer: int) -> None:
         config = model.config
-        family = qwen2 if config["model_type"] == "qwen2" else llama
-        self._attention: nn.Module = family.Attention(family.ModelArgs.from_dict(config))
+        family = qwen2 if config.family == "qwen2" else llama
+        args = family.ModelArgs.from_dict(spell_config(config))
+        self._attention: nn.Module = family.Attention(args)
         prefix = f"model.layers.{layer}."
         inner = f"{prefix}self_attn."
         self._attention.load_weights(
@@ -49,7 +50,7 @@ class AttentionLayer:
         )
         self._before = read_array(model.tensors[f"{prefix}input_layernorm.weight"])
         self._after = read_array(model.tensors[f"{prefix}post_attention_layernorm.weight"])
-        self._eps = config["rms_norm_eps"]
+        self._eps = config.rms_norm_eps
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Apply attention to the layer's input x (batch, length, hidden).

@@ -1,15 +1,18 @@
 """A merge as a whole: which weights the mixture of experts has, before any is read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge.recipe import ExpertRecipe, MergeRecipe
 from outlier_mlx.merge.sources import Dense, open_models
-from outlier_mlx.models.config import PROJECTIONS
-from outlier_mlx.models.plain import head_dim
+from outlier_mlx.models.config import PROJECTIONS, ModelConfig
+from outlier_mlx.models.families import family
+from outlier_mlx.models.modules import Module
+from outlier_mlx.models.sizes import Parameters, count_modules
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import Derived
 
@@ -102,42 +105,30 @@ class Mixture:
         return (*self.experts, self.shared) if self.shared else self.experts
 
     @property
-    def moe_path(self) -> str:
-        """What a layer calls its mixture."""
-        return "block_sparse_moe" if self.architecture == "mixtral" else "mlp"
+    def config(self) -> ModelConfig:
+        """What the result is. mlx-lm's Qwen2-MoE always has a head of its own, and biases."""
+        mixtral = self.architecture == "mixtral"
+        return replace(
+            self.base.config,
+            model_type=self.architecture,
+            family=self.architecture,
+            experts=len(self.experts),
+            top_k=self.top_k,
+            moe_layers=tuple(range(self.base.layers)),
+            expert_width=self.base.config.intermediate,
+            tied=self.base.config.tied and mixtral,
+            qkv_bias=not mixtral,
+        )
 
     @property
-    def biased(self) -> bool:
-        """Whether queries, keys and values have biases in the result."""
-        return self.architecture == "qwen2_moe"
+    def modules(self) -> list[Module]:
+        """The modules of the result."""
+        return family(self.architecture).modules(self.config)
 
-    @property
-    def tied(self) -> bool:
-        """Whether the result's head is its embedding: mlx-lm's Qwen2-MoE always has its own."""
-        return self.base.config["tie_word_embeddings"] and self.architecture == "mixtral"
-
-    def params(self, experts: int) -> int:
-        """Parameters, as if there were so many routed experts."""
-        config, hidden = self.base.config, self.base.hidden
-        ffn = 3 * hidden * config["intermediate_size"]
-        kv = config["num_key_value_heads"] * head_dim(config)
-        attention = 2 * hidden * hidden + 2 * hidden * kv
-        attention += (hidden + 2 * kv) if self.biased else 0
-        moe = experts * ffn + len(self.experts) * hidden
-        moe += (ffn + hidden) if self.shared else 0
-        layer = attention + moe + 2 * hidden
-        embeddings = self.base.vocab * hidden * (1 if self.tied else 2)
-        return embeddings + self.base.layers * layer + hidden
-
-    @property
-    def total_params(self) -> int:
-        """All parameters."""
-        return self.params(len(self.experts))
-
-    @property
-    def active_params(self) -> int:
-        """Parameters that one token meets."""
-        return self.params(self.top_k)
+    @cached_property
+    def parameters(self) -> Parameters:
+        """How many parameters the result has, and how many one token meets."""
+        return count_modules(self.modules, self.config)
 
 
 def open_mixture(recipe: MergeRecipe, seed: int = 0) -> Mixture:
@@ -170,7 +161,7 @@ def open_mixture(recipe: MergeRecipe, seed: int = 0) -> Mixture:
 
 def _architecture(recipe: MergeRecipe, base: Dense) -> str:
     """llama and mistral make a Mixtral; with a shared expert, and from qwen2, a Qwen2-MoE."""
-    kind = base.config["model_type"]
+    kind = base.config.family
     if recipe.shared is not None:
         if recipe.architecture == "mixtral":
             raise OutlierError("architecture mixtral: it has no shared expert; drop one of the two")

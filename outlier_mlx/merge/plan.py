@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlier_mlx.imports.opened import quantization
 from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.model import Mixture
-from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.models.config import PROJECTIONS, spell_config
+from outlier_mlx.models.modules import Module
+from outlier_mlx.models.quantization import largest_group, spell_quantization
 from outlier_mlx.storage.tensors import FloatTensor
-from outlier_mlx.tiers.presets import GROUP_SIZES
 from outlier_mlx.writing.parts import Chunk, Part
 from outlier_mlx.writing.tensors import Constant, Plain, Quantized
 from outlier_mlx.writing.writer import TensorSpec
@@ -94,39 +94,54 @@ class _Plan:
         self.mixture, self.gates, self.form = mixture, gates, form
 
     def parts(self) -> Iterator[Part]:
-        base = self.mixture.base
-        yield self._matrix("model.embed_tokens", "embeddings")
-        for layer in range(base.layers):
-            prefix = f"model.layers.{layer}"
-            yield self._vector(f"{prefix}.input_layernorm.weight", "norms")
-            for name in ("q", "k", "v", "o"):
-                yield self._matrix(f"{prefix}.self_attn.{name}_proj", "attention")
-                if name != "o" and self.mixture.biased:
-                    yield self._vector(f"{prefix}.self_attn.{name}_proj.bias", "attention")
-            yield self._vector(f"{prefix}.post_attention_layernorm.weight", "norms")
-            yield from self._moe(layer, f"{prefix}.{self.mixture.moe_path}")
-        yield self._vector("model.norm.weight", "norms")
-        if not self.mixture.tied:
-            tied = base.config["tie_word_embeddings"]
-            yield self._matrix("lm_head", "head", "model.embed_tokens" if tied else "lm_head")
+        done: set[str] = set()
+        for module in self.mixture.modules:
+            layer = int(module.path.split(".")[2]) if ".layers." in module.path else 0
+            if module.kind == "router":
+                yield self._gate(module, layer)
+            elif module.kind == "shared FFN":
+                assert self.mixture.shared is not None
+                matrix = self.mixture.shared.matrix(layer, _projection(module))
+                yield self._stored(module.path, module.kind, matrix)
+            elif module.kind != "experts":
+                yield from self._copied(module)
+            elif self.form.bits is not None:
+                yield self._stacked(module, layer)
+            elif (prefix := module.path.rpartition(".switch_mlp.")[0]) not in done:
+                done.add(prefix)
+                yield from self._apart(layer, prefix)
 
-    def _moe(self, layer: int, prefix: str) -> Iterator[Part]:
-        yield self._gate(f"{prefix}.gate", self.gates.routed[layer])
-        shared = self.mixture.shared
-        if shared is not None:
+    def _copied(self, module: Module) -> Iterator[Part]:
+        """What the base has, and where its head is its embedding, a head of its own."""
+        tensors = self.mixture.base.tensors
+        path = module.path
+        if path == "lm_head" and self.mixture.base.config.tied:
+            path = "model.embed_tokens"
+        weight = tensors[f"{path}.weight"]
+        if len(module.shape) == 1:
+            yield self._vector(module, f"{path}.weight", weight)
+        else:
+            yield self._stored(module.path, module.kind, weight)
+        if module.bias:
+            yield self._vector(module, f"{path}.bias", tensors.get(f"{path}.bias"))
+
+    def _vector(self, module: Module, name: str, tensor: FloatTensor | None) -> Part:
+        if tensor is None:  # a bias that a llama does not have
+            zeros = np.zeros(module.shape[0], np.float32)
+            return Constant(module.path, module.kind, name, zeros, self.form.dtype)
+        return Plain(module.path, module.kind, tensor, name, self.form.dtype)
+
+    def _gate(self, module: Module, layer: int) -> Part:
+        rows = self.gates.routed[layer]
+        if module.path.endswith(".shared_expert_gate"):
             assert self.gates.shared is not None
-            yield self._gate(f"{prefix}.shared_expert_gate", self.gates.shared[layer][None])
-            for projection in PROJECTIONS:
-                path = f"{prefix}.shared_expert.{projection}_proj"
-                yield self._stored(path, "shared FFN", shared.matrix(layer, projection))
-        if self.form.bits is None:
-            yield from self._apart(layer, prefix)
-            return
-        for projection in PROJECTIONS:
-            path = f"{prefix}.switch_mlp.{projection}_proj"
-            matrices = [expert.matrix(layer, projection) for expert in self.mixture.experts]
-            members = tuple(self._stored(path, "experts", matrix) for matrix in matrices)
-            yield Stacked(path, "experts", members)
+            rows = self.gates.shared[layer][None]
+        return Constant(module.path, "router", f"{module.path}.weight", rows, self.form.dtype)
+
+    def _stacked(self, module: Module, layer: int) -> Part:
+        matrices = [expert.matrix(layer, _projection(module)) for expert in self.mixture.experts]
+        members = tuple(self._stored(module.path, "experts", matrix) for matrix in matrices)
+        return Stacked(module.path, "experts", members)
 
     def _apart(self, layer: int, prefix: str) -> Iterator[Part]:
         """Experts by Hugging Face's names."""
@@ -137,28 +152,18 @@ class _Plan:
                 path = f"{prefix}.experts.{expert.number}.{name}"
                 yield self._stored(path, "experts", expert.matrix(layer, projection))
 
-    def _gate(self, path: str, rows: np.ndarray) -> Part:
-        return Constant(path, "router", f"{path}.weight", rows, self.form.dtype)
-
-    def _matrix(self, path: str, kind: str, source: str | None = None) -> Part:
-        return self._stored(path, kind, self.mixture.base.tensors[f"{source or path}.weight"])
-
-    def _vector(self, name: str, kind: str) -> Part:
-        path = name.rpartition(".")[0]
-        tensor = self.mixture.base.tensors.get(name)
-        if tensor is None:  # a bias that a llama does not have
-            out = self.mixture.base.tensors[f"{path}.weight"].shape[0]
-            return Constant(path, kind, name, np.zeros(out, np.float32), self.form.dtype)
-        return Plain(path, kind, tensor, name, self.form.dtype)
-
     def _stored(self, path: str, kind: str, tensor: FloatTensor) -> Part:
         """A matrix, quantized where that is asked for and a group size divides its width."""
         form = self.form
-        width = tensor.shape[1]
-        sizes = [size for size in GROUP_SIZES if size <= form.group_size and width % size == 0]
-        if form.bits is None or not sizes:
+        group = largest_group(tensor.shape[1], form.group_size)
+        if form.bits is None or group is None:
             return Plain(path, kind, tensor, f"{path}.weight", form.dtype)
-        return Quantized(path, kind, tensor, form.bits, max(sizes), form.dtype)
+        return Quantized(path, kind, tensor, form.bits, group, form.dtype)
+
+
+def _projection(module: Module) -> str:
+    """The projection that a module is: "gate", "up" or "down"."""
+    return module.path.rpartition(".")[2].removesuffix("_proj")
 
 
 def unquantized(parts: Sequence[Part], form: Form) -> list[str]:
@@ -172,9 +177,9 @@ def unquantized(parts: Sequence[Part], form: Form) -> list[str]:
 def make_config(mixture: Mixture, form: Form, parts: Sequence[Part]) -> dict:
     """The merged model's config.json: the base's, and what makes it a mixture of experts."""
     base = mixture.base.config
-    config = {key: value for key, value in base.items() if key not in _DROPPED}
+    config = {key: value for key, value in spell_config(base).items() if key not in _DROPPED}
     config |= {"dtype": form.dtype, "torch_dtype": form.dtype, "sliding_window": None}
-    config["tie_word_embeddings"] = mixture.tied
+    config["tie_word_embeddings"] = mixture.config.tied
     if mixture.architecture == "mixtral":
         config |= {
             "architectures": ["MixtralForCausalLM"],
@@ -189,8 +194,8 @@ def make_config(mixture: Mixture, form: Form, parts: Sequence[Part]) -> dict:
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
-            "moe_intermediate_size": base["intermediate_size"],
-            "shared_expert_intermediate_size": base["intermediate_size"],
+            "moe_intermediate_size": base.intermediate,
+            "shared_expert_intermediate_size": base.intermediate,
             "use_sliding_window": False,
         }
     config["num_experts_per_tok"] = mixture.top_k
@@ -200,5 +205,5 @@ def make_config(mixture: Mixture, form: Form, parts: Sequence[Part]) -> dict:
         if isinstance(inner, Quantized):
             stored[part.path] = (inner.bits, inner.group_size)
     if stored:
-        config["quantization"] = quantization(stored)
+        config["quantization"] = spell_quantization(stored)
     return config

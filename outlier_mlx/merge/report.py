@@ -57,7 +57,7 @@ def as_json(result: Merged) -> dict:
         "base": _named(mixture.base),
         "experts": [_expert(expert) for expert in mixture.experts],
         "shared_expert": _expert(shared) if shared else None,
-        "parameters": {"total": mixture.total_params, "active": mixture.active_params},
+        "parameters": asdict(mixture.parameters),
         "bytes": result.rows[-1].nbytes,
         "condition_numbers": conditions(result),
         "measured_on": routers.measured_on,
@@ -97,7 +97,7 @@ def model_card(result: Merged, folder: Path) -> str:
         relation="merge",
         tags=["mlx", "moe", "merge"],
         rows=result.rows,
-        after_sizes=f"A token uses {mixture.active_params:,} of the parameters.",
+        after_sizes=f"A token uses {mixture.parameters.active:,} of the parameters.",
         changes=changes,
     ).text(folder)
 

@@ -150,9 +150,9 @@ def _comparable(recipe: MergeRecipe) -> list[str]:
 
 
 def _tokens(base: Dense) -> Tokens:
-    limits = [base.config.get(key) for key in ("max_position_embeddings", "sliding_window")]
+    limits = [base.config.max_positions, base.config.raw.get("sliding_window")]
     longest = min(limit for limit in limits if isinstance(limit, int) and limit > 1)
-    return Tokens(open_tokenizer(base.source.folder, base.config), base.vocab, longest)
+    return Tokens(open_tokenizer(base.source.folder, base.config.raw), base.vocab, longest)
 
 
 def _measured(recipe: MergeRecipe, tokens: Tokens, measured_on: str | None) -> Sequences:

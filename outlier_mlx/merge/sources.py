@@ -1,27 +1,35 @@
 """The models of a merge: dense llama, mistral and qwen2 checkpoints, checked against each other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.models.plain import check_complete, complete_config, head_dim, modules
-from outlier_mlx.models.spelling import normalised
+from outlier_mlx.models.config import ModelConfig, parse_config
+from outlier_mlx.models.families import family, with_role
+from outlier_mlx.models.fields import short
+from outlier_mlx.models.head import settle_head
+from outlier_mlx.models.modules import check_complete
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
 #: What is fetched from the hub. Some repositories hold the weights twice, as `consolidated`, too.
 MODEL_FILES = (
     *("*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model"),
     *("LICENSE*", "NOTICE*"),
 )
-_SAME = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "vocab_size"),
-)
+# What models must have in common: fields of `ModelConfig`, and what config.json calls them.
+_SAME = {
+    "family": "model_type",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocab": "vocab_size",
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +38,15 @@ class Dense:
 
     Attributes:
         source: where it is and what it is called.
-        config: as `imports.families.complete_config` spells it.
+        config: what it is.
         tensors: its weights by name.
+        notes: what is odd about it.
     """
 
     source: Source
-    config: dict
+    config: ModelConfig
     tensors: Mapping[str, TensorRef] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -46,17 +56,17 @@ class Dense:
     @property
     def layers(self) -> int:
         """Decoder layers."""
-        return self.config["num_hidden_layers"]
+        return self.config.layers
 
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return self.config["hidden_size"]
+        return self.config.hidden
 
     @property
     def vocab(self) -> int:
         """Rows of the embedding."""
-        return self.config["vocab_size"]
+        return self.config.vocab
 
     def ffn(self, layer: int, projection: str) -> TensorRef:
         """A matrix of a layer's FFN: gate and up (intermediate, hidden), down (hidden, inter.)."""
@@ -93,7 +103,8 @@ def open_models(base: str, experts: Sequence[str]) -> tuple[Dense, list[Dense], 
         _check_same(first, other)
     for model in (first, *others):
         _check_tensors(model)
-    return first, found[1:], _compare_tokens(first, others)
+    notes = [f"{model.name}: {note}" for model in (first, *others) for note in model.notes]
+    return first, found[1:], notes + _compare_tokens(first, others)
 
 
 def _resolve(name: str) -> Source:
@@ -109,57 +120,56 @@ def _open(source: Source) -> Dense:
     folder, where = source.folder, f"{source.name}: config.json"
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: not a model: no config.json")
-    config = normalised(read_json(inside(folder, "config.json")), where)
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    raw = read_json(inside(folder, "config.json"))
+    kind, known = raw.get("model_type"), with_role("merge")
+    if kind not in known:
         raise CheckpointError(
-            f"{where}: model_type {str(kind)[:40]!r}; what can be merged is dense:"
-            f" {', '.join(MODEL_TYPES)}"
+            f"{where}: model_type {short(kind)}; what can be merged is dense: {', '.join(known)}"
         )
-    if config.get("quantization_config") or config.get("quantization"):
+    if raw.get("quantization_config") or raw.get("quantization"):
         raise CheckpointError(f"{source.name}: quantized; a merge needs weights in floats")
     tensors = {key: ref for key, ref in read_shards(folder).items() if _matters(key)}
-    config, _ = complete_config(config, where, tied="lm_head.weight" not in tensors)
+    tied, note = settle_head(raw.get("tie_word_embeddings"), tensors)
+    config = replace(parse_config(raw, role="merge", where=where), tied=tied)
     _check_supported(config, where)
-    if config["tie_word_embeddings"]:
+    if tied:
         tensors.pop("lm_head.weight", None)
-    return Dense(source, config, tensors)
+    return Dense(source, config, tensors, (note,) if note else ())
 
 
 def _matters(key: str) -> bool:
     return key.startswith(("model.", "lm_head.")) and not key.endswith("rotary_emb.inv_freq")
 
 
-def _check_supported(config: dict, where: str) -> None:
+def _check_supported(config: ModelConfig, where: str) -> None:
     """Refuse what the models that mlx-lm has for the result cannot say."""
-    if head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
+    if config.head_dim * config.heads != config.hidden:
         raise CheckpointError(
-            f"{where}: head_dim {head_dim(config)} is not hidden_size / heads; MLX's Mixtral and"
+            f"{where}: head_dim {config.head_dim} is not hidden_size / heads; MLX's Mixtral and"
             " Qwen2-MoE have no such heads"
         )
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if config.get(key):
+        if config.raw.get(key):
             raise CheckpointError(f"{where}: {key}: a mixture of experts cannot have it")
-    scaling = config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type") or scaling.get("type")
-    if kind not in (None, "default"):
+    if config.rope_scaling is not None:
+        kind = config.rope_scaling["rope_type"]
         raise CheckpointError(
-            f"{where}: rope_scaling {str(kind)[:40]!r}: MLX's Mixtral and Qwen2-MoE would ignore it"
+            f"{where}: rope_scaling {short(kind)}: MLX's Mixtral and Qwen2-MoE would ignore it"
         )
 
 
 def _check_same(base: Dense, other: Dense) -> None:
-    for key in _SAME:
-        if base.config[key] != other.config[key]:
+    for key, shown in _SAME.items():
+        ours, theirs = getattr(base.config, key), getattr(other.config, key)
+        if ours != theirs:
             raise CheckpointError(
-                f"{other.name}: {key} is {other.config[key]}, but {base.config[key]} in the base"
-                f" {base.name}"
+                f"{other.name}: {shown} is {theirs}, but {ours} in the base {base.name}"
             )
 
 
 def _check_tensors(model: Dense) -> None:
     found = {name: tensor.shape for name, tensor in model.tensors.items()}
-    check_complete(modules(model.config), found, model.name)
+    check_complete(family(model.config.family).modules(model.config), found, model.name)
     for tensor in model.tensors.values():
         if tensor.dtype not in FLOAT_DTYPES:
             raise CheckpointError(

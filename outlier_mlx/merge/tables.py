@@ -17,8 +17,8 @@ def print_merged(result: Merged) -> None:
     print_heading(console, result.path.name, f": {kind_of(result.mixture)}, {stored}")
     console.print(parts_table(result.rows))
     console.print(
-        f"parameters: {count(mixture.total_params)} in total,"
-        f" {count(mixture.active_params)} active per token",
+        f"parameters: {count(mixture.parameters.total)} in total,"
+        f" {count(mixture.parameters.active)} active per token",
         soft_wrap=True,
     )
     if routers.routing:

@@ -90,7 +90,7 @@ def parse_config(
         defaults = known.own_defaults()
         spelled = normalised(raw, where)
     fields = Fields(spelled, where, strict=True)
-    values = _values(fields, known, defaults)
+    values = _values(fields, known, defaults, aliases=role == "base")
     known.check(fields)
     if None not in (values["attention"] or ()):
         fields.refuse(
@@ -130,7 +130,7 @@ def describe(raw: dict) -> Description:
     except CheckpointError:
         spelled = {key: value for key, value in raw.items() if not key.startswith("rope_")}
     spelled = defaults | {key: value for key, value in spelled.items() if value is not None}
-    values = _values(Fields(spelled, "config.json", strict=False), known, None)
+    values = _values(Fields(spelled, "config.json", strict=False), known, None, aliases=own)
     return Description(**values | {"raw": raw})
 
 
@@ -190,10 +190,18 @@ def _base_family(raw: dict, where: str) -> Family:
     return replace(family(DEFAULT_BASE), own_head_dim=True, base_scalings=tuple(scalings))
 
 
-def _values(fields: Fields, known: Family | None, defaults: Defaults | None) -> dict[str, Any]:
-    """The fields of a `Description`; RoPE's scaling is not checked."""
-    raw = fields.raw
-    own = fields.strict or is_overlay(dict(raw)) or is_tier(dict(raw))
+def _values(
+    fields: Fields, known: Family | None, defaults: Defaults | None, *, aliases: bool
+) -> dict[str, Any]:
+    """The fields of a `Description`; RoPE's scaling is not checked.
+
+    Args:
+        fields: the config.
+        known: its family.
+        defaults: what missing fields mean.
+        aliases: whether sizes may have the names that overlays have for them.
+    """
+    raw, own = fields.raw, aliases
     hidden = _size(fields, own, "hidden_dim", "hidden_size")
     layers = _size(fields, own, "n_layers", "num_hidden_layers", most=MAX_COUNT)
     heads = _size(fields, own, "n_heads", "num_attention_heads")

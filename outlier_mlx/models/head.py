@@ -4,9 +4,7 @@ from collections.abc import Mapping
 
 from outlier_mlx.storage.safetensors import TensorRef
 
-NOTE = (
-    "config.json ties the head to the embedding, but the files hold a head that differs: it is kept"
-)
+NOTE = "config.json ties the head to the embedding, but the files hold one of its own: it is kept"
 _SLAB_BYTES = 1 << 22
 
 

@@ -21,8 +21,9 @@ YARN = ("yarn", "deepseek_yarn")
 _LIFTED = ("rope_theta", "partial_rotary_factor")
 _NAMES = ("rope_theta", "type", "rope_type")
 _NEED_ORIGINAL = ("yarn", "llama3", "longrope")
-_YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor")
-_LLAMA3_NUMBERS = ("low_freq_factor", "high_freq_factor")
+# Numbers of a scaling besides factor and original context, and what they are by default.
+_YARN_NUMBERS = dict.fromkeys(["beta_fast", "beta_slow", "attention_factor"])
+_LLAMA3_NUMBERS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def spell_rope(config: dict, where: str, default_positions: int | None = None) -> dict:
@@ -139,10 +140,9 @@ def read_scaling(
     usual = {theirs: ours for ours, theirs in TIER_NAMES.items()} if tier else {}
     kind = usual.get(scaling["rope_type"], scaling["rope_type"])
     if kind not in allowed:
-        expected = (
-            f"expected {listed(allowed, last='or')}" if allowed else "which is not supported here"
+        raise CheckpointError(
+            f"{where}: rope_scaling {short(kind)}, expected {listed(allowed, last='or')}"
         )
-        raise CheckpointError(f"{where}: rope scaling {short(kind)}, {expected}")
     fields = Fields(scaling, where, strict=True)
     if kind == "linear":
         return {"rope_type": kind, "factor": fields.positive("factor")}
@@ -150,11 +150,9 @@ def read_scaling(
         return scaling
     result: dict[str, Any] = {"rope_type": kind, "factor": fields.positive("factor")}
     result[ORIGINAL] = fields.size(ORIGINAL)
-    for name in _YARN_NUMBERS if kind == "yarn" else _LLAMA3_NUMBERS:
-        if scaling.get(name) is not None:
-            result[name] = fields.positive(name)
-    if kind == "llama3" and not all(name in result for name in _LLAMA3_NUMBERS):
-        raise CheckpointError(f"{where}: rope scaling llama3 needs {listed(_LLAMA3_NUMBERS)}")
+    for name, default in (_YARN_NUMBERS if kind == "yarn" else _LLAMA3_NUMBERS).items():
+        if scaling.get(name) is not None or default is not None:
+            result[name] = fields.positive(name, default)
     if kind == "yarn":
         _read_mscale(fields, scaling, result)
     return result
