@@ -1,4 +1,4 @@
-"""Importing: models in the formats of other tools, streamed into plain MLX folders."""
+"""Importing: models in the formats of other tools become plain MLX folders."""
 
 from dataclasses import dataclass
 from pathlib import Path

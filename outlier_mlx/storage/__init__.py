@@ -1,1 +1,1 @@
-"""Files: lazy safetensors, a streaming sharded writer, folders that appear whole, the hub."""
+"""Files: safetensors, GGUF and pickles read lazily, the hub, files that appear whole."""

@@ -76,8 +76,8 @@ def open_sources(
         target: the tier that will be made.
         revision: the overlay's revision on the hub.
         base_revision: the base's.
-        stream: what is on the hub will be fetched a file at a time.
-        force: an unfinished run with other settings may be thrown away.
+        stream: fetch what is on the hub one file at a time.
+        force: discard an unfinished run with other settings.
 
     Raises:
         OutlierError: something is not there, or the hub cannot be reached or refuses.
@@ -102,7 +102,7 @@ def open_sources(
         except BaseException:
             if (kept / JOURNAL).exists():
                 _tell(
-                    f"{target}: unfinished: the same command goes on from here; to give it up,"
+                    f"{target}: unfinished: the same command resumes from here; to discard it,"
                     f" delete {kept}"
                 )
             raise
@@ -130,7 +130,7 @@ def _mirrored(
         files.update(mirror(repo, commit, folder, head_bytes))
         for path in folder.glob("*.gguf"):
             raise CheckpointError(
-                f"{repo}: {path.name}: GGUF cannot be streamed; leave out --stream"
+                f"{repo}: {path.name}: GGUF cannot be read by its header alone; leave out --stream"
             )
         return Source(folder, repo, commit)
 
@@ -148,7 +148,7 @@ def _choose_commit(
 ) -> tuple[str, bool]:
     """The commit to take, and whether the one that an unfinished run was begun with is gone.
 
-    Two commits are never mixed: the run goes on with the commit that it began with, or anew.
+    Two commits are never mixed: the run resumes with the one that it began with, or starts again.
     """
     now = find_commit(repo, revision)
     then = begun.get("revision")
@@ -164,9 +164,9 @@ def _choose_commit(
 
         if not isinstance(error.__cause__, RevisionNotFoundError):
             raise
-        _tell(f"{moved} with {then[:12]}, which is gone: beginning anew")
+        _tell(f"{moved} with {then[:12]}, which is gone: starting again")
         return now, True
-    _tell(f"{moved} with {then[:12]}: going on with that; to begin anew, delete the folder")
+    _tell(f"{moved} with {then[:12]}: resuming with that; to start again, delete the folder")
     return then, False
 
 

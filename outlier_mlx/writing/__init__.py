@@ -1,1 +1,1 @@
-"""Model folders: parts streamed into files, a manifest, and a folder that appears whole."""
+"""Writing model folders: parts, manifest, tokenizer, licences and card; whole or not at all."""

@@ -37,7 +37,7 @@ class FetchedParts(Parts):
         asked: the revisions that were asked for, likewise.
         files: what stands behind each sparse file.
         settings: all else that the written bytes depend on, as JSON.
-        force: an unfinished run with other settings may be thrown away.
+        force: discard an unfinished run with other settings.
         anew: an unfinished run cannot be resumed.
     """
 
@@ -81,7 +81,7 @@ class FetchedParts(Parts):
         output = PlacedWriter(folder, self.specs)
         if journal.done and not output.is_begun():
             raise OutlierError(
-                f"{owner}: files are missing that were begun; delete it to begin anew"
+                f"{owner}: files are missing that were begun; delete it to start again"
             )
         total = self.source_bytes + sum(map(self._to_fetch, work.pieces)) + output.nbytes
         try:

@@ -12,7 +12,7 @@ from outlier_mlx.errors import OutlierError, OutputExistsError
 
 #: In what this project writes: tiers, and all other models. `--force` replaces nothing else.
 MANIFESTS = ("tier.json", "checksums.json")
-#: In a kept folder: what is done of what. While it is there, the folder is not cleared away.
+#: In a kept folder: the files that are done. While it is there, the folder is not removed.
 JOURNAL = "journal.jsonl"
 
 
@@ -67,7 +67,7 @@ def whole_folder(target: Path, *, force: bool = False, keep: bool = False) -> It
 
 
 def _claim(target: Path, *, force: bool, keep: bool) -> tuple[Path, int]:
-    """Make the folder that a run works in, or take over a kept one; and a handle that locks it."""
+    """The folder that a run works in, new or kept, and a handle that locks it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent, wait=True):
         clear_stale(target)
@@ -83,16 +83,16 @@ def _claim(target: Path, *, force: bool, keep: bool) -> tuple[Path, int]:
 
 
 def kept_folder(target: Path) -> Path:
-    """Where runs that can be gone on with keep what they have of `target`: beside it, hidden."""
+    """The hidden folder beside `target` that holds a run that can be resumed."""
     target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
     return target.parent / f"{_prefix(target)}kept"
 
 
 def clear_stale(target: Path) -> None:
-    """Clear away what killed runs left beside `target`, and put back what one had moved aside.
+    """Remove what killed runs left beside `target`, and put back what one had moved aside.
 
-    A run holds a lock on its temporary folder for as long as it lives. What is kept for a later
-    run is left alone.
+    A run holds a lock on its temporary folder as long as it lives. What is kept for a later run
+    stays.
 
     Raises:
         OutputExistsError: a run that writes `target` is alive.
@@ -124,7 +124,7 @@ def _is_alive(folder: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock on a folder; yields whether it could be had."""
+    """Lock a folder; yields whether that was possible."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         yield _lock(handle, wait=wait)

@@ -1,4 +1,4 @@
-"""A journal of what a long run has finished, so that a later run can go on from there."""
+"""A journal of what a long run has finished, so that a later run can resume from there."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import OutlierError, OutputExistsError
+from outlier_mlx.storage.output import write_whole
 from outlier_mlx.writing.folders import JOURNAL
 
 
@@ -18,7 +19,7 @@ class Journal:
 
     Raises:
         OutputExistsError: the folder has the journal of something else.
-        OutlierError: its journal is none.
+        OutlierError: its journal is damaged.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -32,13 +33,13 @@ class Journal:
             other = next((name for name in identity if lines[0].get(name) != identity[name]), "?")
             raise OutputExistsError(
                 f"{folder}: holds an unfinished run with other settings ({other}): repeat its"
-                " command to go on with it; --force, or deleting that folder, throws it away"
+                " command to resume it; --force, or deleting that folder, discards it"
             )
         self.done = {line["done"]: line["found"] for line in lines[1:]}
-        # A line that was cut off is written over.
+        # A line that was cut off is removed.
         text = b"".join(_line(line) for line in lines)
         if self._path.read_bytes() != text:
-            self._path.write_bytes(text)
+            write_whole(self._path, text)
 
     def add(self, name: str, found: dict[str, str]) -> None:
         """Record that `name` is done, and what was found out on the way."""
@@ -67,7 +68,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         lines = [None]
     if all(isinstance(line, dict) for line in lines) and all(map(_is_record, lines[1:])):
         return lines
-    raise OutlierError(f"{path}: not a journal; delete its folder to begin anew")
+    raise OutlierError(f"{path}: not a journal; delete its folder to start again")
 
 
 def _is_record(line: dict[str, Any]) -> bool:

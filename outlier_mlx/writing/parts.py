@@ -72,7 +72,7 @@ class Parts:
     parts: Sequence[Part]
     what: str = "the model"
 
-    #: Whether what an unfinished run has written is of use to the next.
+    #: Whether the next run can resume what an unfinished one has written.
     keep: ClassVar[bool] = False
 
     @property

@@ -1,4 +1,4 @@
-"""Parts in pieces: what of a part can be made from one source file alone, and where it belongs."""
+"""Pieces of parts: what can be made from one source file alone, and where its bytes belong."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

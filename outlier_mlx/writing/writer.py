@@ -142,7 +142,7 @@ class ShardedWriter:
 class PlacedWriter:
     """Writes the files that `ShardedWriter` writes, with the bytes in any order.
 
-    Files that an earlier run began are gone on with. Use as a context manager; call `write` with
+    Files that an earlier run began are kept. Use as a context manager; call `write` with
     every byte of every tensor, then `finish`.
 
     Args:

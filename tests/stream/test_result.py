@@ -172,7 +172,9 @@ def test_gguf_is_refused(hub: Hub, models: Models, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(models.overlay(1), tmp_path / "overlay"))
     (folder / "experts.gguf").write_bytes(b"GGUF")
     hub.add("owner/overlay", folder)
-    with pytest.raises(OutlierError, match=r"experts.gguf: GGUF cannot be streamed; leave out"):
+    with pytest.raises(
+        OutlierError, match=r"experts.gguf: GGUF cannot be read by its header alone; leave"
+    ):
         stream(tmp_path / "tier")
 
 
@@ -183,7 +185,7 @@ def test_the_command(
     command = ["convert", "owner/overlay", "--base", "owner/base", "--stream", "--out", out]
     stop_at(OVERLAY_FILE)
     warning, error = run(*command, code=1).err.splitlines()
-    assert "unfinished: the same command goes on from here" in warning
+    assert "unfinished: the same command resumes from here" in warning
     assert str(kept_folder(out)) in warning and error.startswith("error: owner/")
     served.down, served.on_file = False, None
     assert run(*command, "--quiet").both == ""

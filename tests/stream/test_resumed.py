@@ -111,7 +111,7 @@ def test_a_revision_that_moves(
     served.down, served.on_file = False, None
     served.requests.clear()
     said = f"main is now {second[:12]}.*{first[:12]}"
-    said += ".*gone: beginning anew" if gone else ".*going on with that"
+    said += ".*gone: starting again" if gone else ".*resuming with that"
     with pytest.warns(CheckpointWarning, match=said):
         stream(tmp_path / "tier")
     assert len(fetched(served)) == (4 if gone else 1)
