@@ -1,4 +1,4 @@
-"""Runs, checks and counts Metal kernels on a CPU: a stand-in for tests and benchmarks."""
+"""An emulator that runs, checks and counts Metal kernels on a CPU, for tests and benchmarks."""
 
 from .errors import (
     ArithmeticFault,

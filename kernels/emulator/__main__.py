@@ -1,4 +1,4 @@
-"""Lints a kernel, runs it on random data and prints what it costs.
+"""Lints a kernel, runs it on random data and prints its cost.
 
     python -m kernels.emulator kernels/tq1_0_qmv.metal --header kernels/tq1_0.metal \\
         --input x=float16:1x5120 --input rows=uint8:2x512x1024 --input scales=float32:2x512@1 \\
@@ -6,8 +6,8 @@
         --template T=float16 --template K=5120 --grid 2048,2,1 --threadgroup 64,1,1 \\
         --weights 5242880 --weight rows --weight scales
 
-A file is the body of a custom kernel, as `mx.fast.metal_kernel` takes it, or Metal source with
-[[kernel]] functions, of which --kernel picks one.
+The file is the body of a custom kernel for `mx.fast.metal_kernel`, or Metal source with [[kernel]]
+functions, of which --kernel chooses one.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def _print(found: dict[str, Any]) -> None:
     if "per_weight" in found:
         one = found["per_weight"]
         print(
-            f"a weight: {one['main']:.3f} main and {one['second']:.3f} second cycles, "
+            f"per weight: {one['main']:.3f} main and {one['second']:.3f} second cycles, "
             f"{one['bytes']:.4f} bytes, {one['loads']:.3f} loads"
         )
 
@@ -155,10 +155,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=_declared, action="append", default=[],
                             metavar="NAME=DTYPE[:SHAPE][@VALUE]")  # fmt: skip
     parser.add_argument("--template", type=_template, action="append", default=[])
-    parser.add_argument("--grid", type=_sizes, help="threads; without it the file is only linted")
+    parser.add_argument("--grid", type=_sizes, help="threads; default: only lint the file")
     parser.add_argument("--threadgroup", type=_sizes, default=(32, 1, 1))
     parser.add_argument("--weights", type=int, help="divide the cost by this many weights")
-    parser.add_argument("--weight", action="append", default=[], help="a buffer of weights")
+    parser.add_argument("--weight", action="append", default=[], help="name of a weight buffer")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
     try:
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if cost is None:
-        print(f"{arguments.file}: no complaints", file=sys.stderr)
+        print(f"{arguments.file}: no errors", file=sys.stderr)
         return 0
     found = _report(cost, arguments)
     print(json.dumps(found, indent=2)) if arguments.json else _print(found)

@@ -1,4 +1,4 @@
-"""MLX arrays as bytes, and bytes as MLX arrays."""
+"""Convert MLX arrays to bytes, and bytes to MLX arrays."""
 
 import ctypes
 from collections.abc import Sequence
@@ -44,13 +44,13 @@ _STRIDED = 0x18 | 0x4  # PyBUF_STRIDES | PyBUF_FORMAT
 
 
 def memory(array: mx.array) -> tuple[np.ndarray, int, tuple[int, ...]]:
-    """The memory that an array spans, without making it contiguous.
+    """Copy the memory that an array spans, without making it contiguous.
 
-    NumPy's own view would do, but it has no bfloat16.
+    A NumPy view is not enough: NumPy has no bfloat16.
 
     Returns:
-        A copy of the bytes from the lowest to the highest address that the array reaches, uint8;
-        the offset in them of its first element; and its strides in elements.
+        The bytes from the array's lowest to its highest address, uint8; the offset of its first
+        element in these bytes; and its strides in elements.
     """
     mx.eval(array)
     view = _PyBuffer()
@@ -72,7 +72,7 @@ def memory(array: mx.array) -> tuple[np.ndarray, int, tuple[int, ...]]:
 
 
 def as_array(data: np.ndarray, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    """An MLX array of `shape` and `dtype` with these bytes."""
+    """Make an MLX array of `shape` and `dtype` from bytes (uint8)."""
     typed = data.view(_NUMPY[dtype]).reshape(tuple(shape))
     if dtype == mx.bool_:
         return mx.array(typed != 0)

@@ -1,8 +1,8 @@
-"""Which class of GPU instruction each instruction of LLVM IR stands for.
+"""Assigns each LLVM IR instruction to classes of GPU instructions.
 
-An IR instruction may be several on a GPU, or none: a register move that renames, an operand's
-conversion from 16 bits, the addition that a load's address mode does. The rules are written
-down in docs/emulator.md; prices are in cost.py.
+An IR instruction may be several GPU instructions, or none, such as a register move, the conversion
+of a 16-bit operand, or the addition in a load's address mode. docs/emulator.md has the rules,
+cost.py the prices.
 """
 
 import re
@@ -51,7 +51,7 @@ _FREE_CALLS = (
 
 
 def classify(function: ir.Function, origins: Origins) -> dict[int, Counter[str]]:
-    """By `id` of each instruction of a function, the classes it stands for and how often."""
+    """For each instruction of a function, by its `id`: its classes and their numbers."""
     rules = _Rules(function, origins)
     return {id(i): rules.kinds(i) for i in function}
 
@@ -68,7 +68,7 @@ class _Rules:
         return self.function.users.get(instruction.result or "", [])
 
     def kinds(self, i: ir.Instruction) -> Counter[str]:
-        """The classes of one instruction; a vector counts once a component."""
+        """The classes of one instruction; a vector counts once for each component."""
         n = 1 if i.opcode in _MEMORY or i.opcode == "select" else ir.lanes(i.type)
         method = getattr(self, f"_{i.opcode}", None)
         if i.opcode in _FREE:
@@ -128,7 +128,7 @@ class _Rules:
         return [] if alone else ["move or convert a float"]
 
     def _through_vectors(self, i: ir.Instruction) -> list[ir.Instruction]:
-        """The users, seen through what only takes vectors apart."""
+        """The users of a value; also users of its parts, if a vector is taken apart."""
         found = []
         for user in self.users(i):
             if user.opcode in ("extractelement", "shufflevector"):
@@ -145,7 +145,7 @@ class _Rules:
         for value in i.operands:
             source = self.made(value)
             if source and source.opcode == "mul" and len(self.users(source)) == 1:
-                return []  # the multiplication adds
+                return []  # one multiply-add
         return ["integer add, 64 bits"]
 
     _sub = _add
@@ -177,9 +177,9 @@ class _Rules:
         amount, wide = self._amount(i), ir.bits(i.type) > 32
         users = self.users(i)
         if amount and users and all(_takes_part(u, amount) for u in users):
-            return []  # each half of a register has a name of its own
+            return []  # instructions can use half of a register
         if amount == 16 and i.opcode == "lshr" and not wide:
-            # An upper half that is zero-extended: an operand of arithmetic may be one.
+            # The upper half of a register, zero-extended, can be an operand of arithmetic.
             return [] if users and all(u.opcode in _ALU for u in users) else ["integer add"]
         return ["shift, 64 bits" if wide else "shift"]
 
@@ -194,11 +194,11 @@ class _Rules:
         mask = re.search(r", (\d+)$", i.text)
         amounts = all(u.opcode in ("shl", "lshr", "ashr") for u in self.users(i))
         if i.opcode == "and" and mask and int(mask[1]) == ir.bits(i.type) - 1 and amounts:
-            return []  # a shift takes its amount modulo the width
+            return []  # a shift uses its amount modulo the width
         if i.opcode == "and" and mask and _is_low_mask(int(mask[1])) and i.operands:
             source = self.made(i.operands[0])
             if source and source.opcode == "lshr" and len(self.users(source)) == 1:
-                return []  # one bit-field extraction with the shift
+                return []  # together with the shift, one bit-field extraction
         return ["bitwise"] * n
 
     def _integer_width(self, i: ir.Instruction) -> list[str]:
@@ -211,7 +211,7 @@ class _Rules:
             return []
         made = self.made(i.operands[0]) if i.operands else None
         if made is None or made.opcode in ("load", "extractelement"):
-            return []  # a load extends
+            return []  # the load itself extends
         return ["bitwise" if i.opcode == "zext" else "shift"]
 
     def _only_indexes(self, i: ir.Instruction) -> bool:
@@ -275,9 +275,9 @@ class _Rules:
         return ["address"] * self._address(i)
 
     def _address(self, i: ir.Instruction) -> int:
-        """Additions that a pointer costs, beyond what a load or store does by itself.
+        """Number of additions for a pointer, beyond those that loads and stores do themselves.
 
-        A load adds one 32-bit register, or a constant, to a 64-bit base.
+        A load or store adds one 32-bit register, or a constant, to a 64-bit base.
         """
         indices = i.text.split(", ")[2:]
         variable = [x for x in indices if "%" in x]
@@ -330,7 +330,7 @@ class _Rules:
 
 
 def _takes_part(user: ir.Instruction, amount: int) -> bool:
-    """Whether a user of a value shifted right takes only a 16-bit or 32-bit part of it."""
+    """Whether a user of a value shifted right uses only a 16-bit or 32-bit part of it."""
     width = re.search(r" to i(\d+)$", user.text) if user.opcode == "trunc" else None
     return width is not None and int(width[1]) in (16, 32) and amount % int(width[1]) == 0
 
@@ -340,7 +340,7 @@ def _is_low_mask(mask: int) -> bool:
 
 
 def _multiply_by(factor: int) -> list[str]:
-    """A constant multiplication as additions with a shift by 1 to 4, where that is cheaper."""
+    """A multiplication by a constant; additions with a shift by 1 to 4, if that is cheaper."""
     if factor in (-1, 0, 1):
         return ["integer add"]
     zeros = (factor & -factor).bit_length() - 1

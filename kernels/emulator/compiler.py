@@ -1,4 +1,4 @@
-"""Finds clang, and calls it: from a kernel's text to LLVM IR, and from IR to a library."""
+"""Finds clang, compiles a kernel's text to LLVM IR, and IR to a shared library."""
 
 import hashlib
 import importlib.util
@@ -19,11 +19,11 @@ from .dialect import clang_dialect
 from .errors import CompilerMissing, EmulatorError
 
 PACKAGE = Path(__file__).resolve().parent
-MINIMUM_CLANG = 19  # the oldest that the tests were run with
+MINIMUM_CLANG = 19  # the oldest version that was tested
 
-# Metal's rules, in clang's C++ for OpenCL: address spaces are part of the types, a literal
-# without a suffix is a float, variables outside functions are constant, nothing of OpenCL's own
-# library is declared. half and bfloat round after each operation.
+# C++ for OpenCL with Metal's rules: address spaces are part of the types, a literal without a
+# suffix is a float, variables outside functions are constant, and OpenCL's own library is not
+# declared. half and bfloat round after each operation.
 LANGUAGE = [
     "-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc",
     "-cl-single-precision-constant", "-fno-elide-type", "-fdeclspec",
@@ -35,7 +35,7 @@ LANGUAGE = [
     "-Xclang", "-fbfloat16-excess-precision=none",
 ]  # fmt: skip
 
-# A GPU thread is scalar, so no vectorizing; and loops stay loops of loads and stores.
+# A GPU thread is scalar: no vectorization, and no replacement of loops by memset or memcpy.
 OPTIMIZATION = [
     "-O2", "-ffp-contract=on", "-fno-vectorize", "-fno-slp-vectorize", "-fno-math-errno",
     "-fno-builtin-memset", "-fno-builtin-memcpy", "-fno-unwind-tables",
@@ -66,10 +66,10 @@ class Toolchain:
 
     @cached_property
     def machine(self) -> list[str]:
-        """Arguments that allow instructions which this processor has.
+        """Arguments that turn on this processor's vector instructions.
 
-        None with $KERNEL_EMULATOR_PORTABLE, which also makes the runtime switch stacks by the C
-        library: so what other processors need is tested on this one.
+        With $KERNEL_EMULATOR_PORTABLE set there are none, and the runtime switches stacks with the
+        C library. In this way, code for other processors can be tested on this one.
         """
         if os.environ.get("KERNEL_EMULATOR_PORTABLE"):
             return ["-DEMU_UCONTEXT"]
@@ -82,7 +82,7 @@ class Toolchain:
         return []
 
     def run(self, arguments: Sequence[str], what: str) -> str:
-        """Runs clang; returns what it wrote to stderr, raises `EmulatorError` if it failed."""
+        """Runs clang; returns its stderr, raises `EmulatorError` if it fails."""
         done = subprocess.run(
             [*self.clang, *self.target, *arguments], capture_output=True, text=True
         )
@@ -91,7 +91,7 @@ class Toolchain:
         return done.stderr
 
     def link(self, objects: Iterable[Path], to: Path) -> None:
-        """Makes a shared library out of objects and libraries."""
+        """Links objects and libraries into a shared library."""
         names = [str(path) for path in objects]
         if self.linker:
             command = [*self.linker, "-shared", *names, "-o", str(to)]
@@ -118,7 +118,7 @@ def _system_clang() -> Toolchain | None:
             return Toolchain((path,), None, (), found[0])
     if named:
         raise CompilerMissing(
-            f"KERNEL_EMULATOR_CLANG={named} is no clang of version {MINIMUM_CLANG} or newer"
+            f"KERNEL_EMULATOR_CLANG={named} is not clang {MINIMUM_CLANG} or newer"
         )
     return None
 
@@ -154,7 +154,7 @@ def toolchain() -> Toolchain:
 
 @cache
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $KERNEL_EMULATOR_CACHE, or .cache/ of the checkout."""
+    """The folder of compiled kernels: $KERNEL_EMULATOR_CACHE, or .cache/ in the checkout."""
     named = os.environ.get("KERNEL_EMULATOR_CACHE")
     folder = Path(named) if named else PACKAGE.parents[1] / ".cache" / "kernel-emulator"
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def cache_folder() -> Path:
 
 @cache
 def own_digest() -> str:
-    """A digest of what shapes a compiled kernel here, and of the compiler: part of every key."""
+    """A digest of all code that a compiled kernel depends on, and of the compiler."""
     digest = hashlib.sha256()
     modules = ("compiler", "dialect", "msl", "signature", "ir", "trace", "instrument", "kernel")
     paths = [PACKAGE / f"{name}.py" for name in modules]
@@ -179,10 +179,10 @@ def own_digest() -> str:
 
 
 def cached(key: str, make: Callable[[Path], None]) -> Path:
-    """The folder of the cache for `key`, filled by `make` if it is not there yet.
+    """The cache's folder for `key`; if it does not exist yet, `make` fills it.
 
-    `make` gets a temporary folder, which is renamed when it returns: a folder that exists is
-    whole, also with several processes at work.
+    `make` gets a temporary folder, which is renamed afterwards. So an existing folder is always
+    complete, even if several processes work at the same time.
     """
     name = hashlib.sha256((own_digest() + key).encode()).hexdigest()[:32]
     folder = cache_folder() / name
@@ -192,7 +192,7 @@ def cached(key: str, make: Callable[[Path], None]) -> Path:
             make(scratch)
             scratch.rename(folder)
         except OSError:
-            if not folder.is_dir():  # somebody else was first otherwise
+            if not folder.is_dir():  # else another process was faster
                 raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -222,7 +222,7 @@ def include_arguments() -> list[str]:
 
 
 def precompiled(prelude: str) -> Path:
-    """A precompiled header of `prelude`, which most of a kernel's compilation time would go to."""
+    """A precompiled header of `prelude`; without it, the prelude takes most of the compile time."""
 
     def write(folder: Path) -> None:
         (folder / "prelude.h").write_text(prelude, encoding="utf-8")
@@ -256,13 +256,13 @@ def runtime_library() -> Path:
 
 
 def compile_ir(text: str, prelude: str, warnings: Sequence[str], to: Path) -> str:
-    """Compiles a kernel's text to optimized LLVM IR.
+    """Compiles a kernel's text to optimized LLVM IR in the file `to`.
 
     Returns:
-        The warnings, as clang wrote them.
+        clang's warnings.
 
     Raises:
-        EmulatorError: with the diagnostics, when it is rejected.
+        EmulatorError: clang rejects the text; the message has its diagnostics.
     """
     source = to.with_suffix(".msl")
     source.write_text(text, encoding="utf-8")

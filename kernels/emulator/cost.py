@@ -1,4 +1,4 @@
-"""What a launch costs: bytes by buffer, instructions by class, cycles by pipe."""
+"""The cost of a launch: bytes by buffer, instructions by class, cycles by pipe."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class Cycles(NamedTuple):
     second: float = 0.0
 
 
-# Throughputs of the M1 and M2 from github.com/philipturner/metal-benchmarks: the main pipe takes
-# float and integer adds, float multiplies, bitwise operations, compares and selects; the second
-# ("integer and complex math") the rest. Where that table has no figure, the sequence that the
-# operation would be is priced; docs/emulator.md says which those are.
+# Throughputs of the M1 and M2 from github.com/philipturner/metal-benchmarks. The main pipe executes
+# float and integer additions, float multiplications, bitwise operations, compares and selects; the
+# second ("integer and complex math") executes the rest. An operation without a figure there has the
+# price of an equivalent sequence of operations; docs/emulator.md lists these.
 TABLE: dict[str, Cycles] = {
     "float arithmetic": Cycles(main=1),
     "float compare or select": Cycles(main=1),
@@ -78,22 +78,23 @@ class PerWeight(NamedTuple):
 
     main: float  # cycles of the main pipe for one lane
     second: float  # cycles of the second pipe
-    bytes: float  # different bytes read from the buffers that were asked for
+    bytes: float  # different bytes read from the chosen buffers
     loads: float  # load instructions from device memory
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a launch costs.
+    """The cost of a launch, or the sum of several.
 
     Attributes:
-        instructions: by class, how often a simdgroup issued one (a vector operation counts once
-            a component). Both sides of a branch count when lanes of the simdgroup take both.
-        read: by buffer, how many different bytes were read.
-        written: by buffer, how many different bytes were written.
-        requested: by buffer, bytes asked for by all threads together, repeats included.
-        loads: by buffer, load instructions issued by simdgroups.
-        launches: 1; adding costs adds them up.
+        instructions: number of instructions that simdgroups issued, by class. A vector operation
+            counts once for each component. If lanes of a simdgroup take both sides of a branch,
+            both count.
+        read: number of different bytes read, by buffer.
+        written: number of different bytes written, by buffer.
+        requested: number of bytes that all threads read, including repeats, by buffer.
+        loads: number of load instructions that simdgroups issued, by buffer.
+        launches: number of launches.
     """
 
     instructions: dict[str, int]
@@ -112,11 +113,11 @@ class Cost:
         )
 
     def per_weight(self, weights: int, buffers: tuple[str, ...] | None = None) -> PerWeight:
-        """Divides by the number of weights that the launch used.
+        """Divides the cost by a number of weights.
 
         Args:
-            weights: how many weights the launch multiplied with.
-            buffers: whose bytes to count as weight bytes; all that were read by default.
+            weights: number of weights that the launch used.
+            buffers: buffers that count as weight bytes; default: all that were read.
         """
         cycles = self.cycles
         names = self.read if buffers is None else buffers
@@ -142,7 +143,7 @@ class Cost:
 
 
 def price(kernel: CompiledKernel, counts: Counts) -> Cost:
-    """The cost of a launch from what its basic blocks hold and how often they ran."""
+    """Computes the cost of a launch from its basic blocks and their numbers of runs."""
     module = ir.Module(kernel.ir)
     names = {p.buffer: p.name for p in kernel.signature.buffers}
     instructions: Counter[str] = Counter()

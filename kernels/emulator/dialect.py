@@ -1,16 +1,16 @@
-"""Rewrites Metal's text where clang's C++ for OpenCL has another way to say the same."""
+"""Rewrites Metal source where clang's C++ for OpenCL needs another syntax."""
 
 import re
 
 
 def clang_dialect(text: str) -> str:
-    """Metal source that clang accepts, line by line the same.
+    """Rewrites Metal source so that clang accepts it; line numbers stay the same.
 
-    Five things change. The qualifier `thread` of a member function goes: here a member function
-    without one serves every address space. Function constants, which a host sets at launch,
-    become true. Arrays of a threadgroup become references to memory of the runtime's. The
-    suffix bf of a literal becomes a conversion. And kernels become internal, so that nothing is
-    left of them but the one that is called.
+    Five things change. The qualifier `thread` of a member function is removed, because in C++ for
+    OpenCL a member function without one works in every address space. Function constants, which a
+    host sets at launch, become true. Threadgroup arrays become references to memory of the runtime.
+    The suffix bf of a literal becomes a conversion. Kernels become static, so that only the called
+    one stays in the IR.
     """
     text = re.sub(r"(\)\s*(?:const\s+)?)thread\b", r"\1", text)
     constant = r"^constant bool (\w+) \[\[function_constant\(\d+\)\]\];"
@@ -23,7 +23,7 @@ def clang_dialect(text: str) -> str:
 
 
 def without_comments(text: str) -> str:
-    """The text with comments and strings blanked: of the same length and lines."""
+    """The text with comments and strings replaced by blanks; length and lines stay the same."""
 
     def blank(found: re.Match[str]) -> str:
         return re.sub(r"[^\n]", " ", found[0])
@@ -32,7 +32,7 @@ def without_comments(text: str) -> str:
 
 
 def _innermost(code: str) -> list[str]:
-    """For each character, the bracket that it is directly inside of, or ''."""
+    """For each character, the innermost open bracket around it, or ''."""
     stack, at = [""], []
     for c in code:
         at.append(stack[-1])
@@ -44,9 +44,9 @@ def _innermost(code: str) -> list[str]:
 
 
 def _threadgroup_arrays(text: str) -> str:
-    """Turns `threadgroup float buf[64];` into a reference to memory that the runtime gives.
+    """Turns `threadgroup float buf[64];` into a reference to memory of the runtime.
 
-    So its size is known, it can lie between guard pages, and it starts as NaN.
+    So its size is known, guard pages surround it, and its first content is NaN.
     """
     code = without_comments(text)
     inside = _innermost(code)

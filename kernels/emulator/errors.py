@@ -1,12 +1,12 @@
-"""What the emulator raises: one class a kind of mistake that a kernel can make."""
+"""Errors of the emulator: one class for each kind of mistake in a kernel."""
 
 
 class EmulatorError(RuntimeError):
-    """A kernel, or the way it was launched, is wrong; or the emulator cannot run it."""
+    """A kernel or its launch is wrong, or the emulator cannot run it."""
 
 
 class CompilerMissing(EmulatorError):
-    """No clang was found that is new enough."""
+    """There is no clang, or it is too old."""
 
 
 class LintError(EmulatorError):
@@ -14,7 +14,7 @@ class LintError(EmulatorError):
 
 
 class LaunchError(EmulatorError):
-    """Grid, threadgroup or arguments are not what Metal accepts."""
+    """Metal does not allow this grid, threadgroup or argument."""
 
 
 class OutOfBounds(EmulatorError):
@@ -22,15 +22,15 @@ class OutOfBounds(EmulatorError):
 
 
 class Misaligned(EmulatorError):
-    """A thread read or wrote at an address that its type's alignment does not divide."""
+    """A thread read or wrote at an address that is not a multiple of the type's alignment."""
 
 
 class Divergence(EmulatorError):
-    """Lanes of a simdgroup did not all arrive at the same operation, or one is missing."""
+    """Not all lanes of a simdgroup reached the same operation, or a lane does not exist."""
 
 
 class BarrierError(EmulatorError):
-    """Threads of a threadgroup did not all arrive at the same barrier."""
+    """Not all threads of a threadgroup reached the same barrier."""
 
 
 class RaceError(EmulatorError):

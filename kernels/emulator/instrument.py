@@ -1,4 +1,4 @@
-"""Adds to a kernel's IR what makes a run checked and counted."""
+"""Adds checks and counters to a kernel's IR."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from . import ir
 from .trace import Access, Origins, accesses
 
-# Calls that wait for other threads; their last argument names the place in the kernel.
+# Calls that wait for other threads; their last argument is the place number in the kernel.
 RENDEZVOUS = {
     "emu_simd",
     "emu_simdgroup_barrier",
@@ -63,15 +63,15 @@ right:
 
 @dataclass
 class Instrumented:
-    """The IR to compile, and what the numbers in it mean."""
+    """The IR to compile, and facts about it."""
 
     text: str
-    places: list[int | None] = field(default_factory=list)  # line of the kernel's text
-    arrays: dict[int, int] = field(default_factory=dict)  # threadgroup arrays: bytes
-    waits: bool = False  # whether any thread ever waits for another
+    places: list[int | None] = field(default_factory=list)  # line in the kernel, by place number
+    arrays: dict[int, int] = field(default_factory=dict)  # bytes of threadgroup arrays, by number
+    waits: bool = False  # whether any thread waits for another
     float_atomics: bool = False  # whether rounding depends on the order of threads
-    blocks: int = 0
-    private: int = 0  # bytes of a thread's variables that are in memory
+    blocks: int = 0  # number of basic blocks
+    private: int = 0  # bytes of a thread's variables in memory
 
 
 def _may_be_buffer(access: Access) -> bool:
@@ -81,7 +81,7 @@ def _may_be_buffer(access: Access) -> bool:
 
 
 def _is_shared(store: ir.Instruction, origins: Origins) -> bool:
-    """Whether a store writes memory that other threads see."""
+    """Whether a store writes to memory that other threads can read."""
     access = accesses(store, origins)[0]
     if access.origin:
         return access.origin.kind in ("buffer", "array")
@@ -111,7 +111,7 @@ class _Writer:
         self.lines.append(f"  {result} = {text}" if result else f"  {text}")
 
     def guard(self, access: Access, instruction: ir.Instruction) -> None:
-        """Checks an access to a buffer, and marks the bytes it touches."""
+        """Adds a check of an access to a buffer, and marks the bytes that it touches."""
         address = self.name()
         self.emit(f"ptrtoint {access.pointer} to i64", address)
         place = self.place(instruction)
@@ -181,14 +181,14 @@ class _Writer:
 def instrument(text: str, file: str, count: bool) -> Instrumented:
     """Rewrites optimized IR for a run on the CPU.
 
-    Every access to a buffer is checked for alignment, every wait gets the number of its place, a
-    store lets the other threads go first where the runtime wants it, and an `fmuladd` becomes two
-    operations. With `count`, every basic block counts its runs for
-    the thread that runs it, and every byte read or written is marked in a shadow of the buffers.
+    Every access to a buffer is checked for alignment; every wait gets its place number; before a
+    store, other threads can run if the runtime wants it; `fmuladd` becomes two operations. With
+    `count`, every basic block counts its runs for each thread, and every byte read or written is
+    marked in a shadow of the buffers.
 
     Args:
-        text: what `compile_ir` wrote.
-        file: the name of the kernel's text in debug information.
+        text: IR from `compile_ir`.
+        file: name of the kernel's text in debug information.
         count: whether to count.
     """
     module = ir.Module(text)

@@ -1,4 +1,4 @@
-"""Just enough of LLVM's textual IR: functions, blocks, instructions, and where values come from."""
+"""A parser for the needed parts of LLVM's textual IR: functions, blocks, instructions, values."""
 
 import re
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class Instruction:
 
     @cached_property
     def callee(self) -> str | None:
-        """The name of the function that a call names."""
+        """The name of the called function; None if this is not a call."""
         found = re.search(r"@(\"[^\"]*\"|[\w$.]+)\(", self.text) if self.opcode == "call" else None
         return found[1].strip('"') if found else None
 
@@ -38,7 +38,7 @@ class Instruction:
 
     @cached_property
     def type(self) -> str:
-        """The type it works on: of its result, or of what a store writes."""
+        """The type of its result, or of the value that a store writes."""
         text = re.sub(r"^(tail |musttail |notail )", "", self.text)
         text = text[len(self.opcode) :]
         flags = r"\s*(?:(?:nuw|nsw|nusw|exact|disjoint|nneg|samesign|inbounds|volatile|atomic|"
@@ -63,7 +63,7 @@ def first_type(text: str) -> str:
 
 
 def lanes(type_text: str) -> int:
-    """How many components a type has: 4 for <4 x float>, 1 for i32."""
+    """Number of components of a type: 4 for <4 x float>, 1 for i32."""
     found = re.match(r"<(\d+) x ", type_text)
     return int(found[1]) if found else 1
 
@@ -84,7 +84,7 @@ def bits(type_text: str) -> int:
 
 
 def byte_size(type_text: str) -> int:
-    """How many bytes a load or store of a type touches; 0 if unknown."""
+    """Number of bytes that a load or store of a type touches; 0 if unknown."""
     array = re.match(r"\[(\d+) x (.*)\]$", type_text)
     if array:
         return int(array[1]) * byte_size(array[2])
@@ -93,7 +93,7 @@ def byte_size(type_text: str) -> int:
 
 @dataclass
 class Block:
-    """A basic block; `number` is its index in the module, by which its runs are counted."""
+    """A basic block; `number` is its index in the module, and the index of its counter."""
 
     label: str
     number: int
@@ -128,7 +128,7 @@ class Function:
 
 
 class Module:
-    """Parsed IR: what stands before, between and after functions is kept as text."""
+    """Parsed IR; everything outside of functions is kept as text."""
 
     def __init__(self, text: str) -> None:
         self.functions: list[Function] = []
@@ -181,7 +181,7 @@ class Module:
         raise ValueError("IR ends inside a function")
 
     def line(self, location: str | None, file: str) -> int | None:
-        """The line of `file` that a !dbg node stands for: the innermost, through inlined calls."""
+        """The line in `file` of a !dbg node; for inlined calls, the innermost line in `file`."""
         while location:
             node = self.metadata.get(location, "")
             if self._file(node) == file:

@@ -14,15 +14,15 @@ from .signature import Signature, entry, parse_generated
 
 MAX_THREADGROUP_MEMORY = 32 * 1024
 MAX_PRIVATE_MEMORY = 128 * 1024  # half of a fiber's stack
-UTILS = "mlx/backend/metal/kernels/utils.h"  # MLX puts it before every custom kernel
+UTILS = "mlx/backend/metal/kernels/utils.h"  # MLX includes it in every custom kernel
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the emulator found out about a kernel while compiling it."""
+    """Facts about a compiled kernel; see `Instrumented`."""
 
-    places: list[int | None]  # line of the kernel's text, by place number
-    arrays: dict[int, int]  # threadgroup arrays: bytes
+    places: list[int | None]  # line in the kernel, by place number
+    arrays: dict[int, int]  # bytes of threadgroup arrays, by number
     waits: bool
     float_atomics: bool
     blocks: int
@@ -30,11 +30,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel's text with everything made from it."""
+    """A kernel's text, signature and compiled files."""
 
     text: str
     signature: Signature
-    folder: Path  # of the cache: kernel.ll, run/, count/
+    folder: Path  # folder in the cache: kernel.ll, run/, count/
 
     @cached_property
     def ir(self) -> str:
@@ -42,7 +42,7 @@ class CompiledKernel:
         return (self.folder / "kernel.ll").read_text(encoding="utf-8")
 
     def library(self, count: bool) -> tuple[Path, Facts]:
-        """The shared library for a run, and the facts about it; compiled at first use."""
+        """The shared library for a run, and facts about it; compiled at first use."""
         kind = "count" if count else "run"
 
         def make(folder: Path) -> None:
@@ -73,14 +73,14 @@ def compile_kernel(
     """Lints a kernel and compiles it to IR.
 
     Args:
-        text: Metal source: as MLX generated it, or any text that `signature` names a kernel of.
-        signature: the kernel to run; by default the one that MLX generated.
+        text: Metal source that MLX generated, or any text with the kernel of `signature`.
+        signature: the kernel to run; default: the one that MLX generated.
         includes: headers that come before the text.
         swizzles_from: text of those headers that uses vector members such as .xy.
         strict: whether warnings are errors.
 
     Raises:
-        LintError: it is not valid Metal.
+        LintError: the text is not valid Metal.
     """
     if signature is None:
         text, signature = parse_generated(text)
@@ -98,9 +98,9 @@ def compile_kernel(
                 prepared.text, prepared.prelude, warnings, folder / "kernel.ll"
             )
         except EmulatorError as error:
-            wrong = msl.complaints(str(error))
+            wrong = msl.relevant_diagnostics(str(error))
             raise LintError(f"{signature.name}:\n{wrong or error}") from None
-        if wrong := msl.complaints(written):
+        if wrong := msl.relevant_diagnostics(written):
             raise LintError(f"{signature.name}:\n{wrong}")
         _check_memory(signature.name, (folder / "kernel.ll").read_text(encoding="utf-8"))
 

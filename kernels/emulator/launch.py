@@ -1,4 +1,4 @@
-"""Runs a compiled kernel twice, in two orders and two placements, and compares."""
+"""Runs a compiled kernel twice, in two thread orders and two memory layouts, and compares."""
 
 import ctypes
 import threading
@@ -21,13 +21,13 @@ _one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class Buffer:
-    """The memory that a kernel's buffer starts with.
+    """The first content of a kernel's buffer.
 
     Attributes:
-        data: its bytes, uint8.
+        data: bytes, uint8.
         written: whether the kernel may write to it.
-        item: size of one element, for messages.
-        before: bytes by which the address that the kernel gets lies before the data.
+        item: size of one element in bytes, for messages.
+        before: the kernel gets an address that is this many bytes before the data.
     """
 
     data: np.ndarray
@@ -38,27 +38,27 @@ class Buffer:
 
 @dataclass
 class Counts:
-    """How often each basic block ran, and which bytes were touched."""
+    """Numbers of runs of basic blocks, and of bytes touched."""
 
-    issued: np.ndarray  # uint64 per block: by a simdgroup (its busiest lane)
-    executed: np.ndarray  # uint64 per block: by a thread
-    read: dict[int, int] = field(default_factory=dict)  # by buffer: different bytes read
+    issued: np.ndarray  # uint64 per block: runs by simdgroups (those of the busiest lane)
+    executed: np.ndarray  # uint64 per block: runs by threads
+    read: dict[int, int] = field(default_factory=dict)  # different bytes read, by buffer
     written: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a launch left in the buffers that it may write, and its counts."""
+    """The final content of the buffers that a launch may write, and its counts."""
 
     outputs: dict[int, np.ndarray]
     counts: Counts | None
 
 
 def check_sizes(name: str, grid: Sequence[int], threadgroup: Sequence[int]) -> tuple[Size, Size]:
-    """Returns grid and threadgroup as Metal would use them.
+    """Checks grid and threadgroup; returns the sizes that Metal would use.
 
     Raises:
-        LaunchError: not three positive numbers each, or more than 1024 threads.
+        LaunchError: not three positive numbers each, or more than 1024 threads in a threadgroup.
     """
     for what, size in (("grid", grid), ("threadgroup", threadgroup)):
         if len(size) != 3 or min(size) < 1:
@@ -81,21 +81,21 @@ def run(
 ) -> Outcome:
     """Runs a kernel over a grid.
 
-    The first run goes through threads in ascending order, each as far as it gets, with every
-    buffer at the start of its pages. The second goes in descending order and stops every thread
-    of a threadgroup before each of its writes until the others have come as far, with every
-    buffer at the end of its pages. Both must leave the same bits in every buffer that may be
-    written.
+    The first run takes threads in ascending order and runs each as far as possible; every buffer
+    begins at the start of its pages. The second run takes them in descending order and stops every
+    thread before each write until the other threads of the threadgroup have also reached a write or
+    a wait; every buffer ends at the end of its pages. Both must leave the same bits in every buffer
+    that may be written.
 
     Args:
         kernel: the kernel.
-        buffers: by index, as in its signature.
+        buffers: buffers in the order of the signature.
         grid: threads in x, y and z.
-        threadgroup: threads of a threadgroup.
+        threadgroup: threads of a threadgroup in x, y and z.
         count: whether the second run counts.
 
     Raises:
-        EmulatorError: one of its kinds, for what the kernel does wrong.
+        EmulatorError: the kernel makes a mistake; the subclass says which.
     """
     name = kernel.signature.name
     grid, threadgroup = check_sizes(name, grid, threadgroup)
@@ -211,7 +211,7 @@ def _explain(
         return errors.ArithmeticFault(f"{name}: {thread} divided an integer by zero")
     if fault.code == _NO_LANE:
         return errors.Divergence(
-            f"{name}: lane {fault.lane} ({thread}) asks for the value of a lane that its "
+            f"{name}: lane {fault.lane} ({thread}) reads the value of a lane that its "
             f"simdgroup of {fault.lanes} threads does not have{_line(kernel, facts, fault.place)}"
         )
     if fault.code == _SPINNING:
@@ -222,8 +222,8 @@ def _explain(
     if fault.code in (_DIVERGED, _BARRIER):
         what = "lanes of a simdgroup" if fault.code == _DIVERGED else "threads of a threadgroup"
         kind = errors.Divergence if fault.code == _DIVERGED else errors.BarrierError
-        return kind(f"{name}: the {what} parted at {thread}: {_groups(kernel, facts, fault)}")
-    return errors.EmulatorError(f"{name}: the emulator has no memory left")
+        return kind(f"{name}: the {what} diverged at {thread}: {_groups(kernel, facts, fault)}")
+    return errors.EmulatorError(f"{name}: the emulator is out of memory")
 
 
 def _line(kernel: CompiledKernel, facts: Facts, place: int) -> str:
@@ -235,7 +235,7 @@ def _line(kernel: CompiledKernel, facts: Facts, place: int) -> str:
 
 
 def _groups(kernel: CompiledKernel, facts: Facts, fault: runtime.Fault) -> str:
-    """Who is where: `0-15 wait at simd operation (line 7 of the kernel); 16-31 have returned`."""
+    """Where threads are: `0-15 wait at a simd operation (line 7: ...); 16-31 have returned`."""
     where: dict[str, list[int]] = {}
     for i in range(fault.lanes):
         state = fault.state[i]

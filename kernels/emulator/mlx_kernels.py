@@ -1,4 +1,4 @@
-"""MLX's own quantized kernels, from the Metal headers in its wheel: what ours are compared with."""
+"""MLX's own quantized kernels, from the Metal headers in its wheel, for comparison with ours."""
 
 from dataclasses import dataclass
 
@@ -29,8 +29,8 @@ class Product:
 
     Attributes:
         y: (tokens, k, out), dtype of x.
-        cost: of the launch.
-        weights: how many weights were multiplied: tokens · k · out · in.
+        cost: cost of the launch.
+        weights: number of multiplied weights: tokens · k · out · in.
     """
 
     y: mx.array
@@ -60,11 +60,11 @@ def gather_qmv(
         scales: (experts, out, in / group_size), dtype of x.
         biases: (experts, out, in / group_size), dtype of x.
         indices: (tokens, k), uint32: the experts of each token.
-        group_size: weights of a group.
+        group_size: number of weights in a group.
         bits: bits of a weight.
 
     Raises:
-        LaunchError: shapes or dtypes that do not fit.
+        LaunchError: shapes or dtypes do not match.
     """
     tokens, k = indices.shape
     wide = x.shape[-1]
@@ -72,7 +72,7 @@ def gather_qmv(
     if x.dtype not in _TYPES or scales.dtype != x.dtype or biases.dtype != x.dtype:
         raise LaunchError("gather_qmv: x, scales and biases must share one floating dtype")
     if x.shape != (tokens, wide) or scales.shape != (experts, out, wide // group_size):
-        raise LaunchError(f"gather_qmv: x {x.shape} and scales {scales.shape} do not fit")
+        raise LaunchError(f"gather_qmv: x {x.shape} and scales {scales.shape} do not match")
     fast = wide % 512 == 0 and out % 8 == 0
     kernel = compiled(
         "affine_gather_qmv_fast" if fast else "affine_gather_qmv",
@@ -115,11 +115,11 @@ def gather_qmv(
 
 
 def compiled(name: str, arguments: str) -> CompiledKernel:
-    """A kernel of MLX's `quantized.h`, compiled.
+    """Compiles a kernel of MLX's `quantized.h`.
 
     Args:
-        name: the kernel.
-        arguments: its template arguments as in C++: "<float16_t, 128, 2>".
+        name: name of the kernel.
+        arguments: its template arguments in C++ syntax: "<float16_t, 128, 2>".
     """
     header = (mlx_headers() / _INCLUDES[-1]).read_text(encoding="utf-8")
     return compile_kernel("", parse(header, name, arguments), _INCLUDES, header, strict=False)

@@ -1,4 +1,4 @@
-"""Makes a translation unit of a kernel's text, and judges what the compiler says of it."""
+"""Builds a translation unit from a kernel's text, and selects the compiler's diagnostics."""
 
 import re
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from .dialect import clang_dialect, without_comments
 from .errors import LintError
 
-FILE = "kernel"  # the name under which diagnostics speak of the kernel's text
+FILE = "kernel"  # file name of the kernel's text in diagnostics
 
-# Every warning is an error. Left out: what the generated signature and C++ templates cause
-# (unused parameters, comparisons of mixed signs), what is harmless and happens in mlx-lm's kernels
-# (a variable that nothing uses), and Metal's own attributes.
+# Every warning is an error. Turned off are warnings that the generated signature and C++ templates
+# cause (unused parameters, comparisons of mixed signs), a harmless one that mlx-lm's kernels cause
+# (unused variables), and those about Metal's own attributes.
 WARNINGS = [
     "-Wall", "-Wextra", "-Wfloat-conversion", "-Wimplicit-float-conversion",
     "-Wimplicit-int-conversion", "-Wno-shorten-64-to-32",
@@ -30,19 +30,19 @@ class Prepared:
     """A kernel's text, ready for clang."""
 
     text: str
-    prelude: str  # what comes before it, the same for many kernels
+    prelude: str  # text before it, the same for many kernels
 
 
 _WORDS = {"__private": "thread", "__global": "device", "__local": "threadgroup",
           "__constant": "constant"}  # fmt: skip
 
 
-def complaints(diagnostics: str) -> str:
-    """The errors and warnings that count, out of what clang wrote, in Metal's words.
+def relevant_diagnostics(diagnostics: str) -> str:
+    """Selects relevant errors and warnings from clang's output, with Metal's names.
 
-    A literal such as 1e30 has type float in Metal. Here clang makes it a double first and then
-    warns of the conversion; nothing else is a double. Notes about candidates in the emulator's
-    own headers go.
+    A literal such as 1e30 has type float in Metal, but clang first makes it a double and then warns
+    about the conversion. This warning is dropped, as nothing else is a double; so are notes about
+    candidates in the emulator's own headers.
     """
     found = re.split(r"^(?=\S+:\d+:\d+: |In file included|\d+ \w+s? )", diagnostics, flags=re.M)
     kept, keep = [], False
@@ -76,9 +76,9 @@ def _swizzle_macros(text: str) -> str:
 
 
 def _check_address_spaces(text: str) -> None:
-    """Raises `LintError` for a pointer or reference that names no address space.
+    """Raises `LintError` for a pointer or reference without an address space.
 
-    C++ for OpenCL would let it point anywhere; Metal rejects it.
+    C++ for OpenCL accepts it, but Metal does not.
     """
     code = without_comments(text)
     declared = set(_SCALARS.split())
@@ -104,13 +104,13 @@ def _check_address_spaces(text: str) -> None:
 
 
 def prepare(text: str, entry: str, includes: tuple[str, ...], swizzles_from: str = "") -> Prepared:
-    """Makes a translation unit of a kernel's text.
+    """Builds a translation unit from a kernel's text.
 
     Args:
-        text: the kernel, with the helpers before it.
-        entry: the function that calls it, appended.
+        text: the kernel, after its helper functions.
+        entry: the function that calls it; is appended.
         includes: headers of MLX to put before the text.
-        swizzles_from: further text whose vector members are needed.
+        swizzles_from: other text that uses vector members such as .xy.
 
     Raises:
         LintError: a pointer or reference without an address space.

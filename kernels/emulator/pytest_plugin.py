@@ -10,6 +10,6 @@ from .virtual import virtual_metal as emulated
 
 @pytest.fixture
 def virtual_metal() -> Iterator[VirtualMetal]:
-    """Runs the Metal kernels of a test on the CPU; yields the record of launches."""
+    """Runs the Metal kernels of a test on the CPU; yields the `VirtualMetal` with all launches."""
     with emulated() as metal:
         yield metal

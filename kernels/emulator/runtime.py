@@ -12,7 +12,7 @@ import numpy as np
 from .compiler import runtime_library
 
 PAGE = mmap.PAGESIZE
-GUARD = max(1 << 20, PAGE)  # bytes that fault on each side of a buffer
+GUARD = max(1 << 20, PAGE)  # bytes on each side of a buffer at which an access faults
 MAX_THREADS = 1024
 MAX_BUFFERS = 64
 
@@ -21,7 +21,7 @@ _PRIVATE, _ANONYMOUS, _NORESERVE = 2, mmap.MAP_ANONYMOUS, getattr(mmap, "MAP_NOR
 
 
 class Job(ctypes.Structure):
-    """What to run; mirrors runtime.cpp."""
+    """Describes a run; has the same fields as in runtime.cpp."""
 
     _fields_ = (
         ("entry", ctypes.c_void_p),
@@ -39,7 +39,7 @@ class Job(ctypes.Structure):
 
 
 class Fault(ctypes.Structure):
-    """What went wrong; mirrors runtime.cpp."""
+    """Describes an error; has the same fields as in runtime.cpp."""
 
     _fields_ = (
         ("code", ctypes.c_uint32),
@@ -74,7 +74,7 @@ def _libc() -> ctypes.CDLL:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The runtime, loaded."""
+    """Loads the runtime, compiling it at first use."""
     import ctypes.util
 
     name = ctypes.util.find_library("m")
@@ -100,7 +100,7 @@ def _map(size: int, protection: int) -> int:
 
 @dataclass
 class Region:
-    """Memory of one buffer."""
+    """The memory of one buffer."""
 
     name: str
     bytes: int
@@ -111,10 +111,10 @@ class Region:
 
 
 class Arena:
-    """Buffers, each between guard pages: at the start of its pages, or at their end.
+    """Buffers between guard pages, each at the start or at the end of its own pages.
 
-    At the start, a byte before the buffer faults; at the end, a byte behind it. So two runs
-    check both ends to the byte.
+    At the start of its pages, an access to the byte before the buffer faults; at the end, to the
+    byte after it. So two runs check both ends to the byte.
     """
 
     def __init__(self, sizes: Sequence[tuple[str, int]], at_end: bool, shadow: bool) -> None:
@@ -137,7 +137,7 @@ class Arena:
             raise MemoryError(f"mprotect failed: errno {ctypes.get_errno()}")
 
     def make_read_only(self, index: int) -> None:
-        """Lets writes to a buffer fault."""
+        """Makes writes to a buffer fault."""
         if self.regions[index].bytes:
             self._protect(*self._spans[index], _READ)
 
@@ -146,7 +146,7 @@ class Arena:
         return self._view(self.regions[index].base, self.regions[index].bytes)
 
     def touched(self, index: int, write: bool) -> int:
-        """How many different bytes of a buffer were read, or written."""
+        """The number of different bytes of a buffer that were read, or written."""
         region = self.regions[index]
         offset = self.shadow - self.address + (self.size if write else 0)
         return int(np.count_nonzero(self._view(region.base + offset, region.bytes)))
@@ -157,7 +157,7 @@ class Arena:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         _libc().munmap(self.address, self.size)
         if self.shadow:
             _libc().munmap(self.shadow, 2 * self.size)

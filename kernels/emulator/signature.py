@@ -1,4 +1,4 @@
-"""What a kernel's signature asks for: its buffers and its position in the grid."""
+"""Parses a kernel's signature: its buffers and thread attributes."""
 
 import re
 from dataclasses import dataclass
@@ -113,10 +113,10 @@ def parse(text: str, name: str, arguments: str = "") -> Signature:
 
 
 def parse_generated(text: str) -> tuple[str, Signature]:
-    """Splits MLX's generated text into what to compile and the kernel's signature.
+    """Splits MLX's generated text into the text to compile and the kernel's signature.
 
-    The explicit instantiation at the end, which carries the template arguments, goes: its
-    attributes are not C++.
+    The explicit instantiation at the end has the template arguments. It is removed from the text,
+    because its attributes are not C++.
     """
     tail = re.search(
         r"^template \[\[host_name\(\"[^\"]*\"\)\]\] \[\[kernel\]\] decltype\(.*\)\s+"
@@ -133,7 +133,7 @@ def parse_generated(text: str) -> tuple[str, Signature]:
 
 
 def entry(signature: Signature) -> str:
-    """The function that the runtime calls: it gathers the arguments and calls the kernel."""
+    """The source of the function that the runtime calls: it calls the kernel with its arguments."""
     arguments = []
     for p in signature.parameters:
         if p.buffer is not None:

@@ -1,4 +1,4 @@
-"""The full text of a kernel, as MLX itself generates it."""
+"""Gets the full text of a kernel from MLX itself."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ _one_at_a_time = threading.Lock()
 
 @contextmanager
 def _captured_output() -> Iterator[list[str]]:
-    """Collects what the whole process writes to its standard output."""
+    """Collects everything that the process writes to standard output."""
     flush = ctypes.CDLL(None).fflush
     text: list[str] = []
     sys.stdout.flush()
@@ -37,23 +37,23 @@ def _captured_output() -> Iterator[list[str]]:
 
 
 def generate(kernel: Any, inputs: Sequence[mx.array], **call: Any) -> str:
-    """What MLX would hand to Metal for a call of `kernel`.
+    """The text that MLX would compile with Metal for a call of `kernel`.
 
-    MLX writes a kernel's signature from the dtypes, shapes and template arguments of a call and
-    prints the text when `verbose` is set. Without a GPU a call can still be traced while a
-    function is exported, and that prints it too, after MLX's own checks of the arguments.
+    MLX builds a kernel's signature from the dtypes, shapes and template arguments of a call, and
+    prints the text if `verbose` is set. Without a GPU, a call cannot run, but it can be traced by
+    exporting a function; this also prints the text, after MLX's own checks of the arguments.
 
     Args:
-        kernel: what the real `mx.fast.metal_kernel` returned.
+        kernel: a kernel from the real `mx.fast.metal_kernel`.
         inputs: the arrays of the call.
-        call: its other arguments: template, grid, threadgroup, output_shapes, output_dtypes.
+        call: other arguments: template, grid, threadgroup, output_shapes, output_dtypes.
 
     Returns:
         The header, the kernel with its signature, and its explicit instantiation if it is a
         template.
 
     Raises:
-        ValueError: what MLX raises for arguments that it rejects.
+        ValueError: MLX rejects the arguments.
     """
 
     def trace(*arrays: mx.array) -> list[mx.array]:
@@ -65,4 +65,4 @@ def generate(kernel: Any, inputs: Sequence[mx.array], **call: Any) -> str:
     try:
         return text[text.index("```\n") + 4 : text.rindex("```")]
     except ValueError:
-        raise EmulatorError(f"MLX printed no kernel source, but: {text!r}") from None
+        raise EmulatorError(f"MLX did not print kernel source, but: {text!r}") from None

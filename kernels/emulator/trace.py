@@ -1,4 +1,4 @@
-"""Where a pointer in IR comes from: which buffer, threadgroup array or private variable."""
+"""Finds the memory of a pointer in IR: a buffer, threadgroup array or private variable."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from . import ir
 
 @dataclass(frozen=True)
 class Origin:
-    """What memory a pointer points into."""
+    """The memory that a pointer points into."""
 
     kind: str  # "buffer", "array" (of the threadgroup), "thread" (its position), "private", "table"
     index: int = 0
@@ -24,7 +24,7 @@ class Origins:
         self.is_entry = function.name == "emu_entry"
 
     def of(self, operand: str) -> Origin | None:
-        """The origin of a pointer operand; None when it may be one of several, or unknown."""
+        """The origin of a pointer operand; None if it is unknown or may be one of several."""
         operand = operand.strip().rstrip(",")
         cast = r"(?:getelementptr|addrspacecast|bitcast)\b.*?"
         inner = re.match(cast + r"ptr(?: addrspace\(\d+\))? ([@%][\w.$\"]+)", operand)

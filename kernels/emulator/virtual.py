@@ -1,4 +1,4 @@
-"""`virtual_metal`: MLX's custom kernels, run on the CPU from their own text."""
+"""`virtual_metal`: runs MLX's custom kernels on the CPU."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +18,10 @@ from .kernel import CompiledKernel, compile_kernel
 
 @dataclass
 class Launch:
-    """One launch of a kernel, as it was recorded.
+    """A recorded launch of a kernel.
 
     Attributes:
-        name: the kernel's name, as given to `mx.fast.metal_kernel`.
+        name: the kernel's name in `mx.fast.metal_kernel`.
         grid: threads in x, y and z.
         threadgroup: threads of a threadgroup in x, y and z.
         template: the template arguments of the call.
@@ -41,10 +41,10 @@ class Launch:
 
     @cached_property
     def cost(self) -> Cost:
-        """Bytes by buffer, instructions by class, cycles by pipe; worked out at first use.
+        """Bytes by buffer, instructions by class, cycles by pipe; computed at first use.
 
         Raises:
-            EmulatorError: launched under `virtual_metal(count=False)`.
+            EmulatorError: the launch was made with `virtual_metal(count=False)`.
         """
         if self.counts is None:
             raise EmulatorError(f"{self.name} was not counted: use virtual_metal(count=True)")
@@ -52,7 +52,7 @@ class Launch:
 
 
 class VirtualKernel:
-    """What `mx.fast.metal_kernel` returns under `virtual_metal`: the same call."""
+    """Takes the place of MLX's kernel object, with the same arguments."""
 
     def __init__(self, owner: "VirtualMetal", arguments: dict[str, Any]) -> None:
         self.owner = owner
@@ -72,11 +72,11 @@ class VirtualKernel:
         verbose: bool = False,
         stream: Any = None,
     ) -> list[mx.array]:
-        """Runs the kernel at once; the arguments are those of MLX's kernels.
+        """Runs the kernel immediately; the arguments are those of MLX's kernels.
 
         Raises:
-            EmulatorError: one of its kinds, for what the kernel or the launch does wrong.
-            ValueError: what MLX raises for arguments that it rejects.
+            EmulatorError: the kernel or the launch is wrong; the subclass says in what way.
+            ValueError: MLX rejects the arguments.
         """
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
         if self.arguments.get("ensure_row_contiguous", True):
@@ -125,7 +125,7 @@ class VirtualKernel:
         outputs: Sequence[tuple[Sequence[int], mx.Dtype]],
         init_value: float | None,
     ) -> list[launch.Buffer]:
-        """The buffers in the order of the signature, which is MLX's."""
+        """The buffers in the order of the kernel's signature."""
         known: dict[str, launch.Buffer] = {}
         for name, array in zip(self.arguments["input_names"], arrays, strict=True):
             data, offset, strides = memory(array)
@@ -145,13 +145,13 @@ class VirtualKernel:
 
 
 class VirtualMetal:
-    """A Metal device that is not there.
+    """An emulated Metal device.
 
     Attributes:
         launches: every launch since the last `clear`, in order.
-        count: whether launches are counted, which costs some of the speed.
-        base_offsets: by input name, how many bytes before the array's data the address lies
-            that the kernel gets. So an index beyond 2**32 bytes can be tried on a small array.
+        count: whether launches are counted; counting makes them slower.
+        base_offsets: by input name: the kernel gets an address that is this many bytes before the
+            array's data. So indices beyond 2**32 bytes can be tested with a small array.
     """
 
     def __init__(self, count: bool = True) -> None:
@@ -181,7 +181,7 @@ class VirtualMetal:
         atomic_outputs: bool = False,
         compile_options: Any = None,
     ) -> VirtualKernel:
-        """Stands in for `mx.fast.metal_kernel`."""
+        """Takes the place of `mx.fast.metal_kernel`, with the same arguments."""
         arguments: dict[str, Any] = {
             "name": name,
             "input_names": list(input_names),
@@ -198,12 +198,12 @@ class VirtualMetal:
 
 @contextmanager
 def virtual_metal(count: bool = True) -> Iterator[VirtualMetal]:
-    """Lets MLX's custom kernels run here: Metal seems available, and each launch is emulated.
+    """Runs MLX's custom kernels on the CPU: Metal seems available, and each launch is emulated.
 
-    A launch is evaluated at once, so it cannot be inside `mx.compile`, `mx.vmap` or a gradient.
+    A launch is evaluated immediately, so it cannot be inside `mx.compile`, `mx.vmap` or a gradient.
 
     Args:
-        count: whether to count what each launch costs.
+        count: whether to count the cost of each launch.
 
     Example:
         with virtual_metal() as metal:

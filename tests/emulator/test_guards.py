@@ -95,7 +95,7 @@ BROKEN: dict[str, tuple[type[EmulatorError], str, str]] = {
     "a lane that is not there": (
         Divergence,
         AT + "o[i] = simd_shuffle(x[i], ushort(i + 1));",
-        r"lane 31 .* asks for the value of a lane that its simdgroup of 32 threads does not have",
+        r"lane 31 .* reads the value of a lane that its simdgroup of 32 threads does not have",
     ),
     "a simd barrier in a branch": (
         Divergence,

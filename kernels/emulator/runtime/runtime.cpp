@@ -1,5 +1,5 @@
-// Runs a compiled kernel over a grid on the CPU: one fiber per thread of a threadgroup, switched
-// only where threads wait for one another, and every wait checked.
+// Runs a compiled kernel over a grid on the CPU. Each thread of a threadgroup is a fiber. Fibers
+// switch only where threads wait for one another, and every wait is checked.
 
 #include <setjmp.h>
 #include <signal.h>
@@ -147,8 +147,8 @@ void emu_threadgroup_barrier(uint32_t, uint32_t place) { wait(at_barrier, place)
 uint32_t emu_lane() {
   return (current ? current->thread : lone).a[thread_index_in_simdgroup][0];
 }
-// A thread that reads an atomic over and over may be waiting for another one: let the others of
-// its threadgroup go on now and then, and give up where that never helps.
+// A thread that reads an atomic many times may be waiting for another thread. So let the others of
+// its threadgroup run from time to time, and report an error if that does not help.
 void emu_atomic_load(uint32_t place) {
   if (!current) return;
   if (++current->spins % 256 == 0) {

@@ -1,4 +1,4 @@
-// What the operations across a simdgroup compute, once all its lanes have arrived.
+// Computes the operations across a simdgroup, once all its lanes have arrived.
 #pragma once
 
 #include <math.h>

@@ -1,8 +1,8 @@
-// What connects a kernel with the runtime, and names of Metal's own library that MLX's headers
-// reach for.
+// Connects a kernel with the runtime, and declares names inside Metal's own library that MLX's
+// headers use.
 #pragma once
 
-// The arguments of a kernel: a buffer converts to whatever the kernel declares it as.
+// The arguments of a kernel: a buffer converts to the type that the kernel declares.
 extern "C" {
 __attribute__((const)) device void* emu_device_buffer(uint index);
 __attribute__((const)) constant void* emu_constant_buffer(uint index);

@@ -3,7 +3,7 @@
 // that a call whose arguments differ is as ambiguous here as it is in Metal.
 #pragma once
 
-// What clang has no builtin for; the emulator's runtime and the C library define these.
+// Functions without a clang builtin; the emulator's runtime and the C library define them.
 #define MSL_PURE __attribute__((const))
 extern "C" {
 MSL_PURE float msl_rsqrt(float x) __asm__("emu_rsqrt");
@@ -174,7 +174,7 @@ METAL_FUNC bool isnormal(float x) { return fabs(x) >= FLT_MIN && fabs(x) < INFIN
 METAL_FUNC bool signbit(float x) { return as_type<int>(x) < 0; }
 METAL_FUNC bool signbit(half x) { return as_type<short>(x) < 0; }
 
-// What floats and integers share: abs, min, max, clamp, min3, max3, median3.
+// Functions for both floats and integers: abs, min, max, clamp, min3, max3, median3.
 #define MSL_ORDERED(T, ABS, MIN, MAX)                                                       \
   METAL_FUNC T abs(T x) { return ABS(x); }                                                  \
   METAL_FUNC T min(T x, T y) { return MIN(x, y); }                                          \
@@ -290,7 +290,7 @@ METAL_FUNC vec<T, 3> cross(vec<T, 3> a, vec<T, 3> b) {
   return vec<T, 3>(a.y * b.z - a.z * b.y, a.z * b.x - a.x * b.z, a.x * b.y - a.y * b.x);
 }
 
-// The fast and the precise forms compute the same here.
+// The fast and the precise functions compute the same here.
 #define MSL_BOTH_MODES(M)                                                                     \
   M(fabs) M(abs) M(ceil) M(floor) M(rint) M(round) M(trunc) M(sqrt) M(exp) M(exp2) M(exp10)   \
   M(log) M(log2) M(log10) M(sin) M(cos) M(tan) M(asin) M(acos) M(atan) M(sinh) M(cosh)        \

@@ -25,7 +25,7 @@ __attribute__((const)) uint emu_lane();
 __attribute__((const)) threadgroup void* emu_threadgroup(uint array, ulong bytes);
 }
 
-// What `threadgroup float buf[64];` becomes: memory of the runtime's, of a known size.
+// The replacement for `threadgroup float buf[64];`: memory of the runtime, of a known size.
 #define MSL_ARRAY(number, name, dims, ...)          \
   typedef __VA_ARGS__ msl_array_##name dims;        \
   threadgroup msl_array_##name& name =              \
