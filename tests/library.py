@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from outlier_mlx.cli.showcase import FOLDER
 from tests.builders import Built, write_base, write_overlay
 from tests.engine import tier_of
 from tests.folders import snapshot
@@ -37,6 +38,11 @@ class Library:
         """
         of = (overlay or self.overlay()).path
         return self._once("tier", lambda path: tier_of(of, None, path, **recipe), of, recipe)
+
+    def demo_tier(self, name: str) -> Path:
+        """A tier of the embedded pair, in the recipe of a name."""
+        pair = FOLDER / "overlay", FOLDER / "base"
+        return self._once("tier", lambda path: tier_of(*pair, path, tier=name), "demo", name)
 
     def check(self) -> None:
         """Everything is still as it was made."""

@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from outlier_mlx.cli import main
+import typer
+
+from outlier_mlx.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("outlier-mlx")
 
+# The program as click sees it, and the names of its commands.
+GROUP: Any = typer.main.get_command(app)
+COMMANDS = list(GROUP.commands)
 # Packages that take long to import.
 HEAVY = ["mlx", "mlx_lm", "transformers", "huggingface_hub", "numpy", "safetensors", "tokenizers"]
 

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +16,10 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 
 import outlier_mlx.runtime
 from outlier_mlx.writing.bundle import bundle
-from tests.builders import Built, write_overlay
-from tests.engine import forward, load, tier_of
+from tests.builders import Built
+from tests.engine import forward, load
 from tests.environments import make_environment, mlx_package, pinned, run
+from tests.library import Library
 from tests.program import ROOT, run_command, run_python
 
 RUNTIME = Path(outlier_mlx.runtime.__file__).parent
@@ -27,21 +27,18 @@ ALLOWED = {"mlx", "mlx_lm", *sys.stdlib_module_names}
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp("bundle")
+def built(library: Library) -> Built:
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 0.9}
-    return write_overlay(folder / "overlay", expert_intermediate=96, yarn=yarn)
+    return library.overlay(expert_intermediate=96, yarn=yarn)
 
 
 @pytest.fixture(scope="module")
-def tiers(built: Built) -> dict[str, Path]:
-    recipes: dict[str, dict[str, Any]] = {
-        "f32": {},
-        "q4": {"tier": "q4"},
-        "affine2": {"tier": "q8", "experts": "affine2"},
+def tiers(library: Library, built: Built) -> dict[str, Path]:
+    return {
+        "f32": library.tier(built),
+        "q4": library.tier(built, tier="q4"),
+        "affine2": library.tier(built, tier="q8", experts="affine2"),
     }
-    folder = built.path.parent
-    return {name: tier_of(built.path, None, folder / name, **how) for name, how in recipes.items()}
 
 
 # The text
@@ -139,28 +136,16 @@ def test_tiers_side_by_side_compute_as_the_package_does(built: Built, tiers: dic
 # Elsewhere
 
 
-@pytest.fixture(scope="module")
-def demo_tier(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """The embedded pair as an int4 tier, if there is one in this checkout."""
-    demo = ROOT / "outlier_mlx" / "demo"
-    if not (demo / "overlay").is_dir():
-        return None
-    return tier_of(
-        demo / "overlay", demo / "base", tmp_path_factory.mktemp("demo") / "q4", tier="q4"
-    )
-
-
 @pytest.mark.slow
 def test_mlx_lm_alone_generates_the_same_text(
-    tiers: dict[str, Path], demo_tier: Path | None, tmp_path: Path
+    library: Library, tiers: dict[str, Path], tmp_path: Path
 ):
     """In an environment with nothing but mlx and mlx-lm in it."""
     python = make_environment(tmp_path / "env", *pinned(mlx_package(), "mlx-lm"))
     missing = "import importlib.util as i; print(i.find_spec('outlier_mlx'))"
     assert run(python, "-c", missing, cwd=tmp_path).strip() == "None"
     prompts = [(tier, "The heron stands in the water") for tier in tiers.values()]
-    if demo_tier is not None:
-        prompts.append((demo_tier, "The old boat"))
+    prompts.append((library.demo_tier("q4"), "The old boat"))
     for tier, prompt in prompts:
         flags = ["--model", tier, "--prompt", prompt, "--max-tokens", 40, "--temp", 0]
         theirs = [python, "-m", "mlx_lm", "generate", "--trust-remote-code", "--verbose", "False"]

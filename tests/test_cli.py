@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import outlier_mlx
-from outlier_mlx.cli import app
 from outlier_mlx.engine.generate import Options, stream
 from tests.builders import write_base, write_overlay
 from tests.damage import edit_config
 from tests.program import (
+    COMMANDS,
+    GROUP,
     HEAVY,
     ROOT,
     Result,
@@ -30,7 +30,6 @@ from tests.program import (
 from tests.screen import COLOUR, ESCAPE, fits, lines_shown, on_terminal
 
 PROMPT = "The heron stands in the water"
-COMMANDS = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +219,7 @@ def test_every_help_has_an_example_that_is_valid(
     for argument in arguments:
         if Path(argument).suffix in (".txt", ".json"):
             Path(argument).write_text("{}")
-    group: Any = typer.main.get_command(app)
-    group.commands[command].make_context(command, arguments)  # complains of what it does not know
+    GROUP.commands[command].make_context(command, arguments)  # complains of what it does not know
 
 
 def test_version() -> None:

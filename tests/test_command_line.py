@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import outlier_mlx
-from outlier_mlx.cli import app
 from outlier_mlx.cli.options import Generation, KVCache, Sampling, Xtc
 from outlier_mlx.cli.running import generation_options
 from outlier_mlx.engine.generate import Options
 from tests.builders import write_overlay
-from tests.program import run
+from tests.program import COMMANDS, GROUP, run
 from tests.screen import on_terminal
 
-COMMANDS = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 # Commands that take one model, with what else they need.
 ONE_MODEL = {
     "generate": ["--prompt", "x"],
@@ -58,7 +55,7 @@ def test_help_is_plain_and_fits(command: str, columns: int) -> None:
     assert max(map(len, text.splitlines())) <= columns
     assert not re.search(r"<\w|list\[|range>|Of [a-z]+[.;]|…", text)
     assert not re.search(r" +$", text, re.MULTILINE)
-    options = typer.main.get_command(app).commands[command].params if command else []  # type: ignore[attr-defined]
+    options = GROUP.commands[command].params if command else []
     for option in options:
         assert option.param_type_name == "argument" or all(name in text for name in option.opts)
         assert option.help

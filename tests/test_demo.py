@@ -12,12 +12,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-import outlier_mlx
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import open_base
 from outlier_mlx.cli.showcase import FOLDER, OLD_DOMAIN, heldout, load_base, perplexities
 from outlier_mlx.engine.loading import load
 from outlier_mlx.runtime.moe import OutlierMoE
+from tests.library import Library
 from tests.program import run
 from tests.reference import forward
 from tests.reference_reader import read_overlay
@@ -46,10 +46,8 @@ def test_experts_of_a_layer_differ() -> None:
 
 
 @pytest.fixture(scope="module")
-def tiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("demo")
-    pair = (FOLDER / "overlay", FOLDER / "base")
-    return {name: outlier_mlx.convert(*pair, folder / name, tier=name) for name in ("f32", "q4")}
+def tiers(library: Library) -> dict[str, Path]:
+    return {name: library.demo_tier(name) for name in ("f32", "q4")}
 
 
 def test_the_unquantized_tier_is_the_reference_model(tiers: dict[str, Path]) -> None:

@@ -18,8 +18,10 @@ from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
 from tests import damage
 from tests.builders import PARTS, Built, write_base, write_overlay
 from tests.engine import engine, forward, tier_of
+from tests.folders import copy_writable
 from tests.forms import BLOCKS, ODD, assert_same_contents, contents, written
 from tests.goldens import assert_logits_close, golden
+from tests.library import Library
 from tests.program import run
 from tests.tensor_file import read_arrays, read_stored
 
@@ -251,16 +253,8 @@ def test_rows_that_blocks_do_not_divide(changes: dict[str, Any], said: str, tmp_
 
 
 @pytest.fixture(scope="module")
-def tier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
-    return tier_of(write_overlay(folder / "o", **ODD).path, None, folder / "t")
-
-
-def copy(tier: Path, to: Path) -> Path:
-    to.mkdir()
-    for path in tier.iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
-    return to
+def tier(library: Library) -> Path:
+    return library.tier(library.overlay(**ODD))
 
 
 def test_what_is_no_tier(tier: Path, tmp_path: Path):
@@ -295,7 +289,7 @@ SWITCH = "model.layers.1.mlp.switch_mlp.up_proj"
 )
 def test_damaged_tiers(name: str, at: tuple[int, ...], value: Any, tier: Path, tmp_path: Path):
     """Bytes that are no trits, padding that is not zero, scales that are none."""
-    broken = copy(tier, tmp_path / "t")
+    broken = copy_writable(tier, tmp_path / "t")
     array = read_arrays(broken / WEIGHTS)[f"{SWITCH}.{name}"].copy()
     array[at] = value
     damage.replace_tensor(broken, f"{SWITCH}.{name}", array)
@@ -304,10 +298,10 @@ def test_damaged_tiers(name: str, at: tuple[int, ...], value: Any, tier: Path, t
 
 
 def test_missing_and_misshapen_tensors(tier: Path, tmp_path: Path):
-    broken = copy(tier, tmp_path / "t")
+    broken = copy_writable(tier, tmp_path / "t")
     damage.drop_tensor(broken, f"{SWITCH}.scales")
     refused(broken, tmp_path / "e", "overlay", f"{SWITCH}.scales", "found nothing", "(4, 37)")
-    broken = copy(tier, tmp_path / "t2")
+    broken = copy_writable(tier, tmp_path / "t2")
     damage.replace_tensor(broken, f"{SWITCH}.scales", np.ones((4, 36), np.float32))
     refused(broken, tmp_path / "e", "packed", f"{SWITCH}.scales", "F32 (4, 36)")
 

@@ -21,22 +21,21 @@ from outlier_mlx.runtime.model import Model
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from tests import builders
-from tests.engine import forward, load, tier_of
+from tests.engine import forward, load
+from tests.library import Library
 from tests.reference import Array, Experts, Ternary, route, routed, softmax, swiglu
 
 PARTS = ("gate", "up", "down")
 
 
 @pytest.fixture(scope="module")
-def tiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("training")
-    built = builders.write_overlay(folder / "overlay", expert_intermediate=96, tokenizer=False)
-    recipes: dict[str, dict[str, Any]] = {
-        "f32": {},
-        "q4": {"tier": "q4"},
-        "affine2": {"tier": "q4", "experts": "affine2"},
+def tiers(library: Library) -> dict[str, Path]:
+    built = library.overlay(expert_intermediate=96)
+    return {
+        "f32": library.tier(built),
+        "q4": library.tier(built, tier="q4"),
+        "affine2": library.tier(built, tier="q4", experts="affine2"),
     }
-    return {name: tier_of(built.path, None, folder / name, **how) for name, how in recipes.items()}
 
 
 PROMPT = builders.Built(Path(), builders.Dims(), {}, {}).prompt(24)

@@ -11,16 +11,20 @@ import pytest
 import outlier_mlx
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.tiers.verify import verify_tier
-from tests.builders import write_overlay
+from tests.builders import Built
 from tests.damage import edit_json
+from tests.library import Library
 from tests.tensor_file import read_stored, write_stored
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify")
-    overlay = write_overlay(folder / "overlay", tokenizer=True, expert_intermediate=96)
-    return outlier_mlx.convert(overlay.path, out=folder / "tier")
+def overlay(library: Library) -> Built:
+    return library.overlay(expert_intermediate=96)
+
+
+@pytest.fixture(scope="module")
+def whole(library: Library, overlay: Built) -> Path:
+    return library.tier(overlay, tier="q4")
 
 
 @pytest.fixture
@@ -42,9 +46,8 @@ def sign_again(tier: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"tier": "f32"}, {"experts": "affine2"}, {"tier": "q8"}])
-def test_what_convert_writes_is_whole(whole: Path, tmp_path: Path, options: dict) -> None:
-    overlay = whole.parent / "overlay"
-    tier = outlier_mlx.convert(overlay, out=tmp_path / "tier", **options)
+def test_what_convert_writes_is_whole(overlay: Built, tmp_path: Path, options: dict) -> None:
+    tier = outlier_mlx.convert(overlay.path, out=tmp_path / "tier", **options)
     seen: list[tuple[int, int | None]] = []
     found = verify_tier(tier, lambda done, total: seen.append((done, total)))
     assert found.files == len(listed(tier))

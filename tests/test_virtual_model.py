@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from kernels.emulator import VirtualMetal, virtual_metal
-from outlier_mlx.cli.showcase import FOLDER, heldout
+from outlier_mlx.cli.showcase import heldout
 from outlier_mlx.engine.loading import load as load_with_tokenizer
 from outlier_mlx.runtime.model import Model
 from outlier_mlx.runtime.switch import TernarySwitchLinear
@@ -21,6 +21,7 @@ from tests.builders import write_overlay
 from tests.engine import assert_same_run, forward, greedy_cached, load, tier_of, trace
 from tests.goldens import assert_logits_close, golden
 from tests.kernel_cases import ROUNDING
+from tests.library import Library
 from tests.reference import Array, Routing, Trace
 
 # Every model among the reference cases; the first runs each time.
@@ -105,9 +106,8 @@ def test_a_model_without_experts_launches_nothing(tmp_path: Path, metal: Virtual
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    return tier_of(FOLDER / "overlay", FOLDER / "base", folder / "tier", tier="q4")
+def pair(library: Library) -> Path:
+    return library.demo_tier("q4")
 
 
 @pytest.fixture(scope="module")
