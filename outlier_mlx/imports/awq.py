@@ -11,7 +11,6 @@ from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.awq_config import AwqFormat, read_format
-from outlier_mlx.imports.awq_layout import mlx_group
 from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, Loss
 from outlier_mlx.imports.hf_names import Place, Stored, by_place, name_in_source
 from outlier_mlx.imports.opened import Opened
@@ -20,7 +19,7 @@ from outlier_mlx.models.config import ModelConfig, parse_config, spell_config
 from outlier_mlx.models.families import family
 from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.modules import Module
-from outlier_mlx.models.quantization import spell_quantization
+from outlier_mlx.models.quantization import largest_group, spell_quantization
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
@@ -199,7 +198,7 @@ class _Planner:
             )
         _check(qweight, (width, out // 8), ("I32",))
         group = width if self.awq.group_size == -1 else self.awq.group_size
-        if width % group or mlx_group(group) is None:
+        if width % group or largest_group(group) is None:
             raise CheckpointError(f"{qweight.where}: groups of {group} do not fit {width} inputs")
         scales, qzeros = stored.pop("scales", None), stored.pop("qzeros", None)
         if scales is None:

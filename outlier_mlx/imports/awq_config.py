@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.imports.awq_layout import mlx_group
+from outlier_mlx.models.quantization import largest_group
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 
@@ -62,7 +62,7 @@ def read_format(folder: Path, config: dict) -> AwqFormat | None:
     if type(bits) is not int or bits != 4:
         raise CheckpointError(f"{where}: bits {_short(bits)}, expected 4")
     group = settings.get("group_size", settings.get("q_group_size", 128))
-    if type(group) is not int or (group != -1 and (group < 1 or mlx_group(group) is None)):
+    if type(group) is not int or (group != -1 and (group < 1 or largest_group(group) is None)):
         raise CheckpointError(
             f"{where}: group_size {_short(group)}, expected -1 or a multiple of 32"
         )

@@ -97,8 +97,3 @@ def _packed_rows(codes: np.ndarray) -> np.ndarray:
     for n, values in enumerate(five_bytes([codes[n::8] for n in range(8)])):
         packed[n::5] = values
     return packed
-
-
-def mlx_group(group: int) -> int | None:
-    """The largest group size of MLX that divides AWQ's group size, or None."""
-    return next((size for size in (128, 64, 32) if group % size == 0), None)

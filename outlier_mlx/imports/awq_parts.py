@@ -10,7 +10,8 @@ from math import prod
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.imports.awq_layout import mlx_group, to_five_bits, to_four_bits, unpack
+from outlier_mlx.imports.awq_layout import to_five_bits, to_four_bits, unpack
+from outlier_mlx.models.quantization import largest_group
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.writing.parts import Chunk, Part, ahead
 from outlier_mlx.writing.writer import TensorSpec
@@ -125,7 +126,7 @@ class AwqPart(Part):
     @property
     def group_size(self) -> int:
         """Group size in MLX's format. A larger group of AWQ becomes several with the same scale."""
-        size = mlx_group(self.matrices[0].group)
+        size = largest_group(self.matrices[0].group)
         assert size is not None
         return size
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from outlier_mlx.measure.outlier_accumulate import Accumulator
-from outlier_mlx.measure.outlier_active import RULE, Parameters
+from outlier_mlx.measure.outlier_active import RULE
 from outlier_mlx.measure.outlier_definitions import blog_summary, pooled_summary
 from outlier_mlx.measure.outliers import Measurement, Options
 from outlier_mlx.measure.pictures import SUFFIXES
+from outlier_mlx.models.sizes import Parameters
 
 RESULTS = "outliers.json"
 SUMMARY = "summary.json"

@@ -31,7 +31,7 @@ BASE_TYPE = "base_model_type"
 DEFAULT_BASE = "qwen2"
 # What the configs of mixtures of experts call the number of experts, and of those used by a token.
 _EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
-_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size")
 # Models of this project that mlx-lm's have been made of.
 _MADE_OF = {"ternary_mixtral": "mixtral"}
@@ -313,7 +313,7 @@ def _other_mixture(fields: Fields, layers: int | None) -> dict[str, Any]:
     experts = next((n for name in _EXPERTS if (n := fields.size(name))), 0)
     return {
         "experts": experts,
-        "top_k": next((n for name in _TOP_K if (n := fields.size(name))), None),
+        "top_k": next((n for name in TOP_K_NAMES if (n := fields.size(name))), None),
         "moe_layers": None if experts or layers is None else (),
         "expert_width": next((n for name in _EXPERT_WIDTHS if (n := fields.size(name))), None),
     }

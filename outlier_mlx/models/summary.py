@@ -17,6 +17,8 @@ KINDS = (
 _SIGNS = (
     ("embed_tokens", "embeddings"),
     ("lm_head", "head"),
+    (".q_norm.", "norms"),
+    (".k_norm.", "norms"),
     ("self_attn", "attention"),
     ("switch_mlp", "experts"),
     (".experts.", "experts"),

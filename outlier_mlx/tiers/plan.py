@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.base import WholeModel
-from outlier_mlx.checkpoints.overlay import base_shapes
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.config import BASE_TYPE, DEFAULT_BASE, PROJECTIONS
+from outlier_mlx.models.config import BASE_TYPE, DEFAULT_BASE
 from outlier_mlx.models.families import family
+from outlier_mlx.models.modules import Module, tier_modules
+from outlier_mlx.models.quantization import GROUP_SIZES, largest_group, spell_quantization
 from outlier_mlx.models.rope import TIER_NAMES
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.tensors import FloatTensor
-from outlier_mlx.tiers.presets import GROUP_SIZES, Recipe
+from outlier_mlx.tiers.presets import Recipe
 from outlier_mlx.writing.tensors import (
     AffineExperts,
     Constant,
@@ -103,16 +104,22 @@ def finish_plan(parts: list[Part], config: dict, recipe: Recipe) -> Plan:
 
 
 def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> Iterator[Part]:
-    moe_layers = set(model.config.moe_layers)
-    for name, shape in base_shapes(model.config).items():
-        words = name.split(".")
-        layer = int(words[2]) if words[1] == "layers" else None
-        shared = layer in moe_layers and ".mlp." in name
-        target = name.replace(".mlp.", ".mlp.shared_expert.") if shared else name
-        yield base_part(model, recipe, name, target, shape)
-        if shared and name.endswith("mlp.down_proj.weight"):
-            assert layer is not None
-            yield from _moe_parts(model, recipe, layer, alphas[layer])
+    width = model.overlay.expert_intermediate or None
+    for module in tier_modules(replace(model.config, expert_width=width)):
+        layer = int(module.path.split(".")[2]) if ".layers." in module.path else 0
+        if module.kind == "experts":
+            yield _experts(model, recipe, module, layer)
+        elif module.leaf == "alpha":
+            yield Constant(
+                module.path, module.kind, f"{module.path}.alpha", alphas[layer], "float32"
+            )
+        elif module.kind == "router":
+            router = model.overlay.routers[layer]
+            yield Plain(module.path, module.kind, router, f"{module.path}.weight", "float32")
+        else:
+            for target, shape in module.tensors().items():
+                name = target.replace(".mlp.shared_expert.", ".mlp.")
+                yield base_part(model, recipe, name, target, shape)
 
 
 def base_part(
@@ -142,37 +149,25 @@ def base_part(
     if change is not None:
         tensor = change(tensor)
         twin = change(twin) if twin is not None else None
-    group = _group(shape[-1], recipe.group_size)
+    group = largest_group(shape[-1], recipe.group_size)
     bits = recipe.bits(name, model.config.layers)
     if bits is None or len(shape) != 2 or group is None:
         return Plain(path, kind, tensor, target, recipe.dtype, twin)
     return Quantized(path, kind, tensor, bits, group, recipe.dtype, twin)
 
 
-def _moe_parts(model: WholeModel, recipe: Recipe, layer: int, alphas: np.ndarray) -> Iterator[Part]:
-    prefix = f"model.layers.{layer}.mlp"
-    router = model.overlay.routers[layer]
-    yield Plain(f"{prefix}.gate", "router", router, f"{prefix}.gate.weight", "float32")
-    yield Constant(prefix, "router", f"{prefix}.alpha", alphas, "float32")
-    for projection in PROJECTIONS:
-        matrices = tuple(getattr(expert, projection) for expert in model.overlay.experts[layer])
-        path = f"{prefix}.switch_mlp.{projection}_proj"
-        if recipe.experts == "tq1_0":
-            yield TernaryExperts(path, "experts", matrices)
-            continue
-        width = matrices[0].trits.shape[1]
-        if width % GROUP_SIZES[0]:
-            raise CheckpointError(
-                f"{matrices[0].trits.where}: affine2 needs widths that {GROUP_SIZES[0]} divides,"
-                f" this one is {width}; --experts tq1_0 takes any"
-            )
-        yield AffineExperts(path, "experts", matrices)
-
-
-def _group(width: int, wanted: int) -> int | None:
-    """The wanted group size, or the largest smaller one that divides the width."""
-    sizes = [size for size in GROUP_SIZES if size <= wanted and width % size == 0]
-    return max(sizes, default=None)
+def _experts(model: WholeModel, recipe: Recipe, module: Module, layer: int) -> Part:
+    projection = module.path.rpartition(".")[2].removesuffix("_proj")
+    matrices = tuple(getattr(expert, projection) for expert in model.overlay.experts[layer])
+    if recipe.experts == "tq1_0":
+        return TernaryExperts(module.path, module.kind, matrices)
+    width = module.shape[-1]
+    if largest_group(width) is None:
+        raise CheckpointError(
+            f"{matrices[0].trits.where}: affine2 needs widths that {GROUP_SIZES[0]} divides,"
+            f" this one is {width}; --experts tq1_0 takes any"
+        )
+    return AffineExperts(module.path, module.kind, matrices)
 
 
 def _config(model: WholeModel, recipe: Recipe) -> dict:
@@ -232,11 +227,7 @@ def _quantization(recipe: Recipe, parts: list[Part]) -> dict:
     stored = {}
     for part in parts:
         if isinstance(part, Quantized):
-            stored[part.path] = {"group_size": part.group_size, "bits": part.bits}
+            stored[part.path] = (part.bits, part.group_size)
         elif isinstance(part, AffineExperts):
-            stored[part.path] = {"group_size": part.group_size, "bits": 2}
-    if not stored:
-        return {}
-    default = {"group_size": recipe.group_size, "bits": recipe.base_bits or 2}
-    others = {path: how | {"mode": "affine"} for path, how in stored.items() if how != default}
-    return default | {"mode": "affine"} | others
+            stored[part.path] = (2, part.group_size)
+    return spell_quantization(stored, (recipe.base_bits or 2, recipe.group_size))

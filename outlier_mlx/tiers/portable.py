@@ -17,9 +17,10 @@ from outlier_mlx.checkpoints.base import WholeModel
 from outlier_mlx.checkpoints.overlay import base_shapes
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.storage.tensors import Derived
 from outlier_mlx.tiers.plan import Plan, base_part, common_config, finish_plan, settle_dtype
-from outlier_mlx.tiers.presets import GROUP_SIZES, Recipe
+from outlier_mlx.tiers.presets import Recipe
 from outlier_mlx.writing.tensors import AffineExperts, Constant, Part, Plain
 
 MODEL_TYPE = "ernie4_5_moe"
@@ -75,7 +76,7 @@ def _check_expressible(model: WholeModel) -> None:
         reason = "its base attends to a window of tokens in some layers"
     elif config.intermediate % width:
         reason = f"the expert width {width} does not divide the shared width {config.intermediate}"
-    elif width % GROUP_SIZES[0] or config.hidden % GROUP_SIZES[0]:
+    elif largest_group(width) is None or largest_group(config.hidden) is None:
         reason = f"{GROUP_SIZES[0]} does not divide the widths {config.hidden} and {width}"
     if reason is not None:
         raise CheckpointError(

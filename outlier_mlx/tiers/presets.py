@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from outlier_mlx.errors import OutlierError, did_you_mean
+from outlier_mlx.models.quantization import GROUP_SIZES
 
 DTYPES = ("bfloat16", "float16", "float32")
-GROUP_SIZES = (32, 64, 128)
 MIXED_BITS = 6
 EXPERT_FORMATS = ("tq1_0", "affine2")
 _SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
