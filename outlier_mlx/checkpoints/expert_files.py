@@ -50,15 +50,6 @@ def open_expert_files(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay
     return collected.overlay(folder, "trainer output" if trained else "per-file", config)
 
 
-def expert_of(path: str) -> tuple[int, int] | None:
-    """Layer and expert of a file such as "experts/layer_14_expert_00.safetensors"."""
-    folder, _, name = path.rpartition("/")
-    match = _NAME.fullmatch(name)
-    if folder != "experts" or match is None:
-        return None
-    return parse_number(match[1]), parse_number(match[2])
-
-
 def _expert_files(folder: Path, names: list[str]) -> dict[tuple[int, int], str]:
     files: dict[tuple[int, int], str] = {}
     for name in names:

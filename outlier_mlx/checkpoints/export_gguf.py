@@ -16,15 +16,10 @@ from typing import BinaryIO
 import numpy as np
 
 from outlier_mlx.checkpoints.export_scales import find_scale_forms
-from outlier_mlx.checkpoints.export_shared import (
-    Origin,
-    copied,
-    ranges,
-    slabs,
-)
+from outlier_mlx.checkpoints.export_shared import SLAB_BYTES, Origin, copied, slabs
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.storage.tensors import ExpertMatrix
+from outlier_mlx.storage.tensors import ExpertMatrix, row_ranges
 from outlier_mlx.terminal import Progress
 from outlier_mlx.ternary.ggml import BLOCK, TQ1_0_BYTES, pack_tq1_0_blocks
 from outlier_mlx.writing.parts import Parts, Tally
@@ -151,7 +146,7 @@ def _blocks(tensor: _Merged) -> Iterator[np.ndarray]:
     out, width = tensor.shape[1:]
     for matrix in tensor.matrices:
         scales = matrix.row_scales().astype(np.float16)
-        for start, stop in ranges(out, width):
+        for start, stop in row_ranges(out, width, SLAB_BYTES):
             d = np.repeat(scales[start:stop, None], width // BLOCK, axis=1)
             yield pack_tq1_0_blocks(matrix.trits.read(start, stop), d)
 

@@ -14,13 +14,13 @@ from typing import BinaryIO
 import numpy as np
 
 from outlier_mlx.checkpoints.export_scales import ScaleForms, find_scale_forms
-from outlier_mlx.checkpoints.export_shared import Origin, copied, ranges
+from outlier_mlx.checkpoints.export_shared import SLAB_BYTES, Origin, copied
 from outlier_mlx.checkpoints.monolith import ALIGNMENT, HEADER, MAGIC, ROW, VERSION, aligned
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.packed import FOLDER, MONOLITH, packed_bytes
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, Trits
+from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, Trits, row_ranges
 from outlier_mlx.terminal import Progress
 from outlier_mlx.ternary import pack_tq1_0, rows_to_flat
 from outlier_mlx.writing.parts import Parts, Tally
@@ -86,7 +86,7 @@ class PackedTensors(Parts):
         trits, scale = f"{key}_ternary", f"{key}_scale"
         with (inner / _file(trits)).open("xb") as file:
             out, width = matrix.trits.shape
-            for start, stop in ranges(out, width, _ROWS):
+            for start, stop in row_ranges(out, width, SLAB_BYTES, _ROWS):
                 tally.add(file.write(_packed(matrix.trits, start, stop).data))
         values = self.scales.values(projection, matrix).astype("<f2")
         (inner / _file(scale)).write_bytes(values.tobytes())

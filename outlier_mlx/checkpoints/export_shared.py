@@ -13,7 +13,7 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.tensors import Trits
+from outlier_mlx.storage.tensors import Trits, row_ranges
 from outlier_mlx.writing.parts import Chunk, Part
 from outlier_mlx.writing.writer import TensorSpec
 
@@ -104,18 +104,12 @@ def copied(name: str, tensor: TensorRef) -> FromSlabs:
 
 def slabs(tensor: TensorRef) -> Iterator[np.ndarray]:
     """A tensor's rows as stored, a few at a time."""
-    for start, stop in ranges(tensor.shape[0], tensor.nbytes // max(1, tensor.shape[0])):
+    row_size = tensor.nbytes // max(1, tensor.shape[0])
+    for start, stop in row_ranges(tensor.shape[0], row_size, SLAB_BYTES):
         yield np.ascontiguousarray(tensor.read(start, stop))
 
 
 def trit_slabs(trits: Trits) -> Iterator[np.ndarray]:
     """Rows of trits, int8 (rows, in), a few at a time."""
-    for start, stop in ranges(*trits.shape):
+    for start, stop in row_ranges(trits.shape[0], trits.shape[1], SLAB_BYTES):
         yield trits.read(start, stop)
-
-
-def ranges(rows: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Row numbers (start, stop) of slabs of about `SLAB_BYTES`; `multiple` rows, or a multiple."""
-    step = max(1, SLAB_BYTES // max(1, row_bytes * multiple)) * multiple
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)

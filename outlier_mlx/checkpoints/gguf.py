@@ -21,6 +21,7 @@ from outlier_mlx.models.config import read_config
 from outlier_mlx.storage.gguf import GgufTensor, read_gguf
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.ternary import TernaryError
 from outlier_mlx.ternary.ggml import (
     BLOCK,
@@ -123,24 +124,24 @@ class BlockScales:
         """
         out, width = self.trits.shape
         stop = out if stop is None else min(stop, out)
-        step = max(1, _SLAB // width)
         scales = np.empty((stop - start, 1), np.float32)
-        for row in range(start, stop, step):
-            d = self.trits.read_scales(row, min(row + step, stop))
+        for first, last in row_ranges(stop - start, width, _SLAB):
+            row, end = start + first, start + last
+            d = self.trits.read_scales(row, end)
             if (d == d[:, :1]).all():  # so is nearly every file; NaN is none
-                scales[row - start :][:step] = d[:, :1]
+                scales[first:last] = d[:, :1]
                 continue
-            trits, d = self.trits.read_blocks(row, min(row + step, stop))
+            trits, d = self.trits.read_blocks(row, end)
             used = trits.reshape(*d.shape, BLOCK).any(axis=-1)
             # Of a row of zeros any block's will do.
-            first = np.take_along_axis(d, used.argmax(axis=1, keepdims=True), axis=1)
-            differs = (used & (d != first)).any(axis=1)
+            scale = np.take_along_axis(d, used.argmax(axis=1, keepdims=True), axis=1)
+            differs = (used & (d != scale)).any(axis=1)
             if differs.any():
                 raise CheckpointError(
                     f"{self.where}: row {row + int(differs.argmax())} has blocks of different"
                     " scales; experts have one a row"
                 )
-            scales[row - start :][:step] = first
+            scales[first:last] = scale
         return scales
 
 

@@ -14,34 +14,22 @@ from outlier_mlx.models.stored import expected_tensors
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
-from outlier_mlx.storage.tensors import ExpertMatrix
+from outlier_mlx.storage.tensors import ExpertMatrix, Stored
 from outlier_mlx.ternary import TernaryError, check_rows, unpack_rows
 
-_CODES_PER_BYTE = 4
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
 
 
 @dataclass(frozen=True)
-class RowTrits:
-    """A matrix in the layout `tq1_0_rows`: `rows` is (out, row_bytes) uint8."""
+class RowTrits(Stored):
+    """A matrix in the layout `tq1_0_rows`, stored as (out, row_bytes) uint8."""
 
-    rows: TensorRef
     width: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in)."""
-        return (self.rows.shape[0], self.width)
-
-    @property
-    def where(self) -> str:
-        """File and tensor."""
-        return self.rows.where
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.rows.nbytes
+        return (self.tensor.shape[0], self.width)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in); see `read_rows`."""
@@ -53,7 +41,7 @@ class RowTrits:
         Raises:
             CheckpointError: bytes that no conversion writes.
         """
-        packed = self.rows.read(start, stop)
+        packed = self.tensor.read(start, stop)
         try:
             check_rows(packed, self.width)
         except TernaryError as error:
@@ -62,25 +50,13 @@ class RowTrits:
 
 
 @dataclass(frozen=True)
-class AffineTrits:
+class AffineTrits(Stored):
     """A matrix in MLX's affine 2-bit format, whose codes are trit + 1: (out, in / 16) uint32."""
-
-    codes: TensorRef
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in)."""
-        return (self.codes.shape[0], 16 * self.codes.shape[1])
-
-    @property
-    def where(self) -> str:
-        """File and tensor."""
-        return self.codes.where
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.codes.nbytes
+        return (self.tensor.shape[0], 16 * self.tensor.shape[1])
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
@@ -88,7 +64,7 @@ class AffineTrits:
         Raises:
             CheckpointError: a code 3, which is no trit.
         """
-        packed = self.codes.read(start, stop).view(np.uint8)
+        packed = self.tensor.read(start, stop).view(np.uint8)
         codes = (packed[..., None] >> _SHIFTS & 3).reshape(len(packed), -1)
         if codes.size and codes.max() > 2:
             raise CheckpointError(f"{self.where}: from row {start}: a code 3, which is no trit")
@@ -96,26 +72,15 @@ class AffineTrits:
 
 
 @dataclass(frozen=True)
-class AffineScales:
+class AffineScales(Stored):
     """The scales of `AffineTrits`, one a row: groups must agree, and biases be their negatives."""
 
-    scales: TensorRef
     biases: TensorRef
-
-    @property
-    def dtype(self) -> str:
-        """The safetensors dtype."""
-        return self.scales.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(out,)."""
-        return self.scales.shape[:1]
-
-    @property
-    def where(self) -> str:
-        """File and tensor."""
-        return self.scales.where
+        return self.tensor.shape[:1]
 
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Scales of rows `start` to `stop`, (rows,).
@@ -123,7 +88,7 @@ class AffineScales:
         Raises:
             CheckpointError: these are not the scales of ternary weights.
         """
-        scales = self.scales.read_float32(start, stop)
+        scales = self.tensor.read_float32(start, stop)
         ternary = (scales == scales[:, :1]) & (self.biases.read_float32(start, stop) == -scales)
         if not ternary.all():
             raise CheckpointError(f"{self.where}: not the scales of ternary weights")

@@ -26,6 +26,7 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.models.config import Defaults, read_config
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
+from outlier_mlx.storage.tensors import row_ranges
 
 SIGN = "layers.N.ffn.* in *.safetensors"
 
@@ -52,9 +53,8 @@ class LatentWeights(TensorRef):
     def magnitude(self) -> np.float32:
         """a, over the whole tensor; summed in float64."""
         total = 0.0
-        step = max(1, (1 << 20) // max(1, self.shape[1]))
-        for row in range(0, self.shape[0], step):
-            values = super().read_float32(row, row + step)
+        for start, stop in row_ranges(self.shape[0], self.shape[1], 1 << 20):
+            values = super().read_float32(start, stop)
             total += float(np.abs(values).sum(dtype=np.float64))
         return np.float32(total / max(1, self.shape[0] * self.shape[1]))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
-from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, Trits
+from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, Stored, Trits, row_ranges
 
 _WIDE_INTEGERS = ("I16", "I32", "I64")
 # Weights held at a time where a whole matrix has to be seen.
@@ -17,29 +17,7 @@ _SLAB = 1 << 20
 
 
 @dataclass(frozen=True)
-class StoredWeights:
-    """Trits that are read out of a tensor of another dtype."""
-
-    tensor: TensorRef
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.tensor.shape
-
-    @property
-    def where(self) -> str:
-        """File and key."""
-        return self.tensor.where
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.tensor.nbytes
-
-
-@dataclass(frozen=True)
-class WideTrits(StoredWeights):
+class WideTrits(Stored):
     """Trits in a dtype other than int8: a float or a wider integer."""
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -60,7 +38,7 @@ class WideTrits(StoredWeights):
 
 
 @dataclass(frozen=True)
-class UnscaledTrits(StoredWeights):
+class UnscaledTrits(Stored):
     """The signs of float weights that hold one magnitude, and zeros, in each row."""
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -82,35 +60,22 @@ class UnscaledTrits(StoredWeights):
 
 
 @dataclass(frozen=True)
-class Magnitudes:
+class Magnitudes(Stored):
     """The scale of `UnscaledTrits`: the magnitude of each row; 0 for a row of zeros."""
-
-    tensor: TensorRef
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the weights."""
-        return self.tensor.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, 1)."""
         return (self.tensor.shape[0], 1)
 
-    @property
-    def where(self) -> str:
-        """File and key."""
-        return self.tensor.where
-
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Magnitudes of rows `start` to `stop`, (rows, 1)."""
         rows, width = self.tensor.shape
         stop = rows if stop is None else min(stop, rows)
-        step = max(1, _SLAB // max(1, width))
         sizes = np.empty((stop - start, 1), np.float32)
-        for row in range(start, stop, step):
-            values = self.tensor.read_float32(row, min(row + step, stop))
-            np.abs(values).max(axis=1, keepdims=True, initial=0, out=sizes[row - start :][:step])
+        for first, last in row_ranges(stop - start, width, _SLAB):
+            values = self.tensor.read_float32(start + first, start + last)
+            np.abs(values).max(axis=1, keepdims=True, initial=0, out=sizes[first:last])
         return sizes
 
 

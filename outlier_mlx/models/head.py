@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.tensors import row_ranges
 
 NOTE = "config.json ties the head to the embedding, but the files hold one of its own: it is kept"
 _SLAB_BYTES = 1 << 22
@@ -44,9 +45,8 @@ def _same(one: TensorRef, other: TensorRef) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     rows = one.shape[0] if one.shape else 1
-    step = max(1, _SLAB_BYTES // max(1, one.nbytes // max(1, rows)))
-    for start in range(0, rows, step):
-        a, b = (tensor.read(start, start + step) for tensor in (one, other))
+    for start, stop in row_ranges(rows, one.nbytes // max(1, rows), _SLAB_BYTES):
+        a, b = (tensor.read(start, stop) for tensor in (one, other))
         if a.tobytes() != b.tobytes():
             return False
     return True

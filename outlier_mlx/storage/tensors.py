@@ -1,11 +1,13 @@
 """Tensors that are somewhere on disk: what parts and overlays are made of."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.safetensors import TensorRef
 
 
 class FloatTensor(Protocol):
@@ -51,6 +53,22 @@ class Derived:
     def where(self) -> str:
         """File and key."""
         return self.tensor.where
+
+
+@dataclass(frozen=True)
+class Stored(Derived):
+    """Weights or scales that are read out of a tensor in another form.
+
+    Attributes:
+        tensor: the one that is stored.
+    """
+
+    tensor: TensorRef
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.tensor.nbytes
 
 
 class Trits(Protocol):
@@ -100,3 +118,17 @@ class ExpertMatrix:
                 f"{self.scale.where}: scale {bad}, expected a finite number of 0 or more"
             )
         return np.broadcast_to(values, (self.trits.shape[0],)).copy()
+
+
+def row_ranges(rows: int, row_size: int, slab: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Row numbers (start, stop) that cut a matrix into slabs.
+
+    Args:
+        rows: of the matrix.
+        row_size: bytes or elements of a row.
+        slab: bytes or elements that a slab has about, and at most where rows are not longer.
+        multiple: each slab but the last has so many rows, or a multiple of it.
+    """
+    step = max(1, slab // max(1, row_size * multiple)) * multiple
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)

@@ -18,7 +18,7 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
-from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, PackedTrits
+from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, PackedTrits, row_ranges
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
 from outlier_mlx.writing.mlx_stream import own_mlx_stream
 from outlier_mlx.writing.parts import Chunk, Part, ahead
@@ -270,12 +270,6 @@ def _rounded(slab: np.ndarray, dtype: str, tensor: FloatTensor) -> mx.array:
     return stored
 
 
-def _ranges(rows: int, row_size: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    step = max(1, SLAB_BYTES // max(1, row_size * multiple)) * multiple
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
-
-
 def float_slabs(
     tensor: FloatTensor, twin: FloatTensor | None, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[np.ndarray, int]]:
@@ -296,15 +290,14 @@ def _made_slabs(
         if not np.isfinite(slab).all():
             raise CheckpointError(f"{tensor.where}: holds NaN or infinity")
         if twin is not None and not np.array_equal(slab, twin.read_float32(start, stop)):
-            raise CheckpointError(
-                f"{tensor.where}: differs from {twin.where} of the base; an overlay may repeat base"
-                " tensors, not change them"
-            )
+            raise twins_differ(tensor, twin)
         with own_mlx_stream():
             return make(slab), row_size * (stop - start)
 
     row_size = _stored_bytes(tensor) // max(1, tensor.shape[0])
-    yield from ahead(pool, (partial(made, *r) for r in _ranges(tensor.shape[0], row_size)))
+    yield from ahead(
+        pool, (partial(made, *r) for r in row_ranges(tensor.shape[0], row_size, SLAB_BYTES))
+    )
 
 
 def twins_differ(tensor: FloatTensor, twin: FloatTensor) -> CheckpointError:
@@ -328,9 +321,8 @@ def _packed_slabs(
         (
             partial(_pack_slab, matrix, start, stop)
             for matrix in matrices
-            for start, stop in _ranges(
-                matrix.trits.shape[0], matrix.trits.shape[1], _TRITS_PER_BYTE
-            )
+            for out, width in [matrix.trits.shape]
+            for start, stop in row_ranges(out, width, SLAB_BYTES, _TRITS_PER_BYTE)
         ),
     )
 
