@@ -40,6 +40,10 @@ Progress = Callable[[int, int | None], None]
 Stages = Callable[[str, str], AbstractContextManager[Progress]]
 
 
+def no_progress(done: int, total: int | None) -> None:
+    """A progress callback that shows nothing."""
+
+
 def stderr() -> Console:
     """A console for people; colours and bars only on a terminal."""
     return _console(stderr=True)
@@ -103,7 +107,7 @@ def _bar(title: str, figures: list[ProgressColumn], *, quiet: bool) -> Iterator[
     """A bar on a terminal; `figures` are left out where it is narrow."""
     console = stderr()
     if quiet or not console.is_terminal:
-        yield lambda done, total: None
+        yield no_progress
         return
     if _is_plain(console):
         with _plain_line(console) as show:

@@ -11,9 +11,9 @@ import pytest
 import outlier_mlx
 from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.measure.alphas import alphas_of, apply_alphas, save_alphas, tune_alphas
 from outlier_mlx.measure.perplexity import compare, same_tokens, windows
 from outlier_mlx.measure.routing import draw, moe_blocks, observe_routing
+from outlier_mlx.measure.tune_alpha import alphas_of, apply_alphas, save_alphas, tune_alphas
 from tests.builders import Built
 from tests.library import Library
 from tests.reference import forward, trace

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.outlier_accumulate import Accumulator, Hold
+from outlier_mlx.measure.outlier_counts import Accumulator, Hold
 from outlier_mlx.measure.outlier_definitions import (
     Thresholds,
     blog_summary,

@@ -20,9 +20,9 @@ import outlier_mlx
 from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.outlier_accumulate import Accumulator
-from outlier_mlx.measure.outlier_active import count_parameters, weights_bits
+from outlier_mlx.measure.outlier_counts import Accumulator
 from outlier_mlx.measure.outlier_definitions import Thresholds, blog_summary, pooled_summary
+from outlier_mlx.measure.outlier_parameters import count_parameters, weights_bits
 from outlier_mlx.measure.outlier_probes import find_probes, watched
 from outlier_mlx.measure.outlier_report import short_count
 from outlier_mlx.measure.outliers import Measurement, Options, measure

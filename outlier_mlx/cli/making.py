@@ -277,7 +277,7 @@ def tune_alpha(
 ) -> None:
     """Train the alphas of a tier, and nothing else; judge them on a fifth of the text, held out."""
     from outlier_mlx.measure import perplexity as compare
-    from outlier_mlx.measure.alphas import save_alphas, tune_alphas
+    from outlier_mlx.measure.tune_alpha import save_alphas, tune_alphas
     from outlier_mlx.storage.output import check_writable
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar

@@ -26,7 +26,7 @@ from outlier_mlx.cli.options import (
 from outlier_mlx.measure.pictures import Format
 
 if TYPE_CHECKING:
-    from outlier_mlx.measure.outlier_accumulate import Hold
+    from outlier_mlx.measure.outlier_counts import Hold
 
 Plots = Annotated[Format, typer.Option(help="File format of the pictures.")]
 NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw no pictures.")]
@@ -159,9 +159,7 @@ def perplexity(
     with counting_bar("measuring", "tokens", quiet=quiet) as progress:
         found = compare.compare(loaded, texts, other, progress)
     if folder is not None:
-        new = measured.describe(
-            text, found, loaded, window=window, windows=windows, against=against
-        )
+        new = found.measured(loaded, text, window=window, windows=windows, against=against)
         measured.record(folder, new)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
@@ -264,7 +262,7 @@ def outliers(
     """Find outlier features: dimensions with huge values in many layers, at many positions."""
     from outlier_mlx.measure.outlier_definitions import Thresholds
     from outlier_mlx.measure.outlier_run import Study, study_models
-    from outlier_mlx.measure.outlier_table import print_outliers
+    from outlier_mlx.measure.outlier_tables import print_outliers
     from outlier_mlx.measure.outliers import Options
 
     thresholds = Thresholds(threshold, min_layers, min_seq)

@@ -16,7 +16,7 @@ def load_model(folder: Path, dtype: str | None = None, alpha: Path | None = None
 
     model, tokenizer = load(folder, dtype=dtype)
     if alpha is not None:
-        from outlier_mlx.measure.alphas import apply_alphas
+        from outlier_mlx.measure.tune_alpha import apply_alphas
 
         apply_alphas(model, alpha)
     return model, tokenizer

@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
@@ -14,12 +13,12 @@ from mlx.utils import tree_flatten
 from mlx_lm import batch_generate, stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from outlier_mlx import __version__
 from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.engine.generate import described, vocabulary
+from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
 from outlier_mlx.models.sizes import bytes_read
 from outlier_mlx.runtime.switch import TernarySwitchLinear
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,11 @@ class BenchResult:
         }
 
 
-def environment(chip: Chip) -> dict[str, Any]:
-    """What a measurement was made with, for programs."""
-    versions = {name: version(name) for name in ("mlx", "mlx-lm")}
-    return {"chip": asdict(chip), "versions": {"outlier-mlx": __version__, **versions}}
-
-
 def bench_model(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     options: BenchOptions,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> BenchResult:
     """Time a model on random prompts, after one run that is not counted.
 
@@ -156,7 +149,7 @@ def bench_model(
     context = options.prompt_tokens + options.generation_tokens // 2
     return BenchResult(
         chip=this_chip(),
-        dtype=str(activation_dtype(model)).removeprefix("mlx.core."),
+        dtype=dtype_name(activation_dtype(model)),
         options=options,
         prompt_tps=Runs(tuple(r.prompt_tps for r in timed)),
         generation_tps=Runs(tuple(r.generation_tps for r in timed)),
@@ -211,9 +204,3 @@ def _weights(model: nn.Module) -> list[tuple[str, mx.array]]:
             for number, array in enumerate(module.prepared.arrays):
                 weights[f"{name}.{number}"] = array
     return list(weights.items())
-
-
-def activation_dtype(model: nn.Module) -> mx.Dtype:
-    """The dtype that a model computes in: that of its first norm."""
-    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    return next(array.dtype for name, array in arrays.items() if "norm" in name)

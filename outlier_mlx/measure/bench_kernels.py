@@ -21,8 +21,9 @@ import mlx.nn as nn
 
 from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.bench import Runs, activation_dtype, environment
+from outlier_mlx.measure.bench import Runs
 from outlier_mlx.measure.bench_cases import KERNELS, Kernel, Layer, decode_layers
+from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
 from outlier_mlx.runtime.kernels import VARIANTS
 from outlier_mlx.runtime.ops import use_metal
 from outlier_mlx.runtime.variants import (
@@ -35,7 +36,7 @@ from outlier_mlx.runtime.variants import (
     variants_file,
 )
 from outlier_mlx.storage.output import write_json
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 ROWS = (4, 8, 16)
 LOAD_BITS = (32, 64)
@@ -169,7 +170,7 @@ def bench_kernels(
     model: nn.Module,
     rounds: int,
     tokens: int = 1,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> KernelBench:
     """Time every variant of the decode kernels on a tier's experts.
 
@@ -190,7 +191,7 @@ def bench_kernels(
         advance = partial(_advance, progress, number * rounds, total)
         results.append(_bench_kernel(kernel, layers, dtype, rounds, advance))
     progress(total, total)
-    return KernelBench(this_chip(), str(dtype).removeprefix("mlx.core."), results)
+    return KernelBench(this_chip(), dtype_name(dtype), results)
 
 
 def variants_to_time(kernel: str, in_features: int, out_features: int) -> list[Variant]:

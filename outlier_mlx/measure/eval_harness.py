@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from lm_eval.tasks.manager import TaskDict
-from mlx.utils import tree_flatten
 
-import outlier_mlx
 from outlier_mlx.engine.generate import described
 from outlier_mlx.engine.loading import load, quiet_transformers
 from outlier_mlx.errors import OutlierError, one_line
+from outlier_mlx.measure.environment import activation_dtype, dtype_name, versions
 from outlier_mlx.measure.eval_model import HarnessModel
 from outlier_mlx.measure.eval_results import Evaluation, Result
 from outlier_mlx.measure.eval_tasks import Working, is_path, load_tasks, sandboxed
@@ -131,19 +129,14 @@ def evaluate(
         bytes_in_memory=sum(tensor.nbytes for tensor in read_shards(source.folder).values()),
         device="cpu" if mx.default_device() == mx.cpu else "gpu",
         date=date,
-        versions=_versions(),
+        versions=versions("lm-eval"),
         # Of files the names alone, since their places are this machine's affair.
         config={"tasks": [Path(task).name if is_path(task) else task for task in tasks]}
         | asdict(options)
-        | {"dtype": _activation_dtype(model), "bootstrap_iters": BOOTSTRAP_ITERS},
+        | {"dtype": dtype_name(activation_dtype(model)), "bootstrap_iters": BOOTSTRAP_ITERS},
         results=list(_results(found)),
     )
     return evaluation, noted.texts
-
-
-def _versions() -> dict[str, str]:
-    others = {name: version(name) for name in ("lm-eval", "mlx", "mlx-lm")}
-    return {"outlier-mlx": outlier_mlx.__version__} | others
 
 
 def _prepare(loaded: TaskDict, options: EvalOptions, noted: Noted) -> None:
@@ -198,15 +191,6 @@ def _failure(error: Exception) -> str:
         name = str(error).partition("task: ")[2].partition(" ")[0]
         return f"task {name} runs code that the model writes; --run-generated-code allows it"
     return f"the evaluation failed: {type(error).__name__}: {error}"
-
-
-def _activation_dtype(model: nn.Module) -> str | None:
-    """The dtype of the norms' weights, which is that of activations."""
-    arrays: Any = tree_flatten(model.parameters())
-    for name, value in arrays:
-        if name.endswith("norm.weight"):
-            return str(value.dtype).removeprefix("mlx.core.")
-    return None
 
 
 def _results(found: Mapping[str, Any]) -> Iterator[Result]:

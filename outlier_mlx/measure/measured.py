@@ -3,17 +3,12 @@
 import hashlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import get_type_hints
 
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_bytes, read_json
-
-if TYPE_CHECKING:  # cards are written where no model is run
-    import mlx.nn as nn
-
-    from outlier_mlx.measure.perplexity import Comparison
 
 FILE = "measured.json"
 _MANIFEST = "tier.json"
@@ -69,49 +64,6 @@ def require_tier(path: str | Path) -> Path:
     if not (folder / _MANIFEST).is_file():
         raise OutlierError(f"{path}: not the folder of a tier, so nothing can be recorded in it")
     return folder
-
-
-def describe(
-    text: Path,
-    found: "Comparison",
-    model: "nn.Module",
-    *,
-    window: int,
-    windows: int | None,
-    against: str | None = None,
-) -> Measured:
-    """A measurement, with what it was made of and in.
-
-    Args:
-        text: the file that was measured on.
-        found: what `compare.compare` found.
-        model: the tier, as loaded.
-        window: tokens in a window.
-        windows: how many at most.
-        against: folder or repository of the model that it was compared with.
-    """
-    from outlier_mlx.engine.chips import this_chip
-    from outlier_mlx.measure.bench import activation_dtype, environment
-
-    chip = this_chip()
-    versions: dict[str, str] = environment(chip)["versions"]
-    if against is not None and Path(against).is_dir():
-        against = Path(against).resolve().name  # no path of this machine
-    return Measured(
-        text=text.name,
-        sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
-        window=window,
-        windows=windows,
-        tokens=found.tokens,
-        perplexity=found.perplexity,
-        standard_error=found.standard_error,
-        dtype=str(activation_dtype(model)).removeprefix("mlx.core."),
-        chip=f"{chip.name} ({chip.device})",
-        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
-        against=against,
-        kl=found.kl,
-        agreement=found.agreement,
-    )
 
 
 def record(folder: Path, measured: Measured) -> None:

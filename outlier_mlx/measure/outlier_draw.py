@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from outlier_mlx.measure.labels import Labels, Named, write_names
-from outlier_mlx.measure.outlier_accumulate import Accumulator
+from outlier_mlx.measure.outlier_counts import Accumulator
 from outlier_mlx.measure.outlier_published import FIRST, LATER, SPREAD
 from outlier_mlx.measure.outlier_report import short_count
 from outlier_mlx.measure.pictures import color_bar, drawable, picture, spread

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from outlier_mlx.errors import OutlierError, listed
+from outlier_mlx.measure.calls import Told, watched_calls
 from outlier_mlx.runtime.switch import TernarySwitchGLU
 
 Kind = Literal["attention", "dense_ffn", "routed_experts", "shared_experts"]
@@ -110,10 +111,10 @@ def _ffn_probe(layer: nn.Module, number: int, place: Place) -> Probe:
     return Probe(number, name, place, kinds, first.weight.shape[0])
 
 
-#: Told the probe's number, the residual stream or whatever else enters its module, and the vectors
-#: that the probe stands for; both (1, positions, hidden).
+#: Called with a probe's number, the residual stream or whatever else enters its module, and the
+#: vectors that the probe stands for; both (1, positions, hidden).
 See = Callable[[int, mx.array, mx.array], None]
-#: Told the layer, and the experts (..., k) that its tokens are routed to.
+#: Called with a layer, and the experts (..., k) that its tokens are routed to.
 SeeRouting = Callable[[int, mx.array], None]
 
 
@@ -126,9 +127,6 @@ def watched(
 ) -> Iterator[None]:
     """Watch a model's probes for as long as the block lasts; nothing that it computes changes.
 
-    A watched module has, meanwhile, a class of its own that calls the original one, so parameters,
-    names and children stay as they are.
-
     Args:
         model: with `layers`.
         probes: as `find_probes` gives them.
@@ -138,40 +136,20 @@ def watched(
     with ExitStack() as stack:
         for number, probe in enumerate(probes):
             module = model.layers[probe.layer][probe.place.module]
-            stack.enter_context(_calls(module, "__call__", _seer(see, number, probe.place.side)))
+            seer = _seer(see, number, probe.place.side)
+            stack.enter_context(watched_calls(module, "__call__", seer))
         if see_routing is not None:
             for number, layer in enumerate(model.layers):
+                seer = _router_seer(see_routing, number)
                 for module in filter(lambda m: isinstance(m, EXPERTS), layer.modules()):
                     method = "mix" if isinstance(module, TernarySwitchGLU) else "__call__"
-                    stack.enter_context(_calls(module, method, _router_seer(see_routing, number)))
+                    stack.enter_context(watched_calls(module, method, seer))
         yield
 
 
-#: Told the arguments of a call, and what it returned.
-_Told = Callable[[tuple[Any, ...], Any], None]
-
-
-def _seer(see: See, probe: int, side: str) -> _Told:
+def _seer(see: See, probe: int, side: str) -> Told:
     return lambda given, y: see(probe, given[0], given[0] if side == "input" else y)
 
 
-def _router_seer(see: SeeRouting, layer: int) -> _Told:
+def _router_seer(see: SeeRouting, layer: int) -> Told:
     return lambda given, _: see(layer, given[1])
-
-
-@contextmanager
-def _calls(module: nn.Module, method: str, told: _Told) -> Iterator[None]:
-    original = type(module)
-
-    def call(self: nn.Module, *given: Any, **named: Any) -> Any:
-        result = getattr(original, method)(self, *given, **named)
-        told(given, result)
-        return result
-
-    watching = type(original.__name__, (original,), {method: call})
-    # Past nn.Module's own __setattr__, which knows parameters and children only.
-    object.__setattr__(module, "__class__", watching)
-    try:
-        yield
-    finally:
-        object.__setattr__(module, "__class__", original)

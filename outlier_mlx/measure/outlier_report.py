@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from outlier_mlx.measure.outlier_accumulate import Accumulator
-from outlier_mlx.measure.outlier_active import RULE
+from outlier_mlx.measure.outlier_counts import Accumulator
 from outlier_mlx.measure.outlier_definitions import blog_summary, pooled_summary
+from outlier_mlx.measure.outlier_parameters import RULE
 from outlier_mlx.measure.outliers import Measurement, Options
 from outlier_mlx.measure.pictures import SUFFIXES
 from outlier_mlx.models.sizes import Parameters

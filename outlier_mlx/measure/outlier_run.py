@@ -10,8 +10,8 @@ import mlx.core as mx
 from outlier_mlx.engine.loading import check_model, load_model, load_tokenizer
 from outlier_mlx.engine.memory import check_fits
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.outlier_active import count_parameters, weights_bits
 from outlier_mlx.measure.outlier_draw import AXES, draw_comparison, draw_heatmap
+from outlier_mlx.measure.outlier_parameters import count_parameters, weights_bits
 from outlier_mlx.measure.outlier_report import (
     FILES,
     RESULTS,

@@ -12,10 +12,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.outlier_accumulate import Accumulator, Group, Hold
+from outlier_mlx.measure.outlier_counts import Accumulator, Group, Hold
 from outlier_mlx.measure.outlier_definitions import Feature, Thresholds, sequence_features
 from outlier_mlx.measure.outlier_probes import find_probes, watched
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 # Positions whose logits are widened to float32 at a time.
 _LOSS_ROWS = 256
@@ -121,7 +121,7 @@ def measure(
     model: nn.Module,
     windows: list[list[int]],
     options: Options | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Measurement:
     """Run a model over windows of tokens, one at a time, and count.
 
@@ -152,8 +152,7 @@ def measure(
         nonlocal done
         counts.see(number, entering, values)
         done += 1
-        if progress is not None:
-            progress(done // 2, len(windows) * len(probes) // 2)
+        progress(done // 2, len(windows) * len(probes) // 2)
 
     routing = counts.see_routing if options.per_expert else None
     with watched(model, probes, see, routing):

@@ -1,15 +1,20 @@
 """Perplexity of a model on a text, and how far one model is from another on it."""
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from outlier_mlx.engine.chips import this_chip
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.terminal import Progress
+from outlier_mlx.measure.environment import activation_dtype, dtype_name, versions
+from outlier_mlx.measure.measured import Measured
+from outlier_mlx.terminal import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,43 @@ class Comparison:
     def perplexity(self) -> float:
         """exp of the mean loss."""
         return math.exp(self.loss)
+
+    def measured(
+        self,
+        model: nn.Module,
+        text: Path,
+        *,
+        window: int,
+        windows: int | None,
+        against: str | None = None,
+    ) -> Measured:
+        """The figures, with what they were measured on, and with what.
+
+        Args:
+            model: the tier, as loaded.
+            text: the file.
+            window: tokens in a window.
+            windows: how many at most; None for all.
+            against: folder or repository of the other model.
+        """
+        chip = this_chip()
+        if against is not None and Path(against).is_dir():
+            against = Path(against).resolve().name  # no path of this machine
+        return Measured(
+            text=text.name,
+            sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
+            window=window,
+            windows=windows,
+            tokens=self.tokens,
+            perplexity=self.perplexity,
+            standard_error=self.standard_error,
+            dtype=dtype_name(activation_dtype(model)),
+            chip=f"{chip.name} ({chip.device})",
+            versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+            against=against,
+            kl=self.kl,
+            agreement=self.agreement,
+        )
 
     def as_json(self) -> dict:
         """All figures."""
@@ -67,7 +109,7 @@ def compare(
     model: nn.Module,
     texts: list[list[int]],
     against: nn.Module | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Comparison:
     """Measure a model on windows of tokens, one at a time.
 
@@ -85,11 +127,11 @@ def compare(
     divergence, agreed, done = 0.0, 0, 0
     for tokens in texts:
         ids = mx.array([tokens])
-        ours = _log_probs(model(ids[:, :-1]))  # (1, length, vocab)
+        ours = log_probs(model(ids[:, :-1]))  # (1, length, vocab)
         targets = ids[:, 1:, None]
         losses += (-mx.take_along_axis(ours, targets, axis=-1)).flatten().tolist()  # type: ignore
         if against is not None:
-            theirs = _log_probs(against(ids[:, :-1]))
+            theirs = log_probs(against(ids[:, :-1]))
             if theirs.shape != ours.shape:
                 raise OutlierError(
                     f"the models have vocabularies of {ours.shape[-1]} and {theirs.shape[-1]}"
@@ -97,8 +139,7 @@ def compare(
             divergence += float((mx.exp(theirs) * (theirs - ours)).sum())
             agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         done += len(tokens) - 1
-        if progress is not None:
-            progress(done, total)
+        progress(done, total)
     mean = sum(losses) / total
     spread = sum((loss - mean) ** 2 for loss in losses) / max(1, total - 1)
     error = math.sqrt(spread / total)
@@ -107,7 +148,8 @@ def compare(
     return Comparison(total, mean, error, divergence / total, agreed / total)
 
 
-def _log_probs(logits: mx.array) -> mx.array:
+def log_probs(logits: mx.array) -> mx.array:
+    """Log-probabilities of all tokens, in nats and float32, of the shape of the logits."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 

@@ -1,19 +1,20 @@
 """An inside look: which experts serve a text, layer by layer."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.measure.calls import Told, watched_calls
 from outlier_mlx.measure.pictures import SUFFIXES, heat_map
 from outlier_mlx.runtime.moe import OutlierMoE
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 #: What the command writes; the files of an earlier run are removed when it is replaced.
 FILES = ("routing.json", *(f"routing{suffix}" for suffix in SUFFIXES))
@@ -73,7 +74,7 @@ def moe_blocks(model: nn.Module) -> dict[int, OutlierMoE]:
 
 
 def observe_routing(
-    model: nn.Module, texts: list[list[int]], progress: Progress | None = None
+    model: nn.Module, texts: list[list[int]], progress: Progress = no_progress
 ) -> list[LayerRouting]:
     """Run a tier over windows of tokens and count what its routers choose.
 
@@ -87,40 +88,26 @@ def observe_routing(
     """
     layers = moe_blocks(model)
     seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {number: [] for number in layers}
-    with _watched(layers, seen):
+    with ExitStack() as watching:
+        for number, block in layers.items():
+            watching.enter_context(watched_calls(block, "route", _noting(seen[number])))
         done, total = 0, sum(map(len, texts))
         for tokens in texts:
             mx.eval(model(mx.array([tokens])))
             done += len(tokens)
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
     return [_count(number, layers[number], found) for number, found in seen.items()]
 
 
-@contextmanager
-def _watched(
-    layers: dict[int, OutlierMoE], seen: dict[int, list[tuple[np.ndarray, np.ndarray]]]
-) -> Iterator[None]:
-    """Note what `route` of each layer returns; nothing that is computed changes."""
+def _noting(found: list[tuple[np.ndarray, np.ndarray]]) -> Told:
+    """Note what `route` returns: experts and weights, (tokens, k) each."""
 
-    def watch(block: OutlierMoE, found: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        route = block.route
+    def note(_: tuple[Any, ...], routed: tuple[mx.array, mx.array]) -> None:
+        indices, weights = routed
+        k = indices.shape[-1]
+        found.append((np.array(indices).reshape(-1, k), np.array(weights).reshape(-1, k)))
 
-        def noted(x: mx.array) -> tuple[mx.array, mx.array]:
-            indices, weights = route(x)
-            k = indices.shape[-1]
-            found.append((np.array(indices).reshape(-1, k), np.array(weights).reshape(-1, k)))
-            return indices, weights
-
-        object.__setattr__(block, "route", noted)
-
-    for number, block in layers.items():
-        watch(block, seen[number])
-    try:
-        yield
-    finally:
-        for block in layers.values():
-            object.__delattr__(block, "route")
+    return note
 
 
 def _count(

@@ -15,7 +15,7 @@ from outlier_mlx.merge.model import Mixture
 from outlier_mlx.merge.recipe import RANDOM_MODES, ExpertRecipe, MergeRecipe
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import Tokens, batches
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 #: Shorter vectors are not scaled to length 1.
 _MIN_LENGTH = 1e-8
@@ -48,7 +48,7 @@ def prompt_gates(
     modes: Sequence[str],
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Gates]:
     """Compute routers in several modes. The base runs once for all modes, if any needs it.
 
@@ -76,7 +76,7 @@ def prompt_gates(
 
 
 def shared_gate(
-    recipe: MergeRecipe, mixture: Mixture, tokens: Tokens, progress: Progress | None = None
+    recipe: MergeRecipe, mixture: Mixture, tokens: Tokens, progress: Progress = no_progress
 ) -> np.ndarray:
     """The gate of the shared expert in mode "hidden": (layers, hidden) float32.
 
@@ -149,7 +149,7 @@ def _unit(vector: np.ndarray) -> np.ndarray:
 
 
 def _rows(
-    base: Dense, experts: list[_Prompts], modes: Sequence[str], progress: Progress | None
+    base: Dense, experts: list[_Prompts], modes: Sequence[str], progress: Progress
 ) -> dict[str, np.ndarray]:
     """Router rows (layers, experts, hidden) by mode."""
     rows = {"cheap_embed": _cheap_embed(base, experts)} if "cheap_embed" in modes else {}
@@ -177,7 +177,7 @@ def _cheap_embed(base: Dense, experts: list[_Prompts]) -> np.ndarray:
 
 
 def _from_hidden(
-    base: Dense, experts: list[_Prompts], modes: Sequence[str], progress: Progress | None
+    base: Dense, experts: list[_Prompts], modes: Sequence[str], progress: Progress
 ) -> dict[str, np.ndarray]:
     """Rows from hidden states: the base runs once on all prompts, for all modes."""
     unique = list(dict.fromkeys(prompt for expert in experts for prompt in expert.all))
@@ -192,8 +192,7 @@ def _from_hidden(
                 for row, number in enumerate(batch.members):
                     vectors[number] = _POOLING[mode](values[row, : batch.lengths[row]])
             collected.append(np.stack([_row(vectors, expert, index) for expert in experts]))
-        if progress is not None:
-            progress(layer + 1, base.layers)
+        progress(layer + 1, base.layers)
     return {mode: np.stack(collected) for mode, collected in rows.items()}
 
 

@@ -13,7 +13,7 @@ from outlier_mlx.merge.routes import RouterRun, Routing, run_routers
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import MAX_TOKENS, Sequences, Tokens, open_tokenizer
 from outlier_mlx.merge.trained import Fitted
-from outlier_mlx.terminal import Progress, Stages
+from outlier_mlx.terminal import Progress, Stages, no_progress
 
 #: Modes to compare with the recipe's mode on held-out prompts.
 COMPARED = ("hidden", "hidden_avg", "cheap_embed", "random", "trained")
@@ -23,7 +23,7 @@ _NONE = Sequences((), ())
 
 def silent(title: str, unit: str) -> AbstractContextManager[Progress]:
     """A stage without progress display."""
-    return nullcontext(lambda done, total: None)
+    return nullcontext(no_progress)
 
 
 @dataclass(frozen=True)

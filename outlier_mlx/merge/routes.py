@@ -17,7 +17,7 @@ from outlier_mlx.merge.model import Expert, Mixture
 from outlier_mlx.merge.texts import Sequences, batches, pad, unpad
 from outlier_mlx.merge.trained import Fitted, fit_router
 from outlier_mlx.models.config import PROJECTIONS
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _shares(weights: np.ndarray, owner: np.ndarray) -> LayerShares:
 
 
 def run_routers(
-    mixture: Mixture, runs: Sequence[RouterRun], progress: Progress | None = None
+    mixture: Mixture, runs: Sequence[RouterRun], progress: Progress = no_progress
 ) -> None:
     """Run the merged model for each gate mode; the runs store their measurements.
 
@@ -177,12 +177,10 @@ def run_routers(
             for each in passes:
                 each.add(expert, ffn)
             del ffn
-            if progress is not None:
-                progress(layer * len(mixture.all_experts) + expert.number + 1, total)
+            progress(layer * len(mixture.all_experts) + expert.number + 1, total)
         for each in passes:
             each.finish()
-    if progress is not None:
-        progress(total, total)
+    progress(total, total)
 
 
 class _LayerPass:

@@ -9,10 +9,10 @@ from mlx import optimizers
 
 from outlier_mlx.checkpoints.alpha import read_alpha_file
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.perplexity import Comparison, compare
+from outlier_mlx.measure.perplexity import Comparison, compare, log_probs
 from outlier_mlx.measure.routing import moe_blocks
 from outlier_mlx.storage.output import check_writable, write_json
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 # The share of windows kept aside to judge the result.
 HELD_OUT = 0.2
@@ -56,7 +56,7 @@ def tune_alphas(
     teacher: nn.Module | None = None,
     epochs: int = 2,
     learning_rate: float = 0.02,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Tuned:
     """Train the alphas of a loaded tier on windows of tokens.
 
@@ -96,8 +96,7 @@ def tune_alphas(
             optimizer.update(model, grads)
             mx.eval(model.trainable_parameters(), optimizer.state)
             done += 1
-            if progress is not None:
-                progress(done, epochs * len(train))
+            progress(done, epochs * len(train))
         model.eval()
         now = compare(model, test, teacher)
         if _score(now) < _score(best):
@@ -116,10 +115,8 @@ def _loss(model: nn.Module, tokens: mx.array, teacher: nn.Module | None) -> mx.a
     logits = model(tokens[:, :-1]).astype(mx.float32)
     if teacher is None:
         return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
-    truth = mx.stop_gradient(teacher(tokens[:, :-1]).astype(mx.float32))
-    log_truth = truth - mx.logsumexp(truth, axis=-1, keepdims=True)
-    ours = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return (mx.exp(log_truth) * (log_truth - ours)).sum(axis=-1).mean()
+    truth = mx.stop_gradient(log_probs(teacher(tokens[:, :-1])))
+    return (mx.exp(truth) * (truth - log_probs(logits))).sum(axis=-1).mean()
 
 
 def save_alphas(tuned: Tuned, path: Path, *, force: bool = False) -> None:

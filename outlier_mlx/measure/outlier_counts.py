@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.measure.environment import dtype_name
 from outlier_mlx.measure.outlier_definitions import PooledHits, SequenceHits
 from outlier_mlx.measure.outlier_experts import ExpertHits
 from outlier_mlx.measure.outlier_probes import Kind, Probe
@@ -157,7 +158,7 @@ class Accumulator:
             raise OutlierError(
                 f"{probe.name}: shape {values.shape}, (1, positions, {self.hidden}) expected"
             )
-        self.dtypes.add(str(values.dtype).removeprefix("mlx.core."))
+        self.dtypes.add(dtype_name(values.dtype))
         if self.hold is not None:
             values = values.astype(getattr(mx, self.hold))
         return values[0].astype(mx.float32)

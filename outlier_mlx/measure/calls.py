@@ -1,0 +1,38 @@
+"""Watching the calls of a module's method while a model runs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.nn as nn
+
+#: Called with the arguments of a call, and what it returned.
+Told = Callable[[tuple[Any, ...], Any], None]
+
+
+@contextmanager
+def watched_calls(module: nn.Module, method: str, told: Told) -> Iterator[None]:
+    """Tell of each call of a module's method as long as the block lasts.
+
+    The module has, meanwhile, a class of its own that calls the original one, so parameters, names
+    and children stay as they are, and nothing that it computes changes.
+
+    Args:
+        module: of a model.
+        method: such as "__call__".
+        told: called after each call.
+    """
+    original = type(module)
+
+    def call(self: nn.Module, *given: Any, **named: Any) -> Any:
+        result = getattr(original, method)(self, *given, **named)
+        told(given, result)
+        return result
+
+    watching = type(original.__name__, (original,), {method: call})
+    # Past nn.Module's own __setattr__, which knows parameters and children only.
+    object.__setattr__(module, "__class__", watching)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "__class__", original)
