@@ -102,6 +102,19 @@ def _written(stream: io.TextIOWrapper) -> str:
     return stream.buffer.getvalue().decode()
 
 
+def assert_refused(result: Result, *words: str) -> None:
+    """One line on stderr that holds all the words, nothing on stdout, exit code 1."""
+    assert result.code == 1, result
+    assert result.out == ""
+    assert result.err.count("\n") == 1, result.err
+    line = result.err.removesuffix("\n")
+    assert line.startswith("error: ")
+    assert "Traceback" not in line
+    assert len(line) < 500
+    missing = [word for word in words if word not in line]
+    assert not missing, f"{missing} not in {line!r}"
+
+
 def run_program(*arguments: object, code: int | None = 0, **how: Any) -> Result:
     """Run `outlier-mlx` in a process of its own; `how` is for `subprocess.run`."""
     return run_command(SCRIPT, *arguments, code=code, **how)

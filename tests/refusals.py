@@ -24,7 +24,7 @@ from tests.damage import (
     replace_tensor,
 )
 from tests.folders import snapshot
-from tests.program import Result, run
+from tests.program import assert_refused, run
 
 DIMS: dict[str, Any] = {
     "intermediate": 64,
@@ -81,19 +81,6 @@ def build(root: Path) -> Site:
     site.outputs.mkdir()
     (site.outputs / "note").write_text("here before")
     return site
-
-
-def assert_refused(result: Result, *words: str) -> None:
-    """One line on stderr that holds all the words, nothing on stdout, exit code 1."""
-    assert result.code == 1, result
-    assert result.out == ""
-    lines = result.err.splitlines()
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in lines[0]
-    assert len(lines[0]) < 500
-    missing = [word for word in words if word not in lines[0]]
-    assert not missing, f"{missing} not in {lines[0]!r}"
 
 
 def refuse(site: Site, *command: object, words: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from tests.damage import edit_json
 from tests.engine import tier_of
 from tests.folders import copy_writable
 from tests.library import Library
-from tests.program import Result, run
+from tests.program import Result, assert_refused, run
 
 Loaded = tuple[Any, TokenizerWrapper]
 QUESTIONS = ("Hello there", "And then?", "Why?")
@@ -332,9 +332,7 @@ def test_commands_that_fail(tier: Path, tmp_path: Path, line: str, words: str):
     taken = tmp_path / "taken.json"
     taken.write_text("{}")
     done = chat(tier, line.format(taken=taken, folder=tmp_path) + "\nHello\n", code=1)
-    assert not done.out
-    assert done.err.startswith("error: ") and done.err.count("\n") == 1
-    assert words in done.err
+    assert_refused(done, words)
     assert taken.read_text() == "{}"
 
 

@@ -13,7 +13,7 @@ from outlier_mlx.engine.memory import Budget
 from outlier_mlx.errors import OutlierError
 from tests.evaluating import BASE_DIMS, GENERATE, write_task
 from tests.library import Library
-from tests.program import run
+from tests.program import assert_refused, run
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -48,8 +48,8 @@ def test_task_files_run_no_code(base: Path, line: str, tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(EVIL)
     (tmp_path / "more.template").write_text("process_docs: !function evil.twice\n")
     done = run("eval", base, "--tasks", task, code=1)
-    assert CODE[line] in done.err
-    assert done.err.count("\n") == 1 and not (tmp_path / "ran").exists()
+    assert_refused(done, CODE[line])
+    assert not (tmp_path / "ran").exists()
     if "function" in CODE[line]:
         assert "--trust-tasks" in done.err
         trusted = run("eval", base, "--tasks", task, "--trust-tasks", "--json")
@@ -121,12 +121,10 @@ def test_mistakes_get_one_line(base: Path, tmp_path: Path) -> None:
         garbled: "its data cannot be read: ",
         f"{good},{good}": "there is another task 'good'",
     }.items():
-        done = run("eval", base, "--tasks", tasks, code=1)
-        assert said in done.err, (tasks, done)
-        assert done.err.count("\n") == 1 and done.out == ""
+        assert_refused(run("eval", base, "--tasks", tasks, code=1), said)
     run("eval", base, "--tasks", ",", code=2)
     away = run("eval", base, "--tasks", good, "--out", tmp_path / "away" / "x.json", code=1)
-    assert "no such folder" in away.err
+    assert_refused(away, "no such folder")
 
 
 def test_a_model_that_does_not_fit(
@@ -136,7 +134,7 @@ def test_a_model_that_does_not_fit(
     monkeypatch.setattr("outlier_mlx.engine.memory.budget", lambda: Budget(1000, "this machine"))
     command = ["eval", base, "--tasks", task]
     refused = run(*command, code=1)
-    assert "--ignore-memory" in refused.err
+    assert_refused(refused, "--ignore-memory")
     run(*command, "--ignore-memory")
 
 
@@ -150,8 +148,7 @@ def test_the_extra_is_named_where_it_is_missing(
         monkeypatch.delattr(outlier_mlx.measure, f"eval_{name}", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = run("eval", base, "--tasks", "arc_easy", code=1)
-    assert done.err.count("\n") == 1
-    assert "pip install 'outlier-mlx[eval]'" in done.err
+    assert_refused(done, "pip install 'outlier-mlx[eval]'")
 
 
 @pytest.mark.slow
@@ -159,5 +156,4 @@ def test_tasks_of_the_harness_by_name(base: Path) -> None:
     wrong = run("eval", base, "--tasks", "arc_eazy", code=1)
     assert "near: " in wrong.err and "arc_easy" in wrong.err
     away = run("eval", base, "--tasks", "arc_easy", code=1)
-    assert away.err.count("\n") == 1, away
-    assert "task arc_easy: " in away.err and "reach" in away.err, away.err
+    assert_refused(away, "task arc_easy: ", "reach")

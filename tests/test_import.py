@@ -20,7 +20,7 @@ from tests.gguf_builder import build as build_gguf
 from tests.gguf_builder import write_page as write_gguf_page
 from tests.hub import Hub, opened
 from tests.pages import commands, run_block
-from tests.program import run
+from tests.program import assert_refused, run
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +78,11 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "model.gguf", "no such folder"),
         (Path(__file__), "test_import.py: a file; what is imported is a folder or a .gguf file"),
     ]:
-        told = run("import", source, "--out", out, code=1)
-        assert words in told.err and len(told.err.splitlines()) == 1
+        assert_refused(run("import", source, "--out", out, code=1), words)
     (tmp_path / "two").mkdir()
     for name in "ab":
         (tmp_path / "two" / f"{name}.gguf").write_bytes(b"")
-    assert "--file" in run("import", tmp_path / "two", "--out", out, code=1).err
+    assert_refused(run("import", tmp_path / "two", "--out", out, code=1), "--file")
     assert not out.exists()
 
 

@@ -14,7 +14,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import TensorRef
 from tests.builders import Built, write_base, write_overlay
 from tests.damage import add_tensor, edit_config, replace_tensor
-from tests.program import run
+from tests.program import assert_refused, run
 from tests.tensor_file import read_stored
 
 HIDDEN, FFN, WIDTH, VOCAB, LAYERS, MOE, EXPERTS, TOP_K = 64, 128, 96, 288, 4, 2, 4, 2
@@ -215,9 +215,7 @@ ODD: dict[str, dict[str, Any]] = {
 def test_a_config_that_makes_no_sense(overlay: Built, tmp_path: Path, name: str) -> None:
     tier = outlier_mlx.convert(overlay.path, out=tmp_path / "tier")
     edit_config(tier, **ODD[name])
-    result = run("info", tier, code=1)
-    assert len(result.err.splitlines()) == 1
-    assert result.err.startswith("error: tier: config.json ")
+    assert_refused(run("info", tier, code=1), "error: tier: config.json ")
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

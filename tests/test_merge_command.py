@@ -16,7 +16,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge import merge
 from outlier_mlx.writing.writer import ShardedWriter
 from tests.merging import prompts, write_models, write_recipe
-from tests.program import run
+from tests.program import assert_refused, run
 
 EXPERT = {"source_model": "./expert_0", "positive_prompts": ["a"]}
 OTHER = {"source_model": "./expert_1", "positive_prompts": ["b"]}
@@ -36,8 +36,7 @@ def test_the_command(sound: Path, tmp_path: Path) -> None:
     for part in ("Mixtral of 2 experts", "held-out", "condition", "note: every token", "wrote "):
         assert part in shown.err
     again = run("merge", file, "--out", out, code=1)
-    assert again.err.count("\n") == 1
-    assert "exists; --force replaces it" in again.err
+    assert_refused(again, "exists; --force replaces it")
     found = run("merge", file, "--out", out, "--force", "--quiet", "--json")
     assert found.err == ""
     assert found.json == json.loads((out / "merge.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 
 from outlier_mlx.measure.tune_alpha import alphas_of
 from tests.library import Library
-from tests.program import Result, run
+from tests.program import Result, assert_refused, run
 
 ZERO = {"1": {"0": 0.0, "1": 0.0, "2": 0.0, "3": 0.0}}
 
@@ -53,6 +53,4 @@ def test_serve_loads_with_them(tier: Path, zero: Path, monkeypatch: pytest.Monke
 def test_alphas_that_do_not_suit(tier: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{"9": {"0": 1.0}}')
     for path in (tmp_path / "bad.json", tmp_path / "none.json"):
-        done = chat(tier, "--alpha", path, code=1)
-        assert path.name in done.err
-        assert len(done.err.splitlines()) == 1
+        assert_refused(chat(tier, "--alpha", path, code=1), path.name)

@@ -215,7 +215,10 @@ OVERLAYS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "negative layers": (config(num_hidden_layers=-1), ("config.json", "num_hidden_layers", "-1")),
     "absurd layers": (config(num_hidden_layers=10**12), ("config.json", "num_hidden_layers")),
     "absurd experts": (config(n_experts=10**12), ("config.json", "n_experts")),
-    "heads that do not divide": (config(num_attention_heads=5), ("config.json", "5 heads")),
+    "heads that do not divide": (
+        config(num_attention_heads=5),
+        ("config.json", "5 attention heads"),
+    ),
     "KV heads that do not divide": (config(num_key_value_heads=3), ("config.json", "3 KV heads")),
     "aliases that disagree": (
         config(hidden_dim=128),
@@ -240,7 +243,7 @@ OVERLAYS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "infinite RoPE base": (config(rope_theta=10**400), ("config.json", "rope_theta")),
     "RoPE bases that disagree": (
         config(rope_parameters={"rope_theta": 5.0}),
-        ("config.json", "rope_theta = 1000000.0", "rope_parameters.rope_theta = 5.0"),
+        ("config.json", "rope_theta is 1000000.0", "rope_parameters.rope_theta is 5.0"),
     ),
     "RoPE scaling of another type": (
         config(rope_scaling={"type": "linear", "factor": 2.0}),

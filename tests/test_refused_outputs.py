@@ -63,7 +63,7 @@ TIERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("tier", "version 2"),
     ),
     "unknown format": (config(ternary={"format": "tq9", "version": 1}), ("tier", "tq9")),
-    "format as text": (config(ternary="tq1_0_rows"), ("tier",)),
+    "format as text": (config(ternary="tq1_0_rows"), ("config.json", "ternary", "an object")),
     "no heads": (config(num_attention_heads=0), ("config.json", "num_attention_heads")),
     "no such layer": (config(moe_layers=[1, 9]), ("config.json", "moe_layers", "0 to 1")),
     "absurd layers": (config(num_hidden_layers=10**12), ("config.json", "num_hidden_layers")),
