@@ -136,15 +136,28 @@ def test_tiers_side_by_side_compute_as_the_package_does(built: Built, tiers: dic
 # Elsewhere
 
 
+@pytest.fixture(scope="module")
+def other_bases(library: Library) -> list[Path]:
+    """A tier on a base of each family but Qwen2."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    llama3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    return [
+        library.tier(library.overlay(family="qwen3", head_dim=24, seed=2)),
+        library.tier(library.overlay(family="llama", scaling=llama3)),
+        library.tier(library.overlay(family="mistral", head_dim=20)),
+    ]
+
+
 @pytest.mark.slow
 def test_mlx_lm_alone_generates_the_same_text(
-    library: Library, tiers: dict[str, Path], tmp_path: Path
+    library: Library, tiers: dict[str, Path], other_bases: list[Path], tmp_path: Path
 ):
     """In an environment with nothing but mlx and mlx-lm in it."""
     python = make_environment(tmp_path / "env", *pinned(mlx_package(), "mlx-lm"))
     missing = "import importlib.util as i; print(i.find_spec('outlier_mlx'))"
     assert run(python, "-c", missing, cwd=tmp_path).strip() == "None"
-    prompts = [(tier, "The heron stands in the water") for tier in tiers.values()]
+    here = [*tiers.values(), *other_bases]
+    prompts = [(tier, "The heron stands in the water") for tier in here]
     prompts.append((library.demo_tier("q4"), "The old boat"))
     for tier, prompt in prompts:
         flags = ["--model", tier, "--prompt", prompt, "--max-tokens", 40, "--temp", 0]

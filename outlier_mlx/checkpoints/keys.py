@@ -83,13 +83,13 @@ def parse_key(key: str) -> Key | None:
         return AlphaKey(plain)
     if (
         match := _BASE_LAYER.fullmatch(plain)
-    ) and f"model.layers.0.{match['leaf']}" in _base_names():
+    ) and f"model.layers.0.{match['leaf']}" in base_names():
         return base_key(parse_number(match["layer"]), match["leaf"])
-    return BaseKey(plain) if plain in _base_names() and not match else None
+    return BaseKey(plain) if plain in base_names() and not match else None
 
 
 @cache
-def _base_names() -> frozenset[str]:
+def base_names() -> frozenset[str]:
     """Tensors that a base of any family has, if it has one layer."""
     names: set[str] = set()
     for known in map(family, with_role("base")):
