@@ -63,12 +63,12 @@ def write_models(folder: Path, kind: str = "llama", experts: int = 3, **options:
     return folder
 
 
-def write_recipe(folder: Path, **changes: Any) -> Path:
-    """Write `recipe.yaml` for what `write_models` wrote: three experts, a topic each.
+def write_merge_config(folder: Path, **changes: Any) -> Path:
+    """Write `merge.yaml` for what `write_models` wrote: three experts, a topic each.
 
     `changes` replace top-level keys; None takes one out.
     """
-    recipe: dict[str, Any] = {
+    merge_config: dict[str, Any] = {
         "base_model": "./base",
         "gate_mode": "hidden",
         "experts": [
@@ -76,9 +76,9 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
             for n in range(3)
         ],
     }
-    recipe = {k: v for k, v in (recipe | changes).items() if v is not None}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    merge_config = {k: v for k, v in (merge_config | changes).items() if v is not None}
+    path = folder / "merge.yaml"
+    path.write_text(yaml.safe_dump(merge_config), encoding="utf-8")
     return path
 
 
@@ -99,7 +99,7 @@ def write_texts(folder: Path) -> list[str]:
 
 
 def topical_experts(folder: Path, held_out: int = 8) -> list[dict[str, Any]]:
-    """A recipe's experts with prompts, a text and held-out prompts on a topic each."""
+    """A configuration's experts with prompts, a text and held-out prompts on a topic each."""
     return [
         {
             "source_model": f"./expert_{n}",

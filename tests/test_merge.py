@@ -20,14 +20,14 @@ import outlier_mlx
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge import merge, sources
+from outlier_mlx.merge.merge_config import read_merge_config
 from outlier_mlx.merge.model import open_mixture
-from outlier_mlx.merge.recipe import read_recipe
 from outlier_mlx.merge.routes import routing_weights
 from outlier_mlx.runtime.qwen2_moe import RenormalisedMoE
 from tests import reference
 from tests.goldens import assert_logits_close
 from tests.hub import Hub, opened
-from tests.merging import SIZES, write_dense, write_models, write_recipe
+from tests.merging import SIZES, write_dense, write_merge_config, write_models
 from tests.tensor_file import read_arrays, rounded
 
 Array = np.ndarray
@@ -36,14 +36,14 @@ POSITIVE = (["the cat sat", "a mat"], ["3 + 4 = 7"], ["down by the sea, in the r
 NEGATIVE: tuple[list[str], ...] = ([], ["poetry"], ["numbers", "the number 12"])
 
 
-def recipe_with(folder: Path, kind: str, **changes: Any) -> Path:
+def config_with(folder: Path, kind: str, **changes: Any) -> Path:
     """Three experts with these prompts; a qwen2 has a shared one as well."""
     experts = [
         {"source_model": f"./expert_{n}", "positive_prompts": p, "negative_prompts": q}
         for n, (p, q) in enumerate(zip(POSITIVE, NEGATIVE, strict=True))
     ]
     shared = [{"source_model": "./other", "positive_prompts": ["all"], "residual_scale": 0.25}]
-    return write_recipe(
+    return write_merge_config(
         folder,
         **{"experts": experts, "shared_experts": shared if kind == "qwen2" else None} | changes,
     )
@@ -115,7 +115,7 @@ def gate(base: Path, mode: str, positive: Sequence[str], negative: Sequence[str]
 @pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "cheap_embed"])
 def test_routers_from_prompts(models: Path, tmp_path: Path, mode: str) -> None:
     kind = (models / "kind").read_text()
-    file = recipe_with(models, kind, gate_mode=mode)
+    file = config_with(models, kind, gate_mode=mode)
     gates = merge(file, tmp_path / "out", measure=False).routers.gates
     expected = [gate(models / "base", mode, p, n) for p, n in zip(POSITIVE, NEGATIVE, strict=True)]
     np.testing.assert_allclose(gates.routed, np.stack(expected, axis=1), atol=2e-5)
@@ -132,7 +132,7 @@ def test_no_positive_prompts(
     experts = [
         {"source_model": f"./expert_{n}", "negative_prompts": [t]} for n, t in enumerate("ab")
     ]
-    file = recipe_with(models, (models / "kind").read_text(), experts=experts)
+    file = config_with(models, (models / "kind").read_text(), experts=experts)
     gates = merge(file, tmp_path / "out", no_positive=no_positive, measure=False).routers.gates
     expected = [gate(models / "base", "hidden", positive, [text]) for text in "ab"]
     np.testing.assert_allclose(gates.routed, np.stack(expected, axis=1), atol=2e-5)
@@ -167,7 +167,7 @@ def mixture_logits(folder: Path, config: dict[str, Any], tensors: dict[str, Arra
 
 
 def test_the_merged_model_computes_what_its_tensors_say(models: Path, tmp_path: Path) -> None:
-    file = recipe_with(models, (models / "kind").read_text())
+    file = config_with(models, (models / "kind").read_text())
     out = merge(file, tmp_path / "out", measure=False).path
     config = json.loads((out / "config.json").read_text())
     tensors = read_arrays(next(out.glob("*.safetensors")))
@@ -198,7 +198,7 @@ def test_ties_between_experts_go_to_the_lower_number() -> None:
 def test_a_llama_with_a_shared_expert_becomes_a_qwen2_moe(tmp_path: Path) -> None:
     write_models(tmp_path, "llama", tied=True, dtype="BF16")
     write_dense(tmp_path / "other", "llama", seed=9, tied=True, dtype="BF16", tokenizer=False)
-    out = merge(recipe_with(tmp_path, "qwen2"), tmp_path / "out", measure=False).path
+    out = merge(config_with(tmp_path, "qwen2"), tmp_path / "out", measure=False).path
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["dtype"]) == ("qwen2_moe", "bfloat16")
     assert not config["tie_word_embeddings"]
@@ -216,7 +216,7 @@ def test_a_llama_with_a_shared_expert_becomes_a_qwen2_moe(tmp_path: Path) -> Non
 
 def test_a_tied_mixtral_stays_tied(tmp_path: Path) -> None:
     write_models(tmp_path, "mistral", tied=True)
-    out = merge(recipe_with(tmp_path, "mistral"), tmp_path / "out", measure=False).path
+    out = merge(config_with(tmp_path, "mistral"), tmp_path / "out", measure=False).path
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"]
     assert "lm_head.weight" not in read_arrays(next(out.glob("*.safetensors")))
     logits = np.array(load_model(out)[0](mx.array([TOKENS])))
@@ -228,7 +228,7 @@ def test_a_tied_mixtral_stays_tied(tmp_path: Path) -> None:
 def test_random_routers_need_no_prompts_but_a_seed(tmp_path: Path, mode: str) -> None:
     write_models(tmp_path, hidden=64)
     experts = [{"source_model": "./expert_0"}, {"source_model": "./expert_1"}]
-    file = write_recipe(tmp_path, gate_mode=mode, experts=experts)
+    file = write_merge_config(tmp_path, gate_mode=mode, experts=experts)
     runs = [merge(file, tmp_path / "out", seed=s, force=True) for s in (0, 0, 1)]
     first, again, other = (run.routers.gates.routed for run in runs)
     np.testing.assert_array_equal(first, again)
@@ -247,7 +247,7 @@ def test_noise_is_of_the_scale_that_is_asked_for(tmp_path: Path) -> None:
         | {"negative_prompts": [str(scale)], "residual_scale": 2.0}
         for scale in (0.5, 0.5, 0)
     ]
-    file = write_recipe(tmp_path, experts=experts)
+    file = write_merge_config(tmp_path, experts=experts)
     outs = [merge(file, tmp_path / f"out{n}", seed=n // 2, measure=False) for n in range(3)]
     tensors = [read_arrays(next(out.path.glob("*.safetensors"))) for out in outs]
     source = read_arrays(tmp_path / "expert_0" / "model.safetensors")
@@ -263,7 +263,7 @@ def test_noise_is_of_the_scale_that_is_asked_for(tmp_path: Path) -> None:
         )
         assert (tensors[0][name.format(0, ours)] != tensors[2][name.format(0, ours)]).any()
     # What the merged model is measured with is what is written, whichever rows are read.
-    matrix = open_mixture(read_recipe(file)).experts[0].matrix(1, "gate")
+    matrix = open_mixture(read_merge_config(file)).experts[0].matrix(1, "gate")
     whole = matrix.read_float32()
     np.testing.assert_array_equal(whole, tensors[0][name.format(0, "w1")])
     for start, stop in ((0, 64), (63, 65), (70, 160), (100, 101)):
@@ -273,7 +273,7 @@ def test_noise_is_of_the_scale_that_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_on_the_way(models: Path, tmp_path: Path, bits: int) -> None:
     kind = (models / "kind").read_text()
-    file = recipe_with(models, kind, dtype="float32")
+    file = config_with(models, kind, dtype="float32")
     plain = merge(file, tmp_path / "plain", measure=False).path
     out = merge(file, tmp_path / "out", bits=bits, group_size=32, measure=False).path
     quantization = json.loads((out / "config.json").read_text())["quantization"]
@@ -302,7 +302,7 @@ def test_quantized_on_the_way(models: Path, tmp_path: Path, bits: int) -> None:
 
 def test_widths_that_no_group_divides_stay_as_they_are(tmp_path: Path) -> None:
     write_models(tmp_path, hidden=32, intermediate=40)
-    merged = merge(write_recipe(tmp_path), tmp_path / "out", bits=4, measure=False)
+    merged = merge(write_merge_config(tmp_path), tmp_path / "out", bits=4, measure=False)
     assert merged.unquantized == [
         f"model.layers.{n}.block_sparse_moe.switch_mlp.down_proj" for n in range(2)
     ]
@@ -312,7 +312,7 @@ def test_widths_that_no_group_divides_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_parameters_that_a_token_meets(models: Path, tmp_path: Path) -> None:
     merged = merge(
-        recipe_with(models, (models / "kind").read_text()), tmp_path / "out", measure=False
+        config_with(models, (models / "kind").read_text()), tmp_path / "out", measure=False
     )
     tensors = read_arrays(next(merged.path.glob("*.safetensors")))
     assert merged.mixture.parameters.total == sum(tensor.size for tensor in tensors.values())
@@ -330,7 +330,7 @@ def test_models_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         {"source_model": "them/expert", "positive_prompts": ["b"]},
         {"source_model": "./expert_0", "positive_prompts": ["c"]},
     ]
-    file = write_recipe(tmp_path, base_model="us/base", experts=experts)
+    file = write_merge_config(tmp_path, base_model="us/base", experts=experts)
     hub = Hub()
     hub.add("us/base", tmp_path / "base")
     old, new = hub.add("them/expert", tmp_path / "expert_0", newer)
@@ -359,14 +359,14 @@ def test_a_model_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sources, "read_shards", read_shards)
     names = ("./expert_0", "expert_0", "./base", "./base/../expert_0")
     experts = [{"source_model": name, "positive_prompts": [name]} for name in names]
-    merge(write_recipe(tmp_path, experts=experts), tmp_path / "out", measure=False)
+    merge(write_merge_config(tmp_path, experts=experts), tmp_path / "out", measure=False)
     assert opened == ["base", "expert_0"]
 
 
 def test_adapters_are_no_models(tmp_path: Path) -> None:
     write_models(tmp_path)
     with pytest.raises(OutlierError, match="fuse it first"):
-        merge(write_recipe(tmp_path, base_model="us/base+them/lora"), tmp_path / "out")
+        merge(write_merge_config(tmp_path, base_model="us/base+them/lora"), tmp_path / "out")
 
 
 def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
     experts = [
         {"source_model": f"./expert_{n}", "positive_prompts": [t]} for n, t in enumerate("abc")
     ]
-    file = write_recipe(tmp_path, experts=experts)
+    file = write_merge_config(tmp_path, experts=experts)
     layer = 4 * (3 * 128 * 512 + 3 * 128 * 128)  # an FFN, and attention, in float32
     mx.clear_cache()
     before = mx.get_active_memory()

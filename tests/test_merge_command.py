@@ -15,7 +15,7 @@ import pytest
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge import merge
 from outlier_mlx.writing.writer import ShardedWriter
-from tests.merging import prompts, write_models, write_recipe
+from tests.merging import prompts, write_merge_config, write_models
 from tests.program import assert_refused, run
 
 EXPERT = {"source_model": "./expert_0", "positive_prompts": ["a"]}
@@ -29,7 +29,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command(sound: Path, tmp_path: Path) -> None:
     held_out = [EXPERT | {"held_out": prompts(0, 2, seed=1)}, OTHER]
-    file = write_recipe(sound, experts=held_out)
+    file = write_merge_config(sound, experts=held_out)
     out = tmp_path / "out"
     shown = run("merge", file, "--out", out, "--bits", 4, "--group-size", 32)
     assert shown.out == ""
@@ -50,7 +50,7 @@ def test_the_command(sound: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["running the base", "routing", "writing"])
 def test_ctrl_c_leaves_nothing(sound: Path, tmp_path: Path, stage: str) -> None:
-    file = write_recipe(sound)
+    file = write_merge_config(sound)
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -66,7 +66,7 @@ def test_ctrl_c_leaves_nothing(sound: Path, tmp_path: Path, stage: str) -> None:
 def test_a_full_disk_leaves_the_old_model(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, out = write_recipe(sound), tmp_path / "out"
+    file, out = write_merge_config(sound), tmp_path / "out"
     merge(file, out, measure=False)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
@@ -86,4 +86,4 @@ def test_a_full_disk_leaves_the_old_model(
 def test_a_source_is_never_replaced(tmp_path: Path) -> None:
     write_models(tmp_path)
     with pytest.raises(OutlierError, match="not a"):
-        merge(write_recipe(tmp_path), tmp_path / "base", measure=False, force=True)
+        merge(write_merge_config(tmp_path), tmp_path / "base", measure=False, force=True)

@@ -1,4 +1,4 @@
-"""The page about merging: its recipes are sound, and its commands run as they stand there."""
+"""The page about merging: its YAML is sound, and its commands run as they stand there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from outlier_mlx.merge.recipe import GATE_MODES, read_recipe
+from outlier_mlx.merge.merge_config import GATE_MODES, read_merge_config
 from tests.merging import prompts, write_dense
 from tests.pages import ROOT, blocks_in, run_block
 
@@ -17,7 +17,7 @@ MODELS = ("chat-7b", "code-7b", "story-7b", "math-7b")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The page's recipes, and what they name: small models, and texts."""
+    """The page's merge configurations, and what they name: small models, and texts."""
     for seed, name in enumerate(MODELS):
         write_dense(tmp_path / name, "mistral", seed=seed, hidden=64)
     for topic, name in enumerate(("code.txt", "stories.txt", "math.txt")):
@@ -29,11 +29,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_recipes(folder: Path) -> None:
-    recipe = read_recipe(folder / "recipe.yaml")
-    assert [Path(expert.source).name for expert in recipe.experts] == list(MODELS)
-    assert recipe.with_held_out(folder / "held-out.yaml").held_out
-    assert read_recipe(folder / "trained.yaml").held_out
+def test_configurations(folder: Path) -> None:
+    merge_config = read_merge_config(folder / "merge.yaml")
+    assert [Path(expert.source).name for expert in merge_config.experts] == list(MODELS)
+    assert merge_config.with_held_out(folder / "held-out.yaml").held_out
+    assert read_merge_config(folder / "trained.yaml").held_out
     page = (ROOT / PAGE).read_text(encoding="utf-8")
     assert all(f"`{mode}`" in page for mode in GATE_MODES)
 

@@ -36,11 +36,11 @@ class Case:
     def __init__(self, folder: Path, name: str, out: Path) -> None:
         meta = json.loads((folder / "meta.json").read_text())
         self.known: dict[str, Any] = meta["variants"][name]
-        self.recipe = folder / f"{name}.yml"
+        self.file = folder / f"{name}.yml"
         self.expected = read_arrays(folder / f"{name}.expected.safetensors")
         self.config = json.loads((folder / f"{name}.expected_config.json").read_text())
         self.merged: Merged = merge(
-            self.recipe, out, no_positive=self.known["no_positive"], measure=False
+            self.file, out, no_positive=self.known["no_positive"], measure=False
         )
         self.tensors = read_arrays(out / "model-00001-of-00001.safetensors")
 
@@ -56,7 +56,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(folder, name, tmp_path_factory.mktemp("merge") / name)
 
 
-def test_every_recipe_is_here() -> None:
+def test_every_configuration_is_here() -> None:
     folder = require_shared() / "goldens" / "frankenmoe"
     found = {(path.parent.name, path.stem) for path in folder.glob("merge_*/*.yml")}
     assert found == set(ALL)

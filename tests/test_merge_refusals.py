@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge import merge
-from outlier_mlx.merge.recipe import EXPERT_KEYS, read_recipe
+from outlier_mlx.merge.merge_config import EXPERT_KEYS, read_merge_config
 from tests.damage import (
     REMOVE,
     add_tensor,
@@ -29,7 +29,7 @@ from tests.damage import (
     find_tensor,
     replace_tensor,
 )
-from tests.merging import write_models, write_recipe
+from tests.merging import write_merge_config, write_models
 from tests.tensor_file import read_stored, write_stored
 
 EXPERT = {"source_model": "./expert_0", "positive_prompts": ["a"]}
@@ -56,8 +56,8 @@ def refused(file: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-RECIPES: list[tuple[dict[str, Any], str]] = [
-    ({"gate_mod": "hidden"}, "recipe.yaml: gate_mod: unknown key; did you mean gate_mode?"),
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"gate_mod": "hidden"}, "merge.yaml: gate_mod: unknown key; did you mean gate_mode?"),
     ({"experts": [EXPERT | {"positive_promts": []}]}, "experts[0].positive_promts: unknown key"),
     ({"experts": [EXPERT, "two"]}, "experts[1]: expected keys with values"),
     ({"experts": None}, "experts: 0 experts, expected 1 to 256"),
@@ -106,20 +106,20 @@ RECIPES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), RECIPES, ids=[m[:40] for _, m in RECIPES])
-def test_recipes(sound: Path, changes: dict[str, Any], message: str) -> None:
-    assert message in refused(write_recipe(sound, **changes))
+@pytest.mark.parametrize(("changes", "message"), CONFIGS, ids=[m[:40] for _, m in CONFIGS])
+def test_configurations(sound: Path, changes: dict[str, Any], message: str) -> None:
+    assert message in refused(write_merge_config(sound, **changes))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("experts: [", "recipe.yaml: not valid YAML"),
-        ("", "the recipe: expected keys with values"),
-        ("- 1", "the recipe: expected keys with values"),
+        ("experts: [", "merge.yaml: not valid YAML"),
+        ("", "the configuration: expected keys with values"),
+        ("- 1", "the configuration: expected keys with values"),
         ("dtype: float32\ndtype: float16", "duplicate key 'dtype'"),
         ("base_model: !!python/object/apply:os.getpid []", "not valid YAML"),
-        ("a: " + "[" * 600, "recipe.yaml: not valid YAML"),
+        ("a: " + "[" * 600, "merge.yaml: not valid YAML"),
         ("? [1, 2]\n: 3", "not valid YAML"),
         ("#" + " " * 1_000_000, "larger than 1000000 bytes"),
         ("\x00", "not valid YAML"),
@@ -137,7 +137,7 @@ def test_recipes(sound: Path, changes: dict[str, Any], message: str) -> None:
     ],
 )
 def test_yaml(sound: Path, text: str, message: str) -> None:
-    file = sound / "recipe.yaml"
+    file = sound / "merge.yaml"
     file.write_text(text)
     assert message in refused(file)
 
@@ -162,22 +162,22 @@ KEYS = ("base_model", "gate_mode", "dtype", "experts_per_token", "architecture",
 )
 @settings(max_examples=60, deadline=None)
 def test_any_values(changes: dict[str, Any], expert: dict[str, Any]) -> None:
-    """What is no recipe is refused, whatever it holds instead."""
+    """What is no configuration is refused, whatever it holds instead."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
+        file = Path(folder) / "merge.yaml"
         whole = {"base_model": "a/b", "experts": [{"source_model": "c/d"} | expert]} | changes
         file.write_text(yaml.safe_dump(whole), encoding="utf-8")
         try:
-            recipe = read_recipe(file)
+            merge_config = read_merge_config(file)
         except OutlierError as error:
-            assert "recipe.yaml: " in str(error)
+            assert "merge.yaml: " in str(error)
         else:
-            assert 1 <= recipe.experts_per_token <= len(recipe.experts)
-            assert all(isinstance(e.noise_scale, float) for e in recipe.experts)
+            assert 1 <= merge_config.experts_per_token <= len(merge_config.experts)
+            assert all(isinstance(e.noise_scale, float) for e in merge_config.experts)
 
 
 def test_held_out_file(sound: Path, tmp_path: Path) -> None:
-    file = write_recipe(sound)
+    file = write_merge_config(sound)
     (tmp_path / "few.yaml").write_text("[[a], [b]]")
     assert "expected a list of 3 lists: the prompts of each expert" in refused(
         file, held_out=tmp_path / "few.yaml"
@@ -193,10 +193,10 @@ def test_held_out_file(sound: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [None, 4])
 def test_numbers_that_do_not_fit(sound: Path, bits: int | None) -> None:
     """Infinities are refused, not written."""
-    file = write_recipe(sound, experts=[EXPERT, OTHER | {"residual_scale": 1e7}])
+    file = write_merge_config(sound, experts=[EXPERT, OTHER | {"residual_scale": 1e7}])
     message = refused(file, dtype="float16", bits=bits, group_size=32, measure=False)
     assert "mlp.down_proj.weight: holds numbers too large for float16" in message
-    file = write_recipe(sound, experts=[EXPERT, OTHER | {"noise_scale": 1e40}])
+    file = write_merge_config(sound, experts=[EXPERT, OTHER | {"noise_scale": 1e40}])
     message = refused(file, bits=bits, group_size=32, measure=False)
     assert "mlp.gate_proj.weight: noise_scale or residual_scale is too large" in message
 
@@ -216,7 +216,7 @@ DIFFERENCES = {
 def test_models_of_different_shape(folder: Path, key: str) -> None:
     value, message = DIFFERENCES[key]
     edit_config(folder / "expert_1", **{key: value})
-    assert refused(write_recipe(folder)) == f"expert_1: {message}"
+    assert refused(write_merge_config(folder)) == f"expert_1: {message}"
 
 
 MODELS: list[tuple[Callable[[Path], Any], str]] = [
@@ -278,7 +278,7 @@ def test_models(folder: Path, damage: Callable[[Path], Any], message: str) -> No
     damage(folder)
     if "tokenizer.json: not" in message:
         shutil.copy(folder / "expert_1/tokenizer_config.json", folder / "base")
-    assert message in refused(write_recipe(folder), measure=False)
+    assert message in refused(write_merge_config(folder), measure=False)
 
 
 def write_tokenizer_of_base(folder: Path, name: str) -> None:
@@ -293,28 +293,28 @@ def test_tokenizers_that_differ(folder: Path) -> None:
     vocab = content["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     edit_json(file, model=content["model"])
-    message = refused(write_recipe(folder))
+    message = refused(write_merge_config(folder))
     assert "expert_1: its tokenizer differs from that of the base base: token 'a' is " in message
     write_tokenizer_of_base(folder, "expert_1")
     added = content["added_tokens"]
     added[1]["content"] = "<|new|>"
     edit_json(file, added_tokens=added)
-    notes = merge(write_recipe(folder), folder / "out", measure=False).notes
+    notes = merge(write_merge_config(folder), folder / "out", measure=False).notes
     assert any("its added tokens differ" in note and "'<|new|>'" in note for note in notes)
 
 
 def test_qwen2_needs_a_shared_expert(tmp_path: Path) -> None:
     write_models(tmp_path, "qwen2", experts=3)
-    assert "needs one entry in shared_experts" in refused(write_recipe(tmp_path))
+    assert "needs one entry in shared_experts" in refused(write_merge_config(tmp_path))
 
 
 def test_a_tokenizer_without_bos(tmp_path: Path) -> None:
     write_models(tmp_path, bos=False)
     empty = [EXPERT, OTHER | {"positive_prompts": [""]}]
-    message = refused(write_recipe(tmp_path, experts=empty))
+    message = refused(write_merge_config(tmp_path, experts=empty))
     assert "the prompt '' has no tokens: the base's tokenizer has no BOS" in message
     negative = [EXPERT, {"source_model": "./expert_1", "negative_prompts": ["a"]}]
-    file = write_recipe(tmp_path, experts=negative)
+    file = write_merge_config(tmp_path, experts=negative)
     message = refused(file, no_positive="bos")
     assert "expert 1: no_positive: bos, but the tokenizer has no BOS" in message
     assert merge(file, tmp_path / "out", no_positive="zero").routers.routing[0].tokens == 1
@@ -326,7 +326,7 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
     content["model"]["vocab"]["zz"] = 400
     content["model"]["merges"].append(["z", "z"])
     edit_json(tmp_path / "base/tokenizer.json", model=content["model"])
-    file = write_recipe(tmp_path, experts=[EXPERT, OTHER | {"positive_prompts": ["zz"]}])
+    file = write_merge_config(tmp_path, experts=[EXPERT, OTHER | {"positive_prompts": ["zz"]}])
     assert "the tokenizer produced token 400, but the base's embedding has 200 rows" in refused(
         file
     )
@@ -343,7 +343,7 @@ def test_what_is_odd_is_told(sound: Path, tmp_path: Path) -> None:
     embedding = find_tensor(outlying / "base", path)[1].array().copy()
     embedding[1] = rows
     replace_tensor(outlying / "base", path, embedding)
-    file = write_recipe(outlying, experts=alike)
+    file = write_merge_config(outlying, experts=alike)
     notes = " ".join(merge(file, tmp_path / "out", no_positive="bos").notes)
     assert "3 experts: old versions of llama.cpp want a power of two" in notes
     assert "condition number of the router above 5 in 2 of 2 layers" in notes
@@ -353,15 +353,15 @@ def test_what_is_odd_is_told(sound: Path, tmp_path: Path) -> None:
         merge(file, tmp_path / "zero", no_positive="zero").notes
     )
     (outlying / "cat.txt").write_text("cat")
-    file = write_recipe(outlying, experts=[alike[0] | {"texts": ["cat.txt"]}, *alike[1:]])
+    file = write_merge_config(outlying, experts=[alike[0] | {"texts": ["cat.txt"]}, *alike[1:]])
     notes = " ".join(merge(file, tmp_path / "texts", no_positive="zero").notes)
     assert "expert 0: texts are for gate_mode trained alone" in notes
 
     cancel = [EXPERT | {"negative_prompts": ["bca"]}, OTHER]
-    merged = merge(write_recipe(sound, experts=cancel), tmp_path / "cancel")
+    merged = merge(write_merge_config(sound, experts=cancel), tmp_path / "cancel")
     assert "expert 0: its router row is zero in layers [0]" in " ".join(merged.notes)
     assert "every token uses all 2 experts" in " ".join(merged.notes)
-    single = merge(write_recipe(sound, experts=[EXPERT]), tmp_path / "single")
+    single = merge(write_merge_config(sound, experts=[EXPERT]), tmp_path / "single")
     assert (single.notes, single.mixture.top_k) == ([], 1)
     model, _ = load_model(single.path)
     assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])))).all()
@@ -369,7 +369,7 @@ def test_what_is_odd_is_told(sound: Path, tmp_path: Path) -> None:
 
 def test_sharded_sources(tmp_path: Path) -> None:
     write_models(tmp_path)
-    whole = merge(write_recipe(tmp_path), tmp_path / "whole", measure=False).path
+    whole = merge(write_merge_config(tmp_path), tmp_path / "whole", measure=False).path
     path = tmp_path / "base" / "model.safetensors"
     tensors = read_stored(path)
     path.unlink()
@@ -380,9 +380,9 @@ def test_sharded_sources(tmp_path: Path) -> None:
         write_stored(tmp_path / "base" / name, own)
     index = tmp_path / "base" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": placed}))
-    split = merge(tmp_path / "recipe.yaml", tmp_path / "split", measure=False).path
+    split = merge(tmp_path / "merge.yaml", tmp_path / "split", measure=False).path
     shard = "model-00001-of-00001.safetensors"
     assert (whole / shard).read_bytes() == (split / shard).read_bytes()
     placed.pop("model.norm.weight")
     index.write_text(json.dumps({"weight_map": placed | {"model.other": names[0]}}))
-    assert "model.other is not in" in refused(tmp_path / "recipe.yaml")
+    assert "model.other is not in" in refused(tmp_path / "merge.yaml")

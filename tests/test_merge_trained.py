@@ -15,7 +15,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge import Merged, merge
 from outlier_mlx.merge.trained import fit_router
 from tests import reference
-from tests.merging import prompts, topical_experts, write_models, write_recipe, write_texts
+from tests.merging import prompts, topical_experts, write_merge_config, write_models, write_texts
 from tests.tensor_file import read_arrays
 
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Merged:
-    file = write_recipe(folder, gate_mode="trained", experts=topical_experts(folder))
+    file = write_merge_config(folder, gate_mode="trained", experts=topical_experts(folder))
     return merge(file, folder / "out")
 
 
@@ -48,7 +48,7 @@ def test_it_is_the_written_model_that_was_measured(trained: Merged) -> None:
     """Routing of the held-out prompts, measured again on the model that was written."""
     model, tokenizer = load(trained.path)
     right, tokens, prompts_right = [], 0, 0
-    for owner, expert in enumerate(trained.recipe.experts):
+    for owner, expert in enumerate(trained.merge_config.experts):
         for text in expert.held_out:
             ids = tokenizer.encode(tokenizer.bos_token + text, add_special_tokens=False)
             logits = router_logits(model, ids)[:, 1:]  # BOS does not count
@@ -86,7 +86,7 @@ def router_logits(model: Any, ids: list[int]) -> np.ndarray:
 
 
 def test_training_is_the_same_every_time(trained: Merged, folder: Path, tmp_path: Path) -> None:
-    again = merge(folder / "recipe.yaml", tmp_path / "out", measure=False)
+    again = merge(folder / "merge.yaml", tmp_path / "out", measure=False)
     np.testing.assert_allclose(
         again.routers.gates.routed, trained.routers.gates.routed, rtol=1e-3, atol=1e-4
     )
@@ -113,7 +113,7 @@ def test_the_report_is_written(trained: Merged) -> None:
 
 
 def test_prompts_alone_are_enough_to_train(folder: Path, tmp_path: Path) -> None:
-    file = write_recipe(folder, gate_mode="trained")
+    file = write_merge_config(folder, gate_mode="trained")
     held_out = tmp_path / "held_out.yaml"
     held_out.write_text(json.dumps([prompts(n, 4, seed=5) for n in range(3)]))
     routing = merge(file, tmp_path / "out", held_out=held_out).routers.routing
@@ -126,7 +126,7 @@ def test_a_shared_expert_keeps_the_gate_of_its_prompts(tmp_path: Path) -> None:
     shared: dict[str, Any] = {"source_model": "./expert_0", "positive_prompts": ["all of it"]}
     gates = {}
     for mode in ("trained", "hidden"):
-        file = write_recipe(tmp_path, gate_mode=mode, shared_experts=[shared])
+        file = write_merge_config(tmp_path, gate_mode=mode, shared_experts=[shared])
         merged = merge(file, tmp_path / mode)
         gates[mode] = merged.routers.gates
         model, _ = load(merged.path)
@@ -135,7 +135,7 @@ def test_a_shared_expert_keeps_the_gate_of_its_prompts(tmp_path: Path) -> None:
     assert gates["trained"].shared is not None
     np.testing.assert_allclose(gates["trained"].shared, gates["hidden"].shared, atol=1e-6)
     del shared["positive_prompts"]
-    file = write_recipe(tmp_path, gate_mode="trained", shared_experts=[shared])
+    file = write_merge_config(tmp_path, gate_mode="trained", shared_experts=[shared])
     with pytest.raises(OutlierError, match="the shared expert has no positive prompts"):
         merge(file, tmp_path / "out")
 
@@ -143,15 +143,18 @@ def test_a_shared_expert_keeps_the_gate_of_its_prompts(tmp_path: Path) -> None:
 def test_what_training_lacks(folder: Path, tmp_path: Path) -> None:
     experts = topical_experts(folder)
     del experts[1]["positive_prompts"], experts[1]["texts"]
-    file = write_recipe(folder, gate_mode="trained", experts=experts)
+    file = write_merge_config(folder, gate_mode="trained", experts=experts)
     with pytest.raises(OutlierError, match="expert 1 has neither texts nor positive prompts"):
         merge(file, tmp_path / "out")
     (folder / write_texts(folder)[0]).write_bytes(b"\xff\xfe")
     with pytest.raises(OutlierError, match=r"topic_0\.txt: not UTF-8"):
-        merge(write_recipe(folder, gate_mode="trained", experts=topical(folder)), tmp_path / "out")
+        merge(
+            write_merge_config(folder, gate_mode="trained", experts=topical(folder)),
+            tmp_path / "out",
+        )
     (folder / "topic_0.txt").write_text("")
     with pytest.raises(OutlierError, match=r"topic_0\.txt: no text"):
-        merge(folder / "recipe.yaml", tmp_path / "out")
+        merge(folder / "merge.yaml", tmp_path / "out")
     write_texts(folder)
 
 

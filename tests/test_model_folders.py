@@ -19,7 +19,7 @@ from outlier_mlx.tiers.verify import verify_tier
 from tests.awq_builder import Awq, write_awq
 from tests.builders import write_overlay
 from tests.forms import BLOCKS
-from tests.merging import write_models, write_recipe
+from tests.merging import write_merge_config, write_models
 
 Write = Callable[..., Any]
 
@@ -36,8 +36,8 @@ def imported(place: Path) -> Write:
 
 def merged(place: Path) -> Write:
     write_models(place)
-    recipe = write_recipe(place)
-    return lambda out, **more: merge(recipe, out, measure=False, **more)
+    merge_config = write_merge_config(place)
+    return lambda out, **more: merge(merge_config, out, measure=False, **more)
 
 
 def exported(format: str) -> Callable[[Path], Write]:

@@ -18,7 +18,7 @@ from outlier_mlx.merge.run import merge
 from outlier_mlx.models.head import NOTE
 from tests.builders import write_overlay
 from tests.damage import edit_config
-from tests.merging import write_dense, write_models, write_recipe
+from tests.merging import write_dense, write_merge_config, write_models
 
 TOKENS = mx.array([[5, 17, 200, 3, 44, 91, 7, 7, 120, 260, 33, 2]])
 
@@ -70,7 +70,7 @@ def test_merge(equal: bool, tmp_path: Path) -> None:
     models = write_models(tmp_path / "models", tied=True)
     add_head(models / "base", equal=equal)
     head = stored(models / "base")["lm_head.weight"]
-    done = merge(write_recipe(models), tmp_path / "out", measure=False)
+    done = merge(write_merge_config(models), tmp_path / "out", measure=False)
     assert (f"base: {NOTE}" in done.mixture.notes) == (not equal)
     found = stored(done.path)
     assert ("lm_head.weight" in found) == (not equal)

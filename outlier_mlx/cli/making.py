@@ -189,11 +189,13 @@ def import_(
         print_imported(written)
 
 
-@command("Make", "merge recipe.yaml --out ./merged")
+@command("Make", "merge merge.yaml --out ./merged")
 def merge(
-    recipe: Annotated[
+    merge_config: Annotated[
         Path,
-        typer.Argument(metavar="RECIPE.yaml", help="Recipe, in the format of mergekit-moe."),
+        typer.Argument(
+            metavar="FILE.yaml", help="Merge configuration, in the format of mergekit-moe."
+        ),
     ],
     out: OutFolder,
     bits: Annotated[
@@ -207,7 +209,8 @@ def merge(
         GroupSize, typer.Option(help="Weights that share a scale, with --bits.")
     ] = "64",
     dtype: Annotated[
-        DType | None, typer.Option(help="Dtype of unquantized weights. Default: the recipe's.")
+        DType | None,
+        typer.Option(help="Dtype of unquantized weights. Default: the configuration's."),
     ] = None,
     no_positive: Annotated[
         Literal["error", "bos", "zero"] | None,
@@ -237,7 +240,7 @@ def merge(
         return counting_bar(title, unit, quiet=quiet) if unit else progress_bar(title, quiet=quiet)
 
     result = merge_models(
-        recipe,
+        merge_config,
         out,
         bits=int(bits) if bits else None,
         group_size=int(group_size),

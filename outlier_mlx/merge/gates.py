@@ -11,8 +11,8 @@ import numpy as np
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge.layers import embed, layer_inputs
+from outlier_mlx.merge.merge_config import RANDOM_MODES, ExpertConfig, MergeConfig
 from outlier_mlx.merge.model import Mixture
-from outlier_mlx.merge.recipe import RANDOM_MODES, ExpertRecipe, MergeRecipe
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import Tokens, batches
 from outlier_mlx.terminal import Progress, no_progress
@@ -42,7 +42,7 @@ class Gates:
 
 
 def prompt_gates(
-    recipe: MergeRecipe,
+    merge_config: MergeConfig,
     mixture: Mixture,
     tokens: Tokens | None,
     modes: Sequence[str],
@@ -53,10 +53,10 @@ def prompt_gates(
     """Compute routers in several modes. The base runs once for all modes, if any needs it.
 
     Args:
-        recipe: prompts, and what to do without them.
+        merge_config: prompts, and what to do without them.
         mixture: base and experts.
         tokens: tokenizes prompts; may be None for the random modes.
-        modes: some of `recipe.GATE_MODES`, but not "trained".
+        modes: some of `merge_config.GATE_MODES`, but not "trained".
         seed: seed of the random modes.
         progress: progress callback (layers done, layers in total) while the base runs.
 
@@ -68,15 +68,15 @@ def prompt_gates(
     others = [m for m in modes if m not in RANDOM_MODES]
     if others:
         assert tokens is not None
-        entries = [expert.recipe for expert in mixture.all_experts]
-        prompts = [_Prompts(entry, n, recipe, tokens) for n, entry in enumerate(entries)]
+        entries = [expert.config for expert in mixture.all_experts]
+        prompts = [_Prompts(entry, n, merge_config, tokens) for n, entry in enumerate(entries)]
         rows = _rows(mixture.base, prompts, others, progress)
         found |= {mode: _split(value, mixture) for mode, value in rows.items()}
     return found
 
 
 def shared_gate(
-    recipe: MergeRecipe, mixture: Mixture, tokens: Tokens, progress: Progress = no_progress
+    merge_config: MergeConfig, mixture: Mixture, tokens: Tokens, progress: Progress = no_progress
 ) -> np.ndarray:
     """The gate of the shared expert in mode "hidden": (layers, hidden) float32.
 
@@ -84,7 +84,7 @@ def shared_gate(
         OutlierError: it has no prompts; see `prompt_gates`.
     """
     assert mixture.shared is not None
-    prompts = _Prompts(mixture.shared.recipe, mixture.shared.number, recipe, tokens)
+    prompts = _Prompts(mixture.shared.config, mixture.shared.number, merge_config, tokens)
     return _rows(mixture.base, [prompts], ["hidden"], progress)["hidden"][:, 0]
 
 
@@ -92,21 +92,21 @@ class _Prompts:
     """The tokens of an expert's prompts. Without positive prompts their mean is zero."""
 
     def __init__(
-        self, entry: ExpertRecipe, number: int, recipe: MergeRecipe, tokens: Tokens
+        self, entry: ExpertConfig, number: int, merge_config: MergeConfig, tokens: Tokens
     ) -> None:
         positive = entry.positive
         if not positive:
-            name = _expert_name(number, recipe)
-            if recipe.no_positive == "error":
+            name = _expert_name(number, merge_config)
+            if merge_config.no_positive == "error":
                 raise OutlierError(
                     f"{name} has no positive prompts; no_positive: bos uses the BOS token instead,"
                     " no_positive: zero a zero vector"
                 )
             if not entry.negative:
                 raise OutlierError(f"{name} has neither positive nor negative prompts")
-            if recipe.no_positive == "bos" and not tokens.bos:
+            if merge_config.no_positive == "bos" and not tokens.bos:
                 raise OutlierError(f"{name}: no_positive: bos, but the tokenizer has no BOS")
-            positive = ("",) if recipe.no_positive == "bos" else ()
+            positive = ("",) if merge_config.no_positive == "bos" else ()
         self.positive = [tokens.prompt(text) for text in positive]
         self.negative = [tokens.prompt(text) for text in entry.negative]
 
@@ -116,16 +116,16 @@ class _Prompts:
         return [*self.positive, *self.negative]
 
 
-def _expert_name(number: int, recipe: MergeRecipe) -> str:
-    if number == len(recipe.experts):
+def _expert_name(number: int, merge_config: MergeConfig) -> str:
+    if number == len(merge_config.experts):
         return "the shared expert"
     return f"expert {number}"
 
 
-def can_use_prompts(recipe: MergeRecipe) -> bool:
+def can_use_prompts(merge_config: MergeConfig) -> bool:
     """Whether every expert has the prompts for "hidden", "hidden_avg" and "cheap_embed"."""
-    entries = [*recipe.experts, *([recipe.shared] if recipe.shared else [])]
-    return all(e.positive or (e.negative and recipe.no_positive != "error") for e in entries)
+    entries = [*merge_config.experts, *([merge_config.shared] if merge_config.shared else [])]
+    return all(e.positive or (e.negative and merge_config.no_positive != "error") for e in entries)
 
 
 def _random(mode: str, mixture: Mixture, seed: int) -> Gates:
@@ -217,7 +217,7 @@ def _row(vectors: np.ndarray, expert: _Prompts, index: dict[tuple[int, ...], int
     return _unit(mean(expert.positive) - mean(expert.negative))
 
 
-def check_gates(gates: Gates, recipe: MergeRecipe) -> list[str]:
+def check_gates(gates: Gates, merge_config: MergeConfig) -> list[str]:
     """Check routers; returns notes on what may not be intended.
 
     Raises:
@@ -226,9 +226,9 @@ def check_gates(gates: Gates, recipe: MergeRecipe) -> list[str]:
     routed = gates.routed
     for rows in (routed, gates.shared):
         if rows is not None and not np.isfinite(rows).all():
-            raise OutlierError(f"gate_mode {recipe.gate_mode}: routers hold NaN or infinity")
+            raise OutlierError(f"gate_mode {merge_config.gate_mode}: routers hold NaN or infinity")
     count = routed.shape[1]
-    if recipe.gate_mode in RANDOM_MODES or count == 1:
+    if merge_config.gate_mode in RANDOM_MODES or count == 1:
         return []
     if (routed == routed[:, :1]).all():
         raise OutlierError("all experts have the same router rows: give them different prompts")
@@ -241,14 +241,18 @@ def check_gates(gates: Gates, recipe: MergeRecipe) -> list[str]:
                 " negative prompts are equal there"
             )
     # The rows of a trained router add up to zero, so its condition number is always infinite.
-    conditions = gates.condition_numbers if recipe.gate_mode != "trained" else []
+    conditions = gates.condition_numbers if merge_config.gate_mode != "trained" else []
     bad = [n for n, condition in enumerate(conditions) if condition > CONDITION_LIMIT]
     if bad:
         notes.append(
             f"condition number of the router above {CONDITION_LIMIT:g} in {len(bad)} of"
             f" {len(routed)} layers: the experts' rows are too similar to tell tokens apart"
         )
-    if bad and recipe.no_positive == "bos" and any(not e.positive for e in recipe.experts):
+    if (
+        bad
+        and merge_config.no_positive == "bos"
+        and any(not e.positive for e in merge_config.experts)
+    ):
         notes.append(
             "no_positive: bos gives all rows the hidden state of the BOS token, which is much"
             f" larger than the rest (mean cosine between rows {_mean_cosine(routed[bad]):.3f}):"

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.merge.recipe import ExpertRecipe, MergeRecipe
+from outlier_mlx.merge.merge_config import ExpertConfig, MergeConfig
 from outlier_mlx.merge.sources import Dense, open_models
 from outlier_mlx.models.config import PROJECTIONS, ModelConfig
 from outlier_mlx.models.families import family
@@ -64,15 +64,15 @@ class Expert:
     """A routed or shared expert: the FFNs of a model, perhaps altered."""
 
     model: Dense
-    recipe: ExpertRecipe
+    config: ExpertConfig
     number: int
     seed: int
 
     def matrix(self, layer: int, projection: str) -> TensorRef | Altered:
         """A layer's "gate" or "up" (intermediate, hidden), or "down" (hidden, intermediate)."""
         tensor = self.model.ffn(layer, projection)
-        noise = self.recipe.noise_scale
-        factor = self.recipe.residual_scale if projection == "down" else 1.0
+        noise = self.config.noise_scale
+        factor = self.config.residual_scale if projection == "down" else 1.0
         if noise == 0 and factor == 1:
             return tensor
         key = (self.seed, self.number, layer, PROJECTIONS.index(projection))
@@ -131,61 +131,61 @@ class Mixture:
         return count_modules(self.modules, self.config)
 
 
-def open_mixture(recipe: MergeRecipe, seed: int = 0) -> Mixture:
-    """Open what a recipe names, and check that it can be merged.
+def open_mixture(merge_config: MergeConfig, seed: int = 0) -> Mixture:
+    """Open what a merge configuration names, and check that it can be merged.
 
     Args:
-        recipe: what to merge.
+        merge_config: what to merge.
         seed: of the experts' noise.
 
     Raises:
         OutlierError: the models do not fit together or do not make the architecture.
     """
-    entries = [*recipe.experts, *([recipe.shared] if recipe.shared else [])]
-    base, models, notes = open_models(recipe.base, [entry.source for entry in entries])
-    architecture = _architecture(recipe, base)
+    entries = [*merge_config.experts, *([merge_config.shared] if merge_config.shared else [])]
+    base, models, notes = open_models(merge_config.base, [entry.source for entry in entries])
+    architecture = _architecture(merge_config, base)
     made = [
         Expert(model, entry, number, seed)
         for number, (model, entry) in enumerate(zip(models, entries, strict=True))
     ]
-    count = len(recipe.experts)
+    count = len(merge_config.experts)
     return Mixture(
         base=base,
         experts=tuple(made[:count]),
-        shared=made[count] if recipe.shared else None,
-        top_k=recipe.experts_per_token,
+        shared=made[count] if merge_config.shared else None,
+        top_k=merge_config.experts_per_token,
         architecture=architecture,
-        notes=(*notes, *_notes(recipe)),
+        notes=(*notes, *_notes(merge_config)),
     )
 
 
-def _architecture(recipe: MergeRecipe, base: Dense) -> str:
+def _architecture(merge_config: MergeConfig, base: Dense) -> str:
     """llama and mistral make a Mixtral; with a shared expert, and from qwen2, a Qwen2-MoE."""
     kind = base.config.family
-    if recipe.shared is not None:
-        if recipe.architecture == "mixtral":
+    if merge_config.shared is not None:
+        if merge_config.architecture == "mixtral":
             raise OutlierError("architecture mixtral: it has no shared expert; drop one of the two")
         return "qwen2_moe"
     if kind == "qwen2":
         raise OutlierError(
             f"{base.name}: qwen2 makes a Qwen2-MoE, which needs one entry in shared_experts"
         )
-    if recipe.architecture == "qwen2_moe":
+    if merge_config.architecture == "qwen2_moe":
         raise OutlierError("architecture qwen2_moe: it needs one entry in shared_experts")
     return "mixtral"
 
 
-def _notes(recipe: MergeRecipe) -> Iterator[str]:
-    count = len(recipe.experts)
+def _notes(merge_config: MergeConfig) -> Iterator[str]:
+    count = len(merge_config.experts)
     if count & (count - 1):
         yield f"{count} experts: old versions of llama.cpp want a power of two"
-    if recipe.experts_per_token == count > 1:
+    if merge_config.experts_per_token == count > 1:
         yield (
             f"every token uses all {count} experts: the router only weighs them, and all"
             " parameters are active"
         )
-    for number, expert in enumerate(recipe.experts):
-        if recipe.gate_mode == "trained" and expert.negative:
+    for number, expert in enumerate(merge_config.experts):
+        if merge_config.gate_mode == "trained" and expert.negative:
             yield f"expert {number}: negative prompts mean nothing to gate_mode trained"
-        if recipe.gate_mode != "trained" and not recipe.held_out and expert.texts:
+        if merge_config.gate_mode != "trained" and not merge_config.held_out and expert.texts:
             yield f"expert {number}: texts are for gate_mode trained alone"

@@ -27,7 +27,7 @@ _DROPPED = frozenset(
 
 
 @dataclass(frozen=True)
-class Form:
+class StoredAs:
     """How the merged model is stored.
 
     Attributes:
@@ -84,14 +84,14 @@ class Stacked(Part):
                 yield name, piece, 0
 
 
-def make_parts(mixture: Mixture, gates: Gates, form: Form) -> list[Part]:
+def make_parts(mixture: Mixture, gates: Gates, stored_as: StoredAs) -> list[Part]:
     """Every tensor of the merged model, in the order of a forward pass."""
-    return list(_Plan(mixture, gates, form).parts())
+    return list(_Plan(mixture, gates, stored_as).parts())
 
 
 class _Plan:
-    def __init__(self, mixture: Mixture, gates: Gates, form: Form) -> None:
-        self.mixture, self.gates, self.form = mixture, gates, form
+    def __init__(self, mixture: Mixture, gates: Gates, stored_as: StoredAs) -> None:
+        self.mixture, self.gates, self.stored_as = mixture, gates, stored_as
 
     def parts(self) -> Iterator[Part]:
         done: set[str] = set()
@@ -105,7 +105,7 @@ class _Plan:
                 yield self._stored(module.path, module.kind, matrix)
             elif module.kind != "experts":
                 yield from self._copied(module)
-            elif self.form.bits is not None:
+            elif self.stored_as.bits is not None:
                 yield self._stacked(module, layer)
             elif (prefix := module.path.rpartition(".switch_mlp.")[0]) not in done:
                 done.add(prefix)
@@ -128,15 +128,15 @@ class _Plan:
     def _vector(self, module: Module, name: str, tensor: FloatTensor | None) -> Part:
         if tensor is None:  # a bias that a llama does not have
             zeros = np.zeros(module.shape[0], np.float32)
-            return Constant(module.path, module.kind, name, zeros, self.form.dtype)
-        return Plain(module.path, module.kind, tensor, name, self.form.dtype)
+            return Constant(module.path, module.kind, name, zeros, self.stored_as.dtype)
+        return Plain(module.path, module.kind, tensor, name, self.stored_as.dtype)
 
     def _gate(self, module: Module, layer: int) -> Part:
         rows = self.gates.routed[layer]
         if module.path.endswith(".shared_expert_gate"):
             assert self.gates.shared is not None
             rows = self.gates.shared[layer][None]
-        return Constant(module.path, "router", f"{module.path}.weight", rows, self.form.dtype)
+        return Constant(module.path, "router", f"{module.path}.weight", rows, self.stored_as.dtype)
 
     def _stacked(self, module: Module, layer: int) -> Part:
         matrices = [expert.matrix(layer, _projection(module)) for expert in self.mixture.experts]
@@ -154,11 +154,11 @@ class _Plan:
 
     def _stored(self, path: str, kind: str, tensor: FloatTensor) -> Part:
         """A matrix, quantized where that is asked for and a group size divides its width."""
-        form = self.form
-        group = largest_group(tensor.shape[1], form.group_size)
-        if form.bits is None or group is None:
-            return Plain(path, kind, tensor, f"{path}.weight", form.dtype)
-        return Quantized(path, kind, tensor, form.bits, group, form.dtype)
+        stored_as = self.stored_as
+        group = largest_group(tensor.shape[1], stored_as.group_size)
+        if stored_as.bits is None or group is None:
+            return Plain(path, kind, tensor, f"{path}.weight", stored_as.dtype)
+        return Quantized(path, kind, tensor, stored_as.bits, group, stored_as.dtype)
 
 
 def _projection(module: Module) -> str:
@@ -166,19 +166,19 @@ def _projection(module: Module) -> str:
     return module.path.rpartition(".")[2].removesuffix("_proj")
 
 
-def unquantized(parts: Sequence[Part], form: Form) -> list[str]:
+def unquantized(parts: Sequence[Part], stored_as: StoredAs) -> list[str]:
     """Matrices that no group size divides, though they were to be quantized."""
-    if form.bits is None:
+    if stored_as.bits is None:
         return []
     members = [(p.path, p.members[0] if isinstance(p, Stacked) else p) for p in parts]
     return [path for path, p in members if isinstance(p, Plain) and len(p.tensor.shape) == 2]
 
 
-def make_config(mixture: Mixture, form: Form, parts: Sequence[Part]) -> dict:
+def make_config(mixture: Mixture, stored_as: StoredAs, parts: Sequence[Part]) -> dict:
     """The merged model's config.json: the base's, and what makes it a mixture of experts."""
     base = mixture.base.config
     config = {key: value for key, value in spell_config(base).items() if key not in _DROPPED}
-    config |= {"dtype": form.dtype, "torch_dtype": form.dtype, "sliding_window": None}
+    config |= {"dtype": stored_as.dtype, "torch_dtype": stored_as.dtype, "sliding_window": None}
     config["tie_word_embeddings"] = mixture.config.tied
     if mixture.architecture == "mixtral":
         config |= {

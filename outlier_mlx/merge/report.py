@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import outlier_mlx
+from outlier_mlx.merge.merge_config import MergeConfig
 from outlier_mlx.merge.model import Expert, Mixture
-from outlier_mlx.merge.plan import Form
-from outlier_mlx.merge.recipe import MergeRecipe
+from outlier_mlx.merge.plan import StoredAs
 from outlier_mlx.merge.routers import Routers
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.models.summary import SummaryRow
@@ -20,9 +20,9 @@ class Merged:
 
     Attributes:
         path: the written folder.
-        recipe: the merge recipe.
+        merge_config: the merge configuration.
         mixture: the models.
-        form: how the result is stored.
+        stored_as: how the result is stored.
         seed: seed of random routers and noise.
         rows: parameters and bytes by kind of part, the total last.
         unquantized: paths of matrices whose width no group size divides.
@@ -31,9 +31,9 @@ class Merged:
     """
 
     path: Path
-    recipe: MergeRecipe
+    merge_config: MergeConfig
     mixture: Mixture
-    form: Form
+    stored_as: StoredAs
     seed: int
     rows: list[SummaryRow]
     unquantized: list[str]
@@ -42,18 +42,18 @@ class Merged:
 
 
 def as_json(result: Merged) -> dict:
-    """The content of `merge.json`: all figures, and the recipe without local paths."""
-    mixture, recipe = result.mixture, result.recipe
+    """The content of `merge.json`: all figures, and the configuration without local paths."""
+    mixture, merge_config = result.mixture, result.merge_config
     shared = mixture.shared
     routers = result.routers
     return {
         "producer": f"outlier-mlx {outlier_mlx.__version__}",
         "architecture": mixture.architecture,
-        "gate_mode": recipe.gate_mode,
-        "no_positive": recipe.no_positive,
+        "gate_mode": merge_config.gate_mode,
+        "no_positive": merge_config.no_positive,
         "experts_per_token": mixture.top_k,
         "seed": result.seed,
-        "form": asdict(result.form),
+        "form": asdict(result.stored_as),
         "base": _named(mixture.base),
         "experts": [_expert(expert) for expert in mixture.experts],
         "shared_expert": _expert(shared) if shared else None,
@@ -70,18 +70,19 @@ def as_json(result: Merged) -> dict:
 
 def model_card(result: Merged, folder: Path) -> str:
     """The text of the card, once everything else is in the folder."""
-    mixture, form, name = result.mixture, result.form, result.path.name
+    mixture, stored_as, name = result.mixture, result.stored_as, result.path.name
     base = origin_of("base", mixture.base.source)
     experts = [origin_of(f"expert {e.number}", e.model.source) for e in mixture.experts]
     if mixture.shared:
         experts.append(origin_of("shared expert", mixture.shared.model.source))
     changes = [
         "the experts are the feed-forward layers of the models named so; all else is the base's",
-        f"the routers were made by outlier-mlx, `gate_mode: {result.recipe.gate_mode}`;"
+        f"the routers were made by outlier-mlx, `gate_mode: {result.merge_config.gate_mode}`;"
         " `merge.json` has the prompts and what was measured",
-        f"matrices were quantized to {form.bits} bits in groups of {form.group_size} at most"
-        if form.bits
-        else f"weights were converted to {form.dtype}",
+        f"matrices were quantized to {stored_as.bits} bits in groups of {stored_as.group_size} at"
+        " most"
+        if stored_as.bits
+        else f"weights were converted to {stored_as.dtype}",
     ]
     # Stock mlx-lm does not renormalise the routing weights of a Qwen2-MoE.
     programs = ["outlier-mlx generate"]
@@ -116,7 +117,7 @@ def experts_of(number: int) -> str:
 def conditions(result: Merged) -> list[float | None]:
     """Condition numbers of the layers' routers; None if infinite or if routers were trained."""
     found = result.routers.gates.condition_numbers
-    trained = result.recipe.gate_mode == "trained"
+    trained = result.merge_config.gate_mode == "trained"
     return [None if trained or not math.isfinite(number) else number for number in found]
 
 
@@ -125,12 +126,12 @@ def _named(model: Dense) -> dict:
 
 
 def _expert(expert: Expert) -> dict:
-    recipe = expert.recipe
+    config = expert.config
     return _named(expert.model) | {
-        "positive_prompts": list(recipe.positive),
-        "negative_prompts": list(recipe.negative),
-        "texts": [path.name for path in recipe.texts],
-        "held_out": list(recipe.held_out),
-        "noise_scale": recipe.noise_scale,
-        "residual_scale": recipe.residual_scale,
+        "positive_prompts": list(config.positive),
+        "negative_prompts": list(config.negative),
+        "texts": [path.name for path in config.texts],
+        "held_out": list(config.held_out),
+        "noise_scale": config.noise_scale,
+        "residual_scale": config.residual_scale,
     }

@@ -7,15 +7,15 @@ import numpy as np
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge.gates import Gates, can_use_prompts, check_gates, prompt_gates, shared_gate
+from outlier_mlx.merge.merge_config import RANDOM_MODES, MergeConfig
 from outlier_mlx.merge.model import Mixture
-from outlier_mlx.merge.recipe import RANDOM_MODES, MergeRecipe
 from outlier_mlx.merge.routes import RouterRun, Routing, run_routers
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import MAX_TOKENS, Sequences, Tokens, open_tokenizer
 from outlier_mlx.merge.trained import Fitted
 from outlier_mlx.terminal import Progress, Stages, no_progress
 
-#: Modes to compare with the recipe's mode on held-out prompts.
+#: Modes to compare with the configuration's mode on held-out prompts.
 COMPARED = ("hidden", "hidden_avg", "cheap_embed", "random", "trained")
 
 _NONE = Sequences((), ())
@@ -31,8 +31,8 @@ class Routers:
     """The routers of a merge and their measurements.
 
     Attributes:
-        gates: routers of the recipe's mode.
-        routing: how each mode routes the measured prompts; the recipe's mode is first.
+        gates: routers of the configuration's mode.
+        routing: how each mode routes the measured prompts; the configuration's mode is first.
         measured_on: "held_out", "positive_prompts", or None if nothing was measured.
         fitted: one for each layer if routers were trained, else empty.
         notes: remarks on the routers for the user.
@@ -46,17 +46,17 @@ class Routers:
 
 
 def compute_routers(
-    recipe: MergeRecipe,
+    merge_config: MergeConfig,
     mixture: Mixture,
     *,
     seed: int = 0,
     measure: bool = True,
     stages: Stages = silent,
 ) -> Routers:
-    """Compute the routers of a recipe, and measure how they route its prompts.
+    """Compute the routers of a merge configuration, and measure how they route its prompts.
 
     Args:
-        recipe: gate mode, prompts and texts.
+        merge_config: gate mode, prompts and texts.
         mixture: the models.
         seed: seed of random routers.
         measure: whether to measure routing, if there are prompts.
@@ -66,20 +66,20 @@ def compute_routers(
         OutlierError: prompts or texts are missing or have no tokens, there is no tokenizer, or the
             rows of all experts are equal.
     """
-    mode = recipe.gate_mode
-    measured_on = _measured_on(recipe) if measure else None
-    modes = _modes(recipe, measured_on)
+    mode = merge_config.gate_mode
+    measured_on = _measured_on(merge_config) if measure else None
+    modes = _modes(merge_config, measured_on)
     tokens, measured, training = None, _NONE, _NONE
     if measured_on is not None or mode not in RANDOM_MODES:
         tokens = _tokens(mixture.base)
-        measured = _measured(recipe, tokens, measured_on)
-        training = _training(recipe, tokens) if "trained" in modes else _NONE
+        measured = _measured(merge_config, tokens, measured_on)
+        training = _training(merge_config, tokens) if "trained" in modes else _NONE
     known: dict[str, Gates] = {}
     given = [other for other in modes if other != "trained"]
     if given:
         with stages("running the base", "layers") as progress:
-            known = prompt_gates(recipe, mixture, tokens, given, seed=seed, progress=progress)
-    notes = check_gates(known[mode], recipe) if mode in known else []
+            known = prompt_gates(merge_config, mixture, tokens, given, seed=seed, progress=progress)
+    notes = check_gates(known[mode], merge_config) if mode in known else []
     runs = []
     if tokens is not None and (measured_on is not None or mode == "trained"):
         skip = 1 if tokens.bos else 0
@@ -88,13 +88,13 @@ def compute_routers(
                 gates = known[other]
                 runs.append(RouterRun(other, gates.routed, gates.shared, measured, skip=skip))
             else:
-                shared = _shared_gate(recipe, mixture, tokens, known)
+                shared = _shared_gate(merge_config, mixture, tokens, known)
                 runs.append(RouterRun(other, None, shared, measured, training, skip))
         with stages("routing", "experts") as progress:
             run_routers(mixture, runs, progress)
     if mode == "trained":
         known[mode] = runs[0].all_gates()
-        notes = check_gates(known[mode], recipe)
+        notes = check_gates(known[mode], merge_config)
     return Routers(
         gates=known[mode],
         routing=[run.routing() for run in runs if measured_on],
@@ -104,47 +104,49 @@ def compute_routers(
     )
 
 
-def _modes(recipe: MergeRecipe, measured_on: str | None) -> list[str]:
-    """The recipe's mode, and the modes to compare it with."""
-    mode, untrained = recipe.gate_mode, _first_untrained(recipe)
+def _modes(merge_config: MergeConfig, measured_on: str | None) -> list[str]:
+    """The configuration's mode, and the modes to compare it with."""
+    mode, untrained = merge_config.gate_mode, _first_untrained(merge_config)
     if mode == "trained" and untrained is not None:
         raise OutlierError(
             f"expert {untrained} has neither texts nor positive prompts; gate_mode trained needs"
             " one of them"
         )
-    others = _comparable(recipe) if measured_on == "held_out" else []
+    others = _comparable(merge_config) if measured_on == "held_out" else []
     return [mode, *(other for other in others if other != mode)]
 
 
 def _shared_gate(
-    recipe: MergeRecipe, mixture: Mixture, tokens: Tokens, known: dict[str, Gates]
+    merge_config: MergeConfig, mixture: Mixture, tokens: Tokens, known: dict[str, Gates]
 ) -> np.ndarray | None:
     """The gate of the shared expert when routers are trained: that of mode "hidden"."""
     if mixture.shared is None:
         return None
     if "hidden" in known:
         return known["hidden"].shared
-    return shared_gate(recipe, mixture, tokens)
+    return shared_gate(merge_config, mixture, tokens)
 
 
-def _measured_on(recipe: MergeRecipe) -> str | None:
-    if recipe.held_out:
+def _measured_on(merge_config: MergeConfig) -> str | None:
+    if merge_config.held_out:
         return "held_out"
-    return "positive_prompts" if any(e.positive for e in recipe.experts) else None
+    return "positive_prompts" if any(e.positive for e in merge_config.experts) else None
 
 
-def _first_untrained(recipe: MergeRecipe) -> int | None:
+def _first_untrained(merge_config: MergeConfig) -> int | None:
     """The number of the first expert without prompts or texts for training, or None."""
-    lacking = (n for n, e in enumerate(recipe.experts) if not (e.texts or e.positive))
+    lacking = (n for n, e in enumerate(merge_config.experts) if not (e.texts or e.positive))
     return next(lacking, None)
 
 
-def _comparable(recipe: MergeRecipe) -> list[str]:
+def _comparable(merge_config: MergeConfig) -> list[str]:
     usable = {"random"}
-    if can_use_prompts(recipe):
+    if can_use_prompts(merge_config):
         usable |= {"hidden", "hidden_avg", "cheap_embed"}
     # In mode "trained", the gate of the shared expert is still made from its prompts.
-    if _first_untrained(recipe) is None and (recipe.shared is None or can_use_prompts(recipe)):
+    if _first_untrained(merge_config) is None and (
+        merge_config.shared is None or can_use_prompts(merge_config)
+    ):
         usable.add("trained")
     return [mode for mode in COMPARED if mode in usable]
 
@@ -155,9 +157,9 @@ def _tokens(base: Dense) -> Tokens:
     return Tokens(open_tokenizer(base.source.folder, base.config.raw), base.vocab, longest)
 
 
-def _measured(recipe: MergeRecipe, tokens: Tokens, measured_on: str | None) -> Sequences:
+def _measured(merge_config: MergeConfig, tokens: Tokens, measured_on: str | None) -> Sequences:
     ids, owners = [], []
-    for number, expert in enumerate(recipe.experts):
+    for number, expert in enumerate(merge_config.experts):
         texts = expert.held_out if measured_on == "held_out" else expert.positive
         for text in texts if measured_on else ():
             ids.append(tokens.prompt(text))
@@ -165,10 +167,10 @@ def _measured(recipe: MergeRecipe, tokens: Tokens, measured_on: str | None) -> S
     return Sequences(tuple(ids), tuple(owners))
 
 
-def _training(recipe: MergeRecipe, tokens: Tokens) -> Sequences:
+def _training(merge_config: MergeConfig, tokens: Tokens) -> Sequences:
     """Each expert's positive prompts and texts, up to `MAX_TOKENS` tokens."""
     ids, owners = [], []
-    for number, expert in enumerate(recipe.experts):
+    for number, expert in enumerate(merge_config.experts):
         found = [tokens.prompt(text) for text in expert.positive]
         found += [window for path in expert.texts for window in tokens.file(path)]
         used = 0

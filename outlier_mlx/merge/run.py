@@ -1,4 +1,4 @@
-"""A merge from its recipe to a folder: open, compute routers, measure them, write."""
+"""A merge from its configuration to a folder: open, compute routers, measure them, write."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.merge.gates import Gates
+from outlier_mlx.merge.merge_config import read_merge_config
 from outlier_mlx.merge.model import open_mixture
-from outlier_mlx.merge.plan import DTYPES, Form, make_config, make_parts, unquantized
-from outlier_mlx.merge.recipe import read_recipe
+from outlier_mlx.merge.plan import DTYPES, StoredAs, make_config, make_parts, unquantized
 from outlier_mlx.merge.report import Merged, as_json, model_card
 from outlier_mlx.merge.routers import compute_routers, silent
 from outlier_mlx.storage.output import write_json
@@ -22,7 +22,7 @@ REPORT = "merge.json"
 
 
 def merge(
-    recipe_file: str | Path,
+    config_file: str | Path,
     out: str | Path,
     *,
     bits: int | None = None,
@@ -41,13 +41,14 @@ def merge(
     states of the prompts' tokens.
 
     Args:
-        recipe_file: the YAML; see `merge.recipe`.
+        config_file: the YAML; see `merge.merge_config`.
         out: the folder to make.
         bits: 4 or 8 writes an MLX folder with quantized matrices; None Hugging Face's names.
         group_size: 32, 64 or 128 weights that share a scale.
-        dtype: wins over the recipe's.
-        no_positive: wins over the recipe's.
-        held_out: YAML with a list of prompts for each expert, instead of the recipe's `held_out`.
+        dtype: wins over the configuration's.
+        no_positive: wins over the configuration's.
+        held_out: YAML with a list of prompts for each expert, instead of the configuration's
+            `held_out`.
         seed: of random routers, and of noise.
         measure: whether to run the merged model on prompts before it is written. It is run for
             `gate_mode: trained` in any case.
@@ -55,32 +56,32 @@ def merge(
         stages: shows progress.
 
     Raises:
-        OutlierError: the recipe or a model is not sound, they do not fit, the output exists, or the
-            disk is too small. Nothing is left behind.
+        OutlierError: the configuration or a model is not sound, they do not fit, the output exists,
+            or the disk is too small. Nothing is left behind.
     """
     target, stages = Path(out), stages or silent
     check_free(target, force=force)
-    recipe = read_recipe(Path(recipe_file), no_positive=no_positive)
+    merge_config = read_merge_config(Path(config_file), no_positive=no_positive)
     if held_out is not None:
-        recipe = recipe.with_held_out(Path(held_out))
-    mixture = open_mixture(recipe, seed)
+        merge_config = merge_config.with_held_out(Path(held_out))
+    mixture = open_mixture(merge_config, seed)
     stored = DTYPES[mixture.base.tensors["model.embed_tokens.weight"].dtype]
-    form = Form(dtype or recipe.dtype or stored, bits, group_size)
+    stored_as = StoredAs(dtype or merge_config.dtype or stored, bits, group_size)
     layers, hidden = mixture.base.layers, mixture.base.hidden
     empty = Gates(np.zeros((layers, len(mixture.experts), hidden)), np.zeros((layers, hidden)))
-    check_space(target, Parts(make_parts(mixture, empty, form)).nbytes, "the model")
+    check_space(target, Parts(make_parts(mixture, empty, stored_as)).nbytes, "the model")
 
-    routers = compute_routers(recipe, mixture, seed=seed, measure=measure, stages=stages)
+    routers = compute_routers(merge_config, mixture, seed=seed, measure=measure, stages=stages)
     mx.clear_cache()  # buffers of layers, which nobody needs any more
-    tensors = Parts(make_parts(mixture, routers.gates, form))
+    tensors = Parts(make_parts(mixture, routers.gates, stored_as))
     result = Merged(
         path=target,
-        recipe=recipe,
+        merge_config=merge_config,
         mixture=mixture,
-        form=form,
+        stored_as=stored_as,
         seed=seed,
         rows=tensors.rows,
-        unquantized=unquantized(tensors.parts, form),
+        unquantized=unquantized(tensors.parts, stored_as),
         routers=routers,
         notes=[*mixture.notes, *routers.notes],
     )
@@ -102,7 +103,7 @@ def _write(result: Merged, tensors: Parts, *, force: bool, stages: Stages) -> No
         write_model(
             result.path,
             tensors,
-            make_config(mixture, result.form, tensors.parts),
+            make_config(mixture, result.stored_as, tensors.parts),
             source=mixture.base.name,
             assets=assets,
             manifest={"source": {"form": "merge"} | {k: report[k] for k in ("base", "experts")}},

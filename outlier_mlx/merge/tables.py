@@ -12,8 +12,8 @@ from outlier_mlx.terminal import count, parts_table, print_columns, print_headin
 def print_merged(result: Merged) -> None:
     """Print sizes, routing, notes and the output folder to stderr."""
     console = stderr()
-    mixture, form, routers = result.mixture, result.form, result.routers
-    stored = f"{form.bits} bits" if form.bits else form.dtype
+    mixture, stored_as, routers = result.mixture, result.stored_as, result.routers
+    stored = f"{stored_as.bits} bits" if stored_as.bits else stored_as.dtype
     print_heading(console, result.path.name, f": {kind_of(result.mixture)}, {stored}")
     console.print(parts_table(result.rows))
     console.print(
@@ -55,7 +55,7 @@ def _print_modes(console: Console, result: Merged) -> None:
 
 
 def _print_layers(console: Console, routing: Routing, numbers: list[float | None]) -> None:
-    """Print each expert's share of the tokens in each layer, for the recipe's mode."""
+    """Print each expert's share of the tokens in each layer, for the configuration's mode."""
     experts = [str(expert) for expert in range(len(routing.layers[0].first))]
     heads = ("layer", "condition\nnumber", "largest\nweight, %", *experts)
     rows = [

@@ -1,4 +1,4 @@
-"""Merge recipes: mergekit-moe's YAML format, parsed strictly.
+"""Merge configurations: mergekit-moe's YAML format, parsed strictly.
 
 Format: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md. This project adds the keys
 `no_positive`, and `texts` and `held_out` of an expert.
@@ -22,14 +22,14 @@ RANDOM_MODES = ("random", "uniform_random")
 NO_POSITIVE = ("error", "bos", "zero")
 DTYPES = ("bfloat16", "float16", "float32")
 ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2_moe": "qwen2_moe"}
-MAX_RECIPE_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 MAX_EXPERTS = 256
 _MAX_KEYS = 1000
 
 
 @dataclass(frozen=True)
-class ExpertRecipe:
-    """One expert of a recipe.
+class ExpertConfig:
+    """One expert of a merge configuration.
 
     Attributes:
         source: folder or hub repository of the model that its FFNs come from.
@@ -51,8 +51,8 @@ class ExpertRecipe:
 
 
 @dataclass(frozen=True)
-class MergeRecipe:
-    """A merge recipe.
+class MergeConfig:
+    """A merge configuration.
 
     Attributes:
         base: folder or hub repository of the model that everything but the FFNs comes from.
@@ -67,8 +67,8 @@ class MergeRecipe:
     """
 
     base: str
-    experts: tuple[ExpertRecipe, ...]
-    shared: ExpertRecipe | None = None
+    experts: tuple[ExpertConfig, ...]
+    shared: ExpertConfig | None = None
     gate_mode: str = "hidden"
     no_positive: str = "error"
     experts_per_token: int = 2
@@ -81,7 +81,7 @@ class MergeRecipe:
         """Whether any expert has prompts to measure routing on."""
         return any(expert.held_out for expert in self.experts)
 
-    def with_held_out(self, file: Path) -> "MergeRecipe":
+    def with_held_out(self, file: Path) -> "MergeConfig":
         """Add the held-out prompts of a YAML file: a list of prompts for each expert, in order.
 
         Raises:
@@ -102,12 +102,12 @@ class MergeRecipe:
         return replace(self, experts=tuple(experts))
 
 
-def read_recipe(file: Path, *, no_positive: str | None = None) -> MergeRecipe:
-    """Read a recipe. Its paths are relative to its folder.
+def read_merge_config(file: Path, *, no_positive: str | None = None) -> MergeConfig:
+    """Read a merge configuration. Its paths are relative to its folder.
 
     Args:
         file: the YAML file.
-        no_positive: used instead of the recipe's `no_positive`.
+        no_positive: used instead of the configuration's `no_positive`.
 
     Raises:
         OutlierError: the file cannot be read, a key is unknown or missing, or a value is wrong; the
@@ -125,7 +125,7 @@ def read_recipe(file: Path, *, no_positive: str | None = None) -> MergeRecipe:
     if len(shared) > 1:
         raise fields.error("shared_experts", f"{len(shared)} experts, expected at most one")
     architecture = fields.choice("architecture", ARCHITECTURES, None)
-    recipe = MergeRecipe(
+    merge_config = MergeConfig(
         base=_folder_or_repository(fields.text("base_model"), folder),
         experts=experts,
         shared=shared[0] if shared else None,
@@ -136,12 +136,12 @@ def read_recipe(file: Path, *, no_positive: str | None = None) -> MergeRecipe:
         architecture=ARCHITECTURES[architecture] if architecture else None,
         raw=raw,
     )
-    if recipe.experts_per_token > len(experts):
+    if merge_config.experts_per_token > len(experts):
         raise fields.error(
             "experts_per_token",
-            f"{recipe.experts_per_token}, but there are {len(experts)} experts",
+            f"{merge_config.experts_per_token}, but there are {len(experts)} experts",
         )
-    return recipe
+    return merge_config
 
 
 EXPERT_KEYS = (
@@ -150,12 +150,12 @@ EXPERT_KEYS = (
 )
 
 
-def _expert(fields: "_Fields", folder: Path) -> ExpertRecipe:
+def _expert(fields: "_Fields", folder: Path) -> ExpertConfig:
     texts = tuple(folder / Path(name).expanduser() for name in fields.texts("texts"))
     for path in texts:
         if not path.is_file():
             raise fields.error("texts", f"{path.name}: no such file")
-    return ExpertRecipe(
+    return ExpertConfig(
         source=_folder_or_repository(fields.text("source_model"), folder),
         positive=fields.texts("positive_prompts"),
         negative=fields.texts("negative_prompts"),
@@ -167,18 +167,18 @@ def _expert(fields: "_Fields", folder: Path) -> ExpertRecipe:
 
 
 def _folder_or_repository(name: str, folder: Path) -> str:
-    """The path of a folder beside the recipe if it exists; else the unchanged name."""
+    """The path of a folder beside the configuration if it exists; else the unchanged name."""
     path = folder / Path(name).expanduser()
     return str(path) if path.is_dir() or name.startswith((".", "/", "~")) else name
 
 
 class _Fields:
-    """A mapping of the recipe. Its values are checked when they are read.
+    """A mapping of the configuration. Its values are checked when they are read.
 
     Args:
         value: the parsed YAML.
-        file: file name of the recipe.
-        place: the mapping's place in the recipe, such as "experts[2]"; empty at the top.
+        file: file name of the configuration.
+        place: the mapping's place in the configuration, such as "experts[2]"; empty at the top.
         known: the allowed keys.
 
     Raises:
@@ -188,7 +188,7 @@ class _Fields:
     def __init__(self, value: Any, file: str, place: str, known: Iterable[str]) -> None:
         self.file, self.place = file, place
         if not isinstance(value, dict):
-            raise OutlierError(f"{file}: {place or 'the recipe'}: expected keys with values")
+            raise OutlierError(f"{file}: {place or 'the configuration'}: expected keys with values")
         known = tuple(known)
         for key in value:
             if key not in known:
@@ -298,8 +298,8 @@ def read_yaml(file: Path) -> Any:
         OutlierError: the file cannot be read, is too large, or is not valid.
     """
     try:
-        if file.stat().st_size > MAX_RECIPE_BYTES:
-            raise OutlierError(f"{file.name}: larger than {MAX_RECIPE_BYTES} bytes")
+        if file.stat().st_size > MAX_BYTES:
+            raise OutlierError(f"{file.name}: larger than {MAX_BYTES} bytes")
         return yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise OutlierError(f"{file}: {error.strerror}") from None
