@@ -14,15 +14,22 @@ from typing import BinaryIO
 import numpy as np
 
 from outlier_mlx.checkpoints.export_scales import ScaleForms, find_scale_forms
-from outlier_mlx.checkpoints.export_shared import SLAB_BYTES, Origin, copied
+from outlier_mlx.checkpoints.export_shared import (
+    SLAB_BYTES,
+    Origin,
+    copied,
+    expert_key,
+    matrices,
+)
 from outlier_mlx.checkpoints.monolith import ALIGNMENT, HEADER, MAGIC, ROW, VERSION, aligned
 from outlier_mlx.checkpoints.overlay import Overlay
-from outlier_mlx.checkpoints.packed import FOLDER, MONOLITH, packed_bytes
+from outlier_mlx.checkpoints.packed import FOLDER, MONOLITH
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, Trits, row_ranges
 from outlier_mlx.terminal import Progress
 from outlier_mlx.ternary import pack_tq1_0, rows_to_flat
+from outlier_mlx.ternary.flat import packed_bytes
 from outlier_mlx.writing.parts import Parts, Tally
 from outlier_mlx.writing.writer import WrittenFile
 
@@ -67,8 +74,8 @@ class PackedTensors(Parts):
         inner = folder / FOLDER
         inner.mkdir()
         index: dict[str, dict] = {}
-        for key, projection, matrix in _matrices(self.overlay):
-            index |= self._write_matrix(inner, key, projection, matrix, tally)
+        for key, projection, matrix in matrices(self.overlay):
+            index |= self._write_matrix(inner, f"base.{key}", projection, matrix, tally)
         write_json(inner / "index.json", index)
         write_json(inner / "meta.json", self._meta(index))
         self._write_monolith(inner, tally)
@@ -99,7 +106,7 @@ class PackedTensors(Parts):
                 "dtype": "uint8",
                 "format": "tq10",
                 "original_bytes": prod(shape),
-                "packed_bytes": packed_bytes(shape),
+                "packed_bytes": packed_bytes(prod(shape)),
             },
             scale: {
                 "file": _file(scale),
@@ -130,7 +137,7 @@ class PackedTensors(Parts):
         expert = next(iter(self.overlay.experts.values()))[0]
         lengths = []
         for projection, matrix in expert:
-            lengths.append(packed_bytes(tuple(matrix.trits.shape)))
+            lengths.append(packed_bytes(prod(matrix.trits.shape)))
             lengths.append(2 * prod(self.scales.shape(projection, matrix)))
         return lengths
 
@@ -152,9 +159,8 @@ class PackedTensors(Parts):
             for layer, e in places:
                 for projection, _ in experts[layer][e]:
                     for part in ("ternary", "scale"):
-                        with (inner / _file(f"{_key(layer, e, projection)}_{part}")).open(
-                            "rb"
-                        ) as f:
+                        key = f"base.{expert_key(layer, e, projection)}_{part}"
+                        with (inner / _file(key)).open("rb") as f:
                             shutil.copyfileobj(f, file)
                 _pad(file)
                 tally.add(aligned(size))
@@ -175,10 +181,6 @@ def _file(key: str) -> str:
     return key.replace(".", "_") + ".bin"
 
 
-def _key(layer: int, expert: int, projection: str) -> str:
-    return f"base.model.layers.{layer}.mlp.experts.{expert}.{projection}"
-
-
 def _copied(overlay: Overlay) -> Iterator[tuple[str, TensorRef]]:
     for name, tensor in overlay.base.items():
         words = name.split(".")
@@ -189,10 +191,3 @@ def _copied(overlay: Overlay) -> Iterator[tuple[str, TensorRef]]:
         yield f"base.{name}", tensor
     for layer, router in overlay.routers.items():
         yield f"base.model.layers.{layer}.mlp.router.weight", router
-
-
-def _matrices(overlay: Overlay) -> Iterator[tuple[str, str, ExpertMatrix]]:
-    for layer, experts in overlay.experts.items():
-        for number, expert in enumerate(experts):
-            for projection, matrix in expert:
-                yield _key(layer, number, projection), projection, matrix

@@ -13,7 +13,7 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.tensors import Trits, row_ranges
+from outlier_mlx.storage.tensors import ExpertMatrix, Trits, row_ranges
 from outlier_mlx.writing.parts import Chunk, Part
 from outlier_mlx.writing.writer import TensorSpec
 
@@ -100,6 +100,19 @@ def copied(name: str, tensor: TensorRef) -> FromSlabs:
     """A tensor that is copied as it is stored, under another name."""
     spec = TensorSpec(name, tensor.dtype, tensor.shape)
     return FromSlabs(name, kind_of(name), spec, partial(slabs, tensor))
+
+
+def matrices(overlay: Overlay) -> Iterator[tuple[str, str, ExpertMatrix]]:
+    """The experts' matrices with their names in V3.2 and their projections."""
+    for layer, experts in overlay.experts.items():
+        for number, expert in enumerate(experts):
+            for projection, matrix in expert:
+                yield expert_key(layer, number, projection), projection, matrix
+
+
+def expert_key(layer: int, expert: int, projection: str) -> str:
+    """The name of an expert's matrix in V3.2, which its trits and its scale add to."""
+    return f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
 
 
 def slabs(tensor: TensorRef) -> Iterator[np.ndarray]:

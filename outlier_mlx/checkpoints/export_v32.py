@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from outlier_mlx.checkpoints.export_scales import ScaleForms, find_scale_forms
-from outlier_mlx.checkpoints.export_shared import FromSlabs, Origin, copied, trit_slabs
+from outlier_mlx.checkpoints.export_shared import FromSlabs, Origin, copied, matrices, trit_slabs
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix
@@ -28,7 +28,7 @@ def _parts(overlay: Overlay) -> Iterator[Part]:
         yield copied(name, tensor)
     scales = find_scale_forms(overlay)
     stored = "F16" if scales.wide is None else "F32"
-    for name, projection, matrix in _matrices(overlay):
+    for name, projection, matrix in matrices(overlay):
         trits = TensorSpec(f"{name}_ternary", "I8", tuple(matrix.trits.shape))
         yield FromSlabs(name, "experts", trits, partial(trit_slabs, matrix.trits))
         scale = TensorSpec(f"{name}_scale", stored, scales.shape(projection, matrix))
@@ -47,11 +47,3 @@ def _copied(overlay: Overlay) -> Iterator[tuple[str, TensorRef]]:
         yield f"model.layers.{layer}.mlp.router.weight", router
     for layer, alphas in zip(overlay.routers, overlay.alpha_tensors.values(), strict=True):
         yield f"model.layers.{layer}.mlp.alpha_values", alphas
-
-
-def _matrices(overlay: Overlay) -> Iterator[tuple[str, str, ExpertMatrix]]:
-    for layer, experts in overlay.experts.items():
-        for number, expert in enumerate(experts):
-            for projection, matrix in expert:
-                name = f"model.layers.{layer}.mlp.experts.{number}.{projection}"
-                yield name, projection, matrix

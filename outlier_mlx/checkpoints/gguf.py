@@ -23,13 +23,7 @@ from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.ternary import TernaryError
-from outlier_mlx.ternary.ggml import (
-    BLOCK,
-    TQ1_0_BYTES,
-    TQ2_0_BYTES,
-    unpack_tq1_0_blocks,
-    unpack_tq2_0_blocks,
-)
+from outlier_mlx.ternary.ggml import BLOCK, unpack_tq1_0_blocks, unpack_tq2_0_blocks
 
 SIGN = "blk.N.ffn_*_exps.weight in *.gguf"
 
@@ -37,37 +31,30 @@ _MERGED = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)_exps\.(.+)")
 _SPLIT = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)\.([0-9]+)\.(.+)")
 _ROUTER = re.compile(r"blk\.([0-9]+)\.ffn_gate_inp\.weight")
 _FLOATS = ("F32", "F16", "BF16")  # named as in safetensors
-_BLOCK_BYTES = {"TQ1_0": TQ1_0_BYTES, "TQ2_0": TQ2_0_BYTES}
+_UNPACK = {"TQ1_0": unpack_tq1_0_blocks, "TQ2_0": unpack_tq2_0_blocks}
 _SLAB = 1 << 20
 
 
 @dataclass(frozen=True)
 class BlockTrits:
-    """A matrix in ternary blocks at some place in a file.
+    """A matrix in ternary blocks: a tensor (out, in) of TQ1_0 or TQ2_0."""
 
-    Attributes:
-        name: its tensor's name, and its number if the tensor holds several.
-        file: the file.
-        offset: of its first block.
-        shape: (out, in).
-        kind: "TQ1_0" or "TQ2_0".
-    """
+    tensor: GgufTensor
 
-    name: str
-    file: Path
-    offset: int
-    shape: tuple[int, int]
-    kind: str
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.tensor.shape
 
     @property
     def where(self) -> str:
         """File and tensor."""
-        return f"{self.file.name}: {self.name}"
+        return self.tensor.where
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk, scales included."""
-        return self.shape[0] * self.shape[1] // BLOCK * _BLOCK_BYTES[self.kind]
+        return self.tensor.nbytes
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
@@ -79,24 +66,16 @@ class BlockTrits:
 
     def read_scales(self, start: int, stop: int | None) -> np.ndarray:
         """The scales of the rows' blocks, (rows, in / 256) float16, as they are stored."""
-        packed = self._packed(start, stop)
-        blocks = packed.reshape(len(packed), -1, _BLOCK_BYTES[self.kind])
+        packed = self.tensor.read(start, stop)
+        blocks = packed.reshape(len(packed), -1, self.tensor.block_bytes)
         return np.ascontiguousarray(blocks[..., -2:]).view("<f2")[..., 0]
 
     def read_blocks(self, start: int, stop: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Rows as int8 (rows, in) and the scales of their blocks, (rows, in / 256) float16."""
-        unpack = unpack_tq1_0_blocks if self.kind == "TQ1_0" else unpack_tq2_0_blocks
         try:
-            return unpack(self._packed(start, stop))
+            return _UNPACK[self.tensor.kind](self.tensor.read(start, stop))
         except TernaryError as error:
             raise CheckpointError(f"{self.where}: from row {start}: {error}") from None
-
-    def _packed(self, start: int, stop: int | None) -> np.ndarray:
-        out, width = self.shape
-        row_bytes = width // BLOCK * _BLOCK_BYTES[self.kind]
-        return TensorRef(self.name, self.file, "U8", (out, row_bytes), self.offset).read(
-            start, stop
-        )
 
 
 @dataclass(frozen=True)
@@ -199,7 +178,7 @@ def _add_matrices(
 ) -> None:
     """Add one expert's matrix, or those of all experts where `expert` is None."""
     place = tensor.where
-    if tensor.kind not in _BLOCK_BYTES:
+    if tensor.kind not in _UNPACK:
         raise CheckpointError(f"{place}: type {tensor.kind}, expected TQ1_0 or TQ2_0")
     rank = 3 if expert is None else 2
     if len(tensor.shape) != rank or 0 in tensor.shape or tensor.shape[-1] % BLOCK:
@@ -207,13 +186,12 @@ def _add_matrices(
             f"{place}: shape {tensor.shape}, expected {rank} dimensions with rows of a multiple of"
             f" {BLOCK}"
         )
-    out, width = tensor.shape[-2:]
-    count = tensor.shape[0] if expert is None else 1
-    offset = tensor.offset
-    for number in range(count):
-        name = f"{tensor.name}[{number}]" if expert is None else tensor.name
-        trits = BlockTrits(name, tensor.file, offset, (out, width), tensor.kind)
+    parts = [tensor]
+    if expert is None:
+        count, out, _ = tensor.shape
+        parts = [tensor.matrix(n * out, (n + 1) * out, f"{tensor.name}[{n}]") for n in range(count)]
+    for number, part in enumerate(parts):
         where = (layer, number if expert is None else expert, projection)
+        trits = BlockTrits(part)
         collected.add_trits(where, trits)
         collected.add_scale(where, BlockScales(trits))
-        offset += trits.nbytes

@@ -24,14 +24,14 @@ from outlier_mlx.models.fields import MAX_SIZE
 from outlier_mlx.storage.paths import inside, require_plain
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.ternary import TernaryError, flat_to_rows, pack_rows, unpack_tq1_0
+from outlier_mlx.ternary.digits import GROUP
+from outlier_mlx.ternary.flat import packed_bytes
 
 SIGN = "packed_experts/index.json"
 FOLDER = "packed_experts"
 MONOLITH = "experts.bin"
 #: Names a monolith that is kept elsewhere; the published runtime knows this variable, too.
 MONOLITH_VARIABLE = "OUTLIER_MONOLITH_PATH"
-
-_GROUP = 5
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PackedTrits:
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return packed_bytes(self.shape)
+        return packed_bytes(prod(self.shape))
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
@@ -63,19 +63,19 @@ class PackedTrits:
             CheckpointError: a byte encodes no five trits.
         """
         first, last = self._span(start, stop)
-        begin = first // _GROUP
-        packed = self._read(begin, -(-last // _GROUP))
+        begin = first // GROUP
+        packed = self._read(begin, -(-last // GROUP))
         with self._naming(begin):
-            trits = unpack_tq1_0(packed, (_GROUP * packed.size,))
-        return trits[first - _GROUP * begin : last - _GROUP * begin].reshape(-1, self.shape[1])
+            trits = unpack_tq1_0(packed, (GROUP * packed.size,))
+        return trits[first - GROUP * begin : last - GROUP * begin].reshape(-1, self.shape[1])
 
     def read_rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as a tier has them, (rows, row_bytes) uint8; see `read`."""
         first, last = self._span(start, stop)
-        if first % _GROUP or (last % _GROUP and last < prod(self.shape)):
+        if first % GROUP or (last % GROUP and last < prod(self.shape)):
             return pack_rows(self.read(start, stop))
-        begin = first // _GROUP
-        packed = self._read(begin, -(-last // _GROUP))
+        begin = first // GROUP
+        packed = self._read(begin, -(-last // GROUP))
         with self._naming(begin):
             return flat_to_rows(packed, ((last - first) // self.shape[1], self.shape[1]))
 
@@ -87,11 +87,11 @@ class PackedTrits:
     def _read(self, begin: int, end: int) -> np.ndarray:
         """Bytes; the padding of the last one of all becomes zeros, with a warning if it is not."""
         packed = self._bytes.read(begin, end)
-        used = prod(self.shape) % _GROUP
+        used = prod(self.shape) % GROUP
         if used and end == self.nbytes:
             values, padding = packed[-1] % 3**used, packed[-1] // 3**used
-            zeros = sum(3**k for k in range(_GROUP - used))
-            if padding != zeros and packed[-1] < 3**_GROUP:
+            zeros = sum(3**k for k in range(GROUP - used))
+            if padding != zeros and packed[-1] < 3**GROUP:
                 warnings.warn(
                     f"{self.where}: its last byte is padded with something else than zeros",
                     CheckpointWarning,
@@ -112,11 +112,6 @@ class PackedTrits:
         return TensorRef(self.name, self.file, "U8", (self.nbytes,), self.offset)
 
 
-def packed_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes that the trits of a tensor take: ceil(weights / 5)."""
-    return -(-prod(shape) // _GROUP)
-
-
 @dataclass(frozen=True)
 class Entry:
     """One line of index.json, checked: a part of an expert."""
@@ -129,7 +124,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """What its shape takes: a fifth of a byte a trit, or a float16 scale."""
-        return packed_bytes(self.shape) if self.part.part == "trits" else 2 * prod(self.shape)
+        return packed_bytes(prod(self.shape)) if self.part.part == "trits" else 2 * prod(self.shape)
 
     def add_to(self, collected: Collected, file: Path, offset: int) -> None:
         """Put the part into `collected`, given where its bytes are."""

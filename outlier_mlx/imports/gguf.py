@@ -191,13 +191,11 @@ def _ternary_layers(sources: Sequence[_Source]) -> dict[str, list[ExpertMatrix]]
 
 
 def _expert_matrices(source: _Source) -> list[ExpertMatrix]:
-    _, out, width = source.module.shape
+    _, out, _ = source.module.shape
     found = []
     for rows in source.rows:
-        tensor = rows.tensor
         for start in range(rows.start, rows.start + rows.count, out):
-            offset = tensor.offset + start * tensor.row_bytes
-            trits = BlockTrits(tensor.name, tensor.file, offset, (out, width), tensor.kind)
+            trits = BlockTrits(rows.tensor.matrix(start, start + out))
             found.append(ExpertMatrix(trits, BlockScales(trits)))
     return found
 

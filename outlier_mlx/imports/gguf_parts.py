@@ -18,9 +18,9 @@ from outlier_mlx.imports import gguf_blocks
 from outlier_mlx.imports.codes import pack_codes
 from outlier_mlx.imports.gguf_names import Rows
 from outlier_mlx.writing.parts import Chunk, Part, ahead
+from outlier_mlx.writing.tensors import SAFETENSORS_NAMES
 from outlier_mlx.writing.writer import TensorSpec
 
-SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 #: Number of weights that a thread decodes at a time.
 SLAB_WEIGHTS = 1 << 19
 

@@ -10,7 +10,7 @@ import io
 import os
 import stat
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,6 +83,11 @@ class GgufTensor:
     def nbytes(self) -> int:
         """Its size on disk in bytes."""
         return self.rows * self.row_bytes
+
+    def matrix(self, start: int, stop: int, name: str | None = None) -> "GgufTensor":
+        """Rows `start` to `stop` of weights as a tensor (rows, in) of its own."""
+        shape, offset = (stop - start, self.shape[-1]), self.offset + start * self.row_bytes
+        return replace(self, name=name or self.name, shape=shape, offset=offset)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` as they are stored, (rows, row_bytes) uint8."""
