@@ -1,0 +1,13 @@
+"""Tests, and the modules that help them.
+
+- The judges: `reference` (the model in NumPy), `reference_reader`, `affine`, `goldens`, `trits`.
+- Models on disk: `builders` (bases, overlays), `form_builders` and `forms` (every form of overlay),
+  `awq_builder`, `gguf_builder`, `merging`, `plain_models`, `alpha_overlays`; `library` makes each
+  once, for the fixtures of `conftest`.
+- Files and folders: `tensor_file`, `folders`, `damage` (one thing wrong at a time), `refusals`.
+- What runs: `program` (the command line), `engine` (conversions and forward passes), `importing`,
+  `evaluating`, `serving`, `hub` and `hub_uploads` (stand-ins for the Hugging Face hub), `screen`
+  (terminals), `pages` (the documentation's commands), `environments`, `metal`, `kernel_cases`.
+
+`reference` and its reader, and the builders that they are tried on, import nothing of the package.
+"""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import outlier_mlx
 from outlier_mlx.checkpoints import open_overlay
-from tests.builders import write_overlay
+from tests.folders import copy_writable
+from tests.library import Library
 from tests.program import run
 
-# What is written, and a command that would write it; the words in braces are of `site`.
+# What is written, and a command that would write it; the words in braces are of `here`.
 OUTPUTS = {
     "convert": ("out", "convert overlay --out out"),
     "convert from nowhere": ("out", "convert nobody/nothing --out out"),
@@ -29,21 +29,23 @@ OUTPUTS = {
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(
+    library: Library, small_tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The current folder, with an `overlay`, its `tier`, and `text.txt`; no hub can be reached."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    write_overlay(tmp_path / "overlay", layers=2, moe_layers=(1,))
-    outlier_mlx.convert(tmp_path / "overlay", out=tmp_path / "tier")
+    copy_writable(library.overlay(layers=2, moe_layers=(1,)).path, tmp_path / "overlay")
+    copy_writable(small_tier, tmp_path / "tier")
     (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog sat on the log " * 8)
     return tmp_path
 
 
 @pytest.mark.parametrize("command", OUTPUTS)
-def test_an_output_that_exists_is_refused_before_the_work(command: str, site: Path) -> None:
+def test_an_output_that_exists_is_refused_before_the_work(command: str, here: Path) -> None:
     """Also if the model is nowhere to be found: that would only be found out later."""
     name, line = OUTPUTS[command]
-    output = site / name
+    output = here / name
     output.parent.mkdir(exist_ok=True)
     if output.suffix:
         output.write_text("mine")
@@ -60,20 +62,20 @@ def test_an_output_that_exists_is_refused_before_the_work(command: str, site: Pa
 
 
 @pytest.mark.parametrize("form", ["overlay", "packed"])
-def test_an_export_is_replaced(form: str, site: Path) -> None:
+def test_an_export_is_replaced(form: str, here: Path) -> None:
     run("export", "tier", "--out", "out", "--format", "packed")
-    (site / "out/stale").write_text("stale")
+    (here / "out/stale").write_text("stale")
     run("export", "--model", "tier", "--out", "out", "--format", form, "--force")
-    assert not (site / "out/stale").exists()
-    assert json.loads((site / "out/checksums.json").read_text())["format"] == form
-    assert open_overlay(site / "out").experts
+    assert not (here / "out/stale").exists()
+    assert json.loads((here / "out/checksums.json").read_text())["format"] == form
+    assert open_overlay(here / "out").experts
     told = run("export", "tier", "--out", "out", code=1).err
     assert told == "error: out: exists; --force replaces it\n"
 
 
-def test_routing_is_replaced(site: Path) -> None:
+def test_routing_is_replaced(here: Path) -> None:
     line = ["routing", "tier", "--text", "text.txt", "--window", 16, "--out", "out", "--no-plots"]
     run(*line, "--windows", 1)
-    first = (site / "out/routing.json").read_text()
+    first = (here / "out/routing.json").read_text()
     run(*line, "--windows", 2, "--force")
-    assert (site / "out/routing.json").read_text() != first
+    assert (here / "out/routing.json").read_text() != first

@@ -14,6 +14,8 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import TensorRef
 from tests.builders import Built, write_base, write_overlay
 from tests.damage import add_tensor, edit_config, replace_tensor
+from tests.folders import copy_writable
+from tests.library import Library
 from tests.program import assert_refused, run
 from tests.tensor_file import read_stored
 
@@ -36,8 +38,8 @@ TOTAL = sum(PARAMS.values())
 
 
 @pytest.fixture(scope="module")
-def overlay(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return write_overlay(tmp_path_factory.mktemp("info") / "overlay", **DIMS)
+def overlay(library: Library) -> Built:
+    return library.overlay(**DIMS)
 
 
 def params(info: Info) -> dict[str, int]:
@@ -212,8 +214,10 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_config_that_makes_no_sense(overlay: Built, tmp_path: Path, name: str) -> None:
-    tier = outlier_mlx.convert(overlay.path, out=tmp_path / "tier")
+def test_a_config_that_makes_no_sense(
+    library: Library, overlay: Built, tmp_path: Path, name: str
+) -> None:
+    tier = copy_writable(library.tier(overlay, tier="q4"), tmp_path / "tier")
     edit_config(tier, **ODD[name])
     assert_refused(run("info", tier, code=1), "error: tier: config.json ")
 
