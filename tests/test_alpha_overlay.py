@@ -124,6 +124,8 @@ def test_an_empty_dictionary_of_versions_is_dropped(tmp_path: Path):
 
 
 # The reference cases
+
+
 def table(cases: dict[str, Any], name: str) -> dict[tuple[int, int], float]:
     return {(int(n), int(e)): x for n, v in cases[name].items() for e, x in v.items()}
 
@@ -148,6 +150,8 @@ def test_reference_files():
 
 
 # Within a checkpoint
+
+
 @pytest.fixture
 def built(tmp_path: Path) -> Built:
     """V3.2 with alphas by tensors, to which a test adds an alpha_overlay.pt."""

@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# -- convert ----------------------------------------------------------------------------------
+# Convert
 
 
 def test_convert_reports_on_stderr(place: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_names_are_printed_as_they_are(place: Path, tmp_path: Path) -> None:
     assert len(stderr.splitlines()) == 1 and stderr.strip().isprintable()
 
 
-# -- generate ---------------------------------------------------------------------------------
+# Generate
 
 
 def generate(place: Path, *options: object, **how: Any) -> Result:
@@ -204,7 +204,7 @@ def test_generation_options_are_taken(place: Path, options: str) -> None:
         assert result.out == generate(place, "-p", PROMPT, "-m", 4).out
 
 
-# -- help -------------------------------------------------------------------------------------
+# Help
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -242,7 +242,7 @@ def test_help_imports_nothing_heavy() -> None:
     run_python(LOOK, cwd=ROOT)
 
 
-# -- as a program -----------------------------------------------------------------------------
+# As a program
 
 
 def test_each_command_as_a_program(place: Path, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_result_that_cannot_be_written(place: Path) -> None:
     assert "No space left on device" in done.err
 
 
-# -- on a terminal ----------------------------------------------------------------------------
+# On a terminal
 
 
 @pytest.mark.parametrize("columns", [40, 80])

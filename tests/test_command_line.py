@@ -44,7 +44,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# -- help -----------------------------------------------------------------------------------------
+# Help
 
 
 @pytest.mark.parametrize("columns", [60, 80])
@@ -78,7 +78,7 @@ def test_headings_are_bold_on_a_terminal_that_may_have_it() -> None:
         assert "\x1b" not in on_terminal(80, "--help", **setting)
 
 
-# -- MODEL, or --model ----------------------------------------------------------------------------
+# MODEL, or --model
 
 
 @pytest.mark.parametrize("command", ONE_MODEL)
@@ -120,7 +120,7 @@ def test_a_prompt_may_look_like_the_option(tmp_path: Path) -> None:
     assert as_option == as_argument
 
 
-# -- wrong usage ----------------------------------------------------------------------------------
+# Wrong usage
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_program_without_arguments_shows_its_help() -> None:
     assert run(code=2).both == run("--help").out
 
 
-# -- groups of options ----------------------------------------------------------------------------
+# Groups of options
 
 
 def test_options_of_a_group_have_the_defaults_of_the_engine() -> None:

@@ -324,7 +324,7 @@ def test_a_sound_conversion_changes_nothing_but_its_output(place: Path) -> None:
     assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask for path in out.iterdir())
 
 
-# -- in processes of their own ----------------------------------------------------------------
+# In processes of their own
 
 
 def write_zeros(folder: Path, gigabytes: float) -> Path:

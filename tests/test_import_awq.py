@@ -191,6 +191,8 @@ def test_memory_is_that_of_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 # The reference cases
+
+
 def test_packing_of_the_reference_case() -> None:
     case = read_arrays(require_shared() / "goldens/frankenmoe/awq_unit/awq_unit.safetensors")
     assert pack(np.arange(8)[None]).view(np.uint32)[0, 0] == 0x75316420

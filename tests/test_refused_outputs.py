@@ -29,7 +29,7 @@ from tests.refusals import (
     tensor,
 )
 
-# -- a damaged tier ---------------------------------------------------------------------------
+# A damaged tier
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 SWITCH = MLP + "switch_mlp."
@@ -77,7 +77,7 @@ def test_a_damaged_tier_does_not_generate(site: Site, name: str) -> None:
     refuse(site, "generate", "--model", site.tier, "--prompt", "x", words=words)
 
 
-# -- outputs that exist -----------------------------------------------------------------------
+# Outputs that exist
 
 
 def test_an_existing_output_needs_force(site: Site) -> None:
@@ -115,7 +115,7 @@ def test_an_output_that_is_no_folder_is_refused(site: Site) -> None:
     refuse(site, *below_a_file, words=("note", "cannot write"))
 
 
-# -- what is said, and to whom ----------------------------------------------------------------
+# What is said, and to whom
 
 
 def test_without_a_tokenizer_the_tier_is_made_and_a_warning_says_so(site: Site) -> None:

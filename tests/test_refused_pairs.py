@@ -28,7 +28,7 @@ from tests.refusals import (
     tensor,
 )
 
-# -- a damaged base, and pairs that do not fit ------------------------------------------------
+# A damaged base, and pairs that do not fit
 
 BASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ("base", "config.json")),
@@ -70,7 +70,7 @@ def test_a_base_that_changes_a_tensor_of_the_overlay_is_refused(site: Site) -> N
     refuse(site, *command, words=("model.norm.weight", "differs", "base"))
 
 
-# -- arguments --------------------------------------------------------------------------------
+# Arguments
 
 # Placeholders are replaced by the site's paths.
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -76,7 +76,7 @@ def ours(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     }
 
 
-# -- reading ----------------------------------------------------------------------------------
+# Reading
 
 
 @SAME_FOLDER
@@ -155,7 +155,7 @@ def test_a_file_that_became_shorter(tmp_path: Path) -> None:
         tensors["x"].read()
 
 
-# -- headers that mean harm -------------------------------------------------------------------
+# Headers that mean harm
 
 ODD_NUMBERS = [-1, 0, 1, 2, 3, 2**31, 2**32, 2**62, 2**63, 2**64, 10**400, 0.5, 1e400, True]
 odd_values = st.recursive(
@@ -306,7 +306,7 @@ def test_a_key_twice_among_many_is_found_in_time(tmp_path: Path) -> None:
     assert time.perf_counter() - begin < 5
 
 
-# -- writing ----------------------------------------------------------------------------------
+# Writing
 
 Contents = dict[str, tuple[str, tuple[int, ...], bytes]]
 
