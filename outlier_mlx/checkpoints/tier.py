@@ -11,6 +11,7 @@ from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.config import PROJECTIONS, tier_config
 from outlier_mlx.models.stored import expected_tensors
+from outlier_mlx.runtime.affine2 import check_experts
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
@@ -110,8 +111,10 @@ def open_tier(folder: Path) -> Overlay:
     ternary = raw.get("ternary")
     if not isinstance(ternary, dict):
         raise CheckpointError(f"{folder}: not a tier; only tiers are exported")
-    if ternary.get("format") not in ("tq1_0_rows", "affine2"):
-        raise CheckpointError(f"{folder}: experts in the format {ternary.get('format')!r}")
+    try:
+        check_experts(ternary)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: config.json: {error}") from None
     config = tier_config(raw)
     if not config.moe_layers:
         raise CheckpointError(f"{folder}: has no experts to export")

@@ -30,6 +30,7 @@ from outlier_mlx.cli.options import (
     Windows,
 )
 from outlier_mlx.cli.sharing import push_converted, require_pushable
+from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE
 
 
 @command("Make", "convert ./overlay --base Qwen/Qwen2.5-7B-Instruct --out ./tier")
@@ -206,8 +207,11 @@ def merge(
         ),
     ] = None,
     group_size: Annotated[
-        GroupSize, typer.Option(help="Weights that share a scale, with --bits.")
-    ] = "64",
+        GroupSize | None,
+        typer.Option(
+            help=f"Weights that share a scale, with --bits. Default: {DEFAULT_GROUP_SIZE}."
+        ),
+    ] = None,
     dtype: Annotated[
         DType | None,
         typer.Option(help="Dtype of unquantized weights. Default: the configuration's."),
@@ -243,7 +247,7 @@ def merge(
         merge_config,
         out,
         bits=int(bits) if bits else None,
-        group_size=int(group_size),
+        group_size=int(group_size or DEFAULT_GROUP_SIZE),
         dtype=dtype,
         no_positive=no_positive,
         held_out=held_out,

@@ -21,6 +21,7 @@ from outlier_mlx.models.config import spell_config
 from outlier_mlx.models.families import family
 from outlier_mlx.models.modules import Module
 from outlier_mlx.models.quantization import spell_quantization
+from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
 from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.writing.parts import Part
 from outlier_mlx.writing.tensors import TernaryExperts
@@ -157,7 +158,7 @@ class _Plan:
             config["quantization"] = spell_quantization({p.path: (p.bits, p.group) for p in affine})
         if self.ternary:
             layers = sorted({int(path.split(".")[2]) for path in self.ternary})
-            ternary = {"format": "tq1_0_rows", "version": 1, "layers": layers}
+            ternary = {"format": ROWS, "version": EXPERT_FORMAT_VERSION, "layers": layers}
             config |= {"model_type": "ternary_mixtral", "ternary_switch": ternary}
         return config
 

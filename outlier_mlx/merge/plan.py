@@ -10,7 +10,7 @@ from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.model import Mixture
 from outlier_mlx.models.config import PROJECTIONS, spell_config
 from outlier_mlx.models.modules import Module
-from outlier_mlx.models.quantization import largest_group, spell_quantization
+from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE, largest_group, spell_quantization
 from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.writing.parts import Chunk, Part
 from outlier_mlx.writing.tensors import Constant, Plain, Quantized
@@ -38,7 +38,7 @@ class StoredAs:
 
     dtype: str
     bits: int | None = None
-    group_size: int = 64
+    group_size: int = DEFAULT_GROUP_SIZE
 
 
 @dataclass(frozen=True)

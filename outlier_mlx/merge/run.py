@@ -11,6 +11,7 @@ from outlier_mlx.merge.model import open_mixture
 from outlier_mlx.merge.plan import DTYPES, StoredAs, make_config, make_parts, unquantized
 from outlier_mlx.merge.report import Merged, as_json, model_card
 from outlier_mlx.merge.routers import compute_routers, silent
+from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.terminal import Stages
 from outlier_mlx.writing.assets import copy_assets
@@ -26,7 +27,7 @@ def merge(
     out: str | Path,
     *,
     bits: int | None = None,
-    group_size: int = 64,
+    group_size: int = DEFAULT_GROUP_SIZE,
     dtype: str | None = None,
     no_positive: str | None = None,
     held_out: str | Path | None = None,

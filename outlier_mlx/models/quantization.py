@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 #: How many weights along a row can share a scale and a bias.
 GROUP_SIZES = (32, 64, 128)
+#: Of what this project quantizes, unless a user says otherwise.
+DEFAULT_GROUP_SIZE = 64
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,30 @@ byte: byte / 256 is a fraction whose base-3 digits are the trits plus 1, most si
 
 import mlx.core as mx
 
+# The formats of ternary experts that this code runs: packed rows, and MLX's own 2-bit format.
+ROWS = "tq1_0_rows"
+EXPERT_FORMATS = (ROWS, "affine2")
+EXPERT_FORMAT_VERSION = 1
 TRITS_PER_BYTE = 5
 GROUP_SIZES = (128, 64, 32)
+
+
+def check_experts(stored: dict, formats: tuple[str, ...] = EXPERT_FORMATS) -> None:
+    """Refuse experts that this code cannot run.
+
+    Args:
+        stored: what a config.json says of them: `format` and `version`.
+        formats: the formats that are supported.
+
+    Raises:
+        ValueError: another format or version.
+    """
+    name, version = stored.get("format"), stored.get("version")
+    if name not in formats or version != EXPERT_FORMAT_VERSION:
+        raise ValueError(
+            f"ternary format {name!r} version {version!r} is not supported: expected"
+            f" {' or '.join(formats)}, version {EXPERT_FORMAT_VERSION}"
+        )
 
 
 def row_bytes(in_features: int) -> int:

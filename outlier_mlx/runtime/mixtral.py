@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import mixtral
 
+from .affine2 import ROWS, check_experts
 from .moe import top_experts
 from .switch import TernarySwitchGLU, TernarySwitchLinear
 
@@ -24,10 +25,7 @@ class TernaryMixtralArgs(mixtral.ModelArgs):
             ValueError: the format or its version is not known here, or a layer does not exist.
         """
         super().__post_init__()
-        known = ("tq1_0_rows", 1)
-        given = self.ternary_switch.get("format"), self.ternary_switch.get("version")
-        if given != known:
-            raise ValueError(f"ternary_switch is {given}, expected {known}")
+        check_experts(self.ternary_switch, (ROWS,))
         layers = self.ternary_switch.get("layers")
         numbers = range(self.num_hidden_layers)
         if not isinstance(layers, list) or not all(number in numbers for number in layers):

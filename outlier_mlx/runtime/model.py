@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models.rope_utils import YarnRoPE
 from mlx_lm.utils import MODEL_REMAPPING
 
+from .affine2 import check_experts
 from .moe import OutlierMoE
 from .switch import TernarySwitchLinear
 
@@ -35,7 +36,7 @@ class ModelArgs:
         num_experts: experts in each of them.
         num_experts_per_tok: experts that a token uses.
         moe_intermediate_size: width of an expert.
-        ternary: how the experts are stored; its `format` is "tq1_0_rows" or "affine2".
+        ternary: how the experts are stored; see `check_experts`.
         activation_dtype: overrides the dtype that the tier was written in.
     """
 
@@ -65,10 +66,7 @@ class ModelArgs:
         Raises:
             ValueError: the experts' format or its version is not known here.
         """
-        known = {"tq1_0_rows": 1, "affine2": 1}
-        name, version = self.ternary.get("format"), self.ternary.get("version")
-        if name not in known or version != known[name]:
-            raise ValueError(f"ternary format {name!r} version {version!r} is not one of {known}")
+        check_experts(self.ternary)
         own: Any = self
         if own.rope_scaling and own.rope_scaling.get("rope_type") == TIER_LLAMA3:
             own.rope_scaling = own.rope_scaling | {"rope_type": "llama3"}

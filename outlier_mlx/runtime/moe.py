@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from .affine2 import ROWS
 from .ops import weighted_sum
 from .switch import TernarySwitchGLU
 
@@ -62,7 +63,7 @@ class OutlierMoE(nn.Module):
         self.shared_expert = shared_expert
         self.gate = Router(hidden_size, num_experts)
         self.alpha = mx.ones((num_experts,))
-        glu = TernarySwitchGLU if experts_format == "tq1_0_rows" else SwitchGLU
+        glu = TernarySwitchGLU if experts_format == ROWS else SwitchGLU
         self.switch_mlp = glu(hidden_size, expert_size, num_experts)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:

@@ -14,6 +14,7 @@ from outlier_mlx.models.modules import Module, tier_modules
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group, spell_quantization
 from outlier_mlx.models.rope import TIER_NAMES
 from outlier_mlx.models.summary import kind_of
+from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
 from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.tiers.presets import Recipe
 from outlier_mlx.writing.tensors import (
@@ -173,7 +174,8 @@ def _experts(model: WholeModel, recipe: Recipe, module: Module, layer: int) -> P
 def _config(model: WholeModel, recipe: Recipe) -> dict:
     config = model.config
     tq1_0 = recipe.experts == "tq1_0"
-    ternary: dict = {"format": "tq1_0_rows" if tq1_0 else "affine2", "version": FORMAT_VERSION}
+    experts = ROWS if tq1_0 else recipe.experts
+    ternary: dict = {"format": experts, "version": EXPERT_FORMAT_VERSION}
     if tq1_0:
         ternary["row_bytes_multiple"] = 4
     scaling = config.rope_scaling

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from outlier_mlx.errors import OutlierError, did_you_mean
-from outlier_mlx.models.quantization import GROUP_SIZES
+from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE, GROUP_SIZES
 
 DTYPES = ("bfloat16", "float16", "float32")
 MIXED_BITS = 6
@@ -26,7 +26,7 @@ class Recipe:
     """
 
     base_bits: int | None = 4
-    group_size: int = 64
+    group_size: int = DEFAULT_GROUP_SIZE
     experts: str = "tq1_0"
     dtype: str | None = None
     portable: bool = False
@@ -60,7 +60,7 @@ class Recipe:
         name = f"q{self.base_bits}" if self.base_bits else _SHORT.get(self.dtype or "", "plain")
         if self.mixed:
             name += "-mixed"
-        if self.base_bits and self.group_size != 64:
+        if self.base_bits and self.group_size != DEFAULT_GROUP_SIZE:
             name += f"-g{self.group_size}"
         if self.portable:
             return f"{name}-portable"

@@ -9,10 +9,9 @@ import ast
 from pathlib import Path
 
 import outlier_mlx.runtime
-from outlier_mlx.runtime.kernel_text import kernel_text
+from outlier_mlx.runtime.kernel_text import kernel_names, kernel_text
 
 MODULE_ORDER = ("affine2", "variants", "kernels", "ops", "switch", "moe", "model")
-KERNELS = ("tq1_0", "tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv", "tq1_0_to_affine2")
 
 _HEADER = '''"""Model code of an Outlier tier, written by outlier-mlx.
 
@@ -42,7 +41,7 @@ def bundle() -> str:
 def _kernels() -> str:
     """What stands in for `runtime/kernel_text.py`: the same function, with the text built in."""
     lines = ["KERNEL_TEXT = {"]
-    for name in KERNELS:
+    for name in kernel_names():
         text = kernel_text(name)
         if '"""' in text or "\\" in text:
             raise ValueError(f"kernels/{name}.metal cannot stand in a Python string")
