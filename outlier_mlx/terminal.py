@@ -1,30 +1,22 @@
 """What the terminal shows: consoles, bars and figures. Results go to stdout, the rest to stderr."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain, islice
 from shutil import get_terminal_size
 from threading import Event, Timer
-from typing import Literal, TypeVar
-
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as ProgressBar
-from rich.table import Table
-from rich.text import Text
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from outlier_mlx.errors import one_line
+
+# Rich is imported where something is drawn: for text in a pipe nobody has to wait for it.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import ProgressColumn
+    from rich.table import Table
+    from rich.text import Text
 
 # Columns of a terminal from which bytes and speed fit beside the bar.
 WIDE = 70
@@ -44,28 +36,65 @@ def no_progress(done: int, total: int | None) -> None:
     """A progress callback that shows nothing."""
 
 
-def stderr() -> Console:
-    """A console for people; colours and bars only on a terminal."""
-    return _console(stderr=True)
+class Pipe:
+    """A stream that is no terminal: text is written as it is, tables without trailing blanks."""
+
+    is_terminal = False
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    @property
+    def width(self) -> int:
+        """Columns that tables may take: `COLUMNS`, or 80."""
+        return get_terminal_size().columns
+
+    def print(self, *objects: Any, soft_wrap: bool = True) -> None:
+        """Write objects and a newline; `soft_wrap` is for terminals, where Rich may wrap."""
+        if all(isinstance(thing, str) for thing in objects):
+            text = " ".join(objects)
+        else:
+            console = _console(self.file, self.width, None)
+            with console.capture() as capture:
+                console.print(*objects)
+            text = "\n".join(line.rstrip() for line in capture.get().splitlines())
+        self.file.write(text + "\n")
+        self.file.flush()
 
 
-def stdout() -> Console:
-    """A console for results."""
-    return _console(stderr=False)
+#: Where something is printed to.
+Output: TypeAlias = "Pipe | Console"
 
 
-def _console(*, stderr: bool) -> Console:
+def stderr() -> Output:
+    """An output for people; colours and bars only on a terminal."""
+    return _output(sys.stderr)
+
+
+def stdout() -> Output:
+    """An output for results."""
+    return _output(sys.stdout)
+
+
+def _output(file: IO[str]) -> Output:
+    if not file.isatty() and not os.environ.get("FORCE_COLOR"):
+        return Pipe(file)
     # Of terminals without escape sequences rich takes it that they are 80 columns wide.
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
-    columns, lines = get_terminal_size() if dumb else (None, None)
+    return _console(file, *(get_terminal_size() if dumb else (None, None)))
+
+
+def _console(file: IO[str], width: int | None, height: int | None) -> "Console":
+    from rich.console import Console
+
     return Console(
-        stderr=stderr,
+        file=file,
         highlight=False,
         markup=False,
         emoji=False,
         color_system=color_system(),
-        width=columns,
-        height=lines,
+        width=width,
+        height=height,
     )
 
 
@@ -74,11 +103,16 @@ def color_system() -> Literal["auto"] | None:
     return None if os.environ.get("NO_COLOR") else "auto"
 
 
-def print_heading(console: Console, name: str, rest: str) -> None:
-    """A name, in bold, and what is said of it."""
+def print_heading(output: Output, name: str, rest: str) -> None:
+    """A name, in bold on a terminal, and what is said of it."""
+    if isinstance(output, Pipe):
+        output.print(one_line(name + rest))
+        return
+    from rich.text import Text
+
     text = Text(one_line(name + rest))
     text.stylize("bold", 0, len(one_line(name)))
-    console.print(text, soft_wrap=True)
+    output.print(text, soft_wrap=True)
 
 
 def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Progress]:
@@ -86,7 +120,13 @@ def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Progress]
 
     It appears with the first bytes: until then the hub may have bars of its own.
     """
-    return _bar(title, [DownloadColumn(), TransferSpeedColumn()], quiet=quiet)
+
+    def figures() -> "list[ProgressColumn]":
+        from rich.progress import DownloadColumn, TransferSpeedColumn
+
+        return [DownloadColumn(), TransferSpeedColumn()]
+
+    return _bar(title, figures, quiet=quiet)
 
 
 @contextmanager
@@ -95,27 +135,37 @@ def counting_bar(title: str, unit: str, *, quiet: bool, at_once: bool = True) ->
 
     It is there from the start, or else, as a bar of bytes, from the first call on.
     """
-    column = TextColumn("{task.completed:.0f} " + unit)
-    with _bar(title, [column], quiet=quiet) as advance:
+
+    def figures() -> "list[ProgressColumn]":
+        from rich.progress import TextColumn
+
+        return [TextColumn("{task.completed:.0f} " + unit)]
+
+    with _bar(title, figures, quiet=quiet) as advance:
         if at_once:
             advance(0, None)
         yield advance
 
 
 @contextmanager
-def _bar(title: str, figures: list[ProgressColumn], *, quiet: bool) -> Iterator[Progress]:
+def _bar(
+    title: str, figures: "Callable[[], list[ProgressColumn]]", *, quiet: bool
+) -> Iterator[Progress]:
     """A bar on a terminal; `figures` are left out where it is narrow."""
     console = stderr()
-    if quiet or not console.is_terminal:
+    if quiet or isinstance(console, Pipe) or not console.is_terminal:
         yield no_progress
         return
     if _is_plain(console):
         with _plain_line(console) as show:
             yield lambda done, total: show(f"{title} {done / total:.0%}" if total else title)
         return
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as ProgressBar
+
     columns: list[ProgressColumn] = [TextColumn(title), BarColumn(), TaskProgressColumn()]
     if console.width >= WIDE:
-        columns += figures
+        columns += figures()
     columns.append(TimeRemainingColumn())
     bar = ProgressBar(*columns, console=console, transient=True)
     task = bar.add_task(title, total=None)
@@ -137,7 +187,7 @@ def working(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None
     Yields a function that changes its text. Nothing of it is left in the end.
     """
     console = stderr()
-    if quiet or not console.is_terminal:
+    if quiet or isinstance(console, Pipe) or not console.is_terminal:
         yield lambda text: None
         return
     current, begun = title, Event()
@@ -179,8 +229,10 @@ def after_reading(start: Callable[[Progress], Iterator[T]], *, quiet: bool = Fal
 
 
 @contextmanager
-def _spinner(console: Console) -> Iterator[Callable[[str], None]]:
+def _spinner(console: "Console") -> Iterator[Callable[[str], None]]:
     """A turning sign and a line of text beside it."""
+    from rich.text import Text
+
     status = console.status("")
 
     def show(text: str) -> None:
@@ -195,13 +247,13 @@ def _spinner(console: Console) -> Iterator[Callable[[str], None]]:
         status.stop()
 
 
-def _is_plain(console: Console) -> bool:
+def _is_plain(console: "Console") -> bool:
     """Whether a terminal is to get no escape sequences."""
     return console.is_dumb_terminal or console.no_color
 
 
 @contextmanager
-def _plain_line(console: Console) -> Iterator[Callable[[str], None]]:
+def _plain_line(console: "Console") -> Iterator[Callable[[str], None]]:
     """A line that is written over, and is blank in the end, without escape sequences."""
     shown = ""
 
@@ -242,8 +294,11 @@ def count(number: int) -> str:
     return f"{value:.2f} B"
 
 
-def plain_table(title: str | None = None) -> Table:
+def plain_table(title: str | None = None) -> "Table":
     """An empty table that takes little room."""
+    from rich import box
+    from rich.table import Table
+
     return Table(
         title=title,
         title_justify="left",
@@ -256,18 +311,18 @@ def plain_table(title: str | None = None) -> Table:
 
 
 def print_columns(
-    console: Console,
+    output: Output,
     heads: Sequence[str],
-    rows: Iterable[Sequence[str | Text]],
+    rows: "Iterable[Sequence[str | Text]]",
     *,
     title: str | None = None,
     fixed: int = 1,
     left: int = 1,
 ) -> None:
-    """Print a table, one below the other if it is wider than the console: no number is cut.
+    """Print a table, one below the other if it is wider than the output: no number is cut.
 
     Args:
-        console: where to.
+        output: where to.
         heads: a name a column, of a few lines perhaps.
         rows: a cell a column.
         title: stands above the first.
@@ -278,7 +333,7 @@ def print_columns(
     widths = [GAP + max(map(_width, column)) for column in columns]
     start = fixed
     while start < len(columns) or start == fixed:
-        stop, room = start + 1, console.width - sum(widths[:fixed]) - sum(widths[start:][:1])
+        stop, room = start + 1, output.width - sum(widths[:fixed]) - sum(widths[start:][:1])
         while stop < len(columns) and widths[stop] <= room:
             room -= widths[stop]
             stop += 1
@@ -287,16 +342,18 @@ def print_columns(
             table.add_column(columns[at][0], justify="left" if at < left else "right", no_wrap=True)
         for row in zip(*(c[1:] for c in [*columns[:fixed], *columns[start:stop]]), strict=True):
             table.add_row(*row)
-        console.print(table)
+        output.print(table)
         start = stop
 
 
-def _width(cell: str | Text) -> int:
+def _width(cell: "str | Text") -> int:
     """Columns that a cell takes."""
+    from rich.cells import cell_len
+
     return max(map(cell_len, str(cell).split("\n")))
 
 
-def parts_table(rows: list, title: str | None = None) -> Table:
+def parts_table(rows: list, title: str | None = None) -> "Table":
     """Parameters, bytes and bits per weight by kind of part, the total below; 40 columns wide."""
     table = plain_table(title)
     table.show_footer = True

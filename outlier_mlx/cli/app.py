@@ -9,7 +9,13 @@ import typer
 from typer.core import TyperGroup
 
 from outlier_mlx import __version__
-from outlier_mlx.cli.command import Command, flattened, write_parameters, write_section
+from outlier_mlx.cli.command import (
+    Command,
+    flattened,
+    read_plainly,
+    write_parameters,
+    write_section,
+)
 from outlier_mlx.errors import OutlierError, one_line
 
 Panel = Literal["Make", "Run", "Measure", "Share"]
@@ -33,6 +39,7 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the program's own options; without any words, show the help."""
+        read_plainly(self.get_params(ctx))
         if not args and not ctx.resilient_parsing:
             typer.echo(ctx.get_help())
             raise typer.Exit(2)

@@ -93,13 +93,9 @@ def _fields(group: Any) -> list[tuple[str, Any, Any]]:
 class Command(TyperCommand):
     """A command with `MODEL` in two spellings, values read by `Reader`, and help in sections."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        for param in self.params:
-            param._runtime_param = Reader()  # type: ignore[attr-defined]
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, with what `--model` names in the place of MODEL."""
+        read_plainly(self.get_params(ctx))
         with _telling(ctx):
             return super().parse_args(ctx, [*self._named(ctx, args), *args])
 
@@ -145,6 +141,12 @@ class Command(TyperCommand):
             break_on_hyphens=False,
         )
         formatter.write(f"\n{text}\n")
+
+
+def read_plainly(params: Sequence[Any]) -> None:
+    """Let our `Reader` read the values of options and arguments."""
+    for param in params:
+        param._runtime_param = Reader()
 
 
 @contextmanager

@@ -23,12 +23,11 @@ from outlier_mlx.cli.options import (
     Window,
     Windows,
 )
-from outlier_mlx.measure.pictures import Format
 
 if TYPE_CHECKING:
     from outlier_mlx.measure.outlier_counts import Hold
 
-Plots = Annotated[Format, typer.Option(help="File format of the pictures.")]
+Plots = Annotated[Literal["png", "svg", "pdf"], typer.Option(help="File format of the pictures.")]
 NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw no pictures.")]
 HoldName = Literal["bf16", "f16", "f32"]
 _HOLDS: "dict[HoldName | None, Hold | None]" = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.models import load_model, load_visibly
+from outlier_mlx.cli.models import import_engine, load_model, load_visibly
 from outlier_mlx.cli.options import (
     Alpha,
     Generation,
@@ -89,6 +89,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate text from a prompt: the text on stdout, speed and memory on stderr."""
+    import_engine()
     from outlier_mlx.cli.tables import print_statistics
     from outlier_mlx.cli.writers import PlainWriter
     from outlier_mlx.engine.generate import stream

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.qwen2_moe import ModelArgs as Qwen2MoeArgs
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
@@ -19,9 +18,7 @@ from outlier_mlx.models.config import is_overlay, is_tier, tier_config
 from outlier_mlx.models.families import families
 from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.spelling import normalised
-from outlier_mlx.runtime.mixtral import TernaryMixtral, TernaryMixtralArgs
 from outlier_mlx.runtime.model import Model, ModelArgs
-from outlier_mlx.runtime.qwen2_moe import RenormalisedQwen2Moe
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
@@ -67,11 +64,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
                 get_model_classes=lambda config: (Model, ModelArgs),
                 trust_remote_code=False,
             )
-        classes: dict = {}
-        if config.get("model_type") == "qwen2_moe" and config.get("norm_topk_prob"):
-            classes["get_model_classes"] = lambda config: (RenormalisedQwen2Moe, Qwen2MoeArgs)
-        if config.get("model_type") == "ternary_mixtral":
-            classes["get_model_classes"] = lambda config: (TernaryMixtral, TernaryMixtralArgs)
+        classes = _own_classes(config)
         # What ends a text mlx-lm takes from generation_config.json, if that says it.
         given = {key: value for key, value in config.items() if key != "eos_token_id"}
         model, config = mlx_lm_load_model(
@@ -90,6 +83,22 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
         # What mlx-lm and MLX raise on a bad config or tensor is of any kind.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise CheckpointError(f"{folder}: not a sound model: {reason}") from error
+
+
+def _own_classes(config: dict) -> dict:
+    """What makes mlx-lm load a model with our classes, where it has none or would compute less."""
+    # Imported here: few models need them.
+    if config.get("model_type") == "qwen2_moe" and config.get("norm_topk_prob"):
+        from mlx_lm.models.qwen2_moe import ModelArgs as Qwen2MoeArgs
+
+        from outlier_mlx.runtime.qwen2_moe import RenormalisedQwen2Moe
+
+        return {"get_model_classes": lambda config: (RenormalisedQwen2Moe, Qwen2MoeArgs)}
+    if config.get("model_type") == "ternary_mixtral":
+        from outlier_mlx.runtime.mixtral import TernaryMixtral, TernaryMixtralArgs
+
+        return {"get_model_classes": lambda config: (TernaryMixtral, TernaryMixtralArgs)}
+    return {}
 
 
 def suited_dtype(folder: Path, config: dict) -> str | None:

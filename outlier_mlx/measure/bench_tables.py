@@ -1,13 +1,12 @@
 """What `outlier-mlx bench` prints for people: results on stdout, remarks on stderr."""
 
-from rich.console import Console
 from rich.text import Text
 
 from outlier_mlx.engine.chips import Chip
 from outlier_mlx.measure.bench import BenchResult, Runs
 from outlier_mlx.measure.bench_kernels import FLOOR, Arm, KernelBench, KernelResult
 from outlier_mlx.runtime.variants import DECODES, Variant
-from outlier_mlx.terminal import print_columns, print_heading, size, stderr, stdout
+from outlier_mlx.terminal import Output, print_columns, print_heading, size, stderr, stdout
 
 
 def print_result(name: str, result: BenchResult) -> None:
@@ -48,14 +47,14 @@ def print_kernels(name: str, bench: KernelBench) -> None:
         stderr().print(bench.chip.note, soft_wrap=True)
 
 
-def _print_heading(console: Console, name: str, chip: Chip, dtype: str) -> None:
+def _print_heading(console: Output, name: str, chip: Chip, dtype: str) -> None:
     about = [f"{chip.gpu_cores} GPU cores"] if chip.gpu_cores else []
     about += [f"{chip.memory_gb} GB"] if chip.memory_gb else []
     where = f"{chip.name} ({', '.join(about)})" if about else chip.name
     print_heading(console, name, f" on {where}, {chip.device.upper()}, {dtype}")
 
 
-def _print_variants(console: Console, result: KernelResult) -> None:
+def _print_variants(console: Output, result: KernelResult) -> None:
     """Medians in microseconds: geometries in rows, decodes in columns."""
     timed = {arm.variant: arm.runs for arm in result.arms if arm.variant}
     table: list[list[str | Text]] = []

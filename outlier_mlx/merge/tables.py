@@ -1,12 +1,10 @@
 """Tables that show the result of a merge on the terminal."""
 
-from rich.console import Console
-
 from outlier_mlx.errors import listed, one_line
 from outlier_mlx.merge.gates import CONDITION_LIMIT
 from outlier_mlx.merge.report import Merged, conditions, kind_of
 from outlier_mlx.merge.routes import Routing
-from outlier_mlx.terminal import count, parts_table, print_columns, print_heading, stderr
+from outlier_mlx.terminal import Output, count, parts_table, print_columns, print_heading, stderr
 
 
 def print_merged(result: Merged) -> None:
@@ -34,7 +32,7 @@ def print_merged(result: Merged) -> None:
     console.print(one_line(f"wrote {result.path}"), soft_wrap=True)
 
 
-def _print_modes(console: Console, result: Merged) -> None:
+def _print_modes(console: Output, result: Merged) -> None:
     """Print how well each gate mode routes."""
     routers, experts = result.routers, len(result.mixture.experts)
     texts = "held-out prompts" if routers.measured_on == "held_out" else "the positive prompts"
@@ -54,7 +52,7 @@ def _print_modes(console: Console, result: Merged) -> None:
     print_columns(console, heads, [*rows, ("chance", chance, chance, "")])
 
 
-def _print_layers(console: Console, routing: Routing, numbers: list[float | None]) -> None:
+def _print_layers(console: Output, routing: Routing, numbers: list[float | None]) -> None:
     """Print each expert's share of the tokens in each layer, for the configuration's mode."""
     experts = [str(expert) for expert in range(len(routing.layers[0].first))]
     heads = ("layer", "condition\nnumber", "largest\nweight, %", *experts)

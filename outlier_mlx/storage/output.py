@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +84,7 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written.
     """
-    part = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}{path.suffix}")
+    part = path.with_name(f".{path.stem[:40]}.{os.urandom(4).hex()}{path.suffix}")
     try:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
         yield part

@@ -58,9 +58,9 @@ def read_shards(
                 first = tensors[key].file.name
                 raise CheckpointError(f"{folder.name}: {key} is in {first} and in {name}")
             tensors[key] = tensor
+    files = {name: inside(folder, name) for name in set(index.values())}
     for key, name in index.items():
-        file = inside(folder, name)
-        if key not in tensors or tensors[key].file != file:
+        if key not in tensors or tensors[key].file != files[name]:
             raise CheckpointError(f"{INDEX_NAME}: {key} is not in {name}")
     return tensors
 
