@@ -32,7 +32,9 @@ def print_report(report) -> None:  # type: ignore[no-untyped-def]
 def print_imported(written) -> None:  # type: ignore[no-untyped-def]
     """What an import wrote (an `imports.Imported`), and what of it is not exact."""
     console = stderr()
-    console.print(parts_table(written.rows, one_line(f"{written.path.name}: from {written.form}")))
+    console.print(
+        parts_table(written.rows, one_line(f"{written.path.name}: from {written.source_format}"))
+    )
     for note in written.notes:
         console.print(one_line(note), soft_wrap=True)
     console.print(one_line(f"wrote {written.path}"), soft_wrap=True)

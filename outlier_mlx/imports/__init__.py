@@ -19,7 +19,7 @@ ScaleType = Literal["float32", "float16"]
 #: How types of GGUF are stored that no affine group of MLX fits.
 KQuants = Literal["8bit", "float16", "float32"]
 #: How ternary experts of GGUF are stored.
-TernaryForm = Literal["tq1_0", "affine2"]
+TernaryFormat = Literal["tq1_0", "affine2"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Imported(Written):
     """A model that was imported.
 
     Attributes:
-        form: the format that the model came in.
+        source_format: the format that the model came in.
         notes: what is not exact, or ignored by mlx-lm.
     """
 
-    form: str
+    source_format: str
     notes: list[str]
 
 
@@ -43,7 +43,7 @@ def import_model(
     bits: int | None = None,
     file: str | None = None,
     k_quants: KQuants | None = None,
-    experts: TernaryForm | None = None,
+    experts: TernaryFormat | None = None,
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -74,7 +74,7 @@ def import_model(
     gguf = {"k_quants": k_quants, "experts": experts}
     opened = _open(found, dtype, bits, file, {k: v for k, v in gguf.items() if v is not None})
     tensors = Parts(opened.parts)
-    origin = {"name": found.name, "revision": found.revision, "form": opened.form}
+    origin = {"name": found.name, "revision": found.revision, "form": opened.source_format}
     written = write_model(
         target,
         tensors,
@@ -86,7 +86,7 @@ def import_model(
         force=force,
         progress=progress,
     )
-    return Imported(**vars(written), form=opened.form, notes=opened.notes())
+    return Imported(**vars(written), source_format=opened.source_format, notes=opened.notes())
 
 
 def _resolve(source: str | Path, file: str | None, revision: str | None) -> Source:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.awq_config import AwqFormat, read_format
-from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, Loss
+from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, BiasErrors
 from outlier_mlx.imports.hf_names import Place, Stored, by_place, name_in_source
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.imports.plain_parts import StackedPlain
@@ -31,12 +31,12 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class _Form:
+class _StoredAs:
     """How AWQ's matrices are stored."""
 
     bits: int
     dtype: str
-    loss: Loss
+    errors: BiasErrors
 
 
 def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None = None) -> Opened:
@@ -66,22 +66,22 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
     tied, note = settle_head(raw.get("tie_word_embeddings"), tensors)
     model = replace(parse_config(raw, role="import"), tied=tied)
     notes = [*([note] if note else []), *family(model.family).notes(raw)]
-    form = _form(dtype, bits, quantized)
+    stored_as = _stored_as(dtype, bits, quantized)
     parts = _Planner(
-        folder.name, by_place(tensors, model), model, awq if quantized else None, form
+        folder.name, by_place(tensors, model), model, awq if quantized else None, stored_as
     ).parts()
     config = spell_config(model)
     stored = {p.path: (p.bits, p.group_size) for p in parts if isinstance(p, AwqPart)}
     if stored:
         config["quantization"] = spell_quantization(stored)
-    config["dtype"] = config["torch_dtype"] = _activations(parts, form)
+    config["dtype"] = config["torch_dtype"] = _activations(parts, stored_as)
     return Opened(
-        form="AutoAWQ int4" if stored else "unquantized safetensors",
+        source_format="AutoAWQ int4" if stored else "unquantized safetensors",
         parts=parts,
         config=config,
         assets=lambda target: copy_assets([folder], target),
-        notes=lambda: notes + _notes(parts, form, bool(stored)),
-        details={"bits": form.bits, "scales": form.dtype} if stored else {},
+        notes=lambda: notes + _notes(parts, stored_as, bool(stored)),
+        details={"bits": stored_as.bits, "scales": stored_as.dtype} if stored else {},
     )
 
 
@@ -91,13 +91,13 @@ def _refuse_gptq(tensors: Mapping[str, TensorRef]) -> None:
             raise CheckpointError(f"{tensor.where}: a tensor of GPTQ, which is not supported")
 
 
-def _form(dtype: str | None, bits: int | None, quantized: bool) -> _Form:
+def _stored_as(dtype: str | None, bits: int | None, quantized: bool) -> _StoredAs:
     if (dtype or bits) and not quantized:
         raise CheckpointError("--dtype and --bits are for quantized models; this one is not")
     if bits == 5 and dtype == "float32":
         raise CheckpointError("--bits 5 is for float16: with float32 scales, 4 bits are exact")
     chosen = dtype or ("float16" if bits == 5 else "float32")
-    return _Form(bits or 4, chosen, Loss())
+    return _StoredAs(bits or 4, chosen, BiasErrors())
 
 
 class _Planner:
@@ -109,14 +109,14 @@ class _Planner:
         places: dict[Place, Stored],
         config: ModelConfig,
         awq: AwqFormat | None,
-        form: _Form,
+        stored_as: _StoredAs,
     ) -> None:
         self.where = where
         self.places = places
         self.config = config
         self.modules = family(config.family).modules(config)
         self.awq = awq
-        self.form = form
+        self.stored_as = stored_as
 
     def parts(self) -> list[Part]:
         """One part for each quantized module or other tensor, in the model's order.
@@ -141,9 +141,9 @@ class _Planner:
                 )
         if any("qweight" in tensors for tensors in stored.values()):
             matrices = tuple(self._matrix(module, *item) for item in stored.items())
-            form, stacked = self.form, module.kind == "experts"
+            how, stacked = self.stored_as, module.kind == "experts"
             yield AwqPart(
-                module.path, module.kind, matrices, stacked, form.bits, form.dtype, form.loss
+                module.path, module.kind, matrices, stacked, how.bits, how.dtype, how.errors
             )
         elif module.kind == "experts":
             yield self._stacked(module, [tensors.pop("weight") for tensors in stored.values()])
@@ -173,7 +173,7 @@ class _Planner:
         convert 16-bit weights at every use. Embeddings are only looked up, so they stay 16-bit.
         """
         narrow = module.kind == "embeddings" and not self.config.tied
-        if self.awq is not None and self.form.dtype == "float32" and not narrow:
+        if self.awq is not None and self.stored_as.dtype == "float32" and not narrow:
             return "float32"
         return _DTYPES[tensor.dtype]
 
@@ -221,31 +221,31 @@ def _check(tensor: TensorRef, shape: tuple[int, ...], dtypes: tuple[str, ...]) -
         )
 
 
-def _activations(parts: list[Part], form: _Form) -> str:
+def _activations(parts: list[Part], stored_as: _StoredAs) -> str:
     """The dtype of activations in a forward pass."""
     if any(isinstance(part, AwqPart) for part in parts):
-        return form.dtype
+        return stored_as.dtype
     stored = Counter(part.dtype for part in parts if isinstance(part, Plain | StackedPlain))
     return stored.most_common(1)[0][0]
 
 
-def _notes(parts: list[Part], form: _Form, quantized: bool) -> list[str]:
+def _notes(parts: list[Part], stored_as: _StoredAs, quantized: bool) -> list[str]:
     if not quantized:
         return []
-    if form.dtype == "float32":
+    if stored_as.dtype == "float32":
         return [
             "exact: scales and biases are float32. MLX then computes everything in float32, and the"
             " KV cache takes 4 bytes per value; --bits 5 is exact in 16 bits"
         ]
     notes = []
-    if form.bits == 5:
+    if stored_as.bits == 5:
         notes.append("exact: 5 bits per weight, scales and biases in float16")
     else:
-        loss = form.loss
+        errors = stored_as.errors
         notes.append(
-            f"not exact: {100 * loss.exact / max(1, loss.groups):.1f} % of {loss.groups:,} biases"
-            f" are exact in float16; errors of weights are up to {loss.largest:.3g}, or"
-            f" {loss.largest_in_steps:.2g} of the step between two values of a weight"
+            f"not exact: {100 * errors.exact / max(1, errors.groups):.1f} % of {errors.groups:,}"
+            f" biases are exact in float16; errors of weights are up to {errors.largest:.3g}, or"
+            f" {errors.largest_in_steps:.2g} of the step between two values of a weight"
         )
     others = {part.dtype for part in parts if isinstance(part, Plain)} - {"float16"}
     if others:

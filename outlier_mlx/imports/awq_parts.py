@@ -22,7 +22,7 @@ _SLAB_BYTES = 1 << 20
 
 
 @dataclass
-class Loss:
+class BiasErrors:
     """Rounding errors of biases in float16; counted while they are written."""
 
     groups: int = 0
@@ -104,14 +104,14 @@ class AwqPart(Part):
         stacked: whether the module's tensors have an axis of experts.
         bits: 4 or 5; with 5, biases in float16 are exact.
         dtype: "float32" or "float16", the dtype of scales and biases.
-        loss: counts the rounding errors of float16.
+        errors: counts the rounding errors of float16.
     """
 
     matrices: tuple[AwqMatrix, ...]
     stacked: bool
     bits: int
     dtype: str
-    loss: Loss
+    errors: BiasErrors
 
     @property
     def params(self) -> int:
@@ -184,7 +184,7 @@ class AwqPart(Part):
                 " fit in float16; import with --dtype float32"
             )
         if self.dtype == "float16":
-            self.loss.count(exact, biases, scales)
+            self.errors.count(exact, biases, scales)
         return self._spread(matrix, biases)
 
     def _spread(self, matrix: AwqMatrix, values: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ def model_card(
     origin = origin_of("source", source)
     return Card(
         name=name,
-        introduction=f"Imported by outlier-mlx for MLX from a model in {plain(opened.form)}.",
+        introduction="Imported by outlier-mlx for MLX from a model in"
+        f" {plain(opened.source_format)}.",
         commands=[f'{program} --model {name} --prompt "Once upon a time"'],
         origins=[origin],
         based_on=[origin],

@@ -9,12 +9,12 @@ import numpy as np
 
 from outlier_mlx.checkpoints.gguf import BlockScales, BlockTrits
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.imports import KQuants, ScaleType, TernaryForm, gguf_blocks
+from outlier_mlx.imports import KQuants, ScaleType, TernaryFormat, gguf_blocks
 from outlier_mlx.imports.gguf_blocks import AFFINE, FLOATS, REGROUPED
 from outlier_mlx.imports.gguf_config import architecture, read_config
 from outlier_mlx.imports.gguf_file import read_model
 from outlier_mlx.imports.gguf_names import Names, Rows
-from outlier_mlx.imports.gguf_parts import AffineMatrix, Losses, PlainTensor, round_to
+from outlier_mlx.imports.gguf_parts import AffineMatrix, PlainTensor, RoundingErrors, round_to
 from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.models.config import spell_config
@@ -40,7 +40,7 @@ def open_gguf_model(
     file: str | None = None,
     dtype: ScaleType | None = None,
     k_quants: KQuants = "8bit",
-    experts: TernaryForm = "tq1_0",
+    experts: TernaryFormat = "tq1_0",
 ) -> Opened:
     """Open a GGUF model of the architectures in `gguf_config.ARCHITECTURES`.
 
@@ -65,16 +65,16 @@ def open_gguf_model(
     ternary = _ternary_layers(sources) if experts == "tq1_0" else {}
     others = [source for source in sources if source.module.path not in ternary]
     chosen = dtype or _exact_dtype(others, k_quants)
-    plan = _Plan(chosen, k_quants, Losses(), ternary)
+    plan = _Plan(chosen, k_quants, RoundingErrors(), ternary)
     parts = [plan.part(source) for source in sources]
     types = _types(sources)
     return Opened(
-        form=f"GGUF {'+'.join(types)}",
+        source_format=f"GGUF {'+'.join(types)}",
         parts=parts,
         config=spell_config(config) | plan.config(parts),
         assets=lambda folder: write_tokenizer(vocabulary, folder),
         notes=lambda: [*vocabulary.notes, *notes, *_notes(parts, plan, dtype)],
-        details={"types": types, "dtype": chosen, "largest_errors": plan.losses.largest},
+        details={"types": types, "dtype": chosen, "largest_errors": plan.errors.largest},
     )
 
 
@@ -126,7 +126,7 @@ class _Plan:
 
     dtype: str
     k_quants: KQuants
-    losses: Losses
+    errors: RoundingErrors
     ternary: dict[str, list[ExpertMatrix]]
 
     def part(self, source: _Source) -> Part:
@@ -140,15 +140,15 @@ class _Plan:
             if kinds.isdisjoint(REGROUPED):
                 bits = max(AFFINE[name].bits for name in kinds)
                 group = min(AFFINE[name].group for name in kinds)
-                return AffineMatrix(*common, self.dtype, self.losses, bits, group)
+                return AffineMatrix(*common, self.dtype, self.errors, bits, group)
             if self.k_quants == "8bit":
-                form = (self.dtype, self.losses, _REGROUPED_BITS, _GROUP)
-                return AffineMatrix(*common, *form)
+                how = (self.dtype, self.errors, _REGROUPED_BITS, _GROUP)
+                return AffineMatrix(*common, *how)
             dtype: str = self.k_quants
         else:
             dtype = self._floats(source)
         name = f"{path}.{'bias' if source.bias else 'weight'}"
-        return PlainTensor(*common, dtype, self.losses, name)
+        return PlainTensor(*common, dtype, self.errors, name)
 
     def config(self, parts: Sequence[Part]) -> dict:
         """The fields of config.json that describe how parts are stored."""
@@ -257,17 +257,17 @@ def _types(sources: Iterable[_Source]) -> list[str]:
 
 
 def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
-    """Notes on what is not exact, with the largest error for each type and form."""
+    """Notes on what is not exact, with the largest error for each type and what it is stored as."""
     found: dict[tuple[str, str], list[str]] = {}
     for part in parts:
         if not isinstance(part, PlainTensor | AffineMatrix):
             continue
-        if plan.losses.largest.get(part.path):
-            found.setdefault(("+".join(part.kinds), part.form), []).append(part.path)
+        if plan.errors.largest.get(part.path):
+            found.setdefault(("+".join(part.kinds), part.stored_as), []).append(part.path)
     notes = []
-    for (kinds, form), paths in found.items():
-        error = max(plan.losses.largest[path] for path in paths)
-        notes.append(f"{kinds} as {form}: off by up to {error:.2g} in {_modules(paths)}")
+    for (kinds, stored_as), paths in found.items():
+        error = max(plan.errors.largest[path] for path in paths)
+        notes.append(f"{kinds} as {stored_as}: off by up to {error:.2g} in {_modules(paths)}")
     if plan.ternary:
         notes.append(
             "the experts are ternary layers of this project, which stock mlx-lm cannot load; it can"

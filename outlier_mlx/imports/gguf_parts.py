@@ -26,7 +26,7 @@ SLAB_WEIGHTS = 1 << 19
 
 
 @dataclass
-class Losses:
+class RoundingErrors:
     """Largest errors of modules that are not stored exactly; complete once they are written."""
 
     largest: dict[str, float] = field(default_factory=dict)
@@ -48,13 +48,13 @@ class GgufPart(Part):
         shape: shape of the weights before quantization.
         rows: source rows, in order.
         dtype: "float32", "float16" or "bfloat16": dtype of the weights, or of scales and biases.
-        losses: collects the errors.
+        errors: collects the errors.
     """
 
     shape: tuple[int, ...]
     rows: tuple[Rows, ...]
     dtype: str
-    losses: Losses
+    errors: RoundingErrors
 
     @property
     def params(self) -> int:
@@ -114,7 +114,7 @@ class PlainTensor(GgufPart):
     name: str
 
     @property
-    def form(self) -> str:
+    def stored_as(self) -> str:
         """How it is stored, for messages."""
         return self.dtype
 
@@ -131,7 +131,7 @@ class PlainTensor(GgufPart):
         weights = gguf_blocks.values(rows.tensor.kind, rows.read(start, stop))
         stored, rounded = round_to(weights, self.dtype)
         if not _holds(self.dtype, rows.tensor.kind):
-            self.losses.count(self.path, weights, rounded)
+            self.errors.count(self.path, weights, rounded)
         return stored
 
 
@@ -143,7 +143,7 @@ class AffineMatrix(GgufPart):
     group: int
 
     @property
-    def form(self) -> str:
+    def stored_as(self) -> str:
         """How it is stored, for messages."""
         return f"{self.bits}-bit codes in groups of {self.group}, {self.dtype} scales"
 
@@ -178,14 +178,14 @@ class AffineMatrix(GgufPart):
             weights = gguf_blocks.values(kind, raw)
             grid = self._grid(weights)
             codes, found = gguf_blocks.quantize(weights, *grid, self.bits)
-            self.losses.count(self.path, weights, found)
+            self.errors.count(self.path, weights, found)
             return pack_codes(codes, self.bits)
         codes = gguf_blocks.codes(kind, raw)
         if not self.is_exact:
             s, b = gguf_blocks.scales(kind, raw, self.group)
             grid = round_to(s, self.dtype)[1], round_to(b, self.dtype)[1]
             weights = gguf_blocks.values(kind, raw)
-            self.losses.count(self.path, weights, gguf_blocks.affine_values(codes, *grid))
+            self.errors.count(self.path, weights, gguf_blocks.affine_values(codes, *grid))
         return pack_codes(codes, self.bits)
 
     def _scales(self, which: int, rows: Rows, start: int, stop: int) -> np.ndarray:

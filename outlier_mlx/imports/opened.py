@@ -16,7 +16,7 @@ class Opened:
     """A model that can be written as an MLX folder.
 
     Attributes:
-        form: the format it came in, as "AutoAWQ int4".
+        source_format: the format it came in, as "AutoAWQ int4".
         parts: its tensors, in the order in which they are written.
         config: its config.json.
         assets: writes tokenizer and the like into a folder.
@@ -24,7 +24,7 @@ class Opened:
         details: how it was made, for the manifest.
     """
 
-    form: str
+    source_format: str
     parts: list[Part]
     config: dict
     assets: Callable[[Path], None]
