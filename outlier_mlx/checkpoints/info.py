@@ -8,12 +8,18 @@ from pathlib import Path
 from outlier_mlx.checkpoints import Overlay, open_overlay
 from outlier_mlx.checkpoints.heads import headers
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.config import Description, describe, is_overlay, is_tier, parse_config
+from outlier_mlx.models.config import (
+    Description,
+    describe,
+    is_overlay,
+    is_tier,
+    parse_config,
+    raw_config,
+)
 from outlier_mlx.models.sizes import add_up, context_length, kv_bytes
 from outlier_mlx.models.stored import stored_params
 from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
-from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import TensorRef, read_json
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import Progress
 
@@ -78,17 +84,11 @@ def inspect(
 
 
 def _inspect_folder(folder: Path, name: str) -> Info:
-    config = _read(name, _read_config(folder))
+    config = _read(name, raw_config(folder))
     if is_overlay(config.raw):
         overlay = open_overlay(folder)
         return _describe(config, name, overlay_sizes(overlay), overlay.form)
     return _describe(config, name, tensor_sizes(name, config, read_shards(folder)), None)
-
-
-def _read_config(folder: Path) -> dict:
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: not a model: no config.json")
-    return read_json(inside(folder, "config.json"))
 
 
 #: Kind of part, parameters and bytes.

@@ -9,11 +9,10 @@ import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.models.config import PROJECTIONS, tier_config
+from outlier_mlx.models.config import PROJECTIONS, raw_config, tier_config
 from outlier_mlx.models.stored import expected_tensors
 from outlier_mlx.runtime.affine2 import check_experts
-from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef, read_json
+from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.tensors import ExpertMatrix, Stored
 from outlier_mlx.ternary import TernaryError, check_rows, unpack_rows
@@ -105,9 +104,7 @@ def open_tier(folder: Path) -> Overlay:
     Raises:
         CheckpointError: it is no tier, has no experts, or is not sound.
     """
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: not a tier: no config.json")
-    raw = read_json(inside(folder, "config.json"))
+    raw = raw_config(folder)
     ternary = raw.get("ternary")
     if not isinstance(ternary, dict):
         raise CheckpointError(f"{folder}: not a tier; only tiers are exported")

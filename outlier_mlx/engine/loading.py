@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.models.config import is_overlay, is_tier, tier_config
+from outlier_mlx.models.config import is_overlay, is_tier, raw_config, tier_config
 from outlier_mlx.models.families import families
 from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.spelling import normalised
@@ -131,9 +131,7 @@ def check_model(folder: Path) -> dict:
         CheckpointError: there is no model, it is an overlay, its config is not sound, or its files
             are truncated or disagree with their index.
     """
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: not a model: no config.json")
-    config = read_json(inside(folder, "config.json"))
+    config = raw_config(folder)
     if is_tier(config):
         tier_config(config)
     elif is_overlay(config):

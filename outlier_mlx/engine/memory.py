@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.models.config import Description, describe
+from outlier_mlx.models.config import Description, describe, raw_config
 from outlier_mlx.models.sizes import kv_bytes
-from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.storage.shards import read_shards
 
 # The share of its memory that macOS lets the GPU use by default; docs/sizes.md has the source.
@@ -66,7 +64,7 @@ class Needs:
 def needs_of(folder: Path, available: Budget) -> Needs:
     """What the model in a folder takes: a tier, or a plain MLX model."""
     weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
-    config = describe(read_json(inside(folder, "config.json")))
+    config = describe(raw_config(folder))
     if available.whose == "this machine":
         return Needs(int(weights * CPU_FACTOR), config, CPU_FACTOR)
     return Needs(weights, config, 1.0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.models.config import ModelConfig, parse_config
+from outlier_mlx.models.config import ModelConfig, parse_config, raw_config
 from outlier_mlx.models.families import family, with_role
 from outlier_mlx.models.fields import short
 from outlier_mlx.models.head import settle_head
@@ -118,9 +118,7 @@ def _resolve(name: str) -> Source:
 
 def _open(source: Source) -> Dense:
     folder, where = source.folder, f"{source.name}: config.json"
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: not a model: no config.json")
-    raw = read_json(inside(folder, "config.json"))
+    raw = raw_config(folder)
     kind, known = raw.get("model_type"), with_role("merge")
     if kind not in known:
         raise CheckpointError(

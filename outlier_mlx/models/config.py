@@ -49,11 +49,20 @@ def is_overlay(raw: dict) -> bool:
     return not is_tier(raw) and bool(experts or raw.get("model_type") == "outlier_moe")
 
 
+def raw_config(folder: Path) -> dict:
+    """A folder's `config.json` as it is written.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: not a model: no config.json")
+    return read_json(inside(folder, "config.json"))
+
+
 def read_config(folder: Path, defaults: Defaults | None = None) -> ModelConfig:
     """Read and check a folder's `config.json`; see `parse_config`."""
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: no config.json")
-    return parse_config(read_json(inside(folder, "config.json")), defaults)
+    return parse_config(raw_config(folder), defaults)
 
 
 def parse_config(
