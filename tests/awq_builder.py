@@ -116,15 +116,16 @@ def _add_quantized(
 def _linear(case: Awq) -> dict[str, tuple[int, int]]:
     """Names and (out, in) of what AutoAWQ quantizes."""
     hidden, width = case.hidden, case.intermediate
-    keys = case.kv_heads * (hidden // case.heads)
+    head = case.config.get("head_dim", hidden // case.heads)
+    queries, keys = case.heads * head, case.kv_heads * head
     sizes: dict[str, tuple[int, int]] = {}
     for n in range(case.layers):
         prefix = f"model.layers.{n}"
         sizes |= {
-            f"{prefix}.self_attn.q_proj": (hidden, hidden),
+            f"{prefix}.self_attn.q_proj": (queries, hidden),
             f"{prefix}.self_attn.k_proj": (keys, hidden),
             f"{prefix}.self_attn.v_proj": (keys, hidden),
-            f"{prefix}.self_attn.o_proj": (hidden, hidden),
+            f"{prefix}.self_attn.o_proj": (hidden, queries),
         }
         if case.family != "mixtral":
             sizes |= {
@@ -150,6 +151,10 @@ def _floats(case: Awq, random: np.random.Generator) -> dict[str, Array]:
     for n in range(case.layers):
         for name in ("input_layernorm", "post_attention_layernorm"):
             values[f"model.layers.{n}.{name}.weight"] = random.uniform(0.5, 1.5, hidden)
+        if case.family == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                norm = random.uniform(0.5, 1.5, case.config["head_dim"])
+                values[f"model.layers.{n}.self_attn.{name}.weight"] = norm
         if case.family == "mixtral":
             gate = random.normal(0, hidden**-0.5, (case.experts, hidden))
             values[f"model.layers.{n}.block_sparse_moe.gate.weight"] = gate
@@ -167,9 +172,8 @@ def _biased(case: Awq) -> list[str]:
 
 def model_config(case: Awq) -> dict[str, Any]:
     """The config of the unquantized model."""
-    names = {"mixtral": "Mixtral", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
     config = {
-        "architectures": [f"{names[case.family]}ForCausalLM"],
+        "architectures": [f"{case.family.capitalize()}ForCausalLM"],
         "model_type": case.family,
         "hidden_size": case.hidden,
         "intermediate_size": case.intermediate,

@@ -64,7 +64,7 @@ def unquantized_logits(
 
     A model type that mlx-lm does not have is a Mixtral.
     """
-    known = config["model_type"] in ("llama", "mistral", "qwen2")
+    known = config["model_type"] in ("llama", "mistral", "qwen2", "qwen3")
     config = config if known else config | {"model_type": "mixtral"}
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))

@@ -90,7 +90,7 @@ def with_all_roles(kind: str) -> Any:
             "rope_scaling 'linear', expected none",
         ),
         ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 3}, "is 3, of 2 experts"),
-        ("gpt2", {}, "model_type 'gpt2', expected llama, mistral, mixtral or qwen2"),
+        ("gpt2", {}, "model_type 'gpt2', expected llama, mistral, mixtral, qwen2 or qwen3"),
     ],
 )
 def test_what_mlx_lm_would_ignore_is_refused(

@@ -67,6 +67,8 @@ CASES = {
     "mixtral, no zeros": Awq(zero_point=False, theta=1e6, seed=2),
     "llama, groups of 64": Awq("llama", intermediate=128, group=64, tied=True),
     "mistral, old config": Awq("mistral", hidden=128, intermediate=256, group=128, old_config=True),
+    "mistral, wide heads": Awq("mistral", config={"head_dim": 32}),
+    "qwen3": Awq("qwen3", config={"head_dim": 24}, tied=True),
     "qwen2, groups of 256": Awq("qwen2", hidden=256, intermediate=512, group=256, layers=1),
 }
 

@@ -26,7 +26,7 @@ class Collected:
     """Tensors of an overlay by what they are.
 
     Attributes:
-        base: tensors of the base, by mlx-lm's Qwen2 name.
+        base: tensors of the base, by mlx-lm's name.
         routers: routing matrices by layer.
         alphas: tensors of alphas by key.
         trits: of the experts' matrices.

@@ -5,7 +5,7 @@ from outlier_mlx.models.families import Family
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    roles=frozenset(["base"]),
+    roles=frozenset(["base", "import"]),
     defaults={
         "rope_theta": 1e4,
         "rms_norm_eps": 1e-6,

@@ -30,7 +30,7 @@ MODEL_TYPE = "ernie4_5_moe"
 class AdjacentPairs(Derived):
     """The rows of a query or key tensor, reordered within each head.
 
-    Qwen2 rotates element j of a head with element j + width / 2; here the two stand side by side.
+    Bases rotate element j of a head with element j + width / 2; here the two stand side by side.
     """
 
     head_dim: int
