@@ -22,9 +22,8 @@ import pytest
 
 import outlier_mlx
 from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError
-from outlier_mlx.writing import folders
+from outlier_mlx.writing import expert_parts, folders
 from outlier_mlx.writing import parts as storage_parts
-from outlier_mlx.writing import tensors as parts
 from outlier_mlx.writing.writer import ShardedWriter, TensorSpec
 from tests.builders import write_overlay
 from tests.damage import find_tensor, replace_tensor, truncate
@@ -99,7 +98,7 @@ def test_ctrl_c(place: Path, target: str, share: float) -> None:
 def test_ctrl_c_on_the_command_line_is_one_word(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "pack_rows", lambda trits: interrupt())
+    monkeypatch.setattr(expert_parts, "pack_rows", lambda trits: interrupt())
     with leaves_no_trace(place):
         result = run("convert", place / "overlay", "--out", place / "outputs" / "new", code=130)
     assert (result.out, result.err) == ("", "interrupted\n")
@@ -209,7 +208,7 @@ def test_a_source_that_becomes_shorter_meanwhile(place: Path) -> None:
 def test_an_exception_in_a_worker_thread(
     place: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack_rows, calls = parts.pack_rows, 0
+    pack_rows, calls = expert_parts.pack_rows, 0
 
     def fail_at_the_third(trits: np.ndarray) -> np.ndarray:
         nonlocal calls
@@ -219,22 +218,22 @@ def test_an_exception_in_a_worker_thread(
             raise error
         return pack_rows(trits)
 
-    monkeypatch.setattr(parts, "pack_rows", fail_at_the_third)
+    monkeypatch.setattr(expert_parts, "pack_rows", fail_at_the_third)
     with leaves_no_trace(place), pytest.raises(type(error)):
         outlier_mlx.convert(place / "overlay", out=place / "outputs" / "new")
 
 
 def test_the_pool_drops_what_it_has_not_begun(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C nobody waits for more than the slabs that are being packed."""
-    pack_rows, begun = parts.pack_rows, []
+    pack_rows, begun = expert_parts.pack_rows, []
 
     def slow(trits: np.ndarray) -> np.ndarray:
         begun.append(time.monotonic())
         time.sleep(0.1)
         return pack_rows(trits)
 
-    monkeypatch.setattr(parts, "pack_rows", slow)
-    monkeypatch.setattr(parts, "SLAB_BYTES", 64)
+    monkeypatch.setattr(expert_parts, "pack_rows", slow)
+    monkeypatch.setattr(expert_parts, "SLAB_BYTES", 64)
     monkeypatch.setattr(storage_parts, "AHEAD", 1000)
     stopped = 0.0
 

@@ -14,7 +14,7 @@ import pytest
 
 from outlier_mlx.tiers.convert import Report, convert_tier
 from outlier_mlx.tiers.presets import Recipe
-from outlier_mlx.writing import tensors as parts
+from outlier_mlx.writing import float_parts
 from tests import builders
 from tests.affine import affine_dequantize, affine_quantize
 from tests.engine import assert_decisive, assert_same_run, greedy_cached, load, tier_name, trace
@@ -138,7 +138,7 @@ def test_slabs_and_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     built = builders.write_overlay(tmp_path / "overlay", scale_form="per_row", **dims)
     whole = convert(built, tmp_path / "whole", 4, 32, "BF16")
     for size in (1, 3000):
-        monkeypatch.setattr(parts, "SLAB_BYTES", size)
+        monkeypatch.setattr(float_parts, "SLAB_BYTES", size)
         tier = convert(built, tmp_path / f"slabs-{size}", 4, 32, "BF16")
         name = "model-00001-of-00001.safetensors"
         assert (tier.path / name).read_bytes() == (whole.path / name).read_bytes()

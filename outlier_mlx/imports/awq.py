@@ -14,18 +14,18 @@ from outlier_mlx.imports.awq_config import AwqFormat, read_format
 from outlier_mlx.imports.awq_parts import AwqMatrix, AwqPart, BiasErrors
 from outlier_mlx.imports.hf_names import Place, Stored, by_place, name_in_source
 from outlier_mlx.imports.opened import Opened
-from outlier_mlx.imports.plain_parts import StackedPlain
 from outlier_mlx.models.config import ModelConfig, parse_config, spell_config
 from outlier_mlx.models.families import family
 from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.modules import Module
-from outlier_mlx.models.quantization import largest_group, spell_quantization
+from outlier_mlx.models.quantization import largest_group
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.writing.assets import copy_assets
-from outlier_mlx.writing.parts import Part
-from outlier_mlx.writing.tensors import Plain
+from outlier_mlx.writing.expert_parts import Stacked
+from outlier_mlx.writing.float_parts import Plain
+from outlier_mlx.writing.parts import Part, quantization
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -70,18 +70,15 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
     parts = _Planner(
         folder.name, by_place(tensors, model), model, awq if quantized else None, stored_as
     ).parts()
-    config = spell_config(model)
-    stored = {p.path: (p.bits, p.group_size) for p in parts if isinstance(p, AwqPart)}
-    if stored:
-        config["quantization"] = spell_quantization(stored)
+    config = spell_config(model) | quantization(parts)
     config["dtype"] = config["torch_dtype"] = _activations(parts, stored_as)
     return Opened(
-        source_format="AutoAWQ int4" if stored else "unquantized safetensors",
+        source_format="AutoAWQ int4" if quantized else "unquantized safetensors",
         parts=parts,
         config=config,
         assets=lambda target: copy_assets([folder], target),
-        notes=lambda: notes + _notes(parts, stored_as, bool(stored)),
-        details={"bits": stored_as.bits, "scales": stored_as.dtype} if stored else {},
+        notes=lambda: notes + _notes(parts, stored_as, quantized),
+        details={"bits": stored_as.bits, "scales": stored_as.dtype} if quantized else {},
     )
 
 
@@ -163,8 +160,8 @@ class _Planner:
     def _stacked(self, module: Module, tensors: list[TensorRef]) -> Part:
         for tensor in tensors:
             _check(tensor, module.shape[1:], (tensors[0].dtype,))
-        name, dtype = f"{module.path}.weight", self._dtype(module, tensors[0])
-        return StackedPlain(module.path, module.kind, tuple(tensors), name, dtype)
+        members = (self._plain(module, "weight", t, module.shape[1:]) for t in tensors)
+        return Stacked(module.path, module.kind, tuple(members))
 
     def _dtype(self, module: Module, tensor: TensorRef) -> str:
         """The dtype of an unquantized tensor, always exact.
@@ -225,7 +222,8 @@ def _activations(parts: list[Part], stored_as: _StoredAs) -> str:
     """The dtype of activations in a forward pass."""
     if any(isinstance(part, AwqPart) for part in parts):
         return stored_as.dtype
-    stored = Counter(part.dtype for part in parts if isinstance(part, Plain | StackedPlain))
+    single = [part.members[0] if isinstance(part, Stacked) else part for part in parts]
+    stored = Counter(part.dtype for part in single if isinstance(part, Plain))
     return stored.most_common(1)[0][0]
 
 

@@ -130,6 +130,11 @@ class AwqPart(Part):
         assert size is not None
         return size
 
+    @property
+    def affine(self) -> tuple[int, int]:
+        """Bits and group size."""
+        return self.bits, self.group_size
+
     def specs(self) -> list[TensorSpec]:
         """Packed weight (..., out, in * bits / 32) uint32; scales and biases (..., out, groups)."""
         out, width = self.matrices[0].shape

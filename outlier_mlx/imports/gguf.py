@@ -20,11 +20,10 @@ from outlier_mlx.imports.opened import Opened
 from outlier_mlx.models.config import spell_config
 from outlier_mlx.models.families import family
 from outlier_mlx.models.modules import Module
-from outlier_mlx.models.quantization import spell_quantization
 from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
 from outlier_mlx.storage.tensors import ExpertMatrix
-from outlier_mlx.writing.parts import Part
-from outlier_mlx.writing.tensors import TernaryExperts
+from outlier_mlx.writing.expert_parts import TernaryExperts
+from outlier_mlx.writing.parts import Part, quantization
 
 _TERNARY = ("TQ1_0", "TQ2_0")
 _REGROUPED_BITS, _GROUP = 8, 32
@@ -152,10 +151,7 @@ class _Plan:
 
     def config(self, parts: Sequence[Part]) -> dict:
         """The fields of config.json that describe how parts are stored."""
-        config: dict = {"dtype": self.dtype, "torch_dtype": self.dtype}
-        affine = [part for part in parts if isinstance(part, AffineMatrix)]
-        if affine:
-            config["quantization"] = spell_quantization({p.path: (p.bits, p.group) for p in affine})
+        config = {"dtype": self.dtype, "torch_dtype": self.dtype} | quantization(parts)
         if self.ternary:
             layers = sorted({int(path.split(".")[2]) for path in self.ternary})
             ternary = {"format": ROWS, "version": EXPERT_FORMAT_VERSION, "layers": layers}

@@ -17,8 +17,8 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import gguf_blocks
 from outlier_mlx.imports.codes import pack_codes
 from outlier_mlx.imports.gguf_names import Rows
+from outlier_mlx.writing.float_parts import SAFETENSORS_NAMES
 from outlier_mlx.writing.parts import Chunk, Part, ahead
-from outlier_mlx.writing.tensors import SAFETENSORS_NAMES
 from outlier_mlx.writing.writer import TensorSpec
 
 #: Number of weights that a thread decodes at a time.
@@ -152,6 +152,11 @@ class AffineMatrix(GgufPart):
         """Whether MLX computes exactly ggml's weights."""
         layouts = [gguf_blocks.AFFINE.get(kind) for kind in self.kinds]
         return all(a is not None and (a.half or self.dtype == "float32") for a in layouts)
+
+    @property
+    def affine(self) -> tuple[int, int]:
+        """Bits and group size."""
+        return self.bits, self.group
 
     def specs(self) -> list[TensorSpec]:
         """Packed weight (..., out, in * bits / 32) uint32; scales and biases (..., out, groups)."""

@@ -1,7 +1,6 @@
 """The plan of the merged model: its tensors in order, and its config."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +9,11 @@ from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.model import Mixture
 from outlier_mlx.models.config import PROJECTIONS, spell_config
 from outlier_mlx.models.modules import Module
-from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE, largest_group, spell_quantization
+from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE, largest_group
 from outlier_mlx.storage.tensors import FloatTensor
-from outlier_mlx.writing.parts import Chunk, Part
-from outlier_mlx.writing.tensors import Constant, Plain, Quantized
-from outlier_mlx.writing.writer import TensorSpec
+from outlier_mlx.writing.expert_parts import Stacked
+from outlier_mlx.writing.float_parts import Constant, Plain, Quantized
+from outlier_mlx.writing.parts import Part, quantization
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 _MIXTRAL_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}
@@ -39,49 +38,6 @@ class StoredAs:
     dtype: str
     bits: int | None = None
     group_size: int = DEFAULT_GROUP_SIZE
-
-
-@dataclass(frozen=True)
-class Stacked(Part):
-    """One projection of a layer's experts as MLX has it: (experts, out, in), perhaps quantized.
-
-    Attributes:
-        members: an expert each; all with the same tensors, as they will be named.
-    """
-
-    members: tuple[Part, ...]
-
-    @property
-    def params(self) -> int:
-        """Of all experts."""
-        return sum(member.params for member in self.members)
-
-    @property
-    def source_bytes(self) -> int:
-        """Of all experts."""
-        return sum(member.source_bytes for member in self.members)
-
-    def specs(self) -> list[TensorSpec]:
-        """A member's, with one more axis."""
-        count = len(self.members)
-        return [
-            TensorSpec(spec.name, spec.dtype, (count, *spec.shape))
-            for spec in self.members[0].specs()
-        ]
-
-    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """Weights expert by expert, then the scales and biases that were put aside."""
-        first, *others = (spec.name for spec in self.specs())
-        aside: dict[str, list[memoryview]] = {name: [] for name in others}
-        for member in self.members:
-            for name, chunk, used in member.chunks(pool):
-                if name == first:
-                    yield name, chunk, used
-                else:
-                    aside[name].append(chunk)
-        for name, pieces in aside.items():
-            for piece in pieces:
-                yield name, piece, 0
 
 
 def make_parts(mixture: Mixture, gates: Gates, stored_as: StoredAs) -> list[Part]:
@@ -198,12 +154,4 @@ def make_config(mixture: Mixture, stored_as: StoredAs, parts: Sequence[Part]) ->
             "shared_expert_intermediate_size": base.intermediate,
             "use_sliding_window": False,
         }
-    config["num_experts_per_tok"] = mixture.top_k
-    stored = {}
-    for part in parts:
-        inner = part.members[0] if isinstance(part, Stacked) else part
-        if isinstance(inner, Quantized):
-            stored[part.path] = (inner.bits, inner.group_size)
-    if stored:
-        config["quantization"] = spell_quantization(stored)
-    return config
+    return config | {"num_experts_per_tok": mixture.top_k} | quantization(parts)

@@ -11,20 +11,15 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import BASE_TYPE, DEFAULT_BASE
 from outlier_mlx.models.families import family
 from outlier_mlx.models.modules import Module, tier_modules
-from outlier_mlx.models.quantization import GROUP_SIZES, largest_group, spell_quantization
+from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.models.rope import TIER_NAMES
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
 from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.tiers.presets import Recipe
-from outlier_mlx.writing.tensors import (
-    AffineExperts,
-    Constant,
-    Part,
-    Plain,
-    Quantized,
-    TernaryExperts,
-)
+from outlier_mlx.writing.expert_parts import AffineExperts, TernaryExperts
+from outlier_mlx.writing.float_parts import Constant, Plain, Quantized
+from outlier_mlx.writing.parts import Part, quantization
 
 FORMAT_VERSION = 1
 
@@ -98,10 +93,8 @@ def finish_plan(parts: list[Part], config: dict, recipe: Recipe) -> Plan:
         if isinstance(part, Plain) and recipe.base_bits and len(part.tensor.shape) == 2
         if part.kind != "router"
     ]
-    quantization = _quantization(recipe, parts)
-    if quantization:
-        config = config | {"quantization": quantization}
-    return Plan(parts, config, recipe, unquantized)
+    default = (recipe.base_bits or 2, recipe.group_size)
+    return Plan(parts, config | quantization(parts, default), recipe, unquantized)
 
 
 def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> Iterator[Part]:
@@ -222,14 +215,3 @@ def common_config(model: WholeModel, recipe: Recipe) -> dict:
             "tie_word_embeddings": config.tied,
         }
     )
-
-
-def _quantization(recipe: Recipe, parts: list[Part]) -> dict:
-    """mlx-lm's `quantization`: a default, and what differs from it by path."""
-    stored = {}
-    for part in parts:
-        if isinstance(part, Quantized):
-            stored[part.path] = (part.bits, part.group_size)
-        elif isinstance(part, AffineExperts):
-            stored[part.path] = (2, part.group_size)
-    return spell_quantization(stored, (recipe.base_bits or 2, recipe.group_size))

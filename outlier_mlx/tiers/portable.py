@@ -21,7 +21,9 @@ from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.storage.tensors import Derived
 from outlier_mlx.tiers.plan import Plan, base_part, common_config, finish_plan, settle_dtype
 from outlier_mlx.tiers.presets import Recipe
-from outlier_mlx.writing.tensors import AffineExperts, Constant, Part, Plain
+from outlier_mlx.writing.expert_parts import AffineExperts
+from outlier_mlx.writing.float_parts import Constant, Plain
+from outlier_mlx.writing.parts import Part
 
 MODEL_TYPE = "ernie4_5_moe"
 

@@ -20,11 +20,11 @@ from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.remote import RemoteFile, forget
 from outlier_mlx.terminal import Progress
+from outlier_mlx.writing.float_parts import Constant
 from outlier_mlx.writing.folders import JOURNAL, kept_folder
 from outlier_mlx.writing.journal import Journal, read_identity
 from outlier_mlx.writing.parts import Parts, Tally, reading_pool, small_cache
 from outlier_mlx.writing.pieces import Piece, Work, fingerprint, split
-from outlier_mlx.writing.tensors import Constant
 from outlier_mlx.writing.writer import PlacedWriter, WrittenFile
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, TypeVar
 
 import mlx.core as mx
 
+from outlier_mlx.models.quantization import spell_quantization
 from outlier_mlx.models.summary import SummaryRow, summarize
 from outlier_mlx.terminal import Progress
 from outlier_mlx.writing.writer import ShardedWriter, TensorSpec, WrittenFile
@@ -45,6 +46,11 @@ class Part(ABC):
     @abstractmethod
     def source_bytes(self) -> int:
         """Bytes that will be read to make it."""
+
+    @property
+    def affine(self) -> tuple[int, int] | None:
+        """Bits and group size, if it is stored in MLX's affine format."""
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -141,6 +147,17 @@ class Tally:
         self.done += nbytes
         if self.progress is not None and nbytes:
             self.progress(self.done, self.total)
+
+
+def quantization(parts: Iterable[Part], default: tuple[int, int] | None = None) -> dict:
+    """The field `quantization` of the config.json of these parts; empty if none is quantized.
+
+    Args:
+        parts: of the model.
+        default: bits and group size of modules that are not listed; by default the most common.
+    """
+    stored = {part.path: part.affine for part in parts if part.affine is not None}
+    return {"quantization": spell_quantization(stored, default)} if stored else {}
 
 
 def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:

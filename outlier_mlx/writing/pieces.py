@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.storage.tensors import FloatTensor
+from outlier_mlx.writing.expert_parts import FromExperts
+from outlier_mlx.writing.float_parts import Plain, Quantized, float_slabs, twins_differ
 from outlier_mlx.writing.parts import Chunk, Part
-from outlier_mlx.writing.tensors import FromExperts, Plain, Quantized, float_slabs, twins_differ
 from outlier_mlx.writing.writer import PlacedWriter
 
 

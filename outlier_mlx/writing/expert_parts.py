@@ -1,0 +1,217 @@
+"""Parts that are made from one projection of a layer's experts."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import mlx.core as mx
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
+from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, row_ranges
+from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
+from outlier_mlx.writing.float_parts import SAFETENSORS_NAMES, SLAB_BYTES, as_bytes, mlx_dtype
+from outlier_mlx.writing.parts import Chunk, Part, ahead
+from outlier_mlx.writing.writer import TensorSpec
+
+# Where rows share bytes, every fifth begins with one.
+_TRITS_PER_BYTE = 5
+
+
+@dataclass(frozen=True)
+class FromExperts(Part):
+    """A part that is made from one projection of a layer's experts."""
+
+    matrices: tuple[ExpertMatrix, ...]
+
+    @property
+    def params(self) -> int:
+        """Trits of all experts."""
+        return len(self.matrices) * prod(self.matrices[0].trits.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """A byte a trit, as they are read."""
+        return self.params
+
+    def of_expert(self, number: int) -> "FromExperts":
+        """The same of one expert alone; its bytes are contiguous in each tensor of the whole."""
+        return replace(self, matrices=self.matrices[number : number + 1])
+
+    @abstractmethod
+    def code_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The bytes of the weights, which are made from trits alone."""
+
+    @abstractmethod
+    def scale_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The bytes of the other tensors, which are made from scales alone."""
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """Weights, then what belongs to scales."""
+        yield from self.code_chunks(pool)
+        yield from self.scale_chunks(pool)
+
+
+@dataclass(frozen=True)
+class TernaryExperts(FromExperts):
+    """One projection of a layer's experts: `weight` (experts, out, row_bytes) and `scales`."""
+
+    def specs(self) -> list[TensorSpec]:
+        """Packed rows uint8, and a float32 scale a row."""
+        experts = len(self.matrices)
+        out, width = self.matrices[0].trits.shape
+        return [
+            TensorSpec(f"{self.path}.weight", "U8", (experts, out, row_bytes(width))),
+            TensorSpec(f"{self.path}.scales", "F32", (experts, out)),
+        ]
+
+    def code_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """Rows packed on all of the pool's threads."""
+        for rows, trits in _packed_slabs(self.matrices, pool):
+            yield f"{self.path}.weight", rows.data, trits
+
+    def scale_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """A scale a row."""
+        for matrix in self.matrices:
+            yield f"{self.path}.scales", matrix.row_scales().data, 0
+
+
+@dataclass(frozen=True)
+class AffineExperts(FromExperts):
+    """One projection of a layer's experts in MLX's affine 2-bit format.
+
+    Each expert's scales and biases are multiplied by its entry in `factors`, if there are any.
+    """
+
+    dtype: str = "float32"
+    factors: tuple[float, ...] = ()
+
+    @property
+    def group_size(self) -> int:
+        """The largest affine group that divides the width."""
+        return affine_group(self.matrices[0].trits.shape[1])
+
+    @property
+    def affine(self) -> tuple[int, int]:
+        """Bits and group size."""
+        return 2, self.group_size
+
+    def of_expert(self, number: int) -> "AffineExperts":
+        """The same of one expert alone."""
+        one = slice(number, number + 1)
+        return replace(self, matrices=self.matrices[one], factors=self.factors[one])
+
+    def specs(self) -> list[TensorSpec]:
+        """Codes (experts, out, in / 16) uint32, scales and biases (experts, out, groups)."""
+        experts = len(self.matrices)
+        out, width = self.matrices[0].trits.shape
+        groups = (experts, out, width // self.group_size)
+        return [
+            TensorSpec(f"{self.path}.weight", "U32", (experts, out, width // 16)),
+            TensorSpec(f"{self.path}.scales", SAFETENSORS_NAMES[self.dtype], groups),
+            TensorSpec(f"{self.path}.biases", SAFETENSORS_NAMES[self.dtype], groups),
+        ]
+
+    def code_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """Codes slab by slab."""
+        width = self.matrices[0].trits.shape[1]
+        for rows, trits in _packed_slabs(self.matrices, pool):
+            codes, _, _ = rows_to_affine2(mx.array(rows), mx.zeros(rows.shape[:1]), width)
+            yield f"{self.path}.weight", as_bytes(codes), trits
+
+    def scale_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """All scales, then all biases."""
+        groups = self.matrices[0].trits.shape[1] // self.group_size
+        factors = self.factors or (1.0,) * len(self.matrices)
+        for name, sign in (("scales", 1.0), ("biases", -1.0)):
+            for matrix, factor in zip(self.matrices, factors, strict=True):
+                values = mx.array(matrix.row_scales() * np.float32(sign * factor))
+                yield (
+                    f"{self.path}.{name}",
+                    as_bytes(mx.repeat(values.astype(mlx_dtype(self.dtype)), groups)),
+                    0,
+                )
+
+
+@dataclass(frozen=True)
+class Stacked(Part):
+    """One projection of a layer's experts as MLX has it, (experts, out, in), perhaps quantized.
+
+    Attributes:
+        members: an expert each; all with the same tensors, as they will be named.
+    """
+
+    members: tuple[Part, ...]
+
+    @property
+    def affine(self) -> tuple[int, int] | None:
+        """Of each expert."""
+        return self.members[0].affine
+
+    @property
+    def params(self) -> int:
+        """Of all experts."""
+        return sum(member.params for member in self.members)
+
+    @property
+    def source_bytes(self) -> int:
+        """Of all experts."""
+        return sum(member.source_bytes for member in self.members)
+
+    def specs(self) -> list[TensorSpec]:
+        """A member's, with one more axis."""
+        count = len(self.members)
+        return [
+            TensorSpec(spec.name, spec.dtype, (count, *spec.shape))
+            for spec in self.members[0].specs()
+        ]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """Weights expert by expert, then the scales and biases that were put aside."""
+        first, *others = (spec.name for spec in self.specs())
+        aside: dict[str, list[memoryview]] = {name: [] for name in others}
+        for member in self.members:
+            for name, chunk, used in member.chunks(pool):
+                if name == first:
+                    yield name, chunk, used
+                else:
+                    aside[name].append(chunk)
+        for name, pieces in aside.items():
+            for piece in pieces:
+                yield name, piece, 0
+
+
+def _packed_slabs(
+    matrices: tuple[ExpertMatrix, ...], pool: ThreadPoolExecutor
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Packed rows (rows, row_bytes) in order, and how many trits they hold."""
+    yield from ahead(
+        pool,
+        (
+            partial(_pack_slab, matrix, start, stop)
+            for matrix in matrices
+            for out, width in [matrix.trits.shape]
+            for start, stop in row_ranges(out, width, SLAB_BYTES, _TRITS_PER_BYTE)
+        ),
+    )
+
+
+def _pack_slab(matrix: ExpertMatrix, start: int, stop: int) -> tuple[np.ndarray, int]:
+    if isinstance(matrix.trits, PackedTrits):
+        return matrix.trits.read_rows(start, stop), (stop - start) * matrix.trits.shape[1]
+    trits = matrix.trits.read(start, stop)
+    try:
+        return pack_rows(trits), trits.size
+    except TernaryError as error:
+        wrong = np.argwhere((trits < -1) | (trits > 1))
+        if not len(wrong):
+            raise CheckpointError(f"{matrix.trits.where}: {error}") from error
+        row, column = wrong[0].tolist()
+        raise CheckpointError(
+            f"{matrix.trits.where}: {trits[row, column]} at row {start + row}, column {column}:"
+            " trits are -1, 0 or 1"
+        ) from None

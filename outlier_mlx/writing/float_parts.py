@@ -1,0 +1,204 @@
+"""Parts that are made from tensors of floats: norms, biases, matrices, quantized or not.
+
+Every part knows its output shapes before it reads anything, and yields the bytes of its tensors in
+order. None holds more than a few slabs.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.safetensors import NUMPY_DTYPES
+from outlier_mlx.storage.tensors import FloatTensor, row_ranges
+from outlier_mlx.writing.mlx_stream import own_mlx_stream
+from outlier_mlx.writing.parts import Chunk, Part, ahead
+from outlier_mlx.writing.writer import TensorSpec
+
+#: The safetensors names of the dtypes that models are written in.
+SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# Of source. Small enough to stay in a core's cache from reading to packing, and for the allocator
+# to reuse: at 8 MB, fresh pages alone took a quarter of the time.
+SLAB_BYTES = 2 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Constant(Part):
+    """A small array that is known at once: alphas, biases of zero."""
+
+    name: str
+    value: np.ndarray
+    dtype: str
+
+    @property
+    def params(self) -> int:
+        """Elements of the array."""
+        return self.value.size
+
+    @property
+    def source_bytes(self) -> int:
+        """Nothing is read."""
+        return 0
+
+    def specs(self) -> list[TensorSpec]:
+        """The one tensor."""
+        return [TensorSpec(self.name, SAFETENSORS_NAMES[self.dtype], self.value.shape)]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The array, in the dtype of the tier."""
+        yield self.name, as_bytes(mx.array(self.value, mlx_dtype(self.dtype))), 0
+
+
+@dataclass(frozen=True)
+class FromTensor(Part):
+    """A part that is made from one tensor of floats."""
+
+    tensor: FloatTensor
+
+    @property
+    def params(self) -> int:
+        """Elements of the tensor."""
+        return prod(self.tensor.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """The tensor's size on disk."""
+        return _stored_bytes(self.tensor)
+
+
+@dataclass(frozen=True)
+class Plain(FromTensor):
+    """A tensor that stays unquantized: norms, biases, the router, matrices no group divides.
+
+    `twin` is the same tensor from another file, which must hold the same values.
+    """
+
+    name: str
+    dtype: str
+    twin: FloatTensor | None = None
+
+    def specs(self) -> list[TensorSpec]:
+        """The one tensor."""
+        return [TensorSpec(self.name, SAFETENSORS_NAMES[self.dtype], self.tensor.shape)]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The tensor slab by slab, rounded to the tier's dtype."""
+
+        def rounded(slab: np.ndarray) -> memoryview:
+            return as_bytes(_rounded(slab, self.dtype, self.tensor))
+
+        for data, used in _made_slabs(self.tensor, self.twin, pool, rounded):
+            yield self.name, data, used
+
+
+@dataclass(frozen=True)
+class Quantized(FromTensor):
+    """A matrix of the base in MLX's affine format: `weight`, `scales` and `biases`."""
+
+    bits: int
+    group_size: int
+    dtype: str
+    twin: FloatTensor | None = None
+
+    @property
+    def affine(self) -> tuple[int, int]:
+        """Bits and group size."""
+        return self.bits, self.group_size
+
+    def specs(self) -> list[TensorSpec]:
+        """Packed weight (out, in * bits / 32) uint32; scales and biases (out, in / group)."""
+        out, width = self.tensor.shape
+        groups = (out, width // self.group_size)
+        dtype = SAFETENSORS_NAMES[self.dtype]
+        return [
+            TensorSpec(f"{self.path}.weight", "U32", (out, width * self.bits // 32)),
+            TensorSpec(f"{self.path}.scales", dtype, groups),
+            TensorSpec(f"{self.path}.biases", dtype, groups),
+        ]
+
+    def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+        """The weight slab by slab, then the scales and biases that were put aside."""
+
+        def quantized(slab: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
+            w = _rounded(slab, self.dtype, self.tensor)
+            packed, scales, biases = mx.quantize(w, self.group_size, self.bits)
+            return as_bytes(packed), as_bytes(scales), as_bytes(biases)
+
+        aside: dict[str, list[memoryview]] = {"scales": [], "biases": []}
+        for (packed, scales, biases), used in _made_slabs(self.tensor, self.twin, pool, quantized):
+            aside["scales"].append(scales)
+            aside["biases"].append(biases)
+            yield f"{self.path}.weight", packed, used
+        for name, pieces in aside.items():
+            for piece in pieces:
+                yield f"{self.path}.{name}", piece, 0
+
+
+def mlx_dtype(dtype: str) -> mx.Dtype:
+    """MLX's dtype of a name such as "bfloat16"."""
+    return getattr(mx, dtype)
+
+
+def as_bytes(array: mx.array) -> memoryview:
+    """The bytes of an MLX array; bfloat16 goes by way of its 16 bits, which NumPy can hold."""
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.ascontiguousarray(np.array(array, copy=False)).data.cast("B")
+
+
+def _rounded(slab: np.ndarray, dtype: str, tensor: FloatTensor) -> mx.array:
+    """A slab in a dtype, of which float16 has but a small part of float32's range."""
+    stored = mx.array(slab).astype(mlx_dtype(dtype))
+    if dtype == "float16" and not mx.isfinite(stored).all():
+        raise CheckpointError(f"{tensor.where}: holds numbers too large for float16")
+    return stored
+
+
+def float_slabs(
+    tensor: FloatTensor, twin: FloatTensor | None, pool: ThreadPoolExecutor
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Slabs of rows as float32, checked for NaN and infinity, and against the twin."""
+    return _made_slabs(tensor, twin, pool, lambda slab: slab)
+
+
+def _made_slabs(
+    tensor: FloatTensor,
+    twin: FloatTensor | None,
+    pool: ThreadPoolExecutor,
+    make: Callable[[np.ndarray], T],
+) -> Iterator[tuple[T, int]]:
+    """What `make` makes of the slabs, on the pool's threads."""
+
+    def made(start: int, stop: int) -> tuple[T, int]:
+        slab = tensor.read_float32(start, stop)
+        if not np.isfinite(slab).all():
+            raise CheckpointError(f"{tensor.where}: holds NaN or infinity")
+        if twin is not None and not np.array_equal(slab, twin.read_float32(start, stop)):
+            raise twins_differ(tensor, twin)
+        with own_mlx_stream():
+            return make(slab), row_size * (stop - start)
+
+    row_size = _stored_bytes(tensor) // max(1, tensor.shape[0])
+    yield from ahead(
+        pool, (partial(made, *r) for r in row_ranges(tensor.shape[0], row_size, SLAB_BYTES))
+    )
+
+
+def twins_differ(tensor: FloatTensor, twin: FloatTensor) -> CheckpointError:
+    """The error for a tensor of the overlay that is not what the base has."""
+    return CheckpointError(
+        f"{tensor.where}: differs from {twin.where} of the base; an overlay may repeat base"
+        " tensors, not change them"
+    )
+
+
+def _stored_bytes(tensor: FloatTensor) -> int:
+    return prod(tensor.shape) * NUMPY_DTYPES[tensor.dtype].itemsize
