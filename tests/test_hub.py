@@ -203,7 +203,12 @@ def test_info_reads_headers_only(hub: Hub, folders: Path, tmp_path: Path) -> Non
     assert same_but_for_the_name("owner/large", large)
     shards = {path.name: path.stat().st_size for path in large.glob("*.safetensors")}
     index = "model.safetensors.index.json"
-    assert hub.files_asked("owner/large") == {"config.json", index, *shards}
+    assert hub.files_asked("owner/large") == {
+        "config.json",
+        "tokenizer_config.json",  # for the chat template
+        index,
+        *shards,
+    }
     # A header is somewhere in the first 100 kB; that much is asked for, and no more.
     weights = [r for r in hub.asked("owner/large") if r.path.endswith(".safetensors")]
     ends = [min(100_000, size) - 1 for size in shards.values()]

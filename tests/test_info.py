@@ -74,8 +74,8 @@ def test_an_overlay_with_its_base(form: str, tmp_path: Path) -> None:
     assert info.nbytes == stored_bytes(path)
     assert info.active_params == TOTAL - PARAMS["experts"] * (EXPERTS - TOP_K) // EXPERTS
     assert info.kv_bytes_per_token == 2 * 2 * LAYERS * KV_WIDTH
-    assert info.details["layers"] == "4" and info.details["MoE layers"] == "2"
-    assert info.details["experts"] == "4, 2 used by a token"
+    assert (info.layers, info.moe_layers) == (4, 2)
+    assert (info.experts, info.experts_per_token) == (4, 2)
     # int8 trits and a float16 scale a row; bfloat16 routers and float32 alphas
     sizes = {row.kind: row.nbytes for row in info.rows}
     rows = MOE * EXPERTS * (2 * WIDTH + HIDDEN)
@@ -115,7 +115,8 @@ def test_a_plain_base(tmp_path: Path) -> None:
     assert params(info) == plain | {"dense FFN": dense}
     assert info.active_params == info.params
     assert info.nbytes == stored_bytes(path) == 2 * info.params
-    assert "experts" not in info.details
+    assert (info.experts, info.experts_per_token, info.moe_layers) == (0, None, 0)
+    assert "experts:" not in run("info", path).out
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_a_portable_tier(tmp_path: Path) -> None:
     assert params(plain) == {kind: n + zeros.get(kind, 0) for kind, n in params(ours).items()}
     assert plain.active_params == plain.params - params(plain)["experts"] // 2
     assert plain.nbytes == stored_bytes(tier)
-    assert plain.details["experts"] == "4, 2 used by a token"
+    assert (plain.experts, plain.experts_per_token) == (4, 2)
 
 
 def test_bits_per_weight(overlay: Built, tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_bits_per_weight(overlay: Built, tmp_path: Path) -> None:
     packed = 2 * WIDTH * (16 + 4) + HIDDEN * (20 + 4)
     assert rows["experts"].nbytes == MOE * EXPERTS * packed
     assert rows["experts"].bits_per_weight == 8 * packed / (3 * HIDDEN * WIDTH)
-    assert info.details["base"] == "4 bits, groups of 64"
+    assert info.quantization == {"bits": 4, "group_size": 64}
 
 
 def test_json(overlay: Built) -> None:
@@ -185,6 +186,56 @@ def test_json(overlay: Built) -> None:
         "nbytes": read["nbytes"],
         "bits_per_weight": 8 * read["nbytes"] / TOTAL,
     }
+
+
+def test_json_has_numbers_as_numbers(overlay: Built, tmp_path: Path) -> None:
+    tier = outlier_mlx.convert(overlay.path, out=tmp_path / "tier")
+    (tier / "README.md").write_text("---\nlicense: [apache-2.0, mit]\n---\n# A model\n")
+    read = run("info", tier, "--json").json
+    del read["rows"]
+    assert {key: value for key, value in read.items() if not isinstance(value, int)} == {
+        "name": "tier",
+        "kind": "tier",
+        "form": "tq1_0_rows",
+        "architecture": "outlier_moe",
+        "dtype": "bfloat16",
+        "quantization": {"bits": 4, "group_size": 64},
+        "licence": "apache-2.0, mit",
+    }
+    numbers = ("layers", "moe_layers", "experts", "experts_per_token", "vocab", "context_length")
+    assert [read[name] for name in numbers] == [LAYERS, MOE, EXPERTS, TOP_K, VOCAB, 512]
+    assert read["chat_template"] is True
+
+
+CARDS = {
+    "license: other\nlicense_name: research-only": "research-only",
+    "license: other": "other",
+    "tags: [a]": None,
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_licence_as_the_card_states_it(card: str, tmp_path: Path) -> None:
+    path = write_base(tmp_path / "base").path
+    (path / "README.md").write_text(f"---\n{card}\n---\n")
+    assert inspect(path).licence == CARDS[card]
+    assert f"licence: {CARDS[card] or 'not stated'}\n" in run("info", path).out
+
+
+def test_where_a_chat_template_may_be(tmp_path: Path) -> None:
+    path = write_base(tmp_path / "base").path
+    for file in path.glob("*token*"):
+        file.unlink()
+    assert not inspect(path).chat_template
+    assert "chat template: no\n" in run("info", path).out
+    (path / "tokenizer_config.json").write_text('{"chat_template": ""}')
+    assert not inspect(path).chat_template
+    (path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert inspect(path).chat_template
+    (path / "tokenizer_config.json").unlink()
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    assert inspect(path).chat_template
+    assert "chat template: yes\n" in run("info", path).out
 
 
 def test_text(overlay: Built) -> None:

@@ -1,6 +1,6 @@
 """Headers of a model wherever it is: enough to open any form of overlay, base or tier."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from outlier_mlx.storage.remote import RemoteFile, find_commit, mirror, mirrors
 from outlier_mlx.storage.safetensors import header_bytes
 from outlier_mlx.terminal import Progress
 
-# What opening a model reads, and nothing that is for its tokenizer or for people.
+# What opening a model reads.
 _FILES = (
     *("config.json", "*.safetensors", "*.safetensors.index.json", "*alpha.json"),
     *("alpha_overlay.pt", "packed_experts/*", "*expert*.gguf", "rotation_metadata.json"),
@@ -51,7 +51,10 @@ def head_bytes(name: str, begin: bytes) -> int:
 
 @contextmanager
 def headers(
-    path_or_repo: str | Path, revision: str | None = None, progress: Progress | None = None
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    besides: Sequence[str] = (),
 ) -> Iterator[Headers]:
     """A model in a folder, as it is; one on the hub as a folder of headers, while the block runs.
 
@@ -61,6 +64,7 @@ def headers(
         path_or_repo: a folder, or a repository on the hub.
         revision: branch, tag or commit on the hub.
         progress: told how many files on the hub have been asked for, and how many will be.
+        besides: further files, by name or pattern, that are fetched whole.
 
     Raises:
         CheckpointError: neither a folder nor the name of a repository. One that is raised within
@@ -73,15 +77,22 @@ def headers(
         return
     repo = str(path_or_repo)
     with mirrors() as work:
-        yield _from_hub(repo, revision, work, progress)
+        yield _from_hub(repo, revision, work, progress, besides)
 
 
-def _from_hub(repo: str, revision: str | None, work: Path, progress: Progress | None) -> Headers:
+def _from_hub(
+    repo: str,
+    revision: str | None,
+    work: Path,
+    progress: Progress | None,
+    besides: Sequence[str],
+) -> Headers:
     folder = work / "model" / repo
     try:
         commit = find_commit(repo, revision)
+        patterns = (*_FILES, *besides)
         files = mirror(
-            repo, commit, folder, head_bytes, patterns=_FILES, small=0, progress=progress
+            repo, commit, folder, head_bytes, patterns=patterns, small=0, progress=progress
         )
         return Headers(Source(folder, repo, commit), files)
     except CheckpointError:

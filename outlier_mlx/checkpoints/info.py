@@ -1,7 +1,7 @@
 """What a model is and how large, from its config and the headers of its files alone."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -22,6 +22,11 @@ from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import Progress
+from outlier_mlx.writing.assets import has_chat_template
+from outlier_mlx.writing.licences import CARD, stated_licence
+
+# What says something of a model besides its config and tensors.
+_ABOUT = (CARD, "tokenizer_config.json", "chat_template.*")
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,17 @@ class Info:
         kv_bytes_per_token: bytes that the KV cache grows by with each token, in 16 bits; None: not
             known.
         rows: parameters and bytes by kind of part, the total last.
-        details: layers, experts and so on, for people.
+        architecture: the config's `model_type`.
+        layers: decoder layers.
+        moe_layers: how many of them have experts; None: not known.
+        experts: routed experts of a MoE layer; 0: there are none.
+        experts_per_token: how many of them a token uses.
         context_length: tokens of context that it was made for.
         vocab: rows of its embedding.
         dtype: of activations and unquantized weights.
+        quantization: bits and group size of what is quantized, but for a tier's experts.
+        chat_template: whether its tokenizer has one.
+        licence: as its model card states it.
     """
 
     name: str
@@ -52,10 +64,17 @@ class Info:
     nbytes: int
     kv_bytes_per_token: int | None
     rows: list[SummaryRow]
-    details: dict[str, str] = field(default_factory=dict)
-    context_length: int | None = None
-    vocab: int | None = None
-    dtype: str | None = None
+    architecture: str | None
+    layers: int | None
+    moe_layers: int | None
+    experts: int
+    experts_per_token: int | None
+    context_length: int | None
+    vocab: int | None
+    dtype: str | None
+    quantization: dict[str, int] | None
+    chat_template: bool
+    licence: str | None
 
     def as_json(self) -> dict:
         """Everything, with the bits per weight of each row."""
@@ -79,7 +98,7 @@ def inspect(
         CheckpointError: there is no model, or its files are not sound.
         OutlierError: the hub cannot be reached.
     """
-    with headers(path_or_repo, revision, progress) as found:
+    with headers(path_or_repo, revision, progress, besides=_ABOUT) as found:
         return _inspect_folder(found.source.folder, found.source.name)
 
 
@@ -87,15 +106,15 @@ def _inspect_folder(folder: Path, name: str) -> Info:
     config = _read(name, raw_config(folder))
     if is_overlay(config.raw):
         overlay = open_overlay(folder)
-        return _describe(config, name, overlay_sizes(overlay), overlay.form)
-    return _describe(config, name, tensor_sizes(name, config, read_shards(folder)), None)
+        return _describe(config, folder, name, overlay_sizes(overlay), overlay.form)
+    return _describe(config, folder, name, tensor_sizes(name, config, read_shards(folder)), None)
 
 
 #: Kind of part, parameters and bytes.
 Sizes = Iterable[tuple[str, int, int]]
 
 
-def _describe(config: Description, name: str, sizes: Sizes, form: str | None) -> Info:
+def _describe(config: Description, folder: Path, name: str, sizes: Sizes, form: str | None) -> Info:
     rows = summarize(sizes)
     total = rows[-1]
     counted = add_up(((row.kind, row.params) for row in rows[:-1]), config)
@@ -111,10 +130,17 @@ def _describe(config: Description, name: str, sizes: Sizes, form: str | None) ->
         nbytes=total.nbytes,
         kv_bytes_per_token=kv_bytes(config, 1),
         rows=rows,
-        details=_details(config),
+        architecture=config.model_type,
+        layers=config.layers,
+        moe_layers=None if config.moe_layers is None else len(config.moe_layers),
+        experts=config.experts,
+        experts_per_token=config.top_k if config.experts else None,
         context_length=context_length(config),
         vocab=config.vocab,
         dtype=config.dtype,
+        quantization=_quantization(config),
+        chat_template=has_chat_template(folder),
+        licence=_licence(folder),
     )
 
 
@@ -152,13 +178,14 @@ def tensor_sizes(name: str, config: Description, tensors: Mapping[str, TensorRef
         yield kind_of(key), stored_params(key, tensors, config, name), tensor.nbytes
 
 
-def _details(config: Description) -> dict[str, str]:
-    details = {"architecture": config.model_type or "?", "layers": str(config.layers or "?")}
-    if config.experts:
-        layers = config.moe_layers
-        details["MoE layers"] = "all" if layers is None else str(len(layers))
-        details["experts"] = f"{config.experts}, {config.top_k or '?'} used by a token"
-    if config.quantization is not None and config.quantization.default is not None:
-        how = config.quantization.default
-        details["base"] = f"{how.bits} bits, groups of {how.group_size}"
-    return details
+def _quantization(config: Description) -> dict[str, int] | None:
+    how = config.quantization.default if config.quantization is not None else None
+    return None if how is None else {"bits": how.bits, "group_size": how.group_size}
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that a model card states: its identifiers, or its name where that is "other"."""
+    stated = stated_licence(folder)
+    if stated is None:
+        return None
+    return ", ".join(stated.name if one == "other" and stated.name else one for one in stated.ids)

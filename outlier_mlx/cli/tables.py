@@ -54,7 +54,7 @@ def print_info(info) -> None:  # type: ignore[no-untyped-def]
     """What a model is (an `info.Info`)."""
     console = stdout()
     print_heading(console, info.name, f": {info.kind} ({info.form})")
-    for name, value in info.details.items():
+    for name, value in _facts(info).items():
         console.print(one_line(f"{name}: {value}"), soft_wrap=True)
     console.print(
         f"parameters: {count(info.params)}, of which a token uses {count(info.active_params)}",
@@ -67,6 +67,28 @@ def print_info(info) -> None:  # type: ignore[no-untyped-def]
         soft_wrap=True,
     )
     console.print(parts_table(info.rows))
+
+
+def _facts(info) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    """What is known of a model, by the names that people see."""
+    facts: dict[str, object] = {
+        "architecture": info.architecture or "unknown",
+        "layers": info.layers or "unknown",
+    }
+    if info.experts:
+        used = info.experts_per_token or "an unknown number"
+        facts["MoE layers"] = "all" if info.moe_layers is None else info.moe_layers
+        facts["experts"] = f"{info.experts}, {used} used by a token"
+    if info.quantization is not None:
+        bits, group_size = info.quantization["bits"], info.quantization["group_size"]
+        facts["base"] = f"{bits} bits, groups of {group_size}"
+    return facts | {
+        "context length": f"{info.context_length} tokens" if info.context_length else "unknown",
+        "vocabulary": f"{info.vocab} tokens" if info.vocab else "unknown",
+        "dtype": info.dtype or "unknown",
+        "chat template": "yes" if info.chat_template else "no",
+        "licence": info.licence or "not stated",
+    }
 
 
 def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]

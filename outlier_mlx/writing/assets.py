@@ -54,6 +54,14 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZERS)
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a folder has a chat template, in a file of its own or its config."""
+    if any((folder / name).exists() for name in TOKENIZER_FILES if name.startswith("chat_")):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.exists() and bool(read_json(inside(folder, config.name)).get("chat_template"))
+
+
 def largest_id(folder: Path) -> int | None:
     """The largest id that the `tokenizer.json` in a folder can give; None without such a file."""
     if not (folder / "tokenizer.json").exists():
