@@ -249,4 +249,4 @@ def test_a_file_of_measurements_that_is_none(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"measured\.json"):
             read_measured(tier)
     result = run("perplexity", tmp_path / "base", "--text", text, "--record", code=1)
-    assert "nothing can be recorded" in result.err
+    assert "results cannot be saved" in result.err

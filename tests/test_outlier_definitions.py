@@ -250,13 +250,13 @@ def test_hits_by_expert() -> None:
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        ([(1, np.zeros((1, 4, 3)))], "layer_0.ffn: passed out of turn"),
-        ([(0, np.zeros((1, 4, 3))), (0, np.zeros((1, 4, 3)))], "layer_0.attn: passed out of turn"),
+        ([(1, np.zeros((1, 4, 3)))], "layer_0.ffn: called out of order"),
+        ([(0, np.zeros((1, 4, 3))), (0, np.zeros((1, 4, 3)))], "layer_0.attn: called out of order"),
         ([(0, np.zeros((2, 4, 3)))], "layer_0.attn: shape"),
         ([(0, np.zeros((1, 4, 3))), (1, np.zeros((1, 4, 2)))], "layer_0.ffn: shape"),
         ([(0, np.full((1, 4, 3), np.nan))], "not all values are finite"),
         ([(0, np.full((1, 4, 3), 7e4))], "not all values are finite in float16"),
-        ([(0, np.zeros((1, 4, 3)))], "layer_0.ffn: not passed"),
+        ([(0, np.zeros((1, 4, 3)))], "layer_0.ffn: not called"),
     ],
 )
 def test_refusals(calls: list[tuple[int, np.ndarray]], message: str) -> None:

@@ -316,7 +316,7 @@ def test_perplexity_is_of_the_same_tokens() -> None:
         ("cohere", {}, "cohere: .* its norms are input_layernorm; known are"),
         ("exaone4", {"sliding_window": None, "sliding_window_pattern": None, "rope_scaling": None},
          "exaone4: .* its norms are post_attention_layernorm and post_feedforward_layernorm"),
-        ("nanbeige", {"num_loops": 2}, "layer_0.attn: passed out of turn"),
+        ("nanbeige", {"num_loops": 2}, "layer_0.attn: called out of order"),
     ],
 )  # fmt: skip
 def test_unknown_layers_are_refused(family: str, changes: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and writes: mlx-lm's own loop, timed over repeated runs."""
+"""Speed of reading prompts and of generation: mlx-lm's own loop, timed over repeated runs."""
 
 import time
 from collections import deque
@@ -25,7 +25,7 @@ from outlier_mlx.terminal import Progress, no_progress
 class BenchOptions:
     """What to run; names and meanings are those of `mlx_lm.benchmark`.
 
-    So are the defaults, but for `generation_tokens`.
+    The defaults are the same, too, except for `generation_tokens`.
     """
 
     prompt_tokens: int = 512
@@ -38,22 +38,22 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Runs:
-    """A figure of repeated runs."""
+    """The values of one quantity in repeated runs."""
 
     values: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one, or the mean of the two in the middle."""
+        """Median of the values."""
         return median(self.values)
 
     @property
     def spread(self) -> float:
-        """How far the largest is above the smallest, as a fraction of the median."""
+        """Largest minus smallest value, as a fraction of the median."""
         return (max(self.values) - min(self.values)) / self.median
 
     def as_json(self) -> dict[str, Any]:
-        """Median, extremes, and all values in the order of the runs."""
+        """Median, smallest, largest, and all values in the order of the runs."""
         low, high = min(self.values), max(self.values)
         return {"median": self.median, "min": low, "max": high, "runs": list(self.values)}
 
@@ -63,14 +63,13 @@ class BenchResult:
     """What a benchmark found.
 
     Attributes:
-        chip: what it ran on.
-        dtype: of the activations.
+        chip: the chip it ran on.
+        dtype: activation dtype.
         options: what was run.
-        prompt_tps: tokens/s of the prompts.
-        generation_tps: tokens/s of what was written, of all texts of the batch together.
-        peak_memory_gb: GB that MLX held at most during the runs, the weights among them.
-        bytes_per_token: what decoding one token reads, where that can be said; see
-            `decode_bytes`.
+        prompt_tps: prompt tokens/s.
+        generation_tps: generated tokens/s, all texts of the batch together.
+        peak_memory_gb: peak of MLX's memory during the runs in GB, weights included.
+        bytes_per_token: bytes that decoding one token reads, if known; see `decode_bytes`.
     """
 
     chip: Chip
@@ -83,7 +82,7 @@ class BenchResult:
 
     @property
     def decode_gb_s(self) -> float | None:
-        """GB/s that decoding read, in the median."""
+        """Bandwidth that decoding used in GB/s, from the median speed."""
         if self.bytes_per_token is None:
             return None
         # mlx-lm divides all tokens by the time after the first.
@@ -121,13 +120,13 @@ def bench_model(
     options: BenchOptions,
     progress: Progress = no_progress,
 ) -> BenchResult:
-    """Time a model on random prompts, after one run that is not counted.
+    """Time a model on random prompts, after one warm-up run.
 
     Args:
         model: as `outlier_mlx.load` returns it.
         tokenizer: likewise.
-        options: lengths of prompt and text, and how many runs.
-        progress: called with the runs done and their number.
+        options: lengths of prompt and generated text, and number of runs.
+        progress: called with runs done so far, and in all.
     """
     mx.random.seed(0)
     size = (options.batch_size, options.prompt_tokens)
@@ -164,7 +163,7 @@ def _generate(
     prompts: Sequence[list[int]],
     options: BenchOptions,
 ) -> Any:
-    """One run; what is returned has mlx-lm's `prompt_tps` and `generation_tps`."""
+    """One run; the result has mlx-lm's `prompt_tps` and `generation_tps`."""
     limits: dict[str, Any] = {
         "max_tokens": options.generation_tokens,
         "prefill_step_size": options.prefill_step_size,

@@ -1,4 +1,4 @@
-"""What the decode kernels are timed on: a tier's own experts, random inputs, the same in MLX."""
+"""Inputs for timing the decode kernels: a tier's own experts, random activations."""
 
 import random
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Affine = tuple[mx.array, mx.array, mx.array]  # weight, scales and biases
 
 @dataclass(frozen=True)
 class Layer:
-    """What a launch is given: the experts of a MoE layer, and inputs as when decoding.
+    """Arguments of a launch: the experts of a MoE layer, and inputs as in decoding.
 
     Attributes:
         gate: rows and scales, (experts, width, ...).
@@ -51,7 +51,7 @@ class Layer:
         return self.h.shape[-1] if matrix == "down" else self.x.shape[-1]
 
     def nbytes(self, matrix: str) -> int:
-        """Bytes of a matrix's rows and scales that the chosen experts have together."""
+        """Bytes of the rows and scales of a matrix, summed over the chosen experts."""
         packed = getattr(self, matrix)
         return sum(array.nbytes for array in packed) // len(packed[0]) * self.indices.size
 
@@ -62,7 +62,7 @@ class Layer:
 
     @property
     def places(self) -> mx.array:
-        """Where the chosen experts are once transcoded, in the shape of `indices`."""
+        """Indices of the chosen experts in `transcoded`, in the shape of `indices`."""
         return mx.arange(self.indices.size, dtype=mx.uint32).reshape(self.indices.shape)
 
 
@@ -73,9 +73,9 @@ class Kernel:
     Attributes:
         name: of its launcher.
         reads: the matrices of a layer that it reads.
-        ours: launches it: layer, indices (tokens, k), variant.
-        plain: the same in MLX: layer, transcoded matrices, their indices (tokens, k), dtype.
-        rounds: whether the result has the activation dtype; else it is float32.
+        ours: launches it; takes layer, indices (tokens, k) and variant.
+        plain: the same in MLX; takes layer, transcoded matrices, their indices (tokens, k), dtype.
+        rounds: whether the result has the activation dtype; otherwise it is float32.
     """
 
     name: str
@@ -129,8 +129,8 @@ def decode_layers(model: nn.Module, tokens: int, dtype: mx.Dtype) -> list[Layer]
 
     Args:
         model: as `outlier_mlx.load` returns it.
-        tokens: that are decoded at a time.
-        dtype: of the activations.
+        tokens: number of tokens decoded at a time.
+        dtype: activation dtype.
 
     Raises:
         OutlierError: the model has no ternary experts.

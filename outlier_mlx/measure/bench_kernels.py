@@ -1,8 +1,8 @@
 """Times the decode kernels' variants on a tier's own experts, beside a floor and MLX's kernels.
 
-An arm is one way to compute what a kernel computes. First every arm does so for every layer that
-is used, and an arm whose result is off is not timed. Then the arms take turns for some rounds, in
-another order each, so that a machine that warms up or slows down does so for all of them alike.
+An arm is one way to compute what a kernel computes. First the result of every arm is checked for
+every layer; an arm with a wrong result is not timed. Then the arms are timed in rounds, in a
+different order in each round, so that a machine that warms up or slows down affects all of them.
 """
 
 import json
@@ -41,11 +41,11 @@ from outlier_mlx.terminal import Progress, no_progress
 ROWS = (4, 8, 16)
 LOAD_BITS = (32, 64)
 FLOOR = "floor"
-# A pass of an arm takes about so long, so that starting and ending it hardly count.
+# Seconds that a pass of an arm takes, long enough that its start and end hardly count.
 PASS_SECONDS = 0.05
 MOST_LAUNCHES = 512
-# How far results may be off, in units of their root mean square. One wrong trit in a row of K
-# moves a product by K ** -0.5 of that; float32 arithmetic stays far below.
+# Allowed error of results, as a fraction of their root mean square. One wrong trit in a row of K
+# changes a product by K ** -0.5 of that; errors of float32 arithmetic are far smaller.
 TOLERANCE = 2.0**-11
 ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 
@@ -58,9 +58,9 @@ class Arm:
 
     Attributes:
         variant: of our kernel; None: MLX's 2-bit kernels.
-        nbytes: of weights that a launch reads.
+        nbytes: bytes of weights that a launch reads.
         error: why it is not timed.
-        seconds: of one launch, by round.
+        seconds: seconds of one launch, by round.
     """
 
     variant: Variant | None
@@ -70,18 +70,18 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for people."""
         v = self.variant
         return f"{v.decode}, {v.rows} rows, {v.load_bits}-bit loads" if v else "MLX 2-bit"
 
     @property
     def runs(self) -> Runs | None:
-        """Seconds of a launch; None where it was not timed."""
+        """Seconds of one launch; None if it was not timed."""
         return Runs(tuple(self.seconds)) if self.seconds else None
 
     @property
     def gb_s(self) -> float | None:
-        """GB/s of weights, in the median."""
+        """Bandwidth in GB/s of weights, from the median."""
         return self.nbytes / self.runs.median / 1e9 if self.runs else None
 
     def as_json(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class KernelResult:
         out_features: rows of a matrix.
         in_features: columns of a matrix.
         pairs: (token, expert) pairs in a launch.
-        launches: in a pass of an arm.
+        launches: number of launches in a pass of an arm.
         arms: the ways to compute it.
     """
 
@@ -133,7 +133,7 @@ class KernelResult:
 
 @dataclass
 class KernelBench:
-    """What was found for a tier's kernels; where there is no Metal, MLX's arm is the only one."""
+    """Results for a tier's kernels; without Metal, MLX's arm is the only one."""
 
     chip: Chip
     dtype: str
@@ -141,7 +141,7 @@ class KernelBench:
 
     @property
     def errors(self) -> list[str]:
-        """What was not timed, and why."""
+        """The arms that were not timed, with reasons."""
         return [
             f"{result.kernel}, {arm.name}: not timed: {arm.error}"
             for result in self.results
@@ -176,9 +176,9 @@ def bench_kernels(
 
     Args:
         model: a tier, as `outlier_mlx.load` returns it.
-        rounds: in each of which every arm has a turn.
-        tokens: that are decoded at a time.
-        progress: called with the rounds done and their number.
+        rounds: number of rounds; each times every arm once.
+        tokens: number of tokens decoded at a time.
+        progress: called with rounds done so far, and in all.
 
     Raises:
         OutlierError: the model has no ternary experts.
@@ -195,7 +195,7 @@ def bench_kernels(
 
 
 def variants_to_time(kernel: str, in_features: int, out_features: int) -> list[Variant]:
-    """Every decode in every geometry that the matrix allows, the floor among them."""
+    """Every way to decode, floor included, in every geometry that the matrix allows."""
     simdgroups = VARIANTS[kernel].simdgroups
     variants = (
         Variant(decode, rows, load_bits, simdgroups).fitted(in_features, out_features)
@@ -205,14 +205,14 @@ def variants_to_time(kernel: str, in_features: int, out_features: int) -> list[V
 
 
 def in_turn(arms: Sequence[T], turn: int) -> list[T]:
-    """The arms in the order of a round: another begins each time, every other runs backwards."""
+    """The arms in the order of a round: rotated by its number, reversed in every other round."""
     start = turn % max(len(arms), 1)
     order = [*arms[start:], *arms[:start]]
     return order[::-1] if turn % 2 else order
 
 
 def excess(found: mx.array, expected: mx.array, tolerance: tuple[float, float]) -> float:
-    """The largest error of a result, as a multiple of what is allowed.
+    """The largest error of a result, as a multiple of the allowed error.
 
     Args:
         found: of any shape and floating dtype.
@@ -226,13 +226,13 @@ def excess(found: mx.array, expected: mx.array, tolerance: tuple[float, float]) 
 
 
 def save_best(bench: KernelBench) -> Path:
-    """Keep the best variants for this chip where the runtime looks for them.
+    """Save the best variants for this chip where the runtime looks for them.
 
     Returns:
-        The file, `variants_file()`; what it holds for other chips stays.
+        The file, `variants_file()`; its entries for other chips stay.
 
     Raises:
-        OutlierError: nothing was timed that may be chosen, or there is no place to keep it.
+        OutlierError: no variant was timed, or there is no place to save it.
     """
     best = {result.kernel: asdict(result.best) for result in bench.results if result.best}
     file = variants_file()
@@ -246,7 +246,7 @@ def save_best(bench: KernelBench) -> Path:
     except FileNotFoundError:
         kept = {}
     except (AttributeError, KeyError, TypeError, ValueError):
-        warnings.warn(f"{file}: replaced, it was no file of kernel variants", stacklevel=2)
+        warnings.warn(f"{file}: not a file of kernel variants; replaced", stacklevel=2)
         kept = {}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"chips": kept | {chip_name(): best}})
@@ -275,7 +275,7 @@ def _bench_kernel(
         contenders += [_ours(kernel, layers, dtype, variant) for variant in variants]
     _check(contenders, kernel, layers)
     sound = [c for c in contenders if c.arm.error is None]
-    # So many that a pass of the slowest takes PASS_SECONDS.
+    # As many launches as take PASS_SECONDS for the slowest.
     slowest = max((_pass(c, len(layers), 1) for c in sound), default=PASS_SECONDS)
     launches = max(1, min(MOST_LAUNCHES, round(PASS_SECONDS / slowest)))
     for turn in range(rounds):
@@ -292,9 +292,9 @@ class _Contender:
     """An arm at work.
 
     Attributes:
-        arm: what is kept of it.
-        compute: the result for a layer, by its number, not before another result is there.
-        tolerance: see `excess`; None where the result has no meaning.
+        arm: its result.
+        compute: computes the result for a layer, by number, after a previous result.
+        tolerance: see `excess`; None if the result has no meaning.
     """
 
     arm: Arm
@@ -329,7 +329,7 @@ def _ours(kernel: Kernel, layers: list[Layer], dtype: mx.Dtype, variant: Variant
 
 
 def _check(contenders: list[_Contender], kernel: Kernel, layers: list[Layer]) -> None:
-    """Compute every layer in every way, and in plain MLX in float32; what is off gets an error."""
+    """Compare the result of every arm for every layer with plain MLX in float32."""
     for number, layer in enumerate(layers):
         affine = [layer.transcoded(matrix, mx.float32) for matrix in kernel.reads]
         expected = kernel.plain(layer, affine, layer.places, mx.float32)
@@ -352,7 +352,7 @@ def _error(contender: _Contender, number: int, expected: mx.array) -> str | None
 
 
 def _pass(contender: _Contender, layers: int, launches: int) -> float:
-    """Seconds a launch, of so many that wait for one another."""
+    """Seconds per launch, in a chain of launches that depend on each other."""
     result = None
     for launch in range(launches):
         result = contender.compute(launch % layers, result)
@@ -362,7 +362,7 @@ def _pass(contender: _Contender, layers: int, launches: int) -> float:
 
 
 def _after(previous: mx.array | None, indices: mx.array) -> mx.array:
-    """The same indices, but not before `previous` is there, as layers wait for one another."""
+    """The same indices, but dependent on `previous`, as layers depend on each other."""
     if previous is None:
         return indices
     either = previous.flatten()[:1].view(mx.bool_)[:1]

@@ -1,4 +1,4 @@
-"""What `outlier-mlx bench` prints for people: results on stdout, remarks on stderr."""
+"""The output of `bench`: results on stdout, remarks on stderr."""
 
 from rich.text import Text
 
@@ -10,7 +10,7 @@ from outlier_mlx.terminal import Output, print_columns, print_heading, size, std
 
 
 def print_result(name: str, result: BenchResult) -> None:
-    """Speed of reading and writing, memory, and what part of the bandwidth decoding used."""
+    """Print prompt and generation speed, memory, and the bandwidth that decoding used."""
     console, options = stdout(), result.options
     _print_heading(console, name, result.chip, result.dtype)
     batch = f" x {options.batch_size}" if options.batch_size > 1 else ""
@@ -18,7 +18,7 @@ def print_result(name: str, result: BenchResult) -> None:
     measured = zip(labels, (result.prompt_tps, result.generation_tps), strict=True)
     rows = [(label, f"{runs.median:.1f}", f"{runs.spread:.1%}") for label, runs in measured]
     print_columns(console, ["", "tokens/s", "spread"], rows)
-    console.print(f"runs: {options.num_trials}, after one that is not counted", soft_wrap=True)
+    console.print(f"runs: {options.num_trials}, after one warm-up run", soft_wrap=True)
     console.print(f"peak memory: {result.peak_memory_gb:.3f} GB", soft_wrap=True)
     if result.bytes_per_token is not None:
         read = (
@@ -30,7 +30,7 @@ def print_result(name: str, result: BenchResult) -> None:
 
 
 def print_kernels(name: str, bench: KernelBench) -> None:
-    """Of each kernel, microseconds of every variant, and how the best compares."""
+    """Print for each kernel the microseconds of every variant, and compare the best."""
     console = stdout()
     _print_heading(console, name, bench.chip, bench.dtype)
     for result in bench.results:
@@ -55,7 +55,7 @@ def _print_heading(console: Output, name: str, chip: Chip, dtype: str) -> None:
 
 
 def _print_variants(console: Output, result: KernelResult) -> None:
-    """Medians in microseconds: geometries in rows, decodes in columns."""
+    """Print medians in microseconds: geometries in rows, ways to decode in columns."""
     timed = {arm.variant: arm.runs for arm in result.arms if arm.variant}
     table: list[list[str | Text]] = []
     for rows, load_bits in dict.fromkeys((v.rows, v.load_bits) for v in timed):
@@ -80,7 +80,7 @@ def _best(result: KernelResult) -> Arm | None:
 
 
 def _describe(arm: Arm, result: KernelResult, chip: Chip) -> str:
-    """Median, spread and GB/s of an arm; the best one's also beside the floor and MLX."""
+    """Median, spread and GB/s of an arm; for our variant, also relative to its floor and MLX."""
     assert arm.runs is not None and arm.gb_s is not None
     text = f"{arm.name}: {arm.runs.median * 1e6:.1f} µs, spread {arm.runs.spread:.1%}"
     text += f", {arm.gb_s:.3g} GB/s" + _share(arm.gb_s, chip)

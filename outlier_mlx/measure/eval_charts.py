@@ -9,7 +9,7 @@ from typing import Any
 from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.measure.eval_results import Evaluation
 
-#: Settings that change scores. The batch size changes how sums are rounded, and no more.
+#: Settings that change scores. The batch size only changes how sums are rounded.
 _SETTINGS = ("limit", "num_fewshot", "apply_chat_template", "max_tokens", "seed", "dtype")
 
 
@@ -18,13 +18,14 @@ class Point:
     """A model in a chart.
 
     Attributes:
-        label: its name, unlike those of the others.
+        label: its name, made unique.
         gb: its memory in GB of 10^9 bytes.
         value: its score.
-        stderr: the score's standard error; None where the harness has none.
-        n: documents that were scored.
+        stderr: standard error of the score; None if the harness has none.
+        n: number of scored documents.
         score_per_gb: None unless higher is better.
-        on_front: no other model is at once as small and as good, and smaller or better.
+        on_front: whether it is on the Pareto front: no other model is both as small and as good,
+            and smaller or better.
     """
 
     label: str
@@ -38,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Chart:
-    """What all models have of one metric of one task; the best comes first."""
+    """The scores of all models in one metric of one task; the best is first."""
 
     task: str
     metric: str
@@ -48,13 +49,13 @@ class Chart:
 
     @property
     def title(self) -> str:
-        """Task, metric, and the filter if it is one."""
+        """Task, metric and filter; the filter "none" is left out."""
         name = f"{self.task}, {self.metric}"
         return name if self.filter == "none" else f"{name} ({self.filter})"
 
     @property
     def direction(self) -> str:
-        """Which scores are good, for people."""
+        """Whether higher or lower scores are better, in words."""
         known = {True: "higher is better", False: "lower is better"}
         return known.get(self.higher_is_better, "better is not known")  # type: ignore[arg-type]
 
@@ -70,13 +71,13 @@ def charts(
     task: str | None = None,
     metric: str | None = None,
 ) -> list[Chart]:
-    """Join evaluations into a chart for each score that all of them have.
+    """Make a chart of each score that all evaluations have.
 
     Args:
-        stems: of the files, which tell models of the same name apart.
+        stems: the files' stems, to tell models of the same name apart.
         evaluations: in the same order.
-        task: only this one.
-        metric: only this one.
+        task: use only this task.
+        metric: use only this metric.
 
     Raises:
         OutlierError: they have no score in common, or none of this task and metric.
@@ -117,7 +118,7 @@ def _goodness(value: float, higher_is_better: bool | None) -> float:
 
 
 def on_front(place: tuple[float, float], places: Sequence[tuple[float, float]]) -> bool:
-    """Whether nothing beats a place (GB, goodness): as small and as good, and one of them more."""
+    """Whether a place (GB, goodness) is on the Pareto front."""
     gb, good = place
     return not any(
         other_gb <= gb and other >= good and (other_gb, other) != place
@@ -126,7 +127,7 @@ def on_front(place: tuple[float, float], places: Sequence[tuple[float, float]]) 
 
 
 def _labels(stems: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
-    """The models' names, with the file's where two have the same, and a number if need be."""
+    """Unique names: the models', if needed with the file's stem, if needed with a number."""
     names = Counter(e.model for e in evaluations)
     labels = [
         e.model if names[e.model] == 1 else f"{e.model} ({stem})"
@@ -140,7 +141,7 @@ def _labels(stems: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str
 
 
 def differences(evaluations: Sequence[Evaluation], found: Sequence[Chart]) -> list[str]:
-    """What the evaluations were not run alike in, a line each; then their scores compare ill."""
+    """Differences in how the evaluations were run, a line each; they limit comparisons."""
     shown = {(chart.task, chart.metric, chart.filter) for chart in found}
     named: dict[str, list[Any]] = {
         "lm-eval version": [e.versions.get("lm-eval") for e in evaluations],

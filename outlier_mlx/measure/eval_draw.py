@@ -30,7 +30,7 @@ def check_number(found: Sequence[Chart]) -> None:
 
 
 def draw(found: Sequence[Chart], path: Path) -> None:
-    """Draw scores with their standard errors against GB; the front is a line.
+    """Draw scores with their standard errors against memory; the Pareto front is a line.
 
     Args:
         found: at most `MOST_CHARTS` charts.
@@ -38,7 +38,7 @@ def draw(found: Sequence[Chart], path: Path) -> None:
 
     Raises:
         OutlierError: there are too many charts, matplotlib is not installed, or the file's suffix
-            is no picture's.
+            is not that of a picture.
     """
     check_number(found)
     columns = min(len(found), 3)

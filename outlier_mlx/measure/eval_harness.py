@@ -1,4 +1,4 @@
-"""Running lm-evaluation-harness on a model, without its noise."""
+"""Running lm-evaluation-harness on a model, without its output."""
 
 import logging
 import math
@@ -33,24 +33,24 @@ from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import Stages
 
 #: Resamples for standard errors that have no closed form. The harness takes a hundred times as
-#: many, in a pool of processes; these give two digits, in one.
+#: many, in several processes; these give two digits, in one process.
 BOOTSTRAP_ITERS = 1000
-#: Context length of models that do not state theirs; mlx-lm's adapter takes the same.
+#: Context length of models that do not state theirs; the same as in mlx-lm's adapter.
 _MAX_LENGTH = 8192
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What changes scores.
+    """Settings that change scores.
 
     Attributes:
-        limit: documents of each task at most.
-        num_fewshot: examples before each question; None: as each task has it.
-        batch_size: texts that are generated together.
-        apply_chat_template: put questions as the model's chat template has them.
-        max_tokens: tokens of an answer at most; None: as each task has it.
-        seed: of everything that is drawn, above all few-shot examples.
-        dtype: of activations, as `load` takes it.
+        limit: number of documents of each task, at most.
+        num_fewshot: examples before each question; None: the task's own number.
+        batch_size: number of texts generated together.
+        apply_chat_template: ask questions with the model's chat template.
+        max_tokens: tokens of an answer, at most; None: the task's own limit.
+        seed: seed of all random choices, mainly of few-shot examples.
+        dtype: activation dtype, as `load` takes it.
     """
 
     limit: int | None = None
@@ -63,13 +63,13 @@ class EvalOptions:
 
 
 class Noted:
-    """What the harness logs as warning, each text once."""
+    """The harness's warnings, each text once."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def add(self, text: str) -> None:
-        """Note a text, unless it was noted before."""
+        """Add a warning, unless it is there already."""
         line = one_line(text)[:300]
         if line not in self.texts:
             self.texts.append(line)
@@ -85,14 +85,14 @@ def evaluate(
     trust_tasks: bool = False,
     run_generated_code: bool = False,
 ) -> tuple[Evaluation, list[str]]:
-    """Load a model and evaluate it; its tasks come first, since they may be wrong.
+    """Load a model and evaluate it; tasks are loaded first, since they may be wrong.
 
     Args:
         source: a tier, or another model that `load` takes.
         tasks: as `load_tasks` takes them.
-        options: what changes scores.
-        stages: shows progress; called with what runs and what it counts.
-        working: shows that something is done; called with what it is.
+        options: settings that change scores.
+        stages: shows progress.
+        working: shows a text while something runs.
         trust_tasks: run Python that task files bring along.
         run_generated_code: run tasks that execute what the model writes.
 
@@ -100,7 +100,7 @@ def evaluate(
         The scores, and the harness's warnings.
 
     Raises:
-        OutlierError: a task or the model is not sound, or does not fit the other.
+        OutlierError: a task or the model is not sound, or they do not fit together.
     """
     date = datetime.now(UTC).isoformat(timespec="seconds")
     noted = Noted()
@@ -130,7 +130,7 @@ def evaluate(
         device="cpu" if mx.default_device() == mx.cpu else "gpu",
         date=date,
         versions=versions("lm-eval"),
-        # Of files the names alone, since their places are this machine's affair.
+        # Names of files without their folders: no path of this machine.
         config={"tasks": [Path(task).name if is_path(task) else task for task in tasks]}
         | asdict(options)
         | {"dtype": dtype_name(activation_dtype(model)), "bootstrap_iters": BOOTSTRAP_ITERS},
@@ -147,7 +147,7 @@ def _prepare(loaded: TaskDict, options: EvalOptions, noted: Noted) -> None:
     for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
         if options.num_fewshot is not None and own == 0 and options.num_fewshot != 0:
-            noted.add(f"{name} is always asked without examples; --num-fewshot is not heeded")
+            noted.add(f"{name} is always asked without examples; --num-fewshot is ignored")
         elif options.num_fewshot is not None:
             task.set_config(key="num_fewshot", value=options.num_fewshot)
         elif own is None:
@@ -155,7 +155,7 @@ def _prepare(loaded: TaskDict, options: EvalOptions, noted: Noted) -> None:
         task.set_fewshot_seed(seed=options.seed)
         asked = task.get_config("generation_kwargs") or {}
         if asked.get("do_sample") or asked.get("temperature"):
-            noted.add(f"{name} wants sampled answers; here they are greedy")
+            noted.add(f"{name} asks for sampled answers; they are greedy here")
 
 
 def _run(
@@ -174,14 +174,14 @@ def _run(
         )
     except (OutlierError, OSError, MemoryError):
         raise
-    except Exception as error:  # tasks and their metrics raise what they like
+    except Exception as error:  # tasks and their metrics may raise anything
         raise OutlierError(_failure(error)) from error
-    assert found is not None  # which it is in other processes than the first
+    assert found is not None  # it is None only in processes other than the first
     return found
 
 
 def _max_length(model: nn.Module) -> int:
-    """Tokens of context that a model was made for."""
+    """The model's context length in tokens."""
     length = context_length(described(model))
     return length if length is not None and length > 1 else _MAX_LENGTH
 
@@ -194,7 +194,7 @@ def _failure(error: Exception) -> str:
 
 
 def _results(found: Mapping[str, Any]) -> Iterator[Result]:
-    """The harness's table, row by row."""
+    """The rows of the harness's table."""
     for task, values in found["results"].items():
         directions = found["higher_is_better"].get(task) or {}
         task_version = found["versions"].get(task)
@@ -216,7 +216,7 @@ def _results(found: Mapping[str, Any]) -> Iterator[Result]:
 
 
 def _finite(value: Any) -> float | None:
-    """A number, or None for "N/A", infinities and what is no number."""
+    """The value as a float; None if it is not a finite number, such as "N/A"."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         return None
     return float(value) if math.isfinite(value) else None
@@ -224,7 +224,7 @@ def _finite(value: Any) -> float | None:
 
 @contextmanager
 def _noting(noted: Noted) -> Iterator[None]:
-    """Keep what the harness and `datasets` log, rather than have it printed."""
+    """Collect what the harness and `datasets` log instead of printing it."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -233,7 +233,7 @@ def _noting(noted: Noted) -> Iterator[None]:
     handler = Handler(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "mlx_lm")]
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
-    # Without any, the first message of mlx-lm's would make one that prints.
+    # Without any handler, the first message of mlx-lm would add one that prints.
     root, nothing = logging.getLogger(), logging.NullHandler()
     root.addHandler(nothing)
     hush_hub()
@@ -258,7 +258,7 @@ def _noting(noted: Noted) -> Iterator[None]:
 
 @contextmanager
 def _silenced(stages: Stages) -> Iterator[Stages]:
-    """Keep the harness from printing; yields what shows progress all the same."""
+    """Keep the harness from printing; yields stages that still show progress."""
     terminal = sys.stderr
     pools = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"

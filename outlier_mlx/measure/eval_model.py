@@ -1,4 +1,4 @@
-"""A loaded model as lm-evaluation-harness wants it: mlx-lm's adapter, with the harness's rules.
+"""A loaded model for lm-evaluation-harness: mlx-lm's adapter, with the harness's rules.
 
 mlx-lm's `MLXLM` runs models: it scores and generates. How a text becomes tokens to be scored is
 taken from the harness's own `TemplateLM`, as its other backends do, so that scores compare with
@@ -29,15 +29,15 @@ _BATCHES = 4
 
 
 class HarnessModel(TemplateLM, MLXLM):
-    """What `lm_eval.evaluate` takes.
+    """A model, as `lm_eval.evaluate` takes it.
 
     Args:
         model: maps tokens (1, length) and a cache to logits (1, length, vocab).
         tokenizer: the model's.
-        max_length: tokens of context and continuation that the model was made for.
-        batch_size: texts that are generated together.
-        max_tokens: tokens of an answer at most; None: as each task has it.
-        chat: requests come with the chat template applied.
+        max_length: the model's context length in tokens, for context and continuation.
+        batch_size: number of texts generated together.
+        max_tokens: tokens of an answer, at most; None: the task's own limit.
+        chat: whether the chat template is applied to requests already.
         stages: shows progress.
 
     Raises:
@@ -75,34 +75,34 @@ class HarnessModel(TemplateLM, MLXLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text without context."""
         bos = self.tokenizer.bos_token_id
         return bos if bos is not None else self.eot_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Tokens of a text; a chat template has written the special ones already."""
+        """Tokens of a text; a chat template adds the special tokens itself."""
         special = not self.use_chat_template if add_special_tokens is None else add_special_tokens
         return self.tokenizer.encode(string, add_special_tokens=special)
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation after its context, in nats, and if it is greedy."""
+        """Log-likelihood of each continuation in nats, and whether greedy decoding gives it."""
         return TemplateLM.loglikelihood(self, requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Score continuations; a context that several have is read once."""
+        """Score continuations; a context that several share is read once."""
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, ((_text, wanted), context, continuation) in enumerate(requests):
             if not continuation:
-                raise OutlierError(f"a continuation without a token of its own: {wanted[:80]!r}")
+                raise OutlierError(f"a continuation without tokens: {wanted[:80]!r}")
             if len(continuation) > self.max_length:
                 raise OutlierError(
-                    f"a continuation of {len(continuation)} tokens; the model was made for"
+                    f"a continuation of {len(continuation)} tokens is longer than the context of"
                     f" {self.max_length}: {wanted[:80]!r}"
                 )
             # The last token is predicted, not read.
@@ -123,7 +123,7 @@ class HarnessModel(TemplateLM, MLXLM):
     def _score_group(
         self, context: list[int], continuations: list[list[int]]
     ) -> list[tuple[float, bool]]:
-        """Score continuations of one context."""
+        """Score several continuations of one context."""
         first, cache = self._process_prompt(context)  # (1, vocab) log-probabilities
         best = mx.argmax(first).item()
         found: list[tuple[Any, bool]] = []
@@ -141,13 +141,14 @@ class HarnessModel(TemplateLM, MLXLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of whole texts, in nats.
 
-        What is longer than the model's context is predicted from as much before it as fits.
+        Of a text longer than the model's context, each token is predicted from as many before it as
+        fit.
         """
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         owners = []
         for number, request in enumerate(requests):
             text = request.args[0]
-            # The prefix is the BOS token; one of the tokenizer's own would be scored as text.
+            # The prefix is the BOS token; another from the tokenizer would be scored as text.
             tokens = self.tok_encode(text, add_special_tokens=False)
             for window in get_rolling_token_windows(
                 tokens, self.prefix_token_id, self.max_length, 1
@@ -163,12 +164,12 @@ class HarnessModel(TemplateLM, MLXLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Greedy answers, each cut where the first of its stopping texts begins."""
+        """Greedy answers, each cut before the first of its stop texts."""
         texts: list[str] = []
         long = sum(len(self.tok_encode(r.args[0])) > self.max_length for r in requests)
         if long:
             _logger.warning(
-                "%d questions are longer than the context of %d tokens that the model was made for",
+                "%d questions are longer than the model's context of %d tokens",
                 long,
                 self.max_length,
             )
@@ -182,7 +183,7 @@ class HarnessModel(TemplateLM, MLXLM):
 
 
 def _with_stops(request: Any) -> SimpleNamespace:
-    """A request whose stopping texts are a list, which mlx-lm takes for granted."""
+    """The request with its stop texts in a list, as mlx-lm expects them."""
     context, options = request.args
     stops = options.get("until") or []
     listed = [stops] if isinstance(stops, str) else list(stops)

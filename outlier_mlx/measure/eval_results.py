@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON: scores, their errors, and the memory that they cost."""
+"""Results of an evaluation, as JSON: scores, standard errors, and the model's memory."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -8,11 +8,11 @@ from typing import Any
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.output import check_writable, write_whole
 
-#: Value of the field "format"; another number for another meaning of a field.
+#: Value of the field "format"; the number changes if the meaning of a field does.
 FORMAT = "outlier-mlx evaluation 1"
-# A harness run with all subtasks there are has well under a megabyte.
+# A run of the harness with all its subtasks takes well under a megabyte.
 _MAX_BYTES = 64 * 2**20
-# Sums and differences of numbers below it are finite, too.
+# Sums and differences of smaller numbers are finite, too.
 _MAX_NUMBER = 1e300
 
 
@@ -23,13 +23,13 @@ class Result:
     Attributes:
         task: the harness's name of the task or group.
         metric: the metric's name.
-        filter: what was made of answers before they were scored; "none" if nothing.
-        value: the score; None where the harness has no finite one.
-        stderr: the harness's standard error; None where it has none.
-        n: documents that were scored.
-        higher_is_better: None where the task does not say.
+        filter: how answers were processed before scoring; "none" if they were not.
+        value: the score; None if it is not finite.
+        stderr: the harness's standard error; None if it has none.
+        n: number of scored documents.
+        higher_is_better: None if the task does not say.
         fewshot: examples before each question; None for groups whose tasks differ.
-        task_version: as the task has it.
+        task_version: the task's own version.
     """
 
     task: str
@@ -44,7 +44,7 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What two scores must share to be comparable."""
+        """Identifies a score: two scores with the same key can be compared."""
         return self.task, self.metric, self.filter
 
 
@@ -55,12 +55,12 @@ class Evaluation:
     Attributes:
         model: the repository, or the folder's own name.
         revision: the commit on the hub; None for a folder.
-        bytes_in_memory: of all the model's tensors as they are stored, which is what they take on
-            a GPU, whatever this machine kept of them.
-        device: what ran it, "gpu" or "cpu".
-        date: when it began, UTC, ISO 8601.
-        versions: of this package, the harness, mlx and mlx-lm.
-        config: everything that changes scores.
+        bytes_in_memory: bytes of all the model's tensors as they are stored, which is what they
+            take on a GPU.
+        device: "gpu" or "cpu".
+        date: start of the run, UTC, ISO 8601.
+        versions: versions of this package, the harness, mlx and mlx-lm.
+        config: all settings that change scores.
         results: the scores, in the harness's order.
     """
 
@@ -79,7 +79,7 @@ class Evaluation:
         return self.bytes_in_memory / 1e9
 
     def score_per_gb(self, result: Result) -> float | None:
-        """Value by GB; None unless higher is better, since a lower score over GB says nothing."""
+        """Score per GB; None unless higher is better, since it would mean nothing otherwise."""
         if result.value is None or not result.higher_is_better:
             return None
         return result.value / self.gb
@@ -109,7 +109,7 @@ def read(path: Path) -> Evaluation:
     """Read what `save` wrote.
 
     Raises:
-        OutlierError: it is no such file, or one of another version.
+        OutlierError: the file is not an evaluation, or of another version.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:

@@ -1,4 +1,4 @@
-"""What `eval` and `compare` print: results on stdout."""
+"""The output of `eval` and `compare`, on stdout."""
 
 from collections.abc import Sequence
 from string import ascii_lowercase
@@ -20,7 +20,7 @@ _ROOMY = 56
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """A model's scores, and what they cost."""
+    """Print a model's scores, and scores per GB."""
     console = stdout()
     print_heading(console, evaluation.model, f": {size(evaluation.bytes_in_memory)} in memory")
     filters = any(result.filter != "none" for result in evaluation.results)
@@ -44,7 +44,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def _how(evaluation: Evaluation) -> str:
-    """One line of what the scores depend on."""
+    """The settings that the scores depend on, in one line."""
     config = evaluation.config
     parts = [f"lm-eval {evaluation.versions.get('lm-eval')}", evaluation.date]
     parts.append(f"{evaluation.device.upper()}, {config.get('dtype')}")
@@ -58,14 +58,14 @@ def _how(evaluation: Evaluation) -> str:
 
 
 def _figure(value: float | None) -> str:
-    """Four decimals, as errors of scores have them; large numbers with fewer."""
+    """A score with four decimals; large numbers with fewer."""
     if value is None:
         return "-"
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.5g}"
 
 
 def _per_gb(value: float | None) -> str:
-    """Four digits: models are of any size."""
+    """A score per GB with four digits, whatever the model's size."""
     return "-" if value is None else f"{value:.4g}"
 
 
@@ -74,7 +74,7 @@ def _shown(text: str) -> Text:
 
 
 def print_charts(found: Sequence[Chart]) -> None:
-    """Each chart as a table and, for more than one model, as a plot."""
+    """Print each chart as a table and, for more than one model, as a plot."""
     console = stdout()
     for number, chart in enumerate(found):
         if number:
@@ -91,7 +91,7 @@ def print_charts(found: Sequence[Chart]) -> None:
 
 
 def _marks(points: Sequence[Point]) -> list[str]:
-    """A letter for each point, capital on the front; dots when the alphabet is over."""
+    """A letter for each point, capital on the Pareto front; dots from the 27th point on."""
     letters = [*ascii_lowercase, *("." for _ in points)]
     return [
         letter.upper() if point.on_front else letter
@@ -153,7 +153,7 @@ def plot(points: Sequence[Point], marks: Sequence[str], width: int) -> list[str]
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:
-    """Bounds with something between them."""
+    """The bounds, moved apart if they are equal."""
     if high > low:
         return low, high
     room = abs(low) * 0.1 or 1.0

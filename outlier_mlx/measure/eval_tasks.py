@@ -1,4 +1,4 @@
-"""The harness's tasks by name, and tasks of one's own from files. Of the latter no code is run.
+"""The harness's tasks by name, and the user's own tasks from files, whose code is not run.
 
 A task file can bring Python along: functions (`!function`), classes, metrics that the package
 `evaluate` fetches, and Jinja templates that reach into Python's internals. Unless the user trusts
@@ -26,7 +26,7 @@ from lm_eval.tasks.manager import TaskDict
 
 from outlier_mlx.errors import OutlierError, one_line
 
-#: Told what is done; shows it meanwhile.
+#: Shows a text while something runs.
 Working = Callable[[str], AbstractContextManager[Any]]
 
 _TRUST = "--trust-tasks runs it"
@@ -47,15 +47,15 @@ def load_tasks(specs: Sequence[str], working: Working, *, trust: bool = False) -
 
     Args:
         specs: names of the harness's tasks, groups and tags; task files (.yaml); folders of them.
-        working: shows that something is done; called with what it is.
+        working: shows a text while something runs.
         trust: run Python that task files bring along.
 
     Returns:
         What `lm_eval.evaluate` takes.
 
     Raises:
-        OutlierError: no such task, a file that is no sound task, or would run code, or data that
-            cannot be had.
+        OutlierError: an unknown task, a file that is not a sound task or would run code, or data
+            that cannot be loaded.
     """
     local, wanted = _local_tasks([spec for spec in specs if is_path(spec)], trust=trust)
     wanted += [spec for spec in specs if not is_path(spec)]
@@ -82,7 +82,7 @@ def load_tasks(specs: Sequence[str], working: Working, *, trust: bool = False) -
 
 
 def is_path(spec: str) -> bool:
-    """Whether a task is meant as a file or folder, and not as a name of the harness's."""
+    """Whether a task is given as a file or folder, not by name."""
     return "/" in spec or spec.endswith((".yaml", ".yml"))
 
 
@@ -112,7 +112,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _local_tasks(paths: list[str], *, trust: bool) -> tuple[dict[str, Entry], list[str]]:
-    """Index the tasks of files and folders. Returns it, and the names that are not a group's."""
+    """An index of the tasks in files and folders, and the names of those in no group."""
     index: dict[str, Entry] = {}
     for path in map(Path, paths):
         files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
@@ -153,7 +153,7 @@ def _add(file: Path, folder: Path, index: dict[str, Entry], *, trust: bool, may_
 
 
 def _refuse_functions(file: Path, folder: Path) -> None:
-    """Refuse tags that are not plain YAML's, in a file and in what it includes from a folder."""
+    """Refuse tags that are not plain YAML, in a file and in the files that it includes."""
     todo: list[tuple[Path, tuple[Path, ...]]] = [(file, ())]
     for number in count():
         if not todo:
@@ -170,7 +170,7 @@ def _refuse_functions(file: Path, folder: Path) -> None:
 
 
 def _includes(file: Path) -> list[Path]:
-    """The files that a task file includes; its own values are plain and not too many."""
+    """The files that a task file includes. Refuses tags that are not plain YAML, and huge files."""
     if file.exists() and not file.is_file():
         raise OutlierError(f"{file}: not a file")
     if file.stat().st_size > _MAX_BYTES:
@@ -194,7 +194,7 @@ def _includes(file: Path) -> list[Path]:
 
 
 def _nodes(root: yaml.Node) -> Iterator[yaml.Node]:
-    """A node and all below it, those of aliases wherever they stand."""
+    """A node and all nodes below it; aliases are followed everywhere."""
     todo = [root]
     while todo:
         node = todo.pop()
@@ -223,7 +223,7 @@ def _refuse_code(file: Path, config: Any) -> None:
 
 
 def _find_data(folder: Path, config: dict) -> None:
-    """Make names of data files that lie beside the task file absolute.
+    """Make the names of data files beside the task file absolute.
 
     The harness would look for them in the working directory.
     """
@@ -248,7 +248,7 @@ def _find_data(folder: Path, config: dict) -> None:
 
 
 def _members(config: dict | None) -> Iterator[str]:
-    """The tasks and groups that a group names, also inside groups of its own."""
+    """The tasks and groups that a group names, also in nested groups."""
     listed = (config or {}).get("task")
     for item in listed if isinstance(listed, list) else []:
         if isinstance(item, dict):
@@ -259,7 +259,7 @@ def _members(config: dict | None) -> Iterator[str]:
 
 
 def _named(local: dict[str, Entry], wanted: list[str]) -> Iterator[str]:
-    """All names that have to be found somewhere."""
+    """All names of tasks and groups that are needed."""
     yield from wanted
     for entry in local.values():
         yield from _members(entry.cfg)

@@ -1,4 +1,4 @@
-"""What was measured of a tier: `measured.json` beside its manifest, for the card that is pushed."""
+"""Measurements of a tier: `measured.json` beside its manifest, for the model card."""
 
 import hashlib
 from dataclasses import asdict, dataclass, fields
@@ -20,18 +20,18 @@ class Measured:
 
     Attributes:
         text: the text's file name.
-        sha256: of the text's bytes, in hexadecimal digits.
-        window: tokens in a window, as asked for.
-        windows: how many at most; None for all.
-        tokens: tokens that were predicted.
+        sha256: SHA-256 of the text's bytes, hexadecimal.
+        window: tokens in a window, as given.
+        windows: number of windows, at most; None for all.
+        tokens: number of predicted tokens.
         perplexity: exp of the mean loss.
-        standard_error: of the loss, in nats.
-        dtype: of the activations.
-        chip: what it ran on.
-        versions: of what it ran in.
-        against: the model that `kl` is the distance from; None without one.
-        kl: Kullback-Leibler divergence from that model's predictions, in nats.
-        agreement: share of tokens for which both find the same token the likeliest.
+        standard_error: standard error of the loss, in nats.
+        dtype: activation dtype.
+        chip: the chip it ran on.
+        versions: versions of this package, mlx and mlx-lm.
+        against: the other model, for `kl` and `agreement`; None without one.
+        kl: Kullback-Leibler divergence from the other model's predictions, in nats.
+        agreement: share of positions where both models' likeliest tokens are equal.
     """
 
     text: str
@@ -50,26 +50,26 @@ class Measured:
 
     @property
     def key(self) -> tuple:
-        """What tells one measurement from another; a second of the same replaces the first."""
+        """Identifies a measurement: a new one with the same key replaces the old one."""
         return self.sha256, self.window, self.windows, self.dtype, self.chip, self.against
 
 
 def require_tier(path: str | Path) -> Path:
-    """The folder of a tier, which alone has a place for what is measured.
+    """The folder of a tier, in which measurements can be recorded.
 
     Raises:
-        OutlierError: it is none.
+        OutlierError: the path is not the folder of a tier.
     """
     folder = Path(path)
     if not (folder / _MANIFEST).is_file():
-        raise OutlierError(f"{path}: not the folder of a tier, so nothing can be recorded in it")
+        raise OutlierError(f"{path}: not the folder of a tier, so results cannot be saved in it")
     return folder
 
 
 def record(folder: Path, measured: Measured) -> None:
-    """Add a measurement to a tier's; the file appears whole or not at all.
+    """Add a measurement to a tier; the file appears whole or not at all.
 
-    Measurements of other weights, which the tier in this folder once had, are dropped.
+    Measurements of earlier weights of the tier are dropped.
     """
     others = [one for one in read_measured(folder) if one.key != measured.key]
     entries = [asdict(one) for one in [*others, measured]]
@@ -78,13 +78,13 @@ def record(folder: Path, measured: Measured) -> None:
 
 
 def read_measured(folder: Path) -> list[Measured]:
-    """What was measured of the weights that a tier's manifest lists.
+    """The measurements of a tier's present weights.
 
     Returns:
-        Nothing if there is no such file, or if it is of other weights.
+        Empty without a file, or if the file is of other weights.
 
     Raises:
-        CheckpointError: the file is not one that `record` writes.
+        CheckpointError: the file was not written by `record`.
     """
     if not (folder / FILE).exists():
         return []
@@ -93,7 +93,7 @@ def read_measured(folder: Path) -> list[Measured]:
         return []
     entries = value.get("perplexity")
     if not isinstance(entries, list):
-        raise CheckpointError(f"{FILE}: perplexity: a list was expected")
+        raise CheckpointError(f"{FILE}: perplexity: expected a list")
     return [_measured(entry) for entry in entries]
 
 

@@ -1,4 +1,4 @@
-"""Counting hits while a model runs. Counters are kept, activations never are."""
+"""Counting hits while a model runs. Only counters are kept, no activations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ Group = Kind | Literal["all"]
 
 @dataclass
 class Stream:
-    """What the residual stream that enters a layer holds, over all sequences seen.
+    """Statistics of the residual stream that enters a layer, over all sequences.
 
     Attributes:
         total: sum of magnitudes.
-        values: how many there are.
-        largest: (hidden,) the largest magnitude.
-        largest_without_first: the same, every sequence's first position left out.
+        values: number of values.
+        largest: (hidden,), the largest magnitude of each dimension.
+        largest_without_first: the same without the first position of each sequence.
     """
 
     total: float
@@ -35,7 +35,7 @@ class Stream:
     largest_without_first: np.ndarray
 
     def as_json(self, layer: int) -> dict[str, Any]:
-        """All figures, of dimensions the largest."""
+        """All figures, for programs; of the dimensions only the largest."""
         return {
             "layer": layer,
             "mean_magnitude": self.total / self.values,
@@ -49,16 +49,15 @@ class Stream:
 class Accumulator:
     """Counts the hits of sequences, one sequence after another.
 
-    The memory it takes is for the counters alone: of the order of probes x hidden for all
-    sequences together, and positions x hidden bits for each kind of probe while a sequence runs.
+    It needs memory for the counters only: about probes x hidden numbers for all sequences
+    together, and positions x hidden bits for each kind of probe while a sequence runs.
 
     Args:
-        probes: what will be seen, in this order, once a sequence.
-        magnitude: from which on a value is a hit.
-        hold: the dtype to which values are rounded before they are compared, in float32; None
-            keeps them as they come.
-        residual: also describe the stream that enters each layer.
-        per_expert: also count the hits of the tokens that each expert gets.
+        probes: the probes, in the order in which they are called, once per sequence.
+        magnitude: the least magnitude of a hit.
+        hold: the dtype to which values are rounded before they are compared; None: no rounding.
+        residual: also collect statistics of the residual stream that enters each layer.
+        per_expert: also count the hits in the tokens of each expert.
     """
 
     def __init__(
@@ -75,11 +74,11 @@ class Accumulator:
         self.magnitude = magnitude
         self.hold = hold
         self.dtypes: set[str] = set()
-        #: Sequences and positions that are done.
+        #: Numbers of finished sequences, and of their positions.
         self.sequences = self.positions = 0
         self.streams: dict[int, Stream] | None = {} if residual else None
         self.experts: ExpertHits | None = ExpertHits() if per_expert else None
-        # The first vectors tell the width.
+        # The width is known from the first vectors on.
         self._allocate(0)
 
     def _allocate(self, hidden: int) -> None:
@@ -95,32 +94,34 @@ class Accumulator:
 
     @property
     def hidden(self) -> int:
-        """The width of what the probes see; 0 before they have."""
+        """Width of the probed vectors; 0 before the first."""
         return self.hits.shape[1]
 
     def _start(self) -> None:
         self._seen = 0
         self._counts = np.zeros_like(self.hits)
         self._magnitudes = np.zeros_like(self.largest)
-        # For each kind of probe, (positions, hidden): whether any of them is hit there.
+        # For each kind of probe, (positions, hidden): whether any probe has a hit there.
         self._unions: dict[tuple[Kind, ...], mx.array] = {}
 
     def see(self, number: int, entering: mx.array, values: mx.array) -> None:
         """Count the hits of one probe in the sequence that runs.
 
         Args:
-            number: the probe's.
-            entering: (1, positions, hidden), the stream that enters the layer if the probe is the
-                attention's.
-            values: (1, positions, hidden), what the probe stands for.
+            number: number of the probe.
+            entering: (1, positions, hidden), what enters the probed module: for attention's probe,
+                the residual stream that enters the layer.
+            values: (1, positions, hidden), the probed vectors.
 
         Raises:
-            OutlierError: the probe's turn is another, the shape is unexpected, or a value is not
-                finite.
+            OutlierError: the probe is called out of order, the shape is unexpected, or a value is
+                not finite.
         """
         probe = self.probes[number]
         if number != self._seen:
-            raise OutlierError(f"{probe.name}: passed out of turn; the layers do not run once each")
+            raise OutlierError(
+                f"{probe.name}: called out of order; each layer must run exactly once"
+            )
         if not self.hidden:
             self._allocate(values.shape[-1])
         self._seen += 1
@@ -131,7 +132,7 @@ class Accumulator:
         union = hit if union is None else union | hit
         counts, negative = hit.sum(axis=0), (hit & (held < 0)).sum(axis=0)
         largest, later = magnitudes.max(axis=0), _largest_without_first(magnitudes)
-        # Evaluated here, so that the layers before this one can be forgotten.
+        # Evaluated here, so that MLX can free the activations of earlier layers.
         self._evaluate(probe, held, union, counts, negative, largest, later)
         self._unions[probe.kinds] = union
         self._counts[number] = np.array(counts)
@@ -146,17 +147,17 @@ class Accumulator:
             self.experts.see_hits(dims, np.array(hit)[:, dims])
 
     def see_routing(self, layer: int, indices: mx.array) -> None:
-        """Count the tokens of each expert: the layer's choice (..., k), one row a position."""
+        """Count the tokens of each expert; `indices` (..., k) are the experts of each position."""
         if self.experts is not None:
             experts = next(p.experts for p in self.probes if p.layer == layer and p.experts)
             chosen = np.array(indices).reshape(-1, indices.shape[-1])
             self.experts.see_routing(layer, chosen, experts)
 
     def _held(self, probe: Probe, values: mx.array) -> mx.array:
-        """(positions, hidden) float32, rounded to the dtype to hold."""
+        """The values as (positions, hidden) float32, rounded to the dtype of `hold`."""
         if values.ndim != 3 or values.shape[0] != 1 or values.shape[2] != self.hidden:
             raise OutlierError(
-                f"{probe.name}: shape {values.shape}, (1, positions, {self.hidden}) expected"
+                f"{probe.name}: shape {values.shape}, expected (1, positions, {self.hidden})"
             )
         self.dtypes.add(dtype_name(values.dtype))
         if self.hold is not None:
@@ -191,17 +192,17 @@ class Accumulator:
         self.streams[probe.layer] = found
 
     def finish_sequence(self) -> dict[Group, SequenceHits]:
-        """Take the sequence that ran into the totals.
+        """Finish a sequence: add its counts to the totals.
 
         Returns:
-            Its hits, in all probes and in those of each kind.
+            Its hits in all probes, and in those of each kind.
 
         Raises:
-            OutlierError: not every probe was passed.
+            OutlierError: not every probe was called.
         """
         if self._seen != len(self.probes):
             missing = self.probes[self._seen].name
-            raise OutlierError(f"{missing}: not passed; the layers do not run once each")
+            raise OutlierError(f"{missing}: not called; each layer must run exactly once")
         unions = {kinds: np.array(union) for kinds, union in self._unions.items()}
         positions = next(iter(unions.values())).shape[0]
         groups: dict[Group, SequenceHits] = {"all": self._group(None, unions)}
@@ -229,7 +230,7 @@ class Accumulator:
         )
 
     def pooled(self) -> PooledHits:
-        """The hits of all sequences that are done."""
+        """The hits of all finished sequences."""
         layers = np.array([probe.layer for probe in self.probes])
         hit = self.hits > 0  # (probes, hidden)
         return PooledHits(
@@ -246,5 +247,5 @@ class Accumulator:
 
 
 def _largest_without_first(magnitudes: mx.array) -> mx.array:
-    """(hidden,) the largest of (positions, hidden) without the first position; 0 if it is alone."""
+    """(hidden,), the largest of (positions, hidden) without the first position, or zeros."""
     return magnitudes[1:].max(axis=0) if len(magnitudes) > 1 else mx.zeros(magnitudes.shape[1])

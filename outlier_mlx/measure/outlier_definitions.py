@@ -19,10 +19,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What makes a hit, and an outlier feature of hits; all are reached by equality.
+    """Least values of a hit and of an outlier feature.
 
     Attributes:
-        magnitude: of a value that is a hit.
+        magnitude: magnitude of a hit.
         layers: share of probes (`blog`) or layers (`pooled`) with a hit.
         positions: share of positions with a hit in any probe.
     """
@@ -32,13 +32,13 @@ class Thresholds:
     positions: float = 0.06
 
     def met(self, units: int, hit: np.ndarray, positions: int, at: np.ndarray) -> np.ndarray:
-        """The dimensions of which both coverages suffice.
+        """The dimensions whose coverages both reach the thresholds.
 
         Args:
-            units: layers or probes.
-            hit: (hidden,) how many of them are hit.
-            positions: positions in all.
-            at: (hidden,) how many of them are hit.
+            units: number of layers or probes.
+            hit: (hidden,) how many of them have a hit.
+            positions: number of positions.
+            at: (hidden,) how many of them have a hit.
 
         Returns:
             Their numbers, ascending.
@@ -53,12 +53,12 @@ class SequenceHits:
     """The hits of one sequence in a set of probes.
 
     Attributes:
-        probes: how many probes.
-        positions: how many positions.
+        probes: number of probes.
+        positions: number of positions.
         probe_hits: (hidden,) probes with a hit at any position.
         position_hits: (hidden,) positions with a hit in any probe.
         occurrences: (hidden,) all hits.
-        max_magnitude: (hidden,) the largest magnitude, hit or not.
+        max_magnitude: (hidden,) the largest magnitude, whether a hit or not.
     """
 
     probes: int
@@ -100,9 +100,9 @@ def sequence_features(hits: SequenceHits, thresholds: Thresholds) -> list[Featur
 
 
 def blog_summary(sequences: list[list[Feature]]) -> dict[str, Any]:
-    """Means and medians over the features of all sequences, in percent; 0 where there is none.
+    """Means and medians over the features of all sequences, in percent; 0 without features.
 
-    A dimension is in the list once for every sequence in which it is an outlier feature.
+    A dimension counts once for every sequence in which it is an outlier feature.
     """
     features = [feature for sequence in sequences for feature in sequence]
     layer = [feature.layer_pct for feature in features] or [0.0]
@@ -123,15 +123,15 @@ class PooledHits:
     """The hits of all sequences together.
 
     Attributes:
-        layers: how many layers.
-        positions: positions of all sequences.
+        layers: number of layers.
+        positions: number of positions in all sequences.
         layer_hits: (hidden,) layers with a hit, in either of their probes.
         probe_hits: (hidden,) probes with a hit.
         position_hits: (hidden,) positions with a hit in any probe.
         positive: (hidden,) hits above zero.
         negative: (hidden,) hits below zero.
         max_magnitude: (hidden,) the largest magnitude.
-        max_magnitude_without_first: (hidden,) the same, every sequence's first position left out.
+        max_magnitude_without_first: (hidden,) the same without the first position of each sequence.
     """
 
     layers: int
@@ -145,7 +145,7 @@ class PooledHits:
     max_magnitude_without_first: np.ndarray
 
     def describe(self, dim: int) -> dict[str, Any]:
-        """All figures of one dimension; `one_sided` when its hits have one sign."""
+        """All figures of one dimension; `one_sided` if all its hits have the same sign."""
         return {
             "dim": dim,
             "layer_hits": int(self.layer_hits[dim]),

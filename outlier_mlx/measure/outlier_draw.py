@@ -1,4 +1,4 @@
-"""Pictures: one model's hits by dimension and layer, and models beside published ones."""
+"""Pictures of outlier features: hits by layer and dimension, and models beside published ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ from outlier_mlx.measure.outlier_published import FIRST, LATER, SPREAD
 from outlier_mlx.measure.outlier_report import short_count
 from outlier_mlx.measure.pictures import color_bar, drawable, picture, spread
 
-# Columns of a heat map; wider models show the largest value of several dimensions in each.
+# Columns of a heat map, at most; each then shows the largest value of several dimensions.
 _COLUMNS = 1024
-#: What models are compared by, and how the axis is called.
+#: What models are compared by, and the label of that axis.
 Against = Literal["active_params", "total_params", "perplexity"]
 AXES: dict[Against, str] = {
     "active_params": "active parameters",
@@ -29,9 +29,9 @@ def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path
     """Draw the share of positions that are hit, layer by dimension, attention and FFN apart.
 
     Args:
-        counts: of a measured model.
-        name: the model's.
-        dims: outlier features, which are marked.
+        counts: counts of a measured model.
+        name: name of the model.
+        dims: outlier features, to be marked.
         path: the picture to write.
     """
     from matplotlib.colors import PowerNorm
@@ -55,7 +55,7 @@ def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path
                 aspect="auto",
                 interpolation="nearest",
                 cmap="magma_r",
-                # A share of 1 % is a find, too: the square root lets it be seen.
+                # The square root makes shares of 1 % visible, too.
                 norm=PowerNorm(0.5, vmin=0, vmax=100),
                 extent=(-0.5, columns.shape[1] * each - 0.5, rows.sum() - 0.5, -0.5),
             )
@@ -71,10 +71,10 @@ def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path
 
 
 def narrowed(values: np.ndarray, most: int) -> tuple[int, np.ndarray]:
-    """Bring (rows, n) to at most `most` columns, each the largest of as many neighbours.
+    """Reduce (rows, n) to at most `most` columns, each the largest of a group of neighbours.
 
     Returns:
-        How many neighbours, and (rows, columns).
+        The size of a group, and (rows, columns).
     """
     rows, n = values.shape
     each = -(-n // most)

@@ -1,4 +1,4 @@
-"""Whether tokens that carry an outlier feature go to particular experts."""
+"""Whether tokens with an outlier feature are routed to particular experts."""
 
 from typing import Any
 
@@ -8,24 +8,24 @@ from outlier_mlx.errors import OutlierError
 
 
 class ExpertHits:
-    """Counts, for each expert, its tokens and those among them that are hit in a dimension.
+    """Counts the tokens of each expert, and those of them with a hit in each dimension.
 
-    Only dimensions that are hit somewhere in a layer take memory: 8 bytes an expert each.
+    Only dimensions with a hit in a layer take memory: 8 bytes per expert each.
     """
 
     def __init__(self) -> None:
-        #: By layer, (experts,) tokens that were routed there.
+        #: By layer, (experts,): number of tokens routed to each.
         self.tokens: dict[int, np.ndarray] = {}
-        #: By layer and dimension, (experts,) those of them that are hit.
+        #: By layer and dimension, (experts,): number of those tokens with a hit.
         self.carrying: dict[int, dict[int, np.ndarray]] = {}
         self._hit: tuple[np.ndarray, np.ndarray] = np.zeros(0, int), np.zeros((0, 0), bool)
 
     def see_hits(self, dims: np.ndarray, hit: np.ndarray) -> None:
-        """Note the hits in what enters a layer's experts, before its routing is seen.
+        """Keep the hits in the input of a layer's experts until its routing is known.
 
         Args:
-            dims: (n,) the dimensions that are hit anywhere.
-            hit: (positions, n) where.
+            dims: (n,), the dimensions with a hit.
+            hit: (positions, n), whether there is a hit.
         """
         self._hit = dims, hit
 
@@ -33,17 +33,17 @@ class ExpertHits:
         """Count one layer's tokens.
 
         Args:
-            layer: its number.
-            indices: (positions, k) the experts of each token.
-            experts: how many the layer has.
+            layer: number of the layer.
+            indices: (positions, k), the experts of each token.
+            experts: number of experts in the layer.
 
         Raises:
-            OutlierError: not as many tokens are routed as were seen to enter.
+            OutlierError: the numbers of routed tokens and of tokens in the input differ.
         """
         dims, hit = self._hit
         if len(indices) != len(hit):
             raise OutlierError(
-                f"layer_{layer}: {len(indices)} tokens are routed, but {len(hit)} entered"
+                f"layer_{layer}: {len(indices)} tokens are routed, but the input has {len(hit)}"
             )
         chosen = np.zeros((experts, len(indices)), np.int64)
         chosen[indices.T, np.arange(len(indices))] = 1
@@ -54,7 +54,7 @@ class ExpertHits:
             carrying[dim] = carrying.get(dim, none) + counts
 
     def as_json(self, dims: list[int]) -> list[dict[str, Any]]:
-        """By layer: the tokens of each expert, and the share of them that each dimension hits.
+        """For each layer, the tokens of each expert, and the share with a hit in each dimension.
 
         The share is None for an expert without tokens.
         """

@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them one token uses."""
+"""The number of a model's parameters, and of those that one token uses."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.storage.shards import read_shards
 
 _EXPERTS = (SwitchLinear, QuantizedSwitchLinear, TernarySwitchLinear)
-#: In people's words; the published counts of OLMoE, Qwen3 and Mixtral come out this way.
+#: The rule for people. It gives the published counts of OLMoE, Qwen3 and Mixtral.
 RULE = (
     "all parameters but those of experts that a token is not routed to; shared experts, routers,"
     " norms, the whole embedding and the whole head count, a tied head once"
@@ -44,7 +44,7 @@ def count_parameters(model: nn.Module, config: dict) -> Parameters:
 
 
 def _own_parameters(module: nn.Module) -> int:
-    """The parameters of a module without its children's."""
+    """Number of parameters of a module itself, without its children."""
     arrays = {
         name: value
         for name, value in module.items()
@@ -63,10 +63,10 @@ def weights_bits(folder: Path, layers: int, total: int) -> float:
     """Bits a parameter takes in the model's files, scales and all.
 
     Args:
-        folder: the model's.
-        layers: of the loaded model; tensors of layers behind them (for predicting several tokens
-            at once), which are not run, do not count.
-        total: parameters of the loaded model.
+        folder: folder of the model.
+        layers: number of layers of the loaded model. Tensors of further layers (for predicting
+            several tokens at once) are not run and not counted.
+        total: number of parameters of the loaded model.
     """
     nbytes = 0
     for name, tensor in read_shards(folder).items():

@@ -1,4 +1,4 @@
-"""Where the inputs of attention and of the feed-forward block are read, and the reading of them."""
+"""Where the inputs of attention and of the feed-forward block are read, and how."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,13 +15,13 @@ from outlier_mlx.runtime.switch import TernarySwitchGLU
 
 Kind = Literal["attention", "dense_ffn", "routed_experts", "shared_experts"]
 EXPERTS = (SwitchGLU, SwitchMLP, TernarySwitchGLU)
-# What the children of a MoE block are called that every token passes.
+# Names of the children of a MoE block that every token goes through.
 SHARED_NAMES = {"shared_expert", "shared_experts", "shared_mlp"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """A vector that can be read: what goes into, or comes out of, a child of a decoder layer."""
+    """A vector that can be read: the input or output of a child of a decoder layer."""
 
     module: str
     side: Literal["input", "output"]
@@ -34,8 +34,8 @@ PRE_NORM: Pair = (Place("input_layernorm", "output"), Place("post_attention_laye
 SANDWICH: Pair = (Place("input_layernorm", "output"), Place("pre_feedforward_layernorm", "output"))
 # Norms behind the blocks only: these read the residual stream as it is.
 POST_NORM: Pair = (Place("self_attn", "input"), Place("mlp", "input"))
-#: mlx-lm's modules whose layers have other norms than the two usual ones, or further ones: what
-#: enters q, k and v, and what enters the feed-forward block.
+#: mlx-lm's modules whose layers have other norms than the usual two: where to read the input of
+#: attention, and that of the feed-forward block.
 ARCHITECTURES: dict[str, Pair] = {
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
@@ -50,12 +50,12 @@ class Probe:
     """One input of one layer.
 
     Attributes:
-        layer: its number.
+        layer: number of the layer.
         name: such as "layer_3.attn" or "layer_3.ffn".
-        place: where it is read.
-        kinds: what reads the vector. Router, routed experts and shared experts of a layer all read
-            the same one.
-        experts: how many experts do.
+        place: where the vector is read.
+        kinds: what reads the vector. The router, routed experts and shared experts of a layer all
+            read the same one.
+        experts: number of experts that read it.
     """
 
     layer: int
@@ -66,14 +66,14 @@ class Probe:
 
 
 def find_probes(model: nn.Module) -> list[Probe]:
-    """The probes of a model, two a layer, in the order in which they are computed.
+    """The probes of a model, two per layer, in the order in which they are computed.
 
     Raises:
-        OutlierError: the model's layers are not built in a way that is known here.
+        OutlierError: layers of this kind are not supported.
     """
     layers = getattr(model, "layers", None)
     if not layers:
-        raise OutlierError(f"{type(model).__module__}: a model without a list of layers")
+        raise OutlierError(f"{type(model).__module__}: no list of layers")
     probes = []
     for number, layer in enumerate(layers):
         attention, ffn = _pair(layer, number)
@@ -128,10 +128,10 @@ def watched(
     """Watch a model's probes for as long as the block lasts; nothing that it computes changes.
 
     Args:
-        model: with `layers`.
+        model: a model with `layers`.
         probes: as `find_probes` gives them.
-        see: called each time a probe is passed.
-        see_routing: called each time experts are told which tokens are theirs.
+        see: called for each call of a probe.
+        see_routing: called for each call of a layer's experts.
     """
     with ExitStack() as stack:
         for number, probe in enumerate(probes):

@@ -1,4 +1,4 @@
-"""What is written about measured models: `outliers.json`, `summary.json` and pictures."""
+"""The contents of `outliers.json` and `summary.json`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from outlier_mlx.models.sizes import Parameters
 
 RESULTS = "outliers.json"
 SUMMARY = "summary.json"
-#: All that a run writes. The files of an earlier run are removed when it is replaced.
+#: All files of a run; those of an earlier run are removed when it is replaced.
 FILES = (
     RESULTS,
     SUMMARY,
@@ -24,11 +24,11 @@ FILES = (
 
 @dataclass(frozen=True)
 class Text:
-    """What a model was measured on.
+    """The text that a model was measured on.
 
     Attributes:
-        sequences: windows of the text.
-        wanted: how many there would have been of a longer text.
+        sequences: number of windows.
+        wanted: number of windows asked for.
         length: tokens in each.
         overlap: share of a window that the next one repeats.
         digest: SHA-256 of the tokens (`outliers.tokens_digest`).
@@ -49,15 +49,15 @@ def describe(
     text: Text,
     options: Options,
 ) -> dict[str, Any]:
-    """All that was found about one model, as JSON has it.
+    """All results for one model, for JSON.
 
     Args:
-        name: the model's.
+        name: name of the model.
         measured: its features and loss.
-        parameters: its counts.
-        bits: that a weight takes in its files.
-        text: what it was measured on.
-        options: and how.
+        parameters: its number of parameters.
+        bits: bits per weight in its files.
+        text: the text it was measured on.
+        options: what was measured.
     """
     counts, thresholds = measured.counts, options.thresholds
     pooled = counts.pooled()
@@ -113,7 +113,7 @@ def _inputs(measured: Measurement) -> dict[str, Any]:
         inputs[kind] = {"probes": sum(kind in probe.kinds for probe in probes), **figures}
     both = [p.layer for p in probes if {"routed_experts", "shared_experts"} <= set(p.kinds)]
     if both:
-        # Their figures are those of one vector, so they agree: said, lest it be taken for a find.
+        # They read the same vector, so their figures agree. This is no discovery, so it is told.
         inputs["same_vector_in_layers"] = both
     return inputs
 
@@ -149,7 +149,7 @@ def _notes(text: Text, options: Options) -> list[str]:
 
 
 def summarize(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The blog's figures by model, in the form in which they were published."""
+    """The blog's figures by model, as they were published."""
     return {
         entry["model"]: {
             "layer_pct": round(entry["blog"]["layer_pct"], 1),
@@ -161,7 +161,7 @@ def summarize(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def short_count(number: float) -> str:
-    """A count as model names have it: 1.3B, 12B, 460M."""
+    """A number of parameters as in names of models: 1.3B, 12B, 460M."""
     for unit in ("", "K", "M", "B"):
         if number < 999.5 or unit == "B":
             break

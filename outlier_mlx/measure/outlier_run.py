@@ -1,4 +1,4 @@
-"""Measuring several models one after another, and writing what is found as it is found."""
+"""Measuring several models one after another; the results of each are written at once."""
 
 import gc
 from dataclasses import dataclass, field
@@ -30,17 +30,17 @@ from outlier_mlx.terminal import counting_bar, working
 
 @dataclass(frozen=True)
 class Study:
-    """What models are measured on, and how.
+    """The text to measure models on, and how.
 
     Attributes:
         text: a UTF-8 file.
-        sequences: windows of it, at most.
+        sequences: number of windows, at most.
         length: tokens in each.
         overlap: share of a window that the next one repeats.
         options: what is measured.
-        dtype: of activations; None for the model's own.
+        dtype: activation dtype; None: the model's own.
         plots: the pictures' file format; None draws none.
-        check_memory: refuse models that do not fit.
+        check_memory: refuse models that do not fit into memory.
     """
 
     text: Path
@@ -58,21 +58,21 @@ def study_models(
 ) -> list[dict[str, Any]]:
     """Measure models, one in memory at a time.
 
-    What is found of a model is written when it is done, each file whole; a later model that fails
-    takes nothing away. Results of an earlier run are replaced only then.
+    The results of a model are written when it is done, so a later model that fails does not lose
+    them. Results of an earlier run are replaced when the first model is done.
 
     Args:
         models: folders or hub repositories.
-        study: what is measured.
+        study: the text, and what is measured.
         out: the folder to write into.
         force: replace the results of an earlier run.
         quiet: show no progress on the terminal.
 
     Returns:
-        What `report.describe` says of each.
+        The results of each, as `outlier_report.describe` has them.
 
     Raises:
-        OutlierError: a model or the text is not usable, or `out` is taken.
+        OutlierError: a model or the text is not usable, or `out` has results already.
     """
     check_folder(out, FILES, force=force)
     if study.plots:
@@ -101,7 +101,7 @@ def study_models(
 
 
 def _named(models: list[str]) -> dict[str, Source]:
-    """The models by name, or as they were given where names would be the same."""
+    """The models by name, or as they were given if names are equal."""
     sources = {given: resolve(given) for given in models}
     if len({source.folder.resolve() for source in sources.values()}) < len(models):
         raise OutlierError("a model is given twice")
@@ -119,7 +119,7 @@ def _study(
     if study.check_memory:
         check_fits(folder, 0)
     with working(f"loading {name}", quiet=quiet):
-        # The text first: it may be too short.
+        # The text is read first: it may be too short.
         tokenizer = load_tokenizer(folder, check_model(folder))
         windows = read_windows(tokenizer, study.text, study.sequences, study.length, study.overlap)
         model, config = load_model(folder, dtype=study.dtype)

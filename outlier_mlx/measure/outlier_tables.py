@@ -1,4 +1,4 @@
-"""What the terminal shows of measured models."""
+"""The output of `outliers`, on stdout."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from outlier_mlx.terminal import print_columns, stdout
 
 
 def print_outliers(entries: list[dict[str, Any]]) -> None:
-    """A row a model, and what must be known to compare them (dicts of `report.describe`)."""
+    """Print a row per model, and how each was measured (dicts of `outlier_report.describe`)."""
     console = stdout()
     print_columns(
         console,

@@ -1,4 +1,4 @@
-"""Measuring a model: its outlier features and its perplexity on the same windows of a text."""
+"""Measuring a model's outlier features, and its perplexity on the same windows of a text."""
 
 import hashlib
 import math
@@ -19,10 +19,9 @@ from outlier_mlx.terminal import Progress, no_progress
 
 # Positions whose logits are widened to float32 at a time.
 _LOSS_ROWS = 256
-# Characters of text that are read for a token that is wanted; more are read where these give
-# fewer tokens.
+# Characters of text that are read per token; more are read if these give too few tokens.
 _CHARACTERS = 8
-# Tokens at the end of a part of the text that may be others in the whole text.
+# Tokens at the end of a part of the text that may differ in the whole text.
 _UNSURE = 32
 
 
@@ -31,10 +30,10 @@ class Options:
     """What is measured.
 
     Attributes:
-        thresholds: what an outlier feature is.
-        hold: the dtype that values are rounded to before they are compared; None: as computed.
-        residual: describe the residual stream, too.
-        per_expert: count hits by expert, too.
+        thresholds: thresholds of an outlier feature.
+        hold: the dtype that values are rounded to before they are compared; None: no rounding.
+        residual: also describe the residual stream.
+        per_expert: also count hits by expert.
     """
 
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -45,10 +44,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found.
+    """The results for a model.
 
     Attributes:
-        counts: of all sequences together.
+        counts: counts over all sequences.
         sequences: by kind of probe, and for all of them together ("all"), the outlier features of
             each sequence.
         loss: mean next-token loss in nats.
@@ -69,14 +68,14 @@ def read_windows(
 ) -> list[list[int]]:
     """The first windows of a text, each of exactly `length` tokens.
 
-    Only the part of the file that is needed is read. What the tokenizer puts before a text (a BOS)
-    stands before the first window alone.
+    Only the needed part of the file is read. A BOS token that the tokenizer adds is in the first
+    window only.
 
     Args:
         tokenizer: the model's.
         path: a UTF-8 text.
-        sequences: windows at most.
-        length: tokens in each, 2 or more.
+        sequences: number of windows, at most.
+        length: tokens in each; at least 2.
         overlap: share of a window that the next one repeats, 0 <= overlap < 1.
 
     Raises:
@@ -95,7 +94,7 @@ def read_windows(
 
 
 def _read_tokens(tokenizer: TokenizerWrapper, path: Path, needed: int) -> list[int]:
-    """At least `needed` tokens from the start of a text, or all there are."""
+    """At least `needed` tokens from the start of a text, or all of a shorter one."""
     # A text has no more characters than bytes, however many tokens are asked for.
     characters = min(_CHARACTERS * needed, path.stat().st_size + 1)
     while True:
@@ -127,13 +126,12 @@ def measure(
 
     Args:
         model: maps tokens (1, length) to logits (1, length, vocab); it is the same afterwards.
-        windows: all of one length.
+        windows: windows of tokens, all of one length.
         options: what is measured.
-        progress: called with layers that are done, and layers in all windows together.
+        progress: called with layers done so far, and layers of all windows.
 
     Raises:
-        OutlierError: the model is not built in a way that is known here, it cannot run, or what it
-            computes is not finite.
+        OutlierError: the model is not supported, it cannot run, or what it computes is not finite.
     """
     options = options or Options()
     probes = find_probes(model)
@@ -176,7 +174,7 @@ def _loss(model: nn.Module, tokens: list[int]) -> float:
             picked = mx.take_along_axis(rows, targets, axis=-1)[:, 0]
             total += float((mx.logsumexp(rows, axis=-1) - picked).sum())
     except (RuntimeError, ValueError) as error:
-        # What MLX raises where a device or dtype cannot do something.
+        # MLX raises these if a device or dtype does not support an operation.
         raise OutlierError(f"the model cannot run here: {error}") from error
     if not math.isfinite(total):
         raise OutlierError("the loss is not finite: what the model computes overflows")

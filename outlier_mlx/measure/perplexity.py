@@ -1,4 +1,4 @@
-"""Perplexity of a model on a text, and how far one model is from another on it."""
+"""Perplexity of a model on a text, and its divergence from another model."""
 
 import hashlib
 import math
@@ -19,14 +19,14 @@ from outlier_mlx.terminal import Progress, no_progress
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model on a text; the last two figures are None without another model.
+    """Figures of a model on a text; the last two are None without another model.
 
     Attributes:
-        tokens: tokens that were predicted.
+        tokens: number of predicted tokens.
         loss: mean next-token loss in nats.
-        standard_error: of the loss.
+        standard_error: standard error of the loss.
         kl: mean Kullback-Leibler divergence from the other model's prediction to this one's, nats.
-        agreement: share of tokens for which both find the same token the likeliest.
+        agreement: share of positions where both models' likeliest tokens are equal.
     """
 
     tokens: int
@@ -78,20 +78,20 @@ class Comparison:
         )
 
     def as_json(self) -> dict:
-        """All figures."""
+        """All figures, for programs."""
         return asdict(self) | {"perplexity": self.perplexity}
 
 
 def windows(
     tokenizer: TokenizerWrapper, text: str, length: int, most: int | None = None
 ) -> list[list[int]]:
-    """Cut a text into windows of `length` tokens, each predicted from its own first token on.
+    """Cut a text into windows of `length` tokens.
 
     Args:
         tokenizer: the model's.
         text: any text.
-        length: tokens in a window; a shorter rest is left out if there is a whole window.
-        most: how many windows at most.
+        length: tokens in a window. A shorter rest is left out, unless it is all there is.
+        most: number of windows, at most.
 
     Raises:
         OutlierError: the text has fewer than two tokens.
@@ -99,7 +99,7 @@ def windows(
     with quiet_transformers():  # it warns of texts longer than the model's context
         tokens = tokenizer.encode(text)
     if len(tokens) < 2:
-        raise OutlierError("the text is too short: two tokens are the least")
+        raise OutlierError("the text is too short: need at least two tokens")
     length = min(length, len(tokens))
     cut = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
     return cut[:most]
@@ -116,7 +116,7 @@ def compare(
     Args:
         model: maps tokens (1, length) to logits (1, length, vocab).
         texts: windows, as `windows` cuts them.
-        against: another model of the same vocabulary, which is taken as the truth.
+        against: another model of the same vocabulary, for `kl` and `agreement`.
         progress: called with tokens predicted so far, and in all.
 
     Raises:
@@ -155,10 +155,10 @@ def log_probs(logits: mx.array) -> mx.array:
 
 
 def same_tokens(one: TokenizerWrapper, other: TokenizerWrapper, text: str) -> None:
-    """Refuse two models whose tokenizers cut a text differently: their predictions do not compare.
+    """Check that two models' tokenizers cut a text into the same tokens.
 
     Raises:
-        OutlierError: they do.
+        OutlierError: they do not, so the predictions cannot be compared.
     """
     with quiet_transformers():
         same = one.encode(text) == other.encode(text)

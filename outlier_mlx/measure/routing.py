@@ -1,4 +1,4 @@
-"""An inside look: which experts serve a text, layer by layer."""
+"""Routing: which experts serve the tokens of a text, layer by layer."""
 
 import math
 from contextlib import ExitStack
@@ -25,10 +25,10 @@ class LayerRouting:
     """How one layer routed a text.
 
     Attributes:
-        layer: its number.
-        tokens: tokens that passed.
-        share: for each expert, the share of tokens that it served; they add up to the top k.
-        weight: for each expert, its mean routing weight where it served, before alpha.
+        layer: number of the layer.
+        tokens: number of tokens.
+        share: for each expert, the share of tokens that it served; the sum is the top k.
+        weight: for each expert, its mean routing weight for the tokens it served, without alpha.
         together: (experts, experts), the share of tokens that both served; the diagonal is `share`.
     """
 
@@ -40,13 +40,13 @@ class LayerRouting:
 
     @property
     def entropy(self) -> float:
-        """Of who serves, in bits; log2 of the number of experts when all serve alike."""
+        """Entropy of the shares in bits; log2 of the number of experts if all are equal."""
         total = sum(self.share)
         parts = [share / total for share in self.share if share > 0]
         return -sum(part * math.log2(part) for part in parts)
 
     def as_json(self) -> dict:
-        """All figures."""
+        """All figures, for programs."""
         return {
             "layer": self.layer,
             "tokens": self.tokens,
@@ -100,7 +100,7 @@ def observe_routing(
 
 
 def _noting(found: list[tuple[np.ndarray, np.ndarray]]) -> Told:
-    """Note what `route` returns: experts and weights, (tokens, k) each."""
+    """A callback that collects what `route` returns: experts and weights, (tokens, k) each."""
 
     def note(_: tuple[Any, ...], routed: tuple[mx.array, mx.array]) -> None:
         indices, weights = routed
@@ -138,7 +138,7 @@ def draw(layers: list[LayerRouting], path: Path) -> None:
         path: the picture to write; its suffix is the format.
 
     Raises:
-        OutlierError: matplotlib is not installed, or the file's suffix is no picture's.
+        OutlierError: matplotlib is not installed, or the file's suffix is not that of a picture.
     """
     shares = 100 * np.array([layer.share for layer in layers])  # (layers, experts)
     heat_map(

@@ -1,4 +1,4 @@
-"""Tuning alphas: one scalar per expert, everything else frozen."""
+"""Training the alphas, one number per expert, with all other weights frozen."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from outlier_mlx.measure.routing import moe_blocks
 from outlier_mlx.storage.output import check_writable, write_json
 from outlier_mlx.terminal import Progress, no_progress
 
-# The share of windows kept aside to judge the result.
+# Share of windows that is held out to judge the result.
 HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning came to: losses on the held-out windows, and the alphas by layer and expert."""
+    """The result of tuning: figures on the held-out windows, and the alphas by layer and expert."""
 
     before: Comparison
     after: Comparison
@@ -42,7 +42,7 @@ def apply_alphas(model: nn.Module, path: Path) -> None:
 
 
 def alphas_of(model: nn.Module) -> dict[str, dict[str, float]]:
-    """A tier's alphas in the shape of an alpha.json."""
+    """A tier's alphas, as in an alpha.json."""
     return {
         str(number): {str(e): float(a) for e, a in enumerate(block.alpha.tolist())}  # type: ignore
         for number, block in moe_blocks(model).items()
@@ -61,25 +61,25 @@ def tune_alphas(
     """Train the alphas of a loaded tier on windows of tokens.
 
     Every fifth window is held out. Of the alphas before training and after each epoch, those that
-    do best there are kept, so the result is never worse on them.
+    are best on the held-out windows are kept, so the result is never worse on them.
 
     Args:
         model: a tier; its alphas are changed.
-        texts: windows of tokens, at least two.
-        teacher: learn its predictions (KL) rather than the text's next tokens.
-        epochs: passes over the windows.
-        learning_rate: Adam's.
-        progress: called with windows done, and in all.
+        texts: windows of tokens; at least two.
+        teacher: a model whose predictions are learned (KL divergence) instead of the text's tokens.
+        epochs: number of passes over the windows.
+        learning_rate: learning rate of Adam.
+        progress: called with windows done so far, and in all.
 
     Raises:
-        OutlierError: there are too few windows, or no experts.
+        OutlierError: there are too few windows, or the model has no experts.
     """
     held = max(1, round(len(texts) * HELD_OUT))
     step = max(2, len(texts) // held)
     test = texts[step - 1 :: step]
     train = [tokens for at, tokens in enumerate(texts) if at % step != step - 1]
     if not train or not test:
-        raise OutlierError(f"{len(texts)} windows of text are too few: two are the least")
+        raise OutlierError(f"{len(texts)} windows of text are too few: need at least two")
     blocks = moe_blocks(model)
     model.freeze()
     for block in blocks.values():
@@ -123,7 +123,7 @@ def save_alphas(tuned: Tuned, path: Path, *, force: bool = False) -> None:
     """Write an alpha.json that `convert --alpha` and `generate --alpha` take.
 
     Raises:
-        OutlierError: the result is no better than what it started from, or the file exists and
+        OutlierError: the result is not better than the alphas before, or the file exists and
             `force` is not set.
     """
     if _score(tuned.after) >= _score(tuned.before):
