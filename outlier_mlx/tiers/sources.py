@@ -128,10 +128,6 @@ def _mirrored(
         anew |= gone
         folder = work / role / repo
         files.update(mirror(repo, commit, folder, head_bytes))
-        for path in folder.glob("*.gguf"):
-            raise CheckpointError(
-                f"{repo}: {path.name}: GGUF cannot be read by its header alone; leave out --stream"
-            )
         return Source(folder, repo, commit)
 
     overlay = find("overlay")

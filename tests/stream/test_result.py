@@ -31,7 +31,8 @@ from tests.stream.streaming import DIMS, ORDER, OVERLAY_DIMS, OVERLAY_FILE, Mode
 
 
 @pytest.mark.parametrize(
-    "form", ["per-file", "trainer", "repacked", "packed", "monolith", "toy", "toy-dense"]
+    "form",
+    ["per-file", "trainer", "repacked", "packed", "monolith", "gguf", "toy", "toy-dense"],
 )
 def test_every_form(hub: Hub, tmp_path: Path, form: str) -> None:
     dense = form == "toy-dense"
@@ -166,16 +167,6 @@ def test_what_is_found_out_late_is_refused_and_nothing_stays(hub: Hub, tmp_path:
 def test_messages_name_the_repository(served: Hub, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^owner/overlay: holds no base model"):
         outlier_mlx.convert("owner/overlay", out=tmp_path / "tier", stream=True)
-
-
-def test_gguf_is_refused(hub: Hub, models: Models, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(models.overlay(1), tmp_path / "overlay"))
-    (folder / "experts.gguf").write_bytes(b"GGUF")
-    hub.add("owner/overlay", folder)
-    with pytest.raises(
-        OutlierError, match=r"experts.gguf: GGUF cannot be read by its header alone; leave"
-    ):
-        stream(tmp_path / "tier")
 
 
 def test_the_command(
