@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
 from outlier_mlx.engine.conversation import Conversation
-from outlier_mlx.engine.generate import Options, stream_tokens
+from outlier_mlx.engine.generate import Options, generate_from_tokens
 from outlier_mlx.engine.sessions import identity, load, save
 from outlier_mlx.errors import OutlierError
 from tests.builders import write_overlay
@@ -59,7 +59,7 @@ def afresh(conversation: Conversation, cached: list[int], n: int) -> list[int]:
     """What the model writes after these tokens without any cache."""
     options = Options(max_tokens=n)
     model, tokenizer = conversation.model, conversation.tokenizer
-    return [response.token for response in stream_tokens(model, tokenizer, cached, options)]
+    return [response.token for response in generate_from_tokens(model, tokenizer, cached, options)]
 
 
 def test_only_what_is_new_is_read(loaded: Loaded):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import outlier_mlx
-from outlier_mlx.engine.generate import Options, stream
+from outlier_mlx.engine.generate import Options, generate_text
 from tests.builders import write_base, write_overlay
 from tests.damage import edit_config
 from tests.program import (
@@ -126,7 +126,7 @@ def generate(place: Path, *options: object, **how: Any) -> Result:
 def test_generate_prints_the_text_and_then_statistics(place: Path) -> None:
     result = generate(place, "--prompt", PROMPT, "--max-tokens", 8)
     model, tokenizer = outlier_mlx.load(place / "tier")
-    text = "".join(r.text for r in stream(model, tokenizer, PROMPT, Options(max_tokens=8)))
+    text = "".join(r.text for r in generate_text(model, tokenizer, PROMPT, Options(max_tokens=8)))
     assert result.out == text + "\n"
     pattern = (
         r"prompt: (\d+) tokens, [\d.]+ tokens/s\n"

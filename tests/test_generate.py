@@ -15,7 +15,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
-from outlier_mlx.engine.generate import Options, encode_prompt, stream
+from outlier_mlx.engine.generate import Options, encode_prompt, generate_text
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.model import Model
 from tests.builders import Built, write_overlay
@@ -42,7 +42,9 @@ def loaded(tier: Path) -> Loaded:
 
 
 def tokens_of(loaded: Loaded, prompt: str = PROMPT, **options: Any) -> list[int]:
-    return [r.token for r in stream(*loaded, prompt, Options(**{"max_tokens": 12} | options))]
+    return [
+        r.token for r in generate_text(*loaded, prompt, Options(**{"max_tokens": 12} | options))
+    ]
 
 
 def expected_tokens(reference: ReferenceModel, prompt: list[int], n: int = 12) -> list[int]:
@@ -86,7 +88,7 @@ def test_prefill_comes_in_steps(loaded: Loaded, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_text_is_streamed(loaded: Loaded):
-    responses = list(stream(*loaded, PROMPT, Options(max_tokens=12)))
+    responses = list(generate_text(*loaded, PROMPT, Options(max_tokens=12)))
     pieces = [response.text for response in responses]
     assert "".join(pieces) == loaded[1].decode([response.token for response in responses])
     last = responses[-1]
@@ -99,7 +101,9 @@ def test_options_mean_what_they_mean_to_mlx_lm(loaded: Loaded, options: dict[str
     model, tokenizer = loaded
     prompt = encode_prompt(tokenizer, PROMPT, Options())
     text = mlx_lm.generate(model, tokenizer, prompt, max_tokens=12, **options)
-    ours = "".join(r.text for r in stream(*loaded, PROMPT, Options(max_tokens=12, **options)))
+    ours = "".join(
+        r.text for r in generate_text(*loaded, PROMPT, Options(max_tokens=12, **options))
+    )
     assert ours == text
 
 
@@ -146,7 +150,7 @@ def test_generation_config_ends_a_text(tier: Path, tmp_path: Path, loaded: Loade
     place = next(n for n in range(3, 12) if tokens[n] not in tokens[:n])
     copy = copy_writable(tier, tmp_path / "tier")
     edit_json(copy / "generation_config.json", eos_token_id=[287, tokens[place]])
-    responses = list(stream(*outlier_mlx.load(copy), PROMPT, Options(max_tokens=12)))
+    responses = list(generate_text(*outlier_mlx.load(copy), PROMPT, Options(max_tokens=12)))
     assert [r.token for r in responses] == tokens[: place + 1]
     assert responses[-1].finish_reason == "stop"
     (copy / "generation_config.json").unlink()

@@ -20,7 +20,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
-from outlier_mlx.engine.generate import Options, encode_prompt, stream
+from outlier_mlx.engine.generate import Options, encode_prompt, generate_text
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve import mlxlm_server
 from outlier_mlx.serve.server import ServeOptions, Server
@@ -52,7 +52,7 @@ def loaded(tier: Path) -> Loaded:
 @pytest.fixture(scope="module")
 def alone(loaded: Loaded) -> Callable[[int], list[GenerationResponse]]:
     """What the model writes without a server, so many tokens of it."""
-    return cache(lambda n: list(stream(*loaded, PROMPT, Options(max_tokens=n))))
+    return cache(lambda n: list(generate_text(*loaded, PROMPT, Options(max_tokens=n))))
 
 
 Alone = Callable[[int], list[GenerationResponse]]
@@ -95,7 +95,7 @@ def test_streams(served: Running, alone: Alone):
 def test_text_completions(served: Running, loaded: Loaded):
     create: Any = served.client.completions.create
     options = Options(max_tokens=12, ignore_chat_template=True)
-    expected = text_of(list(stream(*loaded, PROMPT, options)))
+    expected = text_of(list(generate_text(*loaded, PROMPT, options)))
     answer = create(model=NAME, prompt=PROMPT, max_tokens=12)
     assert answer.choices[0].text == expected
     chunks = create(model=NAME, prompt=[PROMPT], max_tokens=12, stream=True)
@@ -268,7 +268,7 @@ def test_what_a_model_computes_when_it_is_made(tmp_path: Path):
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32}
     built = write_overlay(tmp_path / "overlay", layers=2, moe_layers=(1,), seed=8, yarn=yarn)
     tier = tier_of(built.path, None, tmp_path / "tier")
-    expected = stream(*outlier_mlx.load(tier), PROMPT, Options(max_tokens=12))
+    expected = generate_text(*outlier_mlx.load(tier), PROMPT, Options(max_tokens=12))
     with running(tier) as server:
         assert server.chat().choices[0].message.content == text_of(list(expected))
 

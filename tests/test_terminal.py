@@ -126,10 +126,12 @@ def test_a_long_prompt_is_counted_on_a_terminal(place: Path) -> None:
     """As mlx-lm reports it, a step of the prefill at a time."""
     told: list[tuple[int, int]] = []
     model, tokenizer = outlier_mlx.load(place / "tier")
-    from outlier_mlx.engine.generate import Options, stream
+    from outlier_mlx.engine.generate import Options, generate_text
 
     options = Options(max_tokens=1, prefill_step_size=16, ignore_chat_template=True)
-    list(stream(model, tokenizer, "word " * 30, options, lambda *counts: told.append(counts)))
+    list(
+        generate_text(model, tokenizer, "word " * 30, options, lambda *counts: told.append(counts))
+    )
     assert len(told) > 2 and told[-1][0] == told[-1][1]
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
@@ -230,10 +232,10 @@ def test_a_model_does_not_command_the_terminal(
 def test_what_ends_a_text_early_is_said_on_a_line_of_its_own(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stream(*_: Any) -> Iterator[Any]:
+    def generate_text(*_: Any) -> Iterator[Any]:
         yield SimpleNamespace(text="Once upon")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("outlier_mlx.engine.generate.stream", stream)
+    monkeypatch.setattr("outlier_mlx.engine.generate.generate_text", generate_text)
     result = run("generate", "--model", place / "tier", "-p", "the cat", code=130)
     assert (result.out, result.err) == ("Once upon\n", "interrupted\n")

@@ -139,7 +139,7 @@ def open_tier(folder: Path) -> Overlay:
 
 
 def _base(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """The base's tensors by their names in mlx-lm's model of it; none if any of them is quantized."""
+    """The base's tensors by their names in mlx-lm; none if any of them is quantized."""
     base = {
         name.replace(".mlp.shared_expert.", ".mlp."): tensor
         for name, tensor in tensors.items()

@@ -92,7 +92,7 @@ def generate(
     import_engine()
     from outlier_mlx.cli.tables import print_statistics
     from outlier_mlx.cli.writers import PlainWriter
-    from outlier_mlx.engine.generate import stream
+    from outlier_mlx.engine.generate import generate_text
     from outlier_mlx.engine.memory import check_fits
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import after_reading, stdout
@@ -113,7 +113,7 @@ def generate(
         check_fits(source.folder, tokens, options.kv_bits)
     loaded, tokenizer = load_visibly(source, loading.dtype, alpha, quiet=quiet)
     responses = after_reading(
-        lambda progress: stream(loaded, tokenizer, text, options, progress), quiet=quiet
+        lambda progress: generate_text(loaded, tokenizer, text, options, progress), quiet=quiet
     )
     console, response = stdout(), None
     writer = PlainWriter(console.file, is_terminal=console.is_terminal)

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
 from outlier_mlx.cli.tables import print_statistics
-from outlier_mlx.engine.generate import Options, stream
+from outlier_mlx.engine.generate import Options, generate_text
 from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.terminal import Progress, counting_bar, print_columns, size, stdout
@@ -102,7 +102,9 @@ def _write(model: nn.Module, tokenizer: TokenizerWrapper) -> GenerationResponse 
     """Print the prompt and what the model adds to it, as it comes."""
     response = None
     print(PROMPT, end="", flush=True)
-    for response in stream(model, tokenizer, PROMPT, Options(max_tokens=200, temp=0.7, seed=1)):
+    for response in generate_text(
+        model, tokenizer, PROMPT, Options(max_tokens=200, temp=0.7, seed=1)
+    ):
         if response.generation_tokens == 1:
             # A text that is decoded by itself loses the space that it begins with.
             both = tokenizer.decode([*tokenizer.encode(PROMPT), response.token])

@@ -10,7 +10,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from outlier_mlx.engine.generate import Options, described, stream_tokens
+from outlier_mlx.engine.generate import Options, described, generate_from_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress
@@ -190,7 +190,7 @@ class Conversation:
         options = replace(self.options, system_prompt=None, max_tokens=room)
         self.read = len(tokens) - known
         written: list[int] = []
-        for response in stream_tokens(
+        for response in generate_from_tokens(
             self.model, self.tokenizer, tokens[known:], options, cache, reading
         ):
             written.append(response.token)

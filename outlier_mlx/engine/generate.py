@@ -98,7 +98,7 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) ->
     return tokens
 
 
-def stream(
+def generate_text(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prompt: str,
@@ -130,10 +130,10 @@ def stream(
             f"the prompt has {len(tokens)} tokens, and the model was made for {limit}",
             stacklevel=2,
         )
-    yield from stream_tokens(model, tokenizer, tokens, options, progress=progress)
+    yield from generate_from_tokens(model, tokenizer, tokens, options, progress=progress)
 
 
-def stream_tokens(
+def generate_from_tokens(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     tokens: list[int],
@@ -147,12 +147,12 @@ def stream_tokens(
         model: as `outlier_mlx.load` returns it.
         tokenizer: likewise.
         tokens: what the cache does not hold yet, one token at least.
-        options: as for `stream`; the seed is not used.
+        options: as for `generate_text`; the seed is not used.
         cache: mlx-lm's cache of each layer, extended in place; None: a new one.
         progress: told tokens read and tokens to read.
 
     Yields:
-        As `stream` does. Each token is in the cache by the time it is yielded.
+        As `generate_text` does. Each token is in the cache by the time it is yielded.
 
     Raises:
         OutlierError: an option does not suit the model.
