@@ -14,7 +14,7 @@ from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.folders import check_free
 from outlier_mlx.writing.model_folder import write_model
@@ -54,7 +54,7 @@ def export_tier(
     *,
     revision: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Exported:
     """Write a tier's experts, routers and alphas in a form that other tools read, exactly.
 

@@ -20,7 +20,7 @@ from outlier_mlx.checkpoints.export_shared import SLAB_BYTES, Origin, copied, sl
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.tensors import ExpertMatrix, row_ranges
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.ternary.ggml import BLOCK, TQ1_0_BYTES, pack_tq1_0_blocks
 from outlier_mlx.writing.parts import Parts, Tally
 from outlier_mlx.writing.writer import WrittenFile
@@ -75,7 +75,7 @@ class GgufTensors(Parts):
         routers = sum(router.nbytes for router in self.overlay.routers.values())
         return super().nbytes + routers + sum(tensor.nbytes for tensor in _merged(self.overlay))
 
-    def write(self, folder: Path, progress: Progress | None = None) -> list[WrittenFile]:
+    def write(self, folder: Path, progress: Progress = no_progress) -> list[WrittenFile]:
         """Write shards and `experts.gguf`; `progress` is told of bytes written."""
         tally = Tally(self.nbytes, progress)
         files = self.write_shards(folder, tally)

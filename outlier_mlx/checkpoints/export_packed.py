@@ -27,7 +27,7 @@ from outlier_mlx.checkpoints.packed import FOLDER, MONOLITH
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, Trits, row_ranges
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.ternary import pack_tq1_0, rows_to_flat
 from outlier_mlx.ternary.flat import packed_bytes
 from outlier_mlx.writing.parts import Parts, Tally
@@ -67,7 +67,7 @@ class PackedTensors(Parts):
         count = sum(len(experts) for experts in self.overlay.experts.values())
         return super().nbytes + count * (lengths + aligned(lengths))
 
-    def write(self, folder: Path, progress: Progress | None = None) -> list[WrittenFile]:
+    def write(self, folder: Path, progress: Progress = no_progress) -> list[WrittenFile]:
         """Write shards, and `packed_experts/`; `progress` is told of bytes written."""
         tally = Tally(self.nbytes, progress)
         files = self.write_shards(folder, tally)

@@ -11,7 +11,7 @@ from outlier_mlx.storage import gguf
 from outlier_mlx.storage.hub import Source, cached, local_source
 from outlier_mlx.storage.remote import RemoteFile, find_commit, mirror, mirrors
 from outlier_mlx.storage.safetensors import header_bytes
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 # What opening a model reads.
 _FILES = (
@@ -53,7 +53,7 @@ def head_bytes(name: str, begin: bytes) -> int:
 def headers(
     path_or_repo: str | Path,
     revision: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     besides: Sequence[str] = (),
 ) -> Iterator[Headers]:
     """A model in a folder, as it is; one on the hub as a folder of headers, while the block runs.
@@ -84,7 +84,7 @@ def _from_hub(
     repo: str,
     revision: str | None,
     work: Path,
-    progress: Progress | None,
+    progress: Progress,
     besides: Sequence[str],
 ) -> Headers:
     folder = work / "model" / repo

@@ -21,7 +21,7 @@ from outlier_mlx.models.stored import stored_params
 from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import has_chat_template
 from outlier_mlx.writing.licences import CARD, stated_licence
 
@@ -85,7 +85,7 @@ class Info:
 def inspect(
     path_or_repo: str | Path,
     revision: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Info:
     """Describe a tier, an overlay or a plain model; no weights are read or downloaded.
 

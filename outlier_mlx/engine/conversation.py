@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from outlier_mlx.engine.generate import Options, described, generate_from_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import context_length
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 Message = dict[str, str]
 
@@ -82,7 +82,7 @@ class Conversation:
         self,
         text: str,
         *,
-        progress: Progress | None = None,
+        progress: Progress = no_progress,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[GenerationResponse]:
         """Send a message, and generate the model's reply.
@@ -164,7 +164,7 @@ class Conversation:
     def _generate(
         self,
         tokens: list[int],
-        progress: Progress | None,
+        progress: Progress,
         stopped: Callable[[], bool],
     ) -> Iterator[GenerationResponse]:
         """Add the new `tokens` and the reply to the cache.
@@ -181,8 +181,7 @@ class Conversation:
             if stopped():
                 self.cache, self.cached = cache, tokens[: known + done]
                 raise Stopped
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
 
         room = self.options.max_tokens
         if self.context is not None:

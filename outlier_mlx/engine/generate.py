@@ -17,7 +17,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import Description, describe_args
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.models.sizes import context_length
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 # Tokens between two looks at whether the output is still finite.
 CHECK_EVERY = 16
@@ -103,7 +103,7 @@ def generate_text(
     tokenizer: TokenizerWrapper,
     prompt: str,
     options: Options,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[GenerationResponse]:
     """Generate from a prompt, a piece of text at a time.
 
@@ -139,7 +139,7 @@ def generate_from_tokens(
     tokens: list[int],
     options: Options,
     cache: list[Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[GenerationResponse]:
     """Generate from tokens, going on from a KV cache if there is one.
 

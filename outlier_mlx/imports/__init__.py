@@ -10,7 +10,7 @@ from outlier_mlx.imports.gguf_file import patterns
 from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.folders import check_free
 from outlier_mlx.writing.model_folder import Written, write_model
 from outlier_mlx.writing.parts import Parts
@@ -46,7 +46,7 @@ def import_model(
     experts: TernaryFormat | None = None,
     revision: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Imported:
     """Write a model of another format as an MLX folder that stock mlx-lm loads.
 

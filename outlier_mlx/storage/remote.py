@@ -23,7 +23,7 @@ from outlier_mlx.storage.hub import CHECKPOINT_FILES
 from outlier_mlx.storage.hub_errors import hub_errors
 from outlier_mlx.storage.paths import require_plain
 from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 
 #: Files up to this size are fetched whole with the headers: it takes one request either way.
 SMALL_BYTES = 100_000
@@ -197,7 +197,7 @@ def mirror(
     *,
     patterns: Iterable[str] = CHECKPOINT_FILES,
     small: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> dict[Path, RemoteFile]:
     """Make a folder that opens like the repository, fetching little more than headers.
 
@@ -278,14 +278,13 @@ def _sparse(path: Path, file: RemoteFile, head_bytes: HeadBytes) -> None:
         target.truncate(file.nbytes)
 
 
-def _all(calls: list[Callable[[], None]], progress: Progress | None = None) -> None:
+def _all(calls: list[Callable[[], None]], progress: Progress = no_progress) -> None:
     """Make all calls, several at a time; the first error drops what has not begun."""
     pool = ThreadPoolExecutor(max_workers=_THREADS)
     try:
         for done, future in enumerate(as_completed([pool.submit(call) for call in calls]), 1):
             future.result()
-            if progress is not None:
-                progress(done, len(calls))
+            progress(done, len(calls))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

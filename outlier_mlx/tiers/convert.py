@@ -6,7 +6,7 @@ from pathlib import Path
 
 from outlier_mlx.checkpoints.base import join, open_base
 from outlier_mlx.storage.hub import Source
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.card import model_card
 from outlier_mlx.tiers.plan import FORMAT_VERSION, make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
@@ -44,7 +44,7 @@ def convert_tier(
     revision: str | None = None,
     base_revision: str | None = None,
     stream: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Convert an overlay into a tier.
 

@@ -11,7 +11,7 @@ from outlier_mlx.measure import measured
 from outlier_mlx.measure.eval_results import Evaluation
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_bytes, read_json
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.card import model_card, origins
 from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.assets import is_legal
@@ -93,7 +93,7 @@ def prepare(
     licence: str | None = None,
     card: str | None = None,
     evaluations: Sequence[Evaluation] = (),
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Publication:
     """Verify a tier and collect what will be published; the hub is not asked.
 

@@ -9,7 +9,7 @@ from outlier_mlx.models.stored import expected_tensors
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.storage.shards import read_shards
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.plan import FORMAT_VERSION
 from outlier_mlx.writing.bundle import bundle
 from outlier_mlx.writing.folders import MANIFESTS
@@ -25,7 +25,7 @@ class Verified:
     nbytes: int
 
 
-def verify_tier(folder: Path, progress: Progress | None = None) -> Verified:
+def verify_tier(folder: Path, progress: Progress = no_progress) -> Verified:
     """Check a tier, or a model that was imported or merged, without running or loading it.
 
     The manifest proves that files are as they were written, not who wrote them. The model code is

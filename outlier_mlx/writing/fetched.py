@@ -19,7 +19,7 @@ import outlier_mlx
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.remote import RemoteFile, forget
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.float_parts import Constant
 from outlier_mlx.writing.folders import JOURNAL, kept_folder
 from outlier_mlx.writing.journal import Journal, read_identity
@@ -56,7 +56,7 @@ class FetchedParts(Parts):
         kept = (path.stat() for path in kept_folder(target).rglob("*") if path.is_file())
         return self.nbytes + largest - sum(found.st_blocks * 512 for found in kept)
 
-    def write(self, folder: Path, progress: Progress | None = None) -> list[WrittenFile]:
+    def write(self, folder: Path, progress: Progress = no_progress) -> list[WrittenFile]:
         """Write all parts, resuming where an earlier run stopped.
 
         Args:

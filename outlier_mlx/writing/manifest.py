@@ -13,7 +13,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.licences import CARD
 from outlier_mlx.writing.writer import WrittenFile
@@ -66,7 +66,7 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     return Manifest(name, content, listed)
 
 
-def check_files(folder: Path, manifest: Manifest, progress: Progress | None = None) -> None:
+def check_files(folder: Path, manifest: Manifest, progress: Progress = no_progress) -> None:
     """Check that every listed file is as it was, and that no other would be loaded with them.
 
     Args:
@@ -84,7 +84,7 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress | None = No
     _check_sums(folder, manifest, progress)
 
 
-def _check_sums(folder: Path, manifest: Manifest, progress: Progress | None) -> None:
+def _check_sums(folder: Path, manifest: Manifest, progress: Progress) -> None:
     done, lock = 0, threading.Lock()
     stop = threading.Event()
 
@@ -92,8 +92,7 @@ def _check_sums(folder: Path, manifest: Manifest, progress: Progress | None) -> 
         nonlocal done
         with lock:
             done += count
-            if progress is not None:
-                progress(done, manifest.nbytes)
+            progress(done, manifest.nbytes)
 
     def check(name: str) -> None:
         digest, size = manifest.files[name]

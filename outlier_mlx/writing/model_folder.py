@@ -8,7 +8,7 @@ from pathlib import Path
 from outlier_mlx.errors import CheckpointWarning, OutlierError
 from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.output import write_json, write_whole
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import has_tokenizer, largest_id
 from outlier_mlx.writing.bundle import bundle
 from outlier_mlx.writing.folders import check_free, check_space, whole_folder
@@ -43,7 +43,7 @@ def write_model(
     manifest_name: str = "checksums.json",
     card: Callable[[Path], str] | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Written:
     """Write a model as a folder that appears whole or not at all.
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from outlier_mlx.models.quantization import spell_quantization
 from outlier_mlx.models.summary import SummaryRow, summarize
-from outlier_mlx.terminal import Progress
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.writer import ShardedWriter, TensorSpec, WrittenFile
 
 #: Name of the tensor, its next bytes, and how many bytes of source they used up.
@@ -105,7 +105,7 @@ class Parts:
         """Bytes that the disk needs for writing them into the folder `target`."""
         return self.nbytes
 
-    def write(self, folder: Path, progress: Progress | None = None) -> list[WrittenFile]:
+    def write(self, folder: Path, progress: Progress = no_progress) -> list[WrittenFile]:
         """Write them into files of a folder.
 
         Args:
@@ -139,13 +139,13 @@ class Tally:
     """Bytes done of `total`, told as they come."""
 
     total: int
-    progress: Progress | None
+    progress: Progress
     done: int = 0
 
     def add(self, nbytes: int) -> None:
         """Count bytes."""
         self.done += nbytes
-        if self.progress is not None and nbytes:
+        if nbytes:
             self.progress(self.done, self.total)
 
 
