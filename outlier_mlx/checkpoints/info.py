@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 
 from outlier_mlx.checkpoints import Overlay, open_overlay
-from outlier_mlx.checkpoints.heads import headers
+from outlier_mlx.checkpoints.headers import headers
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import (
     Description,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import WholeModel, join, open_base
-from outlier_mlx.checkpoints.heads import headers
+from outlier_mlx.checkpoints.headers import headers
 from outlier_mlx.engine.memory import Budget, budget
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.models.sizes import kv_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outlier_mlx.checkpoints import Overlay, open_overlay
-from outlier_mlx.checkpoints.heads import head_bytes
+from outlier_mlx.checkpoints.headers import head_bytes
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, OutputExistsError
 from outlier_mlx.storage.hub import Source, local_source, resolve
 from outlier_mlx.storage.remote import RemoteFile, fill, find_commit, mirror, mirrors
