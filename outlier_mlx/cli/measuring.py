@@ -187,10 +187,9 @@ def routing(
     quiet: Quiet = False,
 ) -> None:
     """Show which experts serve a text, layer by layer."""
-    from outlier_mlx.cli.tables import print_routing
     from outlier_mlx.measure import perplexity as compare
     from outlier_mlx.measure.pictures import require_matplotlib
-    from outlier_mlx.measure.routing import FILES, draw, observe_routing
+    from outlier_mlx.measure.routing import FILES, draw, observe_routing, print_routing
     from outlier_mlx.storage.output import check_folder, clear_folder, write_whole
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar

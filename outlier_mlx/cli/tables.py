@@ -118,20 +118,3 @@ def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
 
 def _against(nbytes: int, limit: int) -> str:
     return size(nbytes) if nbytes <= limit else f"({size(nbytes)})"
-
-
-def print_routing(layers) -> None:  # type: ignore[no-untyped-def]
-    """Which experts serve (a list of `routing.LayerRouting`), a row a layer."""
-    experts = len(layers[0].share)
-    rows = [
-        (str(layer.layer), f"{layer.entropy:.2f}", *(f"{100 * share:.0f}" for share in layer.share))
-        for layer in layers
-    ]
-    print_columns(
-        stdout(),
-        ["layer", "entropy,\nbits", *map(str, range(experts))],
-        rows,
-        title=f"Share of {layers[0].tokens} tokens that each expert serves, %",
-        fixed=2,
-        left=0,
-    )

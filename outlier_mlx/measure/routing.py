@@ -14,7 +14,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.calls import Told, watched_calls
 from outlier_mlx.measure.pictures import SUFFIXES, heat_map
 from outlier_mlx.runtime.moe import OutlierMoE
-from outlier_mlx.terminal import Progress, no_progress
+from outlier_mlx.terminal import Progress, no_progress, print_columns, stdout
 
 #: What the command writes; the files of an earlier run are removed when it is replaced.
 FILES = ("routing.json", *(f"routing{suffix}" for suffix in SUFFIXES))
@@ -146,4 +146,20 @@ def draw(layers: list[LayerRouting], path: Path) -> None:
         shares,
         [str(layer.layer) for layer in layers],
         ("expert", "layer", "tokens served, %"),
+    )
+
+
+def print_routing(layers: list[LayerRouting]) -> None:
+    """Print the experts' shares on stdout, a row per layer."""
+    rows = [
+        (str(layer.layer), f"{layer.entropy:.2f}", *(f"{100 * share:.0f}" for share in layer.share))
+        for layer in layers
+    ]
+    print_columns(
+        stdout(),
+        ["layer", "entropy,\nbits", *map(str, range(len(layers[0].share)))],
+        rows,
+        title=f"Share of {layers[0].tokens} tokens that each expert serves, %",
+        fixed=2,
+        left=0,
     )
