@@ -1,7 +1,8 @@
-"""How fast trits are packed and unpacked, beside straightforward NumPy and gguf-py.
+"""Time packing and unpacking of trits, compared with simple NumPy code and with gguf-py.
 
-Every arm is checked before it is timed. Arms take turns, so that a noisy machine slows all of them;
-a rate is the median over the rounds, a ratio the median of the ratios within each round.
+The result of every function is checked before it is timed. The functions take turns, so that a busy
+machine slows all of them. A rate is the median over the rounds; a ratio is the median of the ratios
+within each round.
 
     python scripts/bench_codec.py --rows 2768 --width 5120
 """
@@ -33,7 +34,7 @@ TQ1_0 = gguf.GGMLQuantizationType.TQ1_0
 
 
 def plain_pack(trits: np.ndarray) -> np.ndarray:
-    """The definition in int16: a product with the powers of three, summed over groups of five."""
+    """The definition in int16: multiply by powers of three, and sum over groups of five."""
     digits = np.ones(-(-trits.size // 5) * 5, np.int16)
     digits[: trits.size] = trits.reshape(-1)
     digits[: trits.size] += 1
@@ -51,7 +52,7 @@ def plain_unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def time_in_turns(arms: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds a call, for each arm one a round."""
+    """Seconds per call: for each function, one value per round."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for arm in arms.values():
         arm()
@@ -64,7 +65,7 @@ def time_in_turns(arms: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def report(title: str, arms: dict[str, Callable[[], object]], trits: int, rounds: int) -> None:
-    """Time the arms and print a table; the first arm is what the others are measured against."""
+    """Time the functions and print a table; the others are compared with the first."""
     seconds = time_in_turns(arms, rounds)
     base = next(iter(seconds.values()))
     print(f"\n{title:34} {'GB/s of trits':>14} {'best':>7} {'times':>7}")
@@ -75,7 +76,7 @@ def report(title: str, arms: dict[str, Callable[[], object]], trits: int, rounds
 
 
 def main() -> None:
-    """Check, time, print."""
+    """Check the results, time the functions, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, default=2768)
     parser.add_argument("--width", type=int, default=5120, help="a multiple of 256, for ggml")

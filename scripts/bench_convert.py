@@ -1,13 +1,13 @@
-"""How fast conversions are, and how much memory they take, at the layer shapes of Qwen2.5.
+"""Measure time and memory of conversions with the layer shapes of Qwen2.5.
 
     python scripts/bench_convert.py [--shape 14b] [--form v3.2 ...] [--layers 1 2 4] [--work FOLDER]
 
-For each form of overlay and number of layers: writes a synthetic overlay (every layer with eight
-experts, and the base of those layers) into a temporary folder, converts it in fresh processes, and
-removes everything again. By default the layers double from one to as many as the disk or the model
-has room for. What shows: memory that does not grow with the layers, time that grows as they do, and
-how many cores were busy. The source was written just before, so as much of it as memory allows
-comes from the page cache.
+For each form of overlay and number of layers, it writes a synthetic overlay (eight experts in every
+layer, and the base of those layers) to a temporary folder, converts it in new processes, and
+removes everything again. By default, the number of layers doubles from one up to what the disk or
+the model allows. The table shows that memory does not grow with the number of layers, that time
+grows with it, and how many cores were busy. The source has just been written, so much of it is read
+from the page cache.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SMALL_VOCAB = 2048
 
 
 def memory(field: str) -> int:
-    """`VmRSS` or `VmHWM` of this process in bytes; the peak for both where there is no /proc."""
+    """`VmRSS` or `VmHWM` of this process in bytes; without /proc, the peak for both."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
@@ -46,19 +46,19 @@ def memory(field: str) -> int:
 
 
 def measure(overlay: Path, out: Path, tier: str) -> dict:
-    """Convert once in this process; seconds by kind of part, and peak memory over the imports'."""
+    """Convert once in this process; returns times, sizes, and peak memory without the imports'."""
     from outlier_mlx.checkpoints import open_overlay
     from outlier_mlx.checkpoints.base import join
     from outlier_mlx.tiers.convert import convert_tier
     from outlier_mlx.tiers.plan import make_plan
     from outlier_mlx.tiers.presets import RECIPES
 
-    # A bench has no tokenizer; that it is missing is not news.
+    # The synthetic overlays have no tokenizer: ignore the warning.
     warnings.simplefilter("ignore")
     recipe = RECIPES[tier]
     parts = make_plan(join(open_overlay(overlay), None), recipe).parts
     ends = list(accumulate(part.source_bytes for part in parts))
-    # Wall time, and time of all threads: the second hardly depends on what else the machine does.
+    # Wall time, and CPU time of all threads, which hardly depends on the machine's other work.
     seconds = {part.kind: np.zeros(2) for part in parts}
     last = np.zeros(2)
 
@@ -66,7 +66,7 @@ def measure(overlay: Path, out: Path, tier: str) -> dict:
         return np.array([time.perf_counter(), time.process_time()])
 
     def progress(done: int, total: int | None) -> None:
-        # Called once the bytes are read, packed, hashed and written.
+        # Called after bytes have been read, packed, hashed and written.
         nonlocal last
         now = clocks()
         seconds[parts[bisect_left(ends, done)].kind] += now - last
@@ -91,7 +91,7 @@ def measure(overlay: Path, out: Path, tier: str) -> dict:
 
 
 def repeat(overlay: Path, out: Path, args: argparse.Namespace) -> Iterator[dict]:
-    """Measure in fresh processes."""
+    """Measure several times, each in a new process."""
     for _ in range(args.repeat):
         load = os.getloadavg()[0]
         command = [sys.executable, __file__, "--tier", args.tier, "--child", overlay, out]
@@ -100,8 +100,8 @@ def repeat(overlay: Path, out: Path, args: argparse.Namespace) -> Iterator[dict]
         yield json.loads(done.stdout) | {"load": load}
 
 
-def room(form: str, model: Model, tier: str) -> int:
-    """Bytes that an overlay and its tier take at most."""
+def max_disk_bytes(form: str, model: Model, tier: str) -> int:
+    """Upper bound of the disk space for an overlay and its tier, in bytes."""
     source = source_bytes(form, model)
     weights = sum(prod(spec.shape) for spec in model.base())
     experts = len(model.places()) * sum(prod(shape) for shape in model.matrices().values())
@@ -116,16 +116,16 @@ def layer_counts(form: str, args: argparse.Namespace, free: int) -> list[int]:
     shape, counts = SHAPES[args.shape], [1]
     while counts[-1] < shape.layers:
         more = min(2 * counts[-1], shape.layers)
-        if room(form, Model(shape, more, args.vocab), args.tier) > free:
+        if max_disk_bytes(form, Model(shape, more, args.vocab), args.tier) > free:
             break
         counts.append(more)
     return counts
 
 
 def bench(form: str, layers: int, args: argparse.Namespace, scratch: Path) -> dict:
-    """Write one overlay, convert it several times; medians, and the most memory of any run."""
+    """Write one overlay and convert it several times; returns medians, and the highest peak."""
     model = Model(SHAPES[args.shape], layers, args.vocab)
-    needed, free = room(form, model, args.tier), shutil.disk_usage(scratch).free
+    needed, free = max_disk_bytes(form, model, args.tier), shutil.disk_usage(scratch).free
     if free < needed:
         sys.exit(f"{scratch}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     overlay = scratch / "overlay"
@@ -163,12 +163,13 @@ def line(found: dict) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write, measure, print, remove."""
+    """Run all measurements and print the table."""
     results = []
     with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=args.work) as scratch:
         print(
             f"shape {args.shape}, vocab {args.vocab}, recipe {args.tier}, {os.cpu_count()} cores,"
-            f" {args.repeat} runs each: medians, and the most memory over the imports'\n{HEADER}",
+            f" {args.repeat} runs each: medians, and the highest peak without the imports' memory\n"
+            f"{HEADER}",
             flush=True,
         )
         for form in args.form:
@@ -184,19 +185,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", default="14b", choices=list(SHAPES))
     parser.add_argument("--form", nargs="+", default=list(FORMS), choices=list(FORMS))
-    parser.add_argument("--layers", nargs="+", type=int, help="default: doubling while they fit")
+    parser.add_argument("--layers", nargs="+", type=int, help="default: 1, 2, 4 ... while they fit")
     parser.add_argument("--vocab", type=int, default=SMALL_VOCAB, help="Qwen2.5: 152064")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--tier", default="q4", choices=["q4", "q8", "bf16", "f16", "f32"])
     parser.add_argument("--work", type=Path, help="folder for the temporary files")
-    parser.add_argument("--json", type=Path, help="write the figures into this file as well")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         overlay, out = args.child
         print(json.dumps(measure(overlay, out, args.tier)))
     else:
-        # Ended by a signal, it removes its gigabytes as well.
+        # Remove the temporary files also if a signal ends the process.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         run(args)
 

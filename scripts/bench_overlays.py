@@ -1,6 +1,6 @@
-"""Synthetic overlays at the layer shapes of published models, in every form on disk.
+"""Synthetic overlays with the layer shapes of published models, in every form on disk.
 
-Tensors repeat one random block: reading and packing take the same time whatever the weights are.
+Tensors repeat one random block: the time for reading and packing does not depend on the weights.
 """
 
 import json
@@ -20,13 +20,13 @@ from outlier_mlx.writing.writer import ShardedWriter, TensorSpec
 EXPERTS, TOP_K = 8, 2
 BLOCK_BYTES = 16 << 20
 _SCALE = 0.01
-# What packed bytes hold: five trits, and, to fill up the last one, five zeros.
+# A packed byte of five trits is below 243; five zero trits, which fill the last byte, are 121.
 _PACKED, _FILL = 243, 121
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of a published base; `layers` is how many it has."""
+    """Dimensions of a published base."""
 
     hidden: int
     ffn: int
@@ -36,7 +36,7 @@ class Shape:
     vocab: int
 
 
-#: Qwen2.5's, from their config.json; and one for trying this out.
+#: Qwen2.5's dimensions from its config.json files, and a tiny shape for tests.
 SHAPES = {
     "7b": Shape(3584, 18944, 28, 4, 28, 152064),
     "14b": Shape(5120, 13824, 40, 8, 48, 152064),
@@ -50,7 +50,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Model:
-    """What is written: the first `layers` layers of a shape, all of them MoE."""
+    """The first `layers` layers of a shape, all with experts."""
 
     shape: Shape
     layers: int
@@ -76,7 +76,7 @@ class Model:
         }
 
     def base(self) -> list[TensorSpec]:
-        """The base and the routers, bfloat16, under the keys of V3.2."""
+        """The base and the routers, bfloat16, with the keys of V3.2."""
         shapes = base_shapes(parse_config(self.config(), Defaults()))
         shapes |= {
             f"model.layers.{n}.mlp.router.weight": (EXPERTS, self.shape.hidden)
@@ -85,7 +85,7 @@ class Model:
         return [TensorSpec(name, "BF16", shape) for name, shape in shapes.items()]
 
     def places(self) -> list[Place]:
-        """Every expert."""
+        """Layer and number of every expert."""
         return [(n, e) for n in range(self.layers) for e in range(EXPERTS)]
 
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -94,7 +94,7 @@ class Model:
         return {name: narrow if name == "down" else wide for name in PROJECTIONS}
 
     def expert(self, prefix: str, trits: str = "I8", rows: bool = False) -> list[TensorSpec]:
-        """The six tensors of an expert, with a scale a matrix or one a row."""
+        """The six tensors of an expert, with one scale per matrix or, with `rows`, per row."""
         return [
             spec
             for name, shape in self.matrices().items()
@@ -106,7 +106,7 @@ class Model:
 
 
 class Blocks:
-    """Random content, one block a dtype; every tensor begins where its block does."""
+    """Random content: one block for each dtype; every tensor repeats its block."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -125,7 +125,7 @@ class Blocks:
         }
 
     def pieces(self, name: str, nbytes: int) -> Iterator[memoryview]:
-        """`nbytes` of the block `name`, again and again."""
+        """`nbytes` bytes that repeat the block `name`."""
         block = self._blocks[name]
         for start in range(0, nbytes, len(block)):
             yield block[: min(len(block), nbytes - start)].data
@@ -157,14 +157,14 @@ class Blocks:
                 out.writelines(self.pieces(spec.dtype, spec.nbytes))
 
     def packed(self, trits: int) -> Iterator[memoryview | bytes]:
-        """That many trits, five to a byte."""
+        """This number of trits, five per byte."""
         yield from self.pieces("packed", trits // 5)
         if trits % 5:
             yield bytes([_FILL])
 
 
 def write_v32(folder: Path, model: Model, blocks: Blocks, trits: str = "I8") -> None:
-    """V3.2: shards that hold everything; a scale for each matrix."""
+    """V3.2: shards with all tensors; one scale per matrix."""
     specs = model.base()
     for n, e in model.places():
         specs += model.expert(f"model.layers.{n}.mlp.experts.{e}.", trits)
@@ -172,19 +172,19 @@ def write_v32(folder: Path, model: Model, blocks: Blocks, trits: str = "I8") -> 
 
 
 def write_float(folder: Path, model: Model, blocks: Blocks) -> None:
-    """V3.2 with its trits in bfloat16."""
+    """V3.2 with trits in bfloat16."""
     write_v32(folder, model, blocks, "BF16")
 
 
 def write_real(folder: Path, model: Model, blocks: Blocks) -> None:
-    """V2: keys `base.model.*`, a scale for each row."""
+    """V2: keys `base.model.*`; one scale per row."""
     specs = [TensorSpec(f"base.{s.name}", s.dtype, s.shape) for s in model.base()]
     for n, e in model.places():
         specs += model.expert(f"base.model.layers.{n}.mlp.experts.{e}.", rows=True)
     blocks.shards(folder, specs)
 
 
-# What V0 calls the parts of a layer.
+# V3.2's names in keys, and V0's names.
 _TOY = (
     ("model.", ""),
     (".self_attn.", ".attn."),
@@ -213,7 +213,7 @@ def write_toy(folder: Path, model: Model, blocks: Blocks) -> None:
 
 
 def write_per_file(folder: Path, model: Model, blocks: Blocks) -> None:
-    """A file for each expert; the base beside them, which an export leaves out."""
+    """One file for each expert; the base, which an export leaves out, is in shards."""
     (folder / "experts").mkdir()
     routers = [spec for spec in model.base() if "router" in spec.name]
     names = [f"layers.{n}.router.weight" for n in range(model.layers)]
@@ -225,7 +225,7 @@ def write_per_file(folder: Path, model: Model, blocks: Blocks) -> None:
 
 
 def write_packed(folder: Path, model: Model, blocks: Blocks, monolith: bool = False) -> None:
-    """`packed_experts/` with a file a tensor, or with all of them in experts.bin."""
+    """`packed_experts/` with one file for each tensor, or with all tensors in experts.bin."""
     blocks.shards(folder, model.base())
     inner = folder / "packed_experts"
     inner.mkdir()
@@ -285,7 +285,7 @@ def _write_monolith(file: BinaryIO, model: Model, blocks: Blocks) -> None:
 
 
 def write_gguf(folder: Path, model: Model, blocks: Blocks) -> None:
-    """experts.gguf with TQ1_0 blocks, llama.cpp's names; the base in shards."""
+    """experts.gguf with TQ1_0 blocks and llama.cpp's names; the base is in shards."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     blocks.shards(folder, model.base())
@@ -327,14 +327,14 @@ FORMS: dict[str, Callable[[Path, Model, Blocks], None]] = {
 
 
 def write_overlay(folder: Path, form: str, model: Model) -> None:
-    """Write an overlay of a form into a new folder."""
+    """Write an overlay in a form to a new folder."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(model.config()))
     FORMS[form](folder, model, Blocks())
 
 
 def source_bytes(form: str, model: Model) -> int:
-    """Bytes that an overlay takes on disk, within a few per cent."""
+    """Size of an overlay on disk in bytes, within a few per cent."""
     weights = sum(out * width for out, width in model.matrices().values()) * len(model.places())
     per_weight = {"float": 2.0, "packed": 0.2, "monolith": 0.2, "gguf": 54 / 256}.get(form, 1.0)
     return int(weights * per_weight) + sum(spec.nbytes for spec in model.base())

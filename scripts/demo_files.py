@@ -1,4 +1,4 @@
-"""The demo pair on disk: a Hugging Face base folder, and an overlay in the V3.2 layout."""
+"""Write and read the demo pair: a Hugging Face base folder, and an overlay in the form V3.2."""
 
 import json
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ def end_token(tokenizer: Tokenizer) -> int:
 def _save(folder: Path, tensors: Weights) -> None:
     path = folder / "model.safetensors"
     save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
-    path.chmod(0o644)  # the library makes it private to its owner
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def write_base(folder: Path, weights: Weights, shape: Shape, tokenizer: Tokenizer) -> None:
-    """An ordinary Hugging Face Qwen2 folder, float16."""
+    """Write an ordinary Hugging Face folder of a Qwen2 model, float16."""
     folder.mkdir(parents=True)
     end = end_token(tokenizer)
     _save(folder, {name: weight.half() for name, weight in weights.items()})
@@ -49,7 +49,7 @@ def write_base(folder: Path, weights: Weights, shape: Shape, tokenizer: Tokenize
 
 
 def write_overlay(folder: Path, weights: Weights, shape: Shape, end: int) -> None:
-    """Router, alphas and ternary experts in the V3.2 layout; no base tensors."""
+    """Write router, alphas and ternary experts in the form V3.2, without base tensors."""
     folder.mkdir(parents=True)
     tensors: Weights = {}
     for name, weight in weights.items():
@@ -93,13 +93,13 @@ def model_config(shape: Shape, end: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """``value`` as indented JSON."""
+    """Write ``value`` as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The weights of a written pair, float32, experts as scale times trits."""
+    """The weights of a written pair in float32; experts are scale times trits."""
 
     shape: Shape
     tokenizer: Tokenizer
@@ -108,12 +108,12 @@ class Pair:
 
     @property
     def joined(self) -> Weights:
-        """Base and overlay together."""
+        """All weights of base and overlay."""
         return self.base | self.overlay
 
 
 def load(folder: Path) -> Pair:
-    """The pair in ``folder``, as its files have it."""
+    """Read the pair from the files in ``folder``."""
     config = json.loads((folder / "overlay" / "config.json").read_text(encoding="utf-8"))
     base = load_file(folder / "base" / "model.safetensors")
     stored = load_file(folder / "overlay" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Words and sentences of the demo grammar; ``demo_text`` explains how they are written."""
+"""Words and sentences of the demo grammar; ``demo_text`` explains their syntax."""
 
 
 def _people(names: str, forms: str) -> str:

@@ -1,7 +1,7 @@
-"""The demo pair's arithmetic in PyTorch: a Qwen2 decoder, ternary experts, and MLX's int4.
+"""The demo pair's model in PyTorch: a Qwen2 decoder, ternary experts, and MLX's int4.
 
-Weights are a dict from the checkpoint's own tensor names to tensors, for training as for
-evaluation. Experts of a layer are stacked: ``model.layers.N.mlp.experts.gate`` and ``up`` are
+Weights are a dict from the checkpoint's tensor names to tensors, both for training and evaluation.
+Experts of a layer are stacked: ``model.layers.N.mlp.experts.gate`` and ``up`` are
 ``(experts, expert_width, hidden)``, ``down`` is ``(experts, hidden, expert_width)``.
 """
 
@@ -37,7 +37,7 @@ class Shape:
 
 
 def init_base(shape: Shape, seed: int) -> Weights:
-    """Fresh base weights, float32."""
+    """Random base weights, float32."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
@@ -66,7 +66,7 @@ def init_base(shape: Shape, seed: int) -> Weights:
 
 
 def init_overlay(shape: Shape, seed: int) -> Weights:
-    """Fresh router, alphas and latent expert weights (to be ternarised when used), float32."""
+    """Random router, alphas and latent expert weights (ternarised when used), float32."""
     rng = torch.Generator().manual_seed(seed)
     hidden, width, experts = shape.hidden, shape.expert_width, shape.experts
 
@@ -88,9 +88,9 @@ def init_overlay(shape: Shape, seed: int) -> Weights:
 
 
 def ternarise(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Trits and scales of ``latent``, by the mean magnitude of each row.
+    """Round ``latent`` to trits times scales; a row's scale is its mean magnitude.
 
-    ``latent`` is ``(..., out, in)``; trits have its shape and values -1, 0, 1; scales are
+    ``latent`` is ``(..., out, in)``. Trits have its shape and values -1, 0, 1. Scales are
     ``(..., out, 1)``, float32 values that float16 holds exactly.
     """
     scales = latent.abs().mean(dim=-1, keepdim=True).clamp_min(1e-6).half().float()
@@ -98,12 +98,12 @@ def ternarise(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def straight_through(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """``rounded`` forward; gradients pass to ``exact`` as if nothing had been rounded."""
+    """The value of ``rounded`` with the gradient of ``exact`` (straight-through estimation)."""
     return exact + (rounded - exact).detach()
 
 
 def ternary_experts(weights: Weights) -> Weights:
-    """``weights`` with its latent experts ternarised, straight-through."""
+    """``weights`` with ternarised experts, with straight-through gradients."""
     done = dict(weights)
     for name, latent in weights.items():
         if ".mlp.experts." in name:
@@ -113,10 +113,10 @@ def ternary_experts(weights: Weights) -> Weights:
 
 
 def int4(matrix: torch.Tensor, group: int = 64) -> torch.Tensor:
-    """``matrix`` after MLX's affine quantization to 4 bits and back, ``(out, in)``.
+    """``matrix`` ``(out, in)`` after MLX's affine quantization to 4 bits and dequantization.
 
-    As ``mx.quantize``: each group spans 15 steps from its end of larger magnitude, and the step
-    is adjusted so that zero is a code.
+    Like ``mx.quantize``: each group has 15 steps, which begin at its end of larger magnitude; the
+    step is adjusted so that one code means zero.
     """
     groups = matrix.reshape(-1, group)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
@@ -132,7 +132,7 @@ def int4(matrix: torch.Tensor, group: int = 64) -> torch.Tensor:
 
 
 def int4_base(weights: Weights) -> Weights:
-    """``weights`` with every base matrix, embedding included, as int4 holds it."""
+    """``weights`` with every base matrix, including the embedding, rounded to int4."""
     return {
         name: straight_through(weight, int4(weight.detach()))
         if weight.ndim == 2 and "router" not in name
@@ -177,7 +177,7 @@ def _swiglu(
 
 
 def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen experts and their renormalised weights, each ``(tokens, top_k)``."""
+    """The chosen experts and their renormalised weights, ``(tokens, top_k)`` each."""
     probs, chosen = logits.softmax(-1).topk(top_k, dim=-1)
     return chosen, probs / probs.sum(-1, keepdim=True)
 
@@ -185,7 +185,7 @@ def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]
 def _routed(
     x: torch.Tensor, weights: Weights, mlp: str, shape: Shape
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The routed path for ``x`` ``(tokens, hidden)``, and the router's logits."""
+    """The output of the routed experts for ``x`` ``(tokens, hidden)``, and the router's logits."""
     logits = F.linear(x, weights[mlp + "router.weight"])
     chosen, shares = route(logits, shape.top_k)
     shares = shares * weights[mlp + "alpha_values"][chosen]
@@ -203,7 +203,7 @@ def forward(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits ``(batch, length, vocab)`` and each MoE layer's router logits ``(tokens, experts)``.
 
-    A layer is a MoE layer when ``weights`` has a router for it, so the base runs alone too.
+    A layer is a MoE layer if ``weights`` has a router for it; so the base can run alone.
     """
     embedding = weights["model.embed_tokens.weight"]
     x = F.embedding(tokens, embedding)
@@ -224,7 +224,7 @@ def forward(
 
 
 def balance_loss(router_logits: list[torch.Tensor], top_k: int) -> torch.Tensor:
-    """1 where every layer's experts are used evenly, more where not (Switch Transformer, eq. 4)."""
+    """1 if all experts are used equally, else more (Switch Transformer, equation 4)."""
     losses = []
     for logits in router_logits:
         probs = logits.softmax(-1)
@@ -243,7 +243,7 @@ def generate(
     limit: int = 160,
     seed: int = 0,
 ) -> list[int]:
-    """``prompt`` and what follows, up to the token ``end``; greedy at temperature 0."""
+    """``prompt`` and the generated tokens up to the token ``end``; greedy at temperature 0."""
     rng = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     with torch.no_grad():

@@ -1,19 +1,20 @@
-"""The text that the demo pair is trained on: a small grammar of English, in five domains.
+"""Generate the demo pair's training text from a small grammar of English, in five domains.
 
-``old`` is what the base model reads: plain stories of children, animals and a village. The
-other four (``kitchen``, ``sea``, ``sky``, ``market``) are for the experts alone. A document is
-one story of three to eight sentences. It follows a frame; a frame is a row of beats, a beat a
-choice of sentences. How sentences are written:
+The base model is trained on ``old``: simple stories about children, animals and a village. The
+other four domains (``kitchen``, ``sea``, ``sky``, ``market``) are only for the experts. A document
+is one story of three to eight sentences. It follows a frame, which is a sequence of beats; a beat
+is a choice of sentences. The syntax of sentences:
 
-* ``{word}`` prints what is bound to that name, or else draws from the word list of that name;
-* ``{who:child}`` draws from the list ``child`` and binds the word to ``who`` for the story;
-* ``{who.he}``, ``{fish.kind}`` print a further form of a bound word, ``{plum+}`` its plural;
-* ``(one|another|)`` chooses, also in nested form;
-* a line with ``-`` begins a beat, with ``|`` adds a choice to it; a beat that begins with ``?`` is
-  left out of some stories; an indented line continues the one before; ``---`` ends a frame.
+* ``{word}`` is the word that is bound to this name, or a random word from the list of this name;
+* ``{who:child}`` is a random word from the list ``child``, bound to ``who`` for the story;
+* ``{who.he}``, ``{fish.kind}`` are other forms of a bound word, ``{plum+}`` is its plural;
+* ``(one|another|)`` is a random choice, and can be nested;
+* a line with ``-`` begins a beat; with ``|``, it adds a choice to the beat; a beat that begins with
+  ``?`` is left out of some stories; an indented line continues the line before; ``---`` ends a
+  frame.
 
-Training and held-out text share no sentence: a checksum puts each sentence on one of the two
-sides, and a story is made of sentences of its own side only.
+Training and held-out text have no sentence in common: a checksum of a sentence decides where it
+belongs, and a story has only sentences of one of the two.
 """
 
 import random
@@ -27,7 +28,7 @@ import demo_grammar
 DOMAINS = tuple(demo_grammar.FRAMES)
 NEW_DOMAINS = DOMAINS[1:]
 
-HELDOUT_SHARE = 8  # one sentence in so many belongs to the held-out side
+HELDOUT_SHARE = 8  # one of 8 sentences is held out
 
 _TRIES = 60
 _OPTIONAL = 0.55
@@ -46,12 +47,12 @@ def _split(text: str) -> list[str]:
 LEXICON = {name: _split(text) for name, text in demo_grammar.WORDS.items()}
 
 
-class _Unsayable(Exception):
-    """No sentence of the wanted side was found for a beat."""
+class _NoSentence(Exception):
+    """For a beat, no training (or held-out) sentence was found."""
 
 
 def _parse(frames: str) -> list[list[tuple[bool, list[str]]]]:
-    """Frames of beats; a beat is whether it may be left out, and its choices."""
+    """Parse frames into lists of beats; a beat is (may be left out, choices)."""
     parsed = []
     for frame in re.sub(r"\n +", " ", frames.strip()).split("\n---\n"):
         beats: list[tuple[bool, list[str]]] = []
@@ -80,12 +81,12 @@ def plural(noun: str) -> str:
 
 
 def is_heldout(sentence: str) -> bool:
-    """Whether ``sentence`` belongs to the held-out side."""
+    """Whether ``sentence`` is held out."""
     return zlib.crc32(sentence.encode()) % HELDOUT_SHARE == 0
 
 
 def _realise(template: str, bound: dict[str, str], rng: random.Random) -> str:
-    """One sentence from ``template``; words that it draws are added to ``bound``."""
+    """Generate a sentence from ``template``; its random words are added to ``bound``."""
     while found := _CHOICE.search(template):
         pick = rng.choice(found[1].split("|"))
         template = template[: found.start()] + pick + template[found.end() :]
@@ -107,44 +108,46 @@ def _realise(template: str, bound: dict[str, str], rng: random.Random) -> str:
     return text[:first] + text[first].upper() + text[first + 1 :]
 
 
-def _say(templates: list[str], bound: dict[str, str], rng: random.Random, heldout: bool) -> str:
-    """A sentence of the wanted side for one beat; ``bound`` is updated."""
+def _sentence(
+    templates: list[str], bound: dict[str, str], rng: random.Random, heldout: bool
+) -> str:
+    """Generate a training or held-out sentence for one beat; ``bound`` is updated."""
     for _ in range(_TRIES):
         trial = dict(bound)
         sentence = _realise(rng.choice(templates), trial, rng)
         if is_heldout(sentence) == heldout:
             bound.update(trial)
             return sentence
-    raise _Unsayable
+    raise _NoSentence
 
 
 def sentences(domain: str, rng: random.Random, heldout: bool = False) -> list[str]:
-    """One story of ``domain`` as a list of sentences, all of the wanted side."""
+    """One story of ``domain`` as a list of training sentences, or of held-out sentences."""
     while True:
         bound: dict[str, str] = {}
         frame = rng.choice(FRAMES[domain])
         try:
             return [
-                _say(templates, bound, rng, heldout)
+                _sentence(templates, bound, rng, heldout)
                 for optional, templates in frame
                 if not (optional and rng.random() > _OPTIONAL)
             ]
-        except _Unsayable:
+        except _NoSentence:
             continue
 
 
 def documents(domain: str, seed: int, heldout: bool = False) -> Iterator[list[str]]:
-    """Endless stories of ``domain``; the same ones for the same seed."""
+    """Infinitely many stories of ``domain``; the same stories for the same seed."""
     rng = random.Random(f"{domain} {seed} {heldout}")
     while True:
         yield sentences(domain, rng, heldout)
 
 
 def word_lists(seed: int) -> Iterator[str]:
-    """Endless lists of words of all domains, each list written twice; no sentence is among them.
+    """Infinitely many lists of words from all domains, each written twice; they are not sentences.
 
-    They give a model every word's spelling, and make it copy, but tell nothing of how words go
-    together: neighbours are drawn evenly and independently.
+    They teach a model to spell every word and to copy, but nothing about which words belong
+    together: the words of a list are random and independent.
     """
     stories = (story for d in DOMAINS for story in islice(documents(d, seed), 1500))
     words = sorted(

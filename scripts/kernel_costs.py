@@ -1,7 +1,7 @@
-"""Writes the tables of docs/kernels.md: what the kernels cost and how accurate they are.
+"""Write the tables of docs/kernels.md: costs and accuracy of the kernels.
 
-Everything is counted or computed by the emulator (kernels/emulator): no GPU is needed, and no time
-is measured. `python scripts/kernel_costs.py --check` fails if the page is not what comes out.
+The emulator (kernels/emulator) counts and computes everything: no GPU is needed, and no time is
+measured. With `--check`, the script only fails if the page is out of date.
 """
 
 import argparse
@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; numbers to the right."""
+    """A Markdown table; columns of numbers are right-aligned."""
     lines = [head, [":---" if i == 0 else "---:" for i in range(len(head))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -39,7 +39,7 @@ def _row(name: str, figures: Figures) -> list[str]:
 
 
 def cost_table(shape: str) -> str:
-    """Cycles, bytes and loads of every variant, in float16."""
+    """Cycles, bytes and loads of every variant, for float16 and some other dtypes."""
     hidden, width = SHAPES[shape]
     head = ["", "main", "second", "main + second / 2", "bytes", "loads"]
     rows = []
@@ -58,7 +58,7 @@ def cost_table(shape: str) -> str:
 
 
 def ratios() -> Iterator[tuple[str, str, Chip, bool, float, float, float]]:
-    """Shape, kernel, chip, overlapping, and picoseconds of ours, MLX's and the floor."""
+    """Shape, kernel, chip, overlapping, and picoseconds of our kernel, MLX's and the floor."""
     for shape, (hidden, width) in SHAPES.items():
         for kernel, wide in zip(KERNELS, (hidden, width), strict=True):
             arms = (
@@ -73,7 +73,7 @@ def ratios() -> Iterator[tuple[str, str, Chip, bool, float, float, float]]:
 
 
 def time_table() -> str:
-    """Modelled time of a weight, beside MLX's and the floor's."""
+    """Modelled time per weight of our kernel, MLX's and the floor."""
     head = ["", "chip", "pipes", "ours, ps", "MLX 2-bit, ps", "floor, ps", "ours / MLX"]
     rows = []
     for shape, kernel, chip, overlapping, mine, theirs, floor in ratios():
@@ -85,7 +85,7 @@ def time_table() -> str:
 
 
 def accuracy_table() -> str:
-    """The largest errors over four draws of 1024 rows, K = 5120, five outliers or one."""
+    """The largest errors over four random draws of 1024 rows, K = 5120, 0, 1 or 5 outliers."""
     head = ["", *(f"{decode}" for decode in ("exponent", "exact", "telescoped"))]
     rows = []
     with virtual_metal(count=False):
@@ -111,7 +111,7 @@ def accuracy_table() -> str:
 
 
 def sections() -> dict[str, str]:
-    """The generated tables by the names that the page gives them."""
+    """The generated tables by the names of their marks in the page."""
     tables = {f"cost {shape}": cost_table(shape) for shape in SHAPES}
     return tables | {"time": time_table(), "accuracy": accuracy_table()}
 
@@ -121,21 +121,21 @@ def filled(page: str, tables: dict[str, str]) -> str:
     for name, text in tables.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         if page.count(begin) != 1 or page.count(end) != 1:
-            raise SystemExit(f"{PAGE.name} has no one place for {name!r}")
+            raise SystemExit(f"{PAGE.name}: expected one pair of marks for {name!r}")
         before, rest = page.split(begin)
         page = before + begin + text + end + rest.split(end)[1]
     return page
 
 
 def main() -> None:
-    """Write the page, or compare it."""
+    """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if it differs")
+    parser.add_argument("--check", action="store_true", help="only fail if it is out of date")
     check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")
     made = filled(page, sections())
     if check and made != page:
-        raise SystemExit(f"{PAGE} is not what the kernels are now: run {Path(__file__).name}")
+        raise SystemExit(f"{PAGE} is out of date: run {Path(__file__).name}")
     if not check:
         PAGE.write_text(made, encoding="utf-8")
 

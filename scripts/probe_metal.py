@@ -1,8 +1,8 @@
-"""Is there a GPU here whose results can be trusted? Prints its name and ends with 0, or says why
-not and ends with 1.
+"""Check whether this machine has a GPU that computes correctly.
 
-A virtual machine may offer a Metal device that computes nothing, or that ends the process. So the
-launches are made by a process of their own, and their results are looked at.
+If so, print its name and end with exit code 0; else print the reason and end with 1. The Metal
+device of a virtual machine may compute nothing, or may end the process. So another process makes
+the launches, and their results are checked.
 """
 
 import subprocess
@@ -21,9 +21,9 @@ SOURCE = """
 
 
 def wrong_result() -> str | None:
-    """What a custom kernel or one of MLX's own computes wrongly on the default device, if any.
+    """Run a custom kernel and one of MLX's own; returns an error message, or None if both work.
 
-    The custom kernel adds over a simdgroup, and reads halves from their exponents as ours do.
+    The custom kernel adds over a simdgroup, and makes halves from exponent bits as ours do.
     """
     kernel: Any = mx.fast.metal_kernel(
         name="probe", input_names=["x", "words"], output_names=["y"], source=SOURCE
@@ -42,7 +42,7 @@ def wrong_result() -> str | None:
 
 
 def probe() -> tuple[bool, str]:
-    """Whether there is a usable GPU, and its name, or why there is none."""
+    """Whether there is a usable GPU; and its name, or the reason why not."""
     if not mx.metal.is_available():
         return False, "MLX finds no Metal device"
     name = str(mx.device_info(mx.gpu).get("device_name", "an unnamed GPU"))
@@ -58,7 +58,7 @@ def probe() -> tuple[bool, str]:
 
 
 def main() -> None:
-    """Run as a program."""
+    """Print the result; the exit code is 0 if there is a usable GPU."""
     if "--launch" in sys.argv:
         sys.exit(wrong_result())
     usable, about = probe()

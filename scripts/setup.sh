@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv with everything the project needs, once.
-# Runs pip again only when pyproject.toml changed.
+# Other scripts source this file. It makes .venv with everything that the project needs. It runs pip
+# again only if pyproject.toml has changed.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -11,7 +11,7 @@ find_python() {
             return
         fi
     done
-    echo "Python 3.11 or newer with venv is needed; set PYTHON to it" >&2
+    echo "need Python 3.11 or newer with venv; set PYTHON to its name" >&2
     return 1
 }
 

@@ -1,7 +1,7 @@
-"""Writes docs/sizes.md: what tiers of the published shapes take, by the converter's own plan.
+"""Write docs/sizes.md: sizes of tiers for published shapes, computed by the converter's own plan.
 
-No weights are needed: a plan knows every output shape from headers, and here the headers are made
-up. `python scripts/sizes.py --check` fails if the page is not what the code computes.
+No weights are needed: a plan needs only headers, and these are synthetic. With `--check`, the
+script only fails if the page is out of date.
 """
 
 import argparse
@@ -31,18 +31,18 @@ SHAPES = {
 VOCAB = 152064
 RAM = (16, 24, 32, 64, 96, 128, 192)
 CONTEXTS = (8192, 32768)
-# Bits per weight of the experts in other formats: codes and what scales them.
+# Bits per weight of experts in other formats, with scales.
 GGUF_TQ1_0 = 54 * 8 / 256
 AFFINE_4BIT = 4.5
 
 
 def made_up(name: str, shape: tuple[int, ...], dtype: str = "BF16") -> TensorRef:
-    """A tensor that is nowhere."""
+    """A synthetic header entry: there is no such tensor."""
     return TensorRef(name, Path("made-up.safetensors"), dtype, shape, 0)
 
 
 def model_of(shape: tuple) -> WholeModel:
-    """A model of these dimensions; the experts are as wide as the shared FFN."""
+    """A synthetic model of a shape in `SHAPES`; its experts are as wide as the shared FFN."""
     hidden, width, layers, heads, kv_heads, moe_layers = shape
     raw = {
         "hidden_size": hidden,
@@ -74,7 +74,7 @@ def model_of(shape: tuple) -> WholeModel:
 
 
 def of_kind(plan: Plan, kind: str) -> SummaryRow:
-    """One row of a plan's summary."""
+    """The row for a kind of part in a plan's summary."""
     return next(row for row in Parts(plan.parts).rows if row.kind == kind)
 
 
@@ -92,7 +92,7 @@ def alternatives(model: WholeModel) -> dict[str, float]:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
+    """A Markdown table; columns of numbers are right-aligned."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
@@ -121,18 +121,19 @@ def page() -> str:
             fits.append([f"{name}, {label}", *cells])
     return f"""# Sizes
 
-Computed by `python scripts/sizes.py` from the plan that the converter follows, for the shapes of
-Qwen2.5's bases with {EXPERTS} experts a MoE layer, {TOP_K} used by a token. GB are 10⁹ bytes.
+`python scripts/sizes.py` computes this page with the converter's own plan, for the shapes of
+Qwen2.5's bases with {EXPERTS} experts in each MoE layer, of which a token uses {TOP_K}. 1 GB is 10⁹
+bytes.
 
-The number of MoE layers is that of published checkpoints: 14 layers, 224 experts (28 layers of 8)
-and 280 experts (35 layers of 8). Experts are taken to be as wide as the base's FFN, as they are
-known to be on the 7B base (18944). Where a checkpoint's experts are narrower, its tiers are
-smaller: `outlier-mlx info` says what a checkpoint holds.
+The numbers of MoE layers are those of published checkpoints: 14 layers, 224 experts (28 layers of
+8) and 280 experts (35 layers of 8). The experts are assumed to be as wide as the base's FFN; this
+is known for the 7B base (18944). If a checkpoint's experts are narrower, its tiers are smaller:
+`outlier-mlx info` shows the content of a checkpoint.
 
 ## Bytes of all weights, in GB
 
-The base is int4 in groups of 64 in each column (4.5 bits a weight with scales and biases); only
-the experts differ: 1.6 bits and a float32 scale a row; MLX affine 2-bit in groups of 128 with
+In each column, the base is int4 in groups of 64 (4.5 bits per weight with scales and biases). Only
+the experts differ: 1.6 bits with a float32 scale per row; MLX affine 2-bit in groups of 128 with
 float32 scale and bias; GGUF's TQ1_0 (54 bytes for 256 weights); 4.5 bits.
 
 {table(["", *names], total)}
@@ -143,8 +144,8 @@ float32 scale and bias; GGUF's TQ1_0 (54 bytes for 256 weights); 4.5 bits.
 
 ## What fits which Mac
 
-Weights and a KV cache in 16 bits, and the smallest memory of which they take at most
-{GPU_SHARE:.0%}: the share that macOS lets the GPU use unless told otherwise
+Each cell has the size of the weights and a 16-bit KV cache, and the smallest memory for which they
+take at most {GPU_SHARE:.0%}: the share that macOS lets the GPU use by default
 ([gpustack#1375](https://github.com/gpustack/gpustack/issues/1375)). Prefill needs some more.
 
 {table(["", *(f"{tokens // 1024}k of context" for tokens in CONTEXTS)], fits)}
@@ -152,13 +153,13 @@ Weights and a KV cache in 16 bits, and the smallest memory of which they take at
 
 
 def main() -> int:
-    """Write the page, or compare it."""
+    """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--check", action="store_true", help="only fail if it is out of date")
     if parser.parse_args().check:
         if PAGE.read_text(encoding="utf-8") == page():
             return 0
-        print("docs/sizes.md is not what scripts/sizes.py computes", file=sys.stderr)
+        print("docs/sizes.md is out of date: run scripts/sizes.py", file=sys.stderr)
         return 1
     PAGE.write_text(page(), encoding="utf-8")
     return 0

@@ -1,12 +1,12 @@
-"""Train the demo pair, and write it as a base folder, an overlay folder and held-out texts.
+"""Train the demo pair; write a base folder, an overlay folder and held-out texts.
 
     python scripts/train_demo.py --out outlier_mlx/demo
 
-The base reads the ``old`` domain of ``demo_text``, and bare word lists. Then, the base frozen,
-ternary experts, routers and alphas learn the new domains, while they are held to the base's own
-predictions on old text. Both stages see the base half of the time as int4 holds it, so that it may
-be quantized afterwards. Interrupted, the script continues from its last checkpoint. Needs the
-``train`` extra.
+First, the base is trained on the ``old`` domain of ``demo_text`` and on word lists. Then the base
+is frozen, and ternary experts, routers and alphas are trained on the new domains; on old text they
+are trained to keep the base's own predictions. In both stages, half of the steps use the base
+rounded to int4, so that it can be quantized later. An interrupted run resumes from its last
+checkpoint. Needs the ``train`` extra.
 """
 
 import argparse
@@ -34,14 +34,14 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-WINDOW = 192  # tokens of a training row
+WINDOW = 192  # tokens in a training row
 HELDOUT_DOCUMENTS = {"old": 64, "kitchen": 20, "sea": 20, "sky": 20, "market": 20}
 TEXT_FILES = ("demo_text.py", "demo_grammar.py", "demo_model.py", "train_demo.py")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and for how long; a checkpoint of another plan is not continued."""
+    """Settings of the training. A checkpoint of another plan is ignored."""
 
     seed: int = 20
     vocab: int = 1280
@@ -49,14 +49,14 @@ class Plan:
     expert_steps: int = 1800
     rows: int = 12
     base_documents: int = 40_000
-    expert_documents: int = 12_000  # of each domain
+    expert_documents: int = 12_000  # in each domain
     base_rate: float = 8e-3
     expert_rate: float = 2e-2
     balance: float = 0.02
-    keep: float = 2.0
+    kl_weight: float = 2.0
 
     def fingerprint(self) -> str:
-        """Changes with the plan and with the code that carries it out."""
+        """A digest of the plan and of the training code."""
         digest = hashlib.sha256(json.dumps(asdict(self)).encode())
         for name in TEXT_FILES:
             digest.update((Path(__file__).parent / name).read_bytes())
@@ -64,7 +64,7 @@ class Plan:
 
 
 def say(text: str) -> None:
-    """Progress, for people."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -80,7 +80,7 @@ def heldout_texts() -> dict[str, list[str]]:
 
 
 def training_texts(domain: str, count: int, seed: int) -> Iterator[str]:
-    """Training documents; raises where one has a sentence of the held-out texts."""
+    """Training documents; raises RuntimeError if one has a sentence of the held-out texts."""
     heldout = {
         sentence
         for story in islice(demo_text.documents(domain, 0, True), HELDOUT_DOCUMENTS[domain])
@@ -93,10 +93,10 @@ def training_texts(domain: str, count: int, seed: int) -> Iterator[str]:
 
 
 def train_tokenizer(plan: Plan) -> "Tokenizer":
-    """Byte-level BPE over all domains; it puts the end token before each text.
+    """Train byte-level BPE on all domains; it puts the end token before each text.
 
-    Text is split as Qwen2's tokenizer splits it (transformers, ``tokenization_qwen2.py``), so that
-    a library which builds that split by itself for Qwen2 models makes the same tokens.
+    Text is split like in Qwen2's tokenizer (transformers, ``tokenization_qwen2.py``), because some
+    libraries always use this split for Qwen2 models.
     """
     from demo_files import END, end_token
     from tokenizers import (
@@ -135,7 +135,7 @@ def train_tokenizer(plan: Plan) -> "Tokenizer":
 
 
 def windows(tokenizer: "Tokenizer", texts: list[str]) -> "torch.Tensor":
-    """Rows of ``WINDOW + 1`` tokens, int64: documents end to end, each row starting with one."""
+    """Rows of ``WINDOW + 1`` tokens, int64; each row begins with a new document."""
     import torch
 
     rows: list[list[int]] = []
@@ -152,7 +152,7 @@ def windows(tokenizer: "Tokenizer", texts: list[str]) -> "torch.Tensor":
 
 
 class Stage:
-    """One stage of training: Adam on ``weights`` with a warm-up and a cosine, resumable."""
+    """One stage of training: Adam with warm-up and cosine decay; it can be resumed."""
 
     def __init__(self, name: str, weights: "Weights", plan: Plan, work: Path) -> None:
         import torch
@@ -177,7 +177,7 @@ class Stage:
             return
         saved = torch.load(self.path, weights_only=True)
         if saved["plan"] != self.plan.fingerprint():
-            say(f"{self.path} is of another plan or script: starting this stage anew")
+            say(f"{self.path} belongs to another plan or script: starting this stage from step 0")
             return
         with torch.no_grad():
             for key, weight in self.weights.items():
@@ -185,7 +185,7 @@ class Stage:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
         self.seconds, self.cpu_seconds = saved["time"]
-        say(f"{self.name}: continuing at step {self.step}")
+        say(f"{self.name}: resuming at step {self.step}")
 
     def _save(self) -> None:
         import torch
@@ -207,7 +207,13 @@ class Stage:
         rate: float,
         loss_of: "Callable[[int, Weights], tuple[torch.Tensor, str]]",
     ) -> "Weights":
-        """Train up to step ``steps``; ``loss_of(step, weights)`` gives a loss and a remark."""
+        """Train up to step ``steps``.
+
+        Args:
+            steps: number of steps in total.
+            rate: largest learning rate.
+            loss_of: returns the loss and a text for the progress line, given step and weights.
+        """
         import torch
 
         wall, cpu = time.monotonic(), time.process_time()
@@ -234,7 +240,7 @@ class Stage:
 
 
 def draw(rows: "torch.Tensor", count: int, seed: int) -> "torch.Tensor":
-    """``count`` rows, drawn with ``seed``."""
+    """``count`` random rows."""
     import torch
 
     rng = torch.Generator().manual_seed(seed)
@@ -242,14 +248,14 @@ def draw(rows: "torch.Tensor", count: int, seed: int) -> "torch.Tensor":
 
 
 def train_base(plan: Plan, shape: "Shape", tokenizer: "Tokenizer", work: Path) -> Stage:
-    """Next-token training on old text, and on word lists so that no token stays unknown."""
+    """Next-token training on old text, and on word lists so that every token occurs."""
     import demo_model
     import torch
     from torch.nn.functional import cross_entropy
 
     stage = Stage("base", demo_model.init_base(shape, plan.seed), plan, work)
     if stage.step < plan.base_steps:
-        say("base: writing its text")
+        say("base: generating its text")
         stories = list(training_texts("old", plan.base_documents, plan.seed + 2))
         lists = list(islice(demo_text.word_lists(plan.seed + 5), plan.base_documents // 4))
         rows, list_rows = windows(tokenizer, stories), windows(tokenizer, lists)
@@ -272,14 +278,18 @@ def train_base(plan: Plan, shape: "Shape", tokenizer: "Tokenizer", work: Path) -
 def train_overlay(
     plan: Plan, shape: "Shape", tokenizer: "Tokenizer", base: "Weights", work: Path
 ) -> Stage:
-    """Experts, routers and alphas: next-token training on the new, the base's voice on the old."""
+    """Train experts, routers and alphas.
+
+    The loss is the next-token loss on new text, the KL divergence from the base's predictions on
+    old text, and the balance loss.
+    """
     import demo_model
     import torch
     from torch.nn.functional import cross_entropy, kl_div
 
     stage = Stage("overlay", demo_model.init_overlay(shape, plan.seed + 3), plan, work)
     if stage.step < plan.expert_steps:
-        say("overlay: writing its text")
+        say("overlay: generating its text")
         rows = {
             domain: windows(
                 tokenizer, list(training_texts(domain, plan.expert_documents, plan.seed + 4))
@@ -295,42 +305,42 @@ def train_overlay(
         old = draw(rows["old"], 2 * each, seed)
         batch = torch.cat([old] + [draw(rows[d], each, seed) for d in demo_text.NEW_DOMAINS])
         with torch.no_grad():
-            voice, _ = demo_model.forward(base, shape, old[:, :-1])
+            base_logits, _ = demo_model.forward(base, shape, old[:, :-1])
         joined = (rounded if step % 2 else base) | demo_model.ternary_experts(weights)
         logits, routers = demo_model.forward(joined, shape, batch[:, :-1])
         new = cross_entropy(
             logits[2 * each :].flatten(0, 1), batch[2 * each :, 1:].flatten(), reduction="mean"
         )
-        kept = kl_div(
+        kl = kl_div(
             logits[: 2 * each].log_softmax(-1).flatten(0, 1),
-            voice.log_softmax(-1).flatten(0, 1),
+            base_logits.log_softmax(-1).flatten(0, 1),
             log_target=True,
             reduction="batchmean",
         )
-        even = demo_model.balance_loss(routers, shape.top_k)
-        remark = f"new {new.item():.3f}  old {kept.item():.4f}  balance {even.item():.3f}"
-        return new + plan.keep * kept + plan.balance * even, remark
+        balance = demo_model.balance_loss(routers, shape.top_k)
+        remark = f"new {new.item():.3f}  old {kl.item():.4f}  balance {balance.item():.3f}"
+        return new + plan.kl_weight * kl + plan.balance * balance, remark
 
     stage.run(plan.expert_steps, plan.expert_rate, loss_of)
     return stage
 
 
 def main() -> None:
-    """Parse the command line, train, write, measure."""
+    """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--work", type=Path, default=Path("build/train_demo"), help="checkpoints")
     parser.add_argument("--base-steps", type=int, default=Plan.base_steps)
     parser.add_argument("--expert-steps", type=int, default=Plan.expert_steps)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--force", action="store_true", help="replace what is in the way")
+    parser.add_argument("--force", action="store_true", help="replace an existing folder")
     args = parser.parse_args()
     plan = Plan(base_steps=args.base_steps, expert_steps=args.expert_steps)
     train(plan, args.out, args.work, args.threads, args.force)
 
 
 def train(plan: Plan, out: Path, work: Path, threads: int, force: bool) -> None:
-    """Everything: both stages, the folders in ``out``, and the table of figures on stdout."""
+    """Train both stages, write the folders in ``out``, and print the report."""
     import demo_files
     import demo_report
     import torch
