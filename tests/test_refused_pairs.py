@@ -76,7 +76,7 @@ def test_a_base_that_changes_a_tensor_of_the_overlay_is_refused(site: Site) -> N
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no such overlay": (("convert", "{root}/nowhere"), ("nowhere", "no such folder")),
     "no such overlay, nor repository": (("convert", "no/such/place"), ("no/such/place", "OWNER")),
-    "a file for an overlay": (("convert", "{outputs}/note"), ("note", "no such folder")),
+    "a file for an overlay": (("convert", "{outputs}/note"), ("note: a file;", "a folder")),
     "an empty folder": (("convert", "{root}/empty"), ("empty", "not an overlay")),
     "a base for an overlay": (("convert", "{base}"), ("base", "not an overlay")),
     "a tier for an overlay": (("convert", "{tier}"), ("tier", "tier already")),
@@ -98,10 +98,6 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("overlay", "an overlay", "outlier-mlx convert"),
     ),
     "no such tier": (("generate", "--model", "{root}/nowhere", "--prompt", "x"), ("nowhere",)),
-    "KV cache in 7 bits": (
-        ("generate", "--model", "{tier}", "--prompt", "x", "--kv-bits", "7"),
-        ("--kv-bits 7", "8"),
-    ),
     "KV cache in groups that do not divide": (
         ("generate", "--model", "{tier}", "--prompt", "x", "--kv-bits", "4"),
         ("--kv-group-size 64", "16"),
@@ -134,6 +130,8 @@ def test_bad_arguments_are_refused(site: Site, name: str, monkeypatch: pytest.Mo
         ("generate", "--model", "x", "--prompt", "x", "--max-tokens", "0"),
         ("generate", "--model", "x", "--prompt", "x", "--temp", "-1"),
         ("generate", "--model", "x", "--prompt", "x", "--top-p", "1.5"),
+        ("generate", "--model", "x", "--prompt", "x", "--kv-bits", "7"),
+        ("generate", "--model", "x", "--prompt", "x", "--kv-group-size", "48"),
         ("info",),
         ("unknown",),
     ],

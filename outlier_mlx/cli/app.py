@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from shutil import get_terminal_size
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
@@ -18,6 +19,8 @@ from outlier_mlx.cli.command import (
 )
 from outlier_mlx.errors import OutlierError, one_line
 
+# Columns of help, at most: longer lines are hard to read.
+WIDEST = 100
 Panel = Literal["Make", "Run", "Measure", "Share"]
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -28,7 +31,10 @@ class Commands(TyperGroup):
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run the program and leave it."""
         try:
-            status = super().main(*arguments, **options | {"standalone_mode": False})
+            # Typer takes narrow terminals for wider ones.
+            width = min(max(get_terminal_size().columns, 20), WIDEST)
+            options |= {"standalone_mode": False, "terminal_width": width}
+            status = super().main(*arguments, **options)
         except typer.TyperException as error:
             if message := error.format_message():
                 say(_misused(message, error))
@@ -82,6 +88,7 @@ def _misused(message: str, error: Any) -> str:
         elif error.param_hint is not None:
             message = f"{error.param_hint}: {message}"
     ctx = getattr(error, "ctx", None)
+    message = message.removesuffix(".")
     where = f" (see {ctx.command_path} --help)" if ctx is not None else ""
     return f"error: {message[:1].lower()}{message[1:]}{where}"
 
@@ -111,7 +118,7 @@ app = typer.Typer(
     name="outlier-mlx",
     cls=Commands,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
 

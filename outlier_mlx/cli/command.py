@@ -19,6 +19,8 @@ from outlier_mlx.cli.values import Reader
 
 #: What `--model` gives: the argument MODEL by another spelling.
 NAMED = "named_model"
+#: Names of parameters that are MODEL.
+MODELS = ("model", "models")
 #: Heading of the options that every command has.
 GENERAL = "General"
 
@@ -63,7 +65,7 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             groups[name] = kind
             for field, hint, own in _fields(kind):
                 add(field, hint, own if default is parameter.empty else getattr(default, field))
-        elif name in ("model", "models"):
+        elif name in MODELS:
             add(name, kind, None)
             add(NAMED, _NamedModel, None)
         else:
@@ -107,7 +109,7 @@ class Command(TyperCommand):
     def _named(self, ctx: Any, args: list[str]) -> list[str]:
         """What `--model` names; a usage error if MODEL is given as well, or in no way."""
         arguments = [param for param in self.params if param.param_type_name == "argument"]
-        model = next((param for param in arguments if param.name in ("model", "models")), None)
+        model = next((param for param in arguments if param.name in MODELS), None)
         if model is None or ctx.resilient_parsing:
             return []
         given, rest, order = self.make_parser(ctx).parse_args(list(args))
@@ -121,10 +123,12 @@ class Command(TyperCommand):
             ctx.fail("no model is given: name one, as argument MODEL or by --model MODEL")
         return named
 
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The arguments, then that there are options."""
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then that there are options."""
         arguments = [param for param in self.params if param.param_type_name == "argument"]
-        return [*map(_names, arguments), "[OPTIONS]"]
+        text = " ".join(["Usage:", ctx.command_path, *map(_names, arguments), "[OPTIONS]"])
+        lines = fill(text, formatter.width, subsequent_indent="  ", break_on_hyphens=False)
+        formatter.write(f"{lines}\n")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, a section for each panel."""
@@ -180,7 +184,7 @@ def write_section(name: str, rows: list[tuple[str, str]], formatter: Any) -> Non
     """Write a heading and what is below it: names, and what is said of each."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     with formatter.section(name if plain else typer.style(name, bold=True)):
-        formatter.write_dl(rows, col_max=26)
+        formatter.write_dl(rows, col_max=min(26, formatter.width // 3))
 
 
 def _names(param: Any) -> str:
@@ -200,7 +204,7 @@ def placeholder(param: Any) -> str:
     if get_origin(kind) is list:
         kind = get_args(kind)[0]
     usual = {bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT"}
-    return usual[kind] if kind in usual else "|".join(get_args(kind))
+    return usual[kind] if kind in usual else "|".join(map(str, get_args(kind)))
 
 
 def _explanation(param: Any) -> str:
@@ -210,4 +214,4 @@ def _explanation(param: Any) -> str:
     switch = param.type_descriptor.annotation is bool
     if param.default is not None and not switch and param.show_default:
         text += f" [default: {param.default}]"
-    return text + " [required]" * param.required
+    return text + " [required]" * (param.required or param.name in MODELS)

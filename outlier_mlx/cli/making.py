@@ -18,7 +18,6 @@ from outlier_mlx.cli.options import (
     Force,
     GroupSize,
     Json,
-    Model,
     OutFolder,
     Overlay,
     OverlayRevision,
@@ -26,6 +25,7 @@ from outlier_mlx.cli.options import (
     Recipe,
     Revision,
     TextFile,
+    TierModel,
     Window,
     Windows,
 )
@@ -100,7 +100,7 @@ def convert(
     recipe = make_recipe(
         name,
         base_bits=base_bits,
-        group_size=int(group_size) if group_size else None,
+        group_size=group_size,
         experts=experts,
         dtype=dtype,
         portable=portable,
@@ -126,7 +126,7 @@ def convert(
 
 @command("Make", "import ./Confinus-2x7B-AWQ --out ./confinus", name="import")
 def import_(
-    source: Annotated[
+    model: Annotated[
         str,
         typer.Argument(
             metavar="MODEL", help="Folder, .gguf file or hub repository of an AWQ or GGUF model."
@@ -142,7 +142,7 @@ def import_(
         ),
     ] = None,
     bits: Annotated[
-        Literal["4", "5"] | None,
+        Literal[4, 5] | None,
         typer.Option(help="AWQ: bits a weight; 5 is exact with scales and biases in float16."),
     ] = None,
     file: Annotated[
@@ -164,7 +164,7 @@ def import_(
     quiet: Quiet = False,
 ) -> None:
     """Turn an AWQ or GGUF model into an MLX folder."""
-    if bits == "5" and dtype == "float32":
+    if bits == 5 and dtype == "float32":
         raise typer.BadParameter(
             "5 is for scales in float16: in float32, 4 bits lose nothing", param_hint="--bits"
         )
@@ -172,13 +172,13 @@ def import_(
     from outlier_mlx.imports import import_model
     from outlier_mlx.terminal import progress_bar
 
-    name = Path(source).resolve().name if Path(source).exists() else source.rsplit("/", 1)[-1]
+    name = Path(model).resolve().name if Path(model).exists() else model.rsplit("/", 1)[-1]
     with progress_bar("importing", quiet=quiet) as progress:
         written = import_model(
-            source,
+            model,
             out if out is not None else Path(f"{name.removesuffix('.gguf')}-mlx"),
             dtype=dtype,
-            bits=int(bits) if bits else None,
+            bits=bits,
             file=file,
             k_quants=k_quants,
             experts=experts,
@@ -200,7 +200,7 @@ def merge(
     ],
     out: OutFolder,
     bits: Annotated[
-        Literal["4", "8"] | None,
+        Literal[4, 8] | None,
         typer.Option(
             help="Quantize and write an MLX folder. Default: unquantized, with Hugging Face's"
             " tensor names."
@@ -246,8 +246,8 @@ def merge(
     result = merge_models(
         merge_config,
         out,
-        bits=int(bits) if bits else None,
-        group_size=int(group_size or DEFAULT_GROUP_SIZE),
+        bits=bits,
+        group_size=group_size or DEFAULT_GROUP_SIZE,
         dtype=dtype,
         no_positive=no_positive,
         held_out=held_out,
@@ -264,7 +264,7 @@ def merge(
 
 @command("Make", "tune-alpha ./tier --text book.txt --out alpha.json")
 def tune_alpha(
-    model: Model,
+    model: TierModel,
     text: TextFile,
     out: Annotated[
         Path, typer.Option(metavar="FILE.json", help="File to write the alphas to.")

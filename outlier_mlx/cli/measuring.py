@@ -20,6 +20,7 @@ from outlier_mlx.cli.options import (
     Quiet,
     Revision,
     TextFile,
+    TierModel,
     Window,
     Windows,
 )
@@ -172,7 +173,7 @@ def perplexity(
 
 @command("Measure", "routing ./tier --text book.txt --out routing")
 def routing(
-    model: Model,
+    model: TierModel,
     text: TextFile,
     out: Annotated[
         Path | None,
@@ -218,7 +219,7 @@ def routing(
 def outliers(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL", help="Folders or hub repositories of models. [required]"),
+        typer.Argument(metavar="MODEL", help="Folders or hub repositories of models."),
     ],
     text: TextFile,
     out: OutFolder,

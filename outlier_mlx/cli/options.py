@@ -11,7 +11,8 @@ from outlier_mlx.cli.command import GENERAL
 
 Recipe = Literal["auto", "q4", "q4-mixed", "q8", "bf16", "f16", "f32"]
 BaseBits = Literal["4", "8", "none", "16", "32"]
-GroupSize = Literal["32", "64", "128"]
+GroupSize = Literal[32, 64, 128]
+KVBits = Literal[2, 3, 4, 5, 6, 8]
 Experts = Literal["tq1_0", "affine2"]
 DType = Literal["bfloat16", "float16", "float32"]
 
@@ -31,12 +32,13 @@ def _set_quiet(value: bool) -> bool:
 
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="Folder or hub repository of a tier or other model. [required]"
-    ),
+    typer.Argument(metavar="MODEL", help="Folder or hub repository of a tier or other model."),
+]
+TierModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub repository of a tier.")
 ]
 ModelFolder = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Folder of a tier or imported model. [required]")
+    Path, typer.Argument(metavar="MODEL", help="Folder of a tier or imported model.")
 ]
 Revision = Annotated[
     str | None,
@@ -211,14 +213,14 @@ class KVCache:
     """How the KV cache is quantized."""
 
     kv_bits: Annotated[
-        int | None,
+        KVBits | None,
         typer.Option(
-            help="Bits of a quantized KV cache: 2 to 6, or 8. Default: not quantized.",
+            help="Bits of a quantized KV cache. Default: not quantized.",
             rich_help_panel=CACHE,
         ),
     ] = None
     kv_group_size: Annotated[
-        int,
+        GroupSize,
         typer.Option(help="Group size of a quantized KV cache.", rich_help_panel=CACHE),
     ] = 64
     quantized_kv_start: Annotated[

@@ -8,7 +8,7 @@ import typer
 
 from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.command import GENERAL
-from outlier_mlx.cli.options import Force, Model, ModelFolder, OutFolder, Quiet, Revision
+from outlier_mlx.cli.options import Force, ModelFolder, OutFolder, Quiet, Revision, TierModel
 
 if TYPE_CHECKING:
     from outlier_mlx.tiers.push_card import Publication
@@ -27,7 +27,7 @@ def verify(model: ModelFolder, quiet: Quiet = False) -> None:
 
 @command("Share", "export ./tier --format packed --out ./packed")
 def export(
-    model: Model,
+    model: TierModel,
     out: OutFolder,
     format: Annotated[
         Literal["overlay", "packed", "gguf"],
@@ -50,7 +50,7 @@ def export(
 
 @command("Share", "push ./tier my-name/my-tier --private")
 def push(
-    model: ModelFolder,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a tier.")],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     private: Annotated[
         bool,

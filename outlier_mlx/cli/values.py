@@ -45,12 +45,12 @@ def _read(value: Any, kind: Any, info: Any) -> Any:
         return _number(value, kind, info.min, info.max)
     if kind is Path:
         return _path(Path(value), info)
-    choices = get_args(kind)
-    if choices and value not in choices:
-        listed = ", ".join(map(repr, choices))
+    choices = {str(choice): choice for choice in get_args(kind)}
+    if choices and str(value) not in choices:
+        listed = ", ".join(map(repr, choices.values()))
         hint = did_you_mean(value, choices, " Did you mean {!r}?")
         raise ValueError(f"{value!r} is not one of {listed}.{hint}")
-    return value
+    return choices.get(str(value), value)
 
 
 def _number(value: Any, kind: type, least: float | None, most: float | None) -> Any:

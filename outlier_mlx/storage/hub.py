@@ -85,7 +85,9 @@ def local_source(path_or_repo: str | Path, revision: str | None = None) -> Sourc
             raise CheckpointError(f"{folder}: a folder has no revision")
         return Source(folder, folder.resolve().name)
     name = str(path_or_repo)
-    if folder.exists() or not _REPO.fullmatch(name):
+    if folder.exists():
+        raise CheckpointError(f"{name}: a file; expected a folder or hub repository (OWNER/NAME)")
+    if not _REPO.fullmatch(name):
         raise CheckpointError(f"{name}: no such folder, and not a hub repository (OWNER/NAME)")
     return None
 
