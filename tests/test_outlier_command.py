@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +18,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.outlier_draw import narrowed
 from outlier_mlx.measure.outliers import measure, read_windows, tokens_digest
 from tests.builders import write_base, write_overlay
+from tests.damage import edit_config
 from tests.program import run
 
 TEXT = "the cat sat on the mat, and the dog sat on the log.\nThere it rained:  and rained. " * 40
@@ -152,12 +152,6 @@ def test_models_of_one_name_are_told_apart(place: Path, tmp_path: Path) -> None:
     assert shown.out.count(shown.json[0]["tokens_sha256"]) == 2
 
 
-def change_config(folder: Path, **fields: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-    return folder
-
-
 def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "found"
     nothing = tmp_path / "nothing.txt"
@@ -166,9 +160,8 @@ def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         run(*command(place, "tier"), "--out", out, option, value, code=2)
 
     copy = shutil.copytree(place / "planted", tmp_path / "copy")
-    parallel = change_config(
-        shutil.copytree(place / "planted", tmp_path / "parallel"), model_type="cohere"
-    )
+    parallel = shutil.copytree(place / "planted", tmp_path / "parallel")
+    edit_config(parallel, model_type="cohere")
     (tmp_path / "binary.txt").write_bytes(b"text \xff\xfe")
     (tmp_path / "short.txt").write_text("the cat")
     refused: list[tuple[list[object], str]] = [
