@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -179,6 +180,36 @@ def test_yarn(place: str, kind: str):
     found = parse(**dict.fromkeys(places, fields))
     assert found.rope_scaling == READ_YARN | extra
     assert found.rope_theta == 1e6
+
+
+def test_the_original_context_of_yarn():
+    """As in transformers: by default, the context that the config says."""
+    half = {"type": "yarn", "factor": 4.0}
+    for found in (
+        parse(rope_scaling=half),
+        parse(rope_parameters=half | {"rope_theta": 1e6}),
+        parse(rope_scaling=half | {"original_max_position_embeddings": None}),
+    ):
+        assert found.rope_scaling == READ_YARN | {"original_max_position_embeddings": 512}
+    found = parse("max_position_embeddings", max_seq_len=128, rope_scaling=half)
+    assert found.rope_scaling == READ_YARN | {"original_max_position_embeddings": 128}
+    found = parse("max_position_embeddings", rope_scaling=half)
+    assert found.rope_scaling == READ_YARN | {"original_max_position_embeddings": 32768}
+    # Where Phi-3 has it, and where it counts more.
+    found = parse(original_max_position_embeddings=256, rope_scaling=YARN)
+    assert found.rope_scaling == READ_YARN | {"original_max_position_embeddings": 256}
+
+
+def test_deepseeks_scale_of_yarn():
+    """`mscale` over `mscale_all_dim`, as transformers computes it."""
+    found = parse(rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}).rope_scaling
+    assert found is not None
+    expected = (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    assert found["attention_factor"] == pytest.approx(expected, rel=1e-12)
+    given = YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "attention_factor": 0.7}
+    assert parse(rope_scaling=given).rope_scaling == READ_YARN | {"attention_factor": 0.7}
+    assert parse(rope_scaling=YARN | {"mscale": 1.0}).rope_scaling == READ_YARN
+    refused("truncate", rope_scaling=YARN | {"truncate": False})
 
 
 def test_a_tiers_name_for_yarn():

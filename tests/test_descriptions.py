@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+import outlier_mlx
 from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.engine.generate import Options, check_kv_cache, described
 from outlier_mlx.engine.loading import load_model, suited_dtype
-from outlier_mlx.engine.memory import Budget, needs_of
+from outlier_mlx.engine.memory import Budget, check_fits, needs_of
 from outlier_mlx.errors import CheckpointWarning, OutlierError
 from outlier_mlx.measure import eval_harness
 from outlier_mlx.models.config import describe
 from outlier_mlx.models.head import NOTE
 from outlier_mlx.models.sizes import context_length, kv_bytes
 from outlier_mlx.storage.shards import choose_shards, read_shards
-from tests.damage import edit_json
+from tests.builders import write_overlay
+from tests.damage import edit_config, edit_json
 from tests.plain_models import SIZES, make_model, write_model
 from tests.program import run
 
@@ -238,6 +240,20 @@ def test_the_original_context_is_by_default_that_of_the_config(
     assert np.abs(np.array(other(TOKENS)) - expected).max() > 0.05
 
 
+def test_convert_takes_the_same_original_context(tmp_path: Path) -> None:
+    """Tiers of half a YaRN and of a whole one are the same, and compute as transformers does."""
+    folders = []
+    for name in ("half", "whole"):
+        yarn = {"factor": 4.0, "original_max_position_embeddings": 512}
+        built = write_overlay(tmp_path / name, yarn=yarn)
+        if name == "half":
+            edit_config(built.path, rope_scaling={"type": "yarn", "factor": 4.0})
+        folders.append(outlier_mlx.convert(built.path, out=tmp_path / f"{name}-tier", tier="f32"))
+    half, whole = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    assert half == whole
+    assert half["rope_scaling"]["original_max_position_embeddings"] == 512
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
 def test_defaults_are_those_of_transformers(kind: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -300,6 +316,17 @@ def test_a_second_set_of_weights_is_not_counted(tmp_path: Path) -> None:
     assert inspect(folder).nbytes == nbytes
     assert needs_of(folder, Budget(10**9, "this Mac's GPU")).weights == nbytes
     assert len(read_shards(folder, every=True)) == 2 * len(read_shards(folder))
+
+
+def test_windows_are_those_of_each_conversation(tmp_path: Path) -> None:
+    windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 100}
+    folder = write_model(tmp_path / "model", SIZES | {"model_type": "llama"} | windows)
+    weights = inspect(folder).nbytes
+    row = 2 * 2 * 2 * 16
+    enough = weights + 3 * row * (100 + 1000)
+    check_fits(folder, 1000, available=Budget(enough, "this Mac's GPU"), conversations=3)
+    with pytest.raises(OutlierError, match="3 conversations of 1000 tokens"):
+        check_fits(folder, 1000, available=Budget(enough - 1, "this Mac's GPU"), conversations=3)
 
 
 def test_which_files_hold_the_model() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.models.config import PROJECTIONS, raw_config, tier_config
+from outlier_mlx.models.config import PROJECTIONS, ModelConfig, raw_config, tier_config
 from outlier_mlx.models.stored import expected_tensors
 from outlier_mlx.runtime.affine2 import check_experts
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
@@ -131,7 +131,7 @@ def open_tier(folder: Path) -> Overlay:
         config=config,
         base=check_base(base, config, folder.name) if base else {},
         routers={n: tensors[f"{prefix}.gate.weight"] for n, prefix in prefixes.items()},
-        experts={n: _experts(tensors, raw, prefix) for n, prefix in prefixes.items()},
+        experts={n: _experts(tensors, config, prefix) for n, prefix in prefixes.items()},
         alpha_tensors={f"{p}.alpha": tensors[f"{p}.alpha"] for p in prefixes.values()},
     )
     overlay.check()
@@ -148,14 +148,15 @@ def _base(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     return {} if any(name.endswith(".scales") for name in base) else base
 
 
-def _experts(tensors: Mapping[str, TensorRef], raw: dict, prefix: str) -> list[Expert]:
+def _experts(tensors: Mapping[str, TensorRef], config: ModelConfig, prefix: str) -> list[Expert]:
     matrices = {}
+    assert config.expert_width is not None  # `expected_tensors` has seen to that
     for projection in PROJECTIONS:
         path = f"{prefix}.switch_mlp.{projection}_proj"
         weight, scales = tensors[f"{path}.weight"], tensors[f"{path}.scales"]
-        width = int(raw["moe_intermediate_size" if projection == "down" else "hidden_size"])
+        width = config.expert_width if projection == "down" else config.hidden
         for number in range(weight.shape[0]):
-            if raw["ternary"]["format"] == "affine2":
+            if config.raw["ternary"]["format"] == "affine2":
                 biases = tensors[f"{path}.biases"]
                 matrix = ExpertMatrix(
                     AffineTrits(_slice(weight, number)),

@@ -110,7 +110,7 @@ def generate(
     if not loading.ignore_memory:
         # A token of English is about four characters; three are on the safe side.
         tokens = options.max_kv_size or len(text) // 3 + options.max_tokens
-        check_fits(source.folder, tokens, options.kv_bits)
+        check_fits(source.folder, tokens, options.kv_bits, kv_group_size=options.kv_group_size)
     loaded, tokenizer = load_visibly(source, loading.dtype, alpha, quiet=quiet)
     responses = after_reading(
         lambda progress: generate_text(loaded, tokenizer, text, options, progress), quiet=quiet
@@ -165,7 +165,7 @@ def chat(
     source = resolve(model, loading.revision)
     if not loading.ignore_memory:
         tokens = options.max_kv_size or 4096 + options.max_tokens
-        check_fits(source.folder, tokens, options.kv_bits)
+        check_fits(source.folder, tokens, options.kv_bits, kv_group_size=options.kv_group_size)
     loaded, tokenizer = load_visibly(source, loading.dtype, alpha, quiet=quiet)
     conversation = Conversation(loaded, tokenizer, options)
     named = identity(source.folder, loading.dtype, alpha)
@@ -273,7 +273,12 @@ def serve(
     if not loading.ignore_memory:
         tokens = max_context or 4096 + max_tokens
         capacity, conversations = find_capacity(
-            source.folder, tokens, *requested, kv_bits=cache.kv_bits, clients=max_clients
+            source.folder,
+            tokens,
+            *requested,
+            kv_bits=cache.kv_bits,
+            kv_group_size=cache.kv_group_size,
+            clients=max_clients,
         )
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"
     load = partial(load_model, source.folder, loading.dtype, alpha)

@@ -56,9 +56,9 @@ class Needs:
     config: Description
     factor: float
 
-    def cache(self, tokens: int, bits: int | None = None) -> int:
-        """Bytes of the KV cache of so many tokens; 0 where its size is not known."""
-        return int(self.factor * (kv_bytes(self.config, tokens, bits) or 0))
+    def cache(self, tokens: int, bits: int | None = None, group_size: int = 64) -> int:
+        """Bytes of the KV cache of a conversation; 0 where its size is not known."""
+        return int(self.factor * (kv_bytes(self.config, tokens, bits, group_size) or 0))
 
 
 def needs_of(folder: Path, available: Budget) -> Needs:
@@ -76,6 +76,7 @@ def check_fits(
     kv_bits: int | None = None,
     available: Budget | None = None,
     *,
+    kv_group_size: int = 64,
     conversations: int = 1,
     cures: Sequence[str] = (),
 ) -> None:
@@ -86,6 +87,7 @@ def check_fits(
         tokens: tokens that the KV cache of a conversation will hold.
         kv_bits: of a quantized KV cache.
         available: what there is; by default, what this machine gives.
+        kv_group_size: values of a quantized KV cache that share a scale.
         conversations: how many have a KV cache at the same time.
         cures: what helps besides what always does.
 
@@ -94,11 +96,11 @@ def check_fits(
     """
     available = available or budget()
     needs = needs_of(folder, available)
-    cache = needs.cache(conversations * tokens, kv_bits)
+    cache = conversations * needs.cache(tokens, kv_bits, kv_group_size)
     if needs.weights + cache <= available.nbytes:
         return
     helps = list(cures)
-    quantized = needs.cache(conversations * tokens, 4)
+    quantized = conversations * needs.cache(tokens, 4, kv_group_size)
     if cache and kv_bits is None and needs.weights + quantized <= available.nbytes:
         helps.append("--kv-bits 4")
     helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")

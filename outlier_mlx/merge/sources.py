@@ -149,11 +149,6 @@ def _check_supported(config: ModelConfig, where: str) -> None:
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if config.raw.get(key):
             raise CheckpointError(f"{where}: {key}: a mixture of experts cannot have it")
-    if config.rope_scaling is not None:
-        kind = config.rope_scaling["rope_type"]
-        raise CheckpointError(
-            f"{where}: rope_scaling {short(kind)}: MLX's Mixtral and Qwen2-MoE would ignore it"
-        )
 
 
 def _check_same(base: Dense, other: Dense) -> None:

@@ -9,7 +9,7 @@ _OTHER = (
     *("kv_lora_rank", "num_kv_shared_layers", "block_configs", "block_types", "use_cla"),
     *("hybrid_override_pattern", "layers_block_type", "full_attention_interval", "full_attn_idxs"),
     *("attn_layer_period", "attn_type_list", "attention_chunk_size", "layer_group_size"),
-    *("num_kv_reuse_layers", "state_size", "sliding_window_layers", "global_head_dim"),
+    *("num_kv_reuse_layers", "loop_num", "state_size", "sliding_window_layers", "global_head_dim"),
 )
 _OTHER_PREFIXES = ("mamba_", "ssm_", "linear_", "conv_", "lru_", "swa_", "rwkv_")
 

@@ -106,7 +106,7 @@ def parse_config(
             "layer_types must name full or sliding attention for each layer, and full once"
         )
     _check_heads(fields, known, values, role)
-    allowed = known.base_scalings if role == "base" else known.scalings
+    allowed = {"base": known.base_scalings, "import": known.scalings}.get(role, ())
     scaling = read_scaling(spelled, where, allowed, tier=is_tier(raw))
     if role != "base" and scaling is not None and scaling.get("attention_factor") is not None:
         raise CheckpointError(f"{where}: rope scaling: attention_factor is ignored by mlx-lm")

@@ -70,7 +70,8 @@ class Fields:
         number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
         if 0 < number <= sys.float_info.max:
             return float(number)
-        self.refuse(f"{name} is {short(value)}, expected a positive number")
+        said = "missing" if value is None else f"{short(value)}, expected a positive number"
+        self.refuse(f"{name} is {said}")
         return None
 
     def flag(self, name: str, default: bool | None = False) -> Any:

@@ -21,9 +21,9 @@ YARN = ("yarn", "deepseek_yarn")
 _LIFTED = ("rope_theta", "partial_rotary_factor")
 _NAMES = ("rope_theta", "type", "rope_type")
 _NEED_ORIGINAL = ("yarn", "llama3", "longrope")
-# Numbers of a scaling besides factor and original context, and what they are by default.
-_YARN_NUMBERS = dict.fromkeys(["beta_fast", "beta_slow", "attention_factor"])
-_LLAMA3_NUMBERS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Numbers of a scaling besides factor and original context: YaRN's have defaults.
+_YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor")
+_LLAMA3_NUMBERS = ("low_freq_factor", "high_freq_factor")
 
 
 def spell_rope(config: dict, where: str, default_positions: int | None = None) -> dict:
@@ -150,9 +150,9 @@ def read_scaling(
         return scaling
     result: dict[str, Any] = {"rope_type": kind, "factor": fields.positive("factor")}
     result[ORIGINAL] = fields.size(ORIGINAL)
-    for name, default in (_YARN_NUMBERS if kind == "yarn" else _LLAMA3_NUMBERS).items():
-        if scaling.get(name) is not None or default is not None:
-            result[name] = fields.positive(name, default)
+    for name in _YARN_NUMBERS if kind == "yarn" else _LLAMA3_NUMBERS:
+        if scaling.get(name) is not None or kind == "llama3":
+            result[name] = fields.positive(name)
     if kind == "yarn":
         _read_mscale(fields, scaling, result)
     return result

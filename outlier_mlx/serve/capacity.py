@@ -51,6 +51,7 @@ def find_capacity(
     cache_bytes: int | None = None,
     *,
     kv_bits: int | None = None,
+    kv_group_size: int = 64,
     clients: int = MAX_CONVERSATIONS,
     available: Budget | None = None,
 ) -> tuple[Capacity, int]:
@@ -63,6 +64,7 @@ def find_capacity(
         prompts: prompts to process together; None: a quarter of the conversations, at most 8.
         cache_bytes: largest size of all KV caches together, in bytes; None: all free memory.
         kv_bits: bits of a quantized KV cache; mlx-lm then generates for one request at a time.
+        kv_group_size: values of a quantized KV cache that share a scale.
         clients: connections at a time; each waits for one response.
         available: memory for weights and caches; None: what this machine has.
 
@@ -74,7 +76,7 @@ def find_capacity(
     """
     available = available or budget()
     needs = needs_of(folder, available)
-    one = needs.cache(tokens, kv_bits)
+    one = needs.cache(tokens, kv_bits, kv_group_size)
     free = max(0, available.nbytes - needs.weights)
     fit = free // one if one else MAX_CONVERSATIONS
     if responses is None:
@@ -85,7 +87,15 @@ def find_capacity(
     cures = ["a smaller --max-context"]
     if conversations > 1 and fit:
         cures.insert(0, f"--decode-concurrency {capacity_for(fit).decode_concurrency}")
-    check_fits(folder, tokens, kv_bits, available, conversations=conversations, cures=cures)
+    check_fits(
+        folder,
+        tokens,
+        kv_bits,
+        available,
+        kv_group_size=kv_group_size,
+        conversations=conversations,
+        cures=cures,
+    )
     if one:
         # Without batches, mlx-lm does not count the cache of the current conversation.
         limit = free - one if kv_bits is not None else free
