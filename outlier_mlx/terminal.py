@@ -1,4 +1,7 @@
-"""What the terminal shows: consoles, bars and figures. Results go to stdout, the rest to stderr."""
+"""Output on terminals and in pipes: progress bars, tables and numbers.
+
+Results go to stdout, everything else to stderr.
+"""
 
 import os
 import sys
@@ -11,24 +14,25 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from outlier_mlx.errors import one_line
 
-# Rich is imported where something is drawn: for text in a pipe nobody has to wait for it.
+# Rich is imported only where something is drawn, because importing it takes time.
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import ProgressColumn
     from rich.table import Table
     from rich.text import Text
 
-# Columns of a terminal from which bytes and speed fit beside the bar.
+# Least width of a terminal, in characters, for bytes and speed beside a progress bar.
 WIDE = 70
-# Columns of a terminal between those of a table.
+# Characters between two columns of a table.
 GAP = 2
-# Seconds before it is said that something takes its time.
-MOMENT = 0.5
+# Seconds before a spinner appears.
+DELAY = 0.5
 
 T = TypeVar("T")
-#: Called with how much is done, and how much there is in all (None: not known yet).
+#: Progress callback: called with the amount done and the total amount (None: not known yet).
 Progress = Callable[[int, int | None], None]
-#: Title and unit ("" for bytes) of a stage of some work, to a context that yields its progress.
+#: Called with title and unit ("" for bytes) of a stage of work; returns a context manager that
+#: yields its progress callback.
 Stages = Callable[[str, str], AbstractContextManager[Progress]]
 
 
@@ -37,7 +41,7 @@ def no_progress(done: int, total: int | None) -> None:
 
 
 class Pipe:
-    """A stream that is no terminal: text is written as it is, tables without trailing blanks."""
+    """An output that is not a terminal: plain text, and tables without trailing blanks."""
 
     is_terminal = False
 
@@ -46,11 +50,11 @@ class Pipe:
 
     @property
     def width(self) -> int:
-        """Columns that tables may take: `COLUMNS`, or 80."""
+        """Largest width of tables in characters: `COLUMNS`, or 80."""
         return get_terminal_size().columns
 
     def print(self, *objects: Any, soft_wrap: bool = True) -> None:
-        """Write objects and a newline; `soft_wrap` is for terminals, where Rich may wrap."""
+        """Write objects and a newline; `soft_wrap` is ignored, as nothing is wrapped."""
         if all(isinstance(thing, str) for thing in objects):
             text = " ".join(objects)
         else:
@@ -62,24 +66,24 @@ class Pipe:
         self.file.flush()
 
 
-#: Where something is printed to.
+#: A terminal or a pipe.
 Output: TypeAlias = "Pipe | Console"
 
 
 def stderr() -> Output:
-    """An output for people; colours and bars only on a terminal."""
+    """The output for everything but results; colours and bars only on a terminal."""
     return _output(sys.stderr)
 
 
 def stdout() -> Output:
-    """An output for results."""
+    """The output for results."""
     return _output(sys.stdout)
 
 
 def _output(file: IO[str]) -> Output:
     if not file.isatty() and not os.environ.get("FORCE_COLOR"):
         return Pipe(file)
-    # Of terminals without escape sequences rich takes it that they are 80 columns wide.
+    # For terminals without escape sequences, Rich assumes a width of 80.
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
     return _console(file, *(get_terminal_size() if dumb else (None, None)))
 
@@ -99,12 +103,12 @@ def _console(file: IO[str], width: int | None, height: int | None) -> "Console":
 
 
 def color_system() -> Literal["auto"] | None:
-    """Rich's name of the colours to use: with `NO_COLOR`, neither colour nor bold nor dim."""
+    """Rich's `color_system`; None (no colour, bold or dim) if `NO_COLOR` is set."""
     return None if os.environ.get("NO_COLOR") else "auto"
 
 
 def print_heading(output: Output, name: str, rest: str) -> None:
-    """A name, in bold on a terminal, and what is said of it."""
+    """Print a name, on a terminal in bold, and the rest of the line."""
     if isinstance(output, Pipe):
         output.print(one_line(name + rest))
         return
@@ -116,9 +120,9 @@ def print_heading(output: Output, name: str, rest: str) -> None:
 
 
 def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Progress]:
-    """A bar with bytes, speed and time left; yields a function of (bytes done, bytes in all).
+    """A progress bar with bytes, speed and time left; yields its progress callback.
 
-    It appears with the first bytes: until then the hub may have bars of its own.
+    It appears at the first call: before, huggingface_hub may show its own bars.
     """
 
     def figures() -> "list[ProgressColumn]":
@@ -131,9 +135,9 @@ def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Progress]
 
 @contextmanager
 def counting_bar(title: str, unit: str, *, quiet: bool, at_once: bool = True) -> Iterator[Progress]:
-    """A bar that counts; yields a function of (done, in all).
+    """A progress bar that counts units; yields its progress callback.
 
-    It is there from the start, or else, as a bar of bytes, from the first call on.
+    It appears immediately, or at the first call if `at_once` is False.
     """
 
     def figures() -> "list[ProgressColumn]":
@@ -151,7 +155,7 @@ def counting_bar(title: str, unit: str, *, quiet: bool, at_once: bool = True) ->
 def _bar(
     title: str, figures: "Callable[[], list[ProgressColumn]]", *, quiet: bool
 ) -> Iterator[Progress]:
-    """A bar on a terminal; `figures` are left out where it is narrow."""
+    """A progress bar on a terminal, with `figures` if it is wide enough."""
     console = stderr()
     if quiet or isinstance(console, Pipe) or not console.is_terminal:
         yield no_progress
@@ -182,9 +186,9 @@ def _bar(
 
 @contextmanager
 def working(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """A sign of life on a terminal, for what takes longer than a moment.
+    """A spinner on a terminal, which appears after `DELAY` and is removed at the end.
 
-    Yields a function that changes its text. Nothing of it is left in the end.
+    Yields a function that changes its text.
     """
     console = stderr()
     if quiet or isinstance(console, Pipe) or not console.is_terminal:
@@ -206,9 +210,9 @@ def working(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None
             if begun.is_set():
                 draw(text)
 
-        timer = Timer(MOMENT, begin)
+        timer = Timer(DELAY, begin)
         timer.daemon = True
-        # What is being drawn must be there before it is taken away.
+        # Wait until drawing is finished before the spinner is removed.
         shown.callback(timer.join)
         shown.callback(timer.cancel)
         timer.start()
@@ -216,11 +220,14 @@ def working(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None
 
 
 def after_reading(start: Callable[[Progress], Iterator[T]], *, quiet: bool = False) -> Iterator[T]:
-    """Generate; until the first response comes, a terminal shows how much of the prompt is read.
+    """Generate, and show on a terminal the progress of the prompt until the first response.
 
     Args:
-        start: begins to generate, given what is to be told tokens read and tokens to read.
+        start: starts generation with a progress callback (tokens processed, tokens in total).
         quiet: show nothing.
+
+    Returns:
+        All responses.
     """
     with working("reading", quiet=quiet) as show:
         responses = start(lambda done, total: show(f"reading: {done} of {total} tokens"))
@@ -230,7 +237,7 @@ def after_reading(start: Callable[[Progress], Iterator[T]], *, quiet: bool = Fal
 
 @contextmanager
 def _spinner(console: "Console") -> Iterator[Callable[[str], None]]:
-    """A turning sign and a line of text beside it."""
+    """Rich's spinner with a line of text; yields a function that sets the text."""
     from rich.text import Text
 
     status = console.status("")
@@ -248,13 +255,13 @@ def _spinner(console: "Console") -> Iterator[Callable[[str], None]]:
 
 
 def _is_plain(console: "Console") -> bool:
-    """Whether a terminal is to get no escape sequences."""
+    """Whether a terminal must not get escape sequences."""
     return console.is_dumb_terminal or console.no_color
 
 
 @contextmanager
 def _plain_line(console: "Console") -> Iterator[Callable[[str], None]]:
-    """A line that is written over, and is blank in the end, without escape sequences."""
+    """A line that is overwritten without escape sequences; yields a function that sets its text."""
     shown = ""
 
     def show(text: str) -> None:
@@ -275,7 +282,7 @@ def _plain_line(console: "Console") -> Iterator[Callable[[str], None]]:
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people, in powers of ten."""
+    """Format a number of bytes with a unit; units are powers of 1000."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB"):
         if value < 1000:
@@ -285,7 +292,7 @@ def size(nbytes: int) -> str:
 
 
 def count(number: int) -> str:
-    """A number of parameters for people."""
+    """Format a number of parameters with K (thousand), M (million) or B (billion)."""
     value = float(number)
     for unit in ("", " K", " M"):
         if value < 1000:
@@ -295,7 +302,7 @@ def count(number: int) -> str:
 
 
 def plain_table(title: str | None = None) -> "Table":
-    """An empty table that takes little room."""
+    """A new compact table."""
     from rich import box
     from rich.table import Table
 
@@ -319,15 +326,15 @@ def print_columns(
     fixed: int = 1,
     left: int = 1,
 ) -> None:
-    """Print a table, one below the other if it is wider than the output: no number is cut.
+    """Print a table. If it is wider than the output, its columns are split over several tables.
 
     Args:
-        output: where to.
-        heads: a name a column, of a few lines perhaps.
-        rows: a cell a column.
-        title: stands above the first.
-        fixed: columns at the left that every piece begins with.
-        left: columns at the left that are set flush left; the others are flush right.
+        output: where to print.
+        heads: heading of each column; may have several lines.
+        rows: a cell for each column.
+        title: printed above the first table.
+        fixed: number of first columns that are repeated in every table.
+        left: number of first columns that are left-aligned; the others are right-aligned.
     """
     columns = list(zip(heads, *rows, strict=True))
     widths = [GAP + max(map(_width, column)) for column in columns]
@@ -347,14 +354,19 @@ def print_columns(
 
 
 def _width(cell: "str | Text") -> int:
-    """Columns that a cell takes."""
+    """Width of a cell in characters."""
     from rich.cells import cell_len
 
     return max(map(cell_len, str(cell).split("\n")))
 
 
 def parts_table(rows: list, title: str | None = None) -> "Table":
-    """Parameters, bytes and bits per weight by kind of part, the total below; 40 columns wide."""
+    """A table of parameters, bytes and bits per weight by kind of part, 40 characters wide.
+
+    Args:
+        rows: rows of `SummaryRow`, the total last.
+        title: printed above the table.
+    """
     table = plain_table(title)
     table.show_footer = True
     cells = [_cells(row) for row in rows]

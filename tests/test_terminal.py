@@ -62,7 +62,7 @@ def wait_for(text: str, sent: io.StringIO) -> None:
 
 
 def test_a_moment_shows_nothing(sent: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "MOMENT", 3600.0)
+    monkeypatch.setattr(terminal, "DELAY", 3600.0)
     with working("loading a tier") as show:
         show("still loading")
     assert sent.getvalue() == ""
@@ -71,7 +71,7 @@ def test_a_moment_shows_nothing(sent: io.StringIO, monkeypatch: pytest.MonkeyPat
 def test_work_is_shown_and_leaves_nothing(
     sent: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "MOMENT", 0.0)
+    monkeypatch.setattr(terminal, "DELAY", 0.0)
     with working("loading [b]a tier whose name is longer than the terminal is wide") as show:
         wait_for("loading [b]a tier whose name is long", sent)
         show("reading: 1 of 2 tokens")
@@ -83,7 +83,7 @@ def test_work_is_shown_and_leaves_nothing(
 def test_without_escapes_a_line_is_written_over(
     plainly_sent: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "MOMENT", 0.0)
+    monkeypatch.setattr(terminal, "DELAY", 0.0)
     with working("loading") as show:
         wait_for("loading", plainly_sent)
         show("on")
@@ -97,7 +97,7 @@ def test_without_escapes_a_line_is_written_over(
 
 
 def test_errors_take_the_sign_away(sent: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "MOMENT", 0.0)
+    monkeypatch.setattr(terminal, "DELAY", 0.0)
     with pytest.raises(ZeroDivisionError), working("loading"):
         wait_for("loading", sent)
         raise ZeroDivisionError
@@ -107,7 +107,7 @@ def test_errors_take_the_sign_away(sent: io.StringIO, monkeypatch: pytest.Monkey
 def test_reading_is_shown_until_the_first_response(
     sent: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "MOMENT", 0.0)
+    monkeypatch.setattr(terminal, "DELAY", 0.0)
 
     def generate(progress: Any) -> Any:
         wait_for("reading", sent)

@@ -172,9 +172,9 @@ def test_wrong_trits_are_refused_with_their_position(data: st.DataObject) -> Non
 def test_padding_of_rows_is_checked() -> None:
     packed = pack_rows(random_trits(4, 7))  # 2 trits in the second byte, 2 bytes of padding
     for column, byte, message in (
-        (2, 129, "byte 129 at [3, 2] pads with more than 0"),
-        (3, 0, "byte 0 at [3, 3] pads with more than 0"),
-        (1, plain_row([1, 1, 0, 0, 1])[0], "at [3, 1] pads with more than 0"),
+        (2, 129, "byte 129 at [3, 2] has padding other than 0"),
+        (3, 0, "byte 0 at [3, 3] has padding other than 0"),
+        (1, plain_row([1, 1, 0, 0, 1])[0], "at [3, 1] has padding other than 0"),
     ):
         damaged = packed.copy()
         damaged[3, column] = byte

@@ -1,4 +1,4 @@
-"""The number format in NumPy: trits (-1, 0, 1) as bytes, in every order that files use.
+"""Packing of trits (-1, 0, 1) into bytes with NumPy, in every order that files use.
 
 `flat` is what overlays hold, `rows` what tiers hold, `ggml` what GGUF files hold. Scales are kept
 apart everywhere but in `ggml`. Packing validates on the way. Every function is safe to

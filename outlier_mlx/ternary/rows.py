@@ -1,9 +1,9 @@
-"""The tier's row layout, `tq1_0_rows`: five trits a byte along each row, made for shaders.
+"""The tier's row layout `tq1_0_rows`: five trits per byte along each row, easy to decode on a GPU.
 
-Byte b of a row holds trits 5b .. 5b + 4. With digits d = trit + 1, the first the most
-significant, q = 81 d0 + 27 d1 + 9 d2 + 3 d3 + d4 is stored as a fraction of 256, rounded up:
-(256 q + 242) // 243, the fixed-point form of ggml's TQ1_0. Then multiplying a byte by 3 carries
-out one digit after the other. Rows are padded with trit 0 (byte 128) to a multiple of 4 bytes.
+Byte b of a row holds trits 5b .. 5b + 4. With digits d = trit + 1, most significant first, the
+number is q = 81 d0 + 27 d1 + 9 d2 + 3 d3 + d4. The byte is q / 243 as a fraction of 256, rounded
+up: (256 q + 242) // 243, as in ggml's TQ1_0. So each multiplication of the byte by 3 carries out
+the next digit. Rows are padded with trit 0 (byte 128) to a multiple of 4 bytes.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ from outlier_mlx.ternary.digits import (
 
 _MULTIPLE = 4
 _LIFT = 256
-_ZEROS = 128  # the byte of five zero trits
+_ZEROS = 128  # the byte for five trits 0
 
 _BYTE = np.arange(256, dtype=np.uint16)[:, None]
-# (256, 5): the digits that multiplying a byte by 3 carries out; every byte has some.
+# (256, 5): the digits that multiplications by 3 carry out; defined for every byte.
 DIGITS = ((_BYTE * 3 ** np.arange(GROUP) % _LIFT * 3) // _LIFT).astype(np.uint8)
 _TRITS = group_table(DIGITS.astype(np.int8) - np.int8(1))
 _ROW_DIGITS = group_table(DIGITS)
@@ -47,16 +47,17 @@ _FLAT_DIGITS = group_table(flat.DIGITS)
 
 _ROW_BYTE = ((_LIFT * np.arange(NUMBERS) + NUMBERS - 1) // NUMBERS).astype(np.uint8)
 _IS_ENCODED = np.isin(np.arange(256), _ROW_BYTE)
-# Relayout is a table: the same five digits, read from the other end.
+# The two layouts have the same five digits in opposite orders, so a table converts bytes.
 _FLAT_TO_ROW = _ROW_BYTE[flat.DIGITS[:NUMBERS] @ 3 ** np.arange(GROUP)[::-1]]
 _ROW_TO_FLAT = (DIGITS @ 3 ** np.arange(GROUP)).astype(np.uint8)
 
 
 def row_bytes(in_features: int, multiple: int = _MULTIPLE) -> int:
-    """Bytes a row of `in_features` trits takes: ceil(in_features / 5), rounded up to `multiple`.
+    """Bytes of a row of `in_features` trits: ceil(in_features / 5), rounded up to `multiple`.
 
     Raises:
-        TernaryError: `in_features` is negative or `multiple` is not positive, or no integers.
+        TernaryError: an argument is not an integer, `in_features` is negative, or `multiple` is not
+            positive.
     """
     in_features = require_size("in_features", in_features)
     multiple = require_size("multiple", multiple, 1)
@@ -92,7 +93,7 @@ def pack_rows(trits: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray
 
 
 def unpack_rows(rows: np.ndarray, in_features: int, *, out: np.ndarray | None = None) -> np.ndarray:
-    """Unpack the tier's rows, whatever bytes they hold: as a kernel reads them.
+    """Unpack the tier's rows. All bytes are accepted and decoded as in the kernels.
 
     Args:
         rows: (..., out, row_bytes(in_features)) uint8 of any strides.
@@ -100,7 +101,7 @@ def unpack_rows(rows: np.ndarray, in_features: int, *, out: np.ndarray | None = 
         out: (..., out, in_features) int8 of any strides, to write to instead of a new array.
 
     Returns:
-        (..., out, in_features) int8 trits. `check_rows` tells whether the bytes are sound.
+        (..., out, in_features) int8 trits. `check_rows` checks whether the bytes are valid.
 
     Raises:
         TernaryError: wrong type or shape.
@@ -128,8 +129,8 @@ def check_rows(rows: np.ndarray, in_features: int) -> None:
         in_features: trits in a row.
 
     Raises:
-        TernaryError: wrong type or shape; one of the 13 bytes that encode no five trits, or
-            padding other than trit 0, named with its position.
+        TernaryError: wrong type or shape; or one of the 13 bytes that no trits are packed into, or
+            padding other than trit 0; the message has its position.
     """
     rows = _require_packed_rows(rows, in_features)
     full, used = divmod(in_features, GROUP)
@@ -148,17 +149,19 @@ def check_rows(rows: np.ndarray, in_features: int) -> None:
                 row, column = first + lines.start + line, groups.start + group
                 index = [int(i) for i in np.unravel_index(row, rows.shape[:-1])] + [column]
                 byte = piece[line, group]
-                what = "encodes no five trits" if not _IS_ENCODED[byte] else "pads with more than 0"
+                what = (
+                    "encodes no five trits" if not _IS_ENCODED[byte] else "has padding other than 0"
+                )
                 raise TernaryError(f"byte {byte} at {index} {what}")
 
 
 def flat_to_rows(
     packed: np.ndarray, shape: Sequence[int], *, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Relay the overlays' flat bytes into the tier's rows: by table where 5 divides `in`.
+    """Convert the overlays' flat bytes to the tier's rows. It uses a table if 5 divides `in`.
 
     Args:
-        packed: (ceil(product of shape / 5),) uint8, as `pack_tq1_0` writes it.
+        packed: (ceil(product of shape / 5),) uint8, from `pack_tq1_0`.
         shape: (..., out, in) of the trits.
         out: (..., out, row_bytes(in)) uint8 of any strides, to write to instead of a new array.
 
@@ -197,15 +200,15 @@ def flat_to_rows(
 def rows_to_flat(
     rows: np.ndarray, shape: Sequence[int], *, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Relay the tier's rows into the overlays' flat bytes: by table where 5 divides `in`.
+    """Convert the tier's rows to the overlays' flat bytes. It uses a table if 5 divides `in`.
 
     Args:
-        rows: (..., out, row_bytes(in)) uint8 of any strides, sound as by `check_rows`.
+        rows: (..., out, row_bytes(in)) uint8 of any strides, valid according to `check_rows`.
         shape: (..., out, in) of the trits.
         out: (ceil(product of shape / 5),) uint8, to write to instead of a new array.
 
     Returns:
-        (ceil(product of shape / 5),) uint8, as `pack_tq1_0` writes it.
+        (ceil(product of shape / 5),) uint8, the same as from `pack_tq1_0`.
 
     Raises:
         TernaryError: wrong type or shape.
@@ -218,7 +221,7 @@ def rows_to_flat(
     encoder = Encoder(min(CHUNK, rows.size) + 1, FIRST_IS_LEAST)
     decoder = Decoder(min(CHUNK, rows.size), _ROW_DIGITS)
     done = 0  # bytes
-    kept = 0  # digits at the start of the encoder's, fewer than a group
+    kept = 0  # number of digits at the start of the encoder's buffer that are not a whole group yet
     for _, (matrix,) in matrix_views(rows):
         for lines, groups in blocks(matrix, CHUNK):
             piece = matrix[lines, groups]
@@ -241,16 +244,16 @@ def rows_to_flat(
 
 
 class _RowEncoder(Encoder):
-    """Packs digits into row bytes, a block at a time."""
+    """Packs digits into row bytes, one block at a time."""
 
     def __init__(self, rows: np.ndarray) -> None:
         size = min(CHUNK, rows.size)
         super().__init__(size, FIRST_IS_MOST)
-        # The number goes into the high bytes; the low ones are the 242 that round up.
+        # Numerators 256 q + 242: the number q goes into the high bytes, the low bytes stay 242.
         self._numerators = np.full(size, NUMBERS - 1, np.uint16)
 
     def take_digits(self, shape: tuple[int, ...], width: int) -> np.ndarray:
-        """Digits to be filled, (rows, width), of a block of (rows, groups); padding is set."""
+        """A buffer (rows, width) to fill with digits, for a block (rows, groups) with padding."""
         digits = self.digits[: GROUP * shape[0] * shape[1]].reshape(shape[0], -1)
         digits[:, width:] = ZERO
         return digits[:, :width]
