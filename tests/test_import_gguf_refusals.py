@@ -249,17 +249,17 @@ FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "a name twice": (
         lambda d: d.replace(b"blk.1.attn_v.weight", b"blk.0.attn_v.weight"),
-        "x.gguf: blk.0.attn_v.weight: there are two tensors of this name",
+        "x.gguf: blk.0.attn_v.weight: two tensors have this name",
     ),
     "a field twice": (
         lambda d: d.replace(b"llama.embedding_length", b"llama.feed_forward_len", 1).replace(
             b"llama.context_length", b"general.architecture", 1
         ),
-        "x.gguf: the field general.architecture is there twice",
+        "x.gguf: the field general.architecture appears twice",
     ),
     "metadata of another kind": (
         lambda d: patched(d, d.index(b"llama.context_length") + 20, struct.pack("<I", 13)),
-        "x.gguf: metadata of an unknown kind, 13",
+        "x.gguf: metadata of the unknown type 13",
     ),
 }
 
@@ -327,7 +327,7 @@ def test_float16_that_overflows(tmp_path: Path):
 def test_gguf_takes_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = build().write(tmp_path / "x.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(CheckpointError, match=r"takes the package gguf: pip install"):
+    with pytest.raises(CheckpointError, match=r"needs the package gguf: pip install"):
         import_model(path, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Reading overlays: one small module a form, each turning what is on disk into an `Overlay`."""
+"""Reading overlays: each form has a small module that turns what is on disk into an `Overlay`."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ __all__ = ["ALPHA_OVERLAY", "Overlay", "open_overlay"]
 
 Opener = Callable[[Path, Mapping[str, TensorRef]], Overlay | None]
 
-# Each returns None for what is not of its form; the first that does not decides. What it looks
-# for is said when none does.
+# Each opener returns None if the folder is not of its form; the first that returns an overlay
+# decides. If none does, the error lists what they looked for.
 _FORMS: tuple[tuple[str, Opener], ...] = (
     (toy.SIGN, toy.open_toy),
     (expert_files.SIGN, expert_files.open_expert_files),
@@ -36,7 +36,7 @@ def open_overlay(path: str | Path) -> Overlay:
         path: the overlay's folder.
 
     Raises:
-        CheckpointError: there is no overlay, it is a tier already, or it is not sound.
+        CheckpointError: there is no overlay, it is a tier already, or it is not valid.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -59,18 +59,18 @@ def open_overlay(path: str | Path) -> Overlay:
 
 
 def _tell_unused(overlay: Overlay) -> None:
-    """Warn of tensors that nothing is known of; RoPE's table is known, and computed anew."""
+    """Warn of unknown tensors. RoPE's table is known, and is computed again."""
     names = [name for name in overlay.unused if not name.endswith("rotary_emb.inv_freq")]
     if names:
         warnings.warn(
-            f"{overlay.path.name}: not loaded, for want of a meaning: {listed(names, 3)}",
+            f"{overlay.path.name}: ignored: unknown tensors: {listed(names, 3)}",
             CheckpointWarning,
             stacklevel=3,
         )
 
 
 def _with_new_alphas(overlay: Overlay) -> Overlay:
-    """V3.3 is any other form with a file of newer alphas beside it."""
+    """V3.3 is any other form plus a file of newer alphas."""
     if not (overlay.path / ALPHA_OVERLAY).exists() or not overlay.routers:
         return overlay
     file = inside(overlay.path, ALPHA_OVERLAY)

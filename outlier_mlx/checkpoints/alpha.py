@@ -1,7 +1,7 @@
 """Alphas: one scalar per expert, from JSON and pickles of several shapes and from tensors.
 
-The rules are those of the published runtime, except that what it drops without a word (numbers
-out of range, contradictions, NaN) is refused here.
+The rules are those of the published runtime, except that what it drops silently (numbers out of
+range, contradictions, NaN) is refused here.
 """
 
 import math
@@ -19,7 +19,7 @@ from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.storage.safetensors import TensorRef, parse_json, read_bytes
 
 Alphas = dict[tuple[int, int], float]
-#: In a file of new alphas, those that they replace; never taken for alphas themselves.
+#: The key, in a file of new alphas, of those that they replace.
 ORIGINALS = "originals"
 
 _WRAPPERS = frozenset(

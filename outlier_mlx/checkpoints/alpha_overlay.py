@@ -1,7 +1,7 @@
 """V3.3's `alpha_overlay.pt`: newer alphas for a V3.2 checkpoint, and those they replace.
 
-How the numbers are keyed inside is not published, so every likely layout is read. What would have
-to be guessed (a list that is as long as neither the layers nor the experts) is refused.
+Its layout is not published, so every likely one is read. What would have to be guessed (a list that
+is as long as neither the layers nor the experts) is refused.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from outlier_mlx.storage.torch_zip import load_torch_zip
 
 _WRAPPERS = ("alphas", "alpha", "overlay", "alpha_values", "trained")
 
-# Of what differs by less, nobody meant it to.
+# Smaller differences come from rounding.
 _TOLERANCE = 1e-3
 
 
@@ -32,7 +32,7 @@ class AlphaOverlay:
     originals: Alphas
 
     def compare(self, alphas: Alphas, place: str) -> None:
-        """Warn if the checkpoint's own alphas are others than those that were replaced."""
+        """Warn if the checkpoint's own alphas are not those that this file replaced."""
         for (layer, expert), original in self.originals.items():
             own = alphas.get((layer, expert), original)
             if abs(own - original) > _TOLERANCE:
@@ -54,7 +54,7 @@ def read_alpha_overlay(path: Path, layers: int, experts: int) -> AlphaOverlay:
         experts: experts of a layer.
 
     Raises:
-        CheckpointError: not such a file, alphas that are not sound, or none that is recognised.
+        CheckpointError: not such a file, alphas that are not valid, or none that is recognised.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")

@@ -1,4 +1,4 @@
-"""Which alphas are in force: several sources may name an expert, and they have an order."""
+"""Which alphas are used: where several sources name an expert, they have an order."""
 
 import zipfile
 from pathlib import Path
@@ -28,18 +28,18 @@ def resolve_alphas(
     override: Path | str | None = None,
     newer: Path | None = None,
 ) -> dict[int, np.ndarray]:
-    """The alphas in force: tensors win over files, `newer` over tensors, `override` over all.
+    """The alphas that are used: tensors win over files, `newer` over tensors, `override` over all.
 
     An expert that no source names has alpha 0 if there is any alpha.json, else 1: checkpoints
     with a partial alpha.json rely on the first, those without any on the second.
 
     Args:
-        files: alpha.json files; of two that name an expert the later wins.
+        files: alpha.json files; where two name an expert, the later wins.
         tensors: tensors of alphas by key.
         moe_layers: the layers to return alphas of.
         layers: layers of the model.
         experts: experts of a layer.
-        override: a file of alphas, JSON or of the kind of `newer`; or "original" for the alphas
+        override: a file of alphas, JSON or in the format of `newer`; or "original" for the alphas
             that `newer` replaced.
         newer: V3.3's `alpha_overlay.pt`.
 
@@ -47,7 +47,7 @@ def resolve_alphas(
         For each MoE layer (experts,) float32.
 
     Raises:
-        CheckpointError: a source is not sound, two tensors disagree, or nothing was replaced.
+        CheckpointError: a source is not valid, two tensors disagree, or nothing was replaced.
     """
     found: Alphas = {}
     for file in files:
@@ -62,7 +62,7 @@ def resolve_alphas(
         replaced.compare(found, newer.name)
         found.update(replaced.originals if override == ORIGINAL else replaced.alphas)
     elif override == ORIGINAL:
-        raise CheckpointError("--alpha original: there is no alpha_overlay.pt that replaced any")
+        raise CheckpointError("--alpha original: there is no alpha_overlay.pt")
     if override not in (None, ORIGINAL):
         found.update(_read_any(Path(override), layers, experts))
     default = 0.0 if files else 1.0
@@ -75,7 +75,7 @@ def resolve_alphas(
 
 
 def _read_any(path: Path, layers: int, experts: int) -> Alphas:
-    """A file that somebody named: JSON, or a zip as `torch.save` writes it."""
+    """A file that the user named: JSON, or a zip as `torch.save` writes it."""
     if path.is_file() and zipfile.is_zipfile(path):
         return read_alpha_overlay(path, layers, experts).alphas
     return read_alpha_file(path, layers, experts)

@@ -26,8 +26,8 @@ from outlier_mlx.storage.shards import read_shards
 # `base_model: OWNER/NAME` in a card's metadata, or a list of one.
 _CARD_BASE = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w./-]+)", re.MULTILINE)
 _CARD_CHARACTERS = 20_000
-# Of a `ModelConfig`: what overlay and base must agree in. The names of fields are those by which an
-# overlay may state it; without any, it does.
+# Of a `ModelConfig`: what must be equal in overlay and base. An overlay may leave it out if it has
+# none of the fields; where no fields are listed, it must state it.
 _DIMENSIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(["hidden", "intermediate", "layers", "heads", "vocab"], ()),
     "kv_heads": ("n_kv_heads", "num_key_value_heads"),
@@ -133,7 +133,7 @@ def _alone(overlay: Overlay) -> ModelConfig:
 
 
 def _likely_base(overlay: Overlay) -> str:
-    """What the config or the model card calls the base: to be told, not to be believed."""
+    """The base that the config or the model card names: a hint for the error message only."""
     named = overlay.config.raw.get("base_model_name_or_path")
     if isinstance(named, str) and named:
         return f" (its config names {named.rsplit('/', 1)[-1][:80]!r})"
@@ -147,7 +147,7 @@ def _likely_base(overlay: Overlay) -> str:
 
 
 def _agree(overlay: ModelConfig, base: ModelConfig) -> ModelConfig:
-    """What the two say together; what the overlay leaves unsaid is as in the base."""
+    """The config of both together; what the overlay does not state is taken from the base."""
     stated = stated_base(overlay.raw)
     if stated not in (None, base.family):
         raise CheckpointError(

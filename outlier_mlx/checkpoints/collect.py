@@ -1,4 +1,4 @@
-"""Sorting tensors by what their keys name, and putting experts together: for every form."""
+"""Sorting tensors by their keys, and putting experts together: for every form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class Collected:
         alphas: tensors of alphas by key.
         trits: of the experts' matrices.
         scales: likewise.
-        unused: keys that name nothing that is loaded.
+        unused: unknown keys.
     """
 
     base: dict[str, TensorRef] = field(default_factory=dict)
@@ -70,10 +70,10 @@ class Collected:
         _add(self.scales, place, scale)
 
     def overlay(self, folder: Path, form: str, config: ModelConfig) -> Overlay:
-        """The overlay that these tensors are, checked.
+        """The overlay of these tensors, checked.
 
         Raises:
-            CheckpointError: something is missing, too much, or of the wrong shape.
+            CheckpointError: something is missing, unexpected, or of the wrong shape.
         """
         overlay = Overlay(
             path=folder,
@@ -113,7 +113,7 @@ def assemble_experts(
     """Experts by layer from their six parts each.
 
     Raises:
-        CheckpointError: a part is missing, a number is out of range, or trits cannot be trits.
+        CheckpointError: a part is missing, a number is out of range, or a dtype cannot hold trits.
     """
     for part in (trits, scales):
         for (layer, expert, _), tensor in part.items():

@@ -69,7 +69,7 @@ def _add_expert(collected: Collected, folder: Path, file: str, layer: int, exper
     for key, tensor in read_header(inside(folder, file)).items():
         parsed = parse_expert_leaf(key, layer, expert)
         if parsed is None:
-            raise CheckpointError(f"{folder}: {file}: {key} is no part of an expert")
+            raise CheckpointError(f"{folder}: {file}: {key} is not a part of an expert")
         collected.add(parsed, tensor)
 
 

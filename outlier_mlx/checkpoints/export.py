@@ -58,8 +58,7 @@ def export_tier(
 ) -> Exported:
     """Write a tier's experts, routers and alphas in a form that other tools read, exactly.
 
-    The base is written along if the tier stores it unquantized; what int4 has left of it is not
-    the base that overlays are for.
+    The base is written, too, if the tier stores it unquantized; from int4 it could not be restored.
 
     Args:
         tier: a tier's folder or hub repository.

@@ -1,7 +1,7 @@
-"""The packed form: `packed_experts/` with a file a tensor, and the same in one `experts.bin`.
+"""The packed form: `packed_experts/` with a file for each tensor, and one `experts.bin` of all.
 
-Everything else goes into ordinary shards with the keys `base.model.*`, which is what the published
-runtime takes for a packed checkpoint.
+Everything else goes into ordinary shards with the keys `base.model.*`, as the published
+runtime expects.
 """
 
 import shutil
@@ -33,7 +33,7 @@ from outlier_mlx.ternary.flat import packed_bytes
 from outlier_mlx.writing.parts import Parts, Tally
 from outlier_mlx.writing.writer import WrittenFile
 
-# Slabs of so many rows end where a byte does.
+# A slab of a multiple of so many rows ends at the end of a byte.
 _ROWS = 5
 _MEGA = 1 << 20
 
@@ -42,7 +42,7 @@ def packed_tensors(overlay: Overlay, origin: Origin) -> "PackedTensors":
     """The tensors of the packed form.
 
     Raises:
-        OutlierError: a scale that float16 does not hold; packed files know nothing else.
+        OutlierError: a scale that float16 does not hold; packed files have no other.
     """
     scales = find_scale_forms(overlay)
     scales.require_float16(
@@ -54,7 +54,7 @@ def packed_tensors(overlay: Overlay, origin: Origin) -> "PackedTensors":
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTensors(Parts):
-    """All but the experts in shards, and the experts in files of their own, twice."""
+    """All but the experts in shards; the experts twice, in files of their own and in one."""
 
     overlay: Overlay
     origin: Origin

@@ -1,4 +1,4 @@
-"""How the scales of a model are written: as few numbers and bits as hold them exactly."""
+"""How the scales of a model are written: with as few numbers and bits as keep them exact."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class ScaleForms:
 
     Attributes:
         whole: projections whose matrices all have one scale for the whole matrix.
-        wide: where the first scale is that no float16 holds exactly; None if there is none.
+        wide: the first scale that is not exact in float16, for messages; None if there is none.
     """
 
     whole: frozenset[str]
@@ -41,7 +41,7 @@ class ScaleForms:
 
 
 def find_scale_forms(overlay: Overlay) -> ScaleForms:
-    """Read all scales of an overlay, one matrix at a time, and find what holds them."""
+    """Read all scales of an overlay, one matrix at a time, and find how to write them."""
     whole = {"gate", "up", "down"}
     wide = None
     for experts in overlay.experts.values():

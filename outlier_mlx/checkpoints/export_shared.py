@@ -34,7 +34,7 @@ class Origin:
 #: Bytes read at a time.
 SLAB_BYTES = 1 << 20
 
-# Of the tier's config; an overlay says the same in fields of its own, or does not say it.
+# Fields of a tier's config that an overlay has under other names, or does not have.
 _OF_TIERS = frozenset(
     ["model_file", "ternary", "quantization", "quantization_config", "num_experts"]
     + ["num_experts_per_tok", "moe_intermediate_size", "moe_layers", "dtype"]

@@ -80,7 +80,7 @@ class BlockTrits:
 
 @dataclass(frozen=True)
 class BlockScales:
-    """One scale a row, from the blocks of a matrix: those that hold anything must agree."""
+    """One scale for each row: all blocks of the row that are not zero must have it."""
 
     trits: BlockTrits
     dtype: str = "F16"
@@ -112,13 +112,13 @@ class BlockScales:
                 continue
             trits, d = self.trits.read_blocks(row, end)
             used = trits.reshape(*d.shape, BLOCK).any(axis=-1)
-            # Of a row of zeros any block's will do.
+            # In a row of zeros, any block's scale is as good.
             scale = np.take_along_axis(d, used.argmax(axis=1, keepdims=True), axis=1)
             differs = (used & (d != scale)).any(axis=1)
             if differs.any():
                 raise CheckpointError(
                     f"{self.where}: row {row + int(differs.argmax())} has blocks of different"
-                    " scales; experts have one a row"
+                    " scales; experts have one for each row"
                 )
             scales[first:last] = scale
         return scales
@@ -128,7 +128,7 @@ def open_gguf(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
     """Open an overlay with experts in GGUF files, or return None if this is none.
 
     Raises:
-        CheckpointError: it is one, but not a sound one, or the package `gguf` is missing.
+        CheckpointError: it is one, but not a valid one, or the package `gguf` is missing.
     """
     collected = collect(tensors)
     files = sorted(path.name for path in folder.glob("*.gguf"))
@@ -148,7 +148,7 @@ def _add(collected: Collected, tensor: GgufTensor) -> None:
     if match := _MERGED.fullmatch(tensor.name) or _SPLIT.fullmatch(tensor.name):
         layer, projection, leaf = parse_number(match[1]), match[2], match[match.re.groups]
         if leaf != "weight":
-            raise CheckpointError(f"{place}: an expert's {leaf} is nothing that is read")
+            raise CheckpointError(f"{place}: unexpected {leaf} of an expert")
         if match.re is _SPLIT:
             _add_matrices(collected, tensor, layer, parse_number(match[3]), projection)
         else:
@@ -176,7 +176,7 @@ def _add_matrices(
     expert: int | None,
     projection: str,
 ) -> None:
-    """Add one expert's matrix, or those of all experts where `expert` is None."""
+    """Add one expert's matrix, or, if `expert` is None, those of all experts."""
     place = tensor.where
     if tensor.kind not in _UNPACK:
         raise CheckpointError(f"{place}: type {tensor.kind}, expected TQ1_0 or TQ2_0")

@@ -1,4 +1,4 @@
-"""Headers of a model wherever it is: enough to open any form of overlay, base or tier."""
+"""The headers of a model, in a folder or on the hub: enough to open any overlay, base or tier."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ class Headers:
 
     Attributes:
         source: the model, in a folder that can be opened.
-        files: what stands behind each file that has its header alone.
+        files: the file on the hub for each file here that is only a header.
     """
 
     source: Source
@@ -38,7 +38,7 @@ def head_bytes(name: str, begin: bytes) -> int:
 
     Args:
         name: its name, which may have folders in it.
-        begin: its first bytes. If they are few, the answer may be too; ask again with as many.
+        begin: its first bytes. If these are too few to tell, the result asks for more of them.
     """
     if name.endswith(".safetensors"):
         return header_bytes(begin)
@@ -58,7 +58,7 @@ def headers(
 ) -> Iterator[Headers]:
     """A model in a folder, as it is; one on the hub as a folder of headers, while the block runs.
 
-    Where the hub cannot be reached, a repository that is whole in the local cache will do.
+    If the hub cannot be reached, the local cache is used where it has the whole repository.
 
     Args:
         path_or_repo: a folder, or a repository on the hub.
@@ -67,8 +67,8 @@ def headers(
         besides: further files, by name or pattern, that are fetched whole.
 
     Raises:
-        CheckpointError: neither a folder nor the name of a repository. One that is raised within
-            the block names the repository where it named the folder.
+        CheckpointError: neither a folder nor the name of a repository. Errors of the block
+            name the repository in place of the folder.
         OutlierError: the hub cannot be reached or refuses.
     """
     local = local_source(path_or_repo, revision)

@@ -1,4 +1,4 @@
-"""The spellings that tensor keys have in overlays, and what each of them names.
+"""The spellings of tensor keys in overlays, and what each key names.
 
 Base tensors get the names that the base has in mlx-lm. Digits are ASCII only, and leading zeros do
 not make another number: two spellings of one tensor are found to be one.
@@ -49,7 +49,7 @@ class RouterKey:
 
 @dataclass(frozen=True)
 class AlphaKey:
-    """A tensor of alphas; which layer's is for the alpha reader to say."""
+    """A tensor of alphas; `alpha.py` finds its layer."""
 
     key: str
 
@@ -65,12 +65,12 @@ Key = ExpertKey | RouterKey | AlphaKey | BaseKey
 
 
 def parse_number(digits: str) -> int:
-    """A layer's or expert's number; absurdly many digits give one that is out of every range."""
+    """The number of a layer or expert; too many digits give a number that is out of range."""
     return int(digits) if len(digits) <= _MAX_DIGITS else 10**_MAX_DIGITS
 
 
 def parse_key(key: str) -> Key | None:
-    """What a tensor key of an overlay or base names, or None if it is nothing that is loaded."""
+    """What a tensor key of an overlay or base names, or None if the key is unknown."""
     plain = key.removeprefix("base.")
     if match := _EXPERT.fullmatch(plain):
         layer, expert = parse_number(match["layer"]), parse_number(match["expert"])

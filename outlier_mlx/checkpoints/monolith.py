@@ -61,7 +61,7 @@ def read_monolith(path: Path) -> Monolith:
     """Read header and table.
 
     Raises:
-        CheckpointError: they are not sound, do not fit the file, or leave experts out.
+        CheckpointError: they are not valid, do not fit the file, or leave experts out.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -60,14 +60,14 @@ class Overlay:
         return next((layer[0].gate.trits.shape[0] for layer in self.experts.values()), 0)
 
     def alphas(self, override: Path | str | None = None) -> dict[int, np.ndarray]:
-        """The alphas in force, for each MoE layer (experts,) float32.
+        """The alphas that are used: for each MoE layer (experts,) float32.
 
         Args:
             override: a file of alphas (JSON, or V3.3's `.pt`) that wins over the overlay's own, or
                 "original" for those that `alpha_overlay.pt` replaced.
 
         Raises:
-            CheckpointError: a source of alphas is not sound, or there are no originals.
+            CheckpointError: a source of alphas is not valid, or there are no originals.
         """
         config = self.config
         return resolve_alphas(

@@ -1,4 +1,4 @@
-"""Overlays whose experts are packed five trits a byte: a file a tensor, or all in `experts.bin`.
+"""Overlays with experts of five trits a byte: a file for each tensor, or all in `experts.bin`.
 
 `packed_experts/index.json` gives shapes; everything else is in ordinary shards beside it.
 """
@@ -30,7 +30,7 @@ from outlier_mlx.ternary.flat import packed_bytes
 SIGN = "packed_experts/index.json"
 FOLDER = "packed_experts"
 MONOLITH = "experts.bin"
-#: Names a monolith that is kept elsewhere; the published runtime knows this variable, too.
+#: The path of a monolith in another place; the published runtime has this variable, too.
 MONOLITH_VARIABLE = "OUTLIER_MONOLITH_PATH"
 
 
@@ -60,7 +60,7 @@ class PackedTrits:
         cover them are read, and what belongs to other rows is cut off.
 
         Raises:
-            CheckpointError: a byte encodes no five trits.
+            CheckpointError: a byte above 242.
         """
         first, last = self._span(start, stop)
         begin = first // GROUP
@@ -85,7 +85,7 @@ class PackedTrits:
         return start * width, (out if stop is None else min(stop, out)) * width
 
     def _read(self, begin: int, end: int) -> np.ndarray:
-        """Bytes; the padding of the last one of all becomes zeros, with a warning if it is not."""
+        """Bytes `begin` to `end`. Padding other than zeros gives a warning, and becomes zeros."""
         packed = self._bytes.read(begin, end)
         used = prod(self.shape) % GROUP
         if used and end == self.nbytes:
@@ -123,7 +123,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """What its shape takes: a fifth of a byte a trit, or a float16 scale."""
+        """What its shape takes: five trits a byte, or float16 scales."""
         return packed_bytes(prod(self.shape)) if self.part.part == "trits" else 2 * prod(self.shape)
 
     def add_to(self, collected: Collected, file: Path, offset: int) -> None:
@@ -142,13 +142,13 @@ def open_packed(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | Non
     routers and no experts), `packed_experts/experts.bin`, and the files of `packed_experts/`.
 
     Raises:
-        CheckpointError: it is one, but not a sound one.
+        CheckpointError: it is one, but not a valid one.
     """
     collected = collect(tensors)
     if collected.trits:
         if (folder / SIGN).exists():
             warnings.warn(
-                f"{folder.name}: {FOLDER} is left alone: the shards hold the experts themselves",
+                f"{folder.name}: {FOLDER} is ignored: the shards hold the experts",
                 CheckpointWarning,
                 stacklevel=2,
             )
@@ -164,7 +164,9 @@ def open_packed(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | Non
     inner = f"{FOLDER}/{MONOLITH}"
     if not (folder / SIGN).exists():
         if (folder / FOLDER).is_dir():
-            raise CheckpointError(f"{folder}: {FOLDER}: no index.json: it has the tensors' shapes")
+            raise CheckpointError(
+                f"{folder}: {FOLDER}: no index.json, which has the shapes of the tensors"
+            )
         return None
     entries = read_index(folder, SIGN)
     if (folder / inner).exists():
@@ -202,7 +204,7 @@ def _add_monolith(collected: Collected, path: Path, entries: dict[ExpertKey, Ent
 
 
 def _say_origin(folder: Path, monolith: Path) -> None:
-    """Tell that experts come from elsewhere; refuse those of another model, if that is known."""
+    """Warn that experts come from another place; refuse those of another model, if known."""
     origin = None
     if (monolith.parent / "meta.json").exists():
         origin = read_json(inside(monolith.parent, "meta.json")).get("model_ref")
@@ -224,10 +226,10 @@ def _is_repo(name: object) -> bool:
 
 
 def read_index(folder: Path, name: str) -> dict[ExpertKey, Entry]:
-    """The entries of an index.json by what they are.
+    """The entries of an index.json by the part of an expert.
 
     Raises:
-        CheckpointError: an entry is not sound.
+        CheckpointError: an entry is not valid.
     """
     entries: dict[ExpertKey, Entry] = {}
     for key, fields in read_json(inside(folder, name)).items():

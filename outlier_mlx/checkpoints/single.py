@@ -17,7 +17,7 @@ SIGN = "[base.]model.layers.N.mlp.experts.* or .mlp.router.weight in *.safetenso
 
 
 def matches(keys: Iterable[str]) -> str | None:
-    """The form that these tensor keys are spelt in: "real", "v3.2" or None."""
+    """The form whose spelling these tensor keys have: "real", "v3.2" or None."""
     parsed = {key: parse_key(key) for key in keys}
     if not any(isinstance(key, ExpertKey | RouterKey) for key in parsed.values()):
         return None
@@ -28,7 +28,7 @@ def open_single(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | Non
     """Open a folder of shards as an overlay, or return None if it has no expert and no router.
 
     Raises:
-        CheckpointError: it is an overlay, but not a sound one.
+        CheckpointError: it is an overlay, but not a valid one.
     """
     form = matches(tensors)
     if form is None:

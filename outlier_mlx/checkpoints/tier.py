@@ -62,12 +62,12 @@ class AffineTrits(Stored):
         """Rows as int8 (rows, in).
 
         Raises:
-            CheckpointError: a code 3, which is no trit.
+            CheckpointError: code 3, which is not a trit.
         """
         packed = self.tensor.read(start, stop).view(np.uint8)
         codes = (packed[..., None] >> _SHIFTS & 3).reshape(len(packed), -1)
         if codes.size and codes.max() > 2:
-            raise CheckpointError(f"{self.where}: from row {start}: a code 3, which is no trit")
+            raise CheckpointError(f"{self.where}: from row {start}: code 3, which is not a trit")
         return codes.view(np.int8) - np.int8(1)
 
 
@@ -102,7 +102,7 @@ def open_tier(folder: Path) -> Overlay:
         The overlay. Its base is there if the tier stores all of it unquantized, else empty.
 
     Raises:
-        CheckpointError: it is no tier, has no experts, or is not sound.
+        CheckpointError: it is no tier, has no experts, or is not valid.
     """
     raw = raw_config(folder)
     ternary = raw.get("ternary")

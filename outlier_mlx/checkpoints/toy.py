@@ -51,7 +51,7 @@ class LatentWeights(TensorRef):
 
     @cached_property
     def magnitude(self) -> np.float32:
-        """a, over the whole tensor; summed in float64."""
+        """The mean |W| of the whole tensor, summed in float64."""
         total = 0.0
         for start, stop in row_ranges(self.shape[0], self.shape[1], 1 << 20):
             values = super().read_float32(start, stop)
@@ -59,7 +59,7 @@ class LatentWeights(TensorRef):
         return np.float32(total / max(1, self.shape[0] * self.shape[1]))
 
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows as they are used: -a, 0 or a."""
+        """Rows as the model uses them: -a, 0 or a."""
         values = super().read_float32(start, stop)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{self.where}: holds NaN or infinity")
@@ -73,7 +73,7 @@ def open_toy(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
     A dense one becomes an overlay without MoE layers, whose base is the whole model.
 
     Raises:
-        CheckpointError: it is one, but not a sound one.
+        CheckpointError: it is one, but not a valid one.
     """
     plain = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
     if not any(re.match(r"layers\.[0-9]+\.ffn\.", key) for key in plain):

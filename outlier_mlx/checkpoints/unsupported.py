@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors mean something else than their shapes suggest: refused by name."""
+"""Checkpoints that look supported by their shapes, but are not."""
 
 import re
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ _ROTATION_KEY = re.compile(r"(?:.*\.)?hadamard_[0-9]+")
 
 
 def refuse_unsupported(folder: Path, keys: Iterable[str]) -> None:
-    """Refuse forms that are known by name but not to be read.
+    """Refuse forms that are known and not supported.
 
     Args:
         folder: the checkpoint.
-        keys: of its tensors.
+        keys: keys of its tensors.
 
     Raises:
         CheckpointError: its weights are rotated, or its layers share experts (ReXMoE).

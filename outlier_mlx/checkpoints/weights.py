@@ -1,4 +1,4 @@
-"""Experts' matrices that are stored as something else than int8 trits with a scale.
+"""Experts' matrices that are not stored as int8 trits with a scale.
 
 Nothing is read until rows are asked for; then every value is checked.
 """
@@ -12,7 +12,7 @@ from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, Stored, Trits, row_ranges
 
 _WIDE_INTEGERS = ("I16", "I32", "I64")
-# Weights held at a time where a whole matrix has to be seen.
+# Weights in memory at a time when a whole matrix is read.
 _SLAB = 1 << 20
 
 
@@ -54,7 +54,7 @@ class UnscaledTrits(Stored):
             row = int(np.argwhere(wrong)[0, 0])
             raise CheckpointError(
                 f"{self.where}: has no scale, and row {start + row} holds weights of more than one"
-                " magnitude: these are no ternary weights"
+                " magnitude: not ternary weights"
             )
         return np.sign(values).astype(np.int8)
 

@@ -115,7 +115,7 @@ def read_gguf(path: Path) -> Gguf:
 
     Raises:
         CheckpointError: the package `gguf` is missing, or this is no GGUF file of version 2 or 3
-            that is little-endian and whole; nothing is allocated that its size does not bear out.
+            that is little-endian and whole; no array is allocated that is larger than the file.
     """
     kinds = _kinds(path)
     try:
@@ -150,7 +150,7 @@ def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
         from gguf import GGML_QUANT_SIZES
     except ImportError:
         raise CheckpointError(
-            f"{path.name}: reading GGUF takes the package gguf: pip install 'outlier-mlx[gguf]'"
+            f"{path.name}: reading GGUF needs the package gguf: pip install 'outlier-mlx[gguf]'"
         ) from None
     return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
 
@@ -191,13 +191,13 @@ _Entry = tuple[str, tuple[int, ...], int, int]
 
 
 def _read_head(cursor: _Cursor) -> tuple[dict[str, Any], list[_Entry]]:
-    """Metadata, and what is said of each tensor."""
+    """The metadata, and the entry of each tensor."""
     name = cursor.path.name
     if cursor.bytes(4) != b"GGUF":
         raise CheckpointError(f"{name}: not a GGUF file")
     version = cursor.number("<I")
     if version and not version & 0xFFFF:
-        raise CheckpointError(f"{name}: a big-endian GGUF file; only little-endian ones are read")
+        raise CheckpointError(f"{name}: a big-endian GGUF file is not supported")
     if version not in (2, 3):
         raise CheckpointError(f"{name}: a GGUF file of version {version}, expected 2 or 3")
     tensors, entries = cursor.number("<Q"), cursor.number("<Q")
@@ -216,7 +216,7 @@ def _read(cursor: _Cursor, kinds: dict[int, tuple[str, int, int]]) -> Gguf:
     for info in infos:
         tensor = _tensor(cursor, info, begin, kinds)
         if tensor.name in found:
-            raise CheckpointError(f"{tensor.where}: there are two tensors of this name")
+            raise CheckpointError(f"{tensor.where}: two tensors have this name")
         found[tensor.name] = tensor
     return Gguf(cursor.path, fields, list(found.values()))
 
@@ -235,7 +235,7 @@ def _fields(cursor: _Cursor, entries: int) -> dict[str, Any]:
                 f"{cursor.path.name}: more than {_MAX_ELEMENTS} values of metadata"
             )
         if key in fields:
-            raise CheckpointError(f"{cursor.path.name}: the field {key} is there twice")
+            raise CheckpointError(f"{cursor.path.name}: the field {key} appears twice")
         fields[key] = _value(cursor, kind, count)
     return fields
 
@@ -245,7 +245,7 @@ def _value(cursor: _Cursor, kind: int, count: int | None) -> Any:
     if kind == _STRING:
         return cursor.text() if count is None else [cursor.text() for _ in range(count)]
     if kind not in _NUMBERS:
-        raise CheckpointError(f"{cursor.path.name}: metadata of an unknown kind, {kind}")
+        raise CheckpointError(f"{cursor.path.name}: metadata of the unknown type {kind}")
     dtype = _NUMBERS[kind]
     data = cursor.bytes(dtype.itemsize * (1 if count is None else count))
     numbers: np.ndarray = np.frombuffer(data, dtype)

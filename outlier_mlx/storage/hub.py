@@ -1,4 +1,4 @@
-"""Names of models: a folder here, or a repository on the Hugging Face hub."""
+"""Where models are: in a local folder, or in a repository on the Hugging Face hub."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.hub_errors import hub_errors
 
-#: What a checkpoint or tier consists of; nothing else is fetched.
+#: The files of a checkpoint or tier; no others are fetched.
 CHECKPOINT_FILES = (
     "*.json",
     "*.safetensors",
@@ -74,7 +74,7 @@ def resolve(
 
 
 def local_source(path_or_repo: str | Path, revision: str | None = None) -> Source | None:
-    """A folder of this machine; None for the name of a repository. The hub is not asked.
+    """The local folder; None for the name of a repository. The hub is not asked.
 
     Raises:
         CheckpointError: it is neither, or a folder with a revision.
@@ -113,7 +113,7 @@ def cached(repo: str, revision: str | None = None) -> Path | None:
 
 
 def _terminal_bar() -> type:
-    """The hub's progress bar, on a terminal only."""
+    """The hub's progress bar, shown only on a terminal."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):

@@ -1,4 +1,4 @@
-"""What the hub refuses, in one line that says what to do."""
+"""Errors of the hub, each in one line that says what to do."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 _ADDRESS = re.compile(r"https?://\S+")
-# By names of huggingface_hub's errors, the narrower ones first.
+# By the name of huggingface_hub's error; subclasses come first.
 _READING = {
     "GatedRepoError": "access is restricted; ask for it on its page, then run `hf auth login`",
     "RepositoryNotFoundError": "no such folder, nor repository on the hub; if private:"
@@ -52,7 +52,7 @@ def hub_errors(repo: str, *, writing: bool = False) -> Iterator[None]:
 
 
 def hush_hub() -> None:
-    """Have retries told once, by the error that ends them, rather than logged each."""
+    """Do not log each retry: the error at the end is enough."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
@@ -91,5 +91,5 @@ def _answer(repo: str, error: "HfHubHTTPError", *, writing: bool) -> str:
 
 
 def _told(error: BaseException) -> str:
-    """What an error says; addresses to upload to are signed, so who has one may write there."""
+    """The message of an error, without addresses: signed ones, for uploads, are secret."""
     return _ADDRESS.sub("(address)", str(error)).strip() or type(error).__name__

@@ -1,4 +1,4 @@
-"""Paths of input files: none of them leads out of its folder."""
+"""Paths of input files, which must not lead out of their folder."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from outlier_mlx.errors import CheckpointError
 
 
 def require_plain(name: str, place: str) -> None:
-    """Refuse a relative path that leads, or on some system would lead, somewhere else.
+    """Refuse a path that leads out of its folder on this or another system.
 
     Raises:
         CheckpointError: `name` is absolute, climbs out, or has a drive or backslash; `place` says
@@ -43,5 +43,5 @@ def inside(folder: Path, name: str) -> Path:
         if repo.name.startswith("models--"):
             allowed.append(repo.parent / "blobs")
     if not any(resolved.is_relative_to(place) for place in allowed):
-        raise CheckpointError(f"{path}: links out of its folder; put a copy or a hard link there")
+        raise CheckpointError(f"{path}: links out of its folder; use a copy or a hard link")
     return path

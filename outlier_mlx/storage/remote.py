@@ -44,7 +44,7 @@ class RemoteFile:
         commit: the commit that it is of.
         name: its name in the repository.
         nbytes: its size in bytes.
-        sha256: its checksum, where the hub tells it: of files in LFS or Xet.
+        sha256: its checksum, where the hub has it: for files in LFS or Xet.
     """
 
     repo: str
@@ -80,11 +80,13 @@ class RemoteFile:
             )
             hf_raise_for_status(response)
         if response.status_code != 206 or len(response.content) != stop - start:
-            raise OutlierError(f"{self.repo}: {self.name}: the hub does not send ranges of it")
+            raise OutlierError(
+                f"{self.repo}: {self.name}: the hub did not send the requested range"
+            )
         return response.content
 
     def fetch(self, place: Path, advance: Advance) -> Path:
-        """The whole file: from the hub's cache, or fetched; what is here of it is gone on with.
+        """The whole file, from the hub's cache or fetched; a download that was begun is resumed.
 
         Args:
             place: a folder for this file alone.
@@ -112,13 +114,13 @@ class RemoteFile:
             if found != self.sha256:
                 path.unlink()
                 raise OutlierError(
-                    f"{self.repo}: {self.name}: damaged on its way: what came has another SHA-256"
-                    " than the hub says; it is fetched anew next time"
+                    f"{self.repo}: {self.name}: damaged on the way: its SHA-256 is not the one"
+                    " that the hub has; it will be fetched again next time"
                 )
         return path
 
     def _fetch_by_http(self, place: Path, advance: Advance) -> Path:
-        # hf_hub_download would begin anew after an interruption.
+        # hf_hub_download would not resume.
         from huggingface_hub.file_download import http_get
 
         url, headers = self._where
@@ -142,7 +144,7 @@ class RemoteFile:
     def _fetch_by_xet(self, place: Path, advance: Advance) -> Path:
         from huggingface_hub import hf_hub_download
 
-        # It could otherwise keep up to 10 GB of what it fetches.
+        # Otherwise it may keep a cache of up to 10 GB.
         os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
         for rest in place.rglob("*.incomplete"):  # of a run that was killed; never used again
             rest.unlink()
@@ -176,8 +178,8 @@ def mirrors() -> Iterator[Path]:
     """A temporary folder for mirrors: each goes to a folder NAME/OWNER/REPO in it.
 
     Raises:
-        CheckpointError: one was raised within the block; it names the repository now, since the
-            folder is gone when it is read.
+        CheckpointError: an error of the block, with the repository named in place of the
+            folder, which is gone by then.
     """
     with TemporaryDirectory(prefix="outlier-mlx-") as work:
         try:
@@ -199,14 +201,14 @@ def mirror(
     small: int | None = None,
     progress: Progress = no_progress,
 ) -> dict[Path, RemoteFile]:
-    """Make a folder that opens like the repository, fetching little more than headers.
+    """Make a folder that can be opened like the repository, from little more than headers.
 
     Args:
         repo: the repository.
         commit: which of its commits.
         folder: a folder to be made.
         head_bytes: how much of a file's beginning must be there.
-        patterns: of the files that are of use.
+        patterns: names of the files to mirror.
         small: bytes up to which a file of tensors is fetched whole; by default `SMALL_BYTES`.
         progress: told how many files are there, and how many will be.
 
@@ -247,9 +249,9 @@ def mirror(
 
 
 def fill(tensors: Iterable[TensorRef], files: dict[Path, RemoteFile]) -> None:
-    """Put the data of small tensors into the sparse files that lack it; larger ones are left out.
+    """Fetch the data of small tensors into their sparse files; larger tensors are skipped.
 
-    No more than `SMALL_BYTES` are fetched for one: 10,000 alphas in float64 have room.
+    No more than `SMALL_BYTES` are fetched for one: enough for 10,000 alphas in float64.
     """
 
     def fill_one(tensor: TensorRef) -> None:
@@ -263,7 +265,7 @@ def fill(tensors: Iterable[TensorRef], files: dict[Path, RemoteFile]) -> None:
 
 
 def forget(files: Iterable[Path]) -> None:
-    """Remove the sparse files: from now on reading one is an error."""
+    """Remove the sparse files: reading one is an error from now on."""
     for path in files:
         path.unlink()
 
@@ -279,7 +281,7 @@ def _sparse(path: Path, file: RemoteFile, head_bytes: HeadBytes) -> None:
 
 
 def _all(calls: list[Callable[[], None]], progress: Progress = no_progress) -> None:
-    """Make all calls, several at a time; the first error drops what has not begun."""
+    """Make all calls, several at a time; after an error no further call begins."""
     pool = ThreadPoolExecutor(max_workers=_THREADS)
     try:
         for done, future in enumerate(as_completed([pool.submit(call) for call in calls]), 1):
@@ -290,7 +292,7 @@ def _all(calls: list[Callable[[], None]], progress: Progress = no_progress) -> N
 
 
 def _counter(advance: Advance) -> type:
-    """What huggingface_hub takes for a progress bar: it shows nothing, and passes on the bytes.
+    """A progress bar for huggingface_hub that shows nothing and passes on the numbers of bytes.
 
     Transfers from Xet report twice: what the network brought, which is compressed, and what was
     written to the file. The second is counted.

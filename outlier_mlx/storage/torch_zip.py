@@ -22,7 +22,7 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 
-# Files of alphas take kilobytes. The bounds keep what hostile ones cost in time and memory low.
+# Files of alphas take kilobytes. The limits keep time and memory low for hostile files.
 MAX_FILE_BYTES = 4_000_000
 _MAX_ELEMENTS = 1_000_000
 _MAX_ENTRIES = 10_000
@@ -110,12 +110,18 @@ class _Instructions(dict[int, Callable[[Any], None]]):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own stack machine, less what is not needed; `storage` gives bytes by name.
+    """Python's own stack machine with only the instructions that are needed.
 
-    Not the one in C, which hashes any key (a tuple within tuples overflows its stack, one of
-    shared tuples takes forever), sets attributes on whatever a name stands for, and makes room in
-    its memo for any number: none of this can be forbidden there. Here a table says what each
-    instruction does, the memo is a dictionary, and reading stops where the file ends.
+    The one in C is not safe even with an allow-list of names. It hashes any key of a dictionary:
+    a tuple nested a million deep crashes the process, and tuples that share tuples take forever.
+    It lets a pickle set attributes of allowed functions. Its memo is an array, so that a pickle of
+    seven bytes takes gigabytes. Here a table holds what each instruction does, the memo is a
+    dictionary, and reads end where the file ends.
+
+    Args:
+        program: the pickle.
+        storage: gives the bytes of a storage by its name.
+        order: of the bytes in storages, "<" or ">".
     """
 
     stack: list[Any]
@@ -131,7 +137,7 @@ class _Unpickler(pickle._Unpickler):
         self._elements = 0
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name."""
+        """The function or dtype that a name stands for."""
         text = f"{module} {name}"
         calls = {
             "collections OrderedDict": self._ordered_dict,
@@ -192,7 +198,7 @@ class _Unpickler(pickle._Unpickler):
         self._count(count)
         return storage.values[offset + stride * np.arange(count)].reshape(shape)
 
-    # What some instructions do in place of what Python's own would.
+    # Instructions that differ from Python's own.
 
     def load_long1(self) -> None:
         """A whole number."""

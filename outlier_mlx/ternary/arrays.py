@@ -1,4 +1,4 @@
-"""What every codec here does with its arguments: check them, then walk them in small blocks."""
+"""Shared by all codecs here: check arguments, then go through arrays in small blocks."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -60,7 +60,7 @@ def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def write_digits(trits: np.ndarray, digits: np.ndarray, shape: tuple[int, ...], at: int) -> None:
-    """Write trits + 1 to `digits`; refuse all that is not -1, 0 or 1.
+    """Write trits + 1 to `digits`; refuse any other trit than -1, 0 or 1.
 
     Args:
         trits: int8, row-major neighbours within an array of `shape`.

@@ -128,7 +128,7 @@ def require_packed(packed: np.ndarray, size: int) -> np.ndarray:
     used = size % GROUP
     if used and (DIGITS[packed[-1], used:] != ZERO).any():
         warnings.warn(
-            f"the last byte, {packed[-1]}, pads {size} trits with something else than 0",
+            f"the last byte, {packed[-1]}, pads {size} trits with something other than 0",
             stacklevel=3,
         )
     return packed

@@ -111,7 +111,7 @@ def unpack_tq2_0_blocks(
         target -= 1
     if strict and trits.size and trits.max() > 1:
         index = [int(i) for i in np.unravel_index(int(trits.argmax()), trits.shape)]
-        raise TernaryError(f"the weight at {index} has code 3, which encodes no trit")
+        raise TernaryError(f"the weight at {index} has code 3, which is not a trit")
     return trits, d
 
 
