@@ -5,7 +5,6 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,32 +55,6 @@ def test_strided_inputs(chunk: int) -> None:
     assert (unpack_tq1_0(np.repeat(packed, 2)[::2], trits.shape) == trits).all()
 
 
-@pytest.mark.parametrize("chunk", [2, 7, 10_000])
-def test_out(chunk: int, tmp_path: Path) -> None:
-    trits = random_trits(6, 10, 15)
-    packed, packed_rows = pack_tq1_0(trits), pack_rows(trits)
-    shape = trits.shape
-
-    def into(write: Callable[[np.ndarray], np.ndarray], out: np.ndarray) -> np.ndarray:
-        out.view(np.uint8)[...] = 77
-        with tiny_chunks(chunk):
-            assert np.shares_memory(write(out), out)
-        return out
-
-    mapped = np.memmap(tmp_path / "rows", np.uint8, "w+", shape=packed_rows.shape)
-    for out in (mapped, *(v.view(np.uint8) for v in views(packed_rows.view(np.int8)))):
-        assert (into(lambda o: pack_rows(trits, out=o), out) == pack_rows(trits)).all()
-        assert (into(lambda o: flat_to_rows(packed, shape, out=o), out) == pack_rows(trits)).all()
-    for out in views(trits.copy()):
-        assert (into(lambda o: unpack_rows(pack_rows(trits), 15, out=o), out) == trits).all()
-    for out in (np.empty(180, np.uint8), np.empty(360, np.uint8)[::2]):
-        assert (into(lambda o: pack_tq1_0(trits, out=o), out) == packed).all()
-        assert (into(lambda o: rows_to_flat(pack_rows(trits), shape, out=o), out) == packed).all()
-    assert (
-        into(lambda o: unpack_tq1_0(packed, shape, out=o), np.empty(shape, np.int8)) == trits
-    ).all()
-
-
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 7), (3, 4, 0)])
 def test_empty(shape: tuple[int, ...]) -> None:
     trits = np.empty(shape, np.int8)
@@ -110,8 +83,6 @@ def test_row_bytes() -> None:
 
 TRITS = random_trits(4, 10)
 FLAT, ROWS = pack_tq1_0(TRITS), pack_rows(TRITS)
-FROZEN = np.empty((4, 4), np.uint8)
-FROZEN.flags.writeable = False
 HUGE = (2**40, 2**40)
 LIST: Any = [0, 1]
 FLOAT: Any = 10.0
@@ -141,10 +112,6 @@ INT: Any = 40
         (lambda: unpack_rows(ROWS, -1), "in_features: expected an integer of at least 0, got -1"),
         (lambda: check_rows(ROWS.view(np.int8), 10), "rows: expected uint8, got int8"),
         (lambda: row_bytes(5, 0), "multiple: expected an integer of at least 1, got 0"),
-        (lambda: pack_rows(TRITS, out=FROZEN), "out: the array is read-only"),
-        (lambda: pack_rows(TRITS, out=FLAT), r"out: expected shape \(4, 4\), got \(8,\)"),
-        (lambda: pack_rows(TRITS, out=ROWS.view(np.int8)), "out: expected uint8, got int8"),
-        (lambda: unpack_tq1_0(FLAT, (4, 10), out=np.empty((10, 4), np.int8).T), "not contiguous"),
     ],
 )
 def test_refused_arguments(call: Callable[[], object], message: str) -> None:
@@ -157,19 +124,19 @@ def test_scratch_is_bounded() -> None:
     trits = random_trits(600, 13_824)
     packed, packed_rows = pack_tq1_0(trits), pack_rows(trits)
     for call in (
-        lambda: pack_tq1_0(trits, out=packed),
-        lambda: pack_rows(trits, out=packed_rows),
-        lambda: unpack_tq1_0(packed, trits.shape, out=trits),
-        lambda: unpack_rows(packed_rows, 13_824, out=trits),
-        lambda: flat_to_rows(packed, trits.shape, out=packed_rows),
-        lambda: rows_to_flat(packed_rows, trits.shape, out=packed),
+        lambda: pack_tq1_0(trits),
+        lambda: pack_rows(trits),
+        lambda: unpack_tq1_0(packed, trits.shape),
+        lambda: unpack_rows(packed_rows, 13_824),
+        lambda: flat_to_rows(packed, trits.shape),
+        lambda: rows_to_flat(packed_rows, trits.shape),
         lambda: check_rows(packed_rows, 13_824),
     ):
         tracemalloc.start()
-        call()
+        result = call()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 3_000_000
+        assert peak - (0 if result is None else result.nbytes) < 3_000_000
 
 
 def test_threads_do_not_meet() -> None:

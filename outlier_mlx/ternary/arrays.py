@@ -29,18 +29,6 @@ def require_rows(name: str, array: Any, dtype: type[np.generic]) -> np.ndarray:
     return array
 
 
-def require_out(out: Any, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
-    """`out` if it can take the result, or a new array where it is None."""
-    if out is None:
-        return np.empty(shape, dtype)
-    out = require_array("out", out, dtype)
-    if out.shape != shape:
-        raise TernaryError(f"out: expected shape {shape}, got {out.shape}")
-    if not out.flags.writeable:
-        raise TernaryError("out: the array is read-only")
-    return out
-
-
 def require_size(name: str, value: Any, least: int = 0) -> int:
     """`value` as an int of at least `least`; booleans and floats are refused."""
     try:

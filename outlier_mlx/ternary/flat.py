@@ -15,7 +15,6 @@ import numpy as np
 from outlier_mlx.ternary.arrays import (
     TernaryError,
     require_array,
-    require_out,
     require_shape,
     write_digits,
 )
@@ -35,22 +34,20 @@ DIGITS = (np.arange(256)[:, None] // 3 ** np.arange(GROUP) % 3).astype(np.uint8)
 _TRITS = group_table(DIGITS.astype(np.int8) - np.int8(1))
 
 
-def pack_tq1_0(trits: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+def pack_tq1_0(trits: np.ndarray) -> np.ndarray:
     """Pack trits five to a byte, the first in the least significant digit.
 
     Args:
         trits: int8 of any shape and strides, every value -1, 0 or 1.
-        out: (ceil(trits.size / 5),) uint8 to write to instead of a new array.
 
     Returns:
         (ceil(trits.size / 5),) uint8. 1, 0, -1, -1, 0 gives 86.
 
     Raises:
-        TernaryError: wrong type, or a trit outside -1..1, named with its position; `out` may then
-            have been written to in part.
+        TernaryError: wrong type, or a trit outside -1..1, named with its position.
     """
     trits = require_array("trits", trits, np.int8)
-    packed = require_out(out, (packed_bytes(trits.size),), np.uint8)
+    packed = np.empty((packed_bytes(trits.size),), np.uint8)
     flat = trits.reshape(-1) if trits.flags.c_contiguous else trits.flat
     encoder = Encoder(min(CHUNK, packed.size), FIRST_IS_LEAST)
     for start in range(0, packed.size, CHUNK):
@@ -62,15 +59,12 @@ def pack_tq1_0(trits: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarra
     return packed
 
 
-def unpack_tq1_0(
-    packed: np.ndarray, shape: Sequence[int], *, out: np.ndarray | None = None
-) -> np.ndarray:
+def unpack_tq1_0(packed: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Unpack what `pack_tq1_0` packed.
 
     Args:
         packed: (ceil(product of shape / 5),) uint8.
         shape: of the trits.
-        out: int8 of that shape, contiguous, to write to instead of a new array.
 
     Returns:
         int8 trits of that shape.
@@ -84,9 +78,7 @@ def unpack_tq1_0(
     shape = require_shape(shape)
     size = prod(shape)
     packed = require_packed(packed, size)
-    trits = require_out(out, shape, np.int8)
-    if not trits.flags.c_contiguous:
-        raise TernaryError("out: the array is not contiguous")
+    trits = np.empty(shape, np.int8)
     flat = trits.reshape(-1)
     decoder = Decoder(min(CHUNK, packed.size), _TRITS)
     for start in range(0, packed.size, CHUNK):

@@ -16,7 +16,6 @@ from outlier_mlx.ternary.arrays import (
     TernaryError,
     blocks,
     matrix_views,
-    require_out,
     require_rows,
     require_shape,
     require_size,
@@ -64,23 +63,21 @@ def row_bytes(in_features: int, multiple: int = _MULTIPLE) -> int:
     return -(-flat.packed_bytes(in_features) // multiple) * multiple
 
 
-def pack_rows(trits: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray:
+def pack_rows(trits: np.ndarray) -> np.ndarray:
     """Pack each row of trits into the tier's layout.
 
     Args:
         trits: (..., out, in) int8 of any strides, every value -1, 0 or 1.
-        out: (..., out, row_bytes(in)) uint8 of any strides, to write to instead of a new array.
 
     Returns:
         (..., out, row_bytes(in)) uint8.
 
     Raises:
-        TernaryError: wrong type or shape, or a trit outside -1..1, named with its position; `out`
-            may then have been written to in part.
+        TernaryError: wrong type or shape, or a trit outside -1..1, named with its position.
     """
     trits = require_rows("trits", trits, np.int8)
     in_features = trits.shape[-1]
-    rows = require_out(out, (*trits.shape[:-1], row_bytes(in_features)), np.uint8)
+    rows = np.empty((*trits.shape[:-1], row_bytes(in_features)), np.uint8)
     encoder = _RowEncoder(rows)
     for first, (source, target) in matrix_views(trits, rows):
         for lines, groups in blocks(target, CHUNK):
@@ -92,13 +89,12 @@ def pack_rows(trits: np.ndarray, *, out: np.ndarray | None = None) -> np.ndarray
     return rows
 
 
-def unpack_rows(rows: np.ndarray, in_features: int, *, out: np.ndarray | None = None) -> np.ndarray:
+def unpack_rows(rows: np.ndarray, in_features: int) -> np.ndarray:
     """Unpack the tier's rows. All bytes are accepted and decoded as in the kernels.
 
     Args:
         rows: (..., out, row_bytes(in_features)) uint8 of any strides.
         in_features: trits in a row.
-        out: (..., out, in_features) int8 of any strides, to write to instead of a new array.
 
     Returns:
         (..., out, in_features) int8 trits. `check_rows` checks whether the bytes are valid.
@@ -107,7 +103,7 @@ def unpack_rows(rows: np.ndarray, in_features: int, *, out: np.ndarray | None = 
         TernaryError: wrong type or shape.
     """
     rows = _require_packed_rows(rows, in_features)
-    trits = require_out(out, (*rows.shape[:-1], in_features), np.int8)
+    trits = np.empty((*rows.shape[:-1], in_features), np.int8)
     decoder = Decoder(min(CHUNK, rows.size), _TRITS)
     for _, (source, target) in matrix_views(rows, trits):
         for lines, groups in blocks(source, CHUNK):
@@ -155,15 +151,12 @@ def check_rows(rows: np.ndarray, in_features: int) -> None:
                 raise TernaryError(f"byte {byte} at {index} {what}")
 
 
-def flat_to_rows(
-    packed: np.ndarray, shape: Sequence[int], *, out: np.ndarray | None = None
-) -> np.ndarray:
+def flat_to_rows(packed: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Convert the overlays' flat bytes to the tier's rows. It uses a table if 5 divides `in`.
 
     Args:
         packed: (ceil(product of shape / 5),) uint8, from `pack_tq1_0`.
         shape: (..., out, in) of the trits.
-        out: (..., out, row_bytes(in)) uint8 of any strides, to write to instead of a new array.
 
     Returns:
         (..., out, row_bytes(in)) uint8.
@@ -176,7 +169,7 @@ def flat_to_rows(
     """
     shape = _require_matrix_shape(shape)
     packed = flat.require_packed(packed, prod(shape))
-    rows = require_out(out, (*shape[:-1], row_bytes(shape[-1])), np.uint8)
+    rows = np.empty((*shape[:-1], row_bytes(shape[-1])), np.uint8)
     encoder = _RowEncoder(rows)
     decoder = Decoder(min(CHUNK, rows.size) + 1, _FLAT_DIGITS)
     done = 0  # trits
@@ -197,15 +190,12 @@ def flat_to_rows(
     return rows
 
 
-def rows_to_flat(
-    rows: np.ndarray, shape: Sequence[int], *, out: np.ndarray | None = None
-) -> np.ndarray:
+def rows_to_flat(rows: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Convert the tier's rows to the overlays' flat bytes. It uses a table if 5 divides `in`.
 
     Args:
         rows: (..., out, row_bytes(in)) uint8 of any strides, valid according to `check_rows`.
         shape: (..., out, in) of the trits.
-        out: (ceil(product of shape / 5),) uint8, to write to instead of a new array.
 
     Returns:
         (ceil(product of shape / 5),) uint8, the same as from `pack_tq1_0`.
@@ -217,7 +207,7 @@ def rows_to_flat(
     rows = _require_packed_rows(rows, shape[-1])
     if rows.shape[:-1] != shape[:-1]:
         raise TernaryError(f"rows: expected leading shape {shape[:-1]}, got {rows.shape[:-1]}")
-    packed = require_out(out, (flat.packed_bytes(prod(shape)),), np.uint8)
+    packed = np.empty((flat.packed_bytes(prod(shape)),), np.uint8)
     encoder = Encoder(min(CHUNK, rows.size) + 1, FIRST_IS_LEAST)
     decoder = Decoder(min(CHUNK, rows.size), _ROW_DIGITS)
     done = 0  # bytes
