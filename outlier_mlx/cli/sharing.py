@@ -11,7 +11,7 @@ from outlier_mlx.cli.command import GENERAL
 from outlier_mlx.cli.options import Force, ModelFolder, OutFolder, Quiet, Revision, TierModel
 
 if TYPE_CHECKING:
-    from outlier_mlx.tiers.push_card import Publication
+    from outlier_mlx.tiers.publication import Publication
 
 
 @command("Share", "verify ./tier")
@@ -102,8 +102,8 @@ def push(
     from outlier_mlx.measure.eval_results import read
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import progress_bar, size
+    from outlier_mlx.tiers.publication import prepare
     from outlier_mlx.tiers.push import check_login
-    from outlier_mlx.tiers.push_card import prepare
 
     require_repo_name(repo)
     if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", licence):
@@ -135,7 +135,7 @@ def push(
 def require_repo_name(repo: str) -> None:
     """End in a usage error unless `repo` is a name that repositories on the hub have."""
     from outlier_mlx.errors import OutlierError
-    from outlier_mlx.tiers.push_card import check_repo_name
+    from outlier_mlx.tiers.publication import check_repo_name
 
     try:
         check_repo_name(repo)
@@ -155,7 +155,7 @@ def push_converted(tier: Path, repo: str, *, quiet: bool) -> None:
     """Push a tier that was just written; if that fails, say that the tier itself is there."""
     from outlier_mlx.errors import OutlierError
     from outlier_mlx.terminal import progress_bar
-    from outlier_mlx.tiers.push_card import prepare
+    from outlier_mlx.tiers.publication import prepare
 
     try:
         with progress_bar("verifying", quiet=quiet) as progress:

@@ -1,1 +1,1 @@
-"""What ships: turning an overlay and its base into a tier, an ordinary MLX model folder."""
+"""Tiers: an overlay and its base as one MLX model folder."""

@@ -1,4 +1,4 @@
-"""What was measured and reckoned of a tier, as parts of its model card."""
+"""Parts of a tier's model card: memory, perplexities and scores."""
 
 from collections.abc import Sequence
 from typing import Any

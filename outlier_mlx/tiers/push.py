@@ -1,4 +1,4 @@
-"""The push: what is there already, what may be replaced, and one commit."""
+"""Pushing a publication: what the repository has, what may be replaced, and one commit."""
 
 import hashlib
 import re
@@ -13,7 +13,7 @@ from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure import measured
 from outlier_mlx.storage.hub_errors import hub_errors
 from outlier_mlx.storage.safetensors import read_bytes, read_json
-from outlier_mlx.tiers.push_card import MANIFEST, Publication, Upload
+from outlier_mlx.tiers.publication import MANIFEST, Publication, Upload
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.licences import CARD
 from outlier_mlx.writing.manifest import LOADED

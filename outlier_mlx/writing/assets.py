@@ -1,4 +1,4 @@
-"""What comes along unchanged, or nearly: tokenizer, chat template, generation config, licence."""
+"""Files that are copied from the sources: tokenizer, generation config, licences."""
 
 import re
 import shutil

@@ -51,7 +51,7 @@ class FetchedParts(Parts):
     anew: bool = False
 
     def room(self, target: Path) -> int:
-        """Bytes for the model and the largest source file; what is written already counts."""
+        """Bytes for the model and the largest source file, less what is written already."""
         largest = max(map(self._to_fetch, split(self.parts).pieces), default=0)
         kept = (path.stat() for path in kept_folder(target).rglob("*") if path.is_file())
         return self.nbytes + largest - sum(found.st_blocks * 512 for found in kept)
@@ -103,7 +103,7 @@ class FetchedParts(Parts):
 
     @contextmanager
     def _present(self, file: Path, place: Path, tally: Tally) -> Iterator[None]:
-        """Have a source file here, and no other of the hub; gone again when the block ends well."""
+        """Fetch a source file, as the only one; it is deleted when the block ends well."""
         remote = self.files.get(file)
         if remote is None:
             yield
@@ -139,7 +139,7 @@ class FetchedParts(Parts):
         return f"{role}/{file.relative_to(source.folder).as_posix()}"
 
     def _identity(self, work: Work) -> dict[str, Any]:
-        """All that the written bytes depend on, and their layout."""
+        """Everything that the written bytes depend on, and their layout."""
         # Alphas are read before; the other constants depend on nothing.
         alphas = (part.value.tobytes() for part in self.parts if isinstance(part, Constant))
         local = {}
@@ -165,7 +165,7 @@ class FetchedParts(Parts):
 
 @dataclass(frozen=True)
 class _Run:
-    """What using a source file takes."""
+    """What is needed to use a source file."""
 
     work: Work
     journal: Journal
@@ -179,7 +179,7 @@ class _Run:
                 self.tally.add(used)
 
     def use(self, file: Path, name_of: Callable[[Path], str]) -> None:
-        """Write all that is made from a file that is here, and record that."""
+        """Write everything that is made from a fetched file, and record that it is done."""
         self.write(self.work.pieces[file])
         tensors = self.work.compared(file)
         found = {name: fingerprint(tensor, self.pool) for name, tensor in tensors}

@@ -148,14 +148,14 @@ def mlx_dtype(dtype: str) -> mx.Dtype:
 
 
 def as_bytes(array: mx.array) -> memoryview:
-    """The bytes of an MLX array; bfloat16 goes by way of its 16 bits, which NumPy can hold."""
+    """The bytes of an MLX array; NumPy has no bfloat16, so that is viewed as uint16."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return np.ascontiguousarray(np.array(array, copy=False)).data.cast("B")
 
 
 def _rounded(slab: np.ndarray, dtype: str, tensor: FloatTensor) -> mx.array:
-    """A slab in a dtype, of which float16 has but a small part of float32's range."""
+    """A slab in another dtype; float16 may be too small for it."""
     stored = mx.array(slab).astype(mlx_dtype(dtype))
     if dtype == "float16" and not mx.isfinite(stored).all():
         raise CheckpointError(f"{tensor.where}: holds numbers too large for float16")
@@ -175,7 +175,7 @@ def _made_slabs(
     pool: ThreadPoolExecutor,
     make: Callable[[np.ndarray], T],
 ) -> Iterator[tuple[T, int]]:
-    """What `make` makes of the slabs, on the pool's threads."""
+    """Slabs as `make` returns them, made on the pool's threads, and their bytes of source."""
 
     def made(start: int, stop: int) -> tuple[T, int]:
         slab = tensor.read_float32(start, stop)

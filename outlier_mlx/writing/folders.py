@@ -143,10 +143,10 @@ def _lock(handle: int, *, wait: bool) -> bool:
 
 
 def check_free(target: Path, *, force: bool) -> None:
-    """Check that `target` may be written to: nothing is there, or a tier that `force` replaces.
+    """Check that `target` may be written to: nothing is there, or a model that `force` replaces.
 
     Raises:
-        OutputExistsError: it may not. What is no tier is never replaced: it may be anything.
+        OutputExistsError: it may not. What this project did not write is never replaced.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputExistsError(f"{target}: exists and is not a folder")
@@ -177,7 +177,7 @@ def check_space(target: Path, nbytes: int, what: str) -> None:
 
 
 def _swap(sibling: Path, target: Path, replaced: Path) -> None:
-    """Give `sibling` the name `target`; what had it is called `replaced` from then on."""
+    """Rename `target`, if it is there, to `replaced`, and `sibling` to `target`."""
     try:
         if target.exists():
             target.rename(replaced)
@@ -189,7 +189,7 @@ def _swap(sibling: Path, target: Path, replaced: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, if it is there; Ctrl-C at this moment does not leave half of it."""
+    """Remove a folder, if it is there, also if Ctrl-C comes meanwhile."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except KeyboardInterrupt:

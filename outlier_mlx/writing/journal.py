@@ -11,7 +11,7 @@ from outlier_mlx.writing.folders import JOURNAL
 
 
 class Journal:
-    """What is done, one JSON object a line; the first line says what of.
+    """What is done, a JSON object per line; the first line identifies the run.
 
     Args:
         folder: the folder that is kept, see `outlier_mlx.writing.folders.kept_folder`.
@@ -42,7 +42,7 @@ class Journal:
             write_whole(self._path, text)
 
     def add(self, name: str, found: dict[str, str]) -> None:
-        """Record that `name` is done, and what was found out on the way."""
+        """Record that `name` is done, and what was found in it."""
         with self._path.open("ab") as file:
             file.write(_line({"done": name, "found": found}))
             file.flush()
@@ -51,7 +51,7 @@ class Journal:
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """What the journal in a folder is of; None if there is no journal."""
+    """The identity of the run whose journal is in a folder; None if there is no journal."""
     lines = _read(folder / JOURNAL)
     return lines[0] if lines else None
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part(ABC):
-    """Something that a model on disk stores.
+    """The tensors of one module, as they will be on disk.
 
     Attributes:
         path: the module it belongs to, as in "model.layers.0.self_attn.q_proj".
@@ -136,7 +136,7 @@ class Parts:
 
 @dataclass
 class Tally:
-    """Bytes done of `total`, told as they come."""
+    """Counts bytes done of `total`, and tells a progress callback."""
 
     total: int
     progress: Progress
@@ -161,7 +161,7 @@ def quantization(parts: Iterable[Part], default: tuple[int, int] | None = None) 
 
 
 def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The calls' results in order; the pool works ahead of whoever takes them."""
+    """The results of calls, in order; the pool makes some of them ahead."""
     waiting: deque[Future[T]] = deque()
     for call in calls:
         waiting.append(pool.submit(call))
@@ -183,7 +183,7 @@ class reading_pool:
 
 
 class small_cache:
-    """MLX keeps freed buffers for reuse; while slabs of all sizes pass, that is only memory."""
+    """Stops MLX from keeping freed buffers: slabs differ in size, so few could be used again."""
 
     def __enter__(self) -> None:
         self._limit = mx.set_cache_limit(0)

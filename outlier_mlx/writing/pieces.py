@@ -75,7 +75,7 @@ class Work:
 
 
 def split(parts: Iterable[Part]) -> Work:
-    """Sort what has to be done by the one file that each piece of it needs."""
+    """Split parts into pieces, sorted by the one source file that each needs."""
     work = Work()
     for part in parts:
         if isinstance(part, FromExperts):
@@ -96,7 +96,7 @@ def split(parts: Iterable[Part]) -> Work:
 
 
 def _expert_pieces(part: FromExperts) -> Iterator[tuple[object, Piece]]:
-    """For each expert what is made of its trits, and of its scale, which may be elsewhere."""
+    """Two pieces for each expert: its trits and its scale may be in different files."""
     for number, matrix in enumerate(part.matrices):
         one = part.of_expert(number)
         starts = {spec.name: number * spec.nbytes for spec in one.specs()}

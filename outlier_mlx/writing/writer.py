@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
+from outlier_mlx.storage.shards import INDEX_NAME
 
 #: The shard size that mlx-lm writes, too.
 MAX_SHARD_BYTES = 5 * 1000**3
@@ -107,11 +109,12 @@ class ShardedWriter:
             self._next += 1
 
     def finish(self) -> list[WrittenFile]:
-        """Close the last shard, write the index, and return all files with their checksums."""
+        """Close the last shard, write the index, and return the shards with their checksums."""
         if self._left or self._next != len(self._pending):
             raise OutlierError(f"{self._pending[self._next][1].name}: not written to its end")
         self._end_shard()
-        return [*self._written, _write_index(self.folder, self._shards)]
+        _write_index(self.folder, self._shards)
+        return self._written
 
     def _begin(self, name: str) -> None:
         if self._next == len(self._pending):
@@ -208,7 +211,7 @@ class PlacedWriter:
             os.fsync(handle)
 
     def finish(self, advance: Callable[[int], None] | None = None) -> list[WrittenFile]:
-        """Read all files back for their checksums, write the index, and return them.
+        """Read all shards back for their checksums, write the index, and return the shards.
 
         Args:
             advance: called with the bytes of each block that was read.
@@ -223,7 +226,8 @@ class PlacedWriter:
                     advance(len(block))
             name = _shard_name(number, self._shards)
             written.append(WrittenFile(name, digest.hexdigest(), nbytes))
-        return [*written, _write_index(self.folder, self._shards)]
+        _write_index(self.folder, self._shards)
+        return written
 
 
 def _write_at(handle: int, view: memoryview, offset: int) -> None:
@@ -236,18 +240,14 @@ def _shard_name(number: int, shards: list[list[TensorSpec]]) -> str:
     return f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
 
 
-def _write_index(folder: Path, shards: list[list[TensorSpec]]) -> WrittenFile:
+def _write_index(folder: Path, shards: list[list[TensorSpec]]) -> None:
     places = {
         spec.name: _shard_name(number, shards)
         for number, shard in enumerate(shards)
         for spec in shard
     }
     total = sum(spec.nbytes for shard in shards for spec in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    text = json.dumps(index, indent=2).encode() + b"\n"
-    name = "model.safetensors.index.json"
-    (folder / name).write_bytes(text)
-    return WrittenFile(name, hashlib.sha256(text).hexdigest(), len(text))
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _header(specs: list[TensorSpec]) -> bytes:

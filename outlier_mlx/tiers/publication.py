@@ -1,4 +1,4 @@
-"""What will be published: checked and collected before the hub is asked anything."""
+"""What `push` will publish: verified and collected before the hub is asked anything."""
 
 import hashlib
 import warnings
