@@ -50,6 +50,12 @@ def small_tier(library: Library) -> Path:
     return library.tier(library.overlay(layers=2, moe_layers=(1,)))
 
 
+@pytest.fixture(scope="session")
+def place(library: Library) -> Path:
+    """A folder with `overlay`, its int4 `tier` and `text.txt`, for reading."""
+    return library.place(layers=2, moe_layers=(1,))
+
+
 @pytest.fixture
 def metal() -> Iterator[Metal]:
     """The GPU that is here, or else the emulator; its launches are recorded."""

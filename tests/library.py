@@ -11,6 +11,8 @@ from tests.builders import Built, write_base, write_overlay
 from tests.engine import tier_of
 from tests.folders import snapshot
 
+TEXT = "the cat sat on the mat and the dog sat on the log " * 16
+
 
 class Library:
     """Makes models when they are first asked for.
@@ -43,6 +45,17 @@ class Library:
         """A tier of the embedded pair, in the recipe of a name."""
         pair = FOLDER / "overlay", FOLDER / "base"
         return self._once("tier", lambda path: tier_of(*pair, path, tier=name), "demo", name)
+
+    def place(self, **how: Any) -> Path:
+        """A folder with `overlay`, its int4 `tier` and `text.txt`; `how` is of the overlay."""
+
+        def make(folder: Path) -> Path:
+            write_overlay(folder / "overlay", **how)
+            tier_of(folder / "overlay", None, folder / "tier", tier="q4")
+            (folder / "text.txt").write_text(TEXT)
+            return folder
+
+        return self._once("place", make, how)
 
     def check(self) -> None:
         """Everything is still as it was made."""

@@ -9,7 +9,6 @@ import pytest
 
 from outlier_mlx.checkpoints import open_overlay
 from tests.folders import copy_writable
-from tests.library import Library
 from tests.program import run
 
 # What is written, and a command that would write it; the words in braces are of `here`.
@@ -29,16 +28,12 @@ OUTPUTS = {
 
 
 @pytest.fixture
-def here(
-    library: Library, small_tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with an `overlay`, its `tier`, and `text.txt`; no hub can be reached."""
-    monkeypatch.chdir(tmp_path)
+    here = copy_writable(place, tmp_path / "here")
+    monkeypatch.chdir(here)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    copy_writable(library.overlay(layers=2, moe_layers=(1,)).path, tmp_path / "overlay")
-    copy_writable(small_tier, tmp_path / "tier")
-    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog sat on the log " * 8)
-    return tmp_path
+    return here
 
 
 @pytest.mark.parametrize("command", OUTPUTS)

@@ -12,14 +12,12 @@ from tests.program import run
 
 @pytest.fixture(scope="module")
 def tier(library: Library) -> Path:
-    return library.tier(library.overlay(expert_intermediate=64), tier="q4")
+    return library.place(expert_intermediate=64) / "tier"
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("measuring") / "text.txt"
-    path.write_text("the cat sat on the mat and the dog sat on the log " * 16)
-    return path
+def text(tier: Path) -> Path:
+    return tier.parent / "text.txt"
 
 
 def test_perplexity(tier: Path, text: Path) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import outlier_mlx
-from tests.builders import write_overlay
 from tests.program import ROOT, run, run_command, run_python
 
 # Each takes tens of milliseconds to import, of a second that a short text takes.
@@ -21,16 +19,6 @@ atexit.register(look)
 from outlier_mlx.cli import main
 main()
 """
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `overlay`, its `tier`, and `text.txt`."""
-    folder = tmp_path_factory.mktemp("start")
-    write_overlay(folder / "overlay", layers=2, moe_layers=(1,))
-    outlier_mlx.convert(folder / "overlay", out=folder / "tier")
-    (folder / "text.txt").write_text("the cat sat on the mat, and the dog on the log; " * 8)
-    return folder
 
 
 def test_generate_imports_what_it_uses(place: Path) -> None:
