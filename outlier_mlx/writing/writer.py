@@ -109,12 +109,11 @@ class ShardedWriter:
             self._next += 1
 
     def finish(self) -> list[WrittenFile]:
-        """Close the last shard, write the index, and return the shards with their checksums."""
+        """Close the last shard, write the index, and return all files with their checksums."""
         if self._left or self._next != len(self._pending):
             raise OutlierError(f"{self._pending[self._next][1].name}: not written to its end")
         self._end_shard()
-        _write_index(self.folder, self._shards)
-        return self._written
+        return [*self._written, _write_index(self.folder, self._shards)]
 
     def _begin(self, name: str) -> None:
         if self._next == len(self._pending):
@@ -211,7 +210,7 @@ class PlacedWriter:
             os.fsync(handle)
 
     def finish(self, advance: Callable[[int], None] | None = None) -> list[WrittenFile]:
-        """Read all shards back for their checksums, write the index, and return the shards.
+        """Read all files back for their checksums, write the index, and return them.
 
         Args:
             advance: called with the bytes of each block that was read.
@@ -226,8 +225,7 @@ class PlacedWriter:
                     advance(len(block))
             name = _shard_name(number, self._shards)
             written.append(WrittenFile(name, digest.hexdigest(), nbytes))
-        _write_index(self.folder, self._shards)
-        return written
+        return [*written, _write_index(self.folder, self._shards)]
 
 
 def _write_at(handle: int, view: memoryview, offset: int) -> None:
@@ -240,7 +238,7 @@ def _shard_name(number: int, shards: list[list[TensorSpec]]) -> str:
     return f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
 
 
-def _write_index(folder: Path, shards: list[list[TensorSpec]]) -> None:
+def _write_index(folder: Path, shards: list[list[TensorSpec]]) -> WrittenFile:
     places = {
         spec.name: _shard_name(number, shards)
         for number, shard in enumerate(shards)
@@ -248,6 +246,8 @@ def _write_index(folder: Path, shards: list[list[TensorSpec]]) -> None:
     }
     total = sum(spec.nbytes for shard in shards for spec in shard)
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": places})
+    data = (folder / INDEX_NAME).read_bytes()
+    return WrittenFile(INDEX_NAME, hashlib.sha256(data).hexdigest(), len(data))
 
 
 def _header(specs: list[TensorSpec]) -> bytes:
