@@ -259,6 +259,7 @@ def test_sizes(dims: dict[str, Any], tmp_path: Path):
         found = inspect(folder)
         assert found.params == base + experts + routers
         assert found.kv_bytes_per_token == cache
+        assert found.base_architecture == size.family
 
 
 PORTABLE: dict[str, Any] = {"intermediate": 192, "expert_intermediate": 96, "moe_layers": (1, 2)}

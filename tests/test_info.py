@@ -198,6 +198,7 @@ def test_json_has_numbers_as_numbers(overlay: Built, tmp_path: Path) -> None:
         "kind": "tier",
         "form": "tq1_0_rows",
         "architecture": "outlier_moe",
+        "base_architecture": "qwen2",
         "dtype": "bfloat16",
         "quantization": {"bits": 4, "group_size": 64},
         "licence": "apache-2.0, mit",

@@ -15,6 +15,7 @@ from outlier_mlx.models.config import (
     is_tier,
     parse_config,
     raw_config,
+    stated_base,
 )
 from outlier_mlx.models.sizes import add_up, context_length, kv_bytes
 from outlier_mlx.models.stored import stored_params
@@ -44,6 +45,7 @@ class Info:
             known.
         rows: parameters and bytes by kind of part, the total last.
         architecture: the config's `model_type`.
+        base_architecture: that of the base of a tier, or of an overlay that says it.
         layers: decoder layers.
         moe_layers: how many of them have experts; None: not known.
         experts: routed experts of a MoE layer; 0: there are none.
@@ -65,6 +67,7 @@ class Info:
     kv_bytes_per_token: int | None
     rows: list[SummaryRow]
     architecture: str | None
+    base_architecture: str | None
     layers: int | None
     moe_layers: int | None
     experts: int
@@ -114,6 +117,12 @@ def _inspect_folder(folder: Path, name: str) -> Info:
 Sizes = Iterable[tuple[str, int, int]]
 
 
+def _base_architecture(config: Description) -> str | None:
+    if is_tier(config.raw):
+        return config.family
+    return stated_base(config.raw) if is_overlay(config.raw) else None
+
+
 def _describe(config: Description, folder: Path, name: str, sizes: Sizes, form: str | None) -> Info:
     rows = summarize(sizes)
     total = rows[-1]
@@ -131,6 +140,7 @@ def _describe(config: Description, folder: Path, name: str, sizes: Sizes, form: 
         kv_bytes_per_token=kv_bytes(config, 1),
         rows=rows,
         architecture=config.model_type,
+        base_architecture=_base_architecture(config),
         layers=config.layers,
         moe_layers=None if config.moe_layers is None else len(config.moe_layers),
         experts=config.experts,

@@ -79,9 +79,12 @@ def _facts(info) -> dict[str, object]:  # type: ignore[no-untyped-def]
         used = info.experts_per_token or "an unknown number"
         facts["MoE layers"] = "all" if info.moe_layers is None else info.moe_layers
         facts["experts"] = f"{info.experts}, {used} used by a token"
+    base = [info.base_architecture] if info.base_architecture else []
     if info.quantization is not None:
         bits, group_size = info.quantization["bits"], info.quantization["group_size"]
-        facts["base"] = f"{bits} bits, groups of {group_size}"
+        base.append(f"{bits} bits, groups of {group_size}")
+    if base:
+        facts["base"] = ", ".join(base)
     return facts | {
         "context length": f"{info.context_length} tokens" if info.context_length else "unknown",
         "vocabulary": f"{info.vocab} tokens" if info.vocab else "unknown",
