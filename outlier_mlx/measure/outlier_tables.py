@@ -41,8 +41,9 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def _how(entry: dict[str, Any]) -> str:
+    rounded = "" if entry["hold"] == entry["dtype"] else f" rounded to {entry['hold']}"
     return (
         f"{entry['model']}: {entry['sequences']} sequences of {entry['length']} tokens"
-        f" ({entry['tokens_sha256'][:12]}), {entry['probes']} probes, {entry['dtype']} held in"
-        f" {entry['hold']}, {entry['weights_bits']:.2f} bits a weight"
+        f" ({entry['tokens_sha256'][:12]}), {entry['probes']} probes, activations in"
+        f" {entry['dtype']}{rounded}, {entry['weights_bits']:.2f} bits per weight"
     )
