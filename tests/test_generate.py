@@ -222,5 +222,5 @@ def test_a_prompt_that_is_longer_than_the_context(loaded: Loaded, recwarn: Any):
     assert not list(recwarn)
     ask()
     (warning,) = recwarn
-    told = r"the prompt has 5\d\d tokens, and the model was made for 512"
+    told = r"the prompt has 5\d\d tokens, but the model's context length is 512"
     assert re.fullmatch(told, str(warning.message))

@@ -1,4 +1,4 @@
-"""Generating text: mlx-lm's own loop, sampler and cache behind a few typed options."""
+"""Generate text with mlx-lm's own loop, sampler and cache, and with typed options."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,19 +19,19 @@ from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress, no_progress
 
-# Tokens between two looks at whether the output is still finite.
+# Number of tokens between two checks that the output is finite.
 CHECK_EVERY = 16
 KV_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to generate: names and meanings are those of `mlx_lm.generate`.
+    """Options of generation, with the names of `mlx_lm.generate` and its defaults.
 
-    So are the defaults, but for `max_tokens`.
+    Only the default of `max_tokens` differs.
 
     Raises:
-        OutlierError: the KV cache cannot be quantized like that.
+        OutlierError: options of the KV cache have values that are not allowed.
     """
 
     max_tokens: int = 256
@@ -53,7 +53,7 @@ class Options:
     quantized_kv_start: int = 5000
 
     def __post_init__(self) -> None:
-        """Refuse now what MLX would refuse in the middle of the text."""
+        """Check options for which MLX would fail only in the middle of the text."""
         if self.kv_bits is None:
             return
         if self.kv_bits not in KV_BITS:
@@ -67,10 +67,10 @@ class Options:
 
 
 def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) -> list[int]:
-    """Token ids of a prompt, through the chat template where there is one.
+    """Token ids of a prompt, after the chat template is applied if the model has one.
 
     Raises:
-        OutlierError: nothing is left to start from, or a system prompt has no template to go into.
+        OutlierError: there are no tokens, or there is a system prompt but no chat template.
     """
     templated = tokenizer.has_chat_template and not options.ignore_chat_template
     if not templated:
@@ -105,20 +105,20 @@ def generate_text(
     options: Options,
     progress: Progress = no_progress,
 ) -> Iterator[GenerationResponse]:
-    """Generate from a prompt, a piece of text at a time.
+    """Generate text from a prompt, piece by piece.
 
     Args:
-        model: as `outlier_mlx.load` returns it.
-        tokenizer: likewise.
+        model: the model that `outlier_mlx.load` returns.
+        tokenizer: the tokenizer that `outlier_mlx.load` returns.
         prompt: the user's text.
-        options: how to sample, and how large the KV cache may be.
-        progress: told tokens of the prompt that are read, and to read.
+        options: options of sampling and of the KV cache.
+        progress: progress callback (prompt tokens processed, prompt tokens in total).
 
     Yields:
         mlx-lm's responses: `text`, and counts, tokens/s and peak memory so far.
 
     Raises:
-        OutlierError: the prompt or an option does not suit the model.
+        OutlierError: the model does not support the prompt or an option.
     """
     if options.seed is not None:
         mx.random.seed(options.seed)
@@ -127,7 +127,7 @@ def generate_text(
     limit = context_length(described(model))
     if limit is not None and len(tokens) > limit and options.max_kv_size is None:
         warnings.warn(
-            f"the prompt has {len(tokens)} tokens, and the model was made for {limit}",
+            f"the prompt has {len(tokens)} tokens, but the model's context length is {limit}",
             stacklevel=2,
         )
     yield from generate_from_tokens(model, tokenizer, tokens, options, progress=progress)
@@ -141,21 +141,21 @@ def generate_from_tokens(
     cache: list[Any] | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[GenerationResponse]:
-    """Generate from tokens, going on from a KV cache if there is one.
+    """Generate from tokens that follow those in a KV cache.
 
     Args:
-        model: as `outlier_mlx.load` returns it.
-        tokenizer: likewise.
-        tokens: what the cache does not hold yet, one token at least.
-        options: as for `generate_text`; the seed is not used.
-        cache: mlx-lm's cache of each layer, extended in place; None: a new one.
-        progress: told tokens read and tokens to read.
+        model: the model that `outlier_mlx.load` returns.
+        tokenizer: the tokenizer that `outlier_mlx.load` returns.
+        tokens: tokens that are not in the cache yet, at least one.
+        options: see `generate_text`; the seed is ignored.
+        cache: mlx-lm's cache of each layer, extended in place; None: a new cache.
+        progress: progress callback (tokens processed, tokens in total).
 
     Yields:
-        As `generate_text` does. Each token is in the cache by the time it is yielded.
+        The same responses as `generate_text`. A token is in the cache before it is yielded.
 
     Raises:
-        OutlierError: an option does not suit the model.
+        OutlierError: the model does not support an option.
     """
     check_kv_cache(model, options)
     sampler = make_sampler(
@@ -189,30 +189,30 @@ def generate_from_tokens(
 
 
 def top_k(wanted: int, model: nn.Module, tokenizer: TokenizerWrapper) -> int:
-    """The k that mlx-lm's sampler takes: 0, which is all, for as many as there are tokens."""
+    """The k for mlx-lm's sampler: 0, which means all tokens, if `wanted` is at least all tokens."""
     return wanted if wanted < vocabulary(model, tokenizer) else 0
 
 
 def vocabulary(model: nn.Module, tokenizer: TokenizerWrapper) -> int:
-    """Width of the logits; for models that do not say it, the number of the tokenizer's tokens."""
+    """Width of the logits; if it is not known, the number of the tokenizer's tokens."""
     return described(model).vocab or len(tokenizer.get_vocab())
 
 
 def _check_finite(response: GenerationResponse) -> None:
-    """Stop where activations overflowed: once in the KV cache, NaN stays in every later token."""
+    """Fail if activations overflowed: a NaN in the KV cache spoils every later token."""
     if bool(mx.isnan(response.logprobs).any()):
         raise OutlierError(
-            "the model's output is not a number: activations overflowed, as they may in float16;"
-            " --dtype bfloat16 or --dtype float32 helps"
+            "the model's output is not a number, probably because activations overflowed in"
+            " float16; try --dtype bfloat16 or --dtype float32"
         )
 
 
 def check_kv_cache(model: nn.Module, options: Options) -> None:
-    """Refuse to quantize a KV cache that mlx-lm cannot quantize like that.
+    """Check whether mlx-lm can quantize the model's KV cache with these options.
 
     Raises:
-        OutlierError: the group size does not divide the width of a head, or layers keep a window
-            of tokens alone.
+        OutlierError: the group size does not divide the width of a head, or a layer has a sliding
+            window.
     """
     if options.kv_bits is None:
         return
@@ -230,5 +230,5 @@ def check_kv_cache(model: nn.Module, options: Options) -> None:
 
 
 def described(model: nn.Module) -> Description:
-    """What is known of a loaded model."""
+    """The description of a loaded model, from its `args`."""
     return describe_args(getattr(model, "args", None))

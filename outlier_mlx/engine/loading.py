@@ -1,4 +1,4 @@
-"""Loading tiers, and plain MLX models, as mlx-lm models. No code from a folder is run."""
+"""Load tiers and plain MLX models as mlx-lm models. Code in a model folder is never run."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
 
-#: Forms of overlays whose activations overflow float16, or may.
+#: Forms of overlays whose activations overflow float16, or may overflow it.
 OVERFLOWING = ("real", "toy", "toy dense", "packed", "monolith")
 
 
@@ -34,18 +34,18 @@ def load(
     """Load a tier, or any model that stock mlx-lm loads.
 
     Args:
-        path_or_repo: its folder or hub repository.
+        path_or_repo: folder or hub repository.
         revision: branch, tag or commit on the hub.
-        dtype: "bfloat16", "float16" or "float32" for activations and unquantized weights. The
-            default is the model's own on a GPU (float16 for bfloat16 where the chip has no
-            bfloat16; see `suited_dtype`), and float32 on the CPU, where halves are slow.
+        dtype: "bfloat16", "float16" or "float32" for activations and unquantized weights. Default:
+            on a GPU, the model's own dtype (float16 instead of bfloat16 if the chip has no
+            bfloat16; see `suited_dtype`); on the CPU, float32, because halves are slow there.
 
     Returns:
         The model, called as `model(tokens, cache=None)` with tokens (batch, length) for logits
         (batch, length, vocab), and the tokenizer.
 
     Raises:
-        CheckpointError: it is no model, or a damaged one.
+        CheckpointError: there is no model, or it is damaged.
     """
     folder = resolve(path_or_repo, revision).folder
     model, config = load_model(folder, dtype=dtype)
@@ -53,7 +53,7 @@ def load(
 
 
 def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, dict]:
-    """Load the model in a local folder; see `load`. Returns its config as well."""
+    """Load the model in a local folder; see `load`. Returns the model and its config."""
     config = check_model(folder)
     dtype = dtype or suited_dtype(folder, config)
     try:
@@ -65,7 +65,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
                 trust_remote_code=False,
             )
         classes = _own_classes(config)
-        # What ends a text mlx-lm takes from generation_config.json, if that says it.
+        # Let mlx-lm take eos_token_id from generation_config.json, if it is there.
         given = {key: value for key, value in config.items() if key != "eos_token_id"}
         model, config = mlx_lm_load_model(
             folder, lazy=True, model_config=given, trust_remote_code=False, **classes
@@ -80,14 +80,14 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        # What mlx-lm and MLX raise on a bad config or tensor is of any kind.
+        # mlx-lm and MLX raise many types of errors for a bad config or tensor.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        raise CheckpointError(f"{folder}: not a sound model: {reason}") from error
+        raise CheckpointError(f"{folder}: invalid model: {reason}") from error
 
 
 def _own_classes(config: dict) -> dict:
-    """What makes mlx-lm load a model with our classes, where it has none or would compute less."""
-    # Imported here: few models need them.
+    """Arguments for mlx-lm's `load_model` if this project has its own classes for the model."""
+    # Import only here: few models need them.
     if config.get("model_type") == "qwen2_moe" and config.get("norm_topk_prob"):
         from mlx_lm.models.qwen2_moe import ModelArgs as Qwen2MoeArgs
 
@@ -102,12 +102,12 @@ def _own_classes(config: dict) -> dict:
 
 
 def suited_dtype(folder: Path, config: dict) -> str | None:
-    """The dtype to use instead of a model's own on this chip, or None to keep it.
+    """The dtype to use on this chip instead of the model's own dtype, or None to keep it.
 
-    The GPUs of M1 and M2 have no bfloat16 arithmetic (Metal's feature set tables give it from the
-    family Apple9 on, which is M3's), so float16 takes its place there. Not for tiers of V1 and V2
-    checkpoints: of those it is known that activations overflow float16. Nor of forms that pack
-    experts of any version.
+    The GPUs of M1 and M2 have no bfloat16 arithmetic (Metal's feature set tables list it from
+    family Apple9 on, which is M3), so float16 is used there. Exceptions are tiers of V1 and V2
+    checkpoints, whose activations overflow float16, and of packed forms, which can hold any
+    version.
     """
     if not mx.metal.is_available() or mx.default_device() == mx.cpu:
         return None
@@ -117,19 +117,19 @@ def suited_dtype(folder: Path, config: dict) -> str | None:
     manifest = read_json(inside(folder, "tier.json")) if (folder / "tier.json").exists() else {}
     overlay = manifest.get("overlay")
     form = overlay.get("form") if isinstance(overlay, dict) else None
-    # Newer alphas beside any form add to its name.
+    # With newer alphas, the name of the form has a suffix.
     return None if str(form).split(" + ")[0] in OVERFLOWING else "float16"
 
 
 def check_model(folder: Path) -> dict:
-    """Read the config of a tier or of a plain MLX model, and its shards' headers.
+    """Read the config of a tier or of a plain MLX model, and check the headers of its shards.
 
     Returns:
-        The config; a plain model's as `normalised` spells it.
+        The config; for a plain model, with the field names of `normalised`.
 
     Raises:
-        CheckpointError: there is no model, it is an overlay, its config is not sound, or its files
-            are truncated or disagree with their index.
+        CheckpointError: there is no model, it is an overlay, its config is invalid, or its files
+            are truncated or do not match their index.
     """
     config = raw_config(folder)
     if is_tier(config):
@@ -137,10 +137,10 @@ def check_model(folder: Path) -> dict:
     elif is_overlay(config):
         raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
     elif "model_file" in config:
-        raise CheckpointError(f"{folder}: runs only by code of its own, which is never run here")
+        raise CheckpointError(f"{folder}: needs its own model code, which is never run here")
     elif config.get("model_type") == "mixtral" and not _is_mlx(config):
         raise CheckpointError(
-            f"{folder}: not in MLX's form; `outlier-mlx import` makes an MLX model of it"
+            f"{folder}: not in MLX's format; convert it with `outlier-mlx import`"
         )
     else:
         config = normalised(config, f"{folder.name}/config.json")
@@ -150,7 +150,7 @@ def check_model(folder: Path) -> dict:
 
 
 def _with_head(folder: Path, config: dict, tensors: Mapping[str, TensorRef]) -> dict:
-    """The config with what its files say of the head, where mlx-lm's model has a choice."""
+    """The config with `tie_word_embeddings` as the stored tensors require it."""
     if config.get("model_type") not in families():
         return config
     tied, note = settle_head(config.get("tie_word_embeddings"), tensors)
@@ -160,15 +160,15 @@ def _with_head(folder: Path, config: dict, tensors: Mapping[str, TensorRef]) -> 
 
 
 def _is_mlx(config: dict) -> bool:
-    """Whether weights are MLX's own; mlx-lm writes both names for its quantization."""
+    """Whether the weights are in MLX's format; mlx-lm writes its quantization under both names."""
     return "quantization" in config or "quantization_config" not in config
 
 
 def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
-    """The tokenizer of a tier.
+    """Load the tokenizer in a model folder.
 
     Raises:
-        CheckpointError: the folder has none, or it cannot be loaded.
+        CheckpointError: there is no tokenizer, or it cannot be loaded.
     """
     try:
         with quiet_transformers():
@@ -182,7 +182,7 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers about the model type, and about how the config spells RoPE."""
+    """Turn off transformers' warnings about the unknown model type and about RoPE fields."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

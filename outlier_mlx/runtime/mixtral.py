@@ -1,4 +1,4 @@
-"""mlx-lm's Mixtral with ternary experts in some layers: what a GGUF model of them becomes."""
+"""mlx-lm's Mixtral with ternary experts in some layers, for imported GGUF models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,17 +19,17 @@ class TernaryMixtralArgs(mixtral.ModelArgs):
     ternary_switch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse what this code does not know how to run.
+        """Check the experts' format and layers.
 
         Raises:
-            ValueError: the format or its version is not known here, or a layer does not exist.
+            ValueError: the format or its version is not supported, or a layer does not exist.
         """
         super().__post_init__()
         check_experts(self.ternary_switch, (ROWS,))
         layers = self.ternary_switch.get("layers")
         numbers = range(self.num_hidden_layers)
         if not isinstance(layers, list) or not all(number in numbers for number in layers):
-            raise ValueError("ternary_switch.layers are no numbers of layers")
+            raise ValueError("ternary_switch.layers: expected a list of layer numbers")
 
 
 class TernaryMixtralBlock(mixtral.MixtralSparseMoeBlock):
@@ -62,14 +62,14 @@ class TernaryMixtral(mixtral.Model):
             self.model.layers[number].block_sparse_moe = TernaryMixtralBlock(args)
 
     def load_weights(self, *args: Any, **kwargs: Any) -> "TernaryMixtral":
-        """Load as any MLX module does, then get the experts ready."""
+        """Load weights like any MLX module, then prepare the experts."""
         super().load_weights(*args, **kwargs)
         for module in self._ternary():
             module.prepare()
         return self
 
     def set_dtype(self, dtype: mx.Dtype, predicate: Callable | None = None) -> None:
-        """Cast floats, but for the experts' scales: those are float32 whatever the rest is."""
+        """Convert floats to a dtype, except the experts' scales, which stay float32."""
         scales = [(module, module.scales) for module in self._ternary()]
         super().set_dtype(dtype, *([] if predicate is None else [predicate]))
         for module, kept in scales:

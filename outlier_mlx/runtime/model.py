@@ -1,4 +1,4 @@
-"""The mlx-lm model of a tier: its base's own, with routed ternary experts in the listed layers."""
+"""The mlx-lm model of a tier: the model of its base, with routed ternary experts in some layers."""
 
 import importlib
 import math
@@ -17,12 +17,12 @@ from .moe import OutlierMoE
 from .switch import TernarySwitchLinear
 
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
-# These keep float32 whatever the activations are.
+# These are float32 for every activation dtype.
 ALWAYS_FLOAT32 = (".mlp.gate.weight", ".mlp.alpha")
-# Both are the same to mlx-lm.
+# mlx-lm treats both as YaRN.
 YARN_NAMES = ("yarn", "deepseek_yarn")
-# transformers reads a tier's config to load its tokenizer, and fails on "llama3" in a model type
-# that it does not know; a name that is new to it, it ignores.
+# transformers reads a tier's config when it loads the tokenizer. It does not know the tier's model
+# type, and then fails for the RoPE type "llama3"; a RoPE type that it does not know is ignored.
 TIER_LLAMA3 = "outlier_llama3"
 
 
@@ -50,10 +50,10 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
-        """The fields that are known, of a config that may have others.
+        """Make the arguments from a config; unknown fields are ignored.
 
         Raises:
-            ValueError: mlx-lm has no such base, or a field has a value that cannot be run.
+            ValueError: mlx-lm has no such base, or the value of a field is not supported.
         """
         _, on_base = classes_on(str(params.get("base_model_type", "qwen2")))
         known = {name: params[name] for name in on_base.__dataclass_fields__ if name in params}
@@ -61,10 +61,10 @@ class ModelArgs:
         return args
 
     def __post_init__(self) -> None:
-        """Refuse what this code does not know how to run.
+        """Check the experts' format.
 
         Raises:
-            ValueError: the experts' format or its version is not known here.
+            ValueError: the format or its version is not supported.
         """
         check_experts(self.ternary)
         own: Any = self
@@ -76,10 +76,10 @@ class ModelArgs:
 
 
 class Model(nn.Module):
-    """The base's own model in mlx-lm, with `OutlierMoE` in the layers of `ModelArgs.moe_layers`.
+    """mlx-lm's model of the base, with `OutlierMoE` in the layers of `ModelArgs.moe_layers`.
 
-    `Model(args)` is an instance of a class that is both this one and the base's, so that whatever
-    mlx-lm asks of a model (its cache, its layers) is answered as by the base.
+    `Model(args)` is an instance of a class that inherits from this class and from the base's, so
+    mlx-lm gets the base's cache and layers.
     """
 
     args: Any
@@ -105,14 +105,15 @@ class Model(nn.Module):
             )
         scaling: dict[str, Any] = args.rope_scaling or {}
         if scaling.get("rope_type", scaling.get("type")) in YARN_NAMES:
-            # mlx-lm reads neither `attention_factor` nor a factor below 1 as YaRN's authors do.
+            # mlx-lm ignores `attention_factor`, and differs from YaRN's authors for factors below
+            # 1.
             scale = scaling.get("attention_factor") or 0.1 * math.log(scaling["factor"]) + 1
             for module in self.modules():
                 if isinstance(module, YarnRoPE):
                     module.mscale = scale
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Bring floats to the activation dtype: float32 on the CPU, where halves are slow."""
+        """Convert floats to the activation dtype; to float32 on the CPU, where halves are slow."""
         dtype = self._activation_dtype()
         base: Any = super()
         weights = base.sanitize(weights)
@@ -124,7 +125,7 @@ class Model(nn.Module):
         }
 
     def load_weights(self, *args: Any, **kwargs: Any) -> "Model":
-        """Load as any MLX module does, then get the experts ready."""
+        """Load weights like any MLX module, then prepare the experts."""
         super().load_weights(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, TernarySwitchLinear):
@@ -139,7 +140,7 @@ class Model(nn.Module):
 
 @cache
 def classes_on(base: str) -> tuple[type, Any]:
-    """The classes of a tier's model and its args, on a base.
+    """The classes of a tier's model and of its args for a base.
 
     Args:
         base: a model type, such as "qwen3".
@@ -154,11 +155,11 @@ def classes_on(base: str) -> tuple[type, Any]:
 
 
 def _base_module(base: str) -> ModuleType:
-    """The module of `mlx_lm.models` that runs a model type, and nothing else by whatever name."""
+    """The module in `mlx_lm.models` for a model type; no other module can be imported."""
     name = MODEL_REMAPPING.get(base, base)
     try:
         if not name.isidentifier():
-            raise ImportError(f"{name!r} is no name of a module")
+            raise ImportError(f"{name!r} is not a module name")
         module = importlib.import_module(f"mlx_lm.models.{name}")
     except ImportError as error:
         raise ValueError(f"base_model_type {base!r}: mlx-lm has no such model") from error

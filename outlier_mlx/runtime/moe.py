@@ -1,4 +1,4 @@
-"""The feed-forward block of an Outlier layer: the base's own FFN plus routed ternary experts."""
+"""The feed-forward block of a MoE layer: the base's own FFN plus routed ternary experts."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,18 +10,18 @@ from .switch import TernarySwitchGLU
 
 
 def top_experts(probs: mx.array, k: int) -> mx.array:
-    """The k most probable experts, largest first, equal ones in the order of their numbers.
+    """The k experts with the largest probabilities, largest first; ties go to the lower number.
 
     Args:
         probs: (..., experts) float32, none negative.
-        k: how many.
+        k: number of experts to choose.
 
     Returns:
         (..., k) uint32.
     """
     experts = probs.shape[-1]
-    # The bits of a float that is not negative sort as it does; below them, the expert's number
-    # makes every key unique, so that no sort can order ties differently.
+    # Floats that are not negative have the same order as their bits. The expert's number in the low
+    # bits makes every key unique, so every sorting algorithm gives the same order.
     bits = mx.stop_gradient(probs).view(mx.uint32).astype(mx.uint64)
     keys = (bits << 32) | mx.arange(experts - 1, -1, -1, dtype=mx.uint64)
     largest = mx.sort(keys, axis=-1)[..., ::-1][..., :k]
@@ -29,7 +29,7 @@ def top_experts(probs: mx.array, k: int) -> mx.array:
 
 
 class Router(nn.Module):
-    """The routing matrix, float32 whatever the activations are."""
+    """The routing matrix, float32 for every activation dtype."""
 
     def __init__(self, input_dims: int, num_experts: int) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class Router(nn.Module):
 class OutlierMoE(nn.Module):
     """y = FFN_shared(x) + sum over the top k experts of w_e * alpha_e * FFN_e(x).
 
-    w are the routing probabilities, renormalised over the k. The routed path is computed and
-    summed in float32 and rounded once, with the shared path added.
+    w are the routing probabilities, renormalised over the k. The experts are computed and summed in
+    float32; the shared expert's output is added, and the sum is rounded once.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class OutlierMoE(nn.Module):
         top_k: int,
         experts_format: str,
     ) -> None:
-        """Put experts beside the FFN `shared_expert`, which maps (..., hidden) to the same."""
+        """Add experts to the FFN `shared_expert`, which maps (..., hidden) to the same shape."""
         super().__init__()
         self.top_k = min(top_k, num_experts)
         self.shared_expert = shared_expert

@@ -1,6 +1,6 @@
-"""Qwen2-MoE whose routing weights are renormalised: mlx-lm's own does not read `norm_topk_prob`.
+"""Qwen2-MoE with renormalised routing weights; mlx-lm's own model ignores `norm_topk_prob`.
 
-No part of a tier's `outlier_moe.py`: plain models are run with it.
+It is for plain models, and not part of a tier's `outlier_moe.py`.
 """
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ class RenormalisedMoE(qwen2_moe.Qwen2MoeSparseMoeBlock):
     """y = sum over the top k experts of w_e * FFN_e(x) + sigmoid(g . x) * FFN_shared(x).
 
     w are the routing probabilities over all experts, divided by the sum of the k chosen ones.
-    Experts that tie go in the order of their numbers.
+    Of equal probabilities, the expert with the lower number comes first.
     """
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:

@@ -1,4 +1,4 @@
-"""Expert layers: a linear layer per expert, of which each token uses the ones it is routed to."""
+"""Expert layers: one linear layer per expert; a token uses those of the experts it is routed to."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,13 +14,13 @@ from .ops import (
     weighted_sum,
 )
 
-FOUR_SILENT_BYTES = 0x80808080  # twenty zero trits
+FOUR_ZERO_BYTES = 0x80808080  # 20 trits 0
 
 
 class AffineCopy:
-    """A transcoded copy of ternary rows, and the arrays that it was made from.
+    """A copy of ternary rows in MLX's affine format, and the arrays that it was made from.
 
-    A plain object, so that MLX does not count it among a module's parameters or state.
+    It is not an MLX module, so MLX does not treat its arrays as parameters or state.
     """
 
     def __init__(self, rows: mx.array, scales: mx.array, in_features: int) -> None:
@@ -30,7 +30,7 @@ class AffineCopy:
 
 
 class TernarySwitchLinear(nn.Module):
-    """`num_experts` linear layers with ternary weights, packed five trits to a byte.
+    """`num_experts` linear layers with ternary weights, five trits in a byte.
 
     Parameters, both frozen: `weight` (experts, out, row_bytes) uint8 in the layout `tq1_0_rows`,
     and `scales` (experts, out) float32.
@@ -45,8 +45,8 @@ class TernarySwitchLinear(nn.Module):
 
     @property
     def _no_grad(self) -> set[str]:
-        # MLX keeps here what is frozen, and a parent's `unfreeze` empties it directly. The packed
-        # weights have no gradient, so the set is made anew each time.
+        # MLX stores the names of frozen parameters here, and a parent's `unfreeze` clears the set.
+        # The packed weights have no gradient, so they must always stay in it.
         return {"weight", "scales"}
 
     @_no_grad.setter
@@ -54,14 +54,14 @@ class TernarySwitchLinear(nn.Module):
         pass
 
     def prepare(self) -> None:
-        """Get ready to multiply, once the weights are in place.
+        """Prepare for multiplication, after the weights are loaded.
 
-        Rows without a trit get the scale 0: their products are then exactly 0 however digits are
-        summed. Where there is no GPU, the affine copy is made and kept.
+        Rows with only trits 0 get the scale 0, so that their products are exactly 0 for every way
+        to sum digits. Without a GPU, the affine copy is made and kept.
         """
-        silent = mx.all(self.weight.view(mx.uint32) == FOUR_SILENT_BYTES, axis=-1)
-        self.scales = mx.where(silent, 0.0, self.scales)
-        # Evaluated here: a lazy array can only be evaluated in the thread that made it.
+        zero = mx.all(self.weight.view(mx.uint32) == FOUR_ZERO_BYTES, axis=-1)
+        self.scales = mx.where(zero, 0.0, self.scales)
+        # Evaluate now: a lazy array can only be evaluated in the thread that made it.
         mx.eval(self.scales)
         if not use_metal():
             copy = AffineCopy(self.weight, self.scales, self.input_dims)
@@ -71,8 +71,8 @@ class TernarySwitchLinear(nn.Module):
     def affine(self) -> tuple[mx.array, mx.array, mx.array]:
         """Weight, scales and biases for `mx.gather_qmm`, from the copy if it is up to date.
 
-        A compiled step that takes and returns the state leaves new arrays behind; the first call
-        after training makes the copy again. While MLX traces a function, nothing is kept.
+        A compiled training step replaces the module's arrays; then the first call after training
+        makes a new copy. While MLX traces a function, no copy is kept.
         """
         copy = self.prepared
         if copy is not None and copy.rows is self.weight and copy.scales is self.scales:
@@ -92,7 +92,7 @@ class TernarySwitchLinear(nn.Module):
 def _evaluated(arrays: tuple[mx.array, ...]) -> bool:
     try:
         mx.eval(arrays)
-    except ValueError:  # these are placeholders of a function being traced
+    except ValueError:  # placeholders of a function that MLX traces
         return False
     return True
 
@@ -124,10 +124,10 @@ class TernarySwitchGLU(nn.Module):
         """Add the weighted experts of each token to `shared`.
 
         Args:
-            x: (..., hidden), what the experts see.
-            indices: (..., k) experts, uint32.
-            weights: (..., k) float32, theirs.
-            shared: (..., hidden), what they are added to.
+            x: (..., hidden), the input of the experts.
+            indices: (..., k) uint32, numbers of the experts.
+            weights: (..., k) float32, weights of these experts.
+            shared: (..., hidden), the output of the shared expert.
 
         Returns:
             (..., hidden) of the dtype of `shared`: summed in float32, rounded once.
@@ -145,12 +145,12 @@ def sort_by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, 
     """Order (token, expert) pairs by expert.
 
     Args:
-        x: (..., 1, 1, hidden), one a token.
+        x: (..., 1, 1, hidden), one vector per token.
         indices: (..., k) experts of each token.
 
     Returns:
-        x (pairs, 1, hidden) and indices (pairs,) in the order of experts, and the permutation
-        (pairs,) that undoes it.
+        x (pairs, 1, hidden) and indices (pairs,) ordered by expert, and the permutation (pairs,)
+        that restores the old order.
     """
     flat = indices.flatten()
     order = mx.argsort(flat)
