@@ -71,6 +71,8 @@ def test_commands_are_listed_under_headings() -> None:
         assert f"\n  {command} " in "\n" + sections[heading]
     listed = re.findall(r"^  ([a-z-]+) ", "".join(list(sections.values())[:4]), re.MULTILINE)
     assert sorted(listed) == sorted(COMMANDS)
+    measure = re.findall(r"^  ([a-z-]+) ", sections["Measure"], re.MULTILINE)
+    assert measure[:2] == ["info", "bench"] and measure[-2:] == ["eval", "compare"]
 
 
 def test_headings_are_bold_on_a_terminal_that_may_have_it() -> None:

@@ -6,13 +6,11 @@ Modules of commands import what is heavy inside the commands, so that `--help` a
 import io
 import sys
 
-from outlier_mlx.cli import (  # noqa: F401 - they register commands
-    evaluating,
-    making,
-    measuring,
-    running,
-    sharing,
-)
+# They register their commands, in the order in which the program's help lists them.
+# isort: off
+from outlier_mlx.cli import making, running, measuring, evaluating, sharing  # noqa: F401
+
+# isort: on
 from outlier_mlx.cli.app import app
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from outlier_mlx.cli.app import command
-from outlier_mlx.cli.models import load_visibly
+from outlier_mlx.cli.loading import load_visibly
 from outlier_mlx.cli.options import (
     Base,
     BaseBits,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.models import load_visibly
+from outlier_mlx.cli.loading import load_visibly
 from outlier_mlx.cli.options import (
     ActivationDType,
     Force,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.models import import_engine, load_model, load_visibly
+from outlier_mlx.cli.loading import load_model, load_visibly, prepare
 from outlier_mlx.cli.options import (
     Alpha,
     Generation,
@@ -89,7 +89,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate text from a prompt: the text on stdout, speed and memory on stderr."""
-    import_engine()
+    prepare(model, loading.revision)
     from outlier_mlx.cli.tables import print_statistics
     from outlier_mlx.cli.writers import PlainWriter
     from outlier_mlx.engine.generate import generate_text
@@ -153,6 +153,7 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Talk with a model: on a terminal, or a message a line from a pipe."""
+    prepare(model, loading.revision)
     from outlier_mlx.cli.repl import Chat
     from outlier_mlx.engine.conversation import Conversation
     from outlier_mlx.engine.memory import check_fits
@@ -239,6 +240,7 @@ def serve(
     quiet: Quiet = False,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API; to this machine alone unless told."""
+    prepare(model, loading.revision)
     from dataclasses import asdict, replace
     from functools import partial
 

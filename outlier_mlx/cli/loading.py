@@ -1,10 +1,11 @@
 """Loading a model for a command: with a sign of life, and with other alphas if asked."""
 
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.storage.hub import Source
+from outlier_mlx.storage.hub import Source, local_source
 
 
 def import_engine() -> None:
@@ -13,12 +14,24 @@ def import_engine() -> None:
     Importing it makes some hundred thousand objects, all of which stay. Looking through them again
     and again for garbage took a tenth of the time that a short `generate` takes.
     """
+    if "mlx_lm" in sys.modules:
+        return
     gc.disable()
     try:
         import mlx_lm  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()
+
+
+def prepare(model: str, revision: str | None) -> None:
+    """Check that a model's name is one, and import mlx-lm, which takes a second.
+
+    Raises:
+        CheckpointError: neither a folder nor the name of a repository.
+    """
+    local_source(model, revision)
+    import_engine()
 
 
 def load_model(folder: Path, dtype: str | None = None, alpha: Path | None = None) -> Any:
