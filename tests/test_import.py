@@ -128,7 +128,7 @@ def test_info_knows_its_experts(imported: Path, awq: Path) -> None:
 
 def test_loading_the_source_says_what_to_do(awq: Path) -> None:
     told = run("generate", "--model", awq, "--prompt", "a", code=1)
-    assert "`outlier-mlx import` makes an MLX model of it" in told.err
+    assert "convert it with `outlier-mlx import`" in told.err
 
 
 def test_models_that_mlx_lm_wrote_have_both_names(imported: Path, tmp_path: Path) -> None:
