@@ -46,25 +46,11 @@ def generation_options(
     """
     from outlier_mlx.engine.generate import Options
 
-    xtc = xtc or Xtc()
+    # Each group's fields are called as the engine's options are.
+    groups = (generation, sampling, xtc or Xtc(), cache)
+    given = {name: value for group in groups for name, value in vars(group).items()}
     return Options(
-        max_tokens=generation.max_tokens,
-        temp=sampling.temp,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        top_k=sampling.top_k,
-        xtc_probability=xtc.xtc_probability,
-        xtc_threshold=xtc.xtc_threshold,
-        min_tokens_to_keep=xtc.min_tokens_to_keep,
-        seed=generation.seed,
-        system_prompt=generation.system_prompt,
-        prefill_response=prefill_response,
-        ignore_chat_template=ignore_chat_template,
-        max_kv_size=generation.max_kv_size,
-        prefill_step_size=generation.prefill_step_size,
-        kv_bits=cache.kv_bits,
-        kv_group_size=cache.kv_group_size,
-        quantized_kv_start=cache.quantized_kv_start,
+        **given, prefill_response=prefill_response, ignore_chat_template=ignore_chat_template
     )
 
 
