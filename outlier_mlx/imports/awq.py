@@ -97,23 +97,15 @@ def _stored_as(dtype: str | None, bits: int | None, quantized: bool) -> _StoredA
     return _StoredAs(bits or 4, chosen, BiasErrors())
 
 
+@dataclass(frozen=True)
 class _Planner:
     """Makes parts from a checkpoint's tensors; tensors that are used are removed from `places`."""
 
-    def __init__(
-        self,
-        where: str,
-        places: dict[Place, Stored],
-        config: ModelConfig,
-        awq: AwqFormat | None,
-        stored_as: _StoredAs,
-    ) -> None:
-        self.where = where
-        self.places = places
-        self.config = config
-        self.modules = family(config.family).modules(config)
-        self.awq = awq
-        self.stored_as = stored_as
+    where: str
+    places: dict[Place, Stored]
+    config: ModelConfig
+    awq: AwqFormat | None
+    stored_as: _StoredAs
 
     def parts(self) -> list[Part]:
         """One part for each quantized module or other tensor, in the model's order.
@@ -121,7 +113,8 @@ class _Planner:
         Raises:
             CheckpointError: a tensor is missing, wrong or unknown; the message names it.
         """
-        parts = [part for module in self.modules for part in self._module(module)]
+        modules = family(self.config.family).modules(self.config)
+        parts = [part for module in modules for part in self._module(module)]
         for stored in self.places.values():
             for tensor in stored.values():
                 raise CheckpointError(f"{tensor.where}: unknown tensor for this model")
@@ -138,10 +131,8 @@ class _Planner:
                 )
         if any("qweight" in tensors for tensors in stored.values()):
             matrices = tuple(self._matrix(module, *item) for item in stored.items())
-            how, stacked = self.stored_as, module.kind == "experts"
-            yield AwqPart(
-                module.path, module.kind, matrices, stacked, how.bits, how.dtype, how.errors
-            )
+            how = (self.stored_as.bits, self.stored_as.dtype, self.stored_as.errors)
+            yield AwqPart(module.path, module.kind, module.shape, matrices, *how)
         elif module.kind == "experts":
             yield self._stacked(module, [tensors.pop("weight") for tensors in stored.values()])
         else:

@@ -13,6 +13,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.awq_layout import to_five_bits, to_four_bits, unpack
 from outlier_mlx.models.quantization import largest_group
 from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.writing.float_parts import affine_specs
 from outlier_mlx.writing.parts import Chunk, Part, ahead
 from outlier_mlx.writing.writer import TensorSpec
 
@@ -64,11 +65,6 @@ class AwqMatrix:
     qzeros: TensorRef | None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.scales.shape[1], self.qweight.shape[0]
-
-    @property
     def group(self) -> int:
         """Number of weights along `in` that share a scale."""
         return self.qweight.shape[0] // self.scales.shape[0]
@@ -100,15 +96,15 @@ class AwqPart(Part):
     """The `weight`, `scales` and `biases` of a module.
 
     Attributes:
+        shape: of the module's weight before quantization.
         matrices: the linear layer, or one for each expert.
-        stacked: whether the module's tensors have an axis of experts.
         bits: 4 or 5; with 5, biases in float16 are exact.
         dtype: "float32" or "float16", the dtype of scales and biases.
         errors: counts the rounding errors of float16.
     """
 
+    shape: tuple[int, ...]
     matrices: tuple[AwqMatrix, ...]
-    stacked: bool
     bits: int
     dtype: str
     errors: BiasErrors
@@ -116,7 +112,7 @@ class AwqPart(Part):
     @property
     def params(self) -> int:
         """Number of weights of all matrices."""
-        return sum(prod(matrix.shape) for matrix in self.matrices)
+        return prod(self.shape)
 
     @property
     def source_bytes(self) -> int:
@@ -124,28 +120,15 @@ class AwqPart(Part):
         return sum(matrix.nbytes for matrix in self.matrices)
 
     @property
-    def group_size(self) -> int:
-        """Group size in MLX's format. A larger group of AWQ becomes several with the same scale."""
+    def affine(self) -> tuple[int, int]:
+        """Bits and group size. A larger group of AWQ becomes several with the same scale."""
         size = largest_group(self.matrices[0].group)
         assert size is not None
-        return size
-
-    @property
-    def affine(self) -> tuple[int, int]:
-        """Bits and group size."""
-        return self.bits, self.group_size
+        return self.bits, size
 
     def specs(self) -> list[TensorSpec]:
-        """Packed weight (..., out, in * bits / 32) uint32; scales and biases (..., out, groups)."""
-        out, width = self.matrices[0].shape
-        lead = (len(self.matrices),) if self.stacked else ()
-        groups = (*lead, out, width // self.group_size)
-        dtype = {"float32": "F32", "float16": "F16"}[self.dtype]
-        return [
-            TensorSpec(f"{self.path}.weight", "U32", (*lead, out, width * self.bits // 32)),
-            TensorSpec(f"{self.path}.scales", dtype, groups),
-            TensorSpec(f"{self.path}.biases", dtype, groups),
-        ]
+        """Packed weight, scales and biases; see `affine_specs`."""
+        return affine_specs(self.path, self.shape, self.affine, self.dtype)
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The packed weight in slabs of rows; then scales, then biases, one expert at a time."""
@@ -175,9 +158,8 @@ class AwqPart(Part):
 
     def _biases(self, matrix: AwqMatrix) -> np.ndarray:
         """The biases -z s or -16 s, which have at most 15 significant bits: exact in float32."""
-        scales, zeros = matrix.read_scales(), None
-        if self.bits == 4:
-            zeros = matrix.read_zeros()
+        scales = matrix.read_scales()
+        zeros = matrix.read_zeros() if self.bits == 4 else None
         constant = np.float32(16 if self.bits == 5 else 8)
         factor = constant if zeros is None else zeros.astype(np.float32)
         exact = -(factor * scales.astype(np.float32))
@@ -194,7 +176,7 @@ class AwqPart(Part):
 
     def _spread(self, matrix: AwqMatrix, values: np.ndarray) -> np.ndarray:
         """Transpose (groups of AWQ, out) to (out, groups of MLX)."""
-        times = matrix.group // self.group_size
+        times = matrix.group // self.affine[1]
         return np.ascontiguousarray(np.repeat(values.T, times, axis=1))
 
 

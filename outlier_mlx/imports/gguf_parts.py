@@ -17,7 +17,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import gguf_blocks
 from outlier_mlx.imports.codes import pack_codes
 from outlier_mlx.imports.gguf_names import Rows
-from outlier_mlx.writing.float_parts import SAFETENSORS_NAMES
+from outlier_mlx.writing.float_parts import SAFETENSORS_NAMES, affine_specs
 from outlier_mlx.writing.parts import Chunk, Part, ahead
 from outlier_mlx.writing.writer import TensorSpec
 
@@ -130,7 +130,7 @@ class PlainTensor(GgufPart):
     def _floats(self, rows: Rows, start: int, stop: int) -> np.ndarray:
         weights = gguf_blocks.values(rows.tensor.kind, rows.read(start, stop))
         stored, rounded = round_to(weights, self.dtype)
-        if not _holds(self.dtype, rows.tensor.kind):
+        if self.dtype != "float32" and SAFETENSORS_NAMES[self.dtype] != rows.tensor.kind:
             self.errors.count(self.path, weights, rounded)
         return stored
 
@@ -159,15 +159,8 @@ class AffineMatrix(GgufPart):
         return self.bits, self.group
 
     def specs(self) -> list[TensorSpec]:
-        """Packed weight (..., out, in * bits / 32) uint32; scales and biases (..., out, groups)."""
-        *lead, width = self.shape
-        groups = (*lead, width // self.group)
-        dtype = SAFETENSORS_NAMES[self.dtype]
-        return [
-            TensorSpec(f"{self.path}.weight", "U32", (*lead, width * self.bits // 32)),
-            TensorSpec(f"{self.path}.scales", dtype, groups),
-            TensorSpec(f"{self.path}.biases", dtype, groups),
-        ]
+        """Packed weight, scales and biases; see `affine_specs`."""
+        return affine_specs(self.path, self.shape, self.affine, self.dtype)
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """All codes, then all scales, then all biases."""
@@ -204,11 +197,6 @@ class AffineMatrix(GgufPart):
     def _grid(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         steps, lowest = gguf_blocks.grid(weights, self.bits, self.group)
         return round_to(steps, self.dtype)[1], round_to(lowest, self.dtype)[1]
-
-
-def _holds(dtype: str, kind: str) -> bool:
-    """Whether a dtype holds every weight of a ggml type exactly."""
-    return dtype == "float32" or {"F16": "float16", "BF16": "bfloat16"}.get(kind) == dtype
 
 
 def round_to(array: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, row_ranges
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
-from outlier_mlx.writing.float_parts import SAFETENSORS_NAMES, SLAB_BYTES, as_bytes, mlx_dtype
+from outlier_mlx.writing.float_parts import SLAB_BYTES, affine_specs, as_bytes, mlx_dtype
 from outlier_mlx.writing.parts import Chunk, Part, ahead
 from outlier_mlx.writing.writer import TensorSpec
 
@@ -106,15 +106,9 @@ class AffineExperts(FromExperts):
         return replace(self, matrices=self.matrices[one], factors=self.factors[one])
 
     def specs(self) -> list[TensorSpec]:
-        """Codes (experts, out, in / 16) uint32, scales and biases (experts, out, groups)."""
-        experts = len(self.matrices)
-        out, width = self.matrices[0].trits.shape
-        groups = (experts, out, width // self.group_size)
-        return [
-            TensorSpec(f"{self.path}.weight", "U32", (experts, out, width // 16)),
-            TensorSpec(f"{self.path}.scales", SAFETENSORS_NAMES[self.dtype], groups),
-            TensorSpec(f"{self.path}.biases", SAFETENSORS_NAMES[self.dtype], groups),
-        ]
+        """Codes, scales and biases; see `affine_specs`."""
+        shape = (len(self.matrices), *self.matrices[0].trits.shape)
+        return affine_specs(self.path, shape, self.affine, self.dtype)
 
     def code_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """Codes slab by slab."""

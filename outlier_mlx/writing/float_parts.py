@@ -114,15 +114,8 @@ class Quantized(FromTensor):
         return self.bits, self.group_size
 
     def specs(self) -> list[TensorSpec]:
-        """Packed weight (out, in * bits / 32) uint32; scales and biases (out, in / group)."""
-        out, width = self.tensor.shape
-        groups = (out, width // self.group_size)
-        dtype = SAFETENSORS_NAMES[self.dtype]
-        return [
-            TensorSpec(f"{self.path}.weight", "U32", (out, width * self.bits // 32)),
-            TensorSpec(f"{self.path}.scales", dtype, groups),
-            TensorSpec(f"{self.path}.biases", dtype, groups),
-        ]
+        """Packed weight, scales and biases; see `affine_specs`."""
+        return affine_specs(self.path, self.tensor.shape, self.affine, self.dtype)
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The weight slab by slab, then the scales and biases that were put aside."""
@@ -140,6 +133,31 @@ class Quantized(FromTensor):
         for name, pieces in aside.items():
             for piece in pieces:
                 yield f"{self.path}.{name}", piece, 0
+
+
+def affine_specs(
+    path: str, shape: tuple[int, ...], affine: tuple[int, int], dtype: str
+) -> list[TensorSpec]:
+    """The tensors of a module in MLX's affine format.
+
+    Args:
+        path: of the module.
+        shape: (..., out, in), the weight's before quantization.
+        affine: bits and group size.
+        dtype: of scales and biases.
+
+    Returns:
+        Packed `weight` (..., out, in * bits / 32) uint32; `scales` and `biases`
+        (..., out, in / group).
+    """
+    *lead, width = shape
+    bits, group = affine
+    groups = (*lead, width // group)
+    return [
+        TensorSpec(f"{path}.weight", "U32", (*lead, width * bits // 32)),
+        TensorSpec(f"{path}.scales", SAFETENSORS_NAMES[dtype], groups),
+        TensorSpec(f"{path}.biases", SAFETENSORS_NAMES[dtype], groups),
+    ]
 
 
 def mlx_dtype(dtype: str) -> mx.Dtype:
