@@ -1,16 +1,18 @@
 """Importing: models in the formats of other tools become plain MLX folders."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.imports.card import model_card
 from outlier_mlx.imports.gguf_file import patterns
 from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
+from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
 from outlier_mlx.terminal import Progress, no_progress
+from outlier_mlx.writing.card import Card, origin_of, plain
 from outlier_mlx.writing.folders import check_free
 from outlier_mlx.writing.model_folder import Written, write_model
 from outlier_mlx.writing.parts import Parts
@@ -82,11 +84,28 @@ def import_model(
         source=found.name,
         assets=opened.assets,
         manifest={"source": origin | opened.details},
-        card=lambda folder: model_card(folder, target.name, found, opened, tensors.rows),
+        card=lambda folder: _card(target.name, found, opened, tensors.rows).text(folder),
         force=force,
         progress=progress,
     )
     return Imported(**vars(written), source_format=opened.source_format, notes=opened.notes())
+
+
+def _card(name: str, source: Source, opened: Opened, rows: Sequence[SummaryRow]) -> Card:
+    program = "outlier-mlx generate" if "ternary_switch" in opened.config else "mlx_lm.generate"
+    origin = origin_of("source", source)
+    return Card(
+        name=name,
+        introduction="Imported by outlier-mlx for MLX from a model in"
+        f" {plain(opened.source_format)}.",
+        commands=[f'{program} --model {name} --prompt "Once upon a time"'],
+        origins=[origin],
+        based_on=[origin],
+        relation="quantized",
+        tags=["mlx"],
+        rows=rows,
+        changes=[*map(plain, opened.notes()), "`config.json` was written anew"],
+    )
 
 
 def _resolve(source: str | Path, file: str | None, revision: str | None) -> Source:
@@ -98,10 +117,7 @@ def _resolve(source: str | Path, file: str | None, revision: str | None) -> Sour
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path}: a file; what is imported is a folder or a .gguf file")
         return Source(path, path.name)
-    files: tuple[str, ...] = CHECKPOINT_FILES
-    if file is not None:
-        files = (*patterns(file), "LICENSE*", "README.md")
-    return resolve(source, revision, files)
+    return resolve(source, revision, CHECKPOINT_FILES if file is None else patterns(file))
 
 
 def _open(

@@ -1,6 +1,7 @@
 """Open GGUF models, and choose how each tensor is stored: exactly if MLX has a format for it."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,21 +245,18 @@ def _fits(rows: Rows, dtype: str) -> bool:
 
 def _types(sources: Iterable[_Source]) -> list[str]:
     """The ggml types of the model without norms and routers, by falling number of weights."""
-    weights: dict[str, int] = {}
+    weights: Counter[str] = Counter()
     for source in sources:
         for rows in source.rows if source.module.kind not in ("norms", "router") else ():
-            kind = rows.tensor.kind
-            weights[kind] = weights.get(kind, 0) + rows.count * rows.tensor.shape[-1]
-    return sorted(weights, key=lambda kind: -weights[kind])
+            weights[rows.tensor.kind] += rows.count * rows.tensor.shape[-1]
+    return [kind for kind, _ in weights.most_common()]
 
 
 def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
     """Notes on what is not exact, with the largest error for each type and what it is stored as."""
     found: dict[tuple[str, str], list[str]] = {}
     for part in parts:
-        if not isinstance(part, PlainTensor | AffineMatrix):
-            continue
-        if plan.errors.largest.get(part.path):
+        if isinstance(part, PlainTensor | AffineMatrix) and plan.errors.largest.get(part.path):
             found.setdefault(("+".join(part.kinds), part.stored_as), []).append(part.path)
     notes = []
     for (kinds, stored_as), paths in found.items():
@@ -287,10 +285,7 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
 
 def _modules(paths: Iterable[str]) -> str:
     """Names of modules for messages; the same module of several layers is named once."""
-    layers: dict[str, int] = {}
-    for path in dict.fromkeys(paths):
-        name = _LAYER.sub(".layers.N.", path)
-        layers[name] = layers.get(name, 0) + 1
+    layers = Counter(_LAYER.sub(".layers.N.", path) for path in dict.fromkeys(paths))
     return listed(
         name if ".N." not in name else f"{name} ({count} layer{'s' if count > 1 else ''})"
         for name, count in layers.items()

@@ -28,6 +28,7 @@ _SIZES = {
     "attention.head_count_kv": "num_key_value_heads",
     "context_length": "max_position_embeddings",
     "attention.sliding_window": "sliding_window",
+    "attention.key_length": "head_dim",
 }
 _EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 _NUMBERS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta"}
@@ -35,7 +36,6 @@ _NUMBERS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base"
 _OTHER = {
     "vocab_size",
     "rope.dimension_count",
-    "attention.key_length",
     "attention.value_length",
     "attention.causal",
     "expert_feed_forward_length",
@@ -97,17 +97,14 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, 
             model does not support it.
     """
     fields = _Fields(model, architecture(model))
-    sizes = _SIZES | (_EXPERTS if _experts(fields) else {})
+    experts = fields.get("expert_count", (int,), 0)
+    names = _SIZES | (_EXPERTS if experts else {}) | _NUMBERS
     config: dict[str, Any] = {}
-    for key, name in sizes.items():
-        value = fields.get(key, (int,))
-        if value is not None:
-            config[name] = value
-    for key, name in _NUMBERS.items():
-        value = fields.get(key, (int, float))
+    for key, name in names.items():
+        value = fields.get(key, (int, float) if key in _NUMBERS else (int,))
         if value is not None:
             config[name] = _short(value)
-    kind = "mixtral" if _experts(fields) else fields.prefix
+    kind = "mixtral" if experts else fields.prefix
     config.setdefault("rope_theta", 10000.0)
     config |= {
         "model_type": kind,
@@ -117,9 +114,6 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, 
         "tie_word_embeddings": "output.weight" not in model.tensors,
         **_special(vocabulary),
     }
-    width = fields.get("attention.key_length", (int,))
-    if width is not None:
-        config["head_dim"] = width
     if kind == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in model.tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in model.tensors
@@ -131,11 +125,7 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, 
     found = parse_config(config, role="import", where=model.where)
     _check_rest(fields, found, vocabulary)
     found = _with_frequency_factors(model, found)
-    return found, family(kind).notes(found.raw) + _ignored(fields, sizes)
-
-
-def _experts(fields: _Fields) -> int:
-    return fields.get("expert_count", (int,), 0)
+    return found, family(kind).notes(found.raw) + _ignored(fields)
 
 
 def _short(value: float) -> float:
@@ -156,8 +146,8 @@ def _special(vocabulary: Vocabulary) -> dict[str, Any]:
         for name in ("bos", "eos", "pad")
         if name in vocabulary.special
     }
-    stops = list(dict.fromkeys([ids.get("eos_token_id"), *vocabulary.stops]))
-    stops = [n for n in stops if n is not None]
+    first = [ids["eos_token_id"]] if "eos_token_id" in ids else []
+    stops = list(dict.fromkeys([*first, *vocabulary.stops]))
     if len(stops) > 1:
         ids["eos_token_id"] = stops
     return ids
@@ -244,8 +234,8 @@ def _llama3_factors(config: ModelConfig, scaling: dict) -> np.ndarray:
     return np.where(lengths < context / high, 1, np.where(lengths > context / low, factor, between))
 
 
-def _ignored(fields: _Fields, sizes: dict[str, str]) -> list[str]:
-    known = _OTHER | set(sizes) | set(_EXPERTS) | set(_NUMBERS)
+def _ignored(fields: _Fields) -> list[str]:
+    known = {*_OTHER, *_SIZES, *_EXPERTS, *_NUMBERS}
     prefix = f"{fields.prefix}."
     names = [
         key

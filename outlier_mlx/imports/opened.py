@@ -1,14 +1,10 @@
 """What a source becomes, whatever its format: the seam between importers and writing."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.writing.parts import Part
-
-
-def _no_notes() -> list[str]:
-    return []
 
 
 @dataclass(frozen=True)
@@ -28,5 +24,5 @@ class Opened:
     parts: list[Part]
     config: dict
     assets: Callable[[Path], None]
-    notes: Callable[[], list[str]] = _no_notes
-    details: dict = field(default_factory=dict)
+    notes: Callable[[], list[str]]
+    details: dict
