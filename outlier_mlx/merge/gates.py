@@ -4,7 +4,7 @@ The method is that of mergekit-moe (https://github.com/arcee-ai/mergekit/blob/ma
 except that mergekit-moe's averages include padding tokens, and those here do not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,10 +55,10 @@ def prompt_gates(
     Args:
         merge_config: prompts, and what to do without them.
         mixture: base and experts.
-        tokens: tokenizes prompts; may be None for the random modes.
+        tokens: may be None for the random modes.
         modes: some of `merge_config.GATE_MODES`, but not "trained".
-        seed: seed of the random modes.
-        progress: progress callback (layers done, layers in total) while the base runs.
+        seed: of the random modes.
+        progress: called with layers done and layers in total while the base runs.
 
     Raises:
         OutlierError: an expert has no prompts and `no_positive` is "error", or a prompt has no
@@ -70,22 +70,25 @@ def prompt_gates(
         assert tokens is not None
         entries = [expert.config for expert in mixture.all_experts]
         prompts = [_Prompts(entry, n, merge_config, tokens) for n, entry in enumerate(entries)]
-        rows = _rows(mixture.base, prompts, others, progress)
+        rows = {}
+        if "cheap_embed" in others:
+            rows["cheap_embed"] = _cheap_embed(mixture.base, prompts)
+        if hidden := [mode for mode in others if mode in _POOLING]:
+            rows |= _from_hidden(mixture.base, prompts, hidden, progress)
         found |= {mode: _split(value, mixture) for mode, value in rows.items()}
     return found
 
 
-def shared_gate(
-    merge_config: MergeConfig, mixture: Mixture, tokens: Tokens, progress: Progress = no_progress
-) -> np.ndarray:
-    """The gate of the shared expert in mode "hidden": (layers, hidden) float32.
+def shared_gate(merge_config: MergeConfig, mixture: Mixture, tokens: Tokens) -> np.ndarray | None:
+    """The gate of the shared expert in mode "hidden": (layers, hidden) float32, if there is one.
 
     Raises:
         OutlierError: it has no prompts; see `prompt_gates`.
     """
-    assert mixture.shared is not None
+    if mixture.shared is None:
+        return None
     prompts = _Prompts(mixture.shared.config, mixture.shared.number, merge_config, tokens)
-    return _rows(mixture.base, [prompts], ["hidden"], progress)["hidden"][:, 0]
+    return _from_hidden(mixture.base, [prompts], ["hidden"], no_progress)["hidden"][:, 0]
 
 
 class _Prompts:
@@ -96,7 +99,8 @@ class _Prompts:
     ) -> None:
         positive = entry.positive
         if not positive:
-            name = _expert_name(number, merge_config)
+            shared = number == len(merge_config.experts)
+            name = "the shared expert" if shared else f"expert {number}"
             if merge_config.no_positive == "error":
                 raise OutlierError(
                     f"{name} has no positive prompts; no_positive: bos uses the BOS token instead,"
@@ -116,12 +120,6 @@ class _Prompts:
         return [*self.positive, *self.negative]
 
 
-def _expert_name(number: int, merge_config: MergeConfig) -> str:
-    if number == len(merge_config.experts):
-        return "the shared expert"
-    return f"expert {number}"
-
-
 def can_use_prompts(merge_config: MergeConfig) -> bool:
     """Whether every expert has the prompts for "hidden", "hidden_avg" and "cheap_embed"."""
     entries = [*merge_config.experts, *([merge_config.shared] if merge_config.shared else [])]
@@ -129,7 +127,7 @@ def can_use_prompts(merge_config: MergeConfig) -> bool:
 
 
 def _random(mode: str, mixture: Mixture, seed: int) -> Gates:
-    layers, hidden = mixture.base.layers, mixture.base.hidden
+    layers, hidden = mixture.base.config.layers, mixture.base.config.hidden
     rng = np.random.default_rng(seed)
     shape = (layers, len(mixture.all_experts), hidden)
     if mode == "random":
@@ -148,15 +146,6 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.maximum(np.linalg.norm(vector), np.float32(_MIN_LENGTH))
 
 
-def _rows(
-    base: Dense, experts: list[_Prompts], modes: Sequence[str], progress: Progress
-) -> dict[str, np.ndarray]:
-    """Router rows (layers, experts, hidden) by mode."""
-    rows = {"cheap_embed": _cheap_embed(base, experts)} if "cheap_embed" in modes else {}
-    hidden = [mode for mode in modes if mode in _POOLING]
-    return rows | (_from_hidden(base, experts, hidden, progress) if hidden else {})
-
-
 def _cheap_embed(base: Dense, experts: list[_Prompts]) -> np.ndarray:
     """Sums of token embeddings: (layers, experts, hidden), the same in every layer."""
     groups = batches([prompt for expert in experts for prompt in expert.all])
@@ -164,22 +153,22 @@ def _cheap_embed(base: Dense, experts: list[_Prompts]) -> np.ndarray:
     for batch in groups:
         rows = np.array(embed(base, batch))
         embeddings |= dict(
-            zip(batch.tokens.ravel().tolist(), rows.reshape(-1, base.hidden), strict=True)
+            zip(batch.tokens.ravel().tolist(), rows.reshape(-1, base.config.hidden), strict=True)
         )
 
     def total(prompts: list[tuple[int, ...]]) -> np.ndarray:
         if not prompts:
-            return np.zeros(base.hidden, np.float32)
+            return np.zeros(base.config.hidden, np.float32)
         return _unit(np.sum([embeddings[token] for prompt in prompts for token in prompt], axis=0))
 
     rows = np.stack([_unit(total(e.positive) - total(e.negative)) for e in experts])
-    return np.repeat(rows[None], base.layers, axis=0)
+    return np.repeat(rows[None], base.config.layers, axis=0)
 
 
 def _from_hidden(
     base: Dense, experts: list[_Prompts], modes: Sequence[str], progress: Progress
 ) -> dict[str, np.ndarray]:
-    """Rows from hidden states: the base runs once on all prompts, for all modes."""
+    """Rows (layers, experts, hidden) by mode; the base runs once on all prompts, for all modes."""
     unique = list(dict.fromkeys(prompt for expert in experts for prompt in expert.all))
     index = {prompt: n for n, prompt in enumerate(unique)}
     groups = batches(unique)
@@ -187,25 +176,20 @@ def _from_hidden(
     for layer, inputs in enumerate(layer_inputs(base, groups)):
         arrays = [np.array(x) for x in inputs]
         for mode, collected in rows.items():
-            vectors = np.empty((len(unique), base.hidden), np.float32)
+            vectors = np.empty((len(unique), base.config.hidden), np.float32)
             for batch, values in zip(groups, arrays, strict=True):
                 for row, number in enumerate(batch.members):
                     vectors[number] = _POOLING[mode](values[row, : batch.lengths[row]])
             collected.append(np.stack([_row(vectors, expert, index) for expert in experts]))
-        progress(layer + 1, base.layers)
+        progress(layer + 1, base.config.layers)
     return {mode: np.stack(collected) for mode, collected in rows.items()}
 
 
-def _last(states: np.ndarray) -> np.ndarray:
-    return states[-1]
-
-
-def _average(states: np.ndarray) -> np.ndarray:
-    return states.mean(axis=0)
-
-
 # From a prompt's hidden states (tokens, hidden) to one vector (hidden,), by gate mode.
-_POOLING = {"hidden": _last, "hidden_avg": _average}
+_POOLING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "hidden": lambda states: states[-1],
+    "hidden_avg": lambda states: states.mean(axis=0),
+}
 
 
 def _row(vectors: np.ndarray, expert: _Prompts, index: dict[tuple[int, ...], int]) -> np.ndarray:

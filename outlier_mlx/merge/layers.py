@@ -27,12 +27,7 @@ def embed(model: Dense, batch: Batch) -> mx.array:
 
 
 class AttentionLayer:
-    """Norms and attention of a decoder layer: the part that is the same for all experts.
-
-    Args:
-        model: the base.
-        layer: number of the layer.
-    """
+    """Norms and attention of a layer of the base: the part that is the same for all experts."""
 
     def __init__(self, model: Dense, layer: int) -> None:
         config = model.config
@@ -91,9 +86,9 @@ def layer_inputs(model: Dense, groups: Sequence[Batch]) -> Iterator[list[mx.arra
         is the token embeddings.
     """
     inputs = [embed(model, batch) for batch in groups]
-    for layer in range(model.layers):
+    for layer in range(model.config.layers):
         yield inputs
-        if layer + 1 == model.layers:
+        if layer + 1 == model.config.layers:
             return
         attention = AttentionLayer(model, layer)
         attended = [attention(x) for x in inputs]

@@ -114,7 +114,7 @@ class Mixture:
             family=self.architecture,
             experts=len(self.experts),
             top_k=self.top_k,
-            moe_layers=tuple(range(self.base.layers)),
+            moe_layers=tuple(range(self.base.config.layers)),
             expert_width=self.base.config.intermediate,
             tied=self.base.config.tied and mixtral,
             qkv_bias=not mixtral,
@@ -134,9 +134,7 @@ class Mixture:
 def open_mixture(merge_config: MergeConfig, seed: int = 0) -> Mixture:
     """Open what a merge configuration names, and check that it can be merged.
 
-    Args:
-        merge_config: what to merge.
-        seed: of the experts' noise.
+    `seed` is that of the experts' noise.
 
     Raises:
         OutlierError: the models do not fit together or do not make the architecture.

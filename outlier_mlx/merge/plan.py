@@ -8,6 +8,7 @@ import numpy as np
 from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.model import Mixture
 from outlier_mlx.models.config import PROJECTIONS, spell_config
+from outlier_mlx.models.families import family
 from outlier_mlx.models.modules import Module
 from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE, largest_group
 from outlier_mlx.storage.tensors import FloatTensor
@@ -50,7 +51,6 @@ class _Plan:
         self.mixture, self.gates, self.stored_as = mixture, gates, stored_as
 
     def parts(self) -> Iterator[Part]:
-        done: set[str] = set()
         for module in self.mixture.modules:
             layer = int(module.path.split(".")[2]) if ".layers." in module.path else 0
             if module.kind == "router":
@@ -63,9 +63,8 @@ class _Plan:
                 yield from self._copied(module)
             elif self.stored_as.bits is not None:
                 yield self._stacked(module, layer)
-            elif (prefix := module.path.rpartition(".switch_mlp.")[0]) not in done:
-                done.add(prefix)
-                yield from self._apart(layer, prefix)
+            elif _projection(module) == PROJECTIONS[0]:
+                yield from self._apart(layer, module.path.rpartition(".switch_mlp.")[0])
 
     def _copied(self, module: Module) -> Iterator[Part]:
         """What the base has, and where its head is its embedding, a head of its own."""
@@ -100,7 +99,7 @@ class _Plan:
         return Stacked(module.path, "experts", members)
 
     def _apart(self, layer: int, prefix: str) -> Iterator[Part]:
-        """Experts by Hugging Face's names."""
+        """All projections of the experts, by Hugging Face's names."""
         mixtral = self.mixture.architecture == "mixtral"
         for expert in self.mixture.experts:
             for projection in PROJECTIONS:
@@ -136,16 +135,12 @@ def make_config(mixture: Mixture, stored_as: StoredAs, parts: Sequence[Part]) ->
     config = {key: value for key, value in spell_config(base).items() if key not in _DROPPED}
     config |= {"dtype": stored_as.dtype, "torch_dtype": stored_as.dtype, "sliding_window": None}
     config["tie_word_embeddings"] = mixture.config.tied
+    known = family(mixture.architecture)
+    config |= {"architectures": [known.architecture], "model_type": known.model_type}
     if mixture.architecture == "mixtral":
-        config |= {
-            "architectures": ["MixtralForCausalLM"],
-            "model_type": "mixtral",
-            "num_local_experts": len(mixture.experts),
-        }
+        config["num_local_experts"] = len(mixture.experts)
     else:
         config |= {
-            "architectures": ["Qwen2MoeForCausalLM"],
-            "model_type": "qwen2_moe",
             "num_experts": len(mixture.experts),
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,

@@ -106,12 +106,8 @@ def model_card(result: Merged, folder: Path) -> str:
 def kind_of(mixture: Mixture) -> str:
     """What a mixture is, as in "Mixtral of 4 experts, 2 a token"."""
     name = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2-MoE"}[mixture.architecture]
-    return f"{name} of {experts_of(len(mixture.experts))}, {mixture.top_k} a token"
-
-
-def experts_of(number: int) -> str:
-    """A number of experts in words."""
-    return f"{number} expert{'' if number == 1 else 's'}"
+    number = len(mixture.experts)
+    return f"{name} of {number} expert{'' if number == 1 else 's'}, {mixture.top_k} a token"
 
 
 def conditions(result: Merged) -> list[float | None]:

@@ -3,8 +3,6 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
-
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.merge.gates import Gates, can_use_prompts, check_gates, prompt_gates, shared_gate
 from outlier_mlx.merge.merge_config import RANDOM_MODES, MergeConfig
@@ -49,16 +47,16 @@ def compute_routers(
     merge_config: MergeConfig,
     mixture: Mixture,
     *,
-    seed: int = 0,
-    measure: bool = True,
-    stages: Stages = silent,
+    seed: int,
+    measure: bool,
+    stages: Stages,
 ) -> Routers:
     """Compute the routers of a merge configuration, and measure how they route its prompts.
 
     Args:
         merge_config: gate mode, prompts and texts.
         mixture: the models.
-        seed: seed of random routers.
+        seed: of random routers.
         measure: whether to measure routing, if there are prompts.
         stages: shows progress.
 
@@ -87,8 +85,9 @@ def compute_routers(
             if other in known:
                 gates = known[other]
                 runs.append(RouterRun(other, gates.routed, gates.shared, measured, skip=skip))
-            else:
-                shared = _shared_gate(merge_config, mixture, tokens, known)
+            else:  # the gate of the shared expert is that of mode "hidden"
+                hidden = known.get("hidden")
+                shared = hidden.shared if hidden else shared_gate(merge_config, mixture, tokens)
                 runs.append(RouterRun(other, None, shared, measured, training, skip))
         with stages("routing", "experts") as progress:
             run_routers(mixture, runs, progress)
@@ -114,17 +113,6 @@ def _modes(merge_config: MergeConfig, measured_on: str | None) -> list[str]:
         )
     others = _comparable(merge_config) if measured_on == "held_out" else []
     return [mode, *(other for other in others if other != mode)]
-
-
-def _shared_gate(
-    merge_config: MergeConfig, mixture: Mixture, tokens: Tokens, known: dict[str, Gates]
-) -> np.ndarray | None:
-    """The gate of the shared expert when routers are trained: that of mode "hidden"."""
-    if mixture.shared is None:
-        return None
-    if "hidden" in known:
-        return known["hidden"].shared
-    return shared_gate(merge_config, mixture, tokens)
 
 
 def _measured_on(merge_config: MergeConfig) -> str | None:
@@ -154,7 +142,7 @@ def _comparable(merge_config: MergeConfig) -> list[str]:
 def _tokens(base: Dense) -> Tokens:
     limits = [base.config.max_positions, base.config.raw.get("sliding_window")]
     longest = min(limit for limit in limits if isinstance(limit, int) and limit > 1)
-    return Tokens(open_tokenizer(base.source.folder, base.config.raw), base.vocab, longest)
+    return Tokens(open_tokenizer(base.source.folder, base.config.raw), base.config.vocab, longest)
 
 
 def _measured(merge_config: MergeConfig, tokens: Tokens, measured_on: str | None) -> Sequences:

@@ -89,13 +89,12 @@ class RouterRun:
         """Arrange the tokens in batches."""
         both = self.measured + self.trained
         self.groups = batches(both.ids)
-        members = [np.repeat(g.members[:, None], g.tokens.shape[1], 1)[g.mask] for g in self.groups]
-        places = [np.broadcast_to(np.arange(g.tokens.shape[1]), g.mask.shape)[g.mask]
-                  for g in self.groups]  # fmt: skip
-        self.sequence = np.concatenate(members)  # (tokens,)
+        lengths = np.concatenate([group.lengths for group in self.groups])
+        members = np.concatenate([group.members for group in self.groups])
+        self.sequence = np.repeat(members, lengths)  # (tokens,)
         self.owner = np.array(both.owners)[self.sequence]
-        lengths = np.array([len(ids) for ids in both.ids])[self.sequence]
-        counts = np.concatenate(places) >= np.minimum(self.skip, lengths - 1)
+        places = np.concatenate([np.arange(length) for length in lengths])
+        counts = places >= np.repeat(np.minimum(self.skip, lengths - 1), lengths)
         self.is_measured = counts & (self.sequence < len(self.measured.ids))
         self.is_trained = counts & (self.sequence >= len(self.measured.ids))
         self.residual: list[mx.array] = []
@@ -161,16 +160,16 @@ def run_routers(
     Args:
         mixture: the merged model.
         runs: new runs.
-        progress: progress callback (experts done, experts in total, over all layers).
+        progress: called with experts done and experts in total, over all layers.
     """
-    total = mixture.base.layers * len(mixture.all_experts)
+    total = mixture.base.config.layers * len(mixture.all_experts)
     for run in runs:
         run.residual = [embed(mixture.base, batch) for batch in run.groups]
-    for layer in range(mixture.base.layers):
+    for layer in range(mixture.base.config.layers):
         attention = AttentionLayer(mixture.base, layer)
         passes = [_LayerPass(mixture, run, layer, attention) for run in runs]
         del attention
-        if layer + 1 == mixture.base.layers:
+        if layer + 1 == mixture.base.config.layers:
             break
         for expert in mixture.all_experts:
             ffn = FeedForward([expert.matrix(layer, projection) for projection in PROJECTIONS])
@@ -199,8 +198,7 @@ class _LayerPass:
         self.weights = routing_weights(np.array(self.x @ router.T), mixture.top_k)
         run.weights.append(self.weights[run.is_measured])
         if run.shared is not None:
-            gate = mx.sigmoid(self.x @ mx.array(run.shared[layer])[:, None])
-            self.shared_gate = gate
+            self.shared_gate = mx.sigmoid(self.x @ mx.array(run.shared[layer])[:, None])
         self.y = mx.zeros(self.x.shape)
         mx.eval(self.x, self.y)
 

@@ -34,7 +34,7 @@ def merge(
     seed: int = 0,
     measure: bool = True,
     force: bool = False,
-    stages: Stages | None = None,
+    stages: Stages = silent,
 ) -> Merged:
     """Merge dense models into a mixture of experts.
 
@@ -60,7 +60,7 @@ def merge(
         OutlierError: the configuration or a model is not sound, they do not fit, the output exists,
             or the disk is too small. Nothing is left behind.
     """
-    target, stages = Path(out), stages or silent
+    target = Path(out)
     check_free(target, force=force)
     merge_config = read_merge_config(Path(config_file), no_positive=no_positive)
     if held_out is not None:
@@ -68,7 +68,7 @@ def merge(
     mixture = open_mixture(merge_config, seed)
     stored = DTYPES[mixture.base.tensors["model.embed_tokens.weight"].dtype]
     stored_as = StoredAs(dtype or merge_config.dtype or stored, bits, group_size)
-    layers, hidden = mixture.base.layers, mixture.base.hidden
+    layers, hidden = mixture.base.config.layers, mixture.base.config.hidden
     empty = Gates(np.zeros((layers, len(mixture.experts), hidden)), np.zeros((layers, hidden)))
     check_space(target, Parts(make_parts(mixture, empty, stored_as)).nbytes, "the model")
 

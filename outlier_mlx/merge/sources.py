@@ -53,21 +53,6 @@ class Dense:
         """What messages call it."""
         return self.source.name
 
-    @property
-    def layers(self) -> int:
-        """Decoder layers."""
-        return self.config.layers
-
-    @property
-    def hidden(self) -> int:
-        """Width of the residual stream."""
-        return self.config.hidden
-
-    @property
-    def vocab(self) -> int:
-        """Rows of the embedding."""
-        return self.config.vocab
-
     def ffn(self, layer: int, projection: str) -> TensorRef:
         """A matrix of a layer's FFN: gate and up (intermediate, hidden), down (hidden, inter.)."""
         return self.tensors[f"model.layers.{layer}.mlp.{projection}_proj.weight"]

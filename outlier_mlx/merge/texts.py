@@ -52,9 +52,10 @@ class Batch:
     lengths: np.ndarray
 
     @property
-    def mask(self) -> np.ndarray:
-        """(batch, length) bool: False for padding."""
-        return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
+    def places(self) -> mx.array:
+        """Where the tokens that are no padding are among all of `tokens`, uint32."""
+        mask = np.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        return mx.array(np.flatnonzero(mask).astype(np.uint32))
 
 
 def batches(sequences: Iterable[Sequence[int]]) -> list[Batch]:
@@ -175,13 +176,11 @@ class Tokens:
 
 def unpad(batch: Batch, values: mx.array) -> mx.array:
     """Drop padding: (batch, length, hidden) to (tokens, hidden)."""
-    places = np.flatnonzero(batch.mask.reshape(-1)).astype(np.uint32)
-    return values.reshape(-1, values.shape[-1])[mx.array(places)]
+    return values.reshape(-1, values.shape[-1])[batch.places]
 
 
 def pad(batch: Batch, rows: mx.array) -> mx.array:
     """The inverse of `unpad`: (tokens, hidden) to (batch, length, hidden), zero for padding."""
-    places = np.flatnonzero(batch.mask.reshape(-1)).astype(np.uint32)
     result = mx.zeros((batch.tokens.size, rows.shape[-1]), rows.dtype)
-    result[mx.array(places)] = rows
+    result[batch.places] = rows
     return result.reshape(*batch.tokens.shape, rows.shape[-1])
