@@ -74,9 +74,9 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     out = tmp_path / "mlx"
     for source, words in [
         (tmp_path / "nothing", "no such folder"),
-        (tmp_path, "neither *.safetensors nor *.gguf"),
+        (tmp_path, "no *.safetensors and no *.gguf files"),
         (tmp_path / "model.gguf", "no such folder"),
-        (Path(__file__), "test_import.py: a file; what is imported is a folder or a .gguf file"),
+        (Path(__file__), "test_import.py: expected a folder or a .gguf file"),
     ]:
         assert_refused(run("import", source, "--out", out, code=1), words)
     (tmp_path / "two").mkdir()

@@ -141,7 +141,7 @@ REFUSED = {
         lambda folder: add_tensor(
             folder, "model.layers.0.mlp.gate.weight", np.zeros((2, 64), np.float16)
         ),
-        "under another name",
+        "duplicate tensor: .* under another name",
     ),
     "an expert that is not quantized": (
         unquantized(W1, (96, 64)),
@@ -165,9 +165,12 @@ REFUSED = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
     "pickled": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        "pickled weights are not read",
+        "pickled weights are not supported",
     ),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "neither"),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "no .*safetensors and no .*gguf files",
+    ),
 }
 
 

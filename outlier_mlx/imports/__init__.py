@@ -1,4 +1,4 @@
-"""Importing: models in the formats of other tools become plain MLX folders."""
+"""Import models in the formats of other tools as plain MLX folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from outlier_mlx.writing.model_folder import Written, write_model
 from outlier_mlx.writing.parts import Parts
 
 ScaleType = Literal["float32", "float16"]
-#: How types of GGUF are stored that no affine group of MLX fits.
+#: How to store GGUF types whose groups are smaller than MLX's smallest group.
 KQuants = Literal["8bit", "float16", "float32"]
-#: How ternary experts of GGUF are stored.
+#: How to store ternary experts of GGUF.
 TernaryFormat = Literal["tq1_0", "affine2"]
 
 
 @dataclass(frozen=True)
 class Imported(Written):
-    """A model that was imported.
+    """An imported model.
 
     Attributes:
-        source_format: the format that the model came in.
-        notes: what is not exact, or ignored by mlx-lm.
+        source_format: format of the source.
+        notes: notes on what is not exact, or ignored by mlx-lm.
     """
 
     source_format: str
@@ -53,22 +53,20 @@ def import_model(
     """Write a model of another format as an MLX folder that stock mlx-lm loads.
 
     Args:
-        source: a folder, a `.gguf` file, or a hub repository.
-        out: the folder to make.
-        dtype: of the scales and biases; the default is the smallest that loses nothing.
-        bits: 5 stores AWQ's 4-bit weights so that 16-bit scales lose nothing either.
-        file: which `.gguf` of a folder or repository.
-        k_quants: how a GGUF's Q2_K, Q3_K and Q6_K are stored: "8bit" (the default), "float16" or
-            "float32".
-        experts: how a GGUF's ternary experts are stored: "tq1_0" (the default) in this project's
-            layers, "affine2" for stock mlx-lm.
-        revision: the repository's revision on the hub.
+        source: a folder, a `.gguf` file, or a hub repository. out: the folder to write. dtype:
+        dtype of scales and biases; default: the smallest dtype that is exact. bits: 5 stores AWQ's
+        4-bit weights in 5 bits, which is exact with 16-bit scales. file: name of the `.gguf` file
+        in a folder or repository. k_quants: how to store Q2_K, Q3_K and Q6_K of GGUF: "8bit"
+        (default), "float16" or "float32". experts: how to store ternary experts of GGUF: "tq1_0"
+        (default) in this project's layers,
+            "affine2" for stock mlx-lm.
+        revision: branch, tag or commit on the hub.
         force: replace `out` if it is a model that this project wrote.
-        progress: called with bytes of source read so far, and in all.
+        progress: progress callback (bytes of the source read, bytes in total).
 
     Raises:
-        OutlierError: the source is not sound or of no known format, the output exists, or the disk
-            is too small. Nothing is left behind.
+        OutlierError: the source is damaged or not supported, the output exists, or the disk is too
+            small. No files are left behind.
     """
     target = Path(out)
     check_free(target, force=force)
@@ -104,18 +102,18 @@ def _card(name: str, source: Source, opened: Opened, rows: Sequence[SummaryRow])
         relation="quantized",
         tags=["mlx"],
         rows=rows,
-        changes=[*map(plain, opened.notes()), "`config.json` was written anew"],
+        changes=[*map(plain, opened.notes()), "`config.json` is new"],
     )
 
 
 def _resolve(source: str | Path, file: str | None, revision: str | None) -> Source:
-    """The source; of a `.gguf` file, `folder` is the file itself."""
+    """Find the source; for a `.gguf` file, `folder` is the file itself."""
     path = Path(source)
     if path.is_file():
         if revision is not None or file is not None:
-            raise CheckpointError(f"{path}: a file has no revision, nor files in it")
+            raise CheckpointError(f"{path}: a file; --revision and --file are for repositories")
         if path.suffix.lower() != ".gguf":
-            raise CheckpointError(f"{path}: a file; what is imported is a folder or a .gguf file")
+            raise CheckpointError(f"{path}: expected a folder or a .gguf file")
         return Source(path, path.name)
     return resolve(source, revision, CHECKPOINT_FILES if file is None else patterns(file))
 
@@ -123,15 +121,15 @@ def _resolve(source: str | Path, file: str | None, revision: str | None) -> Sour
 def _open(
     found: Source, dtype: ScaleType | None, bits: int | None, file: str | None, gguf: dict[str, Any]
 ) -> Opened:
-    """Recognise what a source holds, by its files alone."""
+    """Detect the format from the names of the source's files, and open it."""
     place = found.folder
     if place.is_file() or file is not None or _holds_gguf(place):
         if bits is not None:
-            raise CheckpointError(f"{found.name}: --bits is for AWQ; GGUF has its own")
+            raise CheckpointError(f"{found.name}: --bits is for AWQ, not for GGUF")
         from outlier_mlx.imports.gguf import open_gguf_model
 
         return open_gguf_model(place, file=file, dtype=dtype, **gguf)
-    # Of a repository, GGUF files are fetched only when they are named.
+    # GGUF files in a repository are downloaded only with --file.
     hint = "" if found.revision is None else "; name a GGUF file of a repository with --file"
     if any(place.glob("*.safetensors")):
         if not (place / "config.json").exists():
@@ -144,12 +142,12 @@ def _open(
     pickles = [path.name for pattern in ("*.bin", "*.pt") for path in place.glob(pattern)]
     if pickles:
         raise CheckpointError(
-            f"{found.name}: {min(pickles)}: pickled weights are not read; convert them to"
+            f"{found.name}: {min(pickles)}: pickled weights are not supported; convert them to"
             " safetensors first"
         )
-    raise CheckpointError(f"{found.name}: neither *.safetensors nor *.gguf here{hint}")
+    raise CheckpointError(f"{found.name}: no *.safetensors and no *.gguf files{hint}")
 
 
 def _holds_gguf(folder: Path) -> bool:
-    """Whether a folder holds GGUF, and no model in safetensors: those may be an adapter, say."""
+    """Whether a folder has GGUF files, and no model in safetensors (adapters do not count)."""
     return any(folder.glob("*.gguf")) and not holds_model(folder)

@@ -1,4 +1,4 @@
-"""Names of Hugging Face checkpoints, as the modules of MLX's models that they belong to."""
+"""Map tensor names of Hugging Face checkpoints to modules of mlx-lm's models."""
 
 import re
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from outlier_mlx.models.modules import Module
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
 from outlier_mlx.storage.shards import read_shards
 
-#: A module's path, and the expert of it that a tensor is for; None where all share it.
+#: Path of a module, and number of the expert that a tensor belongs to (None: not of an expert).
 Place = tuple[str, int | None]
-#: What is stored for a place, by the last part of its name: "weight", "bias", "qweight" ...
+#: Tensors of a place, by the last part of their names: "weight", "bias", "qweight" ...
 Stored = dict[str, TensorRef]
 
-# Mixtral's projections, as its papers' code calls them.
+# Names of Mixtral's projections in checkpoints.
 _EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _LAYER = r"(model\.layers\.\d+)\."
 _EXPERT = re.compile(_LAYER + r"(?:block_sparse_moe|mlp)\.experts\.(\d{1,5})\.(w[123])\.(\w+)")
@@ -27,10 +27,10 @@ _FUSED = re.compile(_LAYER + r"mlp\.experts\.(gate_up_proj|down_proj)")
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether the safetensors of a folder are a model's, by the names of their tensors.
+    """Whether a folder has safetensors with the tensor names of a model.
 
     Raises:
-        CheckpointError: there are some, but they are not sound.
+        CheckpointError: the safetensors are damaged.
     """
     if not any(folder.glob("*.safetensors")):
         return False
@@ -38,16 +38,16 @@ def holds_model(folder: Path) -> bool:
 
 
 def by_place(tensors: Mapping[str, TensorRef], config: ModelConfig) -> dict[Place, Stored]:
-    """Sort a checkpoint's tensors by the module of MLX's model that they are for.
+    """Group a checkpoint's tensors by module of mlx-lm's model.
 
-    Mixtral's experts are known by both of their names: a matrix each (`block_sparse_moe.experts.E`
-    with w1 = gate, w2 = down, w3 = up), and all of a layer in one tensor (`mlp.experts` with
-    `gate_up_proj` (experts, 2 * width, hidden), gate rows first, and `down_proj` (experts, hidden,
-    width)), as transformers 5 writes them. Frequencies of RoPE, which old files hold, are left out,
-    and so is the head of a model whose head is the embeddings.
+    Mixtral's experts may have either of two layouts: one tensor per matrix
+    (`block_sparse_moe.experts.E` with w1 = gate, w2 = down, w3 = up); or, from transformers 5, all
+    experts of a layer in one tensor (`mlp.experts` with `gate_up_proj` (experts, 2 * width,
+    hidden), gate rows first, and `down_proj` (experts, hidden, width)). RoPE frequencies, which old
+    files have, are ignored, and so is the head of a model with tied embeddings.
 
     Raises:
-        CheckpointError: two tensors are for the same place, or a fused one has another shape.
+        CheckpointError: two tensors belong to the same place, or a fused tensor has a wrong shape.
     """
     mixture = config.family == "mixtral"
     found: dict[Place, Stored] = {}
@@ -66,7 +66,7 @@ def by_place(tensors: Mapping[str, TensorRef], config: ModelConfig) -> dict[Plac
 
 
 def name_in_source(module: Module, expert: int | None) -> str:
-    """What a checkpoint calls a module, or an expert of it, in the usual spelling."""
+    """The usual name of a module, or of one of its experts, in Hugging Face checkpoints."""
     if expert is None:
         return module.path
     prefix, _, projection = module.path.partition(".switch_mlp.")
@@ -88,14 +88,16 @@ def _place(name: str, mixture: bool) -> tuple[Place, str]:
 def _add(found: dict[Place, Stored], place: Place, leaf: str, tensor: TensorRef) -> None:
     stored = found.setdefault(place, {})
     if leaf in stored:
-        raise CheckpointError(f"{tensor.where}: the same as {stored[leaf].name} under another name")
+        raise CheckpointError(
+            f"{tensor.where}: duplicate tensor: {stored[leaf].name} under another name"
+        )
     stored[leaf] = tensor
 
 
 def _split_fused(
     tensor: TensorRef, layer: str, name: str, config: ModelConfig
 ) -> list[tuple[Place, TensorRef]]:
-    """The matrices of a fused tensor: places in the same file, nothing is read."""
+    """The matrices of a fused tensor, as ranges of the same file; nothing is read."""
     hidden, width, experts = config.hidden, config.intermediate, config.experts
     rows = {"down_proj": hidden} if name == "down_proj" else {"gate_proj": width, "up_proj": width}
     columns = width if name == "down_proj" else hidden

@@ -1,4 +1,4 @@
-"""What a source becomes, whatever its format: the seam between importers and writing."""
+"""The common result of all importers: a model that can be written as an MLX folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ class Opened:
     """A model that can be written as an MLX folder.
 
     Attributes:
-        source_format: the format it came in, as "AutoAWQ int4".
-        parts: its tensors, in the order in which they are written.
-        config: its config.json.
-        assets: writes tokenizer and the like into a folder.
-        notes: sentences on what is not exact or not honoured; asked once the parts are written.
-        details: how it was made, for the manifest.
+        source_format: format of the source, such as "AutoAWQ int4".
+        parts: tensors, in the order of writing.
+        config: content of config.json.
+        assets: writes tokenizer and other small files to a folder.
+        notes: returns notes on what is not exact or is ignored; called after parts are written.
+        details: how the model was made, for the manifest.
     """
 
     source_format: str

@@ -1,4 +1,4 @@
-"""A merge as a whole: which weights the mixture of experts has, before any is read."""
+"""The mixture of experts to be merged: its models, experts and modules, before weights are read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -61,7 +61,7 @@ class Altered(Derived):
 
 @dataclass(frozen=True)
 class Expert:
-    """A routed or shared expert: the FFNs of a model, perhaps altered."""
+    """A routed or shared expert: the FFNs of a model, with noise or a factor if configured."""
 
     model: Dense
     config: ExpertConfig
@@ -84,12 +84,12 @@ class Mixture:
     """What will be merged.
 
     Attributes:
-        base: gives everything but the FFNs.
-        experts: the routed ones.
-        shared: the expert that serves every token, if there is one.
-        top_k: routed experts that serve a token.
+        base: the model that everything but the FFNs comes from.
+        experts: the routed experts.
+        shared: the expert that every token goes through, or None.
+        top_k: number of experts that each token is routed to.
         architecture: "mixtral" or "qwen2_moe".
-        notes: what is odd about the sources.
+        notes: remarks on the sources for the user.
     """
 
     base: Dense
@@ -101,12 +101,12 @@ class Mixture:
 
     @property
     def all_experts(self) -> tuple[Expert, ...]:
-        """The routed ones, then the shared one."""
+        """The routed experts, then the shared one if there is one."""
         return (*self.experts, self.shared) if self.shared else self.experts
 
     @property
     def config(self) -> ModelConfig:
-        """What the result is. mlx-lm's Qwen2-MoE always has a head of its own, and biases."""
+        """The config of the result. mlx-lm's Qwen2-MoE always has its own head, and biases."""
         mixtral = self.architecture == "mixtral"
         return replace(
             self.base.config,
@@ -127,17 +127,17 @@ class Mixture:
 
     @cached_property
     def parameters(self) -> Parameters:
-        """How many parameters the result has, and how many one token meets."""
+        """Total and active parameters of the result."""
         return count_modules(self.modules, self.config)
 
 
 def open_mixture(merge_config: MergeConfig, seed: int = 0) -> Mixture:
-    """Open what a merge configuration names, and check that it can be merged.
+    """Open the models of a merge configuration, and check that they can be merged.
 
-    `seed` is that of the experts' noise.
+    `seed` seeds the experts' noise.
 
     Raises:
-        OutlierError: the models do not fit together or do not make the architecture.
+        OutlierError: the models differ too much, or do not fit the architecture.
     """
     entries = [*merge_config.experts, *([merge_config.shared] if merge_config.shared else [])]
     base, models, notes = open_models(merge_config.base, [entry.source for entry in entries])
@@ -176,7 +176,7 @@ def _architecture(merge_config: MergeConfig, base: Dense) -> str:
 def _notes(merge_config: MergeConfig) -> Iterator[str]:
     count = len(merge_config.experts)
     if count & (count - 1):
-        yield f"{count} experts: old versions of llama.cpp want a power of two"
+        yield f"{count} experts: old versions of llama.cpp need a power of two"
     if merge_config.experts_per_token == count > 1:
         yield (
             f"every token uses all {count} experts: the router only weighs them, and all"
@@ -184,6 +184,6 @@ def _notes(merge_config: MergeConfig) -> Iterator[str]:
         )
     for number, expert in enumerate(merge_config.experts):
         if merge_config.gate_mode == "trained" and expert.negative:
-            yield f"expert {number}: negative prompts mean nothing to gate_mode trained"
+            yield f"expert {number}: gate_mode trained ignores negative prompts"
         if merge_config.gate_mode != "trained" and not merge_config.held_out and expert.texts:
-            yield f"expert {number}: texts are for gate_mode trained alone"
+            yield f"expert {number}: texts are ignored: they are for gate_mode trained"

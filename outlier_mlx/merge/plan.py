@@ -18,7 +18,7 @@ from outlier_mlx.writing.parts import Part, quantization
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 _MIXTRAL_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}
-# Of the base's config: what the mixture says otherwise, or what only the source's loader reads.
+# Fields of the base's config that the mixture replaces, or that only the source's loader reads.
 _DROPPED = frozenset(
     ["_name_or_path", "head_dim", "layer_types", "max_window_layers", "attention_bias", "mlp_bias"]
     + ["pretraining_tp", "rope_parameters", "rope_scaling", "transformers_version", "dtype"]
@@ -31,9 +31,9 @@ class StoredAs:
     """How the merged model is stored.
 
     Attributes:
-        dtype: of what is not quantized.
-        bits: None writes Hugging Face's names; 4 or 8 an MLX folder with quantized matrices.
-        group_size: weights that share a scale.
+        dtype: dtype of tensors that are not quantized.
+        bits: None: Hugging Face's tensor names; 4 or 8: an MLX folder with quantized matrices.
+        group_size: number of weights that share a scale.
     """
 
     dtype: str
@@ -67,7 +67,7 @@ class _Plan:
                 yield from self._apart(layer, module.path.rpartition(".switch_mlp.")[0])
 
     def _copied(self, module: Module) -> Iterator[Part]:
-        """What the base has, and where its head is its embedding, a head of its own."""
+        """A module of the base; if the base's embeddings are tied, they are copied as the head."""
         tensors = self.mixture.base.tensors
         path = module.path
         if path == "lm_head" and self.mixture.base.config.tied:
@@ -99,7 +99,7 @@ class _Plan:
         return Stacked(module.path, "experts", members)
 
     def _apart(self, layer: int, prefix: str) -> Iterator[Part]:
-        """All projections of the experts, by Hugging Face's names."""
+        """All projections of the experts, with Hugging Face's names."""
         mixtral = self.mixture.architecture == "mixtral"
         for expert in self.mixture.experts:
             for projection in PROJECTIONS:
@@ -108,7 +108,7 @@ class _Plan:
                 yield self._stored(path, "experts", expert.matrix(layer, projection))
 
     def _stored(self, path: str, kind: str, tensor: FloatTensor) -> Part:
-        """A matrix, quantized where that is asked for and a group size divides its width."""
+        """A matrix; quantized if requested and if a group size divides its width."""
         stored_as = self.stored_as
         group = largest_group(tensor.shape[1], stored_as.group_size)
         if stored_as.bits is None or group is None:
@@ -117,12 +117,12 @@ class _Plan:
 
 
 def _projection(module: Module) -> str:
-    """The projection that a module is: "gate", "up" or "down"."""
+    """The projection of a module: "gate", "up" or "down"."""
     return module.path.rpartition(".")[2].removesuffix("_proj")
 
 
 def unquantized(parts: Sequence[Part], stored_as: StoredAs) -> list[str]:
-    """Matrices that no group size divides, though they were to be quantized."""
+    """Paths of matrices that should be quantized, but whose width no group size divides."""
     if stored_as.bits is None:
         return []
     members = [(p.path, p.members[0] if isinstance(p, Stacked) else p) for p in parts]
@@ -130,7 +130,7 @@ def unquantized(parts: Sequence[Part], stored_as: StoredAs) -> list[str]:
 
 
 def make_config(mixture: Mixture, stored_as: StoredAs, parts: Sequence[Part]) -> dict:
-    """The merged model's config.json: the base's, and what makes it a mixture of experts."""
+    """The merged model's config.json: the base's, with the fields of a mixture of experts."""
     base = mixture.base.config
     config = {key: value for key, value in spell_config(base).items() if key not in _DROPPED}
     config |= {"dtype": stored_as.dtype, "torch_dtype": stored_as.dtype, "sliding_window": None}

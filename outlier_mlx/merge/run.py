@@ -1,4 +1,4 @@
-"""A merge from its configuration to a folder: open, compute routers, measure them, write."""
+"""Run a merge: open the models, compute and measure routers, write the folder."""
 
 from pathlib import Path
 
@@ -38,27 +38,27 @@ def merge(
 ) -> Merged:
     """Merge dense models into a mixture of experts.
 
-    At most one layer's attention, or one expert's FFN in one layer, is in memory, beside the
+    Memory holds at most one layer's attention, or one expert's FFN in one layer, and the hidden
     states of the prompts' tokens.
 
     Args:
-        config_file: the YAML; see `merge.merge_config`.
-        out: the folder to make.
-        bits: 4 or 8 writes an MLX folder with quantized matrices; None Hugging Face's names.
+        config_file: the YAML file; see `merge.merge_config`.
+        out: the folder to write.
+        bits: 4 or 8: an MLX folder with quantized matrices; None: Hugging Face's tensor names.
         group_size: 32, 64 or 128 weights that share a scale.
-        dtype: wins over the configuration's.
-        no_positive: wins over the configuration's.
-        held_out: YAML with a list of prompts for each expert, instead of the configuration's
-            `held_out`.
-        seed: of random routers, and of noise.
-        measure: whether to run the merged model on prompts before it is written. It is run for
-            `gate_mode: trained` in any case.
+        dtype: used instead of the configuration's `dtype`.
+        no_positive: used instead of the configuration's `no_positive`.
+        held_out: YAML file with a list of prompts for each expert, used instead of the
+            configuration's `held_out`.
+        seed: seed of random routers and of noise.
+        measure: whether to run the merged model on prompts before it is written. For `gate_mode:
+            trained`, it always runs.
         force: replace `out` if it is a model that this project wrote.
         stages: shows progress.
 
     Raises:
-        OutlierError: the configuration or a model is not sound, they do not fit, the output exists,
-            or the disk is too small. Nothing is left behind.
+        OutlierError: the configuration or a model is invalid, models do not match, the output
+            exists, or the disk is too small. No files are left behind.
     """
     target = Path(out)
     check_free(target, force=force)
@@ -73,7 +73,7 @@ def merge(
     check_space(target, Parts(make_parts(mixture, empty, stored_as)).nbytes, "the model")
 
     routers = compute_routers(merge_config, mixture, seed=seed, measure=measure, stages=stages)
-    mx.clear_cache()  # buffers of layers, which nobody needs any more
+    mx.clear_cache()  # free the buffers of layers
     tensors = Parts(make_parts(mixture, routers.gates, stored_as))
     result = Merged(
         path=target,
@@ -96,7 +96,7 @@ def _write(result: Merged, tensors: Parts, *, force: bool, stages: Stages) -> No
 
     def assets(folder: Path) -> None:
         write_json(folder / REPORT, report)
-        # The first with a tokenizer gives it: the base.
+        # The tokenizer is taken from the first folder that has one: the base.
         sources = dict.fromkeys(model.source.folder for model in models)
         copy_assets(list(sources), folder, "expert")
 

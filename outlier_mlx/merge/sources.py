@@ -15,12 +15,12 @@ from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef, read_json
 from outlier_mlx.storage.shards import read_shards
 
-#: What is fetched from the hub. Some repositories hold the weights twice, as `consolidated`, too.
+#: Files to download from the hub. Some repositories also have the weights as `consolidated`.
 MODEL_FILES = (
     *("*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model"),
     *("LICENSE*", "NOTICE*"),
 )
-# What models must have in common: fields of `ModelConfig`, and what config.json calls them.
+# Fields of `ModelConfig` that must be equal in all models, with their names in config.json.
 _SAME = {
     "family": "model_type",
     "hidden": "hidden_size",
@@ -34,13 +34,13 @@ _SAME = {
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense model on disk; nothing of its weights is in memory.
+    """A dense model on disk; its weights are not in memory.
 
     Attributes:
-        source: where it is and what it is called.
-        config: what it is.
+        source: its folder and name.
+        config: its normalised config.
         tensors: its weights by name.
-        notes: what is odd about it.
+        notes: remarks for the user.
     """
 
     source: Source
@@ -50,30 +50,30 @@ class Dense:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.source.name
 
     def ffn(self, layer: int, projection: str) -> TensorRef:
-        """A matrix of a layer's FFN: gate and up (intermediate, hidden), down (hidden, inter.)."""
+        """An FFN matrix: gate or up (intermediate, hidden), or down (hidden, intermediate)."""
         return self.tensors[f"model.layers.{layer}.mlp.{projection}_proj.weight"]
 
 
 def open_models(base: str, experts: Sequence[str]) -> tuple[Dense, list[Dense], list[str]]:
-    """Open a base and experts, each folder once, and check that they fit together.
+    """Open a base and experts, and check that they can be merged. Each folder is opened once.
 
     Only headers, configs and tokenizers are read.
 
     Args:
         base: folder or hub repository, `OWNER/NAME` or `OWNER/NAME@REVISION`.
-        experts: likewise.
+        experts: folders or hub repositories in the same syntax.
 
     Returns:
-        The base, the experts in order, and what is odd about them but no error.
+        The base, the experts in order, and notes for the user.
 
     Raises:
-        CheckpointError: one is no dense model that can be merged, is damaged or lacks tensors, or
-            they differ in kind, dimensions or tokens; the message names the first difference.
-        OutlierError: the hub cannot be reached, or a name asks for a LoRA.
+        CheckpointError: a model is not supported, is damaged or lacks tensors, or the models differ
+            in type, dimensions or tokens; the message names the first difference.
+        OutlierError: the hub cannot be reached, or a name includes a LoRA adapter.
     """
     opened: dict[Path, Dense] = {}
     found = []
@@ -96,7 +96,7 @@ def _resolve(name: str) -> Source:
     revision = None
     if not Path(name).is_dir():
         if "+" in name:
-            raise OutlierError(f"{name}: adapters (MODEL+LORA) are not merged; fuse it first")
+            raise OutlierError(f"{name}: adapters (MODEL+LORA) are not supported; fuse it first")
         name, _, revision = name.partition("@")
     return resolve(name, revision or None, MODEL_FILES)
 
@@ -107,10 +107,10 @@ def _open(source: Source) -> Dense:
     kind, known = raw.get("model_type"), with_role("merge")
     if kind not in known:
         raise CheckpointError(
-            f"{where}: model_type {short(kind)}; what can be merged is dense: {', '.join(known)}"
+            f"{where}: model_type {short(kind)} cannot be merged; supported: {', '.join(known)}"
         )
     if raw.get("quantization_config") or raw.get("quantization"):
-        raise CheckpointError(f"{source.name}: quantized; a merge needs weights in floats")
+        raise CheckpointError(f"{source.name}: quantized models cannot be merged")
     tensors = {key: ref for key, ref in read_shards(folder).items() if _matters(key)}
     tied, note = settle_head(raw.get("tie_word_embeddings"), tensors)
     config = replace(parse_config(raw, role="merge", where=where), tied=tied)
@@ -125,15 +125,15 @@ def _matters(key: str) -> bool:
 
 
 def _check_supported(config: ModelConfig, where: str) -> None:
-    """Refuse what the models that mlx-lm has for the result cannot say."""
+    """Refuse what mlx-lm's Mixtral and Qwen2-MoE do not support."""
     if config.head_dim * config.heads != config.hidden:
         raise CheckpointError(
             f"{where}: head_dim {config.head_dim} is not hidden_size / heads; MLX's Mixtral and"
-            " Qwen2-MoE have no such heads"
+            " Qwen2-MoE do not support this"
         )
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if config.raw.get(key):
-            raise CheckpointError(f"{where}: {key}: a mixture of experts cannot have it")
+            raise CheckpointError(f"{where}: {key} is not supported in a mixture of experts")
 
 
 def _check_same(base: Dense, other: Dense) -> None:
@@ -156,10 +156,13 @@ def _check_tensors(model: Dense) -> None:
 
 
 def _compare_tokens(base: Dense, others: list[Dense]) -> list[str]:
-    """Compare tokens with the base's, where both have a tokenizer.json.
+    """Compare the tokens of models that have a tokenizer.json with the base's.
+
+    Returns:
+        Notes on added tokens that differ.
 
     Raises:
-        CheckpointError: the vocabularies differ. Added tokens may: those are told.
+        CheckpointError: the vocabularies differ.
     """
     notes = []
     ours = _tokens(base)
@@ -171,14 +174,14 @@ def _compare_tokens(base: Dense, others: list[Dense]) -> list[str]:
         if token is not None:
             raise CheckpointError(
                 f"{other.name}: its tokenizer differs from that of the base {base.name}: token"
-                f" {token[:40]!r} is {theirs[0].get(token)} here and {ours[0].get(token)} there"
+                f" {token[:40]!r} is {theirs[0].get(token)}, but {ours[0].get(token)} in the base"
             )
         token = _first_difference(ours[1], theirs[1])
         if token is not None:
             notes.append(
                 f"{other.name}: its added tokens differ from those of the base {base.name}, whose"
-                f" tokenizer is used: {token[:40]!r} is {theirs[1].get(token)} here and"
-                f" {ours[1].get(token)} there"
+                f" tokenizer is used: {token[:40]!r} is {theirs[1].get(token)}, but"
+                f" {ours[1].get(token)} in the base"
             )
     return notes
 
@@ -190,7 +193,7 @@ def _first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str | Non
 
 
 def _tokens(model: Dense) -> tuple[dict[str, int], dict[str, int]] | None:
-    """Numbers by token: of the vocabulary, and of tokens that were added to it."""
+    """Token ids of the vocabulary and of added tokens; None without a tokenizer.json."""
     folder = model.source.folder
     if not (folder / "tokenizer.json").exists():
         return None
