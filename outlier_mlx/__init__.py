@@ -60,8 +60,8 @@ def convert(
         The tier's path.
 
     Raises:
-        outlier_mlx.errors.OutlierError: the input is not sound, the output exists, or the disk is
-            full; nothing is left behind.
+        outlier_mlx.errors.OutlierError: the input is damaged or not supported, the output exists,
+            or the disk is full; nothing is left behind.
     """
     from outlier_mlx.tiers.convert import convert_tier
     from outlier_mlx.tiers.presets import make_recipe

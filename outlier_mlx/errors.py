@@ -27,7 +27,7 @@ class CheckpointError(OutlierError):
 
 
 class OutputExistsError(OutlierError):
-    """The place to write to is taken, and nobody asked to replace it."""
+    """The output exists, and `force` is not set."""
 
 
 class CheckpointWarning(UserWarning):

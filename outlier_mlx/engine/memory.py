@@ -86,7 +86,7 @@ def check_fits(
         folder: a tier or a plain MLX model.
         tokens: tokens that the KV cache of a conversation will hold.
         kv_bits: of a quantized KV cache.
-        available: what there is; by default, what this machine gives.
+        available: available memory; None: that of this machine.
         kv_group_size: values of a quantized KV cache that share a scale.
         conversations: how many have a KV cache at the same time.
         cures: what helps besides what always does.
@@ -111,5 +111,5 @@ def check_fits(
     raise OutlierError(
         f"{folder.name} needs {(needs.weights + cache) / 1e9:.1f} GB, {cache / 1e9:.1f} of it for"
         f" the KV cache{whose}; {available.whose} gives {available.nbytes / 1e9:.1f}. What helps:"
-        f" {', or '.join(helps)}; --ignore-memory tries all the same"
+        f" {', or '.join(helps)}; --ignore-memory loads it anyway"
     )

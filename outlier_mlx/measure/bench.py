@@ -123,8 +123,8 @@ def bench_model(
     """Time a model on random prompts, after one warm-up run.
 
     Args:
-        model: as `outlier_mlx.load` returns it.
-        tokenizer: likewise.
+        model: the model that `outlier_mlx.load` returns.
+        tokenizer: the tokenizer that `outlier_mlx.load` returns.
         options: lengths of prompt and generated text, and number of runs.
         progress: called with runs done so far, and in all.
     """

@@ -28,7 +28,7 @@ class Layer:
 
     Attributes:
         gate: rows and scales, (experts, width, ...).
-        up: likewise.
+        up: like `gate`.
         down: rows and scales, (experts, hidden, ...).
         indices: (tokens, k) uint32, the experts that are used.
         x: (tokens, hidden), activation dtype.
@@ -128,7 +128,7 @@ def decode_layers(model: nn.Module, tokens: int, dtype: mx.Dtype) -> list[Layer]
     """MoE layers of a tier until they read `ENOUGH_BYTES`, with random experts and inputs.
 
     Args:
-        model: as `outlier_mlx.load` returns it.
+        model: the model that `outlier_mlx.load` returns.
         tokens: number of tokens decoded at a time.
         dtype: activation dtype.
 

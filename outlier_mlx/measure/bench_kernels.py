@@ -175,7 +175,7 @@ def bench_kernels(
     """Time every variant of the decode kernels on a tier's experts.
 
     Args:
-        model: a tier, as `outlier_mlx.load` returns it.
+        model: a tier that `outlier_mlx.load` returns.
         rounds: number of rounds; each times every arm once.
         tokens: number of tokens decoded at a time.
         progress: called with rounds done so far, and in all.

@@ -100,7 +100,7 @@ def evaluate(
         The scores, and the harness's warnings.
 
     Raises:
-        OutlierError: a task or the model is not sound, or they do not fit together.
+        OutlierError: a task or the model is invalid, or the model does not support the task.
     """
     date = datetime.now(UTC).isoformat(timespec="seconds")
     noted = Noted()

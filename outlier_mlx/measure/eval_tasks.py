@@ -149,7 +149,7 @@ def _add(file: Path, folder: Path, index: dict[str, Entry], *, trust: bool, may_
         _refuse_code(file, config)
     _find_data(file.parent, config)
     TaskIndex.process_cfg(config, file, index)
-    index[name].yaml_path = None  # so that the harness takes `cfg` as it is, and reads nothing anew
+    index[name].yaml_path = None  # so that the harness uses `cfg` and reads no file again
 
 
 def _refuse_functions(file: Path, folder: Path) -> None:

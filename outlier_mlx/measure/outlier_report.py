@@ -113,7 +113,7 @@ def _inputs(measured: Measurement) -> dict[str, Any]:
         inputs[kind] = {"probes": sum(kind in probe.kinds for probe in probes), **figures}
     both = [p.layer for p in probes if {"routed_experts", "shared_experts"} <= set(p.kinds)]
     if both:
-        # They read the same vector, so their figures agree. This is no discovery, so it is told.
+        # They have the same input, so their figures are equal. Say so: this is not a finding.
         inputs["same_vector_in_layers"] = both
     return inputs
 

@@ -79,7 +79,7 @@ def observe_routing(
     """Run a tier over windows of tokens and count what its routers choose.
 
     Args:
-        model: a tier, as `outlier_mlx.load` returns it.
+        model: a tier that `outlier_mlx.load` returns.
         texts: windows of tokens.
         progress: called with tokens read so far, and in all.
 

@@ -31,7 +31,7 @@ def apply_alphas(model: nn.Module, path: Path) -> None:
     """Set a loaded tier's alphas from an alpha.json; experts that it does not name keep theirs.
 
     Raises:
-        CheckpointError: the file is not sound, or names layers or experts that are not there.
+        CheckpointError: the file is invalid, or names layers or experts that do not exist.
         OutlierError: the model has no experts.
     """
     blocks = moe_blocks(model)

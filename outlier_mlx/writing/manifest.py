@@ -132,7 +132,7 @@ def write_manifest(
     Args:
         folder: the folder.
         name: the manifest's file.
-        content: what it says besides the list of files.
+        content: its fields besides the list of files.
         known: files whose checksums were taken while they were written.
     """
     files = {file.name: {"sha256": file.sha256, "bytes": file.nbytes} for file in known}
