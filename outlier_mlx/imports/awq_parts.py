@@ -33,13 +33,7 @@ class BiasErrors:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def count(self, exact: np.ndarray, rounded: np.ndarray, scales: np.ndarray) -> None:
-        """Count the biases of some groups.
-
-        Args:
-            exact: biases, float32.
-            rounded: the same in float16.
-            scales: scales of the same groups.
-        """
+        """Count the biases of some groups: exact in float32, rounded in float16."""
         error = np.abs(exact - rounded.astype(np.float32))
         steps = np.abs(scales.astype(np.float32))
         relative = np.divide(error, steps, out=np.zeros_like(error), where=steps > 0)
@@ -85,10 +79,6 @@ class AwqMatrix:
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{self.scales.where}: holds NaN or infinity")
         return scales
-
-    def read_zeros(self) -> np.ndarray | None:
-        """Read the zero points (groups, out) uint8; None if all are 8."""
-        return None if self.qzeros is None else unpack(self.qzeros.read())
 
 
 @dataclass(frozen=True)
@@ -159,9 +149,9 @@ class AwqPart(Part):
     def _biases(self, matrix: AwqMatrix) -> np.ndarray:
         """The biases -z s or -16 s, which have at most 15 significant bits: exact in float32."""
         scales = matrix.read_scales()
-        zeros = matrix.read_zeros() if self.bits == 4 else None
-        constant = np.float32(16 if self.bits == 5 else 8)
-        factor = constant if zeros is None else zeros.astype(np.float32)
+        factor: np.ndarray | np.float32 = np.float32(16 if self.bits == 5 else 8)
+        if self.bits == 4 and matrix.qzeros is not None:
+            factor = unpack(matrix.qzeros.read()).astype(np.float32)
         exact = -(factor * scales.astype(np.float32))
         with np.errstate(over="ignore"):
             biases = exact.astype(self.dtype)

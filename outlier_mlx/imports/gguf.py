@@ -206,13 +206,12 @@ def _has_row_scales(matrix: ExpertMatrix) -> bool:
     return True
 
 
-def _exact_dtype(sources: Iterable[_Source], k_quants: KQuants) -> str:
+def _exact_dtype(sources: Sequence[_Source], k_quants: KQuants) -> str:
     """The smallest dtype that holds all norms, scales and biases exactly.
 
     They all need the same dtype: MLX computes in float32 if one operand is float32, or if one is
     float16 and the other bfloat16.
     """
-    sources = list(sources)
     kinds = set().union(*(source.kinds for source in sources))
     mixed = any(
         not source.kinds <= set(FLOATS) and not source.kinds.isdisjoint(FLOATS)

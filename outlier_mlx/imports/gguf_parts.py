@@ -105,11 +105,7 @@ class GgufPart(Part):
 
 @dataclass(frozen=True)
 class PlainTensor(GgufPart):
-    """A weight or bias that is not quantized.
-
-    Attributes:
-        name: name of the tensor.
-    """
+    """A weight or bias that is not quantized."""
 
     name: str
 

@@ -106,13 +106,9 @@ class Vocabulary:
 
 
 def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vocabulary:
-    """Read the tokenizer from the metadata of a file.
+    """Read the tokenizer from the metadata of a file; `where` is the file, for messages.
 
-    Args:
-        fields: the metadata.
-        architecture: `general.architecture`, which decides if the file does not name its rule, as
-            in early 2024.
-        where: the file, for messages.
+    `architecture` decides if the file does not name its rule, as in early 2024.
 
     Raises:
         CheckpointError: there is no tokenizer, or it is not supported or not consistent.

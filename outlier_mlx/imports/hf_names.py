@@ -52,9 +52,7 @@ def by_place(tensors: Mapping[str, TensorRef], config: ModelConfig) -> dict[Plac
     mixture = config.family == "mixtral"
     found: dict[Place, Stored] = {}
     for name, tensor in tensors.items():
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        if config.tied and name == "lm_head.weight":
+        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
             continue
         if mixture and (match := _FUSED.fullmatch(name)):
             for place, part in _split_fused(tensor, match[1], match[2], config):

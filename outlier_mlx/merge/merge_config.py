@@ -8,7 +8,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,6 @@ class MergeConfig:
         experts_per_token: number of experts that each token is routed to.
         dtype: dtype of the output; None: the base's.
         architecture: "mixtral" or "qwen2_moe"; None: the one that fits the models.
-        raw: the parsed YAML.
     """
 
     base: str
@@ -74,7 +73,6 @@ class MergeConfig:
     experts_per_token: int = 2
     dtype: str | None = None
     architecture: str | None = None
-    raw: dict = field(default_factory=dict)
 
     @property
     def held_out(self) -> bool:
@@ -113,9 +111,8 @@ def read_merge_config(file: Path, *, no_positive: str | None = None) -> MergeCon
         OutlierError: the file cannot be read, a key is unknown or missing, or a value is wrong; the
             message names the key.
     """
-    raw = read_yaml(file)
-    known = ("base_model", "gate_mode", "dtype", "experts_per_token", "architecture")
-    fields = _Fields(raw, file.name, "", (*known, "no_positive", "experts", "shared_experts"))
+    known = ("base_model", "gate_mode", "dtype", "experts_per_token", "architecture", "no_positive")
+    fields = _Fields(read_yaml(file), file.name, "", (*known, "experts", "shared_experts"))
     folder = file.absolute().parent
     experts = tuple(_expert(entry, folder) for entry in fields.entries("experts", EXPERT_KEYS))
     if not 1 <= len(experts) <= MAX_EXPERTS:
@@ -134,7 +131,6 @@ def read_merge_config(file: Path, *, no_positive: str | None = None) -> MergeCon
         experts_per_token=fields.count("experts_per_token", min(2, len(experts))),
         dtype=fields.choice("dtype", DTYPES, None),
         architecture=ARCHITECTURES[architecture] if architecture else None,
-        raw=raw,
     )
     if merge_config.experts_per_token > len(experts):
         raise fields.error(
