@@ -137,6 +137,13 @@ def test_a_prompt_may_look_like_the_option(tmp_path: Path) -> None:
         ("generate ./tier -p x --temp warm", "--temp: 'warm' is not a number"),
         ("generate ./tier -p x --temp nan", "--temp: 'nan' is not a number"),
         ("generate ./tier -p x --top-p 2", "--top-p: 2 is more than 1.0"),
+        ("generate ./tier -p x --seed -1", "--seed: -1 is less than 0"),
+        (
+            "generate ./tier -p x --seed 18446744073709551616",
+            "--seed: 18446744073709551616 is more",
+        ),
+        ("eval ./tier --tasks x --seed 4294967296", "--seed: 4294967296 is more than 4294967295"),
+        ("generate ./tier -p \udcff", "--prompt: not UTF-8 text"),
         ("generate ./tier -p x extra", "got unexpected extra argument(s) (extra)"),
         ("generate ./tier -p", "option '-p' requires an argument"),
         ("perplexity ./tier --text no.txt", "--text: no such file: no.txt"),

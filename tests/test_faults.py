@@ -158,7 +158,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
-    with leaves_no_trace(place), pytest.raises(OutlierError, match=r"takes .* GB, but only 0.00"):
+    with leaves_no_trace(place), pytest.raises(OutlierError, match=r"takes .* kB, but only 1 B"):
         outlier_mlx.convert(
             place / "overlay", out=place / "outputs" / "new", progress=progress_that(interrupt, 0)
         )

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import outlier_mlx
 from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.measure.perplexity import compare, same_tokens, windows
+from outlier_mlx.measure.perplexity import compare, same_tokens, warn_of_context, windows
 from outlier_mlx.measure.routing import draw, moe_blocks, observe_routing
 from outlier_mlx.measure.tune_alpha import alphas_of, apply_alphas, save_alphas, tune_alphas
 from tests.builders import Built
@@ -55,6 +56,17 @@ def test_perplexity_is_the_references(tier: Path, overlay: Built) -> None:
     error = np.std(expected, ddof=1) / math.sqrt(len(expected))
     assert found.standard_error == pytest.approx(error, rel=1e-3)
     assert found.kl is None
+
+
+def test_windows_longer_than_the_context(tier: Path, recwarn: Any) -> None:
+    model, _ = load(tier)
+    warn_of_context(model, [[1] * 512, [1] * 100])
+    assert not list(recwarn)
+    warn_of_context(model, [[1] * 100, [1] * 513])
+    (warning,) = recwarn
+    assert str(warning.message) == (
+        "windows have 513 tokens, but the model's context length is 512"
+    )
 
 
 def test_divergence_and_agreement_with_another_model(

@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_the_old_model(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert list(tmp_path.iterdir()) == [out]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
-    with pytest.raises(OutlierError, match=r"takes .* GB, but only 0.00"):
+    with pytest.raises(OutlierError, match=r"takes .* kB, but only 1 B"):
         merge(file, tmp_path / "new", stages=lambda title, unit: pytest.fail(title))
 
 

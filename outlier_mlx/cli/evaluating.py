@@ -35,7 +35,10 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens of an answer, at most. Default: the task's.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed, mainly for the choice of few-shot examples.")
+        int,
+        typer.Option(
+            min=0, max=2**32 - 1, help="Seed, mainly for the choice of few-shot examples."
+        ),
     ] = 1234,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write the results to this file.")

@@ -293,6 +293,7 @@ def tune_alpha(
     loaded, tokenizer = load_visibly(model, quiet=quiet)
     other = load_visibly(teacher, quiet=quiet)[0] if teacher is not None else None
     texts = compare.windows(tokenizer, read_utf8(text), window, windows)
+    compare.warn_of_context(loaded, texts)
     with counting_bar("tuning", "windows", quiet=quiet) as progress:
         tuned = tune_alphas(
             loaded,

@@ -156,6 +156,7 @@ def perplexity(
         other, other_tokenizer = load_visibly(against, dtype, quiet=quiet)
         compare.same_tokens(tokenizer, other_tokenizer, content)
     texts = compare.windows(tokenizer, content, window, windows)
+    compare.warn_of_context(loaded, texts)
     with counting_bar("measuring", "tokens", quiet=quiet) as progress:
         found = compare.compare(loaded, texts, other, progress)
     if folder is not None:
@@ -201,6 +202,7 @@ def routing(
             require_matplotlib(", or --no-plots")
     loaded, tokenizer = load_visibly(model, quiet=quiet)
     texts = compare.windows(tokenizer, read_utf8(text), window, windows)
+    compare.warn_of_context(loaded, texts)
     with counting_bar("routing", "tokens", quiet=quiet) as progress:
         layers = observe_routing(loaded, texts, progress)
     report = json.dumps([layer.as_json() for layer in layers], indent=2)

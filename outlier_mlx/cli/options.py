@@ -136,7 +136,8 @@ class Generation:
     ] = None
     prefill_step_size: PrefillStep = 2048
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the sampling.", rich_help_panel=SAMPLING)
+        int | None,
+        typer.Option(min=0, max=2**64 - 1, help="Seed of the sampling.", rich_help_panel=SAMPLING),
     ] = None
     max_kv_size: Annotated[
         int | None,

@@ -45,6 +45,8 @@ def _read(value: Any, kind: Any, info: Any) -> Any:
         return _number(value, kind, info.min, info.max)
     if kind is Path:
         return _path(Path(value), info)
+    if kind is str and info.metavar is None:
+        _check_text(value)
     choices = {str(choice): choice for choice in get_args(kind)}
     if choices and str(value) not in choices:
         listed = ", ".join(map(repr, choices.values()))
@@ -65,6 +67,14 @@ def _number(value: Any, kind: type, least: float | None, most: float | None) -> 
     if most is not None and number > most:
         raise ValueError(f"{value} is more than {most}")
     return number
+
+
+def _check_text(value: str) -> None:
+    """Refuse bytes that are not UTF-8: no tokenizer takes them. Names of files may have them."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("not UTF-8 text") from None
 
 
 def _path(path: Path, info: Any) -> Path:

@@ -22,6 +22,7 @@ from outlier_mlx.measure.outlier_report import (
     summarize,
 )
 from outlier_mlx.measure.outliers import Measurement, Options, measure, read_windows, tokens_digest
+from outlier_mlx.measure.perplexity import warn_of_context
 from outlier_mlx.measure.pictures import Format, require_matplotlib
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.output import check_folder, clear_folder, write_json
@@ -123,6 +124,7 @@ def _study(
         tokenizer = load_tokenizer(folder, check_model(folder))
         windows = read_windows(tokenizer, study.text, study.sequences, study.length, study.overlap)
         model, config = load_model(folder, dtype=study.dtype)
+    warn_of_context(model, windows)
     try:
         parameters = count_parameters(model, config)
         with counting_bar(name, "layers", quiet=quiet) as progress:

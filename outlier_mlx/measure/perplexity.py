@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.chips import this_chip
+from outlier_mlx.engine.generate import described
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, versions
 from outlier_mlx.measure.measured import Measured
+from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress, no_progress
 
 
@@ -103,6 +106,17 @@ def windows(
     length = min(length, len(tokens))
     cut = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
     return cut[:most]
+
+
+def warn_of_context(model: nn.Module, texts: list[list[int]]) -> None:
+    """Warn if windows of tokens are longer than the model's context length."""
+    limit = context_length(described(model))
+    longest = max(map(len, texts), default=0)
+    if limit is not None and longest > limit:
+        warnings.warn(
+            f"windows have {longest} tokens, but the model's context length is {limit}",
+            stacklevel=2,
+        )
 
 
 def compare(

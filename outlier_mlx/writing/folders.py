@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from outlier_mlx.errors import OutlierError, OutputExistsError
+from outlier_mlx.terminal import size
 
 #: In what this project writes: tiers, and all other models. `--force` replaces nothing else.
 MANIFESTS = ("tier.json", "checksums.json")
@@ -171,9 +172,7 @@ def check_space(target: Path, nbytes: int, what: str) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < nbytes:
-        raise OutlierError(
-            f"{target}: {what} takes {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
-        )
+        raise OutlierError(f"{target}: {what} takes {size(nbytes)}, but only {size(free)} are free")
 
 
 def _swap(sibling: Path, target: Path, replaced: Path) -> None:
