@@ -149,6 +149,13 @@ def pack_rows(trits: Array) -> Array:
     return rows
 
 
+def rows_to_dense(rows: mx.array, scales: mx.array, in_features: int) -> mx.array:
+    """Rows (..., out, row_bytes) times their scales (..., out): (..., out, in) float32."""
+    digits = np.arange(256)[:, None] * 3 ** np.arange(1, 6) // 256 % 3
+    trits = (digits[np.array(rows)] - 1).reshape(*rows.shape[:-1], -1)[..., :in_features]
+    return mx.array(trits.astype(np.float32)) * scales[..., None]
+
+
 def tier_name(key: str, dims: Dims) -> str:
     """The name that a base tensor has in a tier."""
     words = key.split(".")

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.qwen2 import MLP
 
-from outlier_mlx.runtime.affine2 import rows_to_dense
 from outlier_mlx.runtime.moe import OutlierMoE, top_experts
 from tests import reference
-from tests.engine import as_array, load, recording, swiglu_experts
+from tests.engine import as_array, load, recording, rows_to_dense, swiglu_experts
 from tests.library import Library
 
 # Ties of all kinds: zeros, the smallest subnormal, neighbours, and what a sure router gives.

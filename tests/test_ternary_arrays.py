@@ -78,7 +78,6 @@ def test_a_single_number_packs_flat() -> None:
 
 def test_row_bytes() -> None:
     assert [row_bytes(n) for n in (0, 1, 20, 21, 5120, 13824)] == [0, 4, 4, 8, 1024, 2768]
-    assert row_bytes(13824, multiple=1) == 2765
 
 
 TRITS = random_trits(4, 10)
@@ -111,7 +110,7 @@ INT: Any = 40
         (lambda: unpack_rows(ROWS, 21), "rows: expected 8 bytes a row for 21 trits, got 4"),
         (lambda: unpack_rows(ROWS, -1), "in_features: expected an integer of at least 0, got -1"),
         (lambda: check_rows(ROWS.view(np.int8), 10), "rows: expected uint8, got int8"),
-        (lambda: row_bytes(5, 0), "multiple: expected an integer of at least 1, got 0"),
+        (lambda: row_bytes(FLOAT), "in_features: expected an integer of at least 0, got 10.0"),
     ],
 )
 def test_refused_arguments(call: Callable[[], object], message: str) -> None:

@@ -16,12 +16,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from outlier_mlx.runtime.affine2 import rows_to_dense
 from outlier_mlx.runtime.model import Model
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from tests import builders
-from tests.engine import forward, load
+from tests.engine import forward, load, rows_to_dense
 from tests.library import Library
 from tests.reference import Array, Experts, Ternary, route, routed, softmax, swiglu
 

@@ -139,19 +139,3 @@ def _word(codes: mx.array, n: int) -> mx.array:
             code = codes[..., i]
             word = word | (code << shift if shift >= 0 else code >> -shift)
     return word
-
-
-def rows_to_dense(rows: mx.array, scales: mx.array, in_features: int) -> mx.array:
-    """Decode ternary rows.
-
-    Args:
-        rows: (..., out, row_bytes) uint8.
-        scales: (..., out) float32, one per row.
-        in_features: number of trits in a row, without padding.
-
-    Returns:
-        (..., out, in_features) of the dtype of `scales`.
-    """
-    table = mx.array([byte_digits(b) for b in range(256)], mx.int8) - 1
-    trits = mx.flatten(table[rows], -2)[..., :in_features]
-    return trits.astype(scales.dtype) * scales[..., None]

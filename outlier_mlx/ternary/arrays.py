@@ -29,14 +29,14 @@ def require_rows(name: str, array: Any, dtype: type[np.generic]) -> np.ndarray:
     return array
 
 
-def require_size(name: str, value: Any, least: int = 0) -> int:
-    """`value` as an int of at least `least`; booleans and floats are refused."""
+def require_size(name: str, value: Any) -> int:
+    """`value` as an int of at least 0; booleans and floats are refused."""
     try:
         number = operator.index(value)
     except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise TernaryError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        number = -1
+    if isinstance(value, bool) or number < 0:
+        raise TernaryError(f"{name}: expected an integer of at least 0, got {value!r}")
     return number
 
 

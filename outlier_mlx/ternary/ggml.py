@@ -88,28 +88,25 @@ def unpack_tq1_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return trits, d
 
 
-def unpack_tq2_0_blocks(
-    packed: np.ndarray, *, strict: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+def unpack_tq2_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Unpack ggml's TQ2_0.
 
     Args:
         packed: (..., blocks * 66) uint8 of any strides.
-        strict: refuse the unused code 3; else it becomes 2, as in ggml.
 
     Returns:
         Trits (..., blocks * 256) int8 and scales d (..., blocks) float16.
 
     Raises:
-        TernaryError: wrong type or length, or a scale that is not finite, or (when strict) a code
-            3, named with its position.
+        TernaryError: wrong type or length, a scale that is not finite, or the unused code 3, named
+            with its position.
     """
     trits, d = _new_trits(packed, TQ2_0_BYTES)
     for source, target in _unpacking(packed, trits, TQ2_0_BYTES):
         halves = source[..., :-_D_BYTES].reshape(*source.shape[:2], 2, 1, 32)
         target[:] = (halves >> _SHIFTS & 3).reshape(target.shape)
         target -= 1
-    if strict and trits.size and trits.max() > 1:
+    if trits.size and trits.max() > 1:
         index = [int(i) for i in np.unravel_index(int(trits.argmax()), trits.shape)]
         raise TernaryError(f"the weight at {index} has code 3, which is not a trit")
     return trits, d

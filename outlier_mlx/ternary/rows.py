@@ -51,16 +51,14 @@ _FLAT_TO_ROW = _ROW_BYTE[flat.DIGITS[:NUMBERS] @ 3 ** np.arange(GROUP)[::-1]]
 _ROW_TO_FLAT = (DIGITS @ 3 ** np.arange(GROUP)).astype(np.uint8)
 
 
-def row_bytes(in_features: int, multiple: int = _MULTIPLE) -> int:
-    """Bytes of a row of `in_features` trits: ceil(in_features / 5), rounded up to `multiple`.
+def row_bytes(in_features: int) -> int:
+    """Bytes of a row of `in_features` trits: ceil(in_features / 5), rounded up to a multiple of 4.
 
     Raises:
-        TernaryError: an argument is not an integer, `in_features` is negative, or `multiple` is not
-            positive.
+        TernaryError: `in_features` is not an integer, or negative.
     """
     in_features = require_size("in_features", in_features)
-    multiple = require_size("multiple", multiple, 1)
-    return -(-flat.packed_bytes(in_features) // multiple) * multiple
+    return -(-flat.packed_bytes(in_features) // _MULTIPLE) * _MULTIPLE
 
 
 def pack_rows(trits: np.ndarray) -> np.ndarray:
