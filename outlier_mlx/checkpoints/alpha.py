@@ -7,7 +7,7 @@ range, contradictions, NaN) is refused here.
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,20 +80,25 @@ def read_alpha_file(path: Path, layers: int, experts: int) -> Alphas:
     return find_alphas(parse_json(read_bytes(path), path.name), layers, experts, path.name)
 
 
-def alphas_from_tensor(tensor: TensorRef, key: str, layers: int, experts: int) -> Alphas:
-    """Alphas from a tensor: (experts,), or a single number where its key names the expert.
+def alphas_from_tensors(tensors: Mapping[str, TensorRef], layers: int, experts: int) -> Alphas:
+    """Alphas from tensors by key: (experts,), or a single number where the key names the expert.
 
     Raises:
-        CheckpointError: no layer in the key, a wrong shape, or a value that is not finite.
+        CheckpointError: no layer in a key, a wrong shape, a value that is not finite, or two
+            tensors that disagree.
     """
-    layer, expert = _key_place(key, None, None)
-    shapes = [(experts,)] if expert is None else [(), (1,)]
-    if layer is None or tensor.shape not in shapes:
-        raise CheckpointError(
-            f"{tensor.where}: shape {tensor.shape}; alphas have shape ({experts},) and a layer in"
-            " their key"
-        )
-    return find_alphas({key: tensor.read_float32()}, layers, experts, tensor.where)
+    found: list[tuple[int, int, float]] = []
+    for key, tensor in tensors.items():
+        layer, expert = _key_place(key, None, None)
+        shapes = [(experts,)] if expert is None else [(), (1,)]
+        if layer is None or tensor.shape not in shapes:
+            raise CheckpointError(
+                f"{tensor.where}: shape {tensor.shape}; alphas have shape ({experts},) and a layer"
+                " in their key"
+            )
+        read = find_alphas({key: tensor.read_float32()}, layers, experts, tensor.where)
+        found += [(layer, expert, alpha) for (layer, expert), alpha in read.items()]
+    return gather_alphas(found, layers, experts, "tensors of alphas")
 
 
 @dataclass

@@ -5,11 +5,18 @@ is as long as neither the layers nor the experts) is refused.
 """
 
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.checkpoints.alpha import MAX_DEPTH, ORIGINALS, Alphas, find_alphas
+from outlier_mlx.checkpoints.alpha import (
+    MAX_DEPTH,
+    ORIGINALS,
+    Alphas,
+    find_alphas,
+    read_alpha_file,
+)
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, listed
 from outlier_mlx.storage.torch_zip import load_torch_zip
 
@@ -67,6 +74,13 @@ def read_alpha_overlay(path: Path, layers: int, experts: int) -> AlphaOverlay:
     if not found:
         raise CheckpointError(f"{path.name}: no alphas recognised; keys found: {_keys(content)}")
     return AlphaOverlay(found, replaced)
+
+
+def read_any_alphas(path: Path, layers: int, experts: int) -> Alphas:
+    """Alphas from a file that the user named: JSON, or a zip as `torch.save` writes it."""
+    if path.is_file() and zipfile.is_zipfile(path):
+        return read_alpha_overlay(path, layers, experts).alphas
+    return read_alpha_file(path, layers, experts)
 
 
 def _unwrap(content: Any, place: str) -> tuple[Any, Any]:

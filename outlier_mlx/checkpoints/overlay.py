@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from outlier_mlx.checkpoints.alpha_sources import resolve_alphas
+from outlier_mlx.checkpoints.alpha import Alphas, alphas_from_tensors, read_alpha_file
+from outlier_mlx.checkpoints.alpha_overlay import read_alpha_overlay, read_any_alphas
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import BASE_TYPE, ModelConfig
 from outlier_mlx.models.families import family
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix
+
+# In place of a file of alphas: those that `alpha_overlay.pt` replaced.
+ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Overlay:
         base: tensors of the base model that it contains, by mlx-lm's names; may be empty.
         routers: for each MoE layer, the routing matrix (experts, hidden).
         experts: for each MoE layer, its experts in order.
-        alpha_files: alpha.json files, in the order in which they apply.
+        alpha_files: alpha.json files; where two name an expert, the later wins.
         alpha_tensors: tensors of alphas by key; they win over the files.
         alpha_overlay: V3.3's `alpha_overlay.pt`, which wins over both.
         unused: keys that are not loaded.
@@ -62,23 +66,34 @@ class Overlay:
     def alphas(self, override: Path | str | None = None) -> dict[int, np.ndarray]:
         """The alphas that are used: for each MoE layer (experts,) float32.
 
+        An expert that no source names has alpha 0 if there is any alpha.json, else 1.
+
         Args:
             override: a file of alphas (JSON, or V3.3's `.pt`) that wins over the overlay's own, or
                 "original" for those that `alpha_overlay.pt` replaced.
 
         Raises:
-            CheckpointError: a source of alphas is not valid, or there are no originals.
+            CheckpointError: a source is not valid, two tensors disagree, or nothing was replaced.
         """
-        config = self.config
-        return resolve_alphas(
-            self.alpha_files,
-            dict(self.alpha_tensors),
-            config.moe_layers,
-            config.layers,
-            config.experts,
-            override,
-            self.alpha_overlay,
-        )
+        layers, experts = self.config.layers, self.config.experts
+        found: Alphas = {}
+        for file in self.alpha_files:
+            found.update(read_alpha_file(file, layers, experts))
+        found.update(alphas_from_tensors(self.alpha_tensors, layers, experts))
+        if self.alpha_overlay is not None:
+            newer = read_alpha_overlay(self.alpha_overlay, layers, experts)
+            newer.compare(found, self.alpha_overlay.name)
+            found.update(newer.originals if override == ORIGINAL else newer.alphas)
+        elif override == ORIGINAL:
+            raise CheckpointError("--alpha original: there is no alpha_overlay.pt")
+        if override not in (None, ORIGINAL):
+            found.update(read_any_alphas(Path(override), layers, experts))
+        # Checkpoints with a partial alpha.json rely on 0, those without any on 1.
+        default = 0.0 if self.alpha_files else 1.0
+        return {
+            layer: np.array([found.get((layer, e), default) for e in range(experts)], np.float32)
+            for layer in self.config.moe_layers
+        }
 
     def check(self) -> None:
         """Check that layers, experts and shapes fit together, from headers alone.
