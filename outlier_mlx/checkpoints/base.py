@@ -1,6 +1,5 @@
 """The base model: an ordinary folder in Hugging Face's names, of a family that can be one."""
 
-import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +21,8 @@ from outlier_mlx.models.families import family
 from outlier_mlx.models.head import NOTE
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.writing.licences import card_metadata
 
-# `base_model: OWNER/NAME` in a card's metadata, or a list of one.
-_CARD_BASE = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w./-]+)", re.MULTILINE)
-_CARD_CHARACTERS = 20_000
 # Of a `ModelConfig`: what must be equal in overlay and base. An overlay may leave it out if it has
 # none of the fields; where no fields are listed, it must state it.
 _DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -137,13 +134,10 @@ def _likely_base(overlay: Overlay) -> str:
     named = overlay.config.raw.get("base_model_name_or_path")
     if isinstance(named, str) and named:
         return f" (its config names {named.rsplit('/', 1)[-1][:80]!r})"
-    card = overlay.path / "README.md"
-    if card.is_file():
-        with card.open(encoding="utf-8", errors="replace") as file:
-            match = _CARD_BASE.search(file.read(_CARD_CHARACTERS))
-        if match:
-            return f" (its card names {match[1][:80]!r})"
-    return ""
+    named = (card_metadata(overlay.path) or {}).get("base_model")
+    if isinstance(named, list) and named:
+        named = named[0]
+    return f" (its card names {named[:80]!r})" if isinstance(named, str) else ""
 
 
 def _agree(overlay: ModelConfig, base: ModelConfig) -> ModelConfig:

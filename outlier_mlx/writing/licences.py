@@ -48,28 +48,36 @@ def licence_of(metadata: dict) -> Licence | None:
     return Licence(known, _text(metadata.get("license_name")), _text(metadata.get("license_link")))
 
 
+def card_metadata(folder: Path) -> dict | None:
+    """The YAML at the head of a folder's model card: empty if there is none, None if damaged."""
+    if not (folder / CARD).is_file():
+        return {}
+    with inside(folder, CARD).open(encoding="utf-8-sig", errors="replace") as file:
+        lines = file.read(_CARD_CHARACTERS).lstrip().splitlines()
+    if not lines or lines[0].rstrip() != "---":
+        return {}
+    try:
+        end = next(n for n, line in enumerate(lines[1:], 1) if line.rstrip() == "---")
+        metadata = yaml.safe_load("\n".join(lines[1:end]))
+    except (StopIteration, yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def stated_licence(folder: Path) -> Licence | None:
     """The licence that the model card in a folder states; None without a card, or if it is silent.
 
     A card whose metadata cannot be read counts as silent, with a warning.
     """
-    if not (folder / CARD).is_file():
-        return None
-    with inside(folder, CARD).open(encoding="utf-8-sig", errors="replace") as file:
-        lines = file.read(_CARD_CHARACTERS).lstrip().splitlines()
-    if not lines or lines[0].rstrip() != "---":
-        return None
-    try:
-        end = next(n for n, line in enumerate(lines[1:], 1) if line.rstrip() == "---")
-        metadata = yaml.safe_load("\n".join(lines[1:end]))
-    except (StopIteration, yaml.YAMLError, ValueError, RecursionError):
+    metadata = card_metadata(folder)
+    if metadata is None:
         warnings.warn(
             f"{folder.name}: {CARD}: its metadata cannot be read, so its licence is not known",
             CheckpointWarning,
             stacklevel=2,
         )
         return None
-    return licence_of(metadata) if isinstance(metadata, dict) else None
+    return licence_of(metadata)
 
 
 def combine(stated: Sequence[Licence | None], given: str | None = None) -> Licence | None:
