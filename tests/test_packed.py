@@ -14,6 +14,7 @@ import pytest
 from outlier_mlx import open_overlay
 from outlier_mlx.checkpoints.packed import MONOLITH_VARIABLE, PackedTrits
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.ternary import pack_rows
 from tests import damage
 from tests.builders import Built, write_overlay
@@ -252,7 +253,8 @@ def test_rows_for_a_tier(shape: tuple[int, int], tmp_path: Path):
     """Whatever rows are asked for, and whether or not they begin and end with a byte."""
     trits = np.random.default_rng(1).integers(-1, 2, shape, np.int8)
     (tmp_path / "x.bin").write_bytes(bytes(7) + pack_flat(trits) + bytes(7))
-    packed = PackedTrits("x", tmp_path / "x.bin", 7, shape)
+    stored = TensorRef("x", tmp_path / "x.bin", "U8", (-(-trits.size // 5),), 7)
+    packed = PackedTrits(stored, shape)
     for start in range(shape[0]):
         for stop in (*range(start + 1, shape[0] + 1), None):
             np.testing.assert_array_equal(packed.read(start, stop), trits[start:stop])

@@ -39,7 +39,11 @@ def open_expert_files(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay
     collected = collect(tensors)
     files = _expert_files(folder, names)
     for (layer, expert), file in files.items():
-        _add_expert(collected, folder, file, layer, expert)
+        for key, tensor in read_header(inside(folder, file)).items():
+            parsed = parse_expert_leaf(key, layer, expert)
+            if parsed is None:
+                raise CheckpointError(f"{folder}: {file}: {key} is not a part of an expert")
+            collected.add(parsed, tensor)
     trained = (folder / _TRAINER_ROUTERS).exists()
     router_keys = [key for key in tensors if "router" in key]
     if trained:
@@ -63,14 +67,6 @@ def _expert_files(folder: Path, names: list[str]) -> dict[tuple[int, int], str]:
             raise CheckpointError(f"{folder}: experts/{name}: the same expert as {files[place]}")
         files[place] = f"experts/{name}"
     return files
-
-
-def _add_expert(collected: Collected, folder: Path, file: str, layer: int, expert: int) -> None:
-    for key, tensor in read_header(inside(folder, file)).items():
-        parsed = parse_expert_leaf(key, layer, expert)
-        if parsed is None:
-            raise CheckpointError(f"{folder}: {file}: {key} is not a part of an expert")
-        collected.add(parsed, tensor)
 
 
 def _check_complete(

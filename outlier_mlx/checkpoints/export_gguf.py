@@ -19,6 +19,7 @@ from outlier_mlx.checkpoints.export_scales import find_scale_forms
 from outlier_mlx.checkpoints.export_shared import SLAB_BYTES, Origin, copied, slabs
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.storage.tensors import ExpertMatrix, row_ranges
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.ternary.ggml import BLOCK, TQ1_0_BYTES, pack_tq1_0_blocks
@@ -55,9 +56,7 @@ def gguf_tensors(overlay: Overlay, origin: Origin) -> "GgufTensors":
         OutlierError: rows that 256 does not divide, or a scale that float16 does not hold.
     """
     _require_blocks(overlay)
-    find_scale_forms(overlay).require_float16(
-        "GGUF's ternary blocks hold float16 scales", "--format overlay keeps them in float32."
-    )
+    find_scale_forms(overlay).require_float16("GGUF's ternary blocks")
     base = [copied(name, tensor) for name, tensor in overlay.base.items()]
     return GgufTensors(base, "the export", overlay=overlay, origin=origin)
 
@@ -136,7 +135,7 @@ def _require_blocks(overlay: Overlay) -> None:
 
 def _merged(overlay: Overlay) -> Iterator[_Merged]:
     for layer, experts in overlay.experts.items():
-        for projection in ("gate", "up", "down"):
+        for projection in PROJECTIONS:
             matrices = tuple(getattr(expert, projection) for expert in experts)
             yield _Merged(f"blk.{layer}.ffn_{projection}_exps.weight", matrices)
 

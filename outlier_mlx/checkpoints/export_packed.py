@@ -45,9 +45,7 @@ def packed_tensors(overlay: Overlay, origin: Origin) -> "PackedTensors":
         OutlierError: a scale that float16 does not hold; packed files have no other.
     """
     scales = find_scale_forms(overlay)
-    scales.require_float16(
-        "packed files hold float16 scales", "--format overlay keeps them in float32."
-    )
+    scales.require_float16("packed files")
     parts = [copied(name, tensor) for name, tensor in _copied(overlay)]
     return PackedTensors(parts, "the export", overlay=overlay, origin=origin, scales=scales)
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.storage.tensors import ExpertMatrix
 
 
@@ -30,19 +31,22 @@ class ScaleForms:
         values = matrix.row_scales()
         return values[:1] if projection in self.whole else values[:, None]
 
-    def require_float16(self, purpose: str, instead: str) -> None:
-        """Refuse to write what float16 would round.
+    def require_float16(self, what: str) -> None:
+        """Refuse to write what float16 would round: `what` have float16 scales.
 
         Raises:
             OutlierError: names the scale, and what to do instead.
         """
         if self.wide is not None:
-            raise OutlierError(f"{self.wide}, which no float16 holds; {purpose}. {instead}")
+            raise OutlierError(
+                f"{self.wide}, which no float16 holds; {what} hold float16 scales. --format overlay"
+                " keeps them in float32."
+            )
 
 
 def find_scale_forms(overlay: Overlay) -> ScaleForms:
     """Read all scales of an overlay, one matrix at a time, and find how to write them."""
-    whole = {"gate", "up", "down"}
+    whole = set(PROJECTIONS)
     wide = None
     for experts in overlay.experts.values():
         for expert in experts:

@@ -36,9 +36,8 @@ def _parts(overlay: Overlay) -> Iterator[Part]:
 
 
 def _scale(scales: ScaleForms, projection: str, matrix: ExpertMatrix) -> Iterator[np.ndarray]:
-    yield scales.values(projection, matrix).astype(
-        np.float16 if scales.wide is None else np.float32
-    )
+    dtype = np.float16 if scales.wide is None else np.float32
+    yield scales.values(projection, matrix).astype(dtype)
 
 
 def _copied(overlay: Overlay) -> Iterator[tuple[str, TensorRef]]:

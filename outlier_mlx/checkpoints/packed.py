@@ -23,6 +23,7 @@ from outlier_mlx.models.config import read_config
 from outlier_mlx.models.fields import MAX_SIZE
 from outlier_mlx.storage.paths import inside, require_plain
 from outlier_mlx.storage.safetensors import TensorRef, read_json
+from outlier_mlx.storage.tensors import Stored
 from outlier_mlx.ternary import TernaryError, flat_to_rows, pack_rows, unpack_tq1_0
 from outlier_mlx.ternary.digits import GROUP
 from outlier_mlx.ternary.flat import packed_bytes
@@ -35,23 +36,15 @@ MONOLITH_VARIABLE = "OUTLIER_MONOLITH_PATH"
 
 
 @dataclass(frozen=True)
-class PackedTrits:
-    """A matrix of trits in flat bytes at some place in a file."""
+class PackedTrits(Stored):
+    """A matrix of trits in flat bytes, stored as (packed_bytes(out * in),) uint8."""
 
-    name: str
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
+    size: tuple[int, ...]
 
     @property
-    def where(self) -> str:
-        """File and key."""
-        return f"{self.file.name}: {self.name}"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return packed_bytes(prod(self.shape))
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.size
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows as int8 (rows, in).
@@ -86,7 +79,7 @@ class PackedTrits:
 
     def _read(self, begin: int, end: int) -> np.ndarray:
         """Bytes `begin` to `end`. Padding other than zeros gives a warning, and becomes zeros."""
-        packed = self._bytes.read(begin, end)
+        packed = self.tensor.read(begin, end)
         used = prod(self.shape) % GROUP
         if used and end == self.nbytes:
             values, padding = packed[-1] % 3**used, packed[-1] // 3**used
@@ -107,10 +100,6 @@ class PackedTrits:
         except TernaryError as error:
             raise CheckpointError(f"{self.where}: from byte {begin}: {error}") from None
 
-    @property
-    def _bytes(self) -> TensorRef:
-        return TensorRef(self.name, self.file, "U8", (self.nbytes,), self.offset)
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -130,7 +119,8 @@ class Entry:
         """Put the part into `collected`, given where its bytes are."""
         place = (self.part.layer, self.part.expert, self.part.projection)
         if self.part.part == "trits":
-            collected.add_trits(place, PackedTrits(self.key, file, offset, self.shape))
+            stored = TensorRef(self.key, file, "U8", (self.nbytes,), offset)
+            collected.add_trits(place, PackedTrits(stored, self.shape))
         else:
             collected.add_scale(place, TensorRef(self.key, file, "F16", self.shape, offset))
 

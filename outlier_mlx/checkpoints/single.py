@@ -4,7 +4,7 @@ They differ in spelling alone: `base.model.layers.N.mlp.shared_expert.gate_W` is
 `model.layers.N.mlp.gate_proj.weight`. A folder that was repacked may mix the two.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from outlier_mlx.checkpoints.collect import collect
@@ -16,21 +16,13 @@ from outlier_mlx.storage.safetensors import TensorRef
 SIGN = "[base.]model.layers.N.mlp.experts.* or .mlp.router.weight in *.safetensors"
 
 
-def matches(keys: Iterable[str]) -> str | None:
-    """The form whose spelling these tensor keys have: "real", "v3.2" or None."""
-    parsed = {key: parse_key(key) for key in keys}
-    if not any(isinstance(key, ExpertKey | RouterKey) for key in parsed.values()):
-        return None
-    return "real" if any(key.startswith("base.") for key in parsed) else "v3.2"
-
-
 def open_single(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
     """Open a folder of shards as an overlay, or return None if it has no expert and no router.
 
     Raises:
         CheckpointError: it is an overlay, but not a valid one.
     """
-    form = matches(tensors)
-    if form is None:
+    if not any(isinstance(parse_key(key), ExpertKey | RouterKey) for key in tensors):
         return None
+    form = "real" if any(key.startswith("base.") for key in tensors) else "v3.2"
     return collect(tensors).overlay(folder, form, read_config(folder))

@@ -149,25 +149,19 @@ def _base(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
 
 
 def _experts(tensors: Mapping[str, TensorRef], config: ModelConfig, prefix: str) -> list[Expert]:
-    matrices = {}
-    assert config.expert_width is not None  # `expected_tensors` has seen to that
-    for projection in PROJECTIONS:
+    def matrix(projection: str, expert: int) -> ExpertMatrix:
         path = f"{prefix}.switch_mlp.{projection}_proj"
-        weight, scales = tensors[f"{path}.weight"], tensors[f"{path}.scales"]
+        weight, scales = (
+            _slice(tensors[f"{path}.{leaf}"], expert) for leaf in ("weight", "scales")
+        )
+        if config.raw["ternary"]["format"] == "affine2":
+            biases = _slice(tensors[f"{path}.biases"], expert)
+            return ExpertMatrix(AffineTrits(weight), AffineScales(scales, biases))
         width = config.expert_width if projection == "down" else config.hidden
-        for number in range(weight.shape[0]):
-            if config.raw["ternary"]["format"] == "affine2":
-                biases = tensors[f"{path}.biases"]
-                matrix = ExpertMatrix(
-                    AffineTrits(_slice(weight, number)),
-                    AffineScales(_slice(scales, number), _slice(biases, number)),
-                )
-            else:
-                rows = RowTrits(_slice(weight, number), width)
-                matrix = ExpertMatrix(rows, _slice(scales, number))
-            matrices[projection, number] = matrix
-    experts = range(tensors[f"{prefix}.alpha"].shape[0])
-    return [Expert(*(matrices[projection, e] for projection in PROJECTIONS)) for e in experts]
+        assert width is not None  # `expected_tensors` has seen to that
+        return ExpertMatrix(RowTrits(weight, width), scales)
+
+    return [Expert(*(matrix(p, e) for p in PROJECTIONS)) for e in range(config.experts)]
 
 
 def _slice(tensor: TensorRef, number: int) -> TensorRef:

@@ -50,8 +50,5 @@ def _words(folder: Path) -> Iterable[str]:
     for name, value in config.items():
         yield name
         if name in ("model_type", "architectures"):
-            yield from (item for item in [value, *_items(value)] if isinstance(item, str))
-
-
-def _items(value: object) -> list:
-    return value if isinstance(value, list) else []
+            items = value if isinstance(value, list) else [value]
+            yield from (item for item in items if isinstance(item, str))

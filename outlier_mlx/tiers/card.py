@@ -1,7 +1,6 @@
 """The model card of a tier, made from the tier's own folder."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.checkpoints.info import Info, inspect
@@ -33,19 +32,16 @@ def model_card(
         CheckpointError: the folder is no sound tier.
         OutlierError: an evaluation is of another model.
     """
-    tier = _Tier(
-        read_json(inside(folder, "tier.json")),
-        read_json(inside(folder, "config.json")),
-        rewritten=(folder / "tokenizer_config.json").exists(),
-    )
-    info, measured, sources = inspect(folder), read_measured(folder), origins(tier.manifest)
+    manifest, config = (read_json(inside(folder, name)) for name in ("tier.json", "config.json"))
+    recipe = _mapping(manifest.get("recipe"))
+    info, measured, sources = inspect(folder), read_measured(folder), origins(manifest)
     _check_scores(folder, info, evaluations)
     name = one_line(name)
-    own_code = "model_file" in tier.config
+    own_code = "model_file" in config
     flag = " --trust-remote-code" if own_code else ""
     return Card(
         name=name,
-        introduction=tier.introduction(),
+        introduction=_introduction(manifest, recipe),
         commands=[
             f'outlier-mlx generate --model {name} --prompt "Once upon a time"',
             f'mlx_lm.generate --model {name}{flag} --prompt "Once upon a time"',
@@ -54,7 +50,7 @@ def model_card(
         origins=sources,
         contained="base: contained in the overlay" if len(sources) == 1 else "",
         based_on=sources[-1:],
-        relation="quantized" if tier.recipe.get("base_bits") is not None else "finetune",
+        relation="quantized" if recipe.get("base_bits") is not None else "finetune",
         tags=["mlx", "moe", "ternary"],
         rows=info.rows,
         after_sizes=memory(info),
@@ -62,7 +58,7 @@ def model_card(
             *([perplexities(measured)] if measured else []),
             *([scores(evaluations)] if evaluations else []),
         ],
-        changes=list(tier.changes()),
+        changes=list(_changes(folder, config, recipe)),
         manifest="tier.json",
         given=licence,
         metadata=as_metadata(name.rsplit("/", 1)[-1], measured),
@@ -98,64 +94,44 @@ def _check_scores(folder: Path, info: Info, evaluations: Sequence[Evaluation]) -
             )
 
 
-@dataclass(frozen=True)
-class _Tier:
-    """What a tier's files say of how it was made.
-
-    Attributes:
-        manifest: `tier.json`.
-        config: `config.json`.
-        rewritten: whether there is a `tokenizer_config.json`.
-    """
-
-    manifest: dict
-    config: dict
-    rewritten: bool
-
-    @property
-    def recipe(self) -> dict:
-        """How the tier is stored."""
-        return _mapping(self.manifest.get("recipe"))
-
-    def introduction(self) -> str:
-        """What the model is."""
-        name, dtype = code(self.recipe.get("name")), plain(self.recipe.get("dtype"))
-        return f"""\
+def _introduction(manifest: dict, recipe: dict) -> str:
+    name, dtype = code(recipe.get("name")), plain(recipe.get("dtype"))
+    return f"""\
 An Outlier model for MLX: a frozen base with ternary experts beside its feed-forward layers.
-Converted by {plain(self.manifest.get("producer"))}, recipe {name}
+Converted by {plain(manifest.get("producer"))}, recipe {name}
 ({dtype})."""
 
-    def changes(self) -> Iterator[str]:
-        """What the conversion changed."""
-        recipe = self.recipe
-        bits, group, dtype = (recipe.get(name) for name in ("base_bits", "group_size", "dtype"))
-        if bits is None:
-            yield f"the base's weights were converted to {dtype}"
-        else:
-            more = ", the most sensitive ones to 6 bits" if recipe.get("mixed") else ""
-            yield (
-                f"the base's matrices were quantized to {bits} bits in groups of {group}{more}, as"
-                f" MLX does it; its other weights were converted to {dtype}"
-            )
-        if recipe.get("portable"):
-            yield (
-                "the experts' trits were stored in MLX's affine 2-bit format with the alphas folded"
-                f" into the down projections, all scales in {dtype}"
-            )
-            yield (
-                "rows of the query and key projections were reordered and zero biases added, as the"
-                f" model type {code(self.config.get('model_type'))} has them"
-            )
-        else:
-            form = "packed anew, five to a byte"
-            if recipe.get("experts") == "affine2":
-                form = "stored in MLX's affine 2-bit format"
-            yield f"the experts' trits were {form}, their values unchanged, with float32 scales"
-        if "alpha" in recipe:
-            yield f"alphas are not the overlay's present ones, but from {code(recipe['alpha'])}"
-        yield "`config.json` was written anew"
-        if self.rewritten:
-            yield "`tokenizer_config.json` was rewritten without references to code"
+
+def _changes(folder: Path, config: dict, recipe: dict) -> Iterator[str]:
+    """What the conversion changed."""
+    bits, group, dtype = (recipe.get(name) for name in ("base_bits", "group_size", "dtype"))
+    if bits is None:
+        yield f"the base's weights were converted to {dtype}"
+    else:
+        more = ", the most sensitive ones to 6 bits" if recipe.get("mixed") else ""
+        yield (
+            f"the base's matrices were quantized to {bits} bits in groups of {group}{more}, as"
+            f" MLX does it; its other weights were converted to {dtype}"
+        )
+    if recipe.get("portable"):
+        yield (
+            "the experts' trits were stored in MLX's affine 2-bit format with the alphas folded"
+            f" into the down projections, all scales in {dtype}"
+        )
+        yield (
+            "rows of the query and key projections were reordered and zero biases added, as the"
+            f" model type {code(config.get('model_type'))} has them"
+        )
+    else:
+        form = "packed anew, five to a byte"
+        if recipe.get("experts") == "affine2":
+            form = "stored in MLX's affine 2-bit format"
+        yield f"the experts' trits were {form}, their values unchanged, with float32 scales"
+    if "alpha" in recipe:
+        yield f"alphas are not the overlay's present ones, but from {code(recipe['alpha'])}"
+    yield "`config.json` was written anew"
+    if (folder / "tokenizer_config.json").exists():
+        yield "`tokenizer_config.json` was rewritten without references to code"
 
 
 def _mapping(value: object) -> dict:

@@ -9,6 +9,7 @@ alphas (folded into the scales and biases of the down projections).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> 
         target = name.replace(".mlp.", ".mlp.shared_experts.") if moe else name
         change = None
         if ".q_proj." in name or ".k_proj." in name:
-            change = _adjacent(config.head_dim)
+            change = partial(AdjacentPairs, head_dim=config.head_dim)
         yield base_part(model, recipe, name, target, shape, change)
         path, leaf = target.rsplit(".", 1)
         bias = f"{name.rsplit('.', 1)[0]}.bias"
@@ -108,10 +109,6 @@ def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> 
         if moe and name.endswith("mlp.down_proj.weight"):
             assert layer is not None
             yield from _moe_parts(model, recipe, layer, alphas[layer])
-
-
-def _adjacent(head_dim: int):  # type: ignore[no-untyped-def]
-    return lambda tensor: AdjacentPairs(tensor, head_dim)
 
 
 def _moe_parts(model: WholeModel, recipe: Recipe, layer: int, alphas: np.ndarray) -> Iterator[Part]:
