@@ -9,6 +9,7 @@ import pytest
 
 from outlier_mlx.checkpoints import open_overlay
 from tests.folders import copy_writable
+from tests.merging import write_merge_config, write_models
 from tests.program import run
 
 # What is written, and a command that would write it; the words in braces are of `here`.
@@ -66,6 +67,33 @@ def test_an_export_is_replaced(form: str, here: Path) -> None:
     assert open_overlay(here / "out").experts
     told = run("export", "tier", "--out", "out", code=1).err
     assert told == "error: out: exists; --force replaces it\n"
+
+
+def test_an_input_is_never_replaced(here: Path) -> None:
+    """Not even one that this project wrote, nor a folder that contains one."""
+    run("export", "tier", "--out", "out/inner")
+    (here / "out/tier.json").write_text("{}")
+    (here / "link").symlink_to("tier")
+    before = sorted(here.rglob("*"))
+    for line, output in [
+        ("export tier --out tier", "tier"),
+        ("export link --out tier", "tier"),
+        ("convert out/inner --base tier --out out/inner", "out/inner"),
+        ("convert overlay --base tier --out tier", "tier"),
+        ("convert out/inner --out out", "out"),
+        ("import tier --out tier", "tier"),
+    ]:
+        told = run(*line.split(), "--force", code=1).err
+        assert told == f"error: {output}: is an input, so it cannot be the output\n"
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_model_of_a_merge_is_never_replaced(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    run("import", tmp_path / "base", "--out", tmp_path / "imported")
+    config = write_merge_config(tmp_path, base_model="imported")
+    told = run("merge", config, "--out", tmp_path / "imported", "--force", code=1).err
+    assert told.endswith("/imported: is an input, so it cannot be the output\n")
 
 
 def test_routing_is_replaced(here: Path) -> None:

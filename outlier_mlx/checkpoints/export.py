@@ -77,7 +77,7 @@ def export_tier(
         hint = did_you_mean(format, FORMATS)
         raise OutlierError(f"format {format!r}: expected one of {', '.join(FORMATS)}{hint}")
     target = Path(out)
-    check_free(target, force=force)
+    check_free(target, force=force, sources=[tier])
     source = resolve(tier, revision)
     overlay = open_tier(source.folder)
     origin = _origin(source.folder, contains_base=bool(overlay.base))

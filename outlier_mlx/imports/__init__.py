@@ -53,12 +53,14 @@ def import_model(
     """Write a model of another format as an MLX folder that stock mlx-lm loads.
 
     Args:
-        source: a folder, a `.gguf` file, or a hub repository. out: the folder to write. dtype:
-        dtype of scales and biases; default: the smallest dtype that is exact. bits: 5 stores AWQ's
-        4-bit weights in 5 bits, which is exact with 16-bit scales. file: name of the `.gguf` file
-        in a folder or repository. k_quants: how to store Q2_K, Q3_K and Q6_K of GGUF: "8bit"
-        (default), "float16" or "float32". experts: how to store ternary experts of GGUF: "tq1_0"
-        (default) in this project's layers,
+        source: a folder, a `.gguf` file, or a hub repository.
+        out: the folder to write.
+        dtype: dtype of scales and biases; default: the smallest dtype that is exact.
+        bits: 5 stores AWQ's 4-bit weights in 5 bits, which is exact with 16-bit scales.
+        file: name of the `.gguf` file in a folder or repository.
+        k_quants: how to store Q2_K, Q3_K and Q6_K of GGUF: "8bit" (default), "float16" or
+            "float32".
+        experts: how to store ternary experts of GGUF: "tq1_0" (default) in this project's layers,
             "affine2" for stock mlx-lm.
         revision: branch, tag or commit on the hub.
         force: replace `out` if it is a model that this project wrote.
@@ -69,7 +71,7 @@ def import_model(
             small. No files are left behind.
     """
     target = Path(out)
-    check_free(target, force=force)
+    check_free(target, force=force, sources=[source])
     found = _resolve(source, file, revision)
     gguf = {"k_quants": k_quants, "experts": experts}
     opened = _open(found, dtype, bits, file, {k: v for k, v in gguf.items() if v is not None})

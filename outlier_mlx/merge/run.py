@@ -65,6 +65,9 @@ def merge(
     merge_config = read_merge_config(Path(config_file), no_positive=no_positive)
     if held_out is not None:
         merge_config = merge_config.with_held_out(Path(held_out))
+    experts = [*merge_config.experts, merge_config.shared]
+    models = [merge_config.base, *(expert.source for expert in experts if expert is not None)]
+    check_free(target, force=force, sources=[config_file, *models])
     mixture = open_mixture(merge_config, seed)
     stored = DTYPES[mixture.base.tensors["model.embed_tokens.weight"].dtype]
     stored_as = StoredAs(dtype or merge_config.dtype or stored, bits, group_size)

@@ -69,7 +69,7 @@ def convert_tier(
     """
     recipe = recipe or Recipe()
     target = Path(out) if out is not None else _default_out(overlay, recipe)
-    check_free(target, force=force)
+    check_free(target, force=force, sources=[overlay, base])
     revisions = {"revision": revision, "base_revision": base_revision}
     with open_sources(overlay, base, target, **revisions, stream=stream, force=force) as sources:
         model = join(sources.opened, open_base(sources.base.folder) if sources.base else None)

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -143,12 +143,21 @@ def _lock(handle: int, *, wait: bool) -> bool:
     return True
 
 
-def check_free(target: Path, *, force: bool) -> None:
+def check_free(target: Path, *, force: bool, sources: Iterable[str | Path | None] = ()) -> None:
     """Check that `target` may be written to: nothing is there, or a model that `force` replaces.
+
+    Args:
+        target: the folder to make.
+        force: replace a model that this project wrote.
+        sources: what the target is made from: files, folders, and names of repositories, which are
+            ignored. A source is never replaced, nor is a folder that contains one.
 
     Raises:
         OutputExistsError: it may not. What this project did not write is never replaced.
     """
+    for source in sources:
+        if source is not None and _holds(target, Path(source)):
+            raise OutputExistsError(f"{target}: is an input, so it cannot be the output")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputExistsError(f"{target}: exists and is not a folder")
     if not target.exists():
@@ -159,6 +168,11 @@ def check_free(target: Path, *, force: bool) -> None:
         raise OutputExistsError(
             f"{target}: exists and is not a tier; --force replaces only what outlier-mlx wrote"
         )
+
+
+def _holds(folder: Path, place: Path) -> bool:
+    """Whether an existing `place` is `folder`, or in it; links are followed."""
+    return place.exists() and place.resolve().is_relative_to(folder.resolve())
 
 
 def check_space(target: Path, nbytes: int, what: str) -> None:
