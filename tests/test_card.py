@@ -145,7 +145,7 @@ def test_licence_files_of_both_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, ["quantized to 4 bits in groups of 64", "packed anew, five to a byte"]),
+        ({}, ["quantized to 4 bits in groups of 64", "repacked, five to a byte"]),
         ({"tier": "q4-mixed"}, ["to 4 bits", "most sensitive ones to 6 bits"]),
         ({"tier": "q8", "group_size": 32}, ["to 8 bits in groups of 32"]),
         ({"tier": "f32", "experts": "affine2"}, ["converted to float32", "affine 2-bit format"]),

@@ -238,7 +238,7 @@ def test_where_words_begin_changes_no_score() -> None:
     assert adapter.loglikelihood_rolling([SimpleNamespace(args=("The kitten",))]) == [alone[0]]
 
 
-def test_settings_are_heeded_and_noted(cases: dict[str, Case], tmp_path: Path) -> None:
+def test_settings_are_used_and_noted(cases: dict[str, Case], tmp_path: Path) -> None:
     case = cases["tier"]
     prompts = [
         f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in "abc"

@@ -249,7 +249,7 @@ def test_another_tier_is_replaced_by_force_alone(
 def test_what_is_no_tier_is_not_mixed_with_one(hub: WritableHub, tier: Path) -> None:
     hub.create(REPO, private=False)
     hub.put(REPO, "adapter.bin", b"theirs")
-    refused("push", tier, REPO, words=("no tier (adapter.bin)", "--force"))
+    refused("push", tier, REPO, words=("not a tier (adapter.bin)", "--force"))
     run("push", tier, REPO, "--force")
     assert arrived(hub)["adapter.bin"] == b"theirs"
     hub.put(REPO, "model.safetensors", b"theirs")

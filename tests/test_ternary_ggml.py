@@ -65,7 +65,7 @@ def test_code_3_is_refused_with_its_position() -> None:
 @pytest.mark.parametrize(("kind", "size", "pack", "unpack"), BLOCK_FORMS)
 def test_refused_blocks(kind, size, pack, unpack) -> None:
     packed = pack(random_trits(2, 512), np.ones((2, 2), np.float16))
-    with pytest.raises(TernaryError, match=rf"packed: rows of 100 are no whole blocks of {size}"):
+    with pytest.raises(TernaryError, match=rf"packed: rows of 100 are not whole blocks of {size}"):
         unpack(packed[:, :100])
     for bad in (np.nan, np.inf):
         packed[1, 2 * size - 2 :].view(np.float16)[:] = bad
@@ -75,7 +75,7 @@ def test_refused_blocks(kind, size, pack, unpack) -> None:
 
 def test_refused_trits_of_blocks() -> None:
     pack, trits, d = ggml.pack_tq1_0_blocks, random_trits(2, 512), np.ones((2, 2), np.float16)
-    with pytest.raises(TernaryError, match="trits: rows of 500 are no whole blocks of 256"):
+    with pytest.raises(TernaryError, match="trits: rows of 500 are not whole blocks of 256"):
         pack(trits[:, :500], d)
     with pytest.raises(
         TernaryError, match=r"d: expected shape \(2, 2\), one a block, got \(2, 1\)"

@@ -23,8 +23,9 @@ from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.writing.licences import card_metadata
 
-# Of a `ModelConfig`: what must be equal in overlay and base. An overlay may leave it out if it has
-# none of the fields; where no fields are listed, it must state it.
+# Attributes of `ModelConfig` that must be equal in overlay and base, and the fields of a config
+# that state them. An overlay may have none of these fields; where none are listed, it must state
+# the value.
 _DIMENSIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(["hidden", "intermediate", "layers", "heads", "vocab"], ()),
     "kv_heads": ("n_kv_heads", "num_key_value_heads"),

@@ -29,8 +29,8 @@ class Collected:
         base: tensors of the base, by mlx-lm's name.
         routers: routing matrices by layer.
         alphas: tensors of alphas by key.
-        trits: of the experts' matrices.
-        scales: likewise.
+        trits: trits of the experts' matrices.
+        scales: scales of the experts' matrices.
         unused: unknown keys.
     """
 

@@ -75,7 +75,7 @@ class GgufTensors(Parts):
         return super().nbytes + routers + sum(tensor.nbytes for tensor in _merged(self.overlay))
 
     def write(self, folder: Path, progress: Progress = no_progress) -> list[WrittenFile]:
-        """Write shards and `experts.gguf`; `progress` is told of bytes written."""
+        """Write shards and `experts.gguf`; `progress` gets the bytes written."""
         tally = Tally(self.nbytes, progress)
         files = self.write_shards(folder, tally)
         with (folder / NAME).open("xb") as file:

@@ -66,7 +66,7 @@ class PackedTensors(Parts):
         return super().nbytes + count * (lengths + aligned(lengths))
 
     def write(self, folder: Path, progress: Progress = no_progress) -> list[WrittenFile]:
-        """Write shards, and `packed_experts/`; `progress` is told of bytes written."""
+        """Write shards, and `packed_experts/`; `progress` gets the bytes written."""
         tally = Tally(self.nbytes, progress)
         files = self.write_shards(folder, tally)
         inner = folder / FOLDER

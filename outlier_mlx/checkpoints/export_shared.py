@@ -83,15 +83,15 @@ class FromSlabs(Part):
 
     @property
     def source_bytes(self) -> int:
-        """As many as are written."""
+        """Bytes that are read: as many as are written."""
         return self.spec.nbytes
 
     def specs(self) -> list[TensorSpec]:
-        """The one tensor."""
+        """The name, dtype and shape of its only tensor."""
         return [self.spec]
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """The slabs."""
+        """The bytes of the tensor, slab by slab."""
         for slab in self.make():
             yield self.spec.name, slab.data, slab.nbytes
 

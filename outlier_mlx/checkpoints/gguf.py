@@ -48,7 +48,7 @@ class BlockTrits:
 
     @property
     def where(self) -> str:
-        """File and tensor."""
+        """File and tensor, for messages."""
         return self.tensor.where
 
     @property
@@ -92,7 +92,7 @@ class BlockScales:
 
     @property
     def where(self) -> str:
-        """File and tensor."""
+        """File and tensor, for messages."""
         return self.trits.where
 
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:

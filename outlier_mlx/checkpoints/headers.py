@@ -63,7 +63,7 @@ def headers(
     Args:
         path_or_repo: a folder, or a repository on the hub.
         revision: branch, tag or commit on the hub.
-        progress: told how many files on the hub have been asked for, and how many will be.
+        progress: called with how many files on the hub have been asked for, and how many will be.
         besides: further files, by name or pattern, that are fetched whole.
 
     Raises:

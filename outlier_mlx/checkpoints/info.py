@@ -52,7 +52,7 @@ class Info:
         experts_per_token: how many of them a token uses.
         context_length: tokens of context that it was made for.
         vocab: rows of its embedding.
-        dtype: of activations and unquantized weights.
+        dtype: dtype of activations and unquantized weights.
         quantization: bits and group size of what is quantized, but for a tier's experts.
         chat_template: whether its tokenizer has one.
         licence: as its model card states it.
@@ -95,7 +95,7 @@ def inspect(
     Args:
         path_or_repo: a folder, or a repository on the hub.
         revision: branch, tag or commit on the hub.
-        progress: told how many files on the hub have been asked for, and how many will be.
+        progress: called with how many files on the hub have been asked for, and how many will be.
 
     Raises:
         CheckpointError: there is no model, or its files are not sound.

@@ -31,7 +31,7 @@ class Monolith:
 
     Attributes:
         path: the file.
-        lengths: of the six parts of an expert, in bytes.
+        lengths: bytes of the six parts of an expert.
         experts: for each (layer, expert), where its first part begins.
     """
 

@@ -102,7 +102,7 @@ def open_tier(folder: Path) -> Overlay:
         The overlay. Its base is there if the tier stores all of it unquantized, else empty.
 
     Raises:
-        CheckpointError: it is no tier, has no experts, or is not valid.
+        CheckpointError: it is not a tier, has no experts, or is not valid.
     """
     raw = raw_config(folder)
     ternary = raw.get("ternary")

@@ -86,7 +86,7 @@ def ternary_matrix(trits: Trits, scale: FloatTensor | None) -> ExpertMatrix | No
     scale if each of its rows holds one magnitude.
 
     Raises:
-        CheckpointError: the dtype cannot hold trits, or they are no matrix.
+        CheckpointError: the dtype cannot hold trits, or the tensor is not a matrix.
     """
     if not isinstance(trits, TensorRef):
         return ExpertMatrix(trits, scale) if scale is not None else None

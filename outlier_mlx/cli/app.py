@@ -77,7 +77,7 @@ class Commands(TyperGroup):
 
 
 def _misused(message: str, error: Any) -> str:
-    """What is said of wrong usage: what is wrong, and where the right usage is told."""
+    """The message for wrong usage: what is wrong, and the command that shows the right usage."""
     if isinstance(error, typer.BadParameter) and error.message:
         message = error.message
         if error.param is not None:
@@ -104,7 +104,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr."""
+    """Print one line to stderr."""
     print(one_line(text), file=sys.stderr, flush=True)
 
 

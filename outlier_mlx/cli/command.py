@@ -181,7 +181,7 @@ FIRST = ("Arguments", "Options")
 
 
 def write_section(name: str, rows: list[tuple[str, str]], formatter: Any) -> None:
-    """Write a heading and what is below it: names, and what is said of each."""
+    """Write a heading, and below it names with a description each."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     with formatter.section(name if plain else typer.style(name, bold=True)):
         formatter.write_dl(rows, col_max=min(26, formatter.width // 3))

@@ -54,7 +54,7 @@ def load_model(folder: Path, dtype: str | None = None, alpha: Path | None = None
 def load_visibly(
     model: str | Source, dtype: str | None = None, alpha: Path | None = None, *, quiet: bool
 ) -> Any:
-    """As `load_model` does, of a folder or hub repository; a terminal shows that it takes time."""
+    """Load a model from a folder or hub repository; a terminal shows that it takes time."""
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import working
 

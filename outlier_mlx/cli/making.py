@@ -282,7 +282,7 @@ def tune_alpha(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the alphas of a tier, and nothing else; judge them on a fifth of the text, held out."""
+    """Train only the alphas of a tier; a fifth of the text is held out to choose the best."""
     from outlier_mlx.measure import perplexity as compare
     from outlier_mlx.measure.tune_alpha import save_alphas, tune_alphas
     from outlier_mlx.storage.output import check_writable

@@ -132,7 +132,7 @@ def chat(
         Path | None,
         typer.Option(
             metavar="FILE.safetensors",
-            help="Keep the conversation and its KV cache in this file; go on with it if it exists.",
+            help="Keep the conversation and its KV cache in this file; resume it if it exists.",
         ),
     ] = None,
     alpha: Alpha = None,
@@ -225,7 +225,7 @@ def serve(
     alpha: Alpha = None,
     quiet: Quiet = False,
 ) -> None:
-    """Serve a model to programs that speak OpenAI's API; to this machine alone unless told."""
+    """Serve a model through OpenAI's API; by default only to this machine."""
     prepare(model, loading.revision)
     from dataclasses import asdict, replace
     from functools import partial

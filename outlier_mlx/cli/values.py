@@ -1,4 +1,4 @@
-"""How the values of options are read, and what is said about wrong ones.
+"""How the values of options are read, and the messages for wrong ones.
 
 Typer reads them through pydantic: importing that takes longer than all of the command line else.
 """

@@ -85,7 +85,7 @@ def check_fits(
     Args:
         folder: a tier or a plain MLX model.
         tokens: tokens that the KV cache of a conversation will hold.
-        kv_bits: of a quantized KV cache.
+        kv_bits: bits of a value in a quantized KV cache.
         available: available memory; None: that of this machine.
         kv_group_size: values of a quantized KV cache that share a scale.
         conversations: how many have a KV cache at the same time.

@@ -11,7 +11,7 @@ import numpy as np
 
 from outlier_mlx.imports.codes import five_bytes
 
-#: Of eight columns, column j is in the 4 bits of a word that begin at bit 4 * NIBBLES[j].
+#: In a word of eight columns, column j is in the 4 bits of a word that begin at bit 4 * NIBBLES[j].
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 # The columns in the low halves of a word's four bytes, and those in the high halves.
 _LOW = [NIBBLES.index(n) for n in (0, 2, 4, 6)]

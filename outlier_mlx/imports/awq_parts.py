@@ -86,7 +86,7 @@ class AwqPart(Part):
     """The `weight`, `scales` and `biases` of a module.
 
     Attributes:
-        shape: of the module's weight before quantization.
+        shape: shape of the module's weight before quantization.
         matrices: the linear layer, or one for each expert.
         bits: 4 or 5; with 5, biases in float16 are exact.
         dtype: "float32" or "float16", the dtype of scales and biases.

@@ -98,7 +98,7 @@ class BenchResult:
         return self.decode_gb_s / self.chip.bandwidth_gb_s
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """All fields as JSON values."""
         return {
             **environment(self.chip),
             "dtype": self.dtype,

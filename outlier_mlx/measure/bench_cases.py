@@ -71,7 +71,7 @@ class Kernel:
     """A kernel to time.
 
     Attributes:
-        name: of its launcher.
+        name: name of its launcher.
         reads: the matrices of a layer that it reads.
         ours: launches it; takes layer, indices (tokens, k) and variant.
         plain: the same in MLX; takes layer, transcoded matrices, their indices (tokens, k), dtype.

@@ -57,7 +57,7 @@ class Arm:
     """One way to compute a kernel's result, and how long it took.
 
     Attributes:
-        variant: of our kernel; None: MLX's 2-bit kernels.
+        variant: variant of our kernel; None: MLX's 2-bit kernels.
         nbytes: bytes of weights that a launch reads.
         error: why it is not timed.
         seconds: seconds of one launch, by round.
@@ -70,7 +70,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Name for people."""
+        """Name in tables and messages."""
         v = self.variant
         return f"{v.decode}, {v.rows} rows, {v.load_bits}-bit loads" if v else "MLX 2-bit"
 
@@ -85,7 +85,7 @@ class Arm:
         return self.nbytes / self.runs.median / 1e9 if self.runs else None
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """All fields as JSON values."""
         return {
             "arm": self.variant.decode if self.variant else "mlx",
             "variant": asdict(self.variant) if self.variant else None,
@@ -123,7 +123,7 @@ class KernelResult:
         return min(offered, key=timed.__getitem__, default=None)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """All fields as JSON values."""
         shown = ("kernel", "out_features", "in_features", "pairs", "launches")
         return {name: getattr(self, name) for name in shown} | {
             "best": asdict(self.best) if self.best else None,
@@ -150,7 +150,7 @@ class KernelBench:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """All fields as JSON values."""
         kernels = [result.as_json() for result in self.results]
         return {**environment(self.chip), "dtype": self.dtype, "kernels": kernels}
 
@@ -215,9 +215,10 @@ def excess(found: mx.array, expected: mx.array, tolerance: tuple[float, float]) 
     """The largest error of a result, as a multiple of the allowed error.
 
     Args:
-        found: of any shape and floating dtype.
-        expected: of the same shape, float32.
-        tolerance: of the root mean square of `expected`, and of each value.
+        found: the result, of any shape and floating dtype.
+        expected: what it should be, of the same shape, float32.
+        tolerance: allowed error, as a fraction of the root mean square of `expected`, and as a
+            fraction of each value; both are added.
     """
     typical = mx.sqrt(mx.mean(mx.square(expected)))
     allowed = tolerance[0] * typical + tolerance[1] * mx.abs(expected) + 1e-30

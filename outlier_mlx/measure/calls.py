@@ -12,14 +12,14 @@ Told = Callable[[tuple[Any, ...], Any], None]
 
 @contextmanager
 def watched_calls(module: nn.Module, method: str, told: Told) -> Iterator[None]:
-    """Tell of each call of a module's method as long as the block lasts.
+    """Report each call of a module's method as long as the block lasts.
 
     The module has, meanwhile, a class of its own that calls the original one, so parameters, names
     and children stay as they are, and nothing that it computes changes.
 
     Args:
-        module: of a model.
-        method: such as "__call__".
+        module: a module of a model.
+        method: name of the method, such as "__call__".
         told: called after each call.
     """
     original = type(module)

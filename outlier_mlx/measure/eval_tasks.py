@@ -33,7 +33,7 @@ _TRUST = "--trust-tasks runs it"
 _ALLOW = "--trust-tasks allows it"
 #: Tags of plain YAML; any other names something that the harness would import.
 _PLAIN = "tag:yaml.org,2002:"
-# Of a task file that is not trusted; those of the harness have less than a hundredth of it.
+# Largest task file that is not trusted; the harness's own have less than a hundredth of it.
 _MAX_BYTES = 16 << 20
 # Values in a task file, those of aliases counted wherever they stand: ten lines of them can stand
 # for billions, or for themselves.
@@ -104,7 +104,7 @@ def _reason(error: BaseException) -> str:
         return f"its data cannot be read: {_reason(error.__cause__)}"
     said = one_line(str(error))
     if isinstance(error, ConnectionError):
-        # Of datasets', which ends in the name of what it was caused by.
+        # The message of `datasets` ends in the name of the error that caused it.
         return re.sub(r" \(\w+\)$", "", said) + ", and it is not in the local cache"
     if isinstance(error, StopIteration):
         return "its data has no documents"

@@ -118,8 +118,8 @@ class Labels:
     Attributes:
         points: (n, 2), in the units of the axes.
         names: a text for each.
-        size: of the text.
-        color: of the text.
+        size: font size in points.
+        color: color of the text.
     """
 
     points: np.ndarray
@@ -134,8 +134,8 @@ class Named:
 
     Attributes:
         axes: with everything drawn but the names.
-        labels: of the points that matter.
-        others: of points that matter less; where there is no room they have no name.
+        labels: names of the important points.
+        others: names of less important points; left out where there is no room.
         marks: (m, 2), further points that are drawn and have no names.
         lines: (2 or more, 2) each, the ends of straight lines, which names avoid where they can.
     """
@@ -236,7 +236,8 @@ def write_names(figure: "Figure", charts: Sequence[Named], rows: int = 1) -> Non
     Args:
         figure: with everything drawn but the names.
         charts: its axes.
-        rows: of axes. Where a chart has no room for its names, each row becomes higher, for a list.
+        rows: number of rows of axes. Where a chart has no room for its names, each row becomes
+            higher, for a list.
     """
     figure.draw_without_rendering()  # which places the axes
     crowded = [chart for chart in charts if not chart.fits()]

@@ -81,7 +81,7 @@ class Comparison:
         )
 
     def as_json(self) -> dict:
-        """All figures, for programs."""
+        """All figures as JSON values."""
         return asdict(self) | {"perplexity": self.perplexity}
 
 

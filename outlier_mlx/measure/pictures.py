@@ -129,7 +129,7 @@ def spread(
     """Set an axis's limits, with room at both ends, and its scale, with plain numbers.
 
     Args:
-        axes: of a picture.
+        axes: axes of a picture.
         which: the axis.
         low: the least that is shown; above 0 for a log scale.
         high: the most that is shown; it may be the same.
@@ -166,7 +166,7 @@ def heat_map(
         path: the picture to write.
         values: (rows, columns), 0 or more.
         rows: a name for each row; columns are numbered from 0.
-        names: of the columns' axis, the rows' axis and the values.
+        names: names of the columns' axis, the rows' axis and the values.
 
     Raises:
         OutlierError: as `picture`.
@@ -207,7 +207,7 @@ def color_bar(figure: "Figure", image: Any, axes: Any, label: str) -> None:
     """Add a bar that tells what colours mean, equally wide in pictures of any size.
 
     Args:
-        figure: of the picture.
+        figure: the picture.
         image: what is coloured.
         axes: one or several, beside which it stands.
         label: what is measured.

@@ -46,7 +46,7 @@ class LayerRouting:
         return -sum(part * math.log2(part) for part in parts)
 
     def as_json(self) -> dict:
-        """All figures, for programs."""
+        """All figures as JSON values."""
         return {
             "layer": self.layer,
             "tokens": self.tokens,
@@ -134,7 +134,7 @@ def draw(layers: list[LayerRouting], path: Path) -> None:
     """Draw a heat map of the share of tokens that each expert of each layer served.
 
     Args:
-        layers: of one model, so all have equally many experts.
+        layers: the layers of one model, so all have equally many experts.
         path: the picture to write; its suffix is the format.
 
     Raises:

@@ -57,7 +57,7 @@ def prompt_gates(
         mixture: base and experts.
         tokens: may be None for the random modes.
         modes: some of `merge_config.GATE_MODES`, but not "trained".
-        seed: of the random modes.
+        seed: seed of the random modes.
         progress: called with layers done and layers in total while the base runs.
 
     Raises:

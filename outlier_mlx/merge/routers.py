@@ -56,7 +56,7 @@ def compute_routers(
     Args:
         merge_config: gate mode, prompts and texts.
         mixture: the models.
-        seed: of random routers.
+        seed: seed of random routers.
         measure: whether to measure routing, if there are prompts.
         stages: shows progress.
 

@@ -53,7 +53,7 @@ class Batch:
 
     @property
     def places(self) -> mx.array:
-        """Where the tokens that are no padding are among all of `tokens`, uint32."""
+        """Indices of the tokens that are not padding, among all of `tokens`, uint32."""
         mask = np.arange(self.tokens.shape[1]) < self.lengths[:, None]
         return mx.array(np.flatnonzero(mask).astype(np.uint32))
 

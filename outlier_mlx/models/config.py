@@ -155,7 +155,7 @@ def describe_args(args: Any) -> Description:
 def spell_config(config: ModelConfig) -> dict:
     """A plain model's config.json with everything spelled out that MLX's model depends on.
 
-    Without what is said of quantization, and of code of the model's own.
+    Fields about quantization, and about code that the model brings along, are left out.
     """
     kept = {k: v for k, v in normalised(config.raw).items() if k not in _NOT_SPELLED}
     return kept | {"num_key_value_heads": config.kv_heads, "tie_word_embeddings": config.tied}
@@ -318,7 +318,7 @@ def _mixture(fields: Fields, known: Family | None, layers: int | None) -> dict[s
 
 
 def _other_mixture(fields: Fields, layers: int | None) -> dict[str, Any]:
-    """Of a model of another family: as far as the usual names go."""
+    """The experts of a model of an unknown family, as far as the usual field names tell."""
     experts = next((n for name in _EXPERTS if (n := fields.size(name))), 0)
     return {
         "experts": experts,

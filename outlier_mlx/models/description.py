@@ -42,7 +42,7 @@ class Description:
         expert_width: width of a routed expert.
         attention: for each layer, how many of the last tokens it attends to, None for all of
             them; None as a whole where a layer is no plain attention, or that is not known.
-        dtype: of activations and unquantized weights.
+        dtype: dtype of activations and unquantized weights.
         eos_ids: tokens that end a text.
         quantization: how matrices are quantized, if they are.
         raw: the config as it was read; a nested one lifted to the top.

@@ -18,7 +18,7 @@ class Module:
     Attributes:
         path: as in "model.layers.0.self_attn.q_proj".
         kind: the line of the summary that counts it (`summary.KINDS`).
-        shape: of its weight before quantization: (out, in), (experts, out, in) or (width,).
+        shape: shape of its weight before quantization: (out, in), (experts, out, in) or (width,).
         bias: whether `path.bias`, (out,), belongs to it.
         leaf: the name of the weight in the module.
     """
@@ -86,10 +86,10 @@ def gated(
     """The matrices of a gated FFN: gate and up (*lead, width, hidden), down (*lead, hidden, width).
 
     Args:
-        path: of the FFN.
-        kind: of the modules.
+        path: name of the FFN.
+        kind: kind of the modules.
         hidden: width of its input and output.
-        width: of what is between.
+        width: width between gate or up and down.
         lead: (experts,) for stacked experts.
         bias: whether they have biases.
     """

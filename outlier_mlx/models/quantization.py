@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 #: How many weights along a row can share a scale and a bias.
 GROUP_SIZES = (32, 64, 128)
-#: Of what this project quantizes, unless a user says otherwise.
+#: The group size in which this project quantizes by default.
 DEFAULT_GROUP_SIZE = 64
 
 
@@ -15,7 +15,7 @@ class Affine:
     """How a matrix is stored.
 
     Attributes:
-        bits: of a weight.
+        bits: bits of a weight.
         group_size: weights along a row that share a scale and a bias.
     """
 
@@ -28,7 +28,7 @@ class Quantization:
     """The `quantization` of a config.json.
 
     Attributes:
-        default: how matrices that have scales are stored, if that is said.
+        default: how matrices that have scales are stored; None if the config does not say.
         by_path: modules that are stored otherwise; None for those that are not quantized.
     """
 

@@ -56,11 +56,11 @@ def kv_bytes(
     Args:
         config: the model.
         tokens: tokens in the cache.
-        bits: of a value in a quantized cache; None for 16 bits.
+        bits: bits of a value in a quantized cache; None for 16 bits.
         group_size: values that share a scale and a bias, where it is quantized.
 
     Returns:
-        None where the model's layers are no plain attention, or its sizes are not known.
+        None where a layer is not plain attention, or sizes are unknown.
     """
     layers, heads, width = config.attention, config.kv_heads, config.head_dim
     if layers is None or heads is None or width is None:

@@ -210,7 +210,7 @@ def mirror(
         head_bytes: how much of a file's beginning must be there.
         patterns: names of the files to mirror.
         small: bytes up to which a file of tensors is fetched whole; by default `SMALL_BYTES`.
-        progress: told how many files are there, and how many will be.
+        progress: called with how many files are there, and how many will be.
 
     Returns:
         What stands behind each sparse file.

@@ -22,7 +22,7 @@ def choose_shards(names: Iterable[str], indexed: Iterable[str] = ()) -> list[str
     such as Mistral's `consolidated.safetensors`.
 
     Args:
-        names: of the files in the folder.
+        names: names of the files in the folder.
         indexed: files that the index lists.
     """
     every = sorted(name for name in names if fnmatch(name, SHARDS))

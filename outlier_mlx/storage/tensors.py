@@ -124,7 +124,7 @@ def row_ranges(rows: int, row_size: int, slab: int, multiple: int = 1) -> Iterat
     """Row numbers (start, stop) that cut a matrix into slabs.
 
     Args:
-        rows: of the matrix.
+        rows: number of rows of the matrix.
         row_size: bytes or elements of a row.
         slab: bytes or elements that a slab has about, and at most where rows are not longer.
         multiple: each slab but the last has so many rows, or a multiple of it.

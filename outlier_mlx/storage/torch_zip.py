@@ -121,7 +121,7 @@ class _Unpickler(pickle._Unpickler):
     Args:
         program: the pickle.
         storage: gives the bytes of a storage by its name.
-        order: of the bytes in storages, "<" or ">".
+        order: byte order of storages, "<" or ">".
     """
 
     stack: list[Any]

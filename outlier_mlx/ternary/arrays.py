@@ -53,7 +53,7 @@ def write_digits(trits: np.ndarray, digits: np.ndarray, shape: tuple[int, ...], 
     Args:
         trits: int8, row-major neighbours within an array of `shape`.
         digits: uint8 of the same shape as `trits`.
-        shape: of the array that the trits come from.
+        shape: shape of the array that the trits come from.
         at: the flat index of the first trit in that array.
     """
     # In uint8 arithmetic -1, 0, 1 become 0, 1, 2 and everything else lands above.

@@ -64,7 +64,7 @@ def unpack_tq1_0(packed: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
     Args:
         packed: (ceil(product of shape / 5),) uint8.
-        shape: of the trits.
+        shape: shape of the trits.
 
     Returns:
         int8 trits of that shape.

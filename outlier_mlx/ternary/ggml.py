@@ -161,7 +161,7 @@ def _new_trits(packed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 def _blocks_of(array: np.ndarray, size: int, name: str) -> int:
     count, rest = divmod(array.shape[-1], size)
     if rest:
-        raise TernaryError(f"{name}: rows of {array.shape[-1]} are no whole blocks of {size}")
+        raise TernaryError(f"{name}: rows of {array.shape[-1]} are not whole blocks of {size}")
     return count
 
 

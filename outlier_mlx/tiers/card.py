@@ -123,13 +123,13 @@ def _changes(folder: Path, config: dict, recipe: dict) -> Iterator[str]:
             f" model type {code(config.get('model_type'))} has them"
         )
     else:
-        form = "packed anew, five to a byte"
+        form = "repacked, five to a byte"
         if recipe.get("experts") == "affine2":
             form = "stored in MLX's affine 2-bit format"
         yield f"the experts' trits were {form}, their values unchanged, with float32 scales"
     if "alpha" in recipe:
         yield f"alphas are not the overlay's present ones, but from {code(recipe['alpha'])}"
-    yield "`config.json` was written anew"
+    yield "`config.json` was rewritten"
     if (folder / "tokenizer_config.json").exists():
         yield "`tokenizer_config.json` was rewritten without references to code"
 

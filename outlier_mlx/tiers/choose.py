@@ -26,7 +26,7 @@ class Choice:
     """A recipe, and what its tier would take.
 
     Attributes:
-        name: of the recipe.
+        name: name of the recipe.
         nbytes: bytes of all weights; 0 if the recipe does not suit the overlay.
         memory: bytes of weights and KV cache, by tokens and bits of the cache (None: 16).
         fits: whether the smallest context fits with the cache in 16 bits.

@@ -23,7 +23,7 @@ from outlier_mlx.writing.parts import Part, quantization
 
 FORMAT_VERSION = 1
 
-# What belongs to the overlay's packaging, or is written anew under its usual name.
+# What belongs to the overlay's packaging, or is rewritten under its usual name.
 _DROPPED = frozenset(
     [
         "auto_map",

@@ -20,7 +20,7 @@ class Recipe:
         base_bits: 4 or 8 bits a weight for the base's matrices; None leaves them unquantized.
         group_size: weights that share a scale and a bias in the quantized base.
         experts: "tq1_0" (1.6 bits a weight) or "affine2" (MLX's own 2-bit format).
-        dtype: of norms, biases, scales and activations; None follows the checkpoint.
+        dtype: dtype of norms, biases, scales and activations; None follows the checkpoint.
         portable: write a model that stock mlx-lm loads; its experts are affine2.
         mixed: 6 bits for the base's most sensitive matrices; see `bits`.
     """

@@ -29,7 +29,7 @@ class Upload:
         name: its path there.
         content: its bytes, or the file that has them.
         nbytes: how many.
-        sha256: of the bytes, in hexadecimal digits.
+        sha256: SHA-256 of its bytes, in hexadecimal digits.
     """
 
     name: str
@@ -110,7 +110,7 @@ def prepare(
         progress: called with bytes verified so far, and in all.
 
     Raises:
-        CheckpointError: the folder is no tier, or a damaged one.
+        CheckpointError: the folder is not a tier, or is damaged.
         OutlierError: the name is none, or a source's licence is not known and `private` not set.
     """
     check_repo_name(repo)

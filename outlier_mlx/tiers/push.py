@@ -27,7 +27,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True)
 class Published:
-    """What became of a publication.
+    """A publication that is on the hub.
 
     Attributes:
         url: where it is.
@@ -62,7 +62,7 @@ def publish(
     force: bool = False,
     quiet: bool = False,
 ) -> Published:
-    """Publish in one commit: whatever ends it early, the repository's files are as they were.
+    """Publish in one commit. If it is interrupted, the repository's files stay as they were.
 
     Files that are there already are not sent again. Of those that only the former version had,
     shards and what its manifest lists are removed; the rest stays.
@@ -70,7 +70,7 @@ def publish(
     Args:
         publication: as `prepare` made it.
         revision: the branch, made if there is none; "main" if not given.
-        message: of the commit.
+        message: commit message.
         force: replace another model's files.
         quiet: no bars.
 
@@ -148,7 +148,7 @@ def _former_manifest(api: "HfApi", repo: str, commit: str) -> dict:
 
 
 def _identity(manifest: dict) -> tuple:
-    """What a tier is of: the names of its sources and recipe, whatever their revisions."""
+    """The names of a tier's sources and recipe, without revisions."""
     entries = [manifest.get(key) for key in ("overlay", "base", "recipe")]
     return tuple(entry.get("name") if isinstance(entry, dict) else None for entry in entries)
 
@@ -169,8 +169,8 @@ def _check_replaceable(
     others = [n for n in there if n != CARD and not n.startswith(".") and not is_legal(n)]
     if others:
         raise OutlierError(
-            f"{publication.repo}: holds something that is no tier ({others[0]}); --force adds the"
-            " tier to it"
+            f"{publication.repo}: holds something that is not a tier ({others[0]});"
+            " --force adds the tier to it"
         )
 
 

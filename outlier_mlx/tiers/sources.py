@@ -113,10 +113,10 @@ def _mirrored(
 ) -> Sources:
     begun = read_identity(kept) or {}
     files: dict[Path, RemoteFile] = {}
-    anew = False
+    restart = False
 
     def find(role: str) -> Source:
-        nonlocal anew
+        nonlocal restart
         local, (name, revision) = here[role], asked[role]
         if local is not None:
             return local
@@ -125,7 +125,7 @@ def _mirrored(
         commit, gone = _choose_commit(
             repo, revision, cited if isinstance(cited, dict) else {}, kept
         )
-        anew |= gone
+        restart |= gone
         folder = work / role / repo
         files.update(mirror(repo, commit, folder, head_bytes))
         return Source(folder, repo, commit)
@@ -135,7 +135,7 @@ def _mirrored(
     fill(opened.alpha_tensors.values(), files)
     base = find("base") if "base" in asked else None
     revisions = {role: revision for role, (_, revision) in asked.items()}
-    fetching = {"files": files, "asked": revisions, "force": force, "anew": anew}
+    fetching = {"files": files, "asked": revisions, "force": force, "restart": restart}
     return Sources(overlay, base, opened, fetching)
 
 

@@ -35,11 +35,11 @@ class FromExperts(Part):
 
     @property
     def source_bytes(self) -> int:
-        """A byte a trit, as they are read."""
+        """Bytes that are read: one for each trit."""
         return self.params
 
     def of_expert(self, number: int) -> "FromExperts":
-        """The same of one expert alone; its bytes are contiguous in each tensor of the whole."""
+        """The part of one expert; its bytes are contiguous in each tensor of this part."""
         return replace(self, matrices=self.matrices[number : number + 1])
 
     @abstractmethod
@@ -75,7 +75,7 @@ class TernaryExperts(FromExperts):
             yield f"{self.path}.weight", rows.data, trits
 
     def scale_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """A scale a row."""
+        """The float32 scales of the rows, expert by expert."""
         for matrix in self.matrices:
             yield f"{self.path}.scales", matrix.row_scales().data, 0
 
@@ -101,7 +101,7 @@ class AffineExperts(FromExperts):
         return 2, self.group_size
 
     def of_expert(self, number: int) -> "AffineExperts":
-        """The same of one expert alone."""
+        """The part of one expert."""
         one = slice(number, number + 1)
         return replace(self, matrices=self.matrices[one], factors=self.factors[one])
 
@@ -143,17 +143,17 @@ class Stacked(Part):
 
     @property
     def affine(self) -> tuple[int, int] | None:
-        """Of each expert."""
+        """Bits and group size of each expert; None if not quantized."""
         return self.members[0].affine
 
     @property
     def params(self) -> int:
-        """Of all experts."""
+        """Weights of all experts."""
         return sum(member.params for member in self.members)
 
     @property
     def source_bytes(self) -> int:
-        """Of all experts."""
+        """Bytes that are read for all experts."""
         return sum(member.source_bytes for member in self.members)
 
     def specs(self) -> list[TensorSpec]:

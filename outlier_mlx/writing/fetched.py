@@ -38,7 +38,7 @@ class FetchedParts(Parts):
         files: what stands behind each sparse file.
         settings: all else that the written bytes depend on, as JSON.
         force: discard an unfinished run with other settings.
-        anew: an unfinished run cannot be resumed.
+        restart: start again, because an unfinished run cannot be resumed.
     """
 
     keep: ClassVar[bool] = True
@@ -48,7 +48,7 @@ class FetchedParts(Parts):
     files: Mapping[Path, RemoteFile] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     force: bool = False
-    anew: bool = False
+    restart: bool = False
 
     def room(self, target: Path) -> int:
         """Bytes for the model and the largest source file, less what is written already."""
@@ -72,7 +72,7 @@ class FetchedParts(Parts):
         owner = folder.parent
         work = split(self.parts)
         identity = self._identity(work)
-        if self.anew or (self.force and read_identity(owner) not in (None, identity)):
+        if self.restart or (self.force and read_identity(owner) not in (None, identity)):
             for path in owner.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             folder.mkdir()

@@ -23,8 +23,8 @@ from outlier_mlx.writing.writer import TensorSpec
 
 #: The safetensors names of the dtypes that models are written in.
 SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-# Of source. Small enough to stay in a core's cache from reading to packing, and for the allocator
-# to reuse: at 8 MB, fresh pages alone took a quarter of the time.
+# Bytes of source read at a time: small enough to stay in a core's cache from reading to packing,
+# and for the allocator to reuse: at 8 MB, fresh pages alone took a quarter of the time.
 SLAB_BYTES = 2 << 20
 
 T = TypeVar("T")
@@ -45,11 +45,11 @@ class Constant(Part):
 
     @property
     def source_bytes(self) -> int:
-        """Nothing is read."""
+        """0: nothing is read from files."""
         return 0
 
     def specs(self) -> list[TensorSpec]:
-        """The one tensor."""
+        """The name, dtype and shape of its only tensor."""
         return [TensorSpec(self.name, SAFETENSORS_NAMES[self.dtype], self.value.shape)]
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
@@ -86,7 +86,7 @@ class Plain(FromTensor):
     twin: FloatTensor | None = None
 
     def specs(self) -> list[TensorSpec]:
-        """The one tensor."""
+        """The name, dtype and shape of its only tensor."""
         return [TensorSpec(self.name, SAFETENSORS_NAMES[self.dtype], self.tensor.shape)]
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
@@ -141,10 +141,10 @@ def affine_specs(
     """The tensors of a module in MLX's affine format.
 
     Args:
-        path: of the module.
+        path: name of the module.
         shape: (..., out, in), the weight's before quantization.
         affine: bits and group size.
-        dtype: of scales and biases.
+        dtype: dtype of scales and biases.
 
     Returns:
         Packed `weight` (..., out, in * bits / 32) uint32; `scales` and `biases`

@@ -32,7 +32,7 @@ def whole_folder(target: Path, *, force: bool = False, keep: bool = False) -> It
             `keep` it is left alone, until `target` is made.
 
     Raises:
-        OutputExistsError: `target` exists and `force` is not set, or it is no tier, or another
+        OutputExistsError: `target` exists and `force` is not set, or it is not a tier, or another
             run is writing it.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link

@@ -13,7 +13,7 @@ from outlier_mlx.storage.paths import inside
 CARD = "README.md"
 # Characters of a card that are looked at: the YAML at its head is far shorter, and slow to parse.
 _CARD_CHARACTERS = 1 << 16
-# Of an identifier, name or link.
+# Characters of an identifier, name or link, at most.
 _MAX_LENGTH = 300
 
 

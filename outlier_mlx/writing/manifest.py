@@ -71,7 +71,7 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress = no_progre
 
     Args:
         folder: where the files are.
-        manifest: of that folder.
+        manifest: the manifest of that folder.
         progress: called with bytes hashed so far, and in all.
 
     Raises:

@@ -153,7 +153,7 @@ def quantization(parts: Iterable[Part], default: tuple[int, int] | None = None) 
     """The field `quantization` of the config.json of these parts; empty if none is quantized.
 
     Args:
-        parts: of the model.
+        parts: the parts of the model.
         default: bits and group size of modules that are not listed; by default the most common.
     """
     stored = {part.path: part.affine for part in parts if part.affine is not None}

@@ -52,7 +52,7 @@ def numbers(array: mx.array) -> np.ndarray:
 
 
 def fresh(name: str) -> ModuleType:
-    """A module imported anew, so that kernels it makes on import are made by the emulator."""
+    """A module imported again, so that kernels it makes on import are made by the emulator."""
     for known in [n for n in sys.modules if n == name or n.startswith(name + ".")]:
         del sys.modules[known]
     return importlib.import_module(name)

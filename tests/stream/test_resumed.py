@@ -30,7 +30,7 @@ def test_gone_on_with_at_the_file_it_was_at(
     for n, name in enumerate(ORDER):
         served.requests.clear()
         kept = unfinished(tmp_path, stop_at, name)
-        # All but the first are gone on with, and have just one file to fetch before the next.
+        # All but the first are resumed, and have just one file to fetch before the next.
         assert fetched(served) == ORDER[max(0, n - 1) : n]
         assert len((kept / "journal.jsonl").read_text().splitlines()) == 1 + n
     served.down, served.on_file = False, None
@@ -102,7 +102,7 @@ def move(hub: Hub, models: Models, *, gone: bool) -> tuple[str, str]:
 def test_a_revision_that_moves(
     served: Hub, models: Models, tmp_path: Path, stop_at: Callable[[str], None], gone: bool
 ) -> None:
-    """What was begun goes on with its commit, or anew with the other: never with both."""
+    """An unfinished run resumes with its commit, or restarts with the other: never with both."""
     unfinished(tmp_path, stop_at, ORDER[-1])
     first, second = move(served, models, gone=gone)
     if gone:
