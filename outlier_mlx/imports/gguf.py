@@ -94,11 +94,6 @@ class _Source:
     def shape(self) -> tuple[int, ...]:
         return self.module.shape[:1] if self.bias else self.module.shape
 
-    @property
-    def layer(self) -> str:
-        """For experts, the path without the projection; else ""."""
-        return self.module.path.rpartition(".")[0] if self.module.kind == "experts" else ""
-
     def check(self) -> None:
         """Refuse types that are not supported, and quantized vectors."""
         read = FLOATS if len(self.shape) == 1 else (*FLOATS, *AFFINE, *REGROUPED)
@@ -176,8 +171,8 @@ def _ternary_layers(sources: Sequence[_Source]) -> dict[str, list[ExpertMatrix]]
     """
     layers: dict[str, list[_Source]] = {}
     for source in sources:
-        if source.layer:
-            layers.setdefault(source.layer, []).append(source)
+        if source.module.kind == "experts":
+            layers.setdefault(source.module.path.rpartition(".")[0], []).append(source)
     result: dict[str, list[ExpertMatrix]] = {}
     for group in layers.values():
         if not all(source.kinds <= set(_TERNARY) for source in group):

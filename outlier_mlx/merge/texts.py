@@ -139,15 +139,8 @@ class Tokens:
             )
         return ids
 
-    def windows(self, text: str) -> list[tuple[int, ...]]:
-        """Cut the first `MAX_TOKENS` tokens of a text into windows; each begins with BOS."""
-        start = self._encode(self.bos)
-        ids = self._encode(text)[:MAX_TOKENS]
-        step = min(WINDOW, self._max_length - len(start))
-        return [start + ids[at : at + step] for at in range(0, len(ids), step)]
-
     def file(self, path: Path) -> list[tuple[int, ...]]:
-        """The windows of a text file; see `windows`.
+        """Cut the first `MAX_TOKENS` tokens of a file into windows; each begins with BOS.
 
         Raises:
             OutlierError: the file is too large, is not UTF-8, or is empty.
@@ -157,10 +150,11 @@ class Tokens:
                 raise OutlierError(f"{path.name}: larger than {MAX_TEXT_BYTES} bytes")
         except OSError as error:
             raise OutlierError(f"{path}: {error.strerror}") from None
-        found = self.windows(read_utf8(path))
-        if not found:
+        start, ids = self._encode(self.bos), self._encode(read_utf8(path))[:MAX_TOKENS]
+        if not ids:
             raise OutlierError(f"{path.name}: no text")
-        return found
+        step = min(WINDOW, self._max_length - len(start))
+        return [start + ids[at : at + step] for at in range(0, len(ids), step)]
 
     def _encode(self, text: str) -> tuple[int, ...]:
         with quiet_transformers():
