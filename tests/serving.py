@@ -15,7 +15,8 @@ from typing import Any
 import openai
 
 import outlier_mlx
-from outlier_mlx.serve.server import ServeOptions, Server
+from outlier_mlx.serve.options import ServeOptions
+from outlier_mlx.serve.server import Server
 
 NAME = "tiny"
 MESSAGES: Any = [{"role": "user", "content": "The heron stands in the water"}]

@@ -23,7 +23,8 @@ import outlier_mlx
 from outlier_mlx.engine.generate import Options, encode_prompt, generate_text
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve import mlxlm_server
-from outlier_mlx.serve.server import ServeOptions, Server
+from outlier_mlx.serve.options import ServeOptions
+from outlier_mlx.serve.server import Server
 from tests.builders import write_overlay
 from tests.engine import tier_of
 from tests.library import Library

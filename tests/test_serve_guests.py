@@ -16,7 +16,8 @@ import pytest
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.access import Access, Refused, host_name
-from outlier_mlx.serve.server import ServeOptions, Server
+from outlier_mlx.serve.options import ServeOptions
+from outlier_mlx.serve.server import Server
 from tests.program import run, start_program
 from tests.serving import MESSAGES, NAME, Running, read_answer, running
 

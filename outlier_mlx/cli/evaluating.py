@@ -140,6 +140,8 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Show scores of models against the memory they take."""
+    from dataclasses import asdict
+
     from outlier_mlx.measure.eval_charts import charts, differences
     from outlier_mlx.measure.eval_draw import check_number, draw
     from outlier_mlx.measure.eval_results import read
@@ -158,6 +160,6 @@ def compare(
     if out is not None:
         draw(found, out)
     if as_json:
-        print(json.dumps([chart.as_json() for chart in found], indent=2))
+        print(json.dumps([asdict(chart) for chart in found], indent=2))
     else:
         print_charts(found)

@@ -262,7 +262,8 @@ def outliers(
 ) -> None:
     """Find outlier features: dimensions with huge values in many layers, at many positions."""
     from outlier_mlx.measure.outlier_definitions import Thresholds
-    from outlier_mlx.measure.outlier_run import Study, study_models
+    from outlier_mlx.measure.outlier_report import Study
+    from outlier_mlx.measure.outlier_run import study_models
     from outlier_mlx.measure.outlier_tables import print_outliers
     from outlier_mlx.measure.outliers import Options
 

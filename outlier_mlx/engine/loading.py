@@ -70,11 +70,10 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
         model, config = mlx_lm_load_model(
             folder, lazy=True, model_config=given, trust_remote_code=False, **classes
         )
-        wanted = getattr(mx, dtype) if dtype is not None else None
-        if wanted is None and mx.default_device() == mx.cpu:
-            wanted = mx.float32
-        if wanted is not None:
-            model.set_dtype(wanted)
+        if dtype is None and mx.default_device() == mx.cpu:
+            dtype = "float32"
+        if dtype is not None:
+            model.set_dtype(getattr(mx, dtype))
         mx.eval(model.parameters())
         return model, config
     except (OSError, MemoryError):

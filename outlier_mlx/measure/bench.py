@@ -175,10 +175,9 @@ def _generate(
 
 
 def decode_bytes(model: nn.Module, context: int) -> int | None:
-    """Bytes that decoding one token has to read, where the model's kind is known.
+    """Bytes that decoding one token has to read; see `models.sizes.bytes_read`.
 
-    See `models.sizes.bytes_read`. Where there are no kernels, MLX's copy of the experts counts in
-    place of the packed ones.
+    Without kernels, these are the bytes of MLX's copy of the experts, not of the packed experts.
 
     Args:
         model: a tier, or any model of mlx-lm's.
@@ -190,11 +189,12 @@ def decode_bytes(model: nn.Module, context: int) -> int | None:
     config = described(model)
     if config.family is None:
         return None
-    weights = [(name, array.nbytes, array.shape[0]) for name, array in _weights(model)]
-    return bytes_read(weights, config, context, activation_dtype(model).size)
+    weights = _weights(model).items()
+    sizes = [(name, array.nbytes, array.shape[0]) for name, array in weights]
+    return bytes_read(sizes, config, context, activation_dtype(model).size)
 
 
-def _weights(model: nn.Module) -> list[tuple[str, mx.array]]:
+def _weights(model: nn.Module) -> dict[str, mx.array]:
     """The arrays that decoding reads, by name."""
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, module in model.named_modules():
@@ -202,4 +202,4 @@ def _weights(model: nn.Module) -> list[tuple[str, mx.array]]:
             del weights[f"{name}.weight"], weights[f"{name}.scales"]
             for number, array in enumerate(module.prepared.arrays):
                 weights[f"{name}.{number}"] = array
-    return list(weights.items())
+    return weights

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -163,4 +163,4 @@ def _decode_layer(block: OutlierMoE, tokens: int, dtype: mx.Dtype, choose: rando
     y = affine_product(h[..., None, :], affine, layer.places)
     weights = weights / mx.maximum(mx.sqrt(k * mx.mean(mx.square(y))), 1e-20)
     mx.eval(indices, x, h, weights, shared)
-    return Layer(gate, up, down, indices, x, h, weights, shared)
+    return replace(layer, weights=weights)

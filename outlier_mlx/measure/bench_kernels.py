@@ -9,12 +9,11 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,8 +47,6 @@ MOST_LAUNCHES = 512
 # changes a product by K ** -0.5 of that; errors of float32 arithmetic are far smaller.
 TOLERANCE = 2.0**-11
 ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -186,9 +183,12 @@ def bench_kernels(
     dtype = activation_dtype(model)
     layers = decode_layers(model, tokens, dtype)
     total = rounds * len(KERNELS)
-    results = []
-    for number, kernel in enumerate(KERNELS):
-        advance = partial(_advance, progress, number * rounds, total)
+    results: list[KernelResult] = []
+
+    def advance(turn: int) -> None:
+        progress(len(results) * rounds + turn, total)
+
+    for kernel in KERNELS:
         results.append(_bench_kernel(kernel, layers, dtype, rounds, advance))
     progress(total, total)
     return KernelBench(this_chip(), dtype_name(dtype), results)
@@ -202,13 +202,6 @@ def variants_to_time(kernel: str, in_features: int, out_features: int) -> list[V
         for decode, rows, load_bits in product(DECODES, ROWS, LOAD_BITS)
     )
     return list(dict.fromkeys(variants))
-
-
-def in_turn(arms: Sequence[T], turn: int) -> list[T]:
-    """The arms in the order of a round: rotated by its number, reversed in every other round."""
-    start = turn % max(len(arms), 1)
-    order = [*arms[start:], *arms[:start]]
-    return order[::-1] if turn % 2 else order
 
 
 def excess(found: mx.array, expected: mx.array, tolerance: tuple[float, float]) -> float:
@@ -255,10 +248,6 @@ def save_best(bench: KernelBench) -> Path:
     return file
 
 
-def _advance(progress: Progress, done: int, total: int, turn: int) -> None:
-    progress(done + turn, total)
-
-
 def _bench_kernel(
     kernel: Kernel,
     layers: list[Layer],
@@ -281,7 +270,7 @@ def _bench_kernel(
     launches = max(1, min(MOST_LAUNCHES, round(PASS_SECONDS / slowest)))
     for turn in range(rounds):
         progress(turn)
-        for contender in in_turn(sound, turn):
+        for contender in _in_turn(sound, turn):
             contender.arm.seconds.append(_pass(contender, len(layers), launches))
     arms = [contender.arm for contender in contenders]
     pairs = first.indices.size
@@ -301,6 +290,13 @@ class _Contender:
     arm: Arm
     compute: Callable[[int, mx.array | None], mx.array]
     tolerance: tuple[float, float] | None
+
+
+def _in_turn(contenders: list[_Contender], turn: int) -> list[_Contender]:
+    """The order of a round: rotated by its number, reversed in every other round."""
+    start = turn % max(len(contenders), 1)
+    order = contenders[start:] + contenders[:start]
+    return order[::-1] if turn % 2 else order
 
 
 def _mlx(kernel: Kernel, layers: list[Layer], dtype: mx.Dtype) -> _Contender:

@@ -1,4 +1,4 @@
-"""Watching the calls of a module's method while a model runs."""
+"""Watch the calls of a module's method while a model runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ Told = Callable[[tuple[Any, ...], Any], None]
 
 @contextmanager
 def watched_calls(module: nn.Module, method: str, told: Told) -> Iterator[None]:
-    """Report each call of a module's method as long as the block lasts.
+    """Call `told` after each call of a module's method, until the block ends.
 
-    The module has, meanwhile, a class of its own that calls the original one, so parameters, names
-    and children stay as they are, and nothing that it computes changes.
+    Until then the module has its own subclass of its class, so its parameters, names, children and
+    results stay the same.
 
     Args:
         module: a module of a model.
@@ -30,7 +30,7 @@ def watched_calls(module: nn.Module, method: str, told: Told) -> Iterator[None]:
         return result
 
     watching = type(original.__name__, (original,), {method: call})
-    # Past nn.Module's own __setattr__, which knows parameters and children only.
+    # nn.Module's own __setattr__ takes only parameters and children.
     object.__setattr__(module, "__class__", watching)
     try:
         yield

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from outlier_mlx.errors import OutlierError, listed
@@ -58,10 +58,6 @@ class Chart:
         """Whether higher or lower scores are better, in words."""
         known = {True: "higher is better", False: "lower is better"}
         return known.get(self.higher_is_better, "better is not known")  # type: ignore[arg-type]
-
-    def as_json(self) -> dict[str, Any]:
-        """All figures."""
-        return asdict(self)
 
 
 def charts(
@@ -142,7 +138,6 @@ def _labels(stems: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str
 
 def differences(evaluations: Sequence[Evaluation], found: Sequence[Chart]) -> list[str]:
     """Differences in how the evaluations were run, a line each; they limit comparisons."""
-    shown = {(chart.task, chart.metric, chart.filter) for chart in found}
     named: dict[str, list[Any]] = {
         "lm-eval version": [e.versions.get("lm-eval") for e in evaluations],
         "mlx-lm version": [e.versions.get("mlx-lm") for e in evaluations],
@@ -150,7 +145,7 @@ def differences(evaluations: Sequence[Evaluation], found: Sequence[Chart]) -> li
     }
     for name in _SETTINGS:
         named[name] = [e.config.get(name) for e in evaluations]
-    for key in sorted(shown):
+    for key in sorted({(chart.task, chart.metric, chart.filter) for chart in found}):
         rows = [next(r for r in e.results if r.key == key) for e in evaluations]
         named[f"examples before a question of {key[0]}"] = [r.fewshot for r in rows]
         named[f"version of {key[0]}"] = [r.task_version for r in rows]

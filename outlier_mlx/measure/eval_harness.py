@@ -62,11 +62,16 @@ class EvalOptions:
     dtype: str | None = None
 
 
-class Noted:
-    """The harness's warnings, each text once."""
+class Noted(logging.Handler):
+    """Collects the harness's warnings, each text once."""
 
     def __init__(self) -> None:
+        super().__init__(logging.WARNING)
         self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add the text of a log record."""
+        self.add(record.getMessage())
 
     def add(self, text: str) -> None:
         """Add a warning, unless it is there already."""
@@ -225,12 +230,6 @@ def _finite(value: Any) -> float | None:
 @contextmanager
 def _noting(noted: Noted) -> Iterator[None]:
     """Collect what the harness and `datasets` log instead of printing it."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            noted.add(record.getMessage())
-
-    handler = Handler(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "mlx_lm")]
     before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
     # Without any handler, the first message of mlx-lm would add one that prints.
@@ -241,7 +240,7 @@ def _noting(noted: Noted) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.WARNING)
         logger.propagate = False
-        logger.handlers = [handler]
+        logger.handlers = [noted]
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:

@@ -121,13 +121,14 @@ def read(path: Path) -> Evaluation:
     except (ValueError, TypeError, RecursionError):
         kind, raw = None, {}
     if kind != FORMAT:
-        wrong = isinstance(kind, str) and kind.startswith(FORMAT[:-1])
-        reason = f"{kind}; this version reads {FORMAT}" if wrong else "no JSON file that eval wrote"
+        reason = "not a JSON file that eval wrote"
+        if isinstance(kind, str) and kind.startswith(FORMAT[:-1]):
+            reason = f"{kind}; this version reads {FORMAT}"
         raise OutlierError(f"{path}: {reason}")
     try:
         return _parse(raw)
     except (KeyError, TypeError, ValueError) as error:
-        raise OutlierError(f"{path}: not as eval writes it: {error}") from None
+        raise OutlierError(f"{path}: not a valid result of eval: {error}") from None
 
 
 def _parse(raw: dict[str, Any]) -> Evaluation:
@@ -142,7 +143,7 @@ def _parse(raw: dict[str, Any]) -> Evaluation:
         results=[_parse_result(row) for row in _get(raw, "results", list)],
     )
     if not 0 < evaluation.bytes_in_memory < 2**63:
-        raise ValueError("bytes_in_memory is no number of bytes")
+        raise ValueError("bytes_in_memory is not a number of bytes")
     if any(result.stderr is not None and result.stderr < 0 for result in evaluation.results):
         raise ValueError("stderr is negative")
     return evaluation
@@ -150,8 +151,7 @@ def _parse(raw: dict[str, Any]) -> Evaluation:
 
 def _parse_result(raw: Any) -> Result:
     if not isinstance(raw, dict):
-        raise TypeError("a result is no object")
-    better = _get(raw, "higher_is_better", bool, None)
+        raise TypeError("a result is not an object")
     return Result(
         task=_get(raw, "task", str),
         metric=_get(raw, "metric", str),
@@ -159,7 +159,7 @@ def _parse_result(raw: Any) -> Result:
         value=_number(raw, "value"),
         stderr=_number(raw, "stderr"),
         n=_get(raw, "n", int),
-        higher_is_better=better,
+        higher_is_better=_get(raw, "higher_is_better", bool, None),
         fewshot=_get(raw, "fewshot", int, None),
         task_version=_get(raw, "task_version", str, None),
     )

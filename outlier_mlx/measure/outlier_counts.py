@@ -178,18 +178,12 @@ class Accumulator:
         total, largest = magnitudes.sum(), magnitudes.max(axis=0)
         later = _largest_without_first(magnitudes)
         self._evaluate(probe, held, total, largest, later)
-        found = Stream(float(total), magnitudes.size, np.array(largest), np.array(later))
-        before = self.streams.get(probe.layer)
-        if before is not None:
-            found.total += before.total
-            found.values += before.values
-            np.maximum(found.largest, before.largest, out=found.largest)
-            np.maximum(
-                found.largest_without_first,
-                before.largest_without_first,
-                out=found.largest_without_first,
-            )
-        self.streams[probe.layer] = found
+        zeros = np.zeros(self.hidden, np.float32)
+        stream = self.streams.setdefault(probe.layer, Stream(0.0, 0, zeros, zeros))
+        stream.total += float(total)
+        stream.values += magnitudes.size
+        stream.largest = np.maximum(stream.largest, np.array(largest))
+        stream.largest_without_first = np.maximum(stream.largest_without_first, np.array(later))
 
     def finish_sequence(self) -> dict[Group, SequenceHits]:
         """Finish a sequence: add its counts to the totals.

@@ -1,6 +1,7 @@
-"""The contents of `outliers.json` and `summary.json`."""
+"""What is measured, and the contents of `outliers.json` and `summary.json`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,8 @@ import numpy as np
 from outlier_mlx.measure.outlier_counts import Accumulator
 from outlier_mlx.measure.outlier_definitions import blog_summary, pooled_summary
 from outlier_mlx.measure.outlier_parameters import RULE
-from outlier_mlx.measure.outliers import Measurement, Options
-from outlier_mlx.measure.pictures import SUFFIXES
+from outlier_mlx.measure.outliers import Measurement, Options, tokens_digest
+from outlier_mlx.measure.pictures import SUFFIXES, Format
 from outlier_mlx.models.sizes import Parameters
 
 RESULTS = "outliers.json"
@@ -23,22 +24,28 @@ FILES = (
 
 
 @dataclass(frozen=True)
-class Text:
-    """The text that a model was measured on.
+class Study:
+    """The text to measure models on, and how.
 
     Attributes:
-        sequences: number of windows.
-        wanted: number of windows asked for.
+        text: a UTF-8 file.
+        sequences: number of windows, at most.
         length: tokens in each.
         overlap: share of a window that the next one repeats.
-        digest: SHA-256 of the tokens (`outliers.tokens_digest`).
+        options: what is measured.
+        dtype: activation dtype; None: the model's own.
+        plots: the pictures' file format; None draws none.
+        check_memory: refuse models that do not fit into memory.
     """
 
-    sequences: int
-    wanted: int
-    length: int
-    overlap: float
-    digest: str
+    text: Path
+    sequences: int = 16
+    length: int = 2048
+    overlap: float = 0.0
+    options: Options = field(default_factory=Options)
+    dtype: str | None = None
+    plots: Format | None = "png"
+    check_memory: bool = True
 
 
 def describe(
@@ -46,8 +53,8 @@ def describe(
     measured: Measurement,
     parameters: Parameters,
     bits: float,
-    text: Text,
-    options: Options,
+    study: Study,
+    windows: list[list[int]],
 ) -> dict[str, Any]:
     """All results for one model, for JSON.
 
@@ -56,10 +63,10 @@ def describe(
         measured: its features and loss.
         parameters: its number of parameters.
         bits: bits per weight in its files.
-        text: the text it was measured on.
-        options: what was measured.
+        study: the text it was measured on, and what was measured.
+        windows: the text's windows of tokens.
     """
-    counts, thresholds = measured.counts, options.thresholds
+    counts, thresholds = measured.counts, study.options.thresholds
     pooled = counts.pooled()
     blog = blog_summary(measured.sequences["all"])
     listed = pooled_summary(pooled, thresholds)
@@ -70,15 +77,15 @@ def describe(
         "active_params": parameters.active,
         "active_params_rule": RULE,
         "dtype": dtype,
-        "hold": options.hold or dtype,
+        "hold": study.options.hold or dtype,
         "weights_bits": round(bits, 3),
         "layers": counts.layers,
         "probes": len(counts.probes),
         "hidden": counts.hidden,
-        "sequences": text.sequences,
-        "length": text.length,
-        "overlap": text.overlap,
-        "tokens_sha256": text.digest,
+        "sequences": len(windows),
+        "length": study.length,
+        "overlap": study.overlap,
+        "tokens_sha256": tokens_digest(windows),
         "thresholds": {
             "magnitude": thresholds.magnitude,
             "min_layers": thresholds.layers,
@@ -91,7 +98,7 @@ def describe(
         "inputs": _inputs(measured),
         "dims_with_hits": [pooled.describe(int(d)) for d in np.flatnonzero(pooled.probe_hits)],
         "probe_max": _probe_max(counts),
-        "notes": _notes(text, options),
+        "notes": _notes(study, len(windows)),
     }
     if counts.experts is not None:
         dims = {dim["dim"] for dim in listed["dims"]} | set(blog["unique_dims"])
@@ -134,16 +141,16 @@ def _probe_max(counts: Accumulator) -> list[dict[str, Any]]:
     ]
 
 
-def _notes(text: Text, options: Options) -> list[str]:
+def _notes(study: Study, sequences: int) -> list[str]:
     notes = []
-    if text.sequences < text.wanted:
-        notes.append(f"the text has {text.sequences} whole windows, fewer than {text.wanted}")
-    if 1 / text.length >= options.thresholds.positions:
+    if sequences < study.sequences:
+        notes.append(f"the text has {sequences} whole windows, fewer than {study.sequences}")
+    if 1 / study.length >= study.options.thresholds.positions:
         notes.append(
-            f"sequences are so short ({text.length}) that a hit in the first token alone suffices;"
+            f"sequences are so short ({study.length}) that a hit in the first token alone suffices;"
             " first tokens often carry values in the hundreds"
         )
-    if text.overlap:
+    if study.overlap:
         notes.append("windows overlap, so sequences are not independent")
     return notes
 

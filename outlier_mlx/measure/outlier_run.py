@@ -1,7 +1,6 @@
 """Measuring several models one after another; the results of each are written at once."""
 
 import gc
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +15,17 @@ from outlier_mlx.measure.outlier_report import (
     FILES,
     RESULTS,
     SUMMARY,
-    Text,
+    Study,
     describe,
     file_name,
     summarize,
 )
-from outlier_mlx.measure.outliers import Measurement, Options, measure, read_windows, tokens_digest
+from outlier_mlx.measure.outliers import Measurement, measure, read_windows
 from outlier_mlx.measure.perplexity import warn_of_context
-from outlier_mlx.measure.pictures import Format, require_matplotlib
+from outlier_mlx.measure.pictures import require_matplotlib
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.output import check_folder, clear_folder, write_json
 from outlier_mlx.terminal import counting_bar, working
-
-
-@dataclass(frozen=True)
-class Study:
-    """The text to measure models on, and how.
-
-    Attributes:
-        text: a UTF-8 file.
-        sequences: number of windows, at most.
-        length: tokens in each.
-        overlap: share of a window that the next one repeats.
-        options: what is measured.
-        dtype: activation dtype; None: the model's own.
-        plots: the pictures' file format; None draws none.
-        check_memory: refuse models that do not fit into memory.
-    """
-
-    text: Path
-    sequences: int = 16
-    length: int = 2048
-    overlap: float = 0.0
-    options: Options = field(default_factory=Options)
-    dtype: str | None = None
-    plots: Format | None = "png"
-    check_memory: bool = True
 
 
 def study_models(
@@ -91,7 +65,8 @@ def study_models(
         write_json(out / SUMMARY, summarize(entries))
         if study.plots:
             with working(f"drawing {name}", quiet=quiet):
-                _draw_model(out, name, measured, study.plots)
+                path = out / f"heatmap-{file_name(name)}.{study.plots}"
+                draw_heatmap(measured.counts, name, entry["blog"]["unique_dims"], path)
         del measured
     if study.plots:
         with working("drawing the comparison", quiet=quiet):
@@ -131,17 +106,9 @@ def _study(
             measured = measure(model, windows, study.options, progress)
     except OutlierError as error:
         raise OutlierError(f"{name}: {error}") from error
-    digest = tokens_digest(windows)
-    text = Text(len(windows), study.sequences, study.length, study.overlap, digest)
     bits = weights_bits(folder, len(model.layers), parameters.total)
     del model
     # The next model needs the memory.
     gc.collect()
     mx.clear_cache()
-    return describe(name, measured, parameters, bits, text, study.options), measured
-
-
-def _draw_model(out: Path, name: str, measured: Measurement, plots: Format) -> None:
-    features = [f for sequence in measured.sequences["all"] for f in sequence]
-    dims = sorted({feature.dim for feature in features})
-    draw_heatmap(measured.counts, name, dims, out / f"heatmap-{file_name(name)}.{plots}")
+    return describe(name, measured, parameters, bits, study, windows), measured

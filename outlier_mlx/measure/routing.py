@@ -2,7 +2,7 @@
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,8 @@ class LayerRouting:
 
     def as_json(self) -> dict:
         """All figures as JSON values."""
-        return {
-            "layer": self.layer,
-            "tokens": self.tokens,
-            "entropy_bits": self.entropy,
-            "share": self.share,
-            "weight": self.weight,
-            "together": self.together,
-        }
+        first = {"layer": self.layer, "tokens": self.tokens, "entropy_bits": self.entropy}
+        return first | asdict(self)
 
 
 def moe_blocks(model: nn.Module) -> dict[int, OutlierMoE]:

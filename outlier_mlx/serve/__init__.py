@@ -5,6 +5,7 @@ from the network, `mlxlm_server` passes them to mlx-lm, `capacity` divides the m
 starts and stops everything.
 """
 
-from outlier_mlx.serve.server import ServeOptions, serve
+from outlier_mlx.serve.options import ServeOptions
+from outlier_mlx.serve.server import serve
 
 __all__ = ["ServeOptions", "serve"]

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 
 from outlier_mlx.serve.access import Access, Refused
+from outlier_mlx.serve.options import ServeOptions
 
 # Time limit for receiving a body.
 BODY_SECONDS = 60.0
@@ -32,20 +33,15 @@ class Service:
 
     Attributes:
         name: the model's name, as clients see it.
+        options: the server's options.
         access: which requests are allowed.
-        max_body: largest size of a request body in bytes.
-        max_tokens: largest number of tokens in a response.
-        context: largest number of tokens in prompt and response together; None: the model's
-            context length.
         log: called with one line for each request.
         warn: called with one line for each unexpected error.
     """
 
     name: str
+    options: ServeOptions
     access: Access
-    max_body: int
-    max_tokens: int
-    context: int | None
     log: Callable[[str], None]
     warn: Callable[[str], None]
 

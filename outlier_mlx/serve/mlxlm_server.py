@@ -91,9 +91,9 @@ class OneModel(ModelProvider):
             self.model_key = (self.service.name, None, None)
             self.cli_args.top_k = top_k(self.cli_args.top_k, self.model, self.tokenizer)
             self.limits = Limits(
-                self.service.max_tokens,
+                self.service.options.max_tokens,
                 vocabulary(self.model, self.tokenizer),
-                self.service.context or context_length(described(self.model)),
+                self.service.options.max_context or context_length(described(self.model)),
                 TEMPLATE_NAMES,
             )
         except BaseException as error:
@@ -318,7 +318,7 @@ class Handler(CheckedHandler, APIHandler):
                 self._reply.close()
 
     def _answer(self) -> None:
-        raw = read_body(self.headers, self.rfile, self.service.max_body)
+        raw = read_body(self.headers, self.rfile, self.service.options.max_body)
         self.unread = False
         chat = self.path.endswith("/chat/completions")
         body = self.generator.provider.limits.check(parse_body(raw), chat=chat)

@@ -1,6 +1,5 @@
 """Start the server, serve the model, and shut down."""
 
-import argparse
 import ipaddress
 import json
 import os
@@ -9,127 +8,20 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any, NoReturn
 
-from outlier_mlx.engine.generate import Options
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.serve.access import Access, Refused, host_name, is_address
+from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.mlxlm_server import Generator, Handler, Load, OneModel
+from outlier_mlx.serve.options import ServeOptions
 from outlier_mlx.terminal import working
 
 # Time limit for replies that are still being generated when the server shuts down.
 SHUTDOWN_SECONDS = 3.0
 ANY_HOST = ("0.0.0.0", "::", "")
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """Options of the server. Those without a description here are options of `mlx_lm.server`.
-
-    Attributes:
-        host: address or name to bind.
-        port: port to bind; 0 picks a free port.
-        api_key: the key that requests must send; required unless the host is a loopback address.
-        allow_origins: allowed web origins, such as "https://chat.example"; "*" allows any.
-        allow_hosts: allowed Host names besides `host`, "localhost" and IP addresses.
-        max_tokens: largest number of tokens in a response, and the default for requests that set
-            none.
-        max_body: largest size of a request body in bytes.
-        max_context: largest number of tokens in prompt and response together; None: the model's
-            context length.
-        max_clients: connections at a time; further ones get status 503.
-
-    Raises:
-        OutlierError: an option has a value that is not allowed.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    api_key: str | None = None
-    allow_origins: tuple[str, ...] = ()
-    allow_hosts: tuple[str, ...] = ()
-    max_tokens: int = 4096
-    max_body: int = 4_000_000
-    max_context: int | None = None
-    max_clients: int = 64
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    prefill_step_size: int = 2048
-    decode_concurrency: int = 32
-    prompt_concurrency: int = 8
-    prompt_cache_size: int = 10
-    prompt_cache_bytes: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        self.cache_options()
-        key = self.api_key
-        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
-            raise OutlierError("the API key must be printable ASCII, without spaces around it")
-        if key == "":
-            raise OutlierError("the API key is empty")
-        for origin in self.allow_origins:
-            scheme, found, rest = origin.partition("://")
-            if origin not in ("*", "null") and not (scheme and found and rest.rstrip("/") == rest):
-                raise OutlierError(f"--allow-origin {origin}: expected SCHEME://HOST[:PORT], or *")
-
-    def cache_options(self) -> Options:
-        """The options of the KV cache.
-
-        Raises:
-            OutlierError: one has a value that is not allowed.
-        """
-        return Options(
-            kv_bits=self.kv_bits,
-            kv_group_size=self.kv_group_size,
-            quantized_kv_start=self.quantized_kv_start,
-        )
-
-    def access(self) -> Access:
-        """The access rules that follow from host, origins and key."""
-        names = [host_name(host) for host in (self.host, *self.allow_hosts)]
-        return Access(
-            frozenset(name for name in names if name and not is_address(name)),
-            frozenset(origin.lower() for origin in self.allow_origins),
-            self.api_key,
-        )
-
-    def arguments(self) -> argparse.Namespace:
-        """The options as `mlx_lm.server` parses them from its command line."""
-        return argparse.Namespace(
-            model=None,
-            adapter_path=None,
-            draft_model=None,
-            num_draft_tokens=0,
-            trust_remote_code=False,
-            chat_template="",
-            use_default_chat_template=False,
-            chat_template_args={},
-            allowed_origins=[],
-            pipeline=False,
-            temp=self.temp,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            max_tokens=self.max_tokens,
-            prefill_step_size=self.prefill_step_size,
-            decode_concurrency=self.decode_concurrency,
-            prompt_concurrency=self.prompt_concurrency,
-            prompt_cache_size=self.prompt_cache_size,
-            prompt_cache_bytes=self.prompt_cache_bytes,
-            kv_bits=self.kv_bits,
-            kv_group_size=self.kv_group_size,
-            quantized_kv_start=self.quantized_kv_start,
-        )
 
 
 class Server(ThreadingHTTPServer):
@@ -159,15 +51,7 @@ class Server(ThreadingHTTPServer):
     ) -> None:
         self.options = options
         self.load = load
-        self.service = Service(
-            name,
-            options.access(),
-            options.max_body,
-            options.max_tokens,
-            options.max_context,
-            log,
-            warn,
-        )
+        self.service = Service(name, options, options.access(), log, warn)
         self._connections = 0
         self._connections_changed = threading.Condition()
         self.address_family, address = _resolve(options)
