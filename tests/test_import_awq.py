@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model as stock_load_model
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.imports import awq_parts, import_model
 from outlier_mlx.imports.awq_layout import to_five_bits, to_four_bits, unpack
-from outlier_mlx.imports.codes import WIDTHS, pack_codes
+from outlier_mlx.imports.codes import pack_codes
 from outlier_mlx.writing import parts as storage_parts
 from tests.awq_builder import Awq, dequantized, model_config, pack, write_awq
 from tests.goldens import assert_logits_close, require_shared
@@ -53,7 +53,7 @@ def test_codes_keep_their_place(seed: int, groups: int, words: int, group: int) 
         np.testing.assert_array_equal(np.array(found), codes.T)
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
 def test_codes_are_packed_as_mlx_packs_them(bits: int) -> None:
     codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 5, 96), dtype=np.uint8)
     ones = mx.ones((2, 5, 3))

@@ -15,8 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from outlier_mlx.checkpoints.export_scales import find_scale_forms
-from outlier_mlx.checkpoints.export_shared import SLAB_BYTES, Origin, copied, slabs
+from outlier_mlx.checkpoints.export_shared import Origin, copied, find_scale_forms, slabs
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS
@@ -145,7 +144,7 @@ def _blocks(tensor: _Merged) -> Iterator[np.ndarray]:
     out, width = tensor.shape[1:]
     for matrix in tensor.matrices:
         scales = matrix.row_scales().astype(np.float16)
-        for start, stop in row_ranges(out, width, SLAB_BYTES):
+        for start, stop in row_ranges(out, width):
             d = np.repeat(scales[start:stop, None], width // BLOCK, axis=1)
             yield pack_tq1_0_blocks(matrix.trits.read(start, stop), d)
 

@@ -13,12 +13,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from outlier_mlx.checkpoints.export_scales import ScaleForms, find_scale_forms
 from outlier_mlx.checkpoints.export_shared import (
-    SLAB_BYTES,
     Origin,
+    ScaleForms,
     copied,
     expert_key,
+    find_scale_forms,
     matrices,
 )
 from outlier_mlx.checkpoints.monolith import ALIGNMENT, HEADER, MAGIC, ROW, VERSION, aligned
@@ -29,12 +29,11 @@ from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, Trits, row_ranges
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.ternary import pack_tq1_0, rows_to_flat
+from outlier_mlx.ternary.digits import GROUP
 from outlier_mlx.ternary.flat import packed_bytes
 from outlier_mlx.writing.parts import Parts, Tally
 from outlier_mlx.writing.writer import WrittenFile
 
-# A slab of a multiple of so many rows ends at the end of a byte.
-_ROWS = 5
 _MEGA = 1 << 20
 
 
@@ -91,7 +90,8 @@ class PackedTensors(Parts):
         trits, scale = f"{key}_ternary", f"{key}_scale"
         with (inner / _file(trits)).open("xb") as file:
             out, width = matrix.trits.shape
-            for start, stop in row_ranges(out, width, SLAB_BYTES, _ROWS):
+            # So many rows end at the end of a byte.
+            for start, stop in row_ranges(out, width, multiple=GROUP):
                 tally.add(file.write(_packed(matrix.trits, start, stop).data))
         values = self.scales.values(projection, matrix).astype("<f2")
         (inner / _file(scale)).write_bytes(values.tobytes())

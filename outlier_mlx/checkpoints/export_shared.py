@@ -1,4 +1,4 @@
-"""What every exported form has: config.json, alpha.json, and tensors that are copied."""
+"""What exported forms share: config.json, alpha.json, exact scales, and tensors that are copied."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Overlay
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.safetensors import TensorRef
@@ -30,9 +32,6 @@ class Origin:
     model: str
     base: str | None
 
-
-#: Bytes read at a time.
-SLAB_BYTES = 1 << 20
 
 # Fields of a tier's config that an overlay has under other names, or does not have.
 _OF_TIERS = frozenset(
@@ -67,6 +66,57 @@ def write_alphas(overlay: Overlay, folder: Path) -> None:
         for layer, alphas in overlay.alphas().items()
     }
     write_json(folder / "alpha.json", table)
+
+
+@dataclass(frozen=True)
+class ScaleForms:
+    """What all scales of a model have in common.
+
+    Attributes:
+        whole: projections whose matrices all have one scale for the whole matrix.
+        wide: the first scale that is not exact in float16, for messages; None if there is none.
+    """
+
+    whole: frozenset[str]
+    wide: str | None
+
+    def shape(self, projection: str, matrix: ExpertMatrix) -> tuple[int, ...]:
+        """The shape of a matrix' stored scale: (1,) or (out, 1)."""
+        return (1,) if projection in self.whole else (matrix.trits.shape[0], 1)
+
+    def values(self, projection: str, matrix: ExpertMatrix) -> np.ndarray:
+        """The scale in that shape, float32."""
+        values = matrix.row_scales()
+        return values[:1] if projection in self.whole else values[:, None]
+
+    def require_float16(self, what: str) -> None:
+        """Refuse to write what float16 would round: `what` have float16 scales.
+
+        Raises:
+            OutlierError: names the scale, and what to do instead.
+        """
+        if self.wide is not None:
+            raise OutlierError(
+                f"{self.wide}, which no float16 holds; {what} hold float16 scales. --format overlay"
+                " keeps them in float32."
+            )
+
+
+def find_scale_forms(overlay: Overlay) -> ScaleForms:
+    """Read all scales of an overlay, one matrix at a time, and find how to write them."""
+    whole = set(PROJECTIONS)
+    wide = None
+    for experts in overlay.experts.values():
+        for expert in experts:
+            for projection, matrix in expert:
+                values = matrix.row_scales()
+                if (values != values[:1]).any():
+                    whole.discard(projection)
+                with np.errstate(over="ignore"):
+                    rounded = values.astype(np.float16).astype(np.float32) != values
+                if wide is None and rounded.any():
+                    wide = f"{matrix.scale.where}: a scale of {float(values[rounded][0])!r}"
+    return ScaleForms(frozenset(whole), wide)
 
 
 @dataclass(frozen=True)
@@ -118,11 +168,11 @@ def expert_key(layer: int, expert: int, projection: str) -> str:
 def slabs(tensor: TensorRef) -> Iterator[np.ndarray]:
     """A tensor's rows as stored, a few at a time."""
     row_size = tensor.nbytes // max(1, tensor.shape[0])
-    for start, stop in row_ranges(tensor.shape[0], row_size, SLAB_BYTES):
+    for start, stop in row_ranges(tensor.shape[0], row_size):
         yield np.ascontiguousarray(tensor.read(start, stop))
 
 
 def trit_slabs(trits: Trits) -> Iterator[np.ndarray]:
     """Rows of trits, int8 (rows, in), a few at a time."""
-    for start, stop in row_ranges(trits.shape[0], trits.shape[1], SLAB_BYTES):
+    for start, stop in row_ranges(trits.shape[0], trits.shape[1]):
         yield trits.read(start, stop)

@@ -5,8 +5,15 @@ from functools import partial
 
 import numpy as np
 
-from outlier_mlx.checkpoints.export_scales import ScaleForms, find_scale_forms
-from outlier_mlx.checkpoints.export_shared import FromSlabs, Origin, copied, matrices, trit_slabs
+from outlier_mlx.checkpoints.export_shared import (
+    FromSlabs,
+    Origin,
+    ScaleForms,
+    copied,
+    find_scale_forms,
+    matrices,
+    trit_slabs,
+)
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix

@@ -32,7 +32,6 @@ _SPLIT = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)\.([0-9]+)\.(.+)")
 _ROUTER = re.compile(r"blk\.([0-9]+)\.ffn_gate_inp\.weight")
 _FLOATS = ("F32", "F16", "BF16")  # named as in safetensors
 _UNPACK = {"TQ1_0": unpack_tq1_0_blocks, "TQ2_0": unpack_tq2_0_blocks}
-_SLAB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class BlockScales:
         out, width = self.trits.shape
         stop = out if stop is None else min(stop, out)
         scales = np.empty((stop - start, 1), np.float32)
-        for first, last in row_ranges(stop - start, width, _SLAB):
+        for first, last in row_ranges(stop - start, width):
             row, end = start + first, start + last
             d = self.trits.read_scales(row, end)
             if (d == d[:, :1]).all():  # so is nearly every file; NaN is none

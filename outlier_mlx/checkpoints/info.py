@@ -117,22 +117,19 @@ def _inspect_folder(folder: Path, name: str) -> Info:
 Sizes = Iterable[tuple[str, int, int]]
 
 
-def _base_architecture(config: Description) -> str | None:
-    if is_tier(config.raw):
-        return config.family
-    return stated_base(config.raw) if is_overlay(config.raw) else None
-
-
 def _describe(config: Description, folder: Path, name: str, sizes: Sizes, form: str | None) -> Info:
     rows = summarize(sizes)
     total = rows[-1]
     counted = add_up(((row.kind, row.params) for row in rows[:-1]), config)
-    tier = is_tier(config.raw)
-    if tier:
+    kind, base = "model", None
+    if is_overlay(config.raw):
+        kind, base = "overlay", stated_base(config.raw)
+    if is_tier(config.raw):
+        kind, base = "tier", config.family
         form = str(config.raw["ternary"].get("format", "?"))
     return Info(
         name=name,
-        kind="tier" if tier else "overlay" if is_overlay(config.raw) else "model",
+        kind=kind,
         form=form or config.model_type or "?",
         params=total.params,
         active_params=counted.active,
@@ -140,7 +137,7 @@ def _describe(config: Description, folder: Path, name: str, sizes: Sizes, form: 
         kv_bytes_per_token=kv_bytes(config, 1),
         rows=rows,
         architecture=config.model_type,
-        base_architecture=_base_architecture(config),
+        base_architecture=base,
         layers=config.layers,
         moe_layers=None if config.moe_layers is None else len(config.moe_layers),
         experts=config.experts,

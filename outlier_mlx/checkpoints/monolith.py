@@ -30,12 +30,10 @@ class Monolith:
     """Where everything is in an `experts.bin`.
 
     Attributes:
-        path: the file.
         lengths: bytes of the six parts of an expert.
         experts: for each (layer, expert), where its first part begins.
     """
 
-    path: Path
     lengths: tuple[int, ...]
     experts: dict[tuple[int, int], int]
 
@@ -94,7 +92,7 @@ def read_monolith(path: Path) -> Monolith:
                 f" {aligned(length)} bytes before the file's end at {size}"
             )
     _check_grid(path, rows, layers, experts)
-    return Monolith(path, tuple(lengths), {(layer, e): offset for layer, e, offset, _ in rows})
+    return Monolith(tuple(lengths), {(layer, e): offset for layer, e, offset, _ in rows})
 
 
 def _check_grid(path: Path, rows: list[tuple], layers: int, experts: int) -> None:

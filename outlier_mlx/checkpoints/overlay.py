@@ -110,11 +110,6 @@ class Overlay:
                 f"{self.path.name}: config.json makes layers {list(config.moe_layers)} MoE, but"
                 f" routers were found for {sorted(self.routers)}"
             )
-        extra = set(self.experts) - set(config.moe_layers)
-        if extra:
-            raise CheckpointError(
-                f"{self.path.name}: layers {sorted(extra)} have experts but are not MoE layers"
-            )
         width = self.expert_intermediate
         for layer, router in self.routers.items():
             _check_float(router, (config.experts, config.hidden))

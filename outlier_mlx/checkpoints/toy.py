@@ -15,7 +15,6 @@ import numpy as np
 from outlier_mlx.checkpoints.collect import Collected
 from outlier_mlx.checkpoints.keys import (
     BaseKey,
-    ExpertKey,
     Key,
     RouterKey,
     base_key,
@@ -24,7 +23,7 @@ from outlier_mlx.checkpoints.keys import (
 )
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.models.config import Defaults, read_config
+from outlier_mlx.models.config import PROJECTIONS, Defaults, read_config
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 
@@ -40,9 +39,9 @@ _RENAMED = {
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "attn.o_proj.weight": "self_attn.o_proj.weight",
     **{f"attn.{p}_proj.{w}": f"self_attn.{p}_proj.{w}" for p in "qkv" for w in ("weight", "bias")},
-    **{f"ffn.shared.{p}_proj.weight": f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")},
+    **{f"ffn.shared.{p}_proj.weight": f"mlp.{p}_proj.weight" for p in PROJECTIONS},
+    **{f"ffn.{p}_proj.latent_weight": f"mlp.{p}_proj.weight" for p in PROJECTIONS},
 }
-_LATENT = {f"ffn.{p}_proj.latent_weight": f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class LatentWeights(TensorRef):
     def magnitude(self) -> np.float32:
         """The mean |W| of the whole tensor, summed in float64."""
         total = 0.0
-        for start, stop in row_ranges(self.shape[0], self.shape[1], 1 << 20):
+        for start, stop in row_ranges(self.shape[0], self.shape[1]):
             values = super().read_float32(start, stop)
             total += float(np.abs(values).sum(dtype=np.float64))
         return np.float32(total / max(1, self.shape[0] * self.shape[1]))
@@ -75,15 +74,13 @@ def open_toy(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
     Raises:
         CheckpointError: it is one, but not a valid one.
     """
-    plain = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
-    if not any(re.match(r"layers\.[0-9]+\.ffn\.", key) for key in plain):
+    if not any(re.match(r"(?:model\.)?layers\.[0-9]+\.ffn\.", key) for key in tensors):
         return None
     collected = Collected()
     for key, tensor in tensors.items():
-        parsed, latent = _parse(key.removeprefix("model."))
-        if latent:
-            tensor = _latent(tensor)
-        collected.add(parsed, tensor)
+        parsed = _parse(key.removeprefix("model."))
+        latent = isinstance(parsed, BaseKey) and key.endswith(".latent_weight")
+        collected.add(parsed, _latent(tensor) if latent else tensor)
     config = read_config(folder, DEFAULTS)
     overlay = collected.overlay(folder, "toy" if config.experts else "toy dense", config)
     if overlay.alpha_files:
@@ -95,30 +92,23 @@ def open_toy(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
     return replace(overlay, alpha_files=[])
 
 
-def _parse(key: str) -> tuple[Key | None, bool]:
-    """What a key without its `model.` names, and whether the tensor is latent."""
+def _parse(key: str) -> Key | None:
+    """What a key without its `model.` names."""
     if key in ("embed_tokens.weight", "norm.weight"):
-        return BaseKey(f"model.{key}"), False
+        return BaseKey(f"model.{key}")
     if key == "lm_head.weight":
-        return BaseKey(key), False
+        return BaseKey(key)
     match = _LAYER.fullmatch(key)
     if match is None:
-        return None, False
+        return None
     layer, leaf = parse_number(match["layer"]), match["leaf"]
     if leaf == "ffn.router_weight":
-        return RouterKey(layer), False
+        return RouterKey(layer)
     if leaf in _RENAMED:
-        return base_key(layer, _RENAMED[leaf]), False
-    if leaf in _LATENT:
-        return base_key(layer, _LATENT[leaf]), True
-    return _parse_expert(layer, leaf), False
-
-
-def _parse_expert(layer: int, leaf: str) -> ExpertKey | None:
-    match = _EXPERT.fullmatch(leaf)
-    if match is None:
-        return None
-    return parse_expert_leaf(match["leaf"], layer, parse_number(match["expert"]))
+        return base_key(layer, _RENAMED[leaf])
+    if match := _EXPERT.fullmatch(leaf):
+        return parse_expert_leaf(match["leaf"], layer, parse_number(match["expert"]))
+    return None
 
 
 def _latent(tensor: TensorRef) -> LatentWeights:

@@ -12,8 +12,6 @@ from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, Stored, Trits, row_ranges
 
 _WIDE_INTEGERS = ("I16", "I32", "I64")
-# Weights in memory at a time when a whole matrix is read.
-_SLAB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Magnitudes(Stored):
         rows, width = self.tensor.shape
         stop = rows if stop is None else min(stop, rows)
         sizes = np.empty((stop - start, 1), np.float32)
-        for first, last in row_ranges(stop - start, width, _SLAB):
+        for first, last in row_ranges(stop - start, width):
             values = self.tensor.read_float32(start + first, start + last)
             np.abs(values).max(axis=1, keepdims=True, initial=0, out=sizes[first:last])
         return sizes

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WIDTHS = (2, 4, 5, 8)
-
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack codes along the last axis: code n of a row begins at bit `bits * n` of the row.
@@ -15,7 +13,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
     Args:
         codes: (..., in) uint8, each below 2**bits; in is a multiple of 32.
-        bits: one of `WIDTHS`.
+        bits: 2, 4, 5 or 8.
 
     Returns:
         (..., in * bits / 32) uint32, in C order.

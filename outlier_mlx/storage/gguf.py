@@ -10,7 +10,7 @@ import io
 import os
 import stat
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -106,8 +106,8 @@ class Gguf:
     """
 
     path: Path
-    fields: dict[str, Any] = field(default_factory=dict)
-    tensors: list[GgufTensor] = field(default_factory=list)
+    fields: dict[str, Any]
+    tensors: list[GgufTensor]
 
 
 def read_gguf(path: Path) -> Gguf:

@@ -31,11 +31,7 @@ class FloatTensor(Protocol):
 
 @dataclass(frozen=True)
 class Derived:
-    """A tensor whose rows are made from another's, in its shape: the base of such `FloatTensor`s.
-
-    Attributes:
-        tensor: the one that is read.
-    """
+    """Base of a `FloatTensor` whose rows are made from another's, in its shape."""
 
     tensor: FloatTensor
 
@@ -57,11 +53,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class Stored(Derived):
-    """Weights or scales that are read out of a tensor in another form.
-
-    Attributes:
-        tensor: the one that is stored.
-    """
+    """Weights or scales that are read out of a tensor in another form."""
 
     tensor: TensorRef
 
@@ -120,7 +112,9 @@ class ExpertMatrix:
         return np.broadcast_to(values, (self.trits.shape[0],)).copy()
 
 
-def row_ranges(rows: int, row_size: int, slab: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+def row_ranges(
+    rows: int, row_size: int, slab: int = 1 << 20, multiple: int = 1
+) -> Iterator[tuple[int, int]]:
     """Row numbers (start, stop) that cut a matrix into slabs.
 
     Args:
