@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from outlier_mlx.errors import OutlierError, OutputExistsError
 from outlier_mlx.measure.eval_charts import Chart, Point
 from outlier_mlx.measure.eval_draw import draw as draw_charts
 from outlier_mlx.measure.labels import arrange
-from outlier_mlx.measure.outlier_draw import draw_comparison
+from outlier_mlx.measure.outlier_draw import draw_comparison, draw_heatmap
 from outlier_mlx.measure.pictures import check_picture
 from outlier_mlx.measure.routing import LayerRouting
 from outlier_mlx.measure.routing import draw as draw_routing
@@ -313,4 +314,17 @@ def test_large_heat_maps_have_no_numbers_and_a_size_that_can_be_looked_at(
         labels = boxes([tick.label1 for tick in axis.get_major_ticks()])
         starts, ends = np.sort(labels[:, side]), np.sort(labels[:, side + 2])
         assert (starts[1:] > ends[:-1]).all()
+    assert_nothing_cut_off(drawn[0])
+
+
+@pytest.mark.parametrize("dims", [[], [3, 90]])
+def test_heat_maps_of_models_with_and_without_outlier_features(
+    tmp_path: Path, drawn: list[Any], dims: list[int]
+) -> None:
+    probes = [SimpleNamespace(kinds=(kind,)) for kind in ("attention", "ffn") * 4]
+    counts: Any = SimpleNamespace(hits=np.ones((8, 128)), positions=100, probes=probes)
+    draw_heatmap(counts, "tier", dims, tmp_path / "a.png")
+    panels = [axes.get_window_extent() for axes in drawn[0].axes[:2]]
+    height = drawn[0].bbox.height
+    assert all(panel.height > height / 4 for panel in panels)
     assert_nothing_cut_off(drawn[0])

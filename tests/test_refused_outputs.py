@@ -100,9 +100,10 @@ def test_force_fills_an_empty_folder(site: Site) -> None:
 
 
 def test_force_replaces_nothing_that_is_no_tier(site: Site) -> None:
-    for target in (site.outputs, site.overlay, site.root):
+    reasons = {site.outputs: "not a tier", site.overlay: "is an input", site.root: "is an input"}
+    for target, reason in reasons.items():
         command = ("convert", site.overlay, "--out", target, "--force")
-        refuse(site, *command, words=(target.name, "not a tier"))
+        refuse(site, *command, words=(target.name, reason))
 
 
 def test_an_output_that_is_no_folder_is_refused(site: Site) -> None:

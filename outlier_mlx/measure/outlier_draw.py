@@ -62,7 +62,8 @@ def draw_heatmap(counts: Accumulator, name: str, dims: Sequence[int], path: Path
             axes.set_ylabel("layer")
             axes.set_title(title, pad=10)
             marks = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-            axes.plot(dims, np.ones(len(dims)), "v", color="tab:red", markersize=5, **marks)
+            if len(dims):  # a line without points has no place, and the layout would fail
+                axes.plot(dims, np.ones(len(dims)), "v", color="tab:red", markersize=5, **marks)
             axes.yaxis.get_major_locator().set_params(integer=True)
         of = f"; each column is the largest of {each}" if each > 1 else ""
         panels[1].set_xlabel(f"dimension (red: outlier features{of})")
