@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from outlier_mlx.engine import memory
 from outlier_mlx.engine.memory import Budget
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.models.config import tier_config
+from outlier_mlx.models.config import parse_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.serve import server
 from outlier_mlx.serve.capacity import MAX_CONVERSATIONS, Capacity, capacity_for, find_capacity
@@ -30,7 +30,7 @@ def tier(small_tier: Path) -> Path:
 def mac(tier: Path, conversations: float, tokens: int = TOKENS) -> Budget:
     """Memory for the weights and so many conversations."""
     weights = json.loads((tier / "model.safetensors.index.json").read_text())["metadata"]
-    config = tier_config(json.loads((tier / "config.json").read_text()))
+    config = parse_config(json.loads((tier / "config.json").read_text()))
     cache = int(conversations * kv_bytes(config, tokens))
     return Budget(weights["total_size"] + cache, "this Mac's GPU")
 

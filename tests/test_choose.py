@@ -10,7 +10,7 @@ import outlier_mlx
 from outlier_mlx.engine import memory
 from outlier_mlx.engine.memory import Budget, budget, check_fits
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.models.config import tier_config
+from outlier_mlx.models.config import parse_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.tiers.choose import best, list_choices
 from outlier_mlx.tiers.presets import RECIPES
@@ -45,7 +45,7 @@ def test_the_cache_is_as_large_as_mlx_lms(tier: Path, overlay: Built) -> None:
     model = load(tier)
     cache = make_prompt_cache(model)
     forward(model, overlay.prompt(12) * 22, cache)  # 264 tokens: the cache grows in steps of 256
-    config = tier_config(json.loads((tier / "config.json").read_text()))
+    config = parse_config(json.loads((tier / "config.json").read_text()))
     # On the CPU the cache holds float32.
     assert sum(entry.nbytes for entry in cache) == 2 * kv_bytes(config, 512)
     # 64 values of 8 bits, and a scale and a bias of 16 bits each.

@@ -9,7 +9,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.models.config import PROJECTIONS, ModelConfig, raw_config, tier_config
+from outlier_mlx.models.config import PROJECTIONS, ModelConfig, parse_config, raw_config
 from outlier_mlx.models.stored import expected_tensors
 from outlier_mlx.runtime.affine2 import check_experts
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
@@ -112,7 +112,7 @@ def open_tier(folder: Path) -> Overlay:
         check_experts(ternary)
     except ValueError as error:
         raise CheckpointError(f"{folder}: config.json: {error}") from None
-    config = tier_config(raw)
+    config = parse_config(raw)
     if not config.moe_layers:
         raise CheckpointError(f"{folder}: has no experts to export")
     tensors = read_shards(folder)

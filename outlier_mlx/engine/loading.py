@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.models.config import is_overlay, is_tier, raw_config, tier_config
+from outlier_mlx.models.config import is_overlay, is_tier, parse_config, raw_config
 from outlier_mlx.models.families import families
 from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.spelling import normalised
@@ -132,7 +132,7 @@ def check_model(folder: Path) -> dict:
     """
     config = raw_config(folder)
     if is_tier(config):
-        tier_config(config)
+        parse_config(config)
     elif is_overlay(config):
         raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
     elif "model_file" in config:

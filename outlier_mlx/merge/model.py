@@ -12,7 +12,7 @@ from outlier_mlx.merge.sources import Dense, open_models
 from outlier_mlx.models.config import PROJECTIONS, ModelConfig
 from outlier_mlx.models.families import family
 from outlier_mlx.models.modules import Module
-from outlier_mlx.models.sizes import Parameters, count_modules
+from outlier_mlx.models.sizes import Parameters, add_up
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import Derived
 
@@ -128,7 +128,7 @@ class Mixture:
     @cached_property
     def parameters(self) -> Parameters:
         """Total and active parameters of the result."""
-        return count_modules(self.modules, self.config)
+        return add_up(((m.kind, m.params) for m in self.modules), self.config)
 
 
 def open_mixture(merge_config: MergeConfig, seed: int = 0) -> Mixture:

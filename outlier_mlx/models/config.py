@@ -4,7 +4,7 @@ Published configs call one thing by several names; two versions of transformers 
 overlays are read here, and nowhere else.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.attention import read_attention
 from outlier_mlx.models.description import PROJECTIONS, Defaults, Description, ModelConfig
 from outlier_mlx.models.families import Family, families, family, with_role
-from outlier_mlx.models.fields import MAX_COUNT, MAX_SIZE, Fields, short
+from outlier_mlx.models.fields import MAX_COUNT, Fields, short
 from outlier_mlx.models.quantization import read_quantization
 from outlier_mlx.models.rope import read_scaling, spell_rope
 from outlier_mlx.models.spelling import NESTED, lifted, normalised
@@ -120,11 +120,6 @@ def parse_config(
     )
 
 
-def tier_config(raw: dict) -> ModelConfig:
-    """Check the `config.json` of a tier; see `parse_config`."""
-    return parse_config(raw)
-
-
 def describe(raw: dict) -> Description:
     """What is known of any model, whatever its config holds; nothing is an error."""
     raw = lifted(raw)
@@ -210,12 +205,15 @@ def _values(
         defaults: what missing fields mean.
         aliases: whether sizes may have the names that overlays have for them.
     """
-    raw, own = fields.raw, aliases
-    hidden = _size(fields, own, "hidden_dim", "hidden_size")
-    layers = _size(fields, own, "n_layers", "num_hidden_layers", most=MAX_COUNT)
-    heads = _size(fields, own, "n_heads", "num_attention_heads")
-    intermediate = _size(fields, own, "intermediate_dim", "intermediate_size")
-    positions = defaults.max_positions if defaults else None
+
+    def size(alias: str, name: str, **limits: Any) -> Any:
+        return fields.size(*((alias, name) if aliases else (name,)), **limits)
+
+    raw, usual = fields.raw, vars(defaults) if defaults else {}
+    hidden = size("hidden_dim", "hidden_size")
+    layers = size("n_layers", "num_hidden_layers", most=MAX_COUNT)
+    heads = size("n_heads", "num_attention_heads")
+    intermediate = size("intermediate_dim", "intermediate_size")
     kv_heads = known.defaults.get("num_key_value_heads", heads) if known is not None else heads
     values = {
         "model_type": raw.get("model_type") if isinstance(raw.get("model_type"), str) else None,
@@ -224,15 +222,13 @@ def _values(
         "intermediate": intermediate,
         "layers": layers,
         "heads": heads,
-        "kv_heads": _size(fields, own, "n_kv_heads", "num_key_value_heads", default=kv_heads),
+        "kv_heads": size("n_kv_heads", "num_key_value_heads", default=kv_heads),
         "head_dim": _head_dim(fields, known, hidden, heads),
         "vocab": fields.size("vocab_size"),
-        "max_positions": _size(fields, own, *POSITIONS, default=positions),
-        "rope_theta": fields.positive("rope_theta", defaults.rope_theta if defaults else None),
+        "max_positions": size(*POSITIONS, default=usual.get("max_positions")),
+        "rope_theta": fields.positive("rope_theta", usual.get("rope_theta")),
         "rope_scaling": raw.get("rope_scaling") or None,
-        "rms_norm_eps": fields.positive(
-            "rms_norm_eps", defaults.rms_norm_eps if defaults else None
-        ),
+        "rms_norm_eps": fields.positive("rms_norm_eps", usual.get("rms_norm_eps")),
         "tied": fields.flag("tie_word_embeddings", False if fields.strict else None),
         **_mixture(fields, known, layers),
         "attention": read_attention(fields, known, layers),
@@ -244,13 +240,6 @@ def _values(
     if known is not None and known.model_type == "mixtral":
         values["expert_width"] = intermediate
     return values
-
-
-def _size(
-    fields: Fields, own: bool, alias: str, name: str, *, most: int = MAX_SIZE, default: Any = None
-) -> Any:
-    """A size by its usual name, and in our own configs by another one, too."""
-    return fields.size(*((alias, name) if own else (name,)), default=default, most=most)
 
 
 def _head_dim(fields: Fields, known: Family | None, hidden: Any, heads: Any) -> int | None:
@@ -280,34 +269,26 @@ def _check_heads(fields: Fields, known: Family, values: dict[str, Any], role: st
         )
 
 
-@dataclass(frozen=True)
-class _MixtureNames:
-    experts: tuple[str, ...]
-    top_k: tuple[str, ...]
-    lists: tuple[str, ...]
-
-
 def _mixture(fields: Fields, known: Family | None, layers: int | None) -> dict[str, Any]:
     raw = dict(fields.raw)
+    names: list[tuple[str, ...]]  # of the number of experts, and of those that a token uses
+    lists: tuple[str, ...] = ()
     if is_tier(raw):
-        names = _MixtureNames(("num_experts",), ("num_experts_per_tok",), ("moe_layers",))
+        names, lists = [("num_experts",), ("num_experts_per_tok",)], ("moe_layers",)
     elif is_overlay(raw):
-        names = _MixtureNames(
-            ("n_experts", "outlier_num_experts"),
-            ("top_k", "outlier_num_experts_per_tok"),
-            MOE_LISTS,
-        )
+        names = [("n_experts", "outlier_num_experts"), ("top_k", "outlier_num_experts_per_tok")]
+        lists = MOE_LISTS
     elif known is None:
         return _other_mixture(fields, layers)
     elif known.experts is not None:
-        names = _MixtureNames((known.experts[0],), (known.experts[1],), ())
+        names = [(name,) for name in known.experts]
     else:
         return {"experts": 0, "top_k": 0, "moe_layers": (), "expert_width": None}
-    experts = fields.size(*names.experts, default=0, least=0, most=MAX_COUNT) or 0
-    top_k = fields.size(*names.top_k, default=2)
-    if experts and names.lists == () and top_k is not None and top_k > experts:
-        fields.refuse(f"{names.top_k[0]} is {top_k}, of {experts} experts")
-    moe_layers = _moe_layers(fields, names.lists, layers) if experts else ()
+    experts = fields.size(*names[0], default=0, least=0, most=MAX_COUNT) or 0
+    top_k = fields.size(*names[1], default=2)
+    if experts and not lists and top_k is not None and top_k > experts:
+        fields.refuse(f"{names[1][0]} is {top_k}, of {experts} experts")
+    moe_layers = _moe_layers(fields, lists, layers) if experts else ()
     width = fields.size("moe_intermediate_size", required=False) if moe_layers else None
     return {
         "experts": experts,

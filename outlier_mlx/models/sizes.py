@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import overload
 
 from outlier_mlx.models.description import Description, ModelConfig
-from outlier_mlx.models.modules import Module
 from outlier_mlx.models.rope import ORIGINAL, YARN
 
 # A group of quantized values of the KV cache has a scale and a bias of 16 bits.
@@ -100,11 +99,6 @@ def bytes_read(
             share = 1 / rows
         total += nbytes * share
     return round(total) + cache * value_bytes // 2
-
-
-def count_modules(modules: Iterable[Module], config: Description) -> Parameters:
-    """The parameters of a model's modules; see `add_up`."""
-    return add_up(((module.kind, module.params) for module in modules), config)
 
 
 def add_up(counts: Iterable[tuple[str, int]], config: Description) -> Parameters:

@@ -21,19 +21,13 @@ LIMITS = {
     "in features": (1, 1 << 17),
     "out features": (2, 1 << 18),
 }
-_INPUTS = {
-    "tq1_0_swiglu": ("x", "gate", "gate_scales", "up", "up_scales", "indices"),
-    "tq1_0_down": ("h", "down", "scales", "indices", "weights", "shared"),
-    "tq1_0_qmv": ("x", "rows", "scales", "indices"),
-    "tq1_0_to_affine2": ("rows",),
+# Names of each kernel's inputs, and of its output.
+_ARGUMENTS = {
+    "tq1_0_swiglu": (["x", "gate", "gate_scales", "up", "up_scales", "indices"], "h"),
+    "tq1_0_down": (["h", "down", "scales", "indices", "weights", "shared"], "y"),
+    "tq1_0_qmv": (["x", "rows", "scales", "indices"], "y"),
+    "tq1_0_to_affine2": (["rows"], "codes"),
 }
-_OUTPUT = {
-    "tq1_0_swiglu": "h",
-    "tq1_0_down": "y",
-    "tq1_0_qmv": "y",
-    "tq1_0_to_affine2": "codes",
-}
-
 
 # Default variants, used if the call has none and tuning has chosen none (variants.py).
 # docs/kernels.md has the reasons.
@@ -248,10 +242,11 @@ def _kernel(name: str) -> Any:
         _built = (make, {})
     kernels = _built[1]
     if name not in kernels:
+        inputs, output = _ARGUMENTS[name]
         kernels[name] = make(
             name=name,
-            input_names=list(_INPUTS[name]),
-            output_names=[_OUTPUT[name]],
+            input_names=inputs,
+            output_names=[output],
             source=kernel_text(name),
             header=kernel_text("tq1_0"),
         )

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_lm.models import mixtral
 
 from .affine2 import ROWS, check_experts
-from .moe import top_experts
+from .moe import choose_experts
 from .switch import TernarySwitchGLU, TernarySwitchLinear
 
 
@@ -46,9 +46,7 @@ class TernaryMixtralBlock(mixtral.MixtralSparseMoeBlock):
     def __call__(self, x: mx.array) -> mx.array:
         """Map x (batch, tokens, hidden) to the same shape and dtype."""
         probs = mx.softmax(self.gate(x).astype(mx.float32), axis=-1, precise=True)
-        indices = top_experts(probs, self.num_experts_per_tok)
-        chosen = mx.take_along_axis(probs, indices, axis=-1)
-        weights = chosen / chosen.sum(axis=-1, keepdims=True)
+        indices, weights = choose_experts(probs, self.num_experts_per_tok)
         glu: Any = self.switch_mlp
         return glu.mix(x, indices, weights, mx.zeros_like(x)).astype(x.dtype)
 

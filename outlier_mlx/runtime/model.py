@@ -169,6 +169,4 @@ def _base_module(base: str) -> ModuleType:
 
 
 def _stays(name: str) -> bool:
-    if ".mlp.switch_mlp." in name:
-        return True
-    return name.endswith(ALWAYS_FLOAT32)
+    return ".mlp.switch_mlp." in name or name.endswith(ALWAYS_FLOAT32)

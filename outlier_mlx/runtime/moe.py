@@ -28,6 +28,22 @@ def top_experts(probs: mx.array, k: int) -> mx.array:
     return experts - 1 - (largest & 0xFFFFFFFF).astype(mx.uint32)
 
 
+def choose_experts(probs: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """The k experts with the largest probabilities, and their renormalised weights.
+
+    Args:
+        probs: (..., experts) float32, none negative.
+        k: number of experts to choose.
+
+    Returns:
+        Experts (..., k) uint32 as `top_experts` orders them, and weights (..., k) float32, which
+        add up to 1.
+    """
+    indices = top_experts(probs, k)
+    chosen = mx.take_along_axis(probs, indices, axis=-1)
+    return indices, chosen / chosen.sum(axis=-1, keepdims=True)
+
+
 class Router(nn.Module):
     """The routing matrix, float32 for every activation dtype."""
 
@@ -67,16 +83,8 @@ class OutlierMoE(nn.Module):
         self.switch_mlp = glu(hidden_size, expert_size, num_experts)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Choose experts for x (..., hidden).
-
-        Returns:
-            Experts (..., k) uint32, largest probability first, and their renormalised weights
-            (..., k) float32, before alpha.
-        """
-        probs = self.gate(x)
-        indices = top_experts(probs, self.top_k)
-        chosen = mx.take_along_axis(probs, indices, axis=-1)
-        return indices, chosen / chosen.sum(axis=-1, keepdims=True)
+        """Experts for x (..., hidden) and their weights before alpha; see `choose_experts`."""
+        return choose_experts(self.gate(x), self.top_k)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x (batch, tokens, hidden) to the same shape and dtype."""

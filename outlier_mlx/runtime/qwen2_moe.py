@@ -6,27 +6,20 @@ It is for plain models, and not part of a tier's `outlier_moe.py`.
 import mlx.core as mx
 from mlx_lm.models import qwen2_moe
 
-from .moe import top_experts
+from .moe import choose_experts
 
 
 class RenormalisedMoE(qwen2_moe.Qwen2MoeSparseMoeBlock):
     """y = sum over the top k experts of w_e * FFN_e(x) + sigmoid(g . x) * FFN_shared(x).
 
     w are the routing probabilities over all experts, divided by the sum of the k chosen ones.
-    Of equal probabilities, the expert with the lower number comes first.
+    If probabilities are equal, the expert with the lower number comes first.
     """
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Choose experts for x (..., hidden).
-
-        Returns:
-            Experts (..., k) uint32, largest probability first, and their weights (..., k) float32,
-            which add up to 1.
-        """
+        """Experts for x (..., hidden) and their weights; see `choose_experts`."""
         probs = mx.softmax(self.gate(x).astype(mx.float32), axis=-1, precise=True)
-        indices = top_experts(probs, self.top_k)
-        chosen = mx.take_along_axis(probs, indices, axis=-1)
-        return indices, chosen / chosen.sum(axis=-1, keepdims=True)
+        return choose_experts(probs, self.top_k)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x (batch, tokens, hidden) to the same shape and dtype."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.models.config import is_tier, tier_config
+from outlier_mlx.models.config import is_tier, parse_config
 from outlier_mlx.models.stored import expected_tensors
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import read_json
@@ -75,7 +75,7 @@ def _check_tensors(folder: Path) -> int:
     tensors = read_shards(folder, required=is_tier(raw))
     if not is_tier(raw):  # mlx-lm's own model, or an export: held against its manifest alone
         return len(tensors)
-    config = tier_config(raw)
+    config = parse_config(raw)
     expected = expected_tensors(config, tensors)
     for name, (shape, dtypes) in expected.items():
         tensor = tensors.get(name)

@@ -11,15 +11,12 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.runtime.affine2 import affine_group, rows_to_affine2
+from outlier_mlx.runtime.affine2 import TRITS_PER_BYTE, affine_group, rows_to_affine2
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, row_ranges
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
 from outlier_mlx.writing.float_parts import SLAB_BYTES, affine_specs, as_bytes, mlx_dtype
 from outlier_mlx.writing.parts import Chunk, Part, ahead
 from outlier_mlx.writing.writer import TensorSpec
-
-# Where rows share bytes, every fifth begins with one.
-_TRITS_PER_BYTE = 5
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,8 @@ def _packed_slabs(
             partial(_pack_slab, matrix, start, stop)
             for matrix in matrices
             for out, width in [matrix.trits.shape]
-            for start, stop in row_ranges(out, width, SLAB_BYTES, _TRITS_PER_BYTE)
+            # Where rows share bytes, every fifth begins with one.
+            for start, stop in row_ranges(out, width, SLAB_BYTES, TRITS_PER_BYTE)
         ),
     )
 
