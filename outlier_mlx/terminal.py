@@ -283,22 +283,21 @@ def _plain_line(console: "Console") -> Iterator[Callable[[str], None]]:
 
 def size(nbytes: int) -> str:
     """Format a number of bytes with a unit; units are powers of 1000."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
+    return _with_unit(nbytes, (" B", " kB", " MB", " GB"))
 
 
 def count(number: int) -> str:
     """Format a number of parameters with K (thousand), M (million) or B (billion)."""
-    value = float(number)
-    for unit in ("", " K", " M"):
+    return _with_unit(number, ("", " K", " M", " B"))
+
+
+def _with_unit(value: float, units: Sequence[str]) -> str:
+    """Format a number with the first unit that it has less than 1000 of, or else the last one."""
+    for decimals, unit in zip((0, 1, 1), units, strict=False):
         if value < 1000:
-            return f"{value:.0f}" if not unit else f"{value:.1f}{unit}"
+            return f"{value:.{decimals}f}{unit}"
         value /= 1000
-    return f"{value:.2f} B"
+    return f"{value:.2f}{units[-1]}"
 
 
 def plain_table(title: str | None = None) -> "Table":

@@ -1,4 +1,4 @@
-"""The typer app, and how commands end: in one clear line."""
+"""The typer app. Commands that fail end with one clear line."""
 
 import sys
 import warnings
@@ -52,7 +52,7 @@ class Commands(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; `--debug` shows the traceback of what ended it."""
+        """Run a command; with `--debug`, errors show their traceback."""
         warnings.showwarning = _show_warning
         try:
             return super().invoke(ctx)
@@ -64,7 +64,7 @@ class Commands(TyperGroup):
         except (OutlierError, OSError, MemoryError) as error:
             if ctx.meta.get("debug"):
                 raise
-            say(f"error: {_told(error)}")
+            say(f"error: {_message_of(error)}")
             raise typer.Exit(1) from None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -82,9 +82,8 @@ def _misused(message: str, error: Any) -> str:
         message = error.message
         if error.param is not None:
             option = error.param.param_type_name == "option"
-            message = (
-                f"{max(error.param.opts, key=len) if option else error.param.metavar}: {message}"
-            )
+            name = max(error.param.opts, key=len) if option else error.param.metavar
+            message = f"{name}: {message}"
         elif error.param_hint is not None:
             message = f"{error.param_hint}: {message}"
     ctx = getattr(error, "ctx", None)
@@ -93,14 +92,14 @@ def _misused(message: str, error: Any) -> str:
     return f"error: {message[:1].lower()}{message[1:]}{where}"
 
 
-def _told(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"warning: {_told(message) if isinstance(message, Warning) else message}")
+    say(f"warning: {_message_of(message) if isinstance(message, Warning) else message}")
 
 
 def say(text: str) -> None:

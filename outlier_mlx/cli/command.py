@@ -17,12 +17,14 @@ from typer.core import TyperCommand
 
 from outlier_mlx.cli.values import Reader
 
-#: What `--model` gives: the argument MODEL by another spelling.
+#: Name of the parameter of `--model`, which stands for the argument MODEL.
 NAMED = "named_model"
 #: Names of parameters that are MODEL.
 MODELS = ("model", "models")
 #: Heading of the options that every command has.
 GENERAL = "General"
+#: Headings that come before the others.
+FIRST = ("Arguments", "Options")
 
 
 def _set_debug(ctx: typer.Context, value: bool) -> bool:
@@ -41,13 +43,13 @@ _Debug = Annotated[
 
 
 def flattened(function: Callable[..., None]) -> Callable[..., None]:
-    """A function for typer, which knows no groups: a dataclass gives way to its fields.
+    """Replace each parameter that is a dataclass by its fields, since typer knows no groups.
 
-    An argument `model` or `models` gets its other spelling, `--model`; every command, `--debug`.
+    An argument `model` or `models` can also be given as `--model`. Every command gets `--debug`.
 
     Args:
-        function: its parameters are options and arguments (`Annotated`, as typer wants them) and
-            dataclasses of such. A default of a dataclass gives the defaults of its fields.
+        function: its parameters are options and arguments (`Annotated`, as typer wants them), and
+            dataclasses with such fields. The default of a dataclass gives its fields' defaults.
     """
     groups: dict[str, type] = {}
     flat: list[inspect.Parameter] = []
@@ -96,7 +98,7 @@ class Command(TyperCommand):
     """A command with `MODEL` in two spellings, values read by `Reader`, and help in sections."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse, with what `--model` names in the place of MODEL."""
+        """Parse, with the values of `--model` in place of MODEL."""
         read_plainly(self.get_params(ctx))
         with _telling(ctx):
             return super().parse_args(ctx, [*self._named(ctx, args), *args])
@@ -107,7 +109,7 @@ class Command(TyperCommand):
             return super().invoke(ctx)
 
     def _named(self, ctx: Any, args: list[str]) -> list[str]:
-        """What `--model` names; a usage error if MODEL is given as well, or in no way."""
+        """The values of `--model`; a usage error if MODEL is given twice or not at all."""
         arguments = [param for param in self.params if param.param_type_name == "argument"]
         model = next((param for param in arguments if param.name in MODELS), None)
         if model is None or ctx.resilient_parsing:
@@ -155,7 +157,7 @@ def read_plainly(params: Sequence[Any]) -> None:
 
 @contextmanager
 def _telling(ctx: Any) -> Iterator[None]:
-    """Let usage errors know the command, so that they can say where its help is."""
+    """Add the command to usage errors, so that they can say where its help is."""
     try:
         yield
     except typer.TyperException as error:
@@ -176,10 +178,6 @@ def write_parameters(params: Sequence[Any], formatter: Any) -> None:
         write_section(panel, panels[panel], formatter)
 
 
-#: Headings that come before the others.
-FIRST = ("Arguments", "Options")
-
-
 def write_section(name: str, rows: list[tuple[str, str]], formatter: Any) -> None:
     """Write a heading, and below it names with a description each."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
@@ -188,7 +186,7 @@ def write_section(name: str, rows: list[tuple[str, str]], formatter: Any) -> Non
 
 
 def _names(param: Any) -> str:
-    """The spellings of an option, with what stands for its value; or an argument's name."""
+    """The spellings of an option and the placeholder of its value; or an argument's name."""
     value = placeholder(param)
     if param.param_type_name == "argument":
         return value + "..." * (param.nargs == -1)
@@ -197,7 +195,7 @@ def _names(param: Any) -> str:
 
 
 def placeholder(param: Any) -> str:
-    """What stands for the value of an option in its help; nothing for a switch."""
+    """The placeholder of an option's value in its help, such as PATH; empty for a switch."""
     if param.metavar is not None:
         return str(param.metavar)
     kind = param.type_descriptor.annotation

@@ -1,4 +1,4 @@
-"""Loading a model for a command: with a sign of life, and with other alphas if asked."""
+"""Loading a model for a command, with a spinner and perhaps with other alphas."""
 
 import gc
 import sys
@@ -11,8 +11,8 @@ from outlier_mlx.storage.hub import Source, local_source
 def import_engine() -> None:
     """Import mlx-lm, without the garbage collector.
 
-    Importing it makes some hundred thousand objects, all of which stay. Looking through them again
-    and again for garbage took a tenth of the time that a short `generate` takes.
+    Importing it makes some hundred thousand objects, and all of them stay. Searching them for
+    garbage again and again took a tenth of the time of a short `generate`.
     """
     if "mlx_lm" in sys.modules:
         return
@@ -25,7 +25,7 @@ def import_engine() -> None:
 
 
 def prepare(model: str, revision: str | None) -> None:
-    """Check that a model's name is one, and import mlx-lm, which takes a second.
+    """Check a model's name, and import mlx-lm, which takes a second.
 
     Raises:
         CheckpointError: neither a folder nor the name of a repository.
@@ -35,7 +35,7 @@ def prepare(model: str, revision: str | None) -> None:
 
 
 def load_model(folder: Path, dtype: str | None = None, alpha: Path | None = None) -> Any:
-    """A model and its tokenizer; `alpha` is an alpha.json that wins over a tier's own alphas.
+    """A model and its tokenizer; `alpha` is an alpha.json to use instead of a tier's own alphas.
 
     Raises:
         OutlierError: there is no sound model, or the alphas do not suit it.

@@ -29,7 +29,7 @@ from outlier_mlx.cli.options import (
     Window,
     Windows,
 )
-from outlier_mlx.cli.sharing import push_converted, require_pushable
+from outlier_mlx.cli.sharing import push_converted, require_repo_name
 from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE
 
 
@@ -88,9 +88,12 @@ def convert(
     from outlier_mlx.terminal import progress_bar
     from outlier_mlx.tiers.convert import convert_tier
     from outlier_mlx.tiers.presets import make_recipe
+    from outlier_mlx.tiers.push import check_login
 
     if upload_repo is not None:
-        require_pushable(upload_repo)
+        # Refuse before hours of work what could not be pushed after it.
+        require_repo_name(upload_repo)
+        check_login(upload_repo)
     name: str = tier
     if tier == "auto":
         from outlier_mlx.tiers.choose import best, list_choices

@@ -96,7 +96,7 @@ def renders_markdown(console: Console) -> bool:
 def reply_writer(console: Console, *, markdown: bool) -> Iterator[Writer]:
     """A writer for one reply: one that renders Markdown, or one that prints plain text."""
     if not markdown:
-        yield PlainWriter(console.file, is_terminal=console.is_terminal)
+        yield PlainWriter(console)
         return
     with Live(console=console, transient=True, auto_refresh=False) as live:
         writer = MarkdownWriter(console, live)

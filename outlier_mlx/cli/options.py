@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,9 +17,11 @@ KVBits = Literal[2, 3, 4, 5, 6, 8]
 Experts = Literal["tq1_0", "affine2"]
 DType = Literal["bfloat16", "float16", "float32"]
 
-SAMPLING = "Sampling"
-CACHE = "KV cache"
-LOADING = "Loading"
+# Options below a heading of their own in the help.
+_sampling = partial(typer.Option, rich_help_panel="Sampling")
+_cache = partial(typer.Option, rich_help_panel="KV cache")
+_loading = partial(typer.Option, rich_help_panel="Loading")
+_general = partial(typer.Option, rich_help_panel=GENERAL)
 
 
 def _set_quiet(value: bool) -> bool:
@@ -31,8 +34,7 @@ def _set_quiet(value: bool) -> bool:
 # -- what every command may have ----------------------------------------------------------------
 
 Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="Folder or hub repository of a tier or other model."),
+    str, typer.Argument(metavar="MODEL", help="Folder or hub repository of a tier or other model.")
 ]
 TierModel = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub repository of a tier.")
@@ -42,48 +44,21 @@ ModelFolder = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(
-        metavar="REVISION",
-        help="Branch, tag or commit of the repository on the hub.",
-        rich_help_panel=LOADING,
-    ),
+    _loading(metavar="REVISION", help="Branch, tag or commit of the repository on the hub."),
 ]
 ActivationDType = Annotated[
-    DType | None,
-    typer.Option(
-        help="Activation dtype. Default: the model's own; float32 on the CPU.",
-        rich_help_panel=LOADING,
-    ),
+    DType | None, _loading(help="Activation dtype. Default: the model's own; float32 on the CPU.")
 ]
 Alpha = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.json",
-        help="Alphas to use instead of the tier's own.",
-        rich_help_panel=LOADING,
-    ),
+    Path | None, _loading(metavar="FILE.json", help="Alphas to use instead of the tier's own.")
 ]
 IgnoreMemory = Annotated[
-    bool,
-    typer.Option(
-        "--ignore-memory",
-        help="Load the model even if it does not fit into memory.",
-        rich_help_panel=LOADING,
-    ),
+    bool, _loading("--ignore-memory", help="Load the model even if it does not fit into memory.")
 ]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Replace the output if it exists.", rich_help_panel=GENERAL),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=GENERAL)]
+Force = Annotated[bool, _general("--force", help="Replace the output if it exists.")]
+Json = Annotated[bool, _general("--json", help="Print JSON.")]
 Quiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        help="Show no progress and no statistics.",
-        callback=_set_quiet,
-        rich_help_panel=GENERAL,
-    ),
+    bool, _general("--quiet", help="Show no progress and no statistics.", callback=_set_quiet)
 ]
 
 # -- making -------------------------------------------------------------------------------------
@@ -135,17 +110,12 @@ class Generation:
         str | None, typer.Option(help="System prompt, for the chat template.")
     ] = None
     prefill_step_size: PrefillStep = 2048
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, max=2**64 - 1, help="Seed of the sampling.", rich_help_panel=SAMPLING),
-    ] = None
+    seed: Annotated[int | None, _sampling(min=0, max=2**64 - 1, help="Seed of the sampling.")] = (
+        None
+    )
     max_kv_size: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Tokens that the KV cache holds, at most. Default: no limit.",
-            rich_help_panel=CACHE,
-        ),
+        _cache(min=1, help="Tokens that the KV cache holds, at most. Default: no limit."),
     ] = None
 
 
@@ -154,36 +124,26 @@ class Sampling:
     """How the next token is chosen."""
 
     temp: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            help="Temperature; 0 always takes the likeliest token.",
-            rich_help_panel=SAMPLING,
-        ),
+        float, _sampling(min=0.0, help="Temperature; 0 always takes the likeliest token.")
     ] = 0.0
     top_p: Annotated[
         float,
-        typer.Option(
+        _sampling(
             min=0.0,
             max=1.0,
             help="Nucleus sampling: sample from the likeliest tokens that sum to this probability.",
-            rich_help_panel=SAMPLING,
         ),
     ] = 1.0
     min_p: Annotated[
         float,
-        typer.Option(
+        _sampling(
             min=0.0,
             max=1.0,
             help="Least probability of a token, as a fraction of the likeliest token's.",
-            rich_help_panel=SAMPLING,
         ),
     ] = 0.0
     top_k: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Sample from the K likeliest tokens; 0: from all.", rich_help_panel=SAMPLING
-        ),
+        int, _sampling(min=0, help="Sample from the K likeliest tokens; 0: from all.")
     ] = 0
 
 
@@ -192,20 +152,13 @@ class Xtc:
     """XTC sampling, and what min-p leaves."""
 
     xtc_probability: Annotated[
-        float,
-        typer.Option(
-            min=0.0, max=1.0, help="Probability of XTC sampling.", rich_help_panel=SAMPLING
-        ),
+        float, _sampling(min=0.0, max=1.0, help="Probability of XTC sampling.")
     ] = 0.0
     xtc_threshold: Annotated[
-        float,
-        typer.Option(min=0.0, max=0.5, help="Threshold of XTC sampling.", rich_help_panel=SAMPLING),
+        float, _sampling(min=0.0, max=0.5, help="Threshold of XTC sampling.")
     ] = 0.1
     min_tokens_to_keep: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Number of tokens that --min-p keeps, at least.", rich_help_panel=SAMPLING
-        ),
+        int, _sampling(min=1, help="Number of tokens that --min-p keeps, at least.")
     ] = 1
 
 
@@ -214,21 +167,11 @@ class KVCache:
     """How the KV cache is quantized."""
 
     kv_bits: Annotated[
-        KVBits | None,
-        typer.Option(
-            help="Bits of a quantized KV cache. Default: not quantized.",
-            rich_help_panel=CACHE,
-        ),
+        KVBits | None, _cache(help="Bits of a quantized KV cache. Default: not quantized.")
     ] = None
-    kv_group_size: Annotated[
-        GroupSize,
-        typer.Option(help="Group size of a quantized KV cache.", rich_help_panel=CACHE),
-    ] = 64
+    kv_group_size: Annotated[GroupSize, _cache(help="Group size of a quantized KV cache.")] = 64
     quantized_kv_start: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Quantize the KV cache from this token on.", rich_help_panel=CACHE
-        ),
+        int, _cache(min=0, help="Quantize the KV cache from this token on.")
     ] = 5000
 
 

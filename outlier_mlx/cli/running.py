@@ -102,12 +102,12 @@ def generate(
         lambda progress: generate_text(loaded, tokenizer, text, options, progress), quiet=quiet
     )
     console, response = stdout(), None
-    writer = PlainWriter(console.file, is_terminal=console.is_terminal)
+    writer = PlainWriter(console)
     try:
         for response in responses:
             writer.write(response.text)
     finally:
-        # What ends the text early is said on a line of its own.
+        # A message about what ended the text early begins on a new line.
         if response is not None:
             print()
     if response is not None and not quiet:
@@ -244,15 +244,10 @@ def serve(
         max_body=int(max_body * 1e6),
         max_context=max_context,
         max_clients=max_clients,
-        temp=sampling.temp,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
         prefill_step_size=prefill_step_size,
         prompt_cache_size=prompt_cache_size,
-        kv_bits=cache.kv_bits,
-        kv_group_size=cache.kv_group_size,
-        quantized_kv_start=cache.quantized_kv_start,
+        **vars(sampling),
+        **vars(cache),
     )
     source = resolve(model, loading.revision)
     requested = decode_concurrency, prompt_concurrency, prompt_cache_bytes

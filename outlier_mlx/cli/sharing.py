@@ -143,14 +143,6 @@ def require_repo_name(repo: str) -> None:
         raise typer.BadParameter(str(error)) from None
 
 
-def require_pushable(repo: str) -> None:
-    """Refuse before hours of work what could not be pushed after it: a bad name, or no login."""
-    from outlier_mlx.tiers.push import check_login
-
-    require_repo_name(repo)
-    check_login(repo)
-
-
 def push_converted(tier: Path, repo: str, *, quiet: bool) -> None:
     """Push a tier that was just written; if that fails, say that the tier itself is there."""
     from outlier_mlx.errors import OutlierError

@@ -1,4 +1,4 @@
-"""What commands print of what they found: tables, and a few lines around them."""
+"""Results that commands print: tables, and a few lines around them."""
 
 from outlier_mlx.errors import listed, one_line
 from outlier_mlx.terminal import (
@@ -13,7 +13,7 @@ from outlier_mlx.terminal import (
 
 
 def print_report(report) -> None:  # type: ignore[no-untyped-def]
-    """What a conversion wrote (a `tiers.convert.Report`)."""
+    """Print what a conversion wrote (a `tiers.convert.Report`)."""
     console = stderr()
     recipe = report.recipe
     console.print(
@@ -30,7 +30,7 @@ def print_report(report) -> None:  # type: ignore[no-untyped-def]
 
 
 def print_imported(written) -> None:  # type: ignore[no-untyped-def]
-    """What an import wrote (an `imports.Imported`), and what of it is not exact."""
+    """Print what an import wrote (an `imports.Imported`), and what is not exact in it."""
     console = stderr()
     console.print(
         parts_table(written.rows, one_line(f"{written.path.name}: from {written.source_format}"))
@@ -41,7 +41,7 @@ def print_imported(written) -> None:  # type: ignore[no-untyped-def]
 
 
 def print_statistics(response) -> None:  # type: ignore[no-untyped-def]
-    """Speed and memory of a finished generation (an mlx-lm `GenerationResponse`)."""
+    """Print speed and memory of a finished generation (an mlx-lm `GenerationResponse`)."""
     stderr().print(
         f"prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
         f"generation: {response.generation_tokens} tokens,"
@@ -51,7 +51,7 @@ def print_statistics(response) -> None:  # type: ignore[no-untyped-def]
 
 
 def print_info(info) -> None:  # type: ignore[no-untyped-def]
-    """What a model is (an `info.Info`)."""
+    """Print what a model is (an `info.Info`)."""
     console = stdout()
     print_heading(console, info.name, f": {info.kind} ({info.form})")
     for name, value in _facts(info).items():
@@ -70,7 +70,7 @@ def print_info(info) -> None:  # type: ignore[no-untyped-def]
 
 
 def _facts(info) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    """What is known of a model, by the names that people see."""
+    """Known facts about a model, by the names to print."""
     facts: dict[str, object] = {
         "architecture": info.architecture or "unknown",
         "layers": info.layers or "unknown",
@@ -95,7 +95,7 @@ def _facts(info) -> dict[str, object]:  # type: ignore[no-untyped-def]
 
 
 def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
-    """What recipes take (a list of `tiers.choose.Choice`), held against a `memory.Budget`."""
+    """Print the memory of recipes (a list of `tiers.choose.Choice`) against a `memory.Budget`."""
     console = stdout()
     keys = next((list(choice.memory) for choice in choices if choice.memory), [])
     heads = [f"{tokens // 1024}k\n{bits or 16} bits" for tokens, bits in keys]

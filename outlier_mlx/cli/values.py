@@ -1,6 +1,6 @@
 """How the values of options are read, and the messages for wrong ones.
 
-Typer reads them through pydantic: importing that takes longer than all of the command line else.
+Typer reads them with pydantic, and importing that takes longer than all other imports together.
 """
 
 import math
@@ -13,7 +13,7 @@ from outlier_mlx.errors import did_you_mean
 
 
 class Reader:
-    """Turns words of a command line into values; stands in for typer's `RuntimeParam`."""
+    """Turns words of a command line into values, in place of typer's `RuntimeParam`."""
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
         """The value, or the list of values, of an option or argument.
@@ -40,7 +40,7 @@ class Reader:
 
 
 def _read(value: Any, kind: Any, info: Any) -> Any:
-    """One value. Raises ValueError: it is none of this kind."""
+    """One value. Raises ValueError if it is not of this kind."""
     if kind in (int, float):
         return _number(value, kind, info.min, info.max)
     if kind is Path:

@@ -1,6 +1,8 @@
 """Replies as plain text, piece by piece."""
 
-from typing import IO, Protocol
+from typing import Protocol
+
+from outlier_mlx.terminal import Output
 
 
 class Writer(Protocol):
@@ -13,14 +15,14 @@ class Writer(Protocol):
 class PlainWriter:
     """Prints pieces unchanged; on a terminal, with control characters made visible."""
 
-    def __init__(self, file: IO[str], *, is_terminal: bool) -> None:
-        self.file = file
-        self.is_terminal = is_terminal
+    def __init__(self, output: Output) -> None:
+        self.output = output
 
     def write(self, text: str) -> None:
         """Print the next piece of text."""
-        self.file.write(without_controls(text) if self.is_terminal else text)
-        self.file.flush()
+        file = self.output.file
+        file.write(without_controls(text) if self.output.is_terminal else text)
+        file.flush()
 
 
 def without_controls(text: str) -> str:

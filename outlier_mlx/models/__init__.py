@@ -1,1 +1,1 @@
-"""One description of any model: its config, its modules and shapes, and what it takes."""
+"""One description of any model: its config, its modules and shapes, its memory."""

@@ -1,9 +1,9 @@
-"""Which layers keep keys and values of which tokens, as far as a config says it."""
+"""The attention window of each layer, as far as a config says it."""
 
 from outlier_mlx.models.families import Family
 from outlier_mlx.models.fields import Fields
 
-# Fields of models that keep something else than each layer's keys and values of one width: latent
+# Fields of models whose layers do not all have keys and values of one width in the KV cache: latent
 # or shared keys, states of recurrent layers, layers that differ.
 _OTHER = (
     *("kv_lora_rank", "num_kv_shared_layers", "block_configs", "block_types", "use_cla"),
@@ -17,12 +17,15 @@ _OTHER_PREFIXES = ("mamba_", "ssm_", "linear_", "conv_", "lru_", "swa_", "rwkv_"
 def read_attention(
     fields: Fields, known: Family | None, layers: int | None
 ) -> tuple[int | None, ...] | None:
-    """The window of each layer, None for all tokens; None: not known, or no plain attention.
+    """The window of each layer in tokens, None for a layer that attends to all tokens.
 
     Args:
         fields: the config.
         known: the family, if it is one of `models/`; mlx-lm's models of these have plain attention.
-        layers: how many there are.
+        layers: number of layers.
+
+    Returns:
+        None if the windows are not known, or a layer has no plain attention.
     """
     if layers is None:
         return None
@@ -56,7 +59,7 @@ def _is_other(fields: Fields) -> bool:
 
 
 def _from_pattern(pattern: object, layers: int) -> object:
-    """`layer_types` of a `sliding_window_pattern`: of so many layers, the last attends to all."""
+    """`layer_types` of a `sliding_window_pattern` n: every n-th layer attends to all tokens."""
     if pattern is None:
         return None
     if type(pattern) is not int or pattern < 1:

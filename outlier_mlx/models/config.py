@@ -1,7 +1,8 @@
-"""Any model's config.json as one description: strictly for what is made, leniently for the rest.
+"""Any model's config.json as one description.
 
-Published configs call one thing by several names; two versions of transformers and three kinds of
-overlays are read here, and nowhere else.
+`parse_config` is strict, for models that are converted or loaded; `describe` accepts anything.
+Published configs have several names for one field. The names of two versions of transformers and
+of three kinds of overlays are read only here.
 """
 
 from dataclasses import replace
@@ -27,13 +28,13 @@ MOE_LISTS = ("moe_layer_indices", "v3_2_moe_layers", "moe_layers")
 OVERLAY_TYPES = ("outlier_moe", "qwen2_moe")
 #: In configs of overlays and tiers: the model type of the base.
 BASE_TYPE = "base_model_type"
-#: The base of overlays that name none and come without one: all that were published are on it.
+#: The base of overlays that neither name nor contain one. All published overlays are on it.
 DEFAULT_BASE = "qwen2"
-# What the configs of mixtures of experts call the number of experts, and of those used by a token.
+# Names of the number of experts, and of the number of experts that a token uses.
 _EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size")
-# Models of this project that mlx-lm's have been made of.
+# Model types of this project, and the types of mlx-lm that they extend.
 _MADE_OF = {"ternary_mixtral": "mixtral"}
 _NOT_SPELLED = ("quantization_config", "quantization", "auto_map", "model_file")
 
@@ -75,12 +76,12 @@ def parse_config(
     """Check the config of an overlay, a tier, or a model of a supported family.
 
     Args:
-        raw: as it was read.
-        defaults: what missing fields mean; by default, `Defaults()` for overlays and tiers, and
-            transformers' for the family of any other model, or of a base that is named.
-        role: what the model is to be; see `Family.roles`. Overlays and tiers are on a "base"; of
-            one that the config does not name, all that a base can say is let through.
-        where: what messages call the config.
+        raw: the config; it is not changed.
+        defaults: values of missing fields; by default, `Defaults()` for overlays and tiers on
+            Qwen2, and those of transformers for all others.
+        role: one of `Family.roles`; "base" for overlays and tiers. If an overlay does not name its
+            base, everything that any base supports is accepted.
+        where: name of the config in messages.
 
     Raises:
         CheckpointError: a field is missing or not sound, two names for one field disagree, or
@@ -121,7 +122,7 @@ def parse_config(
 
 
 def describe(raw: dict) -> Description:
-    """What is known of any model, whatever its config holds; nothing is an error."""
+    """Describe any model as far as its config is known and valid; raises no error."""
     raw = lifted(raw)
     own = is_tier(raw) or is_overlay(raw)
     name = str(raw.get("model_type"))
@@ -139,7 +140,7 @@ def describe(raw: dict) -> Description:
 
 
 def describe_args(args: Any) -> Description:
-    """What is known of a loaded model, by the `args` that mlx-lm made of its config."""
+    """Describe a loaded model by its `args` in mlx-lm; see `describe`."""
     raw = dict(vars(args)) if hasattr(args, "__dict__") else {}
     inner = raw.get(NESTED)
     if hasattr(inner, "__dict__"):
@@ -148,7 +149,7 @@ def describe_args(args: Any) -> Description:
 
 
 def spell_config(config: ModelConfig) -> dict:
-    """A plain model's config.json with everything spelled out that MLX's model depends on.
+    """A plain model's config.json with every field that MLX's model depends on.
 
     Fields about quantization, and about code that the model brings along, are left out.
     """
@@ -167,10 +168,10 @@ def _model_type(raw: dict, role: str, where: str) -> str:
 
 
 def stated_base(raw: dict, where: str = "config.json") -> str | None:
-    """The family of the base that the config of an overlay or tier names, if it names one.
+    """The family of the base in the config of an overlay or tier; None if it names none.
 
     Raises:
-        CheckpointError: it names one that is not supported.
+        CheckpointError: the family is not supported.
     """
     names = with_role("base")
     kind = raw.get("model_type", OVERLAY_TYPES[0])
@@ -202,8 +203,8 @@ def _values(
     Args:
         fields: the config.
         known: its family.
-        defaults: what missing fields mean.
-        aliases: whether sizes may have the names that overlays have for them.
+        defaults: values of missing fields.
+        aliases: whether sizes may have the names that overlays use.
     """
 
     def size(alias: str, name: str, **limits: Any) -> Any:

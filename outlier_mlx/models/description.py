@@ -10,7 +10,7 @@ PROJECTIONS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a form of overlay means when its config does not say."""
+    """Values of fields that are missing in an overlay's config."""
 
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
@@ -19,11 +19,11 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What is known of any model; None where the config does not say, or not soundly.
+    """A model of any family; None where the config has no value, or no valid one.
 
     Attributes:
-        model_type: as the config has it; of a nested config, that of its text model.
-        family: the name of the family in `models/` whose modules it has; None: another one.
+        model_type: `model_type` of the config, or of its text model if the config is nested.
+        family: name of the family in `models/`; None if it is not one of these.
         hidden: width of the residual stream.
         intermediate: width of a dense (or shared) FFN.
         layers: decoder layers.
@@ -75,14 +75,14 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Description):
-    """A model of a supported family, checked: what it computes follows from this alone.
+    """A checked model of a supported family; these fields determine what it computes.
 
     Attributes:
         qkv_bias: whether queries, keys and values have biases.
         o_bias: whether the output of attention has one.
         mlp_bias: whether the matrices of the FFN have biases.
         qk_norm: whether queries and keys are normalised in each head.
-        defaults: what applied where an overlay's config did not say.
+        defaults: the values that were used for missing fields.
     """
 
     family: str

@@ -23,22 +23,21 @@ class Family:
     """What a model type computes, as mlx-lm's model of it does.
 
     Attributes:
-        model_type: as config.json has it.
+        model_type: `model_type` of config.json.
         architecture: transformers' class.
-        roles: what it can be here: "base" (of an overlay), "import", "merge" (a dense model that
-            is merged).
-        defaults: transformers' values of fields that a config leaves out; mlx-lm's differ in
-            places.
-        qkv_bias: whether queries, keys and values have biases; a name: the field that says it.
-        o_bias: whether the output of attention has one, likewise.
-        mlp_bias: whether the FFN has biases, likewise.
+        roles: how such a model can be used: "base" (of an overlay), "import", "merge" (a dense
+            model that is merged).
+        defaults: transformers' values of missing fields; some differ from mlx-lm's.
+        qkv_bias: whether queries, keys and values have biases, or the name of a field that says it.
+        o_bias: the same for the output of attention.
+        mlp_bias: the same for the FFN.
         qk_norm: whether queries and keys are normalised in each head.
         own_head_dim: whether `head_dim` may differ from hidden_size / heads.
         scalings: types of RoPE scaling that mlx-lm's model honours.
-        base_scalings: those that a tier on such a base honours.
+        base_scalings: types of RoPE scaling that a tier on such a base honours.
         refused: fields that mlx-lm's model ignores, and that must therefore not be set.
         window_switch: the field that turns `sliding_window` on; None: it is on where it is given.
-        honours_layer_types: whether mlx-lm's model keeps to the windows of `layer_types`.
+        honours_layer_types: whether mlx-lm's model uses the windows of `layer_types`.
         experts: the fields that say how many experts there are, and how many a token uses.
         feed_forward: the modules of a layer's FFN.
     """
@@ -61,7 +60,7 @@ class Family:
     feed_forward: FeedForward = dense
 
     def own_defaults(self) -> Defaults:
-        """What transformers takes where a config of the family does not say."""
+        """Values that transformers uses for missing fields."""
         return Defaults(
             rope_theta=self.defaults["rope_theta"],
             rms_norm_eps=self.defaults["rms_norm_eps"],
@@ -69,14 +68,14 @@ class Family:
         )
 
     def config_fields(self, config: ModelConfig) -> dict[str, Any]:
-        """What `config.json` says of a model besides what that of every family does."""
+        """The fields of `config.json` that not every family has."""
         flags = {self.qkv_bias: config.qkv_bias, self.o_bias: config.o_bias}
         flags[self.mlp_bias] = config.mlp_bias
         said: dict[str, Any] = {name: on for name, on in flags.items() if isinstance(name, str)}
         return said | ({"head_dim": config.head_dim} if self.own_head_dim else {})
 
     def check(self, fields: Fields) -> None:
-        """Refuse what mlx-lm's model would ignore.
+        """Refuse fields that mlx-lm's model would ignore.
 
         Raises:
             CheckpointError: names the field.
@@ -93,7 +92,7 @@ class Family:
         return fields.flag(which) if isinstance(which, str) else which
 
     def notes(self, raw: Mapping[str, Any]) -> list[str]:
-        """What mlx-lm's model does otherwise than transformers' does, as sentences."""
+        """Sentences about differences between mlx-lm's model and transformers'."""
         window = raw.get("sliding_window")
         switched = raw.get(self.window_switch or "use_sliding_window", self.window_switch is None)
         honoured = self.honours_layer_types and raw.get("layer_types") is not None
@@ -102,7 +101,7 @@ class Family:
         return [f"mlx-lm has no sliding window here: beyond {window} tokens, results differ"]
 
     def modules(self, config: ModelConfig) -> list[Module]:
-        """Everything that stores a weight in MLX's model, in the order of a forward pass."""
+        """The modules of MLX's model that store weights, in the order of a forward pass."""
         return list_modules(config, self.feed_forward)
 
 

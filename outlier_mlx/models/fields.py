@@ -1,4 +1,4 @@
-"""Reading the fields of a config: strictly, or so that what is not sound counts as not said."""
+"""Reading the fields of a config. Invalid values are errors, or count as missing."""
 
 import sys
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ class Fields:
 
     Args:
         raw: the config.
-        where: what messages call it.
-        strict: whether what is missing or not sound is an error; else it is None.
+        where: name of the config in messages.
+        strict: whether a missing or invalid field is an error; otherwise its value is None.
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str, *, strict: bool) -> None:
@@ -40,14 +40,14 @@ class Fields:
         """A whole number from `least` to `most`, or None.
 
         Args:
-            names: names of one field; those that are there must have the same value.
-            default: the value where none of them is there.
+            names: names of one field; if several are present, their values must be equal.
+            default: the value if all are missing.
             least: the smallest value.
             most: the largest.
             required: whether it is an error if there is neither a value nor a default.
 
         Raises:
-            CheckpointError: strict, and the field is missing, not sound or contradicts itself.
+            CheckpointError: strict, and the field is missing or invalid, or its values differ.
         """
         given = {name: self.raw[name] for name in names if self.raw.get(name) is not None}
         for name, value in given.items():
@@ -85,6 +85,6 @@ class Fields:
 
 
 def short(value: object) -> str:
-    """A value as Python writes it, of 40 characters at most."""
+    """`repr` of a value, cut to 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -1,4 +1,4 @@
-"""Whether a model's head is its embedding: the files decide, whatever the config says."""
+"""Whether a model's head is its embedding. The files decide, not the config."""
 
 from collections.abc import Mapping
 
@@ -12,15 +12,15 @@ _SLAB_BYTES = 1 << 22
 def settle_head(stated: object, tensors: Mapping[str, TensorRef]) -> tuple[bool, str | None]:
     """Whether the head is the embedding.
 
-    A head that is stored is the head, as it is to transformers; one that equals the embedding may
-    be left out. Where nothing is stored or said, the head is tied.
+    A stored head is used, as in transformers, unless it equals the embedding and the config ties
+    them. Without a stored head, the head is tied unless the config says that it is not.
 
     Args:
         stated: `tie_word_embeddings` of the config, or None.
         tensors: the model's, by mlx-lm's names; the head and the embedding may be compared.
 
     Returns:
-        Whether it is tied, and a note where that is not what the config says.
+        Whether it is tied, and a note if the config says otherwise.
 
     Raises:
         CheckpointError: a file is damaged.

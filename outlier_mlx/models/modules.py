@@ -16,7 +16,7 @@ class Module:
     """A module of an MLX model that stores a weight.
 
     Attributes:
-        path: as in "model.layers.0.self_attn.q_proj".
+        path: its name, such as "model.layers.0.self_attn.q_proj".
         kind: the line of the summary that counts it (`summary.KINDS`).
         shape: shape of its weight before quantization: (out, in), (experts, out, in) or (width,).
         bias: whether `path.bias`, (out,), belongs to it.
@@ -105,9 +105,9 @@ def gated(
 
 
 def tier_layer(config: ModelConfig, layer: int) -> list[Module]:
-    """A tier's FFN: where `moe_layers` lists the layer, the base's own beside routed experts.
+    """A tier's FFN: the base's own, plus routed experts in the layers that `moe_layers` lists.
 
-    Of the experts' ternary matrices, these are the shapes before they are packed.
+    The shapes of the experts' ternary matrices are those before packing.
 
     Raises:
         CheckpointError: the config does not say how wide an expert is.
@@ -134,15 +134,15 @@ def tier_modules(config: ModelConfig) -> list[Module]:
 def check_complete(
     wanted: Iterable[Module], found: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    """Check that tensors are those of a model: none is missing, of another shape, or unknown.
+    """Check that no tensor of a model is missing, has another shape, or is unknown.
 
     Args:
         wanted: the model's modules.
         found: shapes before quantization, by MLX's name, as "model.norm.weight".
-        where: what messages call the source.
+        where: name of the source in messages.
 
     Raises:
-        CheckpointError: names the first tensor that is not as it should be.
+        CheckpointError: names the first wrong tensor.
     """
     expected = {name: shape for module in wanted for name, shape in module.tensors().items()}
     for name, shape in expected.items():

@@ -1,4 +1,4 @@
-"""MLX's affine quantization: group sizes, and what a config.json says of it."""
+"""MLX's affine quantization: group sizes, and the field `quantization` of a config.json."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -28,27 +28,27 @@ class Quantization:
     """The `quantization` of a config.json.
 
     Attributes:
-        default: how matrices that have scales are stored; None if the config does not say.
-        by_path: modules that are stored otherwise; None for those that are not quantized.
+        default: how quantized matrices are stored; None if the config does not say.
+        by_path: modules that are stored differently; None for those that are not quantized.
     """
 
     default: Affine | None
     by_path: Mapping[str, Affine | None] = field(default_factory=dict)
 
     def of(self, path: str) -> Affine | None:
-        """How the module at `path` is stored, if it has scales; None if that is not said."""
+        """How the quantized module at `path` is stored; None if the config does not say."""
         return self.by_path.get(path, self.default)
 
 
 def largest_group(width: int, most: int = GROUP_SIZES[-1]) -> int | None:
-    """The largest group size, `most` at most, that divides the width of a row; None: none does."""
+    """The largest group size up to `most` that divides the width of a row, or None."""
     return max((size for size in GROUP_SIZES if size <= most and width % size == 0), default=None)
 
 
 def read_quantization(raw: Mapping) -> Quantization | None:
-    """What a config says of quantization in MLX's form; None if it says nothing.
+    """Read MLX's quantization from a config; None if it has none.
 
-    mlx-lm writes it under two names; the second is also that of other formats.
+    mlx-lm writes it under two names; other formats use the second name, too.
     """
     given = raw.get("quantization") or raw.get("quantization_config")
     if not isinstance(given, dict) or "group_size" not in given or "quant_method" in given:
@@ -75,7 +75,7 @@ def spell_quantization(
 
     Args:
         stored: (bits, group size) by the path of each quantized module.
-        default: what holds for modules that are not listed; by default the most common.
+        default: bits and group size of modules that are not listed; by default the most common.
 
     Returns:
         The default, and the modules that differ from it; empty if nothing is quantized.

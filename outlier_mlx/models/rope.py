@@ -1,8 +1,8 @@
-"""Rotary positions, in whichever spelling a config has them.
+"""Rotary positions (RoPE), in both spellings of configs.
 
-Version 5 of transformers writes `rope_parameters: {rope_theta, rope_type, ...}` where version 4
-wrote `rope_theta` and `rope_scaling`. Most models of mlx-lm 0.32 read the old names alone, and fall
-back to a default without a word.
+Version 5 of transformers writes `rope_parameters: {rope_theta, rope_type, ...}` instead of the
+`rope_theta` and `rope_scaling` of version 4. Most models of mlx-lm 0.32 read only the old names,
+and silently use a default without them.
 """
 
 import math
@@ -13,8 +13,9 @@ from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.fields import Fields, short
 
 ORIGINAL = "original_max_position_embeddings"
-# transformers reads a tier's config to load its tokenizer, and of a model type that it does not
-# know it fails on its own names. Other names it leaves alone; the first is the same to mlx-lm.
+# transformers reads a tier's config when it loads the tokenizer. For a model type that it does not
+# know, it fails on the names of its own RoPE types and ignores others. mlx-lm treats
+# "deepseek_yarn" as YaRN.
 TIER_NAMES = {"yarn": "deepseek_yarn", "llama3": "outlier_llama3"}
 YARN = ("yarn", "deepseek_yarn")
 # Found inside `rope_parameters` where version 4 had them at the top.
@@ -29,15 +30,14 @@ _LLAMA3_NUMBERS = ("low_freq_factor", "high_freq_factor")
 def spell_rope(config: dict, where: str, default_positions: int | None = None) -> dict:
     """A config with RoPE's old names beside the new ones, and their defaults written out.
 
-    `rope_theta` and `partial_rotary_factor` are lifted out of `rope_parameters`, and a `rope_type`
+    `rope_theta` and `partial_rotary_factor` are copied from `rope_parameters`, and a `rope_type`
     other than "default" becomes `rope_scaling`. `rope_parameters` stays, for the models that read
-    it. One that has an entry for each type of layer is left alone: only a model that knows about
-    it can use it.
+    it. If it has an entry for each type of layer, nothing is copied.
 
     Args:
-        config: as it was read; it is not changed.
-        where: what messages call it.
-        default_positions: `max_position_embeddings` where the config does not say.
+        config: the config; it is not changed.
+        where: name of the config in messages.
+        default_positions: `max_position_embeddings` if the config has none.
 
     Raises:
         CheckpointError: two spellings of a field contradict each other.
@@ -77,10 +77,10 @@ def _original(config: dict, scaling: dict, default_positions: int | None) -> Any
 
 
 def agree(result: dict, name: str, value: object, shown: str, where: str) -> None:
-    """Set a field that is absent; one that is there must have this value.
+    """Set a field if it is missing; otherwise check that it has this value.
 
     Raises:
-        CheckpointError: it has another.
+        CheckpointError: it has another value.
     """
     if value is None:
         return
@@ -94,7 +94,7 @@ def agree(result: dict, name: str, value: object, shown: str, where: str) -> Non
 
 
 def _differ(ours: dict, theirs: dict) -> bool:
-    """Whether two scalings do, where both say something."""
+    """Whether two scalings differ. Fields that can be outside of them may be in only one."""
     names = (ours.keys() & theirs.keys()) | ((ours.keys() | theirs.keys()) - {*_LIFTED, ORIGINAL})
     return any(ours.get(name) != theirs.get(name) for name in names)
 
@@ -113,7 +113,7 @@ def rope_type(fields: Mapping[str, Any], where: str = "config.json") -> str:
 
 
 def _scaling(fields: dict, where: str) -> dict | None:
-    """How positions are scaled, or None where they are not."""
+    """The scaling of positions, or None if there is none."""
     kind = rope_type(fields, where)
     if kind == "default":
         return None
@@ -123,16 +123,16 @@ def _scaling(fields: dict, where: str) -> dict | None:
 def read_scaling(
     spelled: dict, where: str, allowed: tuple[str, ...], *, tier: bool
 ) -> dict[str, Any] | None:
-    """How positions are scaled, checked, by the usual names; None where they are not.
+    """Check the scaling of positions, and return it with the usual names; None: no scaling.
 
     Args:
         spelled: a config as `spell_rope` returns it.
-        where: what messages call it.
+        where: name of the config in messages.
         allowed: types of scaling that the model honours.
-        tier: whether it is a tier's, which has names of its own for two types.
+        tier: whether it is a tier's config, which has its own names for two types.
 
     Raises:
-        CheckpointError: the type is none of these, or its numbers are not sound.
+        CheckpointError: the type is not allowed, or its numbers are not valid.
     """
     scaling = _scaling(spelled.get("rope_scaling") or {}, where)
     if scaling is None:
@@ -159,7 +159,7 @@ def read_scaling(
 
 
 def _read_mscale(fields: Fields, scaling: dict, result: dict[str, Any]) -> None:
-    """DeepSeek's way to say the attention factor; transformers' `_compute_yarn_parameters`."""
+    """DeepSeek's names of the attention factor (transformers' `_compute_yarn_parameters`)."""
     if scaling.get("truncate") is False:
         fields.refuse("rope scaling yarn with truncate false is not supported by mlx-lm")
     both = [scaling.get("mscale"), scaling.get("mscale_all_dim")]

@@ -1,4 +1,4 @@
-"""What a model takes: parameters, bytes of weights, of the KV cache, and read for a token."""
+"""Sizes of a model: parameters, context length, bytes of the KV cache, bytes read per token."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ _GROUP_BITS = 32
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of logical parameters: quantized and ternary weights count as many as they stand for.
+    """Numbers of parameters before quantization and packing.
 
     Attributes:
-        total: all of them.
-        active: those that one token uses: all but those of experts that it is not routed to.
+        total: all parameters.
+        active: those that one token uses: without the experts that it is not routed to.
     """
 
     total: int
@@ -25,9 +25,9 @@ class Parameters:
 
 
 def context_length(config: Description) -> int | None:
-    """Tokens of context that a model was made for; None: not known.
+    """Tokens of context that a model was made for; None if not known.
 
-    `max_position_embeddings`, or what YaRN stretches the original context to, if that is more.
+    `max_position_embeddings`, or the original context times YaRN's factor if that is more.
     """
     length, scaling = config.max_positions, config.rope_scaling or {}
     if length is None or scaling.get("rope_type", scaling.get("type")) not in YARN:
@@ -55,11 +55,11 @@ def kv_bytes(
     Args:
         config: the model.
         tokens: tokens in the cache.
-        bits: bits of a value in a quantized cache; None for 16 bits.
-        group_size: values that share a scale and a bias, where it is quantized.
+        bits: bits of a value in a quantized cache; None for 16 bits without quantization.
+        group_size: values of a quantized cache that share a scale and a bias.
 
     Returns:
-        None where a layer is not plain attention, or sizes are unknown.
+        None if a layer has no plain attention, or the model's sizes are not known.
     """
     layers, heads, width = config.attention, config.kv_heads, config.head_dim
     if layers is None or heads is None or width is None:
@@ -74,8 +74,8 @@ def bytes_read(
 ) -> int | None:
     """Bytes that decoding one token has to read.
 
-    Every weight once, but: of the experts those that a token uses, of an embedding that is not
-    also the output layer one row; and the KV cache. Activations are left out.
+    These are the KV cache and all weights, but only the experts that a token uses, and only one row
+    of an embedding that is not also the output layer. Activations are left out.
 
     Args:
         weights: name, bytes and rows of each tensor, by mlx-lm's names.
@@ -84,7 +84,7 @@ def bytes_read(
         value_bytes: bytes of a value in the cache.
 
     Returns:
-        None where the size of the KV cache is not known.
+        None if the size of the KV cache is not known.
     """
     cache = kv_bytes(config, context)
     if cache is None:
@@ -102,11 +102,11 @@ def bytes_read(
 
 
 def add_up(counts: Iterable[tuple[str, int]], config: Description) -> Parameters:
-    """Parameters by kind of part, added up; those of the kind "experts" are routed to.
+    """Add up parameters by kind of part; the kind "experts" is the routed experts.
 
     Args:
-        counts: kinds and parameters.
-        config: says how many of the experts a token uses; all of them where it does not.
+        counts: kinds and numbers of parameters.
+        config: has the number of experts that a token uses; without it, a token uses all.
     """
     total = routed = 0
     for kind, count in counts:

@@ -1,4 +1,4 @@
-"""Configs of plain models in one spelling, whichever version of transformers wrote them."""
+"""Configs of plain models from any version of transformers, in one spelling."""
 
 from outlier_mlx.models.families import families
 from outlier_mlx.models.rope import agree, spell_rope
@@ -7,14 +7,14 @@ NESTED = "text_config"
 
 
 def normalised(config: dict, where: str = "config.json") -> dict:
-    """A config with the old names beside the new ones, for models that know only the old.
+    """A config with the old names of fields beside the new ones, for models that read the old ones.
 
-    See `rope.spell_rope` for RoPE; `dtype` and `torch_dtype` stand for each other; what a family of
-    `models/` has for a default is written out. The same is done in a nested `text_config`.
+    See `rope.spell_rope` for RoPE. `dtype` and `torch_dtype` are copied to each other, and the
+    defaults of a family in `models/` are added. So are they in a nested `text_config`.
 
     Args:
-        config: as it was read; it is not changed.
-        where: what messages call it.
+        config: the config; it is not changed.
+        where: name of the config in messages.
 
     Raises:
         CheckpointError: two spellings of a field contradict each other.
@@ -35,9 +35,9 @@ def normalised(config: dict, where: str = "config.json") -> dict:
 
 
 def lifted(config: dict) -> dict:
-    """A config whose text model's fields are at the top, where a nested `text_config` has them.
+    """A config with the fields of a nested `text_config` at the top.
 
-    What the text model does not say (tokens that end a text, quantization) is as outside.
+    Fields that the text model does not have, such as quantization, are those of the outer config.
     """
     inner = config.get(NESTED)
     if not isinstance(inner, dict):

@@ -1,4 +1,4 @@
-"""How models are stored: what a tier's tensors must be, and what any tensor stands for."""
+"""How models are stored: the tensors of a tier, and the parameters in any stored tensor."""
 
 from collections.abc import Container, Mapping
 from math import prod
@@ -21,10 +21,11 @@ def expected_tensors(config: ModelConfig, found: Container[str]) -> dict[str, Ex
 
     Args:
         config: the tier's.
-        found: names that are there; a matrix with `scales` beside it is taken as quantized.
+        found: names of the stored tensors; a matrix that has `scales` is quantized.
 
     Raises:
-        CheckpointError: the config does not say how wide experts are, or how a matrix is stored.
+        CheckpointError: the config has no width of the experts, or does not say how a matrix is
+            stored.
     """
     ternary = config.raw.get("ternary") or {}
     expected: dict[str, Expected] = {}
@@ -71,17 +72,17 @@ def _affine(module: Module, config: ModelConfig, dtypes: tuple[str, ...]) -> dic
 def stored_params(
     key: str, tensors: Mapping[str, TensorRef], config: Description, where: str
 ) -> int:
-    """Parameters that a stored tensor stands for; scales and biases of codes count none.
+    """The number of parameters in a stored tensor; 0 for scales and biases of quantized weights.
 
     Args:
-        key: its name.
-        tensors: it, and all that is beside it.
+        key: name of the tensor.
+        tensors: all tensors of the model.
         config: the model's.
-        where: what messages call the model.
+        where: name of the model in messages.
 
     Raises:
-        CheckpointError: the config does not say how wide the rows of a packed tensor are, or how
-            many bits its weights have.
+        CheckpointError: the config has no width for the rows of a packed tensor, or no bits for its
+            weights.
     """
     shape = tensors[key].shape
     module, _, leaf = key.rpartition(".")

@@ -13,7 +13,7 @@ KINDS = (
     "norms",
     "head",
 )
-# What a tensor's name in a tier or a plain MLX model has in it, the first that fits.
+# Parts of tensor names in a tier or a plain MLX model, and their kinds. The first match counts.
 _SIGNS = (
     ("embed_tokens", "embeddings"),
     ("lm_head", "head"),
@@ -40,7 +40,7 @@ class SummaryRow:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a parameter takes, scales included."""
+        """Bits per parameter, scales included."""
         return 8 * self.nbytes / self.params if self.params else 0.0
 
 

@@ -27,13 +27,13 @@ _LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)(-base|-expert)*(\.txt|\.md)?")
 def copy_assets(folders: Sequence[Path], target: Path, others: str = "base") -> None:
     """Copy tokenizer, templates, generation config and licence files into a model's folder.
 
-    The tokenizer comes as a whole from the first folder that has one: halves of two would not fit.
+    All files of the tokenizer come from the first folder that has a tokenizer.
 
     Args:
-        folders: where to look, the first wins.
+        folders: the sources; earlier ones take precedence.
         target: the folder being written.
-        others: what the second and further folders are: "base" or "expert". Their licence files
-            are called so where the first has another of that name.
+        others: "base" or "expert", which all folders but the first are. It is added to the names of
+            their licence files if a different file has the name already.
     """
     owner = next(filter(has_tokenizer, folders), None)
     if owner is not None:
@@ -50,12 +50,12 @@ def copy_assets(folders: Sequence[Path], target: Path, others: str = "base") -> 
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer of any kind."""
+    """Whether a folder has a tokenizer of any kind."""
     return any((folder / name).exists() for name in _TOKENIZERS)
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer in a folder has a chat template, in a file of its own or its config."""
+    """Whether a folder has a chat template, as a file or in the tokenizer's config."""
     if any((folder / name).exists() for name in TOKENIZER_FILES if name.startswith("chat_")):
         return True
     config = folder / "tokenizer_config.json"
@@ -63,13 +63,13 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def largest_id(folder: Path) -> int | None:
-    """The largest id that the `tokenizer.json` in a folder can give; None without such a file."""
+    """The largest token id in a folder's `tokenizer.json`; None without such a file."""
     if not (folder / "tokenizer.json").exists():
         return None
     content = read_json(inside(folder, "tokenizer.json"))
     model, added = content.get("model"), content.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    # BPE and WordPiece map tokens to ids; Unigram's are counted.
+    # BPE and WordPiece map tokens to ids; in Unigram's list, an id is a position.
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
     if isinstance(vocabulary, list):
         ids.append(len(vocabulary) - 1)
@@ -78,7 +78,7 @@ def largest_id(folder: Path) -> int | None:
 
 
 def is_legal(name: str) -> bool:
-    """Whether a file of this name is a licence or notice: nothing that only begins so is."""
+    """Whether the whole name of a file is that of a licence or notice."""
     return _LEGAL.fullmatch(name) is not None
 
 
@@ -95,7 +95,7 @@ def is_only_legal(folder: Path, name: str) -> bool:
 
 
 def _copy_legal(folders: Sequence[Path], target: Path, others: str) -> None:
-    """Every source's licence and notice; two that differ are both kept."""
+    """Copy the licences and notices of all sources; different files get different names."""
     written: dict[str, bytes] = {}
     for folder in folders:
         for name in sorted(p.name for p in folder.iterdir() if is_legal(p.name) and p.is_file()):

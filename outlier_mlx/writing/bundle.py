@@ -1,8 +1,8 @@
 """The `outlier_moe.py` of a tier: `runtime/` joined into one file that needs only mlx and mlx-lm.
 
 mlx-lm runs it (`model_file` in config.json) where this package is not installed, if its user
-passes --trust-remote-code. Joining is textual: imports between the modules fall away, all others
-are gathered at the top.
+passes --trust-remote-code. Joining is textual: imports between the modules are removed, and all
+others are moved to the top.
 """
 
 import ast
@@ -39,7 +39,7 @@ def bundle() -> str:
 
 
 def _kernels() -> str:
-    """What stands in for `runtime/kernel_text.py`: the same function, with the text built in."""
+    """A replacement for `runtime/kernel_text.py`: the same function, with the text built in."""
     lines = ["KERNEL_TEXT = {"]
     for name in kernel_names():
         text = kernel_text(name)

@@ -1,4 +1,4 @@
-"""Model cards (`README.md`): what a model is made from and how large it is; changes, licences."""
+"""Model cards (`README.md`): a model's sources, size, changes and licences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ class Origin:
     """A model that another one is made from.
 
     Attributes:
-        role: what it gave, such as "overlay" or "base".
+        role: "overlay", "base" or the like.
         name: the repository, or a folder's name.
         revision: the commit on the hub; None for a folder.
-        licence: what its model card states.
+        licence: the licence in its model card.
     """
 
     role: str
@@ -30,31 +30,31 @@ class Origin:
 
 
 def origin_of(role: str, source: Source) -> Origin:
-    """A source with the licence that its own card states; a single file has no card."""
+    """A source with the licence in its model card; a single file has no card."""
     licence = stated_licence(source.folder) if source.folder.is_dir() else None
     return Origin(role, source.name, source.revision, licence)
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says.
+    """The content of a model card.
 
     Attributes:
-        name: what commands call the model: a repository or a folder.
-        introduction: Markdown: what it is.
+        name: the model in commands: a repository or a folder.
+        introduction: Markdown that describes the model.
         commands: lines for a shell.
-        origins: what it is made from.
+        origins: the models that it is made from.
         rows: parameters and bytes by kind of part.
-        changes: what was changed, a line each.
-        tags: for the hub.
-        relation: what the hub calls its relation to the origins in `based_on`.
+        changes: a line for each change.
+        tags: tags on the hub.
+        relation: the hub's name of its relation to the origins in `based_on`.
         based_on: the origins that the hub shows as its base models.
         manifest: the file that lists checksums.
         after_commands: Markdown.
         after_sizes: Markdown.
         sections: further sections in Markdown, each with its heading.
-        contained: what an origin contains that could have been one of its own, as a line.
-        given: identifier of the licence of origins that state none.
+        contained: a line about an origin that is contained in another one.
+        given: identifier of the licence of origins whose cards state none.
         metadata: further fields of `huggingface_hub.ModelCardData`.
     """
 
@@ -149,12 +149,12 @@ class Card:
 
 
 def plain(value: object) -> str:
-    """Text of others in Markdown: without what would be markup."""
+    """Foreign text for Markdown, without characters of markup."""
     return "".join(c for c in one_line(str(value))[:600] if c not in "`|<>[]*\\")
 
 
 def code(value: object) -> str:
-    """Text of others as code in Markdown."""
+    """Foreign text as code in Markdown."""
     return f"`{''.join(c for c in one_line(str(value))[:300] if c not in '`|')}`"
 
 

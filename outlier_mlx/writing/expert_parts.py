@@ -41,14 +41,14 @@ class FromExperts(Part):
 
     @abstractmethod
     def code_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """The bytes of the weights, which are made from trits alone."""
+        """The bytes of the weights, which depend only on trits."""
 
     @abstractmethod
     def scale_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """The bytes of the other tensors, which are made from scales alone."""
+        """The bytes of the other tensors, which depend only on scales."""
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """Weights, then what belongs to scales."""
+        """The bytes of the weights, then those of the other tensors."""
         yield from self.code_chunks(pool)
         yield from self.scale_chunks(pool)
 
@@ -58,7 +58,7 @@ class TernaryExperts(FromExperts):
     """One projection of a layer's experts: `weight` (experts, out, row_bytes) and `scales`."""
 
     def specs(self) -> list[TensorSpec]:
-        """Packed rows uint8, and a float32 scale a row."""
+        """Packed rows uint8, and a float32 scale for each row."""
         experts = len(self.matrices)
         out, width = self.matrices[0].trits.shape
         return [
@@ -67,7 +67,7 @@ class TernaryExperts(FromExperts):
         ]
 
     def code_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """Rows packed on all of the pool's threads."""
+        """Rows that the pool's threads pack."""
         for rows, trits in _packed_slabs(self.matrices, pool):
             yield f"{self.path}.weight", rows.data, trits
 
@@ -133,7 +133,7 @@ class Stacked(Part):
     """One projection of a layer's experts as MLX has it, (experts, out, in), perhaps quantized.
 
     Attributes:
-        members: an expert each; all with the same tensors, as they will be named.
+        members: one for each expert, all with the same names of tensors.
     """
 
     members: tuple[Part, ...]
@@ -154,7 +154,7 @@ class Stacked(Part):
         return sum(member.source_bytes for member in self.members)
 
     def specs(self) -> list[TensorSpec]:
-        """A member's, with one more axis."""
+        """The tensors of a member, with the experts as first axis."""
         count = len(self.members)
         return [
             TensorSpec(spec.name, spec.dtype, (count, *spec.shape))
@@ -162,7 +162,7 @@ class Stacked(Part):
         ]
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """Weights expert by expert, then the scales and biases that were put aside."""
+        """Weights expert by expert, then the scales and biases, which are kept until then."""
         first, *others = (spec.name for spec in self.specs())
         aside: dict[str, list[memoryview]] = {name: [] for name in others}
         for member in self.members:
@@ -179,7 +179,7 @@ class Stacked(Part):
 def _packed_slabs(
     matrices: tuple[ExpertMatrix, ...], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Packed rows (rows, row_bytes) in order, and how many trits they hold."""
+    """Packed rows (rows, row_bytes) in order, and the number of trits in them."""
     yield from ahead(
         pool,
         (

@@ -1,9 +1,9 @@
-"""Writing a model whose sources are on the hub, with one source file at a time here.
+"""Writing a model from sources on the hub, with only one source file on disk at a time.
 
-Headers are there from the start, so every output byte has its place. Each source file is fetched,
-all that is made from it is written to its place, and it is deleted; a journal says which are done.
-What is written stays beside the model's place until it is whole, so that a run that was
-interrupted can be resumed.
+The headers of all files are read first, so the place of every output byte is known. Then each
+source file is downloaded, its tensors are written to their places, and it is deleted; a journal
+lists the files that are done. The unfinished model stays in a hidden folder, so that an interrupted
+run can be resumed.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ from outlier_mlx.writing.writer import PlacedWriter, WrittenFile
 
 @dataclass(frozen=True)
 class FetchedParts(Parts):
-    """Parts that are made from files on the hub, of which one at a time is here.
+    """Parts that are made from files on the hub, which are downloaded one at a time.
 
     Attributes:
-        sources: what they are made from, by "overlay" and "base".
-        asked: the revisions that were asked for, likewise.
-        files: what stands behind each sparse file.
-        settings: all else that the written bytes depend on, as JSON.
+        sources: the sources by role, "overlay" and "base".
+        asked: the revisions that the user asked for, by role.
+        files: the remote file of each sparse file.
+        settings: everything else that the written bytes depend on, as JSON.
         force: discard an unfinished run with other settings.
         restart: start again, because an unfinished run cannot be resumed.
     """
@@ -51,7 +51,7 @@ class FetchedParts(Parts):
     restart: bool = False
 
     def room(self, target: Path) -> int:
-        """Bytes for the model and the largest source file, less what is written already."""
+        """Bytes for the model and the largest source file, less those that are on disk already."""
         largest = max(map(self._to_fetch, split(self.parts).pieces), default=0)
         kept = (path.stat() for path in kept_folder(target).rglob("*") if path.is_file())
         return self.nbytes + largest - sum(found.st_blocks * 512 for found in kept)
@@ -60,14 +60,14 @@ class FetchedParts(Parts):
         """Write all parts, resuming where an earlier run stopped.
 
         Args:
-            folder: where, as `whole_folder` gives it with `keep`.
-            progress: called with bytes fetched, used and checked, and their sum in the end.
+            folder: the folder that `whole_folder` yields with `keep`.
+            progress: called with the bytes fetched, used and checked so far, and their final sum.
 
         Raises:
-            OutputExistsError: an unfinished run with other settings is there.
-            CheckpointError: a source is not sound: nothing is kept.
-            OutlierError: the hub cannot be reached or refuses, or what an earlier run left is not
-                as it left it.
+            OutputExistsError: there is an unfinished run with other settings.
+            CheckpointError: a source is not valid; nothing is kept.
+            OutlierError: the hub cannot be reached or refuses, or files of an earlier run are
+                missing or changed.
         """
         owner = folder.parent
         work = split(self.parts)
@@ -103,7 +103,7 @@ class FetchedParts(Parts):
 
     @contextmanager
     def _present(self, file: Path, place: Path, tally: Tally) -> Iterator[None]:
-        """Fetch a source file, as the only one; it is deleted when the block ends well."""
+        """Fetch a source file, and delete all others; it is deleted if the block succeeds."""
         remote = self.files.get(file)
         if remote is None:
             yield
@@ -114,10 +114,10 @@ class FetchedParts(Parts):
                 shutil.rmtree(other)
         expected = tally.done + remote.nbytes
         file.symlink_to(remote.fetch(own, tally.add))
-        tally.add(expected - tally.done)  # what was here already
+        tally.add(expected - tally.done)  # bytes that an earlier run fetched
         yield
         file.unlink()
-        if own.exists():  # not of a file in the hub's cache
+        if own.exists():  # the file was not in the hub's cache
             shutil.rmtree(own)
 
     def _to_fetch(self, file: Path | None) -> int:
@@ -131,7 +131,7 @@ class FetchedParts(Parts):
         return None
 
     def name(self, file: Path) -> str:
-        """What a source file is called in the journal."""
+        """The name of a source file in the journal."""
         found = self._source(file)
         if found is None:
             return str(file)
@@ -165,7 +165,7 @@ class FetchedParts(Parts):
 
 @dataclass(frozen=True)
 class _Run:
-    """What is needed to use a source file."""
+    """The state of a run that writes parts."""
 
     work: Work
     journal: Journal

@@ -1,7 +1,6 @@
 """Parts that are made from tensors of floats: norms, biases, matrices, quantized or not.
 
-Every part knows its output shapes before it reads anything, and yields the bytes of its tensors in
-order. None holds more than a few slabs.
+No part keeps more than a few slabs (groups of rows) in memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Constant(Part):
-    """A small array that is known at once: alphas, biases of zero."""
+    """A small array in memory: alphas, biases of zero."""
 
     name: str
     value: np.ndarray
@@ -76,9 +75,9 @@ class FromTensor(Part):
 
 @dataclass(frozen=True)
 class Plain(FromTensor):
-    """A tensor that stays unquantized: norms, biases, the router, matrices no group divides.
+    """An unquantized tensor: norms, biases, the router, matrices that no group size divides.
 
-    `twin` is the same tensor from another file, which must hold the same values.
+    `twin` is the same tensor in another file, which must have the same values.
     """
 
     name: str
@@ -118,7 +117,7 @@ class Quantized(FromTensor):
         return affine_specs(self.path, self.tensor.shape, self.affine, self.dtype)
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-        """The weight slab by slab, then the scales and biases that were put aside."""
+        """The weight slab by slab, then the scales and biases, which are kept until then."""
 
         def quantized(slab: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
             w = _rounded(slab, self.dtype, self.tensor)
@@ -166,14 +165,14 @@ def mlx_dtype(dtype: str) -> mx.Dtype:
 
 
 def as_bytes(array: mx.array) -> memoryview:
-    """The bytes of an MLX array; NumPy has no bfloat16, so that is viewed as uint16."""
+    """The bytes of an MLX array; bfloat16 is viewed as uint16, because NumPy does not have it."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return np.ascontiguousarray(np.array(array, copy=False)).data.cast("B")
 
 
 def _rounded(slab: np.ndarray, dtype: str, tensor: FloatTensor) -> mx.array:
-    """A slab in another dtype; float16 may be too small for it."""
+    """Convert a slab to a dtype; raises CheckpointError if a value overflows float16."""
     stored = mx.array(slab).astype(mlx_dtype(dtype))
     if dtype == "float16" and not mx.isfinite(stored).all():
         raise CheckpointError(f"{tensor.where}: holds numbers too large for float16")
@@ -183,7 +182,7 @@ def _rounded(slab: np.ndarray, dtype: str, tensor: FloatTensor) -> mx.array:
 def float_slabs(
     tensor: FloatTensor, twin: FloatTensor | None, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Slabs of rows as float32, checked for NaN and infinity, and against the twin."""
+    """Slabs of rows as float32, checked for NaN and infinity, and compared with the twin."""
     return _made_slabs(tensor, twin, pool, lambda slab: slab)
 
 
@@ -193,7 +192,7 @@ def _made_slabs(
     pool: ThreadPoolExecutor,
     make: Callable[[np.ndarray], T],
 ) -> Iterator[tuple[T, int]]:
-    """Slabs as `make` returns them, made on the pool's threads, and their bytes of source."""
+    """The result of `make` for each slab, from the pool's threads, and its bytes of source."""
 
     def made(start: int, stop: int) -> tuple[T, int]:
         slab = tensor.read_float32(start, stop)
@@ -211,7 +210,7 @@ def _made_slabs(
 
 
 def twins_differ(tensor: FloatTensor, twin: FloatTensor) -> CheckpointError:
-    """The error for a tensor of the overlay that is not what the base has."""
+    """The error for a tensor of the overlay that differs from the base's."""
     return CheckpointError(
         f"{tensor.where}: differs from {twin.where} of the base; an overlay may repeat base"
         " tensors, not change them"
