@@ -18,7 +18,6 @@ from mlx_lm.models.cache import make_prompt_cache
 import outlier_mlx
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import CheckpointWarning
-from outlier_mlx.runtime.affine2 import byte_digits
 from outlier_mlx.runtime.model import Model
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.switch import TernarySwitchGLU
@@ -181,19 +180,3 @@ def swiglu_experts(hidden: int, width: int, count: int) -> TernarySwitchGLU:
         rows = {"weight": mx.array(pack_rows(trits)), "scales": mx.array(scales / shape[1] ** 0.5)}
         getattr(glu, f"{name}_proj").load_weights(list(rows.items()))
     return glu
-
-
-def rows_to_dense(rows: mx.array, scales: mx.array, in_features: int) -> mx.array:
-    """Decode ternary rows.
-
-    Args:
-        rows: (..., out, row_bytes) uint8.
-        scales: (..., out) float32, one per row.
-        in_features: number of trits in a row, without padding.
-
-    Returns:
-        (..., out, in_features) of the dtype of `scales`.
-    """
-    table = mx.array([byte_digits(b) for b in range(256)], mx.int8) - 1
-    trits = mx.flatten(table[rows], -2)[..., :in_features]
-    return trits.astype(scales.dtype) * scales[..., None]
