@@ -10,8 +10,11 @@ import pytest
 from mlx_lm.utils import load_model
 
 import outlier_mlx
+from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.tiers.convert import convert_tier
+from outlier_mlx.tiers.presets import make_recipe
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_overlay
 from tests.engine import tier_of
@@ -85,3 +88,12 @@ def test_the_stock_command_line_needs_no_flag(tmp_path: Path) -> None:
     tier = outlier_mlx.convert(built.path, out=tmp_path / "tier", portable=True, dtype="float32")
     command = [sys.executable, "-m", "mlx_lm", "generate", "--model", tier, "-p", "hello", "-m", 8]
     assert "Generation:" in run_command(*command).out
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_convert_and_info_count_alike(tmp_path: Path, portable: bool) -> None:
+    """Biases of zero belong to the matrix that has them, as any other bias does."""
+    built = write_overlay(tmp_path / "overlay", **DIMS)
+    recipe = make_recipe(portable=portable)
+    report = convert_tier(built.path, out=tmp_path / "tier", recipe=recipe)
+    assert report.rows == inspect(report.path).rows

@@ -15,7 +15,6 @@ from outlier_mlx.checkpoints.export_shared import (
     trit_slabs,
 )
 from outlier_mlx.checkpoints.overlay import Overlay
-from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.writing.parts import Part, Parts
 from outlier_mlx.writing.writer import TensorSpec
@@ -31,8 +30,12 @@ def v32_tensors(overlay: Overlay, origin: Origin) -> Parts:
 
 
 def _parts(overlay: Overlay) -> Iterator[Part]:
-    for name, tensor in _copied(overlay):
+    for name, tensor in overlay.base.items():
         yield copied(name, tensor)
+    for layer, router in overlay.routers.items():
+        yield copied(f"model.layers.{layer}.mlp.router.weight", router)
+    for layer, alphas in zip(overlay.routers, overlay.alpha_tensors.values(), strict=True):
+        yield copied(f"model.layers.{layer}.mlp.alpha_values", alphas)
     scales = find_scale_forms(overlay)
     stored = "F16" if scales.wide is None else "F32"
     for name, projection, matrix in matrices(overlay):
@@ -45,11 +48,3 @@ def _parts(overlay: Overlay) -> Iterator[Part]:
 def _scale(scales: ScaleForms, projection: str, matrix: ExpertMatrix) -> Iterator[np.ndarray]:
     dtype = np.float16 if scales.wide is None else np.float32
     yield scales.values(projection, matrix).astype(dtype)
-
-
-def _copied(overlay: Overlay) -> Iterator[tuple[str, TensorRef]]:
-    yield from overlay.base.items()
-    for layer, router in overlay.routers.items():
-        yield f"model.layers.{layer}.mlp.router.weight", router
-    for layer, alphas in zip(overlay.routers, overlay.alpha_tensors.values(), strict=True):
-        yield f"model.layers.{layer}.mlp.alpha_values", alphas

@@ -90,7 +90,6 @@ def _check_expressible(model: WholeModel) -> None:
 
 def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> Iterator[Part]:
     config = model.config
-    assert recipe.dtype is not None
     shapes = base_shapes(config)
     for name, shape in shapes.items():
         words = name.split(".")
@@ -101,11 +100,9 @@ def _parts(model: WholeModel, recipe: Recipe, alphas: dict[int, np.ndarray]) -> 
         if ".q_proj." in name or ".k_proj." in name:
             change = partial(AdjacentPairs, head_dim=config.head_dim)
         yield base_part(model, recipe, name, target, shape, change)
-        path, leaf = target.rsplit(".", 1)
-        bias = f"{name.rsplit('.', 1)[0]}.bias"
-        if leaf == "weight" and "_proj" in path and bias not in shapes:
-            zeros = np.zeros(shape[0], np.float32)
-            yield Constant(path, "norms", f"{path}.bias", zeros, recipe.dtype)
+        bias, added = (f"{full.removesuffix('weight')}bias" for full in (name, target))
+        if name.endswith("_proj.weight") and bias not in shapes:
+            yield base_part(model, recipe, bias, added, shape[:1])
         if moe and name.endswith("mlp.down_proj.weight"):
             assert layer is not None
             yield from _moe_parts(model, recipe, layer, alphas[layer])
@@ -123,7 +120,7 @@ def _moe_parts(model: WholeModel, recipe: Recipe, layer: int, alphas: np.ndarray
         factors = tuple(alphas.tolist()) if projection == "down" else ()
         yield AffineExperts(path, "experts", matrices, recipe.dtype, factors)
         zeros = np.zeros((len(matrices), matrices[0].trits.shape[0]), np.float32)
-        yield Constant(path, "norms", f"{path}.bias", zeros, recipe.dtype)
+        yield Constant(path, "experts", f"{path}.bias", zeros, recipe.dtype)
 
 
 def _config(model: WholeModel, recipe: Recipe) -> dict:
