@@ -34,10 +34,10 @@ class CheckpointWarning(UserWarning):
     """A checkpoint holds something that is ignored and that its author may have meant."""
 
 
-def did_you_mean(given: str, names: Iterable[str], form: str = "; did you mean {!r}?") -> str:
+def did_you_mean(given: str, names: Iterable[str], hint: str = "; did you mean {!r}?") -> str:
     """The end of a refusal: which of the names is the nearest, or nothing if none is near."""
     near = get_close_matches(given, list(names), 1)
-    return form.format(near[0]) if near else ""
+    return hint.format(near[0]) if near else ""
 
 
 def listed(names: Iterable[object], most: int | None = None, last: str = "and") -> str:

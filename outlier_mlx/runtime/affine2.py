@@ -1,9 +1,11 @@
-"""Convert ternary rows (`tq1_0_rows`) to MLX's affine 2-bit format without loss.
+"""Convert ternary rows (`tq1_0_rows`) exactly to MLX's affine 2-bit format.
 
 A trit t with digit d = t + 1 and row scale s is the affine 2-bit weight s * d - s. MLX packs
 sixteen 2-bit codes into a 32-bit word, the first in the lowest bits. Rows hold five trits in a
 byte: byte / 256 is a fraction whose base-3 digits are the trits plus 1, most significant first.
 """
+
+from math import gcd
 
 import mlx.core as mx
 
@@ -12,7 +14,8 @@ ROWS = "tq1_0_rows"
 EXPERT_FORMATS = (ROWS, "affine2")
 EXPERT_FORMAT_VERSION = 1
 TRITS_PER_BYTE = 5
-GROUP_SIZES = (128, 64, 32)
+# The smallest and the largest of MLX's affine group sizes, which are powers of 2.
+SMALLEST_GROUP, LARGEST_GROUP = 32, 128
 
 
 def check_experts(stored: dict, formats: tuple[str, ...] = EXPERT_FORMATS) -> None:
@@ -40,12 +43,12 @@ def row_bytes(in_features: int) -> int:
 
 def padded_width(in_features: int) -> int:
     """Weights in a converted row: `in_features`, rounded up to the smallest affine group size."""
-    return -(-in_features // GROUP_SIZES[-1]) * GROUP_SIZES[-1]
+    return -(-in_features // SMALLEST_GROUP) * SMALLEST_GROUP
 
 
 def affine_group(in_features: int) -> int:
     """The largest affine group size that divides the padded width."""
-    return next(size for size in GROUP_SIZES if padded_width(in_features) % size == 0)
+    return gcd(padded_width(in_features), LARGEST_GROUP)
 
 
 def byte_digits(byte: int) -> list[int]:

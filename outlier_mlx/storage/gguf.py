@@ -173,9 +173,9 @@ class _Cursor:
         self.at += count
         return data
 
-    def number(self, form: str) -> int:
+    def number(self, code: str) -> int:
         """The next number, of a `struct` format."""
-        return struct.unpack(form, self.bytes(struct.calcsize(form)))[0]
+        return struct.unpack(code, self.bytes(struct.calcsize(code)))[0]
 
     def text(self) -> str:
         """The next string."""

@@ -53,7 +53,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class Stored(Derived):
-    """Weights or scales that are read out of a tensor in another form."""
+    """Weights or scales that are read out of a tensor in another format."""
 
     tensor: TensorRef
 
