@@ -24,6 +24,7 @@ from outlier_mlx.cli.options import (
     Window,
     Windows,
 )
+from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
     from outlier_mlx.measure.outlier_counts import Hold
@@ -85,8 +86,9 @@ def bench(
     """Measure speed and memory; the flags are those of `mlx_lm.benchmark`."""
     from outlier_mlx.engine.memory import check_fits
     from outlier_mlx.measure.bench import BenchOptions, bench_model
-    from outlier_mlx.measure.bench_kernels import bench_kernels, kernels_run_here, save_best
+    from outlier_mlx.measure.bench_kernels import bench_kernels, save_best
     from outlier_mlx.measure.bench_tables import print_kernels, print_result
+    from outlier_mlx.runtime.ops import use_metal
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import counting_bar
 
@@ -94,7 +96,9 @@ def bench(
         raise typer.BadParameter(
             "saves what --kernels finds, so it needs --kernels", param_hint="--save"
         )
-    if kernels and not kernels_run_here(required=save):
+    if kernels and not use_metal():
+        if save:
+            raise OutlierError("--save: no Metal here, so there are no kernels to choose from")
         say("no Metal here, so there are no kernels to time: this is the plain path in MLX alone")
     source = resolve(model, loading.revision)
     if not loading.ignore_memory:

@@ -6,10 +6,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from outlier_mlx.errors import listed
 from outlier_mlx.runtime.ops import use_metal
+from outlier_mlx.runtime.variants import chip_name
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Chip:
 
 def this_chip() -> Chip:
     """The chip of MLX's default device."""
-    name = str(mx.device_info().get("device_name", "unknown chip"))
+    name = chip_name()
     memory = _memory_gb()
     if not use_metal():
         note = "on the CPU: no published bandwidth for comparison"

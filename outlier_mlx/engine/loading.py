@@ -13,12 +13,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
-from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.errors import CheckpointError, CheckpointWarning, one_line
 from outlier_mlx.models.config import is_overlay, is_tier, parse_config, raw_config
 from outlier_mlx.models.families import families
 from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.spelling import normalised
 from outlier_mlx.runtime.model import Model, ModelArgs
+from outlier_mlx.runtime.variants import chip_name
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef, read_json
@@ -80,7 +81,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
         raise
     except Exception as error:
         # mlx-lm and MLX raise many types of errors for a bad config or tensor.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        reason = f"{type(error).__name__}: {one_line(str(error))}"[:300]
         raise CheckpointError(f"{folder}: invalid model: {reason}") from error
 
 
@@ -110,8 +111,7 @@ def suited_dtype(folder: Path, config: dict) -> str | None:
     """
     if not mx.metal.is_available() or mx.default_device() == mx.cpu:
         return None
-    chip = str(mx.device_info().get("device_name", ""))
-    if not re.match(r"Apple M[12]\b", chip) or config.get("dtype") != "bfloat16":
+    if not re.match(r"Apple M[12]\b", chip_name()) or config.get("dtype") != "bfloat16":
         return None
     manifest = read_json(inside(folder, "tier.json")) if (folder / "tier.json").exists() else {}
     overlay = manifest.get("overlay")
@@ -175,7 +175,7 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
                 folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
             )
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(str(error))[:300]
         raise CheckpointError(f"{folder}: no usable tokenizer: {reason}") from error
 
 

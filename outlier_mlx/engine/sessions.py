@@ -11,7 +11,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 from outlier_mlx.engine.conversation import Conversation, Message
 from outlier_mlx.engine.generate import described, vocabulary
-from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.errors import CheckpointError, OutlierError, one_line
 from outlier_mlx.storage.output import whole_file, write_whole
 from outlier_mlx.storage.safetensors import parse_json, read_header, read_json
 
@@ -150,7 +150,7 @@ def _load_cache(path: Path, conversation: Conversation, model: str) -> None:
     except (OutlierError, OSError, MemoryError):
         raise
     except Exception as error:  # mlx-lm raises many types of errors for damaged files
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        reason = f"{type(error).__name__}: {one_line(str(error))}"[:200]
         raise OutlierError(f"{path}: damaged prompt cache: {reason}") from None
     document, cached, spoken = parsed
     system, messages = _parse(document, path)

@@ -54,8 +54,8 @@ class Runs:
 
     def as_json(self) -> dict[str, Any]:
         """Median, smallest, largest, and all values in the order of the runs."""
-        low, high = min(self.values), max(self.values)
-        return {"median": self.median, "min": low, "max": high, "runs": list(self.values)}
+        values = list(self.values)
+        return {"median": self.median, "min": min(values), "max": max(values), "runs": values}
 
 
 @dataclass(frozen=True)

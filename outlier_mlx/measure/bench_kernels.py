@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from outlier_mlx.engine.chips import Chip, this_chip
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.measure.bench import Runs
 from outlier_mlx.measure.bench_cases import KERNELS, Kernel, Layer, decode_layers
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
@@ -152,17 +152,6 @@ class KernelBench:
         return {**environment(self.chip), "dtype": self.dtype, "kernels": kernels}
 
 
-def kernels_run_here(required: bool = False) -> bool:
-    """Whether there is Metal to run kernels.
-
-    Raises:
-        OutlierError: there is none, and it is required.
-    """
-    if required and not use_metal():
-        raise OutlierError("--save: no Metal here, so there are no kernels to choose from")
-    return use_metal()
-
-
 def bench_kernels(
     model: nn.Module,
     rounds: int,
@@ -260,7 +249,7 @@ def _bench_kernel(
     out_features = getattr(first, kernel.reads[0])[0].shape[1]
     progress(0)
     contenders = [_mlx(kernel, layers, dtype)]
-    if kernels_run_here():
+    if use_metal():
         variants = variants_to_time(kernel.name, in_features, out_features)
         contenders += [_ours(kernel, layers, dtype, variant) for variant in variants]
     _check(contenders, kernel, layers)
@@ -341,7 +330,7 @@ def _error(contender: _Contender, number: int, expected: mx.array) -> str | None
         found = contender.compute(number, None)
         mx.eval(found)
     except (RuntimeError, ValueError) as error:  # as when Metal does not compile it
-        return " ".join(str(error).split())[:200]
+        return one_line(str(error))[:200]
     if contender.tolerance is None:
         return None
     times = excess(found, expected, contender.tolerance)

@@ -3,7 +3,6 @@
 `mlx_lm.server` has no public Python API; this is the only module that uses it.
 """
 
-import argparse
 import gc
 import inspect
 import io
@@ -74,8 +73,8 @@ class OneModel(ModelProvider):
     model_key: Any
     limits: Limits
 
-    def __init__(self, arguments: argparse.Namespace, service: Service, load: Load) -> None:
-        super().__init__(arguments)
+    def __init__(self, service: Service, load: Load) -> None:
+        super().__init__(service.options.arguments())
         self.service = service
         self.loaded = threading.Event()
         self.failure: BaseException | None = None
@@ -129,11 +128,12 @@ class Generator(ResponseGenerator):
         replies: replies that are being generated.
     """
 
-    def __init__(self, provider: OneModel, cache_size: int, cache_bytes: int | None) -> None:
+    def __init__(self, provider: OneModel) -> None:
         self.provider = provider
         self.replies: set[Reply] = set()
-        limit = 1 << 63 if cache_bytes is None else cache_bytes
-        self._new_cache = lambda: PromptCache(cache_size, limit)
+        options = provider.service.options
+        limit = 1 << 63 if options.prompt_cache_bytes is None else options.prompt_cache_bytes
+        self._new_cache = lambda: PromptCache(options.prompt_cache_size, limit)
         # Replies that began before the latest failure get no more tokens.
         self._failures = 0
         self._handler_thread = threading.local()

@@ -85,9 +85,8 @@ class Server(ThreadingHTTPServer):
         Raises:
             OutlierError: the model cannot be loaded.
         """
-        provider = OneModel(self.options.arguments(), self.service, self.load)
-        options = self.options
-        self.generator = Generator(provider, options.prompt_cache_size, options.prompt_cache_bytes)
+        provider = OneModel(self.service, self.load)
+        self.generator = Generator(provider)
         self.RequestHandlerClass = partial(Handler, self.service, self.generator)
         provider.loaded.wait()
         if provider.failure is not None:
