@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-from outlier_mlx.cli.writers import PlainWriter, Writer, without_controls
+from outlier_mlx.cli.writers import PlainWriter, without_controls
 
 # Least time in seconds between two drawings of the unfinished block.
 INTERVAL = 0.08
@@ -93,7 +93,7 @@ def renders_markdown(console: Console) -> bool:
 
 
 @contextmanager
-def reply_writer(console: Console, *, markdown: bool) -> Iterator[Writer]:
+def reply_writer(console: Console, *, markdown: bool) -> Iterator[PlainWriter | MarkdownWriter]:
     """A writer for one reply: one that renders Markdown, or one that prints plain text."""
     if not markdown:
         yield PlainWriter(console)

@@ -9,6 +9,7 @@ import typer
 from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.command import GENERAL
 from outlier_mlx.cli.options import Force, ModelFolder, OutFolder, Quiet, Revision, TierModel
+from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
     from outlier_mlx.tiers.publication import Publication
@@ -134,7 +135,6 @@ def push(
 
 def require_repo_name(repo: str) -> None:
     """End in a usage error unless `repo` is a name that repositories on the hub have."""
-    from outlier_mlx.errors import OutlierError
     from outlier_mlx.tiers.publication import check_repo_name
 
     try:
@@ -145,7 +145,6 @@ def require_repo_name(repo: str) -> None:
 
 def push_converted(tier: Path, repo: str, *, quiet: bool) -> None:
     """Push a tier that was just written; if that fails, say that the tier itself is there."""
-    from outlier_mlx.errors import OutlierError
     from outlier_mlx.terminal import progress_bar
     from outlier_mlx.tiers.publication import prepare
 

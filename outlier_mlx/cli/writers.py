@@ -1,15 +1,6 @@
 """Replies as plain text, piece by piece."""
 
-from typing import Protocol
-
 from outlier_mlx.terminal import Output
-
-
-class Writer(Protocol):
-    """Shows a reply that arrives in pieces."""
-
-    def write(self, text: str) -> None:
-        """Show the next piece of text."""
 
 
 class PlainWriter:

@@ -91,14 +91,11 @@ def parse_config(
         raise CheckpointError(f"{where}: ternary is {short(raw['ternary'])}, expected an object")
     on_base = is_tier(raw) or is_overlay(raw) or "model_type" not in raw
     known = _base_family(raw, where) if on_base else family(_model_type(raw, role, where))
-    if on_base and defaults is None and known.model_type == DEFAULT_BASE:
-        defaults = Defaults()
-    if on_base or defaults is not None:
-        defaults = defaults or known.own_defaults()
-        spelled = spell_rope(raw, where, defaults.max_positions)
-    else:
-        defaults = known.own_defaults()
-        spelled = normalised(raw, where)
+    plain = not on_base and defaults is None
+    if defaults is None:
+        on_default = on_base and known.model_type == DEFAULT_BASE
+        defaults = Defaults() if on_default else known.own_defaults()
+    spelled = normalised(raw, where) if plain else spell_rope(raw, where, defaults.max_positions)
     fields = Fields(spelled, where, strict=True)
     values = _values(fields, known, defaults, aliases=role == "base")
     known.check(fields)

@@ -1,6 +1,5 @@
 """MLX's affine quantization: group sizes, and the field `quantization` of a config.json."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -66,26 +65,3 @@ def _affine(how: object) -> Affine | None:
     if not isinstance(bits, int) or not isinstance(group, int) or bits < 1 or group < 1:
         return None
     return Affine(bits, group)
-
-
-def spell_quantization(
-    stored: Mapping[str, tuple[int, int]], default: tuple[int, int] | None = None
-) -> dict:
-    """The `quantization` of a config.json.
-
-    Args:
-        stored: (bits, group size) by the path of each quantized module.
-        default: bits and group size of modules that are not listed; by default the most common.
-
-    Returns:
-        The default, and the modules that differ from it; empty if nothing is quantized.
-    """
-    if not stored:
-        return {}
-    bits, group = default or Counter(stored.values()).most_common(1)[0][0]
-    others = {
-        path: {"group_size": g, "bits": b, "mode": "affine"}
-        for path, (b, g) in stored.items()
-        if (b, g) != (bits, group)
-    }
-    return {"group_size": group, "bits": bits, "mode": "affine"} | others

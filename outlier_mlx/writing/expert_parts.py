@@ -15,7 +15,7 @@ from outlier_mlx.runtime.affine2 import TRITS_PER_BYTE, affine_group, rows_to_af
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, row_ranges
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
 from outlier_mlx.writing.float_parts import SLAB_BYTES, affine_specs, as_bytes, mlx_dtype
-from outlier_mlx.writing.parts import Chunk, Part, ahead
+from outlier_mlx.writing.parts import Chunk, Part, ahead, by_tensor
 from outlier_mlx.writing.writer import TensorSpec
 
 
@@ -88,14 +88,9 @@ class AffineExperts(FromExperts):
     factors: tuple[float, ...] = ()
 
     @property
-    def group_size(self) -> int:
-        """The largest affine group that divides the width."""
-        return affine_group(self.matrices[0].trits.shape[1])
-
-    @property
     def affine(self) -> tuple[int, int]:
         """Bits and group size."""
-        return 2, self.group_size
+        return 2, affine_group(self.matrices[0].trits.shape[1])
 
     def of_expert(self, number: int) -> "AffineExperts":
         """The part of one expert."""
@@ -116,7 +111,7 @@ class AffineExperts(FromExperts):
 
     def scale_chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """All scales, then all biases."""
-        groups = self.matrices[0].trits.shape[1] // self.group_size
+        groups = self.matrices[0].trits.shape[1] // self.affine[1]
         factors = self.factors or (1.0,) * len(self.matrices)
         for name, sign in (("scales", 1.0), ("biases", -1.0)):
             for matrix, factor in zip(self.matrices, factors, strict=True):
@@ -163,17 +158,7 @@ class Stacked(Part):
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """Weights expert by expert, then the scales and biases, which are kept until then."""
-        first, *others = (spec.name for spec in self.specs())
-        aside: dict[str, list[memoryview]] = {name: [] for name in others}
-        for member in self.members:
-            for name, chunk, used in member.chunks(pool):
-                if name == first:
-                    yield name, chunk, used
-                else:
-                    aside[name].append(chunk)
-        for name, pieces in aside.items():
-            for piece in pieces:
-                yield name, piece, 0
+        return by_tensor(chunk for member in self.members for chunk in member.chunks(pool))
 
 
 def _packed_slabs(

@@ -17,7 +17,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
 from outlier_mlx.storage.tensors import FloatTensor, row_ranges
 from outlier_mlx.writing.mlx_stream import own_mlx_stream
-from outlier_mlx.writing.parts import Chunk, Part, ahead
+from outlier_mlx.writing.parts import Chunk, Part, ahead, by_tensor
 from outlier_mlx.writing.writer import TensorSpec
 
 #: The safetensors names of the dtypes that models are written in.
@@ -94,7 +94,7 @@ class Plain(FromTensor):
         def rounded(slab: np.ndarray) -> memoryview:
             return as_bytes(_rounded(slab, self.dtype, self.tensor))
 
-        for data, used in _made_slabs(self.tensor, self.twin, pool, rounded):
+        for data, used in make_slabs(self.tensor, self.twin, pool, rounded):
             yield self.name, data, used
 
 
@@ -124,14 +124,14 @@ class Quantized(FromTensor):
             packed, scales, biases = mx.quantize(w, self.group_size, self.bits)
             return as_bytes(packed), as_bytes(scales), as_bytes(biases)
 
-        aside: dict[str, list[memoryview]] = {"scales": [], "biases": []}
-        for (packed, scales, biases), used in _made_slabs(self.tensor, self.twin, pool, quantized):
-            aside["scales"].append(scales)
-            aside["biases"].append(biases)
-            yield f"{self.path}.weight", packed, used
-        for name, pieces in aside.items():
-            for piece in pieces:
-                yield f"{self.path}.{name}", piece, 0
+        def unordered() -> Iterator[Chunk]:
+            for made, used in make_slabs(self.tensor, self.twin, pool, quantized):
+                weight, scales, biases = made
+                yield f"{self.path}.weight", weight, used
+                yield f"{self.path}.scales", scales, 0
+                yield f"{self.path}.biases", biases, 0
+
+        return by_tensor(unordered())
 
 
 def affine_specs(
@@ -179,14 +179,7 @@ def _rounded(slab: np.ndarray, dtype: str, tensor: FloatTensor) -> mx.array:
     return stored
 
 
-def float_slabs(
-    tensor: FloatTensor, twin: FloatTensor | None, pool: ThreadPoolExecutor
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Slabs of rows as float32, checked for NaN and infinity, and compared with the twin."""
-    return _made_slabs(tensor, twin, pool, lambda slab: slab)
-
-
-def _made_slabs(
+def make_slabs(
     tensor: FloatTensor,
     twin: FloatTensor | None,
     pool: ThreadPoolExecutor,

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from typing import ClassVar, TypeVar
 
 import mlx.core as mx
 
-from outlier_mlx.models.quantization import spell_quantization
 from outlier_mlx.models.summary import SummaryRow, summarize
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.writer import ShardedWriter, TensorSpec, WrittenFile
@@ -157,7 +156,29 @@ def quantization(parts: Iterable[Part], default: tuple[int, int] | None = None) 
         default: bits and group size of modules that are not listed; by default the most common.
     """
     stored = {part.path: part.affine for part in parts if part.affine is not None}
-    return {"quantization": spell_quantization(stored, default)} if stored else {}
+    if not stored:
+        return {}
+    usual = default or Counter(stored.values()).most_common(1)[0][0]
+
+    def spelled(affine: tuple[int, int]) -> dict:
+        return {"group_size": affine[1], "bits": affine[0], "mode": "affine"}
+
+    others = {path: spelled(affine) for path, affine in stored.items() if affine != usual}
+    return {"quantization": spelled(usual) | others}
+
+
+def by_tensor(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Order chunks by tensor. The first tensor's are not held back; the others should be small."""
+    first, others = "", defaultdict[str, list[memoryview]](list)
+    for name, chunk, used in chunks:
+        first = first or name
+        if name == first:
+            yield name, chunk, used
+        else:
+            others[name].append(chunk)
+    for name, held in others.items():
+        for chunk in held:
+            yield name, chunk, 0
 
 
 def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.writing.expert_parts import FromExperts
-from outlier_mlx.writing.float_parts import Plain, Quantized, float_slabs, twins_differ
+from outlier_mlx.writing.float_parts import Plain, Quantized, make_slabs, twins_differ
 from outlier_mlx.writing.parts import Chunk, Part
 from outlier_mlx.writing.writer import PlacedWriter
 
@@ -120,8 +120,11 @@ def _files(place: object) -> Iterator[Path]:
 
 def fingerprint(tensor: FloatTensor, pool: ThreadPoolExecutor) -> str:
     """SHA-256 of a tensor's values as float32: equal where they are, in whatever dtype."""
+
+    def without_minus_zero(slab: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(slab + np.float32(0))
+
     digest = sha256()
-    for slab, _ in float_slabs(tensor, None, pool):
-        # -0 is equal to 0, and becomes it.
-        digest.update(np.ascontiguousarray(slab + np.float32(0)).data)
+    for slab, _ in make_slabs(tensor, None, pool, without_minus_zero):
+        digest.update(slab.data)
     return digest.hexdigest()
