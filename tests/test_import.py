@@ -57,7 +57,7 @@ def test_what_it_prints(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         (["--bits", "6"], 2, "--bits"),
         (["--dtype", "bfloat16"], 2, "--dtype"),
-        (["--bits", "5", "--dtype", "float32"], 2, "4 bits lose nothing"),
+        (["--bits", "5", "--dtype", "float32"], 2, "4 bits are exact"),
         (["--k-quants", "8bit"], 1, "are for GGUF"),
         (["--revision", "v1"], 1, "a folder has no revision"),
     ],

@@ -90,7 +90,7 @@ class PackedTensors(Parts):
         trits, scale = f"{key}_ternary", f"{key}_scale"
         with (inner / _file(trits)).open("xb") as file:
             out, width = matrix.trits.shape
-            # So many rows end at the end of a byte.
+            # This many rows end at the end of a byte.
             for start, stop in row_ranges(out, width, multiple=GROUP):
                 tally.add(file.write(_packed(matrix.trits, start, stop).data))
         values = self.scales.values(projection, matrix).astype("<f2")

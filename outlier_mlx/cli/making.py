@@ -141,7 +141,7 @@ def import_(
     dtype: Annotated[
         Literal["float32", "float16"] | None,
         typer.Option(
-            help="Dtype of scales and biases; float16 is smaller, and what it loses is reported."
+            help="Dtype of scales and biases; float16 is smaller, with rounding errors, which are reported."
         ),
     ] = None,
     bits: Annotated[
@@ -169,7 +169,7 @@ def import_(
     """Turn an AWQ or GGUF model into an MLX folder."""
     if bits == 5 and dtype == "float32":
         raise typer.BadParameter(
-            "5 is for scales in float16: in float32, 4 bits lose nothing", param_hint="--bits"
+            "5 is for scales in float16: in float32, 4 bits are exact", param_hint="--bits"
         )
     from outlier_mlx.cli.tables import print_imported
     from outlier_mlx.imports import import_model

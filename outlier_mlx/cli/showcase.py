@@ -28,7 +28,7 @@ FEW = 6
 
 
 def heldout(most: int | None = None) -> dict[str, list[str]]:
-    """Held-out documents by domain, at most so many of each; the old domain first."""
+    """Held-out documents by domain, at most this many of each; the old domain first."""
     files = sorted((FOLDER / "heldout").glob("*.txt"), key=lambda p: (p.stem != OLD_DOMAIN, p.stem))
     return {file.stem: file.read_text(encoding="utf-8").splitlines()[:most] for file in files}
 
@@ -86,7 +86,7 @@ def run(
         title = "Perplexity on held-out text (lower is better)"
         heads = [name.replace(", ", ",\n") for name in models]
         print_columns(console, ["", *heads], rows, title=title)
-        console.print(f'The int4 tier, asked to go on from "{PROMPT}":\n', soft_wrap=True)
+        console.print(f'The int4 tier, asked to continue "{PROMPT}":\n', soft_wrap=True)
         response = _write(small_model, tokenizer)
         if response is not None and not quiet:
             print_statistics(response)

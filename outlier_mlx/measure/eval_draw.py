@@ -13,12 +13,12 @@ from outlier_mlx.measure.pictures import drawable, picture, spread
 
 #: Charts that one picture holds.
 MOST_CHARTS = 12
-# Sizes of which the largest is so many times the smallest are shown on a log scale.
+# Sizes of which the largest is this many times the smallest are shown on a log scale.
 _FAR_APART = 30
 
 
 def check_number(found: Sequence[Chart]) -> None:
-    """Check that a picture holds so many charts.
+    """Check that a picture holds this many charts.
 
     Raises:
         OutlierError: there are too many.

@@ -121,7 +121,7 @@ def row_ranges(
         rows: number of rows of the matrix.
         row_size: bytes or elements of a row.
         slab: bytes or elements that a slab has about, and at most where rows are not longer.
-        multiple: each slab but the last has so many rows, or a multiple of it.
+        multiple: each slab but the last has this many rows, or a multiple of it.
     """
     step = max(1, slab // max(1, row_size * multiple)) * multiple
     for start in range(0, rows, step):

@@ -93,7 +93,7 @@ def unpack_tq1_0(packed: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def packed_bytes(trits: int) -> int:
-    """Bytes that hold so many trits: ceil(trits / 5)."""
+    """Bytes that hold this many trits: ceil(trits / 5)."""
     return -(-trits // GROUP)
 
 

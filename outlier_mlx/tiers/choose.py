@@ -53,7 +53,7 @@ def list_choices(
     Args:
         overlay: the overlay's folder or hub repository.
         base: the base's; None where the overlay contains it.
-        ram_gb: choose for a Mac with so many gigabytes rather than for this machine.
+        ram_gb: choose for a Mac with this many gigabytes rather than for this machine.
         revision: the overlay's revision on the hub.
         base_revision: the base's.
 

@@ -1,4 +1,4 @@
-"""Streamed conversions that are ended anywhere go on from there."""
+"""Conversions with `--stream` that are interrupted anywhere resume there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.program import run_command
 from tests.stream.streaming import ORDER, OVERLAY_FILE, Models, fetched, stream, unfinished
 
 
-def test_gone_on_with_at_the_file_it_was_at(
+def test_resumed_at_the_file_it_was_at(
     served: Hub, models: Models, tmp_path: Path, stop_at: Callable[[str], None]
 ) -> None:
     for n, name in enumerate(ORDER):
