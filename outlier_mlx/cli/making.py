@@ -141,7 +141,7 @@ def import_(
     dtype: Annotated[
         Literal["float32", "float16"] | None,
         typer.Option(
-            help="Dtype of scales and biases; float16 is smaller, with rounding errors, which are reported."
+            help="Dtype of scales and biases; float16 is smaller, but rounds: errors are reported."
         ),
     ] = None,
     bits: Annotated[
