@@ -64,10 +64,8 @@ class Needs:
 def needs_of(folder: Path, available: Budget) -> Needs:
     """What the model in a folder takes: a tier, or a plain MLX model."""
     weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
-    config = describe(raw_config(folder))
-    if available.whose == "this machine":
-        return Needs(int(weights * CPU_FACTOR), config, CPU_FACTOR)
-    return Needs(weights, config, 1.0)
+    factor = CPU_FACTOR if available.whose == "this machine" else 1.0
+    return Needs(int(weights * factor), describe(raw_config(folder)), factor)
 
 
 def check_fits(
@@ -89,7 +87,7 @@ def check_fits(
         available: available memory; None: that of this machine.
         kv_group_size: values of a quantized KV cache that share a scale.
         conversations: how many have a KV cache at the same time.
-        cures: what helps besides what always does.
+        cures: more remedies to name in the message.
 
     Raises:
         OutlierError: it does not fit; the message says what can be done.
@@ -97,7 +95,8 @@ def check_fits(
     available = available or budget()
     needs = needs_of(folder, available)
     cache = conversations * needs.cache(tokens, kv_bits, kv_group_size)
-    if needs.weights + cache <= available.nbytes:
+    needed = needs.weights + cache
+    if needed <= available.nbytes:
         return
     helps = list(cures)
     quantized = conversations * needs.cache(tokens, 4, kv_group_size)
@@ -105,11 +104,11 @@ def check_fits(
         helps.append("--kv-bits 4")
     helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
     if available.whose == "this Mac's GPU":
-        megabytes = -(-(needs.weights + cache) // 2**20)
+        megabytes = -(-needed // 2**20)
         helps.append(f"a higher limit (sudo sysctl iogpu.wired_limit_mb={megabytes})")
     whose = f" of {conversations} conversations of {tokens} tokens" if conversations > 1 else ""
     raise OutlierError(
-        f"{folder.name} needs {(needs.weights + cache) / 1e9:.1f} GB, {cache / 1e9:.1f} of it for"
+        f"{folder.name} needs {needed / 1e9:.1f} GB, {cache / 1e9:.1f} of it for"
         f" the KV cache{whose}; {available.whose} gives {available.nbytes / 1e9:.1f}. What helps:"
         f" {', or '.join(helps)}; --ignore-memory loads it anyway"
     )

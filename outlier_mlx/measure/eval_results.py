@@ -7,11 +7,10 @@ from typing import Any
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.output import check_writable, write_whole
+from outlier_mlx.storage.safetensors import parse_json_object, read_bytes
 
 #: Value of the field "format"; the number changes if the meaning of a field does.
 FORMAT = "outlier-mlx evaluation 1"
-# A run of the harness with all its subtasks takes well under a megabyte.
-_MAX_BYTES = 64 * 2**20
 # Sums and differences of smaller numbers are finite, too.
 _MAX_NUMBER = 1e300
 
@@ -111,17 +110,10 @@ def read(path: Path) -> Evaluation:
     Raises:
         OutlierError: the file is not an evaluation, or of another version.
     """
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError
-        raw = json.loads(path.read_bytes())
-        if not isinstance(raw, dict):
-            raise TypeError
-        kind = raw.get("format")
-    except (ValueError, TypeError, RecursionError):
-        kind, raw = None, {}
+    raw = parse_json_object(read_bytes(path), str(path))
+    kind = raw.get("format")
     if kind != FORMAT:
-        reason = "not a JSON file that eval wrote"
+        reason = "not a file that eval wrote"
         if isinstance(kind, str) and kind.startswith(FORMAT[:-1]):
             reason = f"{kind}; this version reads {FORMAT}"
         raise OutlierError(f"{path}: {reason}")

@@ -196,10 +196,6 @@ class Generator(ResponseGenerator):
         return not self._generation_thread.is_alive()
 
 
-class ClientDisconnected(ConnectionError):
-    """The client closed the connection before the response was complete."""
-
-
 class Reply:
     """The reply to one request; takes the place of the generator in mlx-lm's handler.
 
@@ -273,7 +269,7 @@ class Reply:
     def _check_client(self) -> None:
         readable, _, _ = select.select([self._connection], [], [], 0)
         if readable and not self._connection.recv(1, socket.MSG_PEEK):
-            raise ClientDisconnected("the client disconnected")
+            raise ConnectionError("the client disconnected")
 
     def _chosen_and_alternatives(self, response: Response) -> dict[str, Any]:
         """The chosen token and the likeliest tokens, in the format of OpenAI's API."""
