@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import outlier_mlx
 from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.engine.generate import Options, check_kv_cache, described
-from outlier_mlx.engine.loading import load_model, suited_dtype
+from outlier_mlx.engine.loading import load_model, load_tokenizer, suited_dtype
 from outlier_mlx.engine.memory import Budget, check_fits, needs_of
 from outlier_mlx.errors import CheckpointWarning, OutlierError
 from outlier_mlx.measure import eval_harness
@@ -175,6 +175,14 @@ def test_a_nested_config_is_lifted(tmp_path: Path) -> None:
     flags = ("--max-tokens", 2, "--quiet", "--kv-group-size", 32)
     run("generate", "--model", folder, "--prompt", "x", "--kv-bits", 8, *flags)
     run("generate", "--model", folder, "--prompt", "x", "--top-k", 5, *flags)
+
+
+def test_a_nested_config_says_what_ends_a_text(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "nested", NESTED)
+    inner = NESTED["text_config"] | {"eos_token_id": [5, 7]}
+    tokenizer = load_tokenizer(folder, NESTED | {"text_config": inner})
+    # The tokenizer's own end of text counts, too.
+    assert tokenizer.eos_token_ids - {tokenizer.eos_token_id} == {5, 7}
 
 
 def test_a_nested_config_in_new_names_is_read_by_mlx_lm(tmp_path: Path) -> None:

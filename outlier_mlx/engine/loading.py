@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, one_line
-from outlier_mlx.models.config import is_overlay, is_tier, parse_config, raw_config
+from outlier_mlx.models.config import describe, is_overlay, is_tier, parse_config, raw_config
 from outlier_mlx.models.families import families
 from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.spelling import normalised
@@ -172,7 +172,9 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
     try:
         with quiet_transformers():
             return mlx_lm_load_tokenizer(
-                folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+                folder,
+                {"trust_remote_code": False},
+                eos_token_ids=list(describe(config).eos_ids) or None,
             )
     except Exception as error:
         reason = one_line(str(error))[:300]
