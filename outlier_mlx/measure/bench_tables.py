@@ -56,18 +56,14 @@ def _print_heading(console: Output, name: str, chip: Chip, dtype: str) -> None:
 
 def _print_variants(console: Output, result: KernelResult) -> None:
     """Print medians in microseconds: geometries in rows, ways to decode in columns."""
-    timed = {arm.variant: arm.runs for arm in result.arms if arm.variant}
-    table: list[list[str | Text]] = []
-    for rows, load_bits in dict.fromkeys((v.rows, v.load_bits) for v in timed):
-        cells: list[str | Text] = [f"{rows} rows, {load_bits} bits"]
-        for decode in DECODES:
-            same = (
-                v for v in timed if (v.decode, v.rows, v.load_bits) == (decode, rows, load_bits)
-            )
-            variant = next(same, None)
-            cells.append(_cell(timed[variant] if variant else None, variant == result.best))
-        table.append(cells)
-    print_columns(console, ["µs", *DECODES], table)
+    table: dict[str, dict[str, str | Text]] = {}
+    for arm in result.arms:
+        v = arm.variant
+        if v is not None:
+            cells = table.setdefault(f"{v.rows} rows, {v.load_bits} bits", {})
+            cells.setdefault(v.decode, _cell(arm.runs, v == result.best))
+    rows = [[name, *(cells.get(way, "-") for way in DECODES)] for name, cells in table.items()]
+    print_columns(console, ["µs", *DECODES], rows)
 
 
 def _cell(runs: Runs | None, best: bool) -> Text:
