@@ -124,10 +124,11 @@ def _read_stdin() -> str:
 @command("Run", 'chat ./tier --system-prompt "Be brief."')
 def chat(
     model: Model,
-    cache: KVCache,
-    loading: Loading,
+    *,
     generation: Generation = CHAT_GENERATION,
     sampling: Sampling = CHAT_SAMPLING,
+    cache: KVCache,
+    loading: Loading,
     prompt_cache: Annotated[
         Path | None,
         typer.Option(
@@ -208,9 +209,7 @@ def serve(
     ] = None,
     prompt_concurrency: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Prompts read together. Default: a quarter of --decode-concurrency."
-        ),
+        typer.Option(min=1, help="Prompts read together. Default: a quarter as many as answers."),
     ] = None,
     prompt_cache_size: Annotated[
         int, typer.Option(min=1, help="Conversations whose KV cache is kept.")

@@ -18,6 +18,7 @@ from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.terminal import Progress, counting_bar, print_columns, size, stdout
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import RECIPES
+from outlier_mlx.writing.folders import check_free
 
 FOLDER = Path(outlier_mlx.__file__).parent / "demo"
 #: The domain that the base was trained on; all others only the experts have seen.
@@ -62,6 +63,8 @@ def run(
         force: replace `out` if it exists.
         quiet: do not print the statistics of the generation.
     """
+    if out is not None:
+        check_free(out, force=force)
     console = stdout()
     with _folder(out) as (folder, shown):
         console.print("Converting the embedded overlay and its base ...", soft_wrap=True)

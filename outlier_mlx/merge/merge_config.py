@@ -300,7 +300,8 @@ def read_yaml(file: Path) -> Any:
     except OSError as error:
         raise OutlierError(f"{file}: {error.strerror}") from None
     except _YAML_ERRORS as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        told = str(error).replace('in "<unicode string>", line', "at line")
+        reason = " ".join(told.split())[:300] or type(error).__name__
         raise OutlierError(f"{file.name}: not valid YAML: {reason}") from None
 
 
