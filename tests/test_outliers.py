@@ -273,8 +273,8 @@ def test_a_planted_dimension_of_a_tier_is_found(tmp_path: Path) -> None:
     for tokens_of_one, share in zip(counts, layer["share"]["11"], strict=True):
         assert share is None if tokens_of_one == 0 else share > 0.8
     # The stream that enters the first layer knows nothing of what its norms make of it.
-    assert measured.counts.streams is not None
-    assert measured.counts.streams[0].largest.max() < 6 < measured.counts.largest[0, 11]
+    assert measured.counts.residuals is not None
+    assert measured.counts.residuals[0].largest.max() < 6 < measured.counts.largest[0, 11]
     assert count_parameters(model, config).active == inspect(folder).active_params
     assert count_parameters(model, config).total == inspect(folder).params
 
@@ -283,8 +283,8 @@ def test_residual_is_described_for_itself() -> None:
     model, _ = build("llama")
     model.model.embed_tokens.weight = mx.zeros((64, 32)).at[:, 7].add(900.0)
     measured = measure(model, [[1, 2, 3, 4]] * 2, Options(residual=True))
-    assert measured.counts.streams is not None
-    first = measured.counts.streams[0].as_json(0)
+    assert measured.counts.residuals is not None
+    first = measured.counts.residuals[0].as_json(0)
     assert first == {
         "layer": 0,
         "mean_magnitude": 900 / 32,

@@ -19,7 +19,7 @@ Group = Kind | Literal["all"]
 
 
 @dataclass
-class Stream:
+class Residual:
     """Statistics of the residual stream that enters a layer, over all sequences.
 
     Attributes:
@@ -76,7 +76,7 @@ class Accumulator:
         self.dtypes: set[str] = set()
         #: Numbers of finished sequences, and of their positions.
         self.sequences = self.positions = 0
-        self.streams: dict[int, Stream] | None = {} if residual else None
+        self.residuals: dict[int, Residual] | None = {} if residual else None
         self.experts: ExpertHits | None = ExpertHits() if per_expert else None
         # The width is known from the first vectors on.
         self._allocate(0)
@@ -140,8 +140,8 @@ class Accumulator:
         self._magnitudes[number] = np.array(largest)
         row = self.largest_without_first[number]
         np.maximum(row, np.array(later), out=row)
-        if self.streams is not None and probe.kinds == ("attention",):
-            self._see_stream(probe, entering)
+        if self.residuals is not None and probe.kinds == ("attention",):
+            self._see_residual(probe, entering)
         if self.experts is not None and "routed_experts" in probe.kinds:
             dims = np.flatnonzero(self._counts[number])
             self.experts.see_hits(dims, np.array(hit)[:, dims])
@@ -171,19 +171,19 @@ class Accumulator:
             as_what = f" in {self.hold}" if self.hold else ""
             raise OutlierError(f"{probe.name}: not all values are finite{as_what}")
 
-    def _see_stream(self, probe: Probe, entering: mx.array) -> None:
-        assert self.streams is not None
+    def _see_residual(self, probe: Probe, entering: mx.array) -> None:
+        assert self.residuals is not None
         held = self._held(probe, entering)
         magnitudes = mx.abs(held)
         total, largest = magnitudes.sum(), magnitudes.max(axis=0)
         later = _largest_without_first(magnitudes)
         self._evaluate(probe, held, total, largest, later)
         zeros = np.zeros(self.hidden, np.float32)
-        stream = self.streams.setdefault(probe.layer, Stream(0.0, 0, zeros, zeros))
-        stream.total += float(total)
-        stream.values += magnitudes.size
-        stream.largest = np.maximum(stream.largest, np.array(largest))
-        stream.largest_without_first = np.maximum(stream.largest_without_first, np.array(later))
+        found = self.residuals.setdefault(probe.layer, Residual(0.0, 0, zeros, zeros))
+        found.total += float(total)
+        found.values += magnitudes.size
+        found.largest = np.maximum(found.largest, np.array(largest))
+        found.largest_without_first = np.maximum(found.largest_without_first, np.array(later))
 
     def finish_sequence(self) -> dict[Group, SequenceHits]:
         """Finish a sequence: add its counts to the totals.

@@ -103,8 +103,8 @@ def describe(
     if counts.experts is not None:
         dims = {dim["dim"] for dim in listed["dims"]} | set(blog["unique_dims"])
         entry["per_expert"] = counts.experts.as_json(sorted(dims))
-    if counts.streams is not None:
-        entry["residual"] = [stream.as_json(n) for n, stream in counts.streams.items()]
+    if counts.residuals is not None:
+        entry["residual"] = [found.as_json(n) for n, found in counts.residuals.items()]
     return entry
 
 
