@@ -242,6 +242,24 @@ def test_help_imports_nothing_heavy() -> None:
     run_python(LOOK, cwd=ROOT)
 
 
+INTERRUPTED = """
+import sys
+
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+import outlier_mlx.cli
+"""
+
+
+def test_ctrl_c_while_modules_are_loaded() -> None:
+    result = run_python(INTERRUPTED, cwd=ROOT, code=130)
+    assert (result.out, result.err) == ("", "interrupted\n")
+
+
 # As a program
 
 

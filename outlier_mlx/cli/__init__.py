@@ -6,12 +6,16 @@ Modules of commands import what is heavy inside the commands, so that `--help` a
 import io
 import sys
 
-# They register their commands, in the order in which the program's help lists them.
-# isort: off
-from outlier_mlx.cli import making, running, measuring, evaluating, sharing  # noqa: F401
+try:
+    # They register their commands, in the order in which the program's help lists them.
+    # isort: off
+    from outlier_mlx.cli import making, running, measuring, evaluating, sharing  # noqa: F401
 
-# isort: on
-from outlier_mlx.cli.app import app
+    # isort: on
+    from outlier_mlx.cli.app import app
+except KeyboardInterrupt:  # Ctrl-C before there is an app that could tell it
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def main() -> None:
