@@ -42,7 +42,7 @@ def load_base() -> nn.Module:
 def perplexities(
     model: nn.Module, tokenizer: TokenizerWrapper, texts: dict[str, list[str]]
 ) -> dict[str, float]:
-    """Perplexity of a model on each domain, a document at a time, and on all new domains."""
+    """Perplexity of a model on the documents of each domain, and of all new domains together."""
     found = {
         name: compare(model, [tokenizer.encode(document) for document in documents])
         for name, documents in texts.items()
@@ -102,7 +102,7 @@ def run(
 
 
 def _write(model: nn.Module, tokenizer: TokenizerWrapper) -> GenerationResponse | None:
-    """Print the prompt and what the model adds to it, as it comes."""
+    """Print the prompt, and the model's continuation while it is generated."""
     response = None
     print(PROMPT, end="", flush=True)
     for response in generate_text(
@@ -137,7 +137,7 @@ def _measure(
     texts: dict[str, list[str]],
     progress: Progress,
 ) -> list[tuple[str, ...]]:
-    """Rows of sizes and held-out perplexities, a column a model."""
+    """Table rows of sizes and held-out perplexities, with a column for each model."""
     found = []
     for model in models.values():
         found.append(perplexities(model, tokenizer, texts))

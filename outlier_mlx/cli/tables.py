@@ -1,5 +1,7 @@
 """Results that commands print: tables, and a few lines around them."""
 
+from typing import TYPE_CHECKING
+
 from outlier_mlx.errors import listed, one_line
 from outlier_mlx.terminal import (
     count,
@@ -11,9 +13,18 @@ from outlier_mlx.terminal import (
     stdout,
 )
 
+if TYPE_CHECKING:
+    from mlx_lm.generate import GenerationResponse
 
-def print_report(report) -> None:  # type: ignore[no-untyped-def]
-    """Print what a conversion wrote (a `tiers.convert.Report`)."""
+    from outlier_mlx.checkpoints.info import Info
+    from outlier_mlx.engine.memory import Budget
+    from outlier_mlx.imports import Imported
+    from outlier_mlx.tiers.choose import Choice
+    from outlier_mlx.tiers.convert import Report
+
+
+def print_report(report: "Report") -> None:
+    """Print what a conversion wrote."""
     console = stderr()
     recipe = report.recipe
     console.print(
@@ -29,8 +40,8 @@ def print_report(report) -> None:  # type: ignore[no-untyped-def]
     )
 
 
-def print_imported(written) -> None:  # type: ignore[no-untyped-def]
-    """Print what an import wrote (an `imports.Imported`), and what is not exact in it."""
+def print_imported(written: "Imported") -> None:
+    """Print what an import wrote, and what is not exact in it."""
     console = stderr()
     console.print(
         parts_table(written.rows, one_line(f"{written.path.name}: from {written.source_format}"))
@@ -40,8 +51,8 @@ def print_imported(written) -> None:  # type: ignore[no-untyped-def]
     console.print(one_line(f"wrote {written.path}"), soft_wrap=True)
 
 
-def print_statistics(response) -> None:  # type: ignore[no-untyped-def]
-    """Print speed and memory of a finished generation (an mlx-lm `GenerationResponse`)."""
+def print_statistics(response: "GenerationResponse") -> None:
+    """Print speed and memory of a finished generation."""
     stderr().print(
         f"prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
         f"generation: {response.generation_tokens} tokens,"
@@ -50,8 +61,8 @@ def print_statistics(response) -> None:  # type: ignore[no-untyped-def]
     )
 
 
-def print_info(info) -> None:  # type: ignore[no-untyped-def]
-    """Print what a model is (an `info.Info`)."""
+def print_info(info: "Info") -> None:
+    """Print what a model is."""
     console = stdout()
     print_heading(console, info.name, f": {info.kind} ({info.form})")
     for name, value in _facts(info).items():
@@ -69,7 +80,7 @@ def print_info(info) -> None:  # type: ignore[no-untyped-def]
     console.print(parts_table(info.rows))
 
 
-def _facts(info) -> dict[str, object]:  # type: ignore[no-untyped-def]
+def _facts(info: "Info") -> dict[str, object]:
     """Known facts about a model, by the names to print."""
     facts: dict[str, object] = {
         "architecture": info.architecture or "unknown",
@@ -94,8 +105,8 @@ def _facts(info) -> dict[str, object]:  # type: ignore[no-untyped-def]
     }
 
 
-def print_choices(choices, available) -> None:  # type: ignore[no-untyped-def]
-    """Print the memory of recipes (a list of `tiers.choose.Choice`) against a `memory.Budget`."""
+def print_choices(choices: "list[Choice]", available: "Budget") -> None:
+    """Print the memory that recipes need, compared with the memory that is available."""
     console = stdout()
     keys = next((list(choice.memory) for choice in choices if choice.memory), [])
     heads = [f"{tokens // 1024}k\n{bits or 16} bits" for tokens, bits in keys]

@@ -11,25 +11,26 @@ from pathlib import Path
 from outlier_mlx.errors import OutlierError, OutputExistsError
 from outlier_mlx.terminal import size
 
-#: In what this project writes: tiers, and all other models. `--force` replaces nothing else.
+#: Manifests of the folders that this project writes: tiers, and all others. `--force` replaces only
+#: folders that have one.
 MANIFESTS = ("tier.json", "checksums.json")
-#: In a kept folder: the files that are done. While it is there, the folder is not removed.
+#: File in a kept folder that lists the files that are done. A folder that has it is not removed.
 JOURNAL = "journal.jsonl"
 
 
 @contextmanager
 def whole_folder(target: Path, *, force: bool = False, keep: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `target` that takes its name when the block ends well.
+    """A temporary folder beside `target` that is renamed to `target` if the block succeeds.
 
-    Whatever ends the block early (an error, a full disk, Ctrl-C) removes the sibling, and folders
-    above it that were made for it. What a run that was killed left behind is cleared first.
+    If the block ends early (an error, a full disk, Ctrl-C), the folder is removed, and so are
+    parent folders that were made for it. Remains of killed runs are removed first.
 
     Args:
         target: the folder to make.
         force: replace `target` if it is a tier.
-        keep: the block yields a folder in `kept_folder(target)`, as an earlier run left it. If the
-            block ends early and there is a journal, all of this stays for a later run. Without
-            `keep` it is left alone, until `target` is made.
+        keep: yield a folder in `kept_folder(target)`, as an earlier run left it. If the block ends
+            early and there is a journal, it stays for a later run. Without `keep`, such a folder of
+            an earlier run is removed when `target` is made.
 
     Raises:
         OutputExistsError: `target` exists and `force` is not set, or it is not a tier, or another
@@ -68,7 +69,7 @@ def whole_folder(target: Path, *, force: bool = False, keep: bool = False) -> It
 
 
 def _claim(target: Path, *, force: bool, keep: bool) -> tuple[Path, int]:
-    """The folder that a run works in, new or kept, and a handle that locks it."""
+    """The folder that a run writes in, new or kept, and a handle that locks it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent, wait=True):
         clear_stale(target)
@@ -90,13 +91,12 @@ def kept_folder(target: Path) -> Path:
 
 
 def clear_stale(target: Path) -> None:
-    """Remove what killed runs left beside `target`, and put back what one had moved aside.
+    """Remove what killed runs left beside `target`, and restore a model that one was replacing.
 
-    A run holds a lock on its temporary folder as long as it lives. What is kept for a later run
-    stays.
+    A running process holds a lock on its temporary folder. Folders kept for a later run stay.
 
     Raises:
-        OutputExistsError: a run that writes `target` is alive.
+        OutputExistsError: another run is writing `target`.
     """
     names = [p for p in target.parent.iterdir() if p.name.startswith(_prefix(target))]
     for replaced in [p for p in names if p.suffix == ".replaced"]:
@@ -144,7 +144,7 @@ def _lock(handle: int, *, wait: bool) -> bool:
 
 
 def check_free(target: Path, *, force: bool, sources: Iterable[str | Path | None] = ()) -> None:
-    """Check that `target` may be written to: nothing is there, or a model that `force` replaces.
+    """Check that `target` does not exist, or is a model that `force` replaces.
 
     Args:
         target: the folder to make.
@@ -190,7 +190,7 @@ def check_space(target: Path, nbytes: int, what: str) -> None:
 
 
 def _swap(sibling: Path, target: Path, replaced: Path) -> None:
-    """Rename `target`, if it is there, to `replaced`, and `sibling` to `target`."""
+    """Rename `target`, if it exists, to `replaced`, and `sibling` to `target`."""
     try:
         if target.exists():
             target.rename(replaced)
@@ -202,7 +202,7 @@ def _swap(sibling: Path, target: Path, replaced: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, if it is there, also if Ctrl-C comes meanwhile."""
+    """Remove a folder if it exists, even if Ctrl-C is pressed meanwhile."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except KeyboardInterrupt:

@@ -11,14 +11,14 @@ from outlier_mlx.writing.folders import JOURNAL
 
 
 class Journal:
-    """What is done, a JSON object per line; the first line identifies the run.
+    """The files that a run has finished: a JSON object per line; the first identifies the run.
 
     Args:
         folder: the folder that is kept, see `outlier_mlx.writing.folders.kept_folder`.
-        identity: everything that the results depend on, as JSON: no tuples.
+        identity: everything that the results depend on, as JSON (without tuples).
 
     Raises:
-        OutputExistsError: the folder has the journal of something else.
+        OutputExistsError: the folder has the journal of a run with another identity.
         OutlierError: its journal is damaged.
     """
 
@@ -42,7 +42,7 @@ class Journal:
             write_whole(self._path, text)
 
     def add(self, name: str, found: dict[str, str]) -> None:
-        """Record that `name` is done, and what was found in it."""
+        """Record that file `name` is done, and the fingerprints `found` in it by tensor."""
         with self._path.open("ab") as file:
             file.write(_line({"done": name, "found": found}))
             file.flush()
@@ -57,7 +57,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; the last one may have been cut off."""
+    """The complete lines of a journal; the last one may be incomplete."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:

@@ -19,7 +19,7 @@ _MAX_LENGTH = 300
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence as the hub's model cards state one.
+    """A licence in a model card of the hub.
 
     Attributes:
         ids: identifiers of the hub, such as "apache-2.0", or "other"; at least one.
@@ -65,7 +65,7 @@ def card_metadata(folder: Path) -> dict | None:
 
 
 def stated_licence(folder: Path) -> Licence | None:
-    """The licence that the model card in a folder states; None without a card, or if it is silent.
+    """The licence in a folder's model card; None if there is no card, or it states none.
 
     A card whose metadata cannot be read counts as silent, with a warning.
     """
@@ -81,7 +81,7 @@ def stated_licence(folder: Path) -> Licence | None:
 
 
 def combine(stated: Sequence[Licence | None], given: str | None = None) -> Licence | None:
-    """The licence of what is made from several sources: all of theirs.
+    """The licence of a model that is made from several sources: all of their licences.
 
     Args:
         stated: one a source.

@@ -20,13 +20,13 @@ from outlier_mlx.writing.writer import WrittenFile
 
 # Large enough that hashing lets other threads run, small enough for a smooth bar.
 _BLOCK = 4 << 20
-#: What mlx-lm may load or import from a folder: every file of these names has to be listed.
+#: Files that mlx-lm may load or import from a folder. All of them must be listed.
 LOADED = ("model*.safetensors", "*.safetensors", "*.py", "*.index.json")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says.
+    """The content of a manifest.
 
     Attributes:
         name: its file.
@@ -67,7 +67,7 @@ def read_manifest(folder: Path, name: str) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, progress: Progress = no_progress) -> None:
-    """Check that every listed file is as it was, and that no other would be loaded with them.
+    """Check that every listed file is unchanged, and that no other file would be loaded.
 
     Args:
         folder: where the files are.
@@ -125,7 +125,7 @@ def _sha256(path: Path, advance: Callable[[int], None], stop: threading.Event) -
 def write_manifest(
     folder: Path, name: str, content: dict, known: Sequence[WrittenFile] = ()
 ) -> None:
-    """Write the manifest of a folder whose other files are written.
+    """Write the manifest of a folder, after all other files.
 
     Files that do not change results (licences, the card) are not listed.
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part(ABC):
-    """The tensors of one module, as they will be on disk.
+    """The tensors of one module of a new model.
 
     Attributes:
         path: the module it belongs to, as in "model.layers.0.self_attn.q_proj".
@@ -67,7 +67,7 @@ class Part(ABC):
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors of a new model folder, all of whose sources are at hand.
+    """The tensors of a new model folder, made from local sources.
 
     Attributes:
         parts: in the order in which they are written.
@@ -135,7 +135,7 @@ class Parts:
 
 @dataclass
 class Tally:
-    """Counts bytes done of `total`, and tells a progress callback."""
+    """Counts bytes, and calls a progress callback with the sum and `total`."""
 
     total: int
     progress: Progress
@@ -182,7 +182,7 @@ def by_tensor(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
 
 
 def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The results of calls, in order; the pool makes some of them ahead."""
+    """The results of calls, in order; the pool computes up to `AHEAD` of them in advance."""
     waiting: deque[Future[T]] = deque()
     for call in calls:
         waiting.append(pool.submit(call))

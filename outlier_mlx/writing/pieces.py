@@ -31,7 +31,7 @@ class Piece:
     source_bytes: int
 
     def write(self, writer: PlacedWriter, pool: ThreadPoolExecutor) -> Iterator[int]:
-        """Put the bytes in their places; yields how many bytes of source each chunk used up."""
+        """Write the bytes to their places; yields the bytes of source that each chunk used up."""
         places = dict(self.starts)
         for name, chunk, used in self.chunks(pool):
             writer.write(name, places[name], chunk)
@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Work:
-    """What parts are made of, sorted by source file.
+    """The pieces of parts, grouped by source file.
 
     Attributes:
         pieces: by file, in the order of first need; None: those that need no file.
@@ -59,7 +59,7 @@ class Work:
                     yield name, tensor
 
     def check(self, found: Callable[[Path], dict[str, str]]) -> None:
-        """Check that twins have the same fingerprint, where both are known.
+        """Check that twins have the same fingerprint, if both are known.
 
         Args:
             found: gives the fingerprints of a file's tensors by name; those known so far.
@@ -75,7 +75,7 @@ class Work:
 
 
 def split(parts: Iterable[Part]) -> Work:
-    """Split parts into pieces, sorted by the one source file that each needs."""
+    """Split parts into pieces, grouped by the one source file that each needs."""
     work = Work()
     for part in parts:
         if isinstance(part, FromExperts):
@@ -119,7 +119,7 @@ def _files(place: object) -> Iterator[Path]:
 
 
 def fingerprint(tensor: FloatTensor, pool: ThreadPoolExecutor) -> str:
-    """SHA-256 of a tensor's values as float32: equal where they are, in whatever dtype."""
+    """SHA-256 of a tensor's values as float32, so that it does not depend on the dtype."""
 
     def without_minus_zero(slab: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(slab + np.float32(0))

@@ -41,7 +41,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A finished file: what a manifest says of it."""
+    """A finished file: its name, SHA-256 and size in bytes."""
 
     name: str
     sha256: str
@@ -51,7 +51,7 @@ class WrittenFile:
 def assign_shards(
     specs: Iterable[TensorSpec], max_bytes: int = MAX_SHARD_BYTES
 ) -> list[list[TensorSpec]]:
-    """Cut tensors into files of at most `max_bytes`; a larger tensor stands alone."""
+    """Divide tensors among files of at most `max_bytes`; a larger tensor gets its own file."""
     shards: list[list[TensorSpec]] = []
     room = 0
     for spec in specs:
@@ -170,7 +170,7 @@ class PlacedWriter:
         self.nbytes = sum(len(header) for header in self._headers) + sum(s.nbytes for s in specs)
 
     def is_begun(self) -> bool:
-        """Whether all files are there in their full length, as an earlier run makes them."""
+        """Whether an earlier run made all files in their full length."""
         return all(
             path.is_file() and path.stat().st_size == nbytes for path, nbytes in self._files()
         )
@@ -205,7 +205,7 @@ class PlacedWriter:
         _write_at(self._handles[number], view, first + start)
 
     def sync(self) -> None:
-        """Have the disk hold what was written so far, even if the machine's power fails."""
+        """Flush everything written so far to the disk, so that it survives a power failure."""
         for handle in self._handles:
             os.fsync(handle)
 
