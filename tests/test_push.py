@@ -167,7 +167,7 @@ def test_names_that_are_none(hub: WritableHub, tmp_path: Path, name: str) -> Non
         ("validate-yaml", (400, "no such licence"), ("metadata", "no such licence")),
         ("batch", (403, "no room: https://pay.example"), ("no room: (address)",)),
         ("commit", (500, ""), ("the hub answered 500",)),
-        ("commit", (412, ""), ("somebody else", "try again")),
+        ("commit", (412, ""), ("another program", "try again")),
     ],
 )
 def test_refusals(
@@ -217,7 +217,7 @@ def test_a_commit_of_somebody_else_meanwhile(
         return commit(self, *arguments, **options)
 
     monkeypatch.setattr(HfApi, "create_commit", late)
-    refused("push", tier, REPO, words=("somebody else has written there",))
+    refused("push", tier, REPO, words=("another program has changed this repository",))
     assert arrived(hub) == {"README.md": b"theirs"}
 
 

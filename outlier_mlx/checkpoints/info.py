@@ -98,7 +98,7 @@ def inspect(
         progress: called with how many files on the hub have been asked for, and how many will be.
 
     Raises:
-        CheckpointError: there is no model, or its files are not sound.
+        CheckpointError: there is no model, or its files are not valid.
         OutlierError: the hub cannot be reached.
     """
     with headers(path_or_repo, revision, progress, besides=_ABOUT) as found:

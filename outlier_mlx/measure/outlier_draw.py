@@ -108,7 +108,7 @@ def _draw(entries: Sequence[dict[str, Any]], against: Against, share: str, axes:
     marks = np.empty((0, 2))
     for models, marker, label in published:
         at = np.array([(getattr(model, against), getattr(model, share)) for model in models])
-        # The marks say where others found a model, give or take: hence the bars.
+        # Published values are only approximate, so they are drawn with bars.
         axes.errorbar(
             *at.T,
             yerr=SPREAD,

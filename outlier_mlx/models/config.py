@@ -84,7 +84,7 @@ def parse_config(
         where: name of the config in messages.
 
     Raises:
-        CheckpointError: a field is missing or not sound, two names for one field disagree, or
+        CheckpointError: a field is missing or not valid, two names for one field disagree, or
             mlx-lm's model of the family does not do what the config asks for.
     """
     if is_tier(raw) and not isinstance(raw["ternary"], dict):

@@ -26,8 +26,8 @@ _WRITING = {
     401: "the hub does not accept this login: run `hf auth login`, or set HF_TOKEN",
     403: "this login may not write there: its token needs write access to {owner}",
     404: "no such repository or branch, or this login may not see it",
-    409: "somebody else is writing there: try again",
-    412: "somebody else has written there meanwhile: try again",
+    409: "another program is writing to this repository: try again",
+    412: "another program has changed this repository meanwhile: try again",
 }
 
 

@@ -64,7 +64,7 @@ def convert_tier(
         progress: called with bytes of source read so far, and in all.
 
     Raises:
-        OutlierError: the input is not sound, the output exists, or the disk is too small. Nothing
+        OutlierError: the input is not valid, the output exists, or the disk is too small. Nothing
             is left behind, but for `stream`.
     """
     recipe = recipe or Recipe()

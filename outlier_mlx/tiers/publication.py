@@ -135,7 +135,7 @@ def prepare(
 
 
 def _check_licences(folder: Path, private: bool, licence: str | None) -> None:
-    """Nothing is published under terms that nobody stated."""
+    """Refuse to publish a tier if the licence of a source is not known."""
     sources = origins(read_json(inside(folder, MANIFEST)))
     silent = [f"the {source.role} {source.name!r}" for source in sources if source.licence is None]
     if licence is not None and not silent:

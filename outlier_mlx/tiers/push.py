@@ -46,7 +46,7 @@ def check_login(repo: str) -> None:
     """Check that there is a login at all; whether it may write to `repo`, only the hub knows.
 
     Raises:
-        OutlierError: nobody is logged in.
+        OutlierError: there is no login.
     """
     from huggingface_hub import get_token
 
@@ -75,7 +75,7 @@ def publish(
         quiet: no bars.
 
     Raises:
-        OutlierError: nobody is logged in, the hub cannot be reached or refuses, or the repository
+        OutlierError: there is no login, the hub cannot be reached or refuses, or the repository
             holds something else.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi

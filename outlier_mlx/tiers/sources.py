@@ -72,7 +72,7 @@ def open_sources(
 
     Args:
         overlay: a folder or hub repository.
-        base: likewise; None where the overlay contains it.
+        base: a folder or hub repository; None if the overlay contains it.
         target: the tier that will be made.
         revision: the overlay's revision on the hub.
         base_revision: the base's.

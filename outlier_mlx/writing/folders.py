@@ -138,7 +138,7 @@ def _lock(handle: int, *, wait: bool) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: nobody else can be seen, nor held up
+    except OSError:  # a file system without locks: other runs cannot be noticed
         return True
     return True
 

@@ -62,7 +62,7 @@ def write_model(
 
     Raises:
         OutputExistsError: `target` exists and may not be replaced.
-        OutlierError: a source is not sound, or the disk is too small. Nothing is left behind, but
+        OutlierError: a source is not valid, or the disk is too small. Nothing is left behind, but
             for what `tensors` keep for the next run.
     """
     check_free(target, force=force)
