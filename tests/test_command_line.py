@@ -149,6 +149,7 @@ def test_a_prompt_may_look_like_the_option(tmp_path: Path) -> None:
         ("perplexity ./tier --text no.txt", "--text: no such file: no.txt"),
         ("perplexity ./tier --text tier", "--text: is a folder: tier"),
         ("bench ./tier --save", "--save: saves what --kernels finds, so it needs --kernels"),
+        ("merge a.yaml --out a --group-size 32", "--group-size: only --bits makes groups"),
         ("compare a.json --out a.bmp", "--out: a.bmp: a picture's name must end in"),
     ],
 )

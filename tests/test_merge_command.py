@@ -32,6 +32,7 @@ def test_the_command(sound: Path, tmp_path: Path) -> None:
     file = write_merge_config(sound, experts=held_out)
     out = tmp_path / "out"
     shown = run("merge", file, "--out", out, "--bits", 4, "--group-size", 32)
+    assert "\nquantization: 4 bits, groups of 32\n" in run("info", out).out
     assert shown.out == ""
     for part in ("Mixtral of 2 experts", "held-out", "condition", "note: every token", "wrote "):
         assert part in shown.err

@@ -243,6 +243,9 @@ def merge(
     from outlier_mlx.merge.tables import print_merged
     from outlier_mlx.terminal import Progress, counting_bar, progress_bar
 
+    if group_size is not None and bits is None:
+        raise typer.BadParameter("only --bits makes groups", param_hint="--group-size")
+
     def stages(title: str, unit: str) -> AbstractContextManager[Progress]:
         return counting_bar(title, unit, quiet=quiet) if unit else progress_bar(title, quiet=quiet)
 

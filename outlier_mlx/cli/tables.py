@@ -95,7 +95,7 @@ def _facts(info: "Info") -> dict[str, object]:
         bits, group_size = info.quantization["bits"], info.quantization["group_size"]
         base.append(f"{bits} bits, groups of {group_size}")
     if base:
-        facts["base"] = ", ".join(base)
+        facts["base" if info.base_architecture else "quantization"] = ", ".join(base)
     return facts | {
         "context length": f"{info.context_length} tokens" if info.context_length else "unknown",
         "vocabulary": f"{info.vocab} tokens" if info.vocab else "unknown",
