@@ -1,6 +1,5 @@
 import os
 import stat
-from pathlib import Path
 
 import pytest
 
@@ -75,5 +74,7 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path):
 
 
 def test_a_folder_that_is_gone_is_an_error_of_the_system(tmp_path):
-    with pytest.raises(OSError):
-        write_whole(Path(tmp_path / "none" / "a"), b"")
+    path = tmp_path / "none" / "a"
+    with pytest.raises(OSError) as caught:
+        write_whole(path, b"")
+    assert caught.value.filename == str(path)  # not the temporary file

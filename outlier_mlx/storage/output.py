@@ -82,13 +82,17 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
         The file to fill; its name ends as that of `path` does.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; the error names `path`.
     """
     part = path.with_name(f".{path.stem[:40]}.{os.urandom(4).hex()}{path.suffix}")
     try:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
         yield part
         part.replace(path)
+    except OSError as error:
+        if error.filename == str(part):  # a name that the user never gave
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
