@@ -42,7 +42,7 @@ _HOLDS: "dict[HoldName | None, Hold | None]" = {
 
 @command("Measure", "info Qwen/Qwen2.5-7B-Instruct --json")
 def info(model: Model, revision: Revision = None, as_json: Json = False) -> None:
-    """Say what a tier, overlay or model is, how large, and what memory it needs."""
+    """Describe a tier, overlay or model: its parts, its size, and the memory it needs."""
     from outlier_mlx.checkpoints.info import inspect
     from outlier_mlx.terminal import counting_bar
 
@@ -192,7 +192,7 @@ def routing(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show which experts serve a text, layer by layer."""
+    """Show which experts the tokens of a text use, layer by layer."""
     from outlier_mlx.measure import perplexity as compare
     from outlier_mlx.measure.pictures import require_matplotlib
     from outlier_mlx.measure.routing import FILES, draw, observe_routing, print_routing

@@ -139,7 +139,7 @@ def chat(
     alpha: Alpha = None,
     quiet: Quiet = False,
 ) -> None:
-    """Talk with a model: on a terminal, or a message a line from a pipe."""
+    """Talk with a model on a terminal; in a pipe, each line is a message."""
     prepare(model, loading.revision)
     from outlier_mlx.cli.repl import Chat
     from outlier_mlx.engine.conversation import Conversation

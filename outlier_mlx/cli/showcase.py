@@ -95,7 +95,7 @@ def run(
             print_statistics(response)
         if shown:
             console.print(
-                f'Kept in {shown}. Go on: outlier-mlx generate --model {shown} -p "At the Saturday'
+                f'Kept in {shown}. Next: outlier-mlx generate --model {shown} -p "At the Saturday'
                 ' market"',
                 soft_wrap=True,
             )
