@@ -183,10 +183,11 @@ class Shape:
     kv_heads: int = 2
     vocab: int = 288
     tied: bool = False
+    head_dim: int | None = None
 
     @property
     def head(self) -> int:
-        return self.hidden // self.heads
+        return self.head_dim or self.hidden // self.heads
 
 
 class _Maker:
@@ -224,7 +225,10 @@ class _Maker:
             self.add(f"{to}.attn_{name}.weight", "attn", size, f"{mlx}.weight", turned)
             if s.arch == "qwen2":
                 self.add(f"{to}.attn_{name}.bias", "bias", size[:1], f"{mlx}.bias")
-        size = (s.hidden, s.hidden)
+            if s.arch == "qwen3" and name in "qk":
+                norm = f"{of}.self_attn.{name}_norm.weight"
+                self.add(f"{to}.attn_{name}_norm.weight", "norm", (s.head,), norm)
+        size = (s.hidden, s.heads * s.head)
         self.add(f"{to}.attn_output.weight", "attn", size, f"{of}.self_attn.o_proj.weight")
 
     def dense(self, n: int) -> None:
@@ -298,8 +302,11 @@ def build(
         f"{s.arch}.attention.layer_norm_rms_epsilon": 1e-5,
         f"{s.arch}.rope.freq_base": 10000.0,
         f"{s.arch}.rope.dimension_count": s.head,
-        **(gpt2_fields(s.vocab) if s.arch == "qwen2" else spm_fields(s.vocab)),
+        **(gpt2_fields(s.vocab) if s.arch in ("qwen2", "qwen3") else spm_fields(s.vocab)),
     }
+    if s.head_dim:
+        keys = ("attention.key_length", "attention.value_length")
+        made.fields |= {f"{s.arch}.{key}": s.head_dim for key in keys}
     if s.experts:
         made.fields |= {f"{s.arch}.expert_count": s.experts, f"{s.arch}.expert_used_count": 2}
     return made

@@ -64,11 +64,13 @@ DENSE: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("case", DENSE)
 def test_dense(case: str, arch: str, tmp_path: Path):
     sizes = K_SIZES if case[0] in "QT" else {}
-    model = build(arch=arch, kinds=DENSE[case], vocab=320, tied=arch == "qwen2", **sizes)
+    # Qwen3's heads have a width of their own: here twice that of the others.
+    wide = {"head_dim": 2 * sizes.get("hidden", 64) // 4} if arch == "qwen3" else {}
+    model = build(arch=arch, kinds=DENSE[case], vocab=320, tied=arch == "qwen2", **sizes | wide)
     done, config = imported(model, tmp_path)
     found = assert_same_weights(done.path, model.weights)
     assert config["model_type"] == arch
@@ -387,3 +389,8 @@ def _by_hf_name(found: dict[str, np.ndarray], name: str) -> np.ndarray:
     number, projection, _ = rest.split(".")
     mlx = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}[projection]
     return found[f"{prefix}.switch_mlp.{mlx}.weight"][int(number)]
+
+
+def test_heads_of_qwen3_have_llama_cpps_default_width(tmp_path: Path):
+    _, config = imported(build(arch="qwen3", vocab=320), tmp_path)
+    assert config["head_dim"] == 16

@@ -140,7 +140,7 @@ MODELS: dict[str, tuple[Callable[..., Model], Callable[[Model], Any], str]] = {
     "another architecture": (
         build,
         lambda m: m.fields.update({"general.architecture": "gemma"}),
-        "x.gguf: architecture 'gemma', expected one of llama, qwen2",
+        "x.gguf: architecture 'gemma', expected one of llama, qwen2, qwen3",
     ),
     "no layers": (
         build,

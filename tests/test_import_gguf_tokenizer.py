@@ -176,9 +176,9 @@ def test_whole_words_of_llama3(tmp_path: Path):
     assert made(fields, tmp_path).encode("xyz").ids == [299]
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2", "ternary_mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2", "qwen3", "ternary_mixtral"])
 def test_mlx_lm_loads_the_same(family: str, tmp_path: Path):
-    fields = gpt2_fields(300) if family == "qwen2" else spm_fields(300)
+    fields = gpt2_fields(300) if family in ("qwen2", "qwen3") else spm_fields(300)
     fields["tokenizer.chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer = made(fields, tmp_path, family)
     config = {"model_type": family, "vocab_size": 300, "eos_token_id": [2, 5]}

@@ -17,7 +17,7 @@ from outlier_mlx.imports.gguf_tokenizer import Vocabulary
 from outlier_mlx.models.config import ModelConfig, parse_config
 from outlier_mlx.models.families import family
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FREQS = "rope_freqs.weight"
 
 _SIZES = {
@@ -105,10 +105,11 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, 
         if value is not None:
             config[name] = _short(value)
     kind = "mixtral" if experts else fields.prefix
+    known = family(kind)
     config.setdefault("rope_theta", 10000.0)
     config |= {
         "model_type": kind,
-        "architectures": [family(kind).architecture],
+        "architectures": [known.architecture],
         "hidden_act": "silu",
         "vocab_size": _rows_of_embeddings(model),
         "tie_word_embeddings": "output.weight" not in model.tensors,
@@ -117,15 +118,19 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, 
     if kind == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in model.tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in model.tensors
-    if kind == "qwen2" and "sliding_window" in config:
-        config["use_sliding_window"] = True
+    if known.window_switch and "sliding_window" in config:
+        config[known.window_switch] = True
+    if "head_dim" in known.defaults and {"hidden_size", "num_attention_heads"} <= config.keys():
+        # transformers has another default than llama.cpp.
+        width = config["hidden_size"] // max(1, config["num_attention_heads"])
+        config.setdefault("head_dim", width)
     scaling = _scaling(fields)
     if scaling is not None:
         config["rope_scaling"] = scaling
     found = parse_config(config, role="import", where=model.where)
     _check_rest(fields, found, vocabulary)
     found = _with_frequency_factors(model, found)
-    return found, family(kind).notes(found.raw) + _ignored(fields)
+    return found, known.notes(found.raw) + _ignored(fields)
 
 
 def _short(value: float) -> float:

@@ -53,6 +53,8 @@ class _Rule:
     nfc: bool = False
 
 
+# Architectures whose tokenizer is Qwen2's.
+QWEN = ("qwen2", "qwen3")
 _LLAMA3 = _Rule((_WORDS % "{1,3}",), whole=True, bos=True)
 _QWEN2 = _Rule((_WORDS % "",), nfc=True)
 _RULES = {
@@ -125,11 +127,11 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
         raise CheckpointError(f"{where}: duplicate token {most[:40]!r} ({times} times)")
     spm = model == "llama"
     rule, notes = ("", ()) if spm else _rule(read, architecture)
-    if architecture == "qwen2" and _RULES.get(rule) is not _QWEN2:
-        # transformers 5 ignores tokenizer.json and its config for models of this type.
+    if architecture in QWEN and _RULES.get(rule) is not _QWEN2:
+        # transformers 5 ignores tokenizer.json and its config for models of these types.
         raise CheckpointError(
-            f"{where}: a qwen2 model with the tokenizer {rule or model!r}; transformers would use"
-            " Qwen2's tokenizer for it"
+            f"{where}: a {architecture} model with the tokenizer {rule or model!r};"
+            " transformers would use Qwen2's tokenizer for it"
         )
     defaults = {"bos": 1, "eos": 2, "unk": 0} if spm else {}
     special = {}
@@ -281,7 +283,7 @@ def _rule(read: "_Reader", architecture: str) -> tuple[str, tuple[str, ...]]:
     """The name of the rule, and a note if it is assumed."""
     name = read.get("pre", str, None)
     if name is None:
-        name = "qwen2" if architecture == "qwen2" else "default"
+        name = "qwen2" if architecture in QWEN else "default"
         return name, (f"tokenizer.ggml.pre is missing; the rule {name} is assumed",)
     if name not in _RULES:
         raise CheckpointError(
