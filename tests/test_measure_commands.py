@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from outlier_mlx.engine.memory import Budget
 from tests.library import Library
-from tests.program import run
+from tests.program import assert_refused, run
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,18 @@ def test_a_text_in_another_encoding(tier: Path, tmp_path: Path, command: str) ->
     done = run(command, tier, "--text", text, code=1)
     assert done.out == ""
     assert done.err.splitlines()[-1].endswith("latin.txt: not UTF-8 text: byte 3 is no part of it")
+
+
+@pytest.mark.parametrize("command", ["perplexity", "routing", "tune-alpha"])
+def test_revision_and_memory_are_checked_before_a_model_is_loaded(
+    command: str, tier: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: tuple = (command, tier, "--text", text, "--window", 16, "--windows", 5)
+    if command == "tune-alpha":
+        given += ("--epochs", 1, "--out", tmp_path / "alpha.json")
+    assert_refused(run(*given, "--revision", "main", code=1), "a folder has no revision")
+    monkeypatch.setattr("outlier_mlx.engine.memory.budget", lambda: Budget(1000, "a small machine"))
+    assert_refused(run(*given, code=1), "a small machine gives 0.0")
+    # Tuning that improves nothing ends with exit code 1, after it has shown perplexities.
+    shown = run(*given, "--ignore-memory", "--dtype", "float32", code=None)
+    assert "perplexity" in shown.out or "entropy" in shown.out

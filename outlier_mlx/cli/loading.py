@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.storage.hub import Source, local_source
+from outlier_mlx.cli.options import Loading
+from outlier_mlx.storage.hub import Source, local_source, resolve
 
 
 def import_engine() -> None:
@@ -55,9 +56,23 @@ def load_visibly(
     model: str | Source, dtype: str | None = None, alpha: Path | None = None, *, quiet: bool
 ) -> Any:
     """Load a model from a folder or hub repository; a terminal shows that it takes time."""
-    from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import working
 
     source = model if isinstance(model, Source) else resolve(model)
     with working(f"loading {source.name}", quiet=quiet):
         return load_model(source.folder, dtype, alpha)
+
+
+def load_checked(model: str | Source, loading: Loading, tokens: int, *, quiet: bool) -> Any:
+    """Load a model as `loading` says, if it and a KV cache of so many tokens fit into memory.
+
+    Raises:
+        OutlierError: it does not fit, or is not valid.
+    """
+    import_engine()
+    from outlier_mlx.engine.memory import check_fits
+
+    source = model if isinstance(model, Source) else resolve(model, loading.revision)
+    if not loading.ignore_memory:
+        check_fits(source.folder, tokens)
+    return load_visibly(source, loading.dtype, quiet=quiet)

@@ -2,13 +2,14 @@
 
 import json
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from outlier_mlx.cli.app import command
-from outlier_mlx.cli.loading import load_visibly
+from outlier_mlx.cli.loading import load_checked
 from outlier_mlx.cli.options import (
     Base,
     BaseBits,
@@ -18,6 +19,7 @@ from outlier_mlx.cli.options import (
     Force,
     GroupSize,
     Json,
+    Loading,
     OutFolder,
     Overlay,
     OverlayRevision,
@@ -272,6 +274,7 @@ def merge(
 def tune_alpha(
     model: TierModel,
     text: TextFile,
+    loading: Loading,
     out: Annotated[
         Path, typer.Option(metavar="FILE.json", help="File to write the alphas to.")
     ] = Path("alpha.json"),
@@ -296,8 +299,11 @@ def tune_alpha(
     from outlier_mlx.terminal import counting_bar
 
     check_writable(out, force=force)
-    loaded, tokenizer = load_visibly(model, quiet=quiet)
-    other = load_visibly(teacher, quiet=quiet)[0] if teacher is not None else None
+    loaded, tokenizer = load_checked(model, loading, window, quiet=quiet)
+    other = None
+    if teacher is not None:
+        same = replace(loading, revision=None)
+        other, _ = load_checked(teacher, same, window, quiet=quiet)
     texts = compare.windows(tokenizer, read_utf8(text), window, windows)
     compare.warn_of_context(loaded, texts)
     with counting_bar("tuning", "windows", quiet=quiet) as progress:

@@ -1,13 +1,14 @@
 """Commands that describe and measure models: info, bench, perplexity, routing, outliers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.loading import load_visibly
+from outlier_mlx.cli.loading import load_checked
 from outlier_mlx.cli.options import (
     ActivationDType,
     Force,
@@ -84,7 +85,6 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Measure speed and memory; the flags are those of `mlx_lm.benchmark`."""
-    from outlier_mlx.engine.memory import check_fits
     from outlier_mlx.measure.bench import BenchOptions, bench_model
     from outlier_mlx.measure.bench_kernels import bench_kernels, save_best
     from outlier_mlx.measure.bench_tables import print_kernels, print_result
@@ -100,10 +100,9 @@ def bench(
         if save:
             raise OutlierError("--save: no Metal here, so there are no kernels to choose from")
         say("no Metal here, so there are no kernels to time: this is the plain path in MLX alone")
+    tokens = batch_size * (prompt_tokens + generation_tokens)
     source = resolve(model, loading.revision)
-    if not loading.ignore_memory:
-        check_fits(source.folder, batch_size * (prompt_tokens + generation_tokens))
-    loaded, tokenizer = load_visibly(source, loading.dtype, quiet=quiet)
+    loaded, tokenizer = load_checked(source, loading, tokens, quiet=quiet)
     with counting_bar("measuring", "runs", quiet=quiet) as progress:
         if kernels:
             timed = bench_kernels(loaded, num_trials, batch_size, progress)
@@ -132,13 +131,13 @@ def bench(
 def perplexity(
     model: Model,
     text: TextFile,
+    loading: Loading,
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Another model, to measure the KL divergence from."),
     ] = None,
     window: Window = 512,
     windows: Windows = None,
-    dtype: ActivationDType = None,
     record: Annotated[
         bool,
         typer.Option("--record", help="Save the result in the tier; `push` puts it into the card."),
@@ -153,11 +152,12 @@ def perplexity(
     from outlier_mlx.terminal import counting_bar
 
     folder = measured.require_tier(model) if record else None
-    loaded, tokenizer = load_visibly(model, dtype, quiet=quiet)
+    loaded, tokenizer = load_checked(model, loading, window, quiet=quiet)
     content = read_utf8(text)
     other = None
     if against is not None:
-        other, other_tokenizer = load_visibly(against, dtype, quiet=quiet)
+        same = replace(loading, revision=None)
+        other, other_tokenizer = load_checked(against, same, window, quiet=quiet)
         compare.same_tokens(tokenizer, other_tokenizer, content)
     texts = compare.windows(tokenizer, content, window, windows)
     compare.warn_of_context(loaded, texts)
@@ -180,6 +180,7 @@ def perplexity(
 def routing(
     model: TierModel,
     text: TextFile,
+    loading: Loading,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Write routing.json and a picture into this folder."),
@@ -204,7 +205,7 @@ def routing(
         check_folder(out, FILES, force=force)
         if not no_plots:
             require_matplotlib(", or --no-plots")
-    loaded, tokenizer = load_visibly(model, quiet=quiet)
+    loaded, tokenizer = load_checked(model, loading, window, quiet=quiet)
     texts = compare.windows(tokenizer, read_utf8(text), window, windows)
     compare.warn_of_context(loaded, texts)
     with counting_bar("routing", "tokens", quiet=quiet) as progress:
