@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from tests.refusals import Site
 from tests.refusals import build as build_site
 
 pytest_plugins = ["kernels.emulator.pytest_plugin"]
+
+# mlx-lm runs a tier's own code, and Python would leave its bytecode in tiers that tests share.
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+sys.dont_write_bytecode = True
 
 # No kernel variants that were chosen on this machine.
 os.environ["OUTLIER_MLX_KERNELS"] = ""

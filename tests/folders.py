@@ -28,9 +28,14 @@ def tier_contents(tier: Path) -> dict[str, Any]:
 
 
 def snapshot(folder: Path, *, times: bool = False) -> dict[str, str]:
-    """Every file, link and folder below, with what it holds; `times` adds when it was written."""
+    """Every file, link and folder below, with what it holds; `times` adds when it was written.
+
+    Python's bytecode is left out: it appears where a program runs a tier's own code.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
+        if "__pycache__" in path.parts:
+            continue
         if path.is_symlink():
             what = f"-> {path.readlink()}"
         elif not path.is_file():
