@@ -179,10 +179,11 @@ def test_a_nested_config_is_lifted(tmp_path: Path) -> None:
 
 def test_a_nested_config_says_what_ends_a_text(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "nested", NESTED)
-    inner = NESTED["text_config"] | {"eos_token_id": [5, 7]}
-    tokenizer = load_tokenizer(folder, NESTED | {"text_config": inner})
-    # The tokenizer's own end of text counts, too.
-    assert tokenizer.eos_token_ids - {tokenizer.eos_token_id} == {5, 7}
+    inner = {"text_config": NESTED["text_config"] | {"eos_token_id": [5, 7]}}
+    tokenizer = load_tokenizer(folder, inner)
+    own = {tokenizer.eos_token_id}  # counts, too
+    assert tokenizer.eos_token_ids - own == {5, 7}
+    assert load_tokenizer(folder, inner | {"eos_token_id": [9]}).eos_token_ids - own == {9}
 
 
 def test_a_nested_config_in_new_names_is_read_by_mlx_lm(tmp_path: Path) -> None:

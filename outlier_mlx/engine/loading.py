@@ -169,13 +169,12 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
     Raises:
         CheckpointError: there is no tokenizer, or it cannot be loaded.
     """
+    ends = config.get("eos_token_id")  # what generation_config.json says, if there is one
+    if ends is None:
+        ends = list(describe(config).eos_ids) or None
     try:
         with quiet_transformers():
-            return mlx_lm_load_tokenizer(
-                folder,
-                {"trust_remote_code": False},
-                eos_token_ids=list(describe(config).eos_ids) or None,
-            )
+            return mlx_lm_load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
     except Exception as error:
         reason = one_line(str(error))[:300]
         raise CheckpointError(f"{folder}: no usable tokenizer: {reason}") from error
