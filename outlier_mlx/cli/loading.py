@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.cli.options import Loading
+from outlier_mlx.cli.options import KVCache, Loading
 from outlier_mlx.storage.hub import Source, local_source, resolve
 
 
@@ -52,27 +52,34 @@ def load_model(folder: Path, dtype: str | None = None, alpha: Path | None = None
     return model, tokenizer
 
 
-def load_visibly(
-    model: str | Source, dtype: str | None = None, alpha: Path | None = None, *, quiet: bool
+def load_checked(
+    model: str | Source,
+    loading: Loading,
+    tokens: int,
+    *,
+    cache: KVCache | None = None,
+    alpha: Path | None = None,
+    quiet: bool,
 ) -> Any:
-    """Load a model from a folder or hub repository; a terminal shows that it takes time."""
-    from outlier_mlx.terminal import working
+    """Load a model if it fits into memory; a terminal shows that it takes time.
 
-    source = model if isinstance(model, Source) else resolve(model)
-    with working(f"loading {source.name}", quiet=quiet):
-        return load_model(source.folder, dtype, alpha)
-
-
-def load_checked(model: str | Source, loading: Loading, tokens: int, *, quiet: bool) -> Any:
-    """Load a model as `loading` says, if it and a KV cache of so many tokens fit into memory.
+    Args:
+        model: a folder or hub repository, or where it was found.
+        loading: which version of it, and how.
+        tokens: tokens that its KV cache will hold.
+        cache: how that is quantized.
+        alpha: see `load_model`.
+        quiet: show nothing.
 
     Raises:
         OutlierError: it does not fit, or is not valid.
     """
-    import_engine()
     from outlier_mlx.engine.memory import check_fits
+    from outlier_mlx.terminal import working
 
     source = model if isinstance(model, Source) else resolve(model, loading.revision)
     if not loading.ignore_memory:
-        check_fits(source.folder, tokens)
-    return load_visibly(source, loading.dtype, quiet=quiet)
+        cache = cache or KVCache()
+        check_fits(source.folder, tokens, cache.kv_bits, kv_group_size=cache.kv_group_size)
+    with working(f"loading {source.name}", quiet=quiet):
+        return load_model(source.folder, loading.dtype, alpha)

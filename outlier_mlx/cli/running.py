@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.loading import load_model, load_visibly, prepare
+from outlier_mlx.cli.loading import load_checked, load_model, prepare
 from outlier_mlx.cli.options import (
     Alpha,
     Generation,
@@ -79,8 +79,6 @@ def generate(
     from outlier_mlx.cli.tables import print_statistics
     from outlier_mlx.cli.writers import PlainWriter
     from outlier_mlx.engine.generate import generate_text
-    from outlier_mlx.engine.memory import check_fits
-    from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import after_reading, stdout
 
     options = generation_options(
@@ -92,12 +90,9 @@ def generate(
         ignore_chat_template=ignore_chat_template,
     )
     text = _read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
-    source = resolve(model, loading.revision)
-    if not loading.ignore_memory:
-        # A token of English is about four characters; three are on the safe side.
-        tokens = options.max_kv_size or len(text) // 3 + options.max_tokens
-        check_fits(source.folder, tokens, options.kv_bits, kv_group_size=options.kv_group_size)
-    loaded, tokenizer = load_visibly(source, loading.dtype, alpha, quiet=quiet)
+    # A token of English is about four characters; three are on the safe side.
+    tokens = options.max_kv_size or len(text) // 3 + options.max_tokens
+    loaded, tokenizer = load_checked(model, loading, tokens, cache=cache, alpha=alpha, quiet=quiet)
     responses = after_reading(
         lambda progress: generate_text(loaded, tokenizer, text, options, progress), quiet=quiet
     )
@@ -143,7 +138,6 @@ def chat(
     prepare(model, loading.revision)
     from outlier_mlx.cli.repl import Chat
     from outlier_mlx.engine.conversation import Conversation
-    from outlier_mlx.engine.memory import check_fits
     from outlier_mlx.engine.sessions import SUFFIX, identity
     from outlier_mlx.storage.hub import resolve
 
@@ -151,10 +145,8 @@ def chat(
         raise typer.BadParameter(f"its name must end in {SUFFIX}", param_hint="--prompt-cache")
     options = generation_options(generation, sampling, cache)
     source = resolve(model, loading.revision)
-    if not loading.ignore_memory:
-        tokens = options.max_kv_size or 4096 + options.max_tokens
-        check_fits(source.folder, tokens, options.kv_bits, kv_group_size=options.kv_group_size)
-    loaded, tokenizer = load_visibly(source, loading.dtype, alpha, quiet=quiet)
+    tokens = options.max_kv_size or 4096 + options.max_tokens
+    loaded, tokenizer = load_checked(source, loading, tokens, cache=cache, alpha=alpha, quiet=quiet)
     conversation = Conversation(loaded, tokenizer, options)
     named = identity(source.folder, loading.dtype, alpha)
     Chat(conversation, named, prompt_cache, quiet=quiet).run()
