@@ -213,7 +213,7 @@ def _values(
     heads = size("n_heads", "num_attention_heads")
     intermediate = size("intermediate_dim", "intermediate_size")
     kv_heads = known.defaults.get("num_key_value_heads", heads) if known is not None else heads
-    values = {
+    return {
         "model_type": raw.get("model_type") if isinstance(raw.get("model_type"), str) else None,
         "family": known.model_type if known is not None else None,
         "hidden": hidden,
@@ -235,9 +235,6 @@ def _values(
         "quantization": read_quantization(raw),
         "raw": dict(raw),
     }
-    if known is not None and known.model_type == "mixtral":
-        values["expert_width"] = intermediate
-    return values
 
 
 def _head_dim(fields: Fields, known: Family | None, hidden: Any, heads: Any) -> int | None:
@@ -287,7 +284,8 @@ def _mixture(fields: Fields, known: Family | None, layers: int | None) -> dict[s
     if experts and not lists and top_k is not None and top_k > experts:
         fields.refuse(f"{names[1][0]} is {top_k}, of {experts} experts")
     moe_layers = _moe_layers(fields, lists, layers) if experts else ()
-    width = fields.size("moe_intermediate_size", required=False) if moe_layers else None
+    wide = known.expert_width if known is not None else Family.expert_width
+    width = fields.size(wide, required=False) if moe_layers else None
     return {
         "experts": experts,
         "top_k": min(top_k, experts) if experts and top_k else top_k,

@@ -39,6 +39,7 @@ class Family:
         window_switch: the field that turns `sliding_window` on; None: it is on where it is given.
         honours_layer_types: whether mlx-lm's model uses the windows of `layer_types`.
         experts: the fields that say how many experts there are, and how many a token uses.
+        expert_width: the field that says how wide an expert is.
         feed_forward: the modules of a layer's FFN.
     """
 
@@ -57,6 +58,7 @@ class Family:
     window_switch: str | None = None
     honours_layer_types: bool = False
     experts: tuple[str, str] | None = None
+    expert_width: str = "moe_intermediate_size"
     feed_forward: FeedForward = dense
 
     def own_defaults(self) -> Defaults:

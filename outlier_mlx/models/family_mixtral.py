@@ -28,5 +28,6 @@ FAMILY = Family(
     },
     scalings=(),
     experts=("num_local_experts", "num_experts_per_tok"),
+    expert_width="intermediate_size",
     feed_forward=_experts,
 )
