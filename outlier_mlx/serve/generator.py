@@ -1,0 +1,170 @@
+"""Generation for all requests in one thread: the one model, its prompt cache, and the thread."""
+
+import gc
+import inspect
+import threading
+from collections.abc import Callable
+from queue import Empty
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
+
+from outlier_mlx.engine.generate import described, top_k, vocabulary
+from outlier_mlx.models.sizes import context_length
+from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.http import Service
+from outlier_mlx.serve.limits import Limits
+from outlier_mlx.serve.mlxlm_server import ModelProvider, ResponseGenerator
+
+if TYPE_CHECKING:
+    from outlier_mlx.serve.mlxlm_server import Reply
+
+Load = Callable[[], tuple[nn.Module, TokenizerWrapper]]
+
+TEMPLATE_NAMES = frozenset(
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+)
+
+
+class OneModel(ModelProvider):
+    """Provides the same model for every request, whatever model the request names.
+
+    The thread that generates also loads: MLX evaluates a lazy array only in the thread that made
+    it, and a model has lazy arrays besides its parameters.
+
+    Attributes:
+        loaded: set when loading has ended.
+        failure: the exception that ended loading, or None.
+        limits: limits for the parameters of requests; set once the model is loaded.
+    """
+
+    model: Any
+    tokenizer: Any
+    model_key: Any
+    limits: Limits
+
+    def __init__(self, service: Service, load: Load) -> None:
+        super().__init__(service.options.arguments())
+        self.service = service
+        self.loaded = threading.Event()
+        self.failure: BaseException | None = None
+        self._load_model = load
+
+    def load_default(self) -> None:
+        """Load the model if it is not loaded yet."""
+        if self.loaded.is_set():
+            return
+        try:
+            self.model, self.tokenizer = self._load_model()
+            self.is_batchable = all(hasattr(c, "merge") for c in make_prompt_cache(self.model))
+            self.model_key = (self.service.name, None, None)
+            self.cli_args.top_k = top_k(self.cli_args.top_k, self.model, self.tokenizer)
+            self.limits = Limits(
+                self.service.options.max_tokens,
+                vocabulary(self.model, self.tokenizer),
+                self.service.options.max_context or context_length(described(self.model)),
+                TEMPLATE_NAMES,
+            )
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.loaded.set()
+
+    def load(self, *_: Any) -> tuple[nn.Module, TokenizerWrapper]:
+        """The loaded model and its tokenizer; the arguments are ignored."""
+        return self.model, self.tokenizer
+
+
+class PromptCache(LRUPromptCache):
+    """mlx-lm's prompt cache, which here never covers the whole prompt.
+
+    mlx-lm's generation needs at least one token that is not cached. It fails if all are, for
+    example if a client sends prompt and response back as the next prompt.
+    """
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        """The cache of the longest known prefix, and the tokens after that prefix."""
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is None or rest:
+            return cache, rest
+        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+        return cache, rest + tokens[-1:]
+
+
+class Generator(ResponseGenerator):
+    """Generates for all requests in one thread, which continues after an error.
+
+    Attributes:
+        replies: replies that are being generated.
+    """
+
+    def __init__(self, provider: OneModel) -> None:
+        self.provider = provider
+        self.replies: set[Reply] = set()
+        options = provider.service.options
+        limit = 1 << 63 if options.prompt_cache_bytes is None else options.prompt_cache_bytes
+        self._new_cache = lambda: PromptCache(options.prompt_cache_size, limit)
+        # Replies that began before the latest failure get no more tokens.
+        self._failures = 0
+        self._handler_thread = threading.local()
+        super().__init__(provider, self._new_cache())
+
+    def _run_generate(self) -> None:
+        self.provider.load_default()
+        while not self._stop and self.provider.failure is None:
+            try:
+                self._generate()
+            except Exception as error:
+                self.provider.service.warn(f"generation failed: {type(error).__name__}: {error}")
+                self._start_over()
+
+    def _start_over(self) -> None:
+        self.prompt_cache = self._new_cache()
+        gc.collect()
+        mx.clear_cache()
+        try:
+            while True:
+                self.requests.get_nowait()
+        except Empty:
+            self._failures += 1
+
+    def generation_available(self) -> bool:
+        """Whether generation runs and has not failed since the calling thread's request began."""
+        failures = getattr(self._handler_thread, "failures", self._failures)
+        return self._generation_thread.is_alive() and failures == self._failures
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Start a reply: mlx-lm's generation context, and an iterator over its responses."""
+        self._handler_thread.failures = self._failures
+        return super().generate(*args, **kwargs)
+
+    def _tokenize(self, tokenizer: TokenizerWrapper, request: Any, args: Any) -> Any:
+        try:
+            tokenized = super()._tokenize(tokenizer, request, args)
+        except Exception as error:  # a chat template can raise anything
+            raise Refused(400, f"the chat template failed: {error}") from None
+        prompt, context = tokenized[0], self.provider.limits.context
+        if not isinstance(prompt, list) or not prompt:
+            raise Refused(400, "the prompt is empty")
+        if context is not None and len(prompt) + args.max_tokens > context:
+            room = context - len(prompt)
+            if room < 1:
+                raise Refused(
+                    400,
+                    f"the prompt has {len(prompt)} tokens; the context length is {context}",
+                    "context_length_exceeded",
+                )
+            args.max_tokens = room
+        return tokenized
+
+    def stop(self, seconds: float) -> bool:
+        """End all replies and the thread; returns whether the thread ended within `seconds`."""
+        self._stop = True
+        for reply in list(self.replies):
+            reply.close()
+        self._generation_thread.join(seconds)
+        return not self._generation_thread.is_alive()
