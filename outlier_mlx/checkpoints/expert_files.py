@@ -13,8 +13,9 @@ from outlier_mlx.checkpoints.keys import parse_expert_leaf, parse_key, parse_num
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.config import ModelConfig, read_config
-from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.paths import entries, inside
 from outlier_mlx.storage.safetensors import TensorRef, read_header
+from outlier_mlx.storage.shards import SHARDS
 
 SIGN = "experts/layer_*_expert_*.safetensors"
 
@@ -28,7 +29,7 @@ def open_expert_files(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay
     Raises:
         CheckpointError: it is one, but not a sound one.
     """
-    names = sorted(path.name for path in (folder / "experts").glob("*.safetensors"))
+    names = [path.name for path in entries(folder / "experts", SHARDS)]
     if not names:
         return None
     if not (folder / "config.json").exists():

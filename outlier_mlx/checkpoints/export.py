@@ -12,7 +12,7 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.tier import open_tier
 from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.storage.hub import resolve
-from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.paths import files_below, inside
 from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import copy_assets
@@ -99,7 +99,7 @@ def export_tier(
         force=force,
         progress=progress,
     )
-    nbytes = sum(path.stat().st_size for path in written.path.rglob("*") if path.is_file())
+    nbytes = sum(path.stat().st_size for path in files_below(written.path))
     return Exported(written.path, format, nbytes, origin.base)
 
 

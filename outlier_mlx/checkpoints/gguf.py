@@ -19,7 +19,7 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import read_config
 from outlier_mlx.storage.gguf import GgufTensor, read_gguf
-from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.paths import entries, inside
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.ternary import TernaryError
@@ -130,7 +130,7 @@ def open_gguf(folder: Path, tensors: Mapping[str, TensorRef]) -> Overlay | None:
         CheckpointError: it is one, but not a valid one, or the package `gguf` is missing.
     """
     collected = collect(tensors)
-    files = sorted(path.name for path in folder.glob("*.gguf"))
+    files = [path.name for path in entries(folder, "*.gguf")]
     if collected.trits or not files:
         return None
     for name in files:

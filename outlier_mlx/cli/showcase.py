@@ -15,6 +15,7 @@ from outlier_mlx.cli.tables import print_statistics
 from outlier_mlx.engine.generate import Options, generate_text
 from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.measure.perplexity import compare
+from outlier_mlx.storage.paths import entries
 from outlier_mlx.terminal import Progress, counting_bar, print_columns, size, stdout
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import RECIPES
@@ -30,7 +31,8 @@ FEW = 6
 
 def heldout(most: int | None = None) -> dict[str, list[str]]:
     """Held-out documents by domain, at most this many of each; the old domain first."""
-    files = sorted((FOLDER / "heldout").glob("*.txt"), key=lambda p: (p.stem != OLD_DOMAIN, p.stem))
+    files = entries(FOLDER / "heldout", "*.txt")
+    files.sort(key=lambda path: (path.stem != OLD_DOMAIN, path.stem))
     return {file.stem: file.read_text(encoding="utf-8").splitlines()[:most] for file in files}
 
 
@@ -127,7 +129,7 @@ def _folder(out: Path | None) -> Iterator[tuple[Path, Path | None]]:
 
 
 def _tensor_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in entries(folder, "*.safetensors"))
 
 
 def _measure(

@@ -13,6 +13,7 @@ from outlier_mlx.engine.conversation import Conversation, Message
 from outlier_mlx.engine.generate import described, vocabulary
 from outlier_mlx.errors import CheckpointError, OutlierError, one_line
 from outlier_mlx.storage.output import whole_file, write_whole
+from outlier_mlx.storage.paths import entries
 from outlier_mlx.storage.safetensors import parse_json, read_header, read_json
 
 FORMAT = "outlier-mlx chat"
@@ -38,7 +39,7 @@ def identity(folder: Path, dtype: str | None, alpha: Path | None = None) -> str:
     manifest = folder / "tier.json"
     if manifest.exists():
         state.append(hashlib.sha256(manifest.read_bytes()).hexdigest())
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in sorted([folder / "config.json", *entries(folder, "*.safetensors")]):
         state.append(f"{path.name} {path.stat().st_size}")
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 

@@ -11,6 +11,8 @@ from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
+from outlier_mlx.storage.paths import entries
+from outlier_mlx.storage.shards import SHARDS
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.card import Card, origin_of, plain
 from outlier_mlx.writing.folders import check_free
@@ -133,7 +135,7 @@ def _open(
         return open_gguf_model(place, file=file, dtype=dtype, **gguf)
     # GGUF files in a repository are downloaded only with --file.
     hint = "" if found.revision is None else "; name a GGUF file of a repository with --file"
-    if any(place.glob("*.safetensors")):
+    if entries(place, SHARDS):
         if not (place / "config.json").exists():
             raise CheckpointError(f"{found.name}: no config.json{hint}")
         if gguf:
@@ -141,7 +143,7 @@ def _open(
         from outlier_mlx.imports.awq import open_awq_model
 
         return open_awq_model(place, dtype=dtype, bits=bits)
-    pickles = [path.name for pattern in ("*.bin", "*.pt") for path in place.glob(pattern)]
+    pickles = [path.name for pattern in ("*.bin", "*.pt") for path in entries(place, pattern)]
     if pickles:
         raise CheckpointError(
             f"{found.name}: {min(pickles)}: pickled weights are not supported; convert them to"
@@ -152,4 +154,4 @@ def _open(
 
 def _holds_gguf(folder: Path) -> bool:
     """Whether a folder has GGUF files, and no model in safetensors (adapters do not count)."""
-    return any(folder.glob("*.gguf")) and not holds_model(folder)
+    return bool(entries(folder, "*.gguf")) and not holds_model(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.storage.gguf import GgufTensor, read_gguf
-from outlier_mlx.storage.paths import inside, require_plain
+from outlier_mlx.storage.paths import entries, inside, require_plain
 
 # File names of llama.cpp's `gguf-split`, numbered from 1.
 _SPLIT = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
@@ -66,7 +66,7 @@ def patterns(file: str) -> tuple[str, ...]:
 
 def _only_model(folder: Path) -> str:
     """The name of the only model in a folder, or of the first file if the model is split."""
-    names = sorted(path.name for path in folder.glob("*.gguf"))
+    names = [path.name for path in entries(folder, "*.gguf")]
     models: dict[str, str] = {}
     for name in names:
         match = _SPLIT.fullmatch(name)

@@ -9,8 +9,9 @@ from pathlib import Path
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import ModelConfig
 from outlier_mlx.models.modules import Module
+from outlier_mlx.storage.paths import entries
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
-from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.shards import SHARDS, read_shards
 
 #: Path of a module, and number of the expert that a tensor belongs to (None: not of an expert).
 Place = tuple[str, int | None]
@@ -32,7 +33,7 @@ def holds_model(folder: Path) -> bool:
     Raises:
         CheckpointError: the safetensors are damaged.
     """
-    if not any(folder.glob("*.safetensors")):
+    if not entries(folder, SHARDS):
         return False
     return any(_MODEL.match(name) for name in read_shards(folder))
 

@@ -25,6 +25,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
 from outlier_mlx.errors import OutlierError, one_line
+from outlier_mlx.storage.paths import files_below
 
 #: Shows a text while something runs.
 Working = Callable[[str], AbstractContextManager[Any]]
@@ -115,7 +116,7 @@ def _local_tasks(paths: list[str], *, trust: bool) -> tuple[dict[str, Entry], li
     """An index of the tasks in files and folders, and the names of those in no group."""
     index: dict[str, Entry] = {}
     for path in map(Path, paths):
-        files = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
+        files = files_below(path, "*.yaml") if path.is_dir() else [path]
         before = len(index)
         for file in files:
             folder = path if path.is_dir() else path.parent

@@ -8,6 +8,7 @@ from typing import Any
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.hub_errors import hub_errors
+from outlier_mlx.storage.paths import HIDDEN
 
 #: The files of a checkpoint or tier; no others are fetched.
 CHECKPOINT_FILES = (
@@ -68,7 +69,11 @@ def resolve(
     name = str(path_or_repo)
     with hub_errors(name):
         found = snapshot_download(
-            name, revision=revision, allow_patterns=list(files), tqdm_class=_terminal_bar()
+            name,
+            revision=revision,
+            allow_patterns=list(files),
+            ignore_patterns=list(HIDDEN),
+            tqdm_class=_terminal_bar(),
         )
     return Source(Path(found), name, Path(found).name)
 
@@ -101,6 +106,7 @@ def cached(repo: str, revision: str | None = None) -> Path | None:
             repo,
             revision=revision,
             allow_patterns=list(CHECKPOINT_FILES),
+            ignore_patterns=list(HIDDEN),
             local_files_only=True,
         )
     except (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import OutlierError, OutputExistsError
+from outlier_mlx.storage.paths import entries
 
 
 def check_writable(path: Path, *, force: bool) -> None:
@@ -30,7 +31,7 @@ def check_folder(out: Path, patterns: Sequence[str], *, force: bool) -> None:
 
     Args:
         out: the folder, which need not exist.
-        patterns: names of the files, also as `Path.glob` takes them.
+        patterns: names of the files, also with `*`.
         force: existing files may be replaced.
 
     Raises:
@@ -44,7 +45,7 @@ def check_folder(out: Path, patterns: Sequence[str], *, force: bool) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise OutlierError(f"{out}: cannot write there")
-    for path in (found for pattern in patterns for found in sorted(out.glob(pattern))):
+    for path in (found for pattern in patterns for found in entries(out, pattern)):
         check_writable(path, force=force)
 
 
@@ -53,7 +54,7 @@ def clear_folder(out: Path, patterns: Sequence[str]) -> None:
 
     Args:
         out: the folder.
-        patterns: names of the files, also as `Path.glob` takes them.
+        patterns: names of the files, also with `*`.
 
     Raises:
         OutlierError: the folder cannot be written to.
@@ -61,7 +62,7 @@ def clear_folder(out: Path, patterns: Sequence[str]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for pattern in patterns:
-            for path in out.glob(pattern):
+            for path in entries(out, pattern):
                 path.unlink()
     except OSError as error:
         raise OutlierError(f"{out}: cannot write there: {error.strerror}") from None

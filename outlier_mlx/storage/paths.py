@@ -1,8 +1,57 @@
-"""Paths of input files, which must not lead out of their folder."""
+"""What is in a folder, without hidden files; and paths, which must not lead out of their folder.
 
+Files are hidden whose names begin with a dot. None of them is a part of any model, and macOS writes
+`._NAME` beside every file on drives that have no place for its metadata. Folders are listed here
+alone, so that no command reads them, lists them or complains of them.
+"""
+
+import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
+
+#: Names of hidden files in a repository, for huggingface_hub.
+HIDDEN = (".*", "*/.*")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name, or any part of a path in a folder or repository, begins with a dot."""
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def entries(folder: Path, pattern: str = "*", *, hidden: bool = False) -> list[Path]:
+    """What is in a folder, sorted by name; nothing if there is no such folder.
+
+    Args:
+        folder: where to look; folders in it are listed, not entered.
+        pattern: what a name must be like, with `*`, `?` and `[...]`.
+        hidden: list hidden files, too: for what this project hides itself.
+    """
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(_chosen(names, pattern, hidden))]
+
+
+def files_below(folder: Path, pattern: str = "*", *, hidden: bool = False) -> list[Path]:
+    """Everything at or below a folder that is not a folder, in path order; links are not followed.
+
+    Args:
+        folder: where to look.
+        pattern: what a name must be like.
+        hidden: also hidden files, and what is in hidden folders.
+    """
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = _chosen(folders, "*", hidden)
+        found += [Path(place, name) for name in _chosen(files, pattern, hidden)]
+    return sorted(found)
+
+
+def _chosen(names: list[str], pattern: str, hidden: bool) -> list[str]:
+    return [n for n in names if fnmatchcase(n, pattern) and (hidden or not is_hidden(n))]
 
 
 def require_plain(name: str, place: str) -> None:

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.hub import CHECKPOINT_FILES
 from outlier_mlx.storage.hub_errors import hub_errors
-from outlier_mlx.storage.paths import require_plain
+from outlier_mlx.storage.paths import HIDDEN, files_below, require_plain
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.terminal import Progress, no_progress
 
@@ -146,7 +146,8 @@ class RemoteFile:
 
         # Otherwise it may keep a cache of up to 10 GB.
         os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
-        for rest in place.rglob("*.incomplete"):  # of a run that was killed; never used again
+        # Those of a run that was killed are never used again.
+        for rest in files_below(place, "*.incomplete", hidden=True):
             rest.unlink()
         found = hf_hub_download(
             self.repo,
@@ -226,7 +227,10 @@ def mirror(
     listed = {file.path: file for file in tree if isinstance(file, RepoFile)}
     limit = SMALL_BYTES if small is None else small
     whole, sparse = [], {}
-    for name in filter_repo_objects(listed, allow_patterns=list(patterns)):
+    chosen = filter_repo_objects(
+        listed, allow_patterns=list(patterns), ignore_patterns=list(HIDDEN)
+    )
+    for name in chosen:
         require_plain(name, repo)
         file = listed[name]
         if name.endswith(_DATA) and file.size > limit:

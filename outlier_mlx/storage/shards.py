@@ -1,12 +1,11 @@
 """A folder of safetensors shards: which tensor is where, checked against the index."""
 
-import os
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.paths import entries, files_below, inside
 from outlier_mlx.storage.safetensors import TensorRef, read_header, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -46,7 +45,7 @@ def read_shards(
             names other files or tensors than there are.
     """
     index = _read_index(folder)
-    names = sorted(path.name for path in folder.glob(SHARDS))
+    names = [path.name for path in entries(folder, SHARDS)]
     if not names and required:
         raise CheckpointError(f"{folder}: no {SHARDS} file")
     if not every:
@@ -80,10 +79,5 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def find_files(folder: Path, name: str) -> Iterator[Path]:
     """Every file called `name` at or below a folder, in path order; links to folders are left."""
-    found = []
-    for place, _, files in os.walk(folder):
-        if name in files:
-            relative = os.path.relpath(os.path.join(place, name), folder)  # noqa: PTH118
-            found.append(relative)
-    for relative in sorted(found, key=lambda name: Path(name).parts):
-        yield inside(folder, relative)
+    for path in files_below(folder, name):
+        yield inside(folder, path.relative_to(folder).as_posix())

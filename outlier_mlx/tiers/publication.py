@@ -9,7 +9,7 @@ from pathlib import Path
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, listed
 from outlier_mlx.measure import measured
 from outlier_mlx.measure.eval_results import Evaluation
-from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.paths import entries, inside
 from outlier_mlx.storage.safetensors import read_bytes, read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.card import model_card, origins
@@ -123,7 +123,7 @@ def prepare(
         name: Upload(name, inside(folder, name), nbytes, digest)
         for name, (digest, nbytes) in manifest.files.items()
     }
-    beside = [MANIFEST, *sorted(path.name for path in folder.iterdir() if is_legal(path.name))]
+    beside = [MANIFEST, *(path.name for path in entries(folder) if is_legal(path.name))]
     if measured.read_measured(folder):
         beside.append(measured.FILE)
     contents = {name: read_bytes(inside(folder, name)) for name in beside}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure import measured
 from outlier_mlx.storage.hub_errors import hub_errors
+from outlier_mlx.storage.paths import is_hidden
 from outlier_mlx.storage.safetensors import read_bytes, read_json
 from outlier_mlx.tiers.publication import MANIFEST, Publication, Upload
 from outlier_mlx.writing.assets import is_legal
@@ -166,7 +167,7 @@ def _check_replaceable(
                 " it"
             )
         return
-    others = [n for n in there if n != CARD and not n.startswith(".") and not is_legal(n)]
+    others = [n for n in there if n != CARD and not is_hidden(n) and not is_legal(n)]
     if others:
         raise OutlierError(
             f"{publication.repo}: holds something that is not a tier ({others[0]});"
@@ -188,7 +189,7 @@ def _superfluous(publication: Publication, there: dict, former: dict | None) -> 
 def _check_rest(publication: Publication, there: dict, removed: list[str]) -> None:
     """What stays must not be taken for a part of the tier."""
     for name in set(there) - set(publication.uploads) - set(removed):
-        if any(fnmatch(name, pattern) for pattern in LOADED):
+        if not is_hidden(name) and any(fnmatch(name, pattern) for pattern in LOADED):
             raise OutlierError(
                 f"{publication.repo}: has {name}, which would be loaded with the tier; remove it"
                 " there first"

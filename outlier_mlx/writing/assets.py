@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outlier_mlx.storage.output import write_json, write_whole
-from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.paths import entries, inside
 from outlier_mlx.storage.safetensors import read_bytes, read_json
 
 TOKENIZER_FILES = (
@@ -98,7 +98,7 @@ def _copy_legal(folders: Sequence[Path], target: Path, others: str) -> None:
     """Copy the licences and notices of all sources; different files get different names."""
     written: dict[str, bytes] = {}
     for folder in folders:
-        for name in sorted(p.name for p in folder.iterdir() if is_legal(p.name) and p.is_file()):
+        for name in [p.name for p in entries(folder) if is_legal(p.name) and p.is_file()]:
             data = read_bytes(inside(folder, name))
             while written.get(name, data) != data:
                 name = _renamed(name, others)

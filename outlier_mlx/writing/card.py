@@ -8,6 +8,7 @@ from typing import Any
 from outlier_mlx.errors import listed, one_line
 from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.hub import Source
+from outlier_mlx.storage.paths import entries
 from outlier_mlx.writing.assets import is_legal, is_only_legal
 from outlier_mlx.writing.licences import Licence, combine, stated_licence
 
@@ -142,7 +143,7 @@ class Card:
             lines += ["", f"For those that state none, {publisher}."]
         elif silent:
             lines += ["", f"No licence is known for the {listed(silent)}; none is assumed."]
-        names = sorted(path.name for path in folder.iterdir() if is_legal(path.name))
+        names = [path.name for path in entries(folder) if is_legal(path.name)]
         if names:
             lines += ["", f"Files that came with them: {', '.join(map(code, names))}."]
         return "\n".join(lines)

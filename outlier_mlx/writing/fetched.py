@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import outlier_mlx
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.hub import Source
+from outlier_mlx.storage.paths import entries, files_below
 from outlier_mlx.storage.remote import RemoteFile, forget
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.float_parts import Constant
@@ -53,7 +54,7 @@ class FetchedParts(Parts):
     def room(self, target: Path) -> int:
         """Bytes for the model and the largest source file, less those that are on disk already."""
         largest = max(map(self._to_fetch, split(self.parts).pieces), default=0)
-        kept = (path.stat() for path in kept_folder(target).rglob("*") if path.is_file())
+        kept = (path.stat() for path in files_below(kept_folder(target), hidden=True))
         return self.nbytes + largest - sum(found.st_blocks * 512 for found in kept)
 
     def write(self, folder: Path, progress: Progress = no_progress) -> list[WrittenFile]:
@@ -73,7 +74,7 @@ class FetchedParts(Parts):
         work = split(self.parts)
         identity = self._identity(work)
         if self.restart or (self.force and read_identity(owner) not in (None, identity)):
-            for path in owner.iterdir():
+            for path in entries(owner, hidden=True):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             folder.mkdir()
         journal = Journal(owner, identity)
@@ -109,7 +110,7 @@ class FetchedParts(Parts):
             yield
             return
         own = place / hashlib.sha256(self.name(file).encode()).hexdigest()[:16]
-        for other in place.glob("*"):
+        for other in entries(place, hidden=True):
             if other != own:
                 shutil.rmtree(other)
         expected = tally.done + remote.nbytes

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from outlier_mlx.errors import OutlierError, OutputExistsError
+from outlier_mlx.storage.paths import entries
 from outlier_mlx.terminal import size
 
 #: Manifests of the folders that this project writes: tiers, and all others. `--force` replaces only
@@ -98,7 +99,11 @@ def clear_stale(target: Path) -> None:
     Raises:
         OutputExistsError: another run is writing `target`.
     """
-    names = [p for p in target.parent.iterdir() if p.name.startswith(_prefix(target))]
+    names = [
+        path
+        for path in entries(target.parent, hidden=True)
+        if path.name.startswith(_prefix(target))
+    ]
     for replaced in [p for p in names if p.suffix == ".replaced"]:
         if not target.exists() and not _is_alive(replaced.with_suffix("")):
             replaced.rename(target)
@@ -164,7 +169,7 @@ def check_free(target: Path, *, force: bool, sources: Iterable[str | Path | None
         return
     if not force:
         raise OutputExistsError(f"{target}: exists; --force replaces it")
-    if any(target.iterdir()) and not any((target / name).exists() for name in MANIFESTS):
+    if entries(target, hidden=True) and not any((target / name).exists() for name in MANIFESTS):
         raise OutputExistsError(
             f"{target}: exists and is not a tier; --force replaces only what outlier-mlx wrote"
         )

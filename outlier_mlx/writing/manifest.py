@@ -11,7 +11,7 @@ from pathlib import Path
 import outlier_mlx
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.output import write_json
-from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.paths import entries, files_below, inside
 from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import is_legal
@@ -78,7 +78,7 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress = no_progre
         CheckpointError: names the first file that is not as it should be.
     """
     for pattern in LOADED:
-        for path in sorted(folder.glob(pattern)):
+        for path in entries(folder, pattern):
             if path.name not in manifest.files:
                 raise CheckpointError(f"{path.name}: not listed in {manifest.name}")
     _check_sums(folder, manifest, progress)
@@ -136,9 +136,9 @@ def write_manifest(
         known: files whose checksums were taken while they were written.
     """
     files = {file.name: {"sha256": file.sha256, "bytes": file.nbytes} for file in known}
-    for path in folder.rglob("*"):
+    for path in files_below(folder):
         file = path.relative_to(folder).as_posix()
-        if path.is_file() and file not in {*files, name, CARD} and not is_legal(file):
+        if file not in {*files, name, CARD} and not is_legal(file):
             with path.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             files[file] = {"sha256": digest, "bytes": path.stat().st_size}
