@@ -91,6 +91,7 @@ def test_streams(served: Running, alone: Alone):
     assert len([chunk for chunk in chunks if chunk.choices]) > 5
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == 40
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
 
 
 def test_text_completions(served: Running, loaded: Loaded):
@@ -99,8 +100,13 @@ def test_text_completions(served: Running, loaded: Loaded):
     expected = text_of(list(generate_text(*loaded, PROMPT, options)))
     answer = create(model=NAME, prompt=PROMPT, max_tokens=12)
     assert answer.choices[0].text == expected
-    chunks = create(model=NAME, prompt=[PROMPT], max_tokens=12, stream=True)
-    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    usage = {"include_usage": True}
+    chunks = list(
+        create(model=NAME, prompt=[PROMPT], max_tokens=12, stream=True, stream_options=usage)
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == expected
+    assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+    assert {chunk.object for chunk in chunks} == {"text_completion"}
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -165,6 +171,11 @@ def test_log_probabilities_of_what_is_sampled(served: Running):
     assert any(entry.logprob < entry.top_logprobs[-1].logprob for entry in content)
 
 
+def test_up_to_twenty_alternatives(served: Running):
+    answer = served.chat(logprobs=True, top_logprobs=20, max_tokens=3)
+    assert [len(token.top_logprobs) for token in answer.choices[0].logprobs.content] == [20] * 3
+
+
 def test_log_probabilities_of_completions(served: Running):
     answer: Any = served.client.completions.create(
         model=NAME, prompt=PROMPT, max_tokens=8, logprobs=2
@@ -175,15 +186,40 @@ def test_log_probabilities_of_completions(served: Running):
     assert max(logprobs.top_logprobs[0].values()) == pytest.approx(logprobs.token_logprobs[0])
 
 
-def test_tokens_are_limited(served: Running):
-    with pytest.raises(openai.BadRequestError, match="max_tokens is 401; this server allows 400"):
-        served.chat(max_tokens=401)
-    with pytest.raises(openai.BadRequestError, match="allows 400"):
-        served.chat(max_tokens=None, max_completion_tokens=401)
-    # 512 tokens of context.
+@pytest.mark.parametrize(
+    ("asked", "granted"),
+    [
+        ({"max_tokens": 400}, None),
+        ({"max_tokens": 401}, "400"),
+        ({"max_tokens": 10**30}, "400"),
+        ({"max_completion_tokens": 401}, "400"),
+        ({"max_completion_tokens": 300, "max_tokens": 500}, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_more_tokens_than_allowed_are_capped(
+    served: Running, asked: dict[str, int], granted: str | None, path: str
+):
+    """Clients send their own default. They are told how many tokens the response may have."""
+    prompt = {"messages": MESSAGES} if "chat" in path else {"prompt": "The heron"}
+    stop = [chr(code) for code in range(ord("a"), ord("a") + 16)]  # so that it ends soon
+    status, headers, _ = served.post(prompt | asked | {"stop": stop}, path)
+    assert (status, headers.get("X-Max-Tokens")) == (200, granted)
+
+
+def test_tokens_are_limited_by_the_context(served: Running):
+    """Of 512 tokens."""
     prompt = [{"role": "user", "content": "!" * 470}]
-    answer = served.chat(messages=prompt, max_tokens=400)
-    assert answer.usage.total_tokens == 512
+    endless = {"0": -100, "2": -100}
+    body = {"messages": prompt, "max_tokens": 400, "logit_bias": endless}
+    _, headers, answer = served.post(body)
+    assert answer["usage"]["total_tokens"] == 512
+    assert headers["X-Max-Tokens"] == str(answer["usage"]["completion_tokens"])
+    with served.client.chat.completions.with_streaming_response.create(
+        model=NAME, messages=prompt, max_tokens=400, stream=True
+    ) as streamed:
+        assert streamed.headers["X-Max-Tokens"] == headers["X-Max-Tokens"]
     with pytest.raises(openai.BadRequestError) as caught:
         served.chat(messages=[{"role": "user", "content": "!" * 600}])
     assert caught.value.code == "context_length_exceeded"

@@ -108,11 +108,21 @@ def test_other_requests(served: Running, line: bytes, status: int):
         ("192.168.7.7", 200),
         ("[::1]:8080", 200),
         ("LocalHost.", 200),
+        ("[::1]", 200),
+        ("localhost:", 200),
         ("evil.example", 403),
         ("evil.example:8080", 403),
         ("localhost.evil.example", 403),
         ("127.0.0.1.evil.example", 403),
         ("", 403),
+        ("[::1]evil", 403),
+        ("[::1]evil:8080", 403),
+        ("[::1", 403),
+        ("[localhost]", 403),
+        ("[evil.example]", 403),
+        ("localhost:80:evil", 403),
+        ("localhost:evil", 403),
+        ("127.0.0.1:80@evil.example", 403),
     ],
 )
 def test_hosts(served: Running, host: str, status: int):
@@ -121,6 +131,20 @@ def test_hosts(served: Running, host: str, status: int):
     assert found == status
     if status == 403:
         assert answer["error"]["code"] == "host"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/health", 200), ("/v1/models", 200), ("/v1/chat/completions", 405), ("/nowhere", 404)],
+)
+def test_head_is_answered_without_a_body(served: Running, path: str, status: int):
+    """With the headers that GET has, as far as they are known."""
+    found, headers, body = served.raw(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert (found, body) == (status, None)
+    same = served.raw(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())[1]
+    if status == 200:
+        assert headers["Content-Length"] == same["Content-Length"]
+        assert headers["Content-Type"] == "application/json"
 
 
 def test_a_host_header_is_needed_once(served: Running):

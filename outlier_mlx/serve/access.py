@@ -2,10 +2,12 @@
 
 import hmac
 import ipaddress
+import re
 from dataclasses import dataclass
 from email.message import Message
 from typing import Any
 
+_HOST = re.compile(r"(\[(?P<address>[^\]]*)\]|(?P<name>[^\[\]:]*))(:[0-9]*)?")
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
@@ -62,9 +64,8 @@ class Access:
             raise Refused(400, "expected one Host header")
         name = host_name(hosts[0])
         if not (name == "localhost" or name in self.hosts or is_address(name)):
-            raise Refused(
-                403, f"host {name!r} is not allowed; --allow-host {name} allows it", "host"
-            )
+            cure = f"; --allow-host {name} allows it" if name else ""
+            raise Refused(403, f"host {hosts[0][:80]!r} is not allowed{cure}", "host")
         origin = headers.get("Origin")
         if origin is not None and not self._allows(origin):
             raise Refused(
@@ -96,10 +97,15 @@ class Access:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header or URL, in lower case, without port and brackets."""
-    host = host.strip().lower()
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    return name.removesuffix(".")
+    """The name in a Host header or URL, in lower case, without port and brackets.
+
+    It is empty if the header is malformed: there is more than a port after the name, or brackets
+    around something else than an address.
+    """
+    match = _HOST.fullmatch(host.strip().lower())
+    if match is None or (match["address"] is not None and not is_address(match["address"])):
+        return ""
+    return (match["address"] or match["name"]).removesuffix(".")
 
 
 def is_address(name: str) -> bool:

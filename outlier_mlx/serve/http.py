@@ -111,7 +111,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
             method = "GET" if named else ENDPOINTS.get(self.path)
             if method is None:
                 raise Refused(404, f"unknown endpoint {self.path[:80]}")
-            if self.command not in (method, "OPTIONS"):
+            if self.command not in (method, "OPTIONS", "HEAD" if method == "GET" else method):
                 raise Refused(405, f"{self.path[:80]} expects {method}")
         except Refused as refused:
             self.refuse(refused)
@@ -151,7 +151,10 @@ class CheckedHandler(BaseHTTPRequestHandler):
             self.log_message("the client disconnected before it read the response")
 
     def send_json(self, status: int, value: object) -> None:
-        """Send a complete response, without a body if `value` is None."""
+        """Send a complete response, without a body if `value` is None.
+
+        The response to a HEAD request has the headers of GET's, and no body.
+        """
         body = b"" if value is None else json.dumps(value).encode()
         self.send_response(status)
         self.send_cors_headers()
@@ -161,7 +164,8 @@ class CheckedHandler(BaseHTTPRequestHandler):
             self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def send_cors_headers(self) -> None:
         """Send the CORS headers if the request's origin is allowed."""

@@ -11,6 +11,7 @@ from outlier_mlx.serve.access import Refused
 MAX_NUMBER = 1 << 31
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_ALTERNATIVES = 20
 # Parameters that are not supported, with the values that mean the same as leaving them out.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -21,9 +22,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "adapters": (),
     "draft_model": (),
 }
+# Two names of the largest number of tokens in a response; mlx-lm prefers the first.
+LENGTHS = ("max_completion_tokens", "max_tokens")
 NUMBERS = (
-    "max_tokens",
-    "max_completion_tokens",
+    *LENGTHS,
     "temperature",
     "top_p",
     "top_k",
@@ -78,7 +80,7 @@ class Limits:
     template_names: frozenset[str] = frozenset()
 
     def check(self, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
-        """Convert a request's parameters to those that mlx-lm expects.
+        """Convert a request's parameters to those that mlx-lm expects; cap the tokens to generate.
 
         mlx-lm checks most types itself. This refuses values that would make its generation fail,
         and parameters that it would ignore without an error.
@@ -94,16 +96,11 @@ class Limits:
             value = body.get(name)
             if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
                 raise Refused(400, f"{name} must be a number")
+            # Clients send their own default for max_tokens, so a larger number is no error.
+            if name in LENGTHS and isinstance(value, int):
+                body[name] = value = min(value, self.max_tokens)
             if isinstance(value, int | float) and name != "seed" and abs(value) > MAX_NUMBER:
                 raise Refused(400, f"{name} is too large")
-        for name in ("max_tokens", "max_completion_tokens"):
-            requested = body.get(name, 0)
-            if isinstance(requested, int) and requested > self.max_tokens:
-                raise Refused(
-                    400,
-                    f"{name} is {requested}; this server allows {self.max_tokens} (--max-tokens)",
-                    "max_tokens",
-                )
         self._check_sampling(body)
         _check_stop(body)
         if chat:
@@ -112,6 +109,7 @@ class Limits:
         else:
             _check_prompt(body)
             _unify_logprobs(body)
+        self._check_alternatives(body)
         options = body.get("stream_options", {})
         if not isinstance(options, dict):
             raise Refused(400, "stream_options must be an object")
@@ -144,6 +142,13 @@ class Limits:
             if not number or not -100 <= value <= 100:
                 raise Refused(400, "logit_bias must be between -100 and 100")
 
+    def _check_alternatives(self, body: dict[str, Any]) -> None:
+        """Check the number of alternatives to each token; mlx-lm allows at most 11."""
+        wanted = body.get("top_logprobs", 0)
+        if not isinstance(wanted, int) or not 0 <= wanted <= MAX_ALTERNATIVES:
+            raise Refused(400, f"top_logprobs must be between 0 and {MAX_ALTERNATIVES}")
+        body["top_logprobs"] = min(wanted, self.vocab)
+
     def _check_template(self, body: dict[str, Any]) -> None:
         kwargs = body.get("chat_template_kwargs", {})
         if not isinstance(kwargs, dict):
@@ -157,12 +162,13 @@ def _check_stop(body: dict[str, Any]) -> None:
     stop = body.get("stop", [])
     strings = [stop] if isinstance(stop, str) else stop
     fits = isinstance(strings, list) and len(strings) <= MAX_STOP_STRINGS
-    if not fits or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in strings):
+    if not fits or not all(isinstance(s, str) and len(s) <= MAX_STOP_LENGTH for s in strings):
         raise Refused(
             400,
-            f"stop must be up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters",
+            f"stop must be up to {MAX_STOP_STRINGS} strings of up to {MAX_STOP_LENGTH} characters",
         )
-    body["stop"] = strings
+    # Clients send an empty string for no stop word.
+    body["stop"] = [string for string in strings if string]
 
 
 def _check_messages(messages: object) -> None:

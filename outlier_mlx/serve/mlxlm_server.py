@@ -18,7 +18,7 @@ from outlier_mlx import __version__
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import CheckedHandler, Service, read_body
-from outlier_mlx.serve.limits import parse_body
+from outlier_mlx.serve.limits import LENGTHS, MAX_ALTERNATIVES, parse_body
 from outlier_mlx.terminal import Progress
 
 try:
@@ -56,6 +56,7 @@ class Reply:
         self.generator = generator
         self.cli_args = generator.cli_args
         self.logprobs: list[dict[str, Any]] = []  # of the tokens that were not sent yet
+        self.max_tokens: int | None = None  # known once the prompt is tokenized
         self._connection = connection
         self._context: GenerationContext | None = None
         self._closed = False
@@ -74,6 +75,7 @@ class Reply:
         self._wants_logprobs = args.logprobs or args.top_logprobs > 0
         self.generator.replies.add(self)
         self._context, responses = self.generator.generate(request, args, progress)
+        self.max_tokens = args.max_tokens
         if self._closed:
             self._context.stop()
         return self._context, self._until_stop_word(responses, words)
@@ -145,6 +147,7 @@ class Handler(CheckedHandler, APIHandler):
         self.service = service
         self.generator = generator
         self._reply: Reply | None = None
+        self._requested_tokens = 0
         # mlx-lm's default fingerprint would name this machine's operating system.
         fingerprint = f"outlier-mlx-{__version__}"
         APIHandler.__init__(self, generator, *args, system_fingerprint=fingerprint)
@@ -152,6 +155,8 @@ class Handler(CheckedHandler, APIHandler):
     def do_GET(self) -> None:
         """Answer `/health` and `/v1/models`."""
         self.answer_errors(lambda: APIHandler.do_GET(self))
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
         """Check the body, then let mlx-lm answer."""
@@ -165,7 +170,9 @@ class Handler(CheckedHandler, APIHandler):
         raw = read_body(self.headers, self.rfile, self.service.options.max_body)
         self.unread = False
         chat = self.path.endswith("/chat/completions")
-        body = self.generator.provider.limits.check(parse_body(raw), chat=chat)
+        asked = parse_body(raw)
+        self._requested_tokens = next((asked[name] for name in LENGTHS if name in asked), 0)
+        body = self.generator.provider.limits.check(asked, chat=chat)
         # mlx-lm batches only requests that name the same model.
         body["model"] = self.service.name
         raw = json.dumps(body).encode()
@@ -177,6 +184,18 @@ class Handler(CheckedHandler, APIHandler):
         finally:
             self.rfile = connected
 
+    def end_headers(self) -> None:
+        """Tell a client that its response may have fewer tokens than it asked for."""
+        granted = self._reply.max_tokens if self._reply is not None else None
+        if granted is not None and granted < self._requested_tokens:
+            self.send_header("X-Max-Tokens", str(granted))
+        super().end_headers()
+
+    def handle_health_check(self) -> None:
+        """Tell whether responses can be generated."""
+        healthy = self.generator.generation_available()
+        self.send_json(200 if healthy else 503, {"status": "ok" if healthy else "unavailable"})
+
     def handle_models_request(self) -> None:
         """List the model, or describe it. mlx-lm would list all models in the hub's cache."""
         model = {"id": self.service.name, "object": "model", "created": self.created}
@@ -185,6 +204,10 @@ class Handler(CheckedHandler, APIHandler):
         if name not in ("", self.service.name):
             raise Refused(404, f"there is no model {name[:80]!r}", "model_not_found")
         self.send_json(200, model if name else {"object": "list", "data": [model]})
+
+    def completion_usage_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The chunk that ends a stream with the usage, of the same type as the other chunks."""
+        return super().completion_usage_response(*args, **kwargs) | {"object": self.object_type}
 
     def generate_response(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """mlx-lm's response, with log probabilities in OpenAI's format, also when streamed."""
@@ -198,6 +221,11 @@ class Handler(CheckedHandler, APIHandler):
                 {"content": logprobs} if chat else _completion_logprobs(logprobs)
             )
         return response
+
+    def _validate(self, name: str, *args: Any, **kwargs: Any) -> None:
+        if name == "top_logprobs":
+            kwargs["max_val"] = MAX_ALTERNATIVES
+        super()._validate(name, *args, **kwargs)
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         if status_code >= 400:
