@@ -11,6 +11,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.generate import Options, described, generate_from_tokens
+from outlier_mlx.engine.templates import render
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress, no_progress
@@ -124,12 +125,7 @@ class Conversation:
         """The whole conversation as rendered text, and its tokens."""
         system = self.options.system_prompt
         first = [] if system is None else [{"role": "system", "content": system}]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                first + self.messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a chat template can raise anything
-            raise OutlierError(f"the chat template failed: {error}") from error
+        text = render(self.tokenizer, first + self.messages, add_generation_prompt=True)
         before, tokens = self.spoken
         rest = text.removeprefix(before)
         if not before or rest == text or not self._begins_apart(rest):

@@ -13,6 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.loading import quiet_transformers
+from outlier_mlx.engine.templates import render
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import Description, describe_args
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
@@ -70,7 +71,8 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) ->
     """Token ids of a prompt, after the chat template is applied if the model has one.
 
     Raises:
-        OutlierError: there are no tokens, or there is a system prompt but no chat template.
+        OutlierError: there are no tokens, there is a system prompt but no chat template, or the
+            template fails.
     """
     templated = tokenizer.has_chat_template and not options.ignore_chat_template
     if not templated:
@@ -84,9 +86,9 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) ->
         prefill = options.prefill_response
         if prefill is not None:
             messages.append({"role": "assistant", "content": prefill})
-        text = tokenizer.apply_chat_template(
+        text = render(
+            tokenizer,
             messages,
-            tokenize=False,
             continue_final_message=prefill is not None,
             add_generation_prompt=prefill is None,
         )

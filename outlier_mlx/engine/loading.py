@@ -9,10 +9,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model as mlx_lm_load_model
-from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, one_line
 from outlier_mlx.models.config import describe, is_overlay, is_tier, parse_config, raw_config
 from outlier_mlx.models.families import families
@@ -31,7 +30,7 @@ OVERFLOWING = ("real", "toy", "toy dense", "packed", "monolith")
 
 def load(
     path_or_repo: str | Path, revision: str | None = None, *, dtype: str | None = None
-) -> tuple[nn.Module, TokenizerWrapper]:
+) -> tuple[nn.Module, Tokenizer]:
     """Load a tier, or any model that stock mlx-lm loads.
 
     Args:
@@ -163,7 +162,7 @@ def _is_mlx(config: dict) -> bool:
     return "quantization" in config or "quantization_config" not in config
 
 
-def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
+def load_tokenizer(folder: Path, config: dict) -> Tokenizer:
     """Load the tokenizer in a model folder.
 
     Raises:
@@ -174,7 +173,7 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
         ends = list(describe(config).eos_ids) or None
     try:
         with quiet_transformers():
-            return mlx_lm_load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
+            return Tokenizer.load(folder, ends)
     except Exception as error:
         reason = one_line(str(error))[:300]
         raise CheckpointError(f"{folder}: no usable tokenizer: {reason}") from error

@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.generate import described, top_k, vocabulary
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import Service
@@ -145,8 +146,10 @@ class Generator(ResponseGenerator):
     def _tokenize(self, tokenizer: TokenizerWrapper, request: Any, args: Any) -> Any:
         try:
             tokenized = super()._tokenize(tokenizer, request, args)
-        except Exception as error:  # a chat template can raise anything
-            raise Refused(400, f"the chat template failed: {error}") from None
+        except OutlierError as error:
+            raise Refused(400, str(error)) from None
+        except Exception as error:
+            raise Refused(400, f"the prompt cannot be read: {error}") from None
         prompt, context = tokenized[0], self.provider.limits.context
         if not isinstance(prompt, list) or not prompt:
             raise Refused(400, "the prompt is empty")
