@@ -1,9 +1,11 @@
-"""An OpenAI-compatible server for one model: mlx-lm's server behind stricter checks.
+"""An OpenAI-compatible server for one model, with mlx-lm's generation for many requests at a time.
 
-`options` are the server's options, `access` checks the client, `limits` checks the parameters of a
-request, `http` reads requests from the network, `mlxlm_server` passes them to mlx-lm, `generator`
-generates for all of them in one thread, `capacity` divides the memory, and `server` starts and
-stops everything.
+`options` are the server's options, and `access` checks the client. `http` reads requests from the
+network, and `handler` answers them: `limits` turns a body into a `request`, by the table in
+`fields`; `generator` generates for all requests in one thread, with what `mlxlm_server` imports
+from mlx-lm; `replies` follows one reply, which `pieces` and `calls` divide into text, reasoning and
+tool calls; `openai` is the format of what is sent. `capacity` divides the memory, and `server`
+starts and stops everything.
 """
 
 from outlier_mlx.serve.options import ServeOptions

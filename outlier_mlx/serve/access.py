@@ -17,18 +17,23 @@ class Refused(Exception):
     Attributes:
         status: the HTTP status.
         code: OpenAI's error code, or None.
+        param: the name of the request's field that is wrong, or None.
     """
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.param = param
 
     def as_json(self) -> dict[str, Any]:
         """The body of OpenAI's error response."""
         default = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _ERROR_TYPES.get(self.status, default)
-        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+        fields = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": fields}
 
 
 @dataclass(frozen=True)

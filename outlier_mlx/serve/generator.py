@@ -3,7 +3,7 @@
 import gc
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,24 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
-from outlier_mlx.engine.generate import described, top_k, vocabulary
+from outlier_mlx.engine.generate import described, vocabulary
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.limits import Limits
-from outlier_mlx.serve.mlxlm_server import ModelProvider, ResponseGenerator
+from outlier_mlx.serve.mlxlm_server import (
+    GenerationContext,
+    ModelProvider,
+    Response,
+    ResponseGenerator,
+    as_mlx_lm,
+)
+from outlier_mlx.serve.request import Request, Sampling
+from outlier_mlx.terminal import Progress
 
 if TYPE_CHECKING:
-    from outlier_mlx.serve.mlxlm_server import Reply
+    from outlier_mlx.serve.replies import Reply
 
 Load = Callable[[], tuple[nn.Module, TokenizerWrapper]]
 
@@ -63,12 +71,13 @@ class OneModel(ModelProvider):
             self.model, self.tokenizer = self._load_model()
             self.is_batchable = all(hasattr(c, "merge") for c in make_prompt_cache(self.model))
             self.model_key = (self.service.name, None, None)
-            self.cli_args.top_k = top_k(self.cli_args.top_k, self.model, self.tokenizer)
+            options = self.service.options
             self.limits = Limits(
-                self.service.options.max_tokens,
+                options.max_tokens,
                 vocabulary(self.model, self.tokenizer),
-                self.service.options.max_context or context_length(described(self.model)),
+                options.max_context or context_length(described(self.model)),
                 TEMPLATE_NAMES,
+                Sampling(options.temp, options.top_p, options.top_k, options.min_p),
             )
         except BaseException as error:
             self.failure = error
@@ -138,10 +147,31 @@ class Generator(ResponseGenerator):
         failures = getattr(self._handler_thread, "failures", self._failures)
         return self._generation_thread.is_alive() and failures == self._failures
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Start a reply: mlx-lm's generation context, and an iterator over its responses."""
+    def begin(
+        self, request: Request, progress: Progress
+    ) -> tuple[GenerationContext, Iterator[Response], int]:
+        """Start a reply.
+
+        Args:
+            request: what to generate; its stop words are left to the caller.
+            progress: progress callback (prompt tokens processed, prompt tokens in total).
+
+        Returns:
+            mlx-lm's generation context, an iterator over its responses, and how many tokens the
+            reply can have.
+
+        Raises:
+            Refused: the prompt is not possible, or generation failed.
+        """
         self._handler_thread.failures = self._failures
-        return super().generate(*args, **kwargs)
+        try:
+            prompt, arguments = as_mlx_lm(request, self.provider.service.name)
+            context, responses = self.generate(prompt, arguments, progress)
+            return context, responses, arguments.max_tokens
+        except Refused:
+            raise
+        except Exception:
+            raise Refused(503, "generation failed; try again") from None
 
     def _tokenize(self, tokenizer: TokenizerWrapper, request: Any, args: Any) -> Any:
         try:

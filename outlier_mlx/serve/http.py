@@ -86,6 +86,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
 
     Attributes:
         service: the model and its limits; set before `__init__` is called.
+        notes: headers that tell how a request was understood; set before `__init__` is called.
         streaming: whether the headers of an event stream have been sent.
         unread: whether the request has a body that has not been read.
     """
@@ -94,6 +95,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = 60
     service: Service
+    notes: dict[str, str]
     streaming = False
     unread = False
 
@@ -166,6 +168,12 @@ class CheckedHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def end_headers(self) -> None:
+        """Send the notes after the other headers."""
+        for name, value in self.notes.items():
+            self.send_header(name, value)
+        super().end_headers()
 
     def send_cors_headers(self) -> None:
         """Send the CORS headers if the request's origin is allowed."""

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.generator import Generator, Load, OneModel
+from outlier_mlx.serve.handler import Handler
 from outlier_mlx.serve.http import Service
-from outlier_mlx.serve.mlxlm_server import Handler
 from outlier_mlx.serve.options import ServeOptions
 from outlier_mlx.terminal import working
 

@@ -1,0 +1,109 @@
+"""Tool calls: what a model wrote between the marks of a call, read as calls of functions."""
+
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+NAME = re.compile(r"[\w./:-]{1,256}")
+# mlx-lm's parsers that take any text for the call of a function.
+_GUESSING = "mlx_lm.tool_parsers.glm47"
+_BETWEEN = " \t\r\n,;"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function; `arguments` is the JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class CallReader:
+    """Reads tool calls in a model's own format.
+
+    Args:
+        tokenizer: mlx-lm's, which knows the marks and the parser of the model's format.
+        tools: the functions that were offered to the model.
+
+    Attributes:
+        start: the mark before a call.
+        end: the mark after a call; empty if the format has none.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, tools: list[dict[str, Any]]) -> None:
+        self.start: str = tokenizer.tool_call_start
+        self.end: str = tokenizer.tool_call_end
+        self._parse: Callable[[str, Any], Any] = tokenizer.tool_parser
+        self._tools = tools
+        self._names = {tool["function"]["name"] for tool in tools}
+
+    def read(self, block: str, *, whole: bool) -> list[Call]:
+        """The calls in the text between two marks; none if any of it cannot be read.
+
+        Args:
+            block: the text.
+            whole: whether the model wrote it to the end. If not, a format may read as a call with
+                fewer arguments, so only complete JSON counts.
+        """
+        readers = (self._in_own_format, _in_json) if whole else (_in_json,)
+        for reader in readers:
+            try:
+                calls = [self._call(found) for found in reader(block)]
+            except Exception:  # a parser can raise anything for what a model writes
+                continue
+            if calls:
+                return calls
+        return []
+
+    def _in_own_format(self, block: str) -> list[Any]:
+        found = self._parse(block, self._tools)
+        found = found if isinstance(found, list) else [found]
+        if self._parse.__module__ == _GUESSING and not all(c["name"] in self._names for c in found):
+            raise ValueError("no function of this name")
+        return found
+
+    @staticmethod
+    def _call(found: Any) -> Call:
+        """A call from an object with a name and arguments.
+
+        Raises:
+            Exception: it is no such object.
+        """
+        name, given = found["name"], found.get("id")
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError("no name of a function")
+        # Llama's models write "parameters".
+        arguments = found.get("arguments", found.get("parameters"))
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            raise ValueError("arguments are not an object")
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        identity = given if isinstance(given, str) and given else f"call_{uuid.uuid4().hex}"
+        return Call(identity, name, text)
+
+
+def _in_json(block: str) -> list[Any]:
+    """JSON objects, or lists of them, that follow one another.
+
+    Raises:
+        ValueError: there is anything else.
+    """
+    return list(_json_objects(block))
+
+
+def _json_objects(text: str) -> Iterator[Any]:
+    decoder = json.JSONDecoder()
+    text = text.strip(_BETWEEN)
+    while text:
+        value, end = decoder.raw_decode(text)
+        yield from value if isinstance(value, list) else [value]
+        text = text[end:].lstrip(_BETWEEN)

@@ -1,0 +1,161 @@
+"""The reply to one request, while it is generated."""
+
+import math
+import select
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_lm.generate import TextStateMachine
+
+from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.calls import CallReader
+from outlier_mlx.serve.generator import Generator
+from outlier_mlx.serve.mlxlm_server import GenerationContext, Response
+from outlier_mlx.serve.pieces import Piece, Splitter
+from outlier_mlx.serve.request import Request
+from outlier_mlx.terminal import Progress
+
+NOT_A_NUMBER = (
+    "the model's output is not a number, probably because activations overflowed in float16;"
+    " serve it with --dtype bfloat16 or --dtype float32"
+)
+
+
+class Reply:
+    """The reply to one request.
+
+    It adds to what mlx-lm generates. It notices that a client disconnected even while nothing is
+    being sent. It finds stop words also when the model writes them with other tokens than the
+    tokenizer would. It reads tool calls, and it collects log probabilities.
+
+    Args:
+        generator: generates.
+        request: what to generate.
+        connection: the client's.
+
+    Attributes:
+        max_tokens: largest number of tokens in the reply; the context may leave fewer than the
+            request allows. Set by `start`.
+        prompt_tokens: number of tokens in the prompt; set by `start`.
+        cached_tokens: number of them that were in the prompt cache.
+        completion_tokens: number of tokens that were generated so far.
+    """
+
+    def __init__(self, generator: Generator, request: Request, connection: socket.socket) -> None:
+        self.generator = generator
+        self.request = request
+        self.max_tokens = request.max_tokens
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self._connection = connection
+        self._context: GenerationContext | None = None
+        self._responses: Iterator[Response] = iter(())
+        self._closed = False
+        self._logprobs: list[dict[str, Any]] = []
+
+    @property
+    def cached_tokens(self) -> int:
+        """Number of the prompt's tokens that were in the prompt cache."""
+        return max(0, self._context.prompt_cache_count) if self._context else 0
+
+    def start(self, progress: Progress) -> None:
+        """Wait until generation begins.
+
+        Args:
+            progress: called with numbers of tokens while the prompt is processed.
+
+        Raises:
+            Refused: the prompt is not possible, or generation failed.
+            ConnectionError: the client disconnected.
+        """
+
+        def check(done: int, total: int | None) -> None:
+            self._check_client()
+            progress(done, total)
+
+        self.generator.replies.add(self)
+        begun = self.generator.begin(self.request, check)
+        self._context, self._responses, self.max_tokens = begun
+        self.prompt_tokens = len(self._context.prompt)
+        if self._closed:
+            self._context.stop()
+
+    def close(self) -> None:
+        """End the reply, so that another request can take its place in the batch."""
+        self._closed = True
+        if self._context is not None:
+            self._context.stop()
+        self.generator.replies.discard(self)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What is generated, up to the first stop word. Only the last piece has a finish reason."""
+        splitter = self._splitter()
+        called = False
+        for text, reason in self._until_stop_word():
+            piece = splitter.feed(text)
+            if reason is not None:
+                piece.add(splitter.end(cut=reason == "length"))
+            if piece.calls and not self.request.parallel_calls:
+                del piece.calls[1:]
+                reason = "stop"
+            called = called or bool(piece.calls)
+            piece.finish_reason = "tool_calls" if called and reason == "stop" else reason
+            if piece:
+                piece.logprobs, self._logprobs = self._logprobs, []
+                yield piece
+            if reason is not None:
+                return
+
+    def _splitter(self) -> Splitter:
+        tokenizer, context = self.generator.provider.tokenizer, self._context
+        if context is None or self.request.messages is None:
+            return Splitter(TextStateMachine(), "normal", None, reads=False)
+        reader = CallReader(tokenizer, self.request.tools) if tokenizer.has_tool_calling else None
+        reads = bool(self.request.tools)
+        return Splitter(context.text_sm, context.initial_state, reader, reads=reads)
+
+    def _until_stop_word(self) -> Iterator[tuple[str, str | None]]:
+        """The text of each token up to the first stop word; with the last, "stop" or "length"."""
+        words = self.request.stop
+        machine = TextStateMachine({"normal": [(word, None) for word in words]} if words else {})
+        state = machine.make_state("normal")
+        for response in self._responses:
+            self._check_client()
+            if math.isnan(response.logprob):
+                raise Refused(500, NOT_A_NUMBER)
+            self.completion_tokens += 1
+            if self.request.alternatives is not None and response.finish_reason != "stop":
+                self._logprobs.append(self._chosen_and_alternatives(response))
+            state, segments = TextStateMachine.split(state, response.text)
+            text = segments[0][1]
+            if len(segments) > 1:
+                yield text, "stop"
+                return
+            if response.finish_reason is not None:
+                text += TextStateMachine.flush(state)[1]
+                yield text, "length" if response.finish_reason == "length" else "stop"
+                return
+            yield text, None
+        yield "", "stop"
+
+    def _check_client(self) -> None:
+        readable, _, _ = select.select([self._connection], [], [], 0)
+        if readable and not self._connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionError("the client disconnected")
+
+    def _chosen_and_alternatives(self, response: Response) -> dict[str, Any]:
+        """The chosen token and the likeliest tokens, in the format of OpenAI's API."""
+        ranked = sorted(response.top_tokens, key=lambda token: -token["logprob"])
+        chosen = self._token(response.token, response.logprob)
+        chosen["top_logprobs"] = [self._token(token["id"], token["logprob"]) for token in ranked]
+        return chosen
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        """A token with its text, or with its vocabulary name if it is part of a character."""
+        tokenizer = self.generator.provider.tokenizer
+        text = tokenizer.decode([token])
+        if "\ufffd" in text:
+            name = tokenizer.convert_ids_to_tokens(token)
+            return {"token": name, "id": token, "logprob": logprob, "bytes": None}
+        return {"token": text, "id": token, "logprob": logprob, "bytes": list(text.encode())}
