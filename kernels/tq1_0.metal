@@ -150,7 +150,9 @@ struct Rows {
     PITCH = (K + 19) / 20 * 4,    // bytes of a row
     STEP = 32 * 4 * WORDS,        // bytes of a row that a simdgroup reads in one step
     WHOLE = K / 5 / STEP * STEP,  // bytes of a row in whole steps
-    LAST = PITCH - 4 * WORDS
+    LAST = PITCH - 4 * WORDS,
+    // MLX has arrays of fewer than 8 elements in constant memory, which only scalar loads read.
+    VECTOR = K % 4 == 0 && K >= 8 ? 4 : 1
   };
   static_assert(PITCH % (4 * WORDS) == 0, "a load crosses the end of a row");
 
@@ -178,7 +180,7 @@ struct Rows {
     }
     Word<DECODE, X> shared[WORDS];
     UNROLL for (int i = 0; i < WORDS; i++) {
-      Loader<X, K % 4 == 0 ? 4 : 1, INSIDE>::load(shared[i].x, x, 5 * at + 20 * i, K);
+      Loader<X, VECTOR, INSIDE>::load(shared[i].x, x, 5 * at + 20 * i, K);
       shared[i].prepare();
     }
     UNROLL for (int r = 0; r < MATRICES * ROWS; r++) {

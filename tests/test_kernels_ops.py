@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models.qwen2 import MLP
 
 from kernels.emulator import VirtualMetal, virtual_metal
-from outlier_mlx.runtime import ops, switch
+from outlier_mlx.runtime import kernels, ops, switch
 from outlier_mlx.runtime.affine2 import rows_to_affine2
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.ops import use_matrix_kernels, use_metal
@@ -31,10 +31,12 @@ def metal() -> Iterator[VirtualMetal]:
         yield device
 
 
-def layer(hidden: int = HIDDEN, width: int = WIDTH, experts: int = EXPERTS) -> OutlierMoE:
+def layer(
+    hidden: int = HIDDEN, width: int = WIDTH, experts: int = EXPERTS, k: int = K
+) -> OutlierMoE:
     """A MoE layer with random weights of every kind, ready for the CPU, in evaluation mode."""
     mx.random.seed(0)
-    block = OutlierMoE(MLP(hidden, 80), hidden, width, experts, K, "tq1_0_rows")
+    block = OutlierMoE(MLP(hidden, 80), hidden, width, experts, k, "tq1_0_rows")
     block.gate.weight = mx.random.normal((experts, hidden)) / hidden**0.5
     block.alpha = mx.random.normal((experts,))
     for seed, name in enumerate(("gate", "up", "down")):
@@ -127,6 +129,57 @@ def test_widths_that_no_group_divides(metal: VirtualMetal):
         block.train()
         np.testing.assert_allclose(y, block(x), rtol=2e-5, atol=2e-5)
         block.eval()
+
+
+# Experts that conversion accepts, and that no decode kernel takes
+
+
+def assert_same_on_a_gpu(block: OutlierMoE, tokens: int, metal: VirtualMetal) -> list[str]:
+    """A layer's result is that of plain MLX; returns the kernels that were launched for it."""
+    x = inputs(tokens, hidden=block.gate.weight.shape[1])
+    metal.clear()
+    y = block(x)
+    launched = metal.names
+    block.train()
+    np.testing.assert_allclose(y, block(x), rtol=2e-5, atol=2e-5)
+    block.eval()
+    return launched
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("width", range(1, 9))
+def test_narrow_experts(width: int, experts: int, metal: VirtualMetal):
+    """A hidden width of 4, too: MLX has so few activations in another address space."""
+    for hidden in (2, 4, 64):
+        block = layer(hidden, width, experts, 1)
+        assert (assert_same_on_a_gpu(block, 1, metal) == DECODE) == (width > 1)
+        assert DECODE[0] not in assert_same_on_a_gpu(block, 64, metal)
+
+
+def test_more_experts_a_token_than_a_kernel_mixes(metal: VirtualMetal):
+    block = layer(64, 32, 100, 65)
+    assert assert_same_on_a_gpu(block, 1, metal) == ["tq1_0_qmv"] * 3
+    assert assert_same_on_a_gpu(layer(64, 32, 100, 64), 1, metal) == DECODE
+
+
+def test_more_experts_than_a_decode_kernel_takes(metal: VirtualMetal):
+    block = layer(8, 8, 1025, 2)
+    for tokens in (1, 40):
+        assert assert_same_on_a_gpu(block, tokens, metal) == TRANSCODE
+    assert assert_same_on_a_gpu(layer(8, 8, 1024, 2), 1, metal) == DECODE
+
+
+@pytest.mark.parametrize("limit", ["tokens", "in features", "out features"])
+def test_what_is_too_large_for_a_kernel(
+    limit: str, metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch
+):
+    """With limits lowered: real ones would take gigabytes."""
+    block = layer()
+    monkeypatch.setitem(kernels.LIMITS, limit, (0, 20))
+    tokens = 21 if limit == "tokens" else 1
+    # The conversion has a limit of its own for the width of a row, and plain MLX has none.
+    launched = {"tokens": TRANSCODE, "in features": [], "out features": TRANSCODE}[limit]
+    assert assert_same_on_a_gpu(block, tokens, metal) == launched
 
 
 def test_sorting_changes_nothing(metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch):

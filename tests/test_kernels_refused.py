@@ -85,6 +85,10 @@ REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
         lambda: kernels.tq1_0_to_affine2(mx.zeros((3, 8), mx.uint8), 20),
         "expected uint8 rows of 4 bytes for 20 trits",
     ),
+    "transcode-tiny": (
+        lambda: kernels.tq1_0_to_affine2(mx.zeros((1, 4), mx.uint8), 20),
+        "1 rows of 20 trits are too few",
+    ),
 }
 
 

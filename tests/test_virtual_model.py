@@ -102,6 +102,25 @@ def test_a_model_without_experts_launches_nothing(tmp_path: Path, metal: Virtual
     assert metal.names == []
 
 
+SIZES = [
+    {"experts": 70, "top_k": 66, "expert_intermediate": 3},
+    {"experts": 1030, "top_k": 2, "expert_intermediate": 1},
+    {"experts": 1, "top_k": 1, "expert_intermediate": 1},
+    {"hidden": 4, "heads": 2, "experts": 3, "top_k": 1, "expert_intermediate": 4},
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_what_conversion_accepts_runs_on_a_gpu(sizes: dict[str, Any], tmp_path: Path):
+    built = write_overlay(tmp_path / "overlay", layers=1, moe_layers=(0,), **sizes)
+    tier = tier_of(built.path, None, tmp_path / "tier")
+    expected = [forward(load(tier), built.prompt(length)) for length in (1, 9)]
+    with virtual_metal(count=False):
+        model = load(tier)
+        for length, logits in zip((1, 9), expected, strict=True):
+            assert_logits_close(forward(model, built.prompt(length)), logits)
+
+
 # The embedded pair
 
 

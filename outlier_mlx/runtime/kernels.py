@@ -21,6 +21,8 @@ LIMITS = {
     "in features": (1, 1 << 17),
     "out features": (2, 1 << 18),
 }
+# MLX passes arrays of fewer elements in constant memory, where kernels do not load whole words.
+SMALLEST_ARRAY = 8
 # Names of each kernel's inputs, and of its output.
 _ARGUMENTS = {
     "tq1_0_swiglu": (["x", "gate", "gate_scales", "up", "up_scales", "indices"], "h"),
@@ -35,6 +37,26 @@ VARIANTS = {"tq1_0_swiglu": Variant(), "tq1_0_down": Variant(), "tq1_0_qmv": Var
 
 # The function `mx.fast.metal_kernel` and the kernels that it built. Tests replace the function.
 _built: tuple[Any, dict[str, Any]] = (None, {})
+
+
+def can_decode(tokens: int, experts: int, k: int, *widths: int) -> bool:
+    """Whether the decode kernels take these sizes.
+
+    Args:
+        tokens: number of tokens or vectors.
+        experts: number of experts of the layer.
+        k: experts that a token uses.
+        widths: widths of inputs and outputs.
+    """
+    features = {"in features": widths, "out features": widths}
+    sizes = {"tokens": (tokens,), "experts": (experts,), "experts per token": (k,), **features}
+    return all(_fits(what, size) for what, given in sizes.items() for size in given)
+
+
+def can_convert(rows: mx.array, in_features: int) -> bool:
+    """Whether `tq1_0_to_affine2` takes rows (..., row_bytes) of this many trits."""
+    fits = _fits("in features", in_features) and rows.size >= SMALLEST_ARRAY
+    return fits and _conversion_threads(rows, in_features) < 1 << 31
 
 
 def tq1_0_swiglu(
@@ -188,9 +210,12 @@ def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
     count = rows.size // pitch
     if count == 0:
         return mx.zeros(shape, mx.uint32)
-    threads = count * -(-width // 5)
-    if threads >= 1 << 31:
-        raise ValueError(f"{name}: {count} rows of {in_features} trits are too many for one grid")
+    if not can_convert(rows, in_features):
+        few_or_many = "few" if rows.size < SMALLEST_ARRAY else "many"
+        raise ValueError(
+            f"{name}: {count} rows of {in_features} trits are too {few_or_many} for one grid"
+        )
+    threads = _conversion_threads(rows, in_features)
     return _kernel(name)(
         inputs=[rows],
         template=[("PITCH", pitch), ("WIDTH", width)],
@@ -199,6 +224,12 @@ def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
         output_shapes=[shape],
         output_dtypes=[mx.uint32],
     )[0]
+
+
+def _conversion_threads(rows: mx.array, in_features: int) -> int:
+    """Threads that convert rows: each makes five words of codes."""
+    words = padded_width(in_features) // 16
+    return rows.size // row_bytes(in_features) * -(-words // 5)
 
 
 def _launch(
@@ -257,9 +288,14 @@ def _described(array: mx.array) -> str:
     return f"{array.shape} {str(array.dtype).removeprefix('mlx.core.')}"
 
 
-def _check_size(name: str, what: str, size: int) -> None:
+def _fits(what: str, size: int) -> bool:
     smallest, largest = LIMITS[what]
-    if not smallest <= size <= largest:
+    return smallest <= size <= largest
+
+
+def _check_size(name: str, what: str, size: int) -> None:
+    if not _fits(what, size):
+        smallest, largest = LIMITS[what]
         raise ValueError(f"{name}: {size} {what}; supported: {smallest} to {largest}")
 
 

@@ -15,7 +15,14 @@ import mlx.core as mx
 from mlx_lm.models.activations import swiglu
 
 from .affine2 import affine_product, rows_to_affine2, spread_scales
-from .kernels import tq1_0_down, tq1_0_qmv, tq1_0_swiglu, tq1_0_to_affine2
+from .kernels import (
+    can_convert,
+    can_decode,
+    tq1_0_down,
+    tq1_0_qmv,
+    tq1_0_swiglu,
+    tq1_0_to_affine2,
+)
 
 # Least number of (token, expert) pairs that are sorted by expert, so that MLX's matrix kernels read
 # each expert once. mlx-lm uses the same number.
@@ -27,6 +34,20 @@ TILE_PAIRS = 16
 def use_metal() -> bool:
     """Whether operations run on a GPU now. All code asks this function only."""
     return mx.metal.is_available() and (sys.platform != "darwin" or mx.default_device() == mx.gpu)
+
+
+def use_decoding(indices: mx.array, experts: int, *widths: int) -> bool:
+    """Whether the decode kernels multiply now: for few pairs, if they take the sizes.
+
+    Args:
+        indices: (..., k) numbers of the experts of each token.
+        experts: number of experts of the layer.
+        widths: widths of inputs and outputs.
+    """
+    k = indices.shape[-1]
+    tokens = indices.size // max(1, k)
+    few = not use_matrix_kernels(indices.size, experts)
+    return use_metal() and few and can_decode(tokens, experts, k, *widths)
 
 
 def use_matrix_kernels(pairs: int, experts: int) -> bool:
@@ -99,6 +120,8 @@ def _transcoded_product(
 ) -> mx.array:
     # Make rows depend on x. Otherwise MLX could convert all layers before the first one runs.
     rows = mx.depends([rows], [x])[0]
+    if not can_convert(rows, x.shape[-1]):
+        return _plain_product(x, indices, rows, scales, ordered)
     codes = tq1_0_to_affine2(rows, x.shape[-1])
     return affine_product(x, (codes, *spread_scales(scales, x.shape[-1])), indices, ordered)
 
@@ -145,11 +168,12 @@ def rows_product(
     Returns:
         (..., 1, out) float32.
     """
-    compute = _decoded_product
+    experts, out_features, _ = rows.shape
+    compute = _transcoded_product
     if training:
         compute = _plain_product
-    elif x.shape[-2] > 1 or use_matrix_kernels(indices.size, rows.shape[0]):
-        compute = _transcoded_product
+    elif x.shape[-2] == 1 and use_decoding(indices[..., None], experts, x.shape[-1], out_features):
+        compute = _decoded_product
     return _PRODUCTS[compute, sorted_indices](x, indices, rows, scales)
 
 

@@ -9,7 +9,7 @@ from .ops import (
     SORT_FROM_PAIRS,
     decoded_mix,
     rows_product,
-    use_matrix_kernels,
+    use_decoding,
     use_metal,
     weighted_sum,
 )
@@ -133,8 +133,8 @@ class TernarySwitchGLU(nn.Module):
             (..., hidden) of the dtype of `shared`: summed in float32, rounded once.
         """
         indices = mx.stop_gradient(indices)
-        experts = self.gate_proj.weight.shape[0]
-        if self.training or not use_metal() or use_matrix_kernels(indices.size, experts):
+        experts, width, _ = self.gate_proj.weight.shape
+        if self.training or not use_decoding(indices, experts, x.shape[-1], width):
             return weighted_sum(shared, self(x.astype(mx.float32), indices), weights)
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         packed = gate.weight, gate.scales, up.weight, up.scales, down.weight, down.scales
