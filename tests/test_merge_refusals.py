@@ -75,7 +75,10 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
         "noise_scale: -1, expected a number of 0 or more",
     ),
     ({"experts": [EXPERT | {"noise_scale": True}]}, "noise_scale: True, expected a number"),
-    ({"experts": [EXPERT | {"residual_scale": float("nan")}]}, "residual_scale: nan, expected a"),
+    (
+        {"experts": [EXPERT | {"residual_scale": float("nan")}]},
+        ".nan is not a finite number",
+    ),
     ({"experts": [EXPERT | {"texts": ["none.txt"]}]}, "experts[0].texts: none.txt: no such file"),
     ({"gate_mode": "hiden"}, "gate_mode: 'hiden', expected one of hidden, hidden_avg, cheap_embed"),
     ({"dtype": "int8"}, "dtype: 'int8', expected one of bfloat16, float16, float32"),

@@ -203,7 +203,7 @@ OVERLAYS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "alpha.json with a boolean": (alpha_json('{"1": {"0": true}}'), ("alpha.json", "True")),
     "alpha.json with too large a number": (
         alpha_json('{"1": {"0": 1e999}}'),
-        ("alpha.json", "layer 1, expert 0", "inf"),
+        ("alpha.json", "0: the number 1e999 is too large"),
     ),
     "alpha.json beyond the layers": (alpha_json('{"2": {"0": 1}}'), ("alpha.json", "layer 2")),
     "alpha.json beyond the experts": (alpha_json('{"1": {"2": 1}}'), ("alpha.json", "expert 2")),

@@ -25,9 +25,9 @@ from outlier_mlx.storage.safetensors import (
     MAX_HEADER_BYTES,
     NUMPY_DTYPES,
     TensorRef,
-    parse_json,
     read_header,
 )
+from outlier_mlx.storage.texts import parse_json
 from outlier_mlx.writing.writer import ShardedWriter, TensorSpec, assign_shards
 
 # Every example uses the same file name in the test's folder.

@@ -10,8 +10,9 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.unsupported import refuse_unsupported
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, listed
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import TensorRef, read_json
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.texts import read_json
 
 __all__ = ["ALPHA_OVERLAY", "Overlay", "open_overlay"]
 

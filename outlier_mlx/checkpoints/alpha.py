@@ -16,7 +16,8 @@ import numpy as np
 
 from outlier_mlx.checkpoints.keys import parse_number
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.storage.safetensors import TensorRef, parse_json, read_bytes
+from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.texts import parse_json, read_bytes
 
 Alphas = dict[tuple[int, int], float]
 #: The key, in a file of new alphas, of those that they replace.

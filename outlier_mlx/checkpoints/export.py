@@ -13,7 +13,7 @@ from outlier_mlx.checkpoints.tier import open_tier
 from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import files_below, inside
-from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.folders import check_free

@@ -22,8 +22,9 @@ from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.models.config import read_config
 from outlier_mlx.models.fields import MAX_SIZE
 from outlier_mlx.storage.paths import inside, require_plain
-from outlier_mlx.storage.safetensors import TensorRef, read_json
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import Stored
+from outlier_mlx.storage.texts import read_json
 from outlier_mlx.ternary import TernaryError, flat_to_rows, pack_rows, unpack_tq1_0
 from outlier_mlx.ternary.digits import GROUP
 from outlier_mlx.ternary.flat import packed_bytes

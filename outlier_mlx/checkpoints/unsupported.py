@@ -6,7 +6,7 @@ from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.texts import read_json
 
 _ROTATION_FILES = ("rotation_matrices.safetensors", "rotation_metadata.json")
 _ROTATION_KEY = re.compile(r"(?:.*\.)?hadamard_[0-9]+")

@@ -1,6 +1,5 @@
 """This machine's chip: its name, and the memory bandwidth that Apple publishes for it."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from outlier_mlx.errors import listed
 from outlier_mlx.runtime.ops import use_metal
 from outlier_mlx.runtime.variants import chip_name
+from outlier_mlx.storage.texts import decode_json
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def parse_gpu_cores(report: str) -> int | None:
     It is the text in `sppci_cores`; None if there is none.
     """
     try:
-        cards = json.loads(report)["SPDisplaysDataType"]
+        cards = decode_json(report)["SPDisplaysDataType"]
         return next(int(card["sppci_cores"]) for card in cards if "sppci_cores" in card)
     except (KeyError, StopIteration, TypeError, ValueError):
         return None

@@ -21,8 +21,9 @@ from outlier_mlx.runtime.model import Model, ModelArgs
 from outlier_mlx.runtime.variants import chip_name
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import TensorRef, read_json
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.texts import read_json
 
 #: Forms of overlays whose activations overflow float16, or may overflow it.
 OVERFLOWING = ("real", "toy", "toy dense", "packed", "monolith")

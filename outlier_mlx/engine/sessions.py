@@ -14,7 +14,8 @@ from outlier_mlx.engine.generate import described, vocabulary
 from outlier_mlx.errors import CheckpointError, OutlierError, one_line
 from outlier_mlx.storage.output import whole_file, write_whole
 from outlier_mlx.storage.paths import entries
-from outlier_mlx.storage.safetensors import parse_json, read_header, read_json
+from outlier_mlx.storage.safetensors import read_header
+from outlier_mlx.storage.texts import parse_json, read_json
 
 FORMAT = "outlier-mlx chat"
 VERSION = 1

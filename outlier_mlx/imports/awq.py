@@ -20,8 +20,9 @@ from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.modules import Module
 from outlier_mlx.models.quantization import largest_group
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import TensorRef, read_json
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.texts import read_json
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.expert_parts import Stacked
 from outlier_mlx.writing.float_parts import Plain

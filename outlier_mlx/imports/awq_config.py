@@ -6,7 +6,7 @@ from pathlib import Path
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.quantization import largest_group
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.texts import read_json
 
 # Names of AutoAWQ's other layouts in configs.
 _OTHER_VERSIONS = ("gemv", "gemv_fast", "marlin", "exllama", "exllamav2", "ipex")

@@ -5,7 +5,6 @@ every layer; an arm with a wrong result is not timed. Then the arms are timed in
 different order in each round, so that a machine that warms up or slows down affects all of them.
 """
 
-import json
 import math
 import time
 import warnings
@@ -19,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from outlier_mlx.engine.chips import Chip, this_chip
-from outlier_mlx.errors import OutlierError, one_line
+from outlier_mlx.errors import CheckpointError, OutlierError, one_line
 from outlier_mlx.measure.bench import Runs
 from outlier_mlx.measure.bench_cases import KERNELS, Kernel, Layer, decode_layers
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
@@ -35,6 +34,7 @@ from outlier_mlx.runtime.variants import (
     variants_file,
 )
 from outlier_mlx.storage.output import write_json
+from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
 
 ROWS = (4, 8, 16)
@@ -224,11 +224,9 @@ def save_best(bench: KernelBench) -> Path:
     if file is None:
         raise OutlierError(f"--save: no place to save to: {VARIANTS_VARIABLE} is empty")
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))["chips"]
+        kept = read_json(file)["chips"] if file.exists() else {}
         kept = {chip: kernels for chip, kernels in kept.items() if isinstance(kernels, dict)}
-    except FileNotFoundError:
-        kept = {}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, CheckpointError, KeyError):
         warnings.warn(f"{file}: not a file of kernel variants; replaced", stacklevel=2)
         kept = {}
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.output import check_writable, write_whole
-from outlier_mlx.storage.safetensors import parse_json_object, read_bytes
+from outlier_mlx.storage.texts import parse_json_object, read_bytes
 
 #: Value of the field "format"; the number changes if the meaning of a field does.
 FORMAT = "outlier-mlx evaluation 1"

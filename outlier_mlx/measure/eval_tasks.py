@@ -26,6 +26,7 @@ from lm_eval.tasks.manager import TaskDict
 
 from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.storage.paths import files_below
+from outlier_mlx.storage.texts import compose_yaml
 
 #: Shows a text while something runs.
 Working = Callable[[str], AbstractContextManager[Any]]
@@ -176,8 +177,7 @@ def _includes(file: Path) -> list[Path]:
         raise OutlierError(f"{file}: not a file")
     if file.stat().st_size > _MAX_BYTES:
         raise OutlierError(f"{file}: too large for a task file; {_ALLOW}")
-    with file.open("rb") as opened:
-        root = yaml.compose(opened, Loader=yaml.SafeLoader)
+    root = compose_yaml(file.read_bytes(), f"{file}: not a sound task file")
     if not isinstance(root, yaml.MappingNode):
         raise OutlierError(f"{file}: not a task file: no mapping")
     for number, node in enumerate(_nodes(root)):

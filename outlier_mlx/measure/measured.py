@@ -8,7 +8,7 @@ from typing import get_type_hints
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_bytes, read_json
+from outlier_mlx.storage.texts import read_bytes, read_json
 
 FILE = "measured.json"
 _MANIFEST = "tier.json"

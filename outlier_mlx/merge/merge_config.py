@@ -6,15 +6,13 @@ Format: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md. This project
 
 import difflib
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.storage.texts import read_yaml
 
 GATE_MODES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "trained")
 #: Gate modes that need no prompts.
@@ -22,9 +20,7 @@ RANDOM_MODES = ("random", "uniform_random")
 NO_POSITIVE = ("error", "bos", "zero")
 DTYPES = ("bfloat16", "float16", "float32")
 ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2_moe": "qwen2_moe"}
-MAX_BYTES = 1_000_000
 MAX_EXPERTS = 256
-_MAX_KEYS = 1000
 
 
 @dataclass(frozen=True)
@@ -256,53 +252,6 @@ class _Fields:
         if not isinstance(value, list):
             raise self.error(key, f"{_short(value)}, expected a list of experts")
         return [_Fields(v, self.file, f"{key}[{n}]", known) for n, v in enumerate(value)]
-
-
-# PyYAML does not catch Python's own errors for values like "!!int ''" or "!!timestamp x".
-_YAML_ERRORS = (
-    *(yaml.YAMLError, ValueError, RecursionError),
-    *(AttributeError, LookupError, TypeError, ArithmeticError),
-)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Loads plain values only, and refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Build a mapping after a check for duplicate keys."""
-        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        name, times = max(names.items(), key=lambda item: item[1], default=("", 0))
-        if times > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"duplicate key {str(name)[:80]!r}", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge the keys of `<<` into a mapping, up to a limit: a few lines can give millions."""
-        super().flatten_mapping(node)
-        if len(node.value) > _MAX_KEYS:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"more than {_MAX_KEYS} keys", node.start_mark
-            )
-
-
-def read_yaml(file: Path) -> Any:
-    """Parse a small YAML file of plain values.
-
-    Raises:
-        OutlierError: the file cannot be read, is too large, or is not valid.
-    """
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise OutlierError(f"{file.name}: larger than {MAX_BYTES} bytes")
-        return yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except OSError as error:
-        raise OutlierError(f"{file}: {error.strerror}") from None
-    except _YAML_ERRORS as error:
-        told = str(error).replace('in "<unicode string>", line', "at line")
-        reason = " ".join(told.split())[:300] or type(error).__name__
-        raise OutlierError(f"{file.name}: not valid YAML: {reason}") from None
 
 
 def _short(value: object) -> str:

@@ -12,8 +12,9 @@ from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.modules import check_complete
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef, read_json
+from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.texts import read_json
 
 #: Files to download from the hub. Some repositories also have the weights as `consolidated`.
 MODEL_FILES = (

@@ -18,7 +18,7 @@ from outlier_mlx.models.quantization import read_quantization
 from outlier_mlx.models.rope import read_scaling, spell_rope
 from outlier_mlx.models.spelling import NESTED, lifted, normalised
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.texts import read_json
 
 __all__ = ["PROJECTIONS", "Defaults", "Description", "ModelConfig"]
 

@@ -1,12 +1,12 @@
 """The body of a request, in OpenAI's API, as a checked `Request`."""
 
-import json
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.fields import CHAT, TEXT, Number, check_fields
 from outlier_mlx.serve.request import Request, Sampling
+from outlier_mlx.storage.texts import decode_json
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -20,17 +20,12 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         Refused: the body is not a JSON object.
     """
     try:
-        body = json.loads(raw.decode(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if not isinstance(error, RecursionError) else "nested too deeply"
-        raise Refused(400, f"the body is not JSON: {reason}") from None
+        body = decode_json(raw)
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise Refused(400, "the body is not a JSON object")
     return {name: value for name, value in body.items() if value is not None}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number in JSON")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ Format: https://github.com/huggingface/safetensors (8 bytes of header length, li
 JSON object, then the data; offsets are relative to the data's beginning).
 """
 
-import json
 import os
 import stat
-from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.texts import parse_json_object
 
 #: Safetensors dtype -> NumPy dtype of the bytes; bfloat16 is read as its 16 bits.
 NUMPY_DTYPES: dict[str, np.dtype] = {
@@ -41,7 +40,6 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 # The safetensors library allows 100 MB, which as parsed JSON can take 3 GB of memory. A header of
 # ours has some 150 bytes a tensor: this is for 100,000 of them.
 MAX_HEADER_BYTES = 16_000_000
-MAX_JSON_BYTES = 100_000_000
 # NumPy's bound; a product of numbers without bounds could take hours.
 MAX_RANK = 64
 MAX_SIZE = 2**63 - 1
@@ -201,58 +199,3 @@ def _sizes(value: object) -> list[int] | None:
     if all(type(item) is int and 0 <= item <= MAX_SIZE for item in value):
         return value
     return None
-
-
-def parse_json(text: bytes, place: str) -> object:
-    """Parse JSON strictly: UTF-8, no key twice in an object, no NaN or Infinity.
-
-    Raises:
-        CheckpointError: not such JSON, or nested too deep; `place` names the file.
-    """
-    try:
-        # Decoded here: given bytes, json would guess at other encodings.
-        return json.loads(
-            text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-        )
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{place}: not valid JSON ({error})") from None
-
-
-def parse_json_object(text: bytes, place: str) -> dict:
-    """Parse a JSON object; see `parse_json`."""
-    value = parse_json(text, place)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{place}: a JSON object was expected")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} appears twice")
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number in JSON")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file cannot be read or holds no JSON object.
-    """
-    return parse_json_object(read_bytes(path), path.name)
-
-
-def read_bytes(path: Path) -> bytes:
-    """A small file's bytes; a `CheckpointError` that names it when it cannot be read."""
-    try:
-        found = path.stat()
-        if stat.S_ISREG(found.st_mode) and found.st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {found.st_size} bytes, expected a small file")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None

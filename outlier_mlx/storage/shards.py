@@ -6,7 +6,8 @@ from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.paths import entries, files_below, inside
-from outlier_mlx.storage.safetensors import TensorRef, read_header, read_json
+from outlier_mlx.storage.safetensors import TensorRef, read_header
+from outlier_mlx.storage.texts import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARDS = "*.safetensors"

@@ -8,7 +8,7 @@ from outlier_mlx.errors import CheckpointError, OutlierError, one_line
 from outlier_mlx.measure.eval_results import Evaluation
 from outlier_mlx.measure.measured import read_measured
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.texts import read_json
 from outlier_mlx.tiers.card_tables import as_metadata, memory, perplexities, scores
 from outlier_mlx.writing.card import Card, Origin, code, plain
 from outlier_mlx.writing.licences import licence_of

@@ -10,7 +10,7 @@ from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError,
 from outlier_mlx.measure import measured
 from outlier_mlx.measure.eval_results import Evaluation
 from outlier_mlx.storage.paths import entries, inside
-from outlier_mlx.storage.safetensors import read_bytes, read_json
+from outlier_mlx.storage.texts import read_bytes, read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.card import model_card, origins
 from outlier_mlx.tiers.verify import verify_tier

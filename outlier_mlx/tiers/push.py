@@ -13,7 +13,7 @@ from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure import measured
 from outlier_mlx.storage.hub_errors import hub_errors
 from outlier_mlx.storage.paths import is_hidden
-from outlier_mlx.storage.safetensors import read_bytes, read_json
+from outlier_mlx.storage.texts import read_bytes, read_json
 from outlier_mlx.tiers.publication import MANIFEST, Publication, Upload
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.licences import CARD

@@ -7,8 +7,8 @@ from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.config import is_tier, parse_config
 from outlier_mlx.models.stored import expected_tensors
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_json
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.plan import FORMAT_VERSION
 from outlier_mlx.writing.bundle import bundle

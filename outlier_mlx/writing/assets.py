@@ -7,7 +7,7 @@ from pathlib import Path
 
 from outlier_mlx.storage.output import write_json, write_whole
 from outlier_mlx.storage.paths import entries, inside
-from outlier_mlx.storage.safetensors import read_bytes, read_json
+from outlier_mlx.storage.texts import read_bytes, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",

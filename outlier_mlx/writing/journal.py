@@ -7,6 +7,7 @@ from typing import Any
 
 from outlier_mlx.errors import OutlierError, OutputExistsError
 from outlier_mlx.storage.output import write_whole
+from outlier_mlx.storage.texts import decode_json
 from outlier_mlx.writing.folders import JOURNAL
 
 
@@ -63,7 +64,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     try:
-        lines = [json.loads(x) for x in text.splitlines(keepends=True) if x.endswith(b"\n")]
+        lines = [decode_json(x) for x in text.splitlines(keepends=True) if x.endswith(b"\n")]
     except ValueError:
         lines = [None]
     if all(isinstance(line, dict) for line in lines) and all(map(_is_record, lines[1:])):

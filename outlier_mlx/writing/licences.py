@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from outlier_mlx.errors import CheckpointWarning
+from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.texts import parse_yaml
 
 CARD = "README.md"
 # Characters of a card that are looked at: the YAML at its head is far shorter, and slow to parse.
@@ -58,8 +57,8 @@ def card_metadata(folder: Path) -> dict | None:
         return {}
     try:
         end = next(n for n, line in enumerate(lines[1:], 1) if line.rstrip() == "---")
-        metadata = yaml.safe_load("\n".join(lines[1:end]))
-    except (StopIteration, yaml.YAMLError, ValueError, RecursionError):
+        metadata = parse_yaml("\n".join(lines[1:end]), CARD)
+    except (StopIteration, CheckpointError):
         return None
     return metadata if isinstance(metadata, dict) else {}
 

@@ -12,7 +12,7 @@ import outlier_mlx
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import entries, files_below, inside
-from outlier_mlx.storage.safetensors import read_json
+from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.licences import CARD
