@@ -26,6 +26,7 @@ from outlier_mlx.serve.mlxlm_server import (
     ResponseGenerator,
     as_mlx_lm,
 )
+from outlier_mlx.serve.prompts import BoundedTokenizer
 from outlier_mlx.serve.request import Request, Sampling
 from outlier_mlx.terminal import Progress
 
@@ -49,12 +50,14 @@ class OneModel(ModelProvider):
         loaded: set when loading has ended.
         failure: the exception that ended loading, or None.
         limits: limits for the parameters of requests; set once the model is loaded.
+        prompts: the tokenizer for the prompts of requests; set once the model is loaded.
     """
 
     model: Any
     tokenizer: Any
     model_key: Any
     limits: Limits
+    prompts: BoundedTokenizer
 
     def __init__(self, service: Service, load: Load) -> None:
         super().__init__(service.options.arguments())
@@ -79,6 +82,7 @@ class OneModel(ModelProvider):
                 TEMPLATE_NAMES,
                 Sampling(options.temp, options.top_p, options.top_k, options.min_p),
             )
+            self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
         except BaseException as error:
             self.failure = error
         finally:
@@ -152,6 +156,8 @@ class Generator(ResponseGenerator):
     ) -> tuple[GenerationContext, Iterator[Response], int]:
         """Start a reply.
 
+        The prompt is tokenized here, in the request's own thread, so that nobody waits for it.
+
         Args:
             request: what to generate; its stop words are left to the caller.
             progress: progress callback (prompt tokens processed, prompt tokens in total).
@@ -163,9 +169,10 @@ class Generator(ResponseGenerator):
         Raises:
             Refused: the prompt is not possible, or generation failed.
         """
-        self._handler_thread.failures = self._failures
         try:
             prompt, arguments = as_mlx_lm(request, self.provider.service.name)
+            prompt.tokens = self._tokenize_now(prompt, arguments)
+            self._handler_thread.failures = self._failures
             context, responses = self.generate(prompt, arguments, progress)
             return context, responses, arguments.max_tokens
         except Refused:
@@ -174,8 +181,14 @@ class Generator(ResponseGenerator):
             raise Refused(503, "generation failed; try again") from None
 
     def _tokenize(self, tokenizer: TokenizerWrapper, request: Any, args: Any) -> Any:
+        """Called by mlx-lm in the thread that generates."""
+        return request.tokens
+
+    def _tokenize_now(self, request: Any, args: Any) -> Any:
         try:
-            tokenized = super()._tokenize(tokenizer, request, args)
+            tokenized = super()._tokenize(self.provider.prompts, request, args)
+        except Refused:
+            raise
         except OutlierError as error:
             raise Refused(400, str(error)) from None
         except Exception as error:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from outlier_mlx.errors import OutlierError
@@ -28,7 +28,18 @@ except ImportError as error:
 __all__ = ["GenerationContext", "ModelProvider", "Response", "ResponseGenerator", "as_mlx_lm"]
 
 
-def as_mlx_lm(request: Request, model: str) -> tuple[CompletionRequest, GenerationArguments]:
+@dataclass
+class Prompt(CompletionRequest):
+    """A prompt as mlx-lm has it.
+
+    Attributes:
+        tokens: what `ResponseGenerator._tokenize` returns for it; set before it is generated from.
+    """
+
+    tokens: Any = None
+
+
+def as_mlx_lm(request: Request, model: str) -> tuple[Prompt, GenerationArguments]:
     """A request as mlx-lm has it, without its stop words.
 
     Args:
@@ -36,7 +47,7 @@ def as_mlx_lm(request: Request, model: str) -> tuple[CompletionRequest, Generati
         model: the model's name. mlx-lm batches only requests for the same model.
     """
     sampling = vars(request.sampling)
-    prompt = CompletionRequest(
+    prompt = Prompt(
         request_type="text" if request.messages is None else "chat",
         prompt=request.prompt,
         messages=request.messages or [],
