@@ -278,6 +278,29 @@ def test_a_client_that_vanishes_frees_its_slot(tier: Path, streamed: bool, seed:
         assert any("the client disconnected before" in line for line in server.log)
 
 
+def test_a_client_that_vanishes_while_it_waits(tier: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is generated for it. Replies with seeds are generated one after another."""
+    begun: list[int] = []
+    begin = mlxlm_server.ResponseGenerator._make_state_machine
+
+    def count(self: Any, *args: Any) -> Any:
+        begun.append(len(begun))
+        return begin(self, *args)
+
+    monkeypatch.setattr(mlxlm_server.ResponseGenerator, "_make_state_machine", count)
+    endless = {"max_tokens": 100_000, "logit_bias": {"0": -100, "2": -100}, "seed": 1}
+    with running(tier, max_tokens=100_000, max_context=200_000) as server:
+        chunks = server.chat(stream=True, **endless)
+        next(chunks)
+        hasty: Any = server.new_client(timeout=0.5)
+        with pytest.raises(openai.APITimeoutError):
+            hasty.chat.completions.create(model=NAME, messages=MESSAGES, **endless)
+        assert server.wait(lambda: len(server.server.generator.replies) == 1)
+        chunks.close()
+        assert server.chat(seed=2).usage.completion_tokens
+    assert len(begun) == 2
+
+
 def test_generation_outlives_a_failure(served: Running, monkeypatch: pytest.MonkeyPatch):
     failed = threading.Event()
     tokenize = mlxlm_server.ResponseGenerator._make_state_machine

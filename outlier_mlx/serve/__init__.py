@@ -3,9 +3,10 @@
 `options` are the server's options, and `access` checks the client. `http` reads requests from the
 network, and `handler` answers them: `limits` turns a body into a `request`, by the table in
 `fields`; `prompts` bounds and tokenizes its text; `generator` generates for all requests in one
-thread, with what `mlxlm_server` imports from mlx-lm; `replies` follows one reply, which `pieces`
-and `calls` divide into text, reasoning and tool calls; `openai` is the format of what is sent.
-`capacity` divides the memory, and `server` starts and stops everything.
+thread, with what `mlxlm_server` imports from mlx-lm, and answers each of its `jobs`; `replies`
+follows one reply, which `pieces` and `calls` divide into text, reasoning and tool calls; `openai`
+is the format of what is sent. `capacity` divides the memory, and `server` starts and stops
+everything.
 """
 
 from outlier_mlx.serve.options import ServeOptions

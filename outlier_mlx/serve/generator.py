@@ -18,14 +18,9 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import Service
+from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.limits import Limits
-from outlier_mlx.serve.mlxlm_server import (
-    GenerationContext,
-    ModelProvider,
-    Response,
-    ResponseGenerator,
-    as_mlx_lm,
-)
+from outlier_mlx.serve.mlxlm_server import ModelProvider, Response, ResponseGenerator, as_mlx_lm
 from outlier_mlx.serve.prompts import BoundedTokenizer
 from outlier_mlx.serve.request import Request, Sampling
 from outlier_mlx.terminal import Progress
@@ -35,6 +30,7 @@ if TYPE_CHECKING:
 
 Load = Callable[[], tuple[nn.Module, TokenizerWrapper]]
 
+FAILED = "generation failed; try again"
 TEMPLATE_NAMES = frozenset(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 )
@@ -122,9 +118,8 @@ class Generator(ResponseGenerator):
         options = provider.service.options
         limit = 1 << 63 if options.prompt_cache_bytes is None else options.prompt_cache_bytes
         self._new_cache = lambda: PromptCache(options.prompt_cache_size, limit)
-        # Replies that began before the latest failure get no more tokens.
+        # Jobs that began before the latest failure get no more tokens.
         self._failures = 0
-        self._handler_thread = threading.local()
         super().__init__(provider, self._new_cache())
 
     def _run_generate(self) -> None:
@@ -147,41 +142,69 @@ class Generator(ResponseGenerator):
             self._failures += 1
 
     def generation_available(self) -> bool:
-        """Whether generation runs and has not failed since the calling thread's request began."""
-        failures = getattr(self._handler_thread, "failures", self._failures)
-        return self._generation_thread.is_alive() and failures == self._failures
+        """Whether the thread that generates runs."""
+        return self._generation_thread.is_alive()
 
-    def begin(
-        self, request: Request, progress: Progress
-    ) -> tuple[GenerationContext, Iterator[Response], int]:
-        """Start a reply.
-
-        The prompt is tokenized here, in the request's own thread, so that nobody waits for it.
+    def prepare(self, request: Request) -> Job:
+        """Tokenize a request's prompt, in the calling thread, so that nobody else waits for it.
 
         Args:
             request: what to generate; its stop words are left to the caller.
+
+        Returns:
+            A job for `begin`; its `arguments.max_tokens` are at most what the context leaves.
+
+        Raises:
+            Refused: 400, for a prompt that cannot be tokenized or exceeds the context.
+        """
+        prompt, arguments = as_mlx_lm(request, self.provider.service.name)
+        prompt.tokens = self._tokenize_now(prompt, arguments)
+        return Job(prompt, arguments)
+
+    def begin(self, job: Job, check: Callable[[], None], progress: Progress) -> Iterator[Response]:
+        """Wait until generation begins.
+
+        Args:
+            job: what to generate.
+            check: called whenever something was generated, and once a second; what it raises ends
+                the iteration.
             progress: progress callback (prompt tokens processed, prompt tokens in total).
 
         Returns:
-            mlx-lm's generation context, an iterator over its responses, and how many tokens the
-            reply can have.
+            mlx-lm's responses; iterating raises the same errors.
 
         Raises:
-            Refused: the prompt is not possible, or generation failed.
+            Refused: 503, because generation failed.
         """
-        try:
-            prompt, arguments = as_mlx_lm(request, self.provider.service.name)
-            prompt.tokens = self._tokenize_now(prompt, arguments)
-            self._handler_thread.failures = self._failures
-            context, responses = self.generate(prompt, arguments, progress)
-            return context, responses, arguments.max_tokens
-        except Refused:
-            raise
-        except Exception:
-            raise Refused(503, "generation failed; try again") from None
+        job.failures = self._failures
+        self.requests.put((job, job.prompt, job.arguments))
+        items = self._items(job, check, progress)
+        next(items)  # the context, which the job keeps
+        return items
+
+    def _items(self, job: Job, check: Callable[[], None], progress: Progress) -> Iterator[Any]:
+        while True:
+            try:
+                item = job.get(timeout=1.0)
+            except Empty:
+                check()
+                if job.failures != self._failures or not self.generation_available():
+                    raise Refused(503, FAILED) from None
+                continue
+            check()
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise Refused(503, FAILED) from item
+            if isinstance(item, tuple):
+                progress(*item)
+                continue
+            yield item
 
     def _tokenize(self, tokenizer: TokenizerWrapper, request: Any, args: Any) -> Any:
-        """Called by mlx-lm in the thread that generates."""
+        """Called by mlx-lm in the thread that generates; what it raises ends only this job."""
+        if request.abandoned:
+            raise ConnectionError("nobody waits for this reply")
         return request.tokens
 
     def _tokenize_now(self, request: Any, args: Any) -> Any:

@@ -25,7 +25,15 @@ try:
 except ImportError as error:
     raise OutlierError(f"the server of this mlx-lm version is not supported: {error}") from None
 
-__all__ = ["GenerationContext", "ModelProvider", "Response", "ResponseGenerator", "as_mlx_lm"]
+__all__ = [
+    "GenerationArguments",
+    "GenerationContext",
+    "ModelProvider",
+    "Prompt",
+    "Response",
+    "ResponseGenerator",
+    "as_mlx_lm",
+]
 
 
 @dataclass
@@ -34,9 +42,11 @@ class Prompt(CompletionRequest):
 
     Attributes:
         tokens: what `ResponseGenerator._tokenize` returns for it; set before it is generated from.
+        abandoned: whether nobody waits for the reply any more.
     """
 
     tokens: Any = None
+    abandoned: bool = False
 
 
 def as_mlx_lm(request: Request, model: str) -> tuple[Prompt, GenerationArguments]:

@@ -11,7 +11,7 @@ from mlx_lm.generate import TextStateMachine
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.calls import CallReader
 from outlier_mlx.serve.generator import Generator
-from outlier_mlx.serve.mlxlm_server import GenerationContext, Response
+from outlier_mlx.serve.mlxlm_server import Response
 from outlier_mlx.serve.pieces import Piece, Splitter
 from outlier_mlx.serve.request import Request
 from outlier_mlx.terminal import Progress
@@ -36,28 +36,30 @@ class Reply:
 
     Attributes:
         max_tokens: largest number of tokens in the reply; the context may leave fewer than the
-            request allows. Set by `start`.
-        prompt_tokens: number of tokens in the prompt; set by `start`.
-        cached_tokens: number of them that were in the prompt cache.
+            request allows.
+        prompt_tokens: number of tokens in the prompt.
         completion_tokens: number of tokens that were generated so far.
+
+    Raises:
+        Refused: the prompt is not possible.
     """
 
     def __init__(self, generator: Generator, request: Request, connection: socket.socket) -> None:
         self.generator = generator
         self.request = request
-        self.max_tokens = request.max_tokens
-        self.prompt_tokens = 0
+        self._job = generator.prepare(request)
+        self.max_tokens: int = self._job.arguments.max_tokens
+        self.prompt_tokens = len(self._job.tokens)
         self.completion_tokens = 0
         self._connection = connection
-        self._context: GenerationContext | None = None
         self._responses: Iterator[Response] = iter(())
-        self._closed = False
         self._logprobs: list[dict[str, Any]] = []
 
     @property
     def cached_tokens(self) -> int:
         """Number of the prompt's tokens that were in the prompt cache."""
-        return max(0, self._context.prompt_cache_count) if self._context else 0
+        context = self._job.context
+        return max(0, context.prompt_cache_count) if context else 0
 
     def start(self, progress: Progress) -> None:
         """Wait until generation begins.
@@ -66,26 +68,15 @@ class Reply:
             progress: called with numbers of tokens while the prompt is processed.
 
         Raises:
-            Refused: the prompt is not possible, or generation failed.
+            Refused: generation failed.
             ConnectionError: the client disconnected.
         """
-
-        def check(done: int, total: int | None) -> None:
-            self._check_client()
-            progress(done, total)
-
         self.generator.replies.add(self)
-        begun = self.generator.begin(self.request, check)
-        self._context, self._responses, self.max_tokens = begun
-        self.prompt_tokens = len(self._context.prompt)
-        if self._closed:
-            self._context.stop()
+        self._responses = self.generator.begin(self._job, self._check, progress)
 
     def close(self) -> None:
         """End the reply, so that another request can take its place in the batch."""
-        self._closed = True
-        if self._context is not None:
-            self._context.stop()
+        self._job.close()
         self.generator.replies.discard(self)
 
     def pieces(self) -> Iterator[Piece]:
@@ -108,7 +99,7 @@ class Reply:
                 return
 
     def _splitter(self) -> Splitter:
-        tokenizer, context = self.generator.provider.tokenizer, self._context
+        tokenizer, context = self.generator.provider.tokenizer, self._job.context
         if context is None or self.request.messages is None:
             return Splitter(TextStateMachine(), "normal", None, reads=False)
         reader = CallReader(tokenizer, self.request.tools) if tokenizer.has_tool_calling else None
@@ -121,7 +112,6 @@ class Reply:
         machine = TextStateMachine({"normal": [(word, None) for word in words]} if words else {})
         state = machine.make_state("normal")
         for response in self._responses:
-            self._check_client()
             if math.isnan(response.logprob):
                 raise Refused(500, NOT_A_NUMBER)
             self.completion_tokens += 1
@@ -139,9 +129,13 @@ class Reply:
             yield text, None
         yield "", "stop"
 
-    def _check_client(self) -> None:
-        readable, _, _ = select.select([self._connection], [], [], 0)
-        if readable and not self._connection.recv(1, socket.MSG_PEEK):
+    def _check(self) -> None:
+        """Check that somebody still wants the reply."""
+        if self._job.prompt.abandoned:
+            raise Refused(503, "the server is shutting down")
+        readable = select.poll()
+        readable.register(self._connection, select.POLLIN)
+        if readable.poll(0) and not self._connection.recv(1, socket.MSG_PEEK):
             raise ConnectionError("the client disconnected")
 
     def _chosen_and_alternatives(self, response: Response) -> dict[str, Any]:
