@@ -294,7 +294,7 @@ def count(number: int) -> str:
 def _with_unit(value: float, units: Sequence[str]) -> str:
     """Format a number with the first unit that it has less than 1000 of, or else the last one."""
     for decimals, unit in zip((0, 1, 1), units, strict=False):
-        if value < 1000:
+        if round(value, decimals) < 1000:
             return f"{value:.{decimals}f}{unit}"
         value /= 1000
     return f"{value:.2f}{units[-1]}"

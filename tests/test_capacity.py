@@ -17,6 +17,7 @@ from outlier_mlx.models.config import parse_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.serve import server
 from outlier_mlx.serve.capacity import MAX_CONVERSATIONS, Capacity, capacity_for, find_capacity
+from tests.library import Library
 from tests.program import run
 
 TOKENS = 8192
@@ -72,7 +73,13 @@ def test_more_than_there_is_is_refused_with_what_fits(tier: Path) -> None:
     ):
         assert words in str(refused.value)
     assert find_capacity(tier, TOKENS, 7, available=available)[0].decode_concurrency == 7
-    with pytest.raises(OutlierError, match="What helps: a smaller --max-context, or --kv-bits 4"):
+    with pytest.raises(OutlierError, match="What helps: a smaller --max-context, or a smaller re"):
+        find_capacity(tier, TOKENS, available=mac(tier, 0.9))
+
+
+def test_a_quantized_cache_is_advised(library: Library) -> None:
+    tier = library.tier(library.overlay(layers=2, moe_layers=(1,), hidden=128, heads=2))
+    with pytest.raises(OutlierError, match="What helps: a smaller --max-context, or --kv-bits 4,"):
         find_capacity(tier, TOKENS, available=mac(tier, 0.9))
 
 

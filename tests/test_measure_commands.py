@@ -86,7 +86,7 @@ def test_revision_and_memory_are_checked_before_a_model_is_loaded(
         given += ("--epochs", 1, "--out", tmp_path / "alpha.json")
     assert_refused(run(*given, "--revision", "main", code=1), "a folder has no revision")
     monkeypatch.setattr("outlier_mlx.engine.memory.budget", lambda: Budget(1000, "a small machine"))
-    assert_refused(run(*given, code=1), "a small machine gives 0.0")
+    assert_refused(run(*given, code=1), "a small machine gives 1.0 kB")
     # Tuning that improves nothing ends with exit code 1, after it has shown perplexities.
     shown = run(*given, "--ignore-memory", "--dtype", "float32", code=None)
     assert "perplexity" in shown.out or "entropy" in shown.out

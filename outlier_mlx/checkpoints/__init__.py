@@ -9,7 +9,7 @@ from outlier_mlx.checkpoints import expert_files, gguf, packed, single, toy
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.unsupported import refuse_unsupported
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, listed
-from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.paths import inside, named
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_json
@@ -39,7 +39,7 @@ def open_overlay(path: str | Path) -> Overlay:
     Raises:
         CheckpointError: there is no overlay, it is a tier already, or it is not valid.
     """
-    folder = Path(path)
+    folder = named(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     config = folder / "config.json"

@@ -12,7 +12,7 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.tier import open_tier
 from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.storage.hub import resolve
-from outlier_mlx.storage.paths import files_below, inside
+from outlier_mlx.storage.paths import files_below, inside, named
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import copy_assets
@@ -76,7 +76,7 @@ def export_tier(
     if format not in FORMATS:
         hint = did_you_mean(format, FORMATS)
         raise OutlierError(f"format {format!r}: expected one of {', '.join(FORMATS)}{hint}")
-    target = Path(out)
+    target = named(out)
     check_free(target, force=force, sources=[tier])
     source = resolve(tier, revision)
     overlay = open_tier(source.folder)

@@ -2,10 +2,12 @@
 
 import gc
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from outlier_mlx.cli.options import KVCache, Loading
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.hub import Source, local_source, resolve
 
 
@@ -57,6 +59,7 @@ def load_checked(
     loading: Loading,
     tokens: int,
     *,
+    prompt: str = "",
     cache: KVCache | None = None,
     alpha: Path | None = None,
     quiet: bool,
@@ -66,20 +69,45 @@ def load_checked(
     Args:
         model: a folder or hub repository, or where it was found.
         loading: which version of it, and how.
-        tokens: tokens that its KV cache will hold.
-        cache: how that is quantized.
+        tokens: tokens that its KV cache will hold, besides those of the prompt.
+        prompt: text that will be read.
+        cache: how the KV cache is quantized; None: the command has no options for that.
         alpha: see `load_model`.
         quiet: show nothing.
 
     Raises:
         OutlierError: it does not fit, or is not valid.
     """
-    from outlier_mlx.engine.memory import check_fits
     from outlier_mlx.terminal import working
 
     source = model if isinstance(model, Source) else resolve(model, loading.revision)
-    if not loading.ignore_memory:
-        cache = cache or KVCache()
-        check_fits(source.folder, tokens, cache.kv_bits, kv_group_size=cache.kv_group_size)
     with working(f"loading {source.name}", quiet=quiet):
+        if not loading.ignore_memory:
+            _check_fits(source.folder, tokens, prompt, cache)
         return load_model(source.folder, loading.dtype, alpha)
+
+
+def _check_fits(folder: Path, tokens: int, prompt: str, cache: KVCache | None) -> None:
+    from outlier_mlx.engine.memory import check_fits
+
+    kept = cache or KVCache()
+    check = partial(
+        check_fits,
+        folder,
+        kv_bits=kept.kv_bits,
+        kv_group_size=kept.kv_group_size,
+        kv_start=kept.quantized_kv_start,
+        may_quantize=cache is not None,
+    )
+    try:
+        # A tokenizer takes at least a byte for a token. Reading it takes time, so the tokens are
+        # counted only where that many would not fit.
+        check(tokens + len(prompt.encode("utf-8", "replace")))
+    except OutlierError:
+        if not prompt:
+            raise
+        from outlier_mlx.engine.loading import load_tokenizer
+        from outlier_mlx.models.config import raw_config
+
+        tokenizer = load_tokenizer(folder, raw_config(folder))
+        check(tokens + len(tokenizer.encode(prompt)))

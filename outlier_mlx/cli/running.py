@@ -90,9 +90,18 @@ def generate(
         ignore_chat_template=ignore_chat_template,
     )
     text = _read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
-    # A token of English is about four characters; three are on the safe side.
-    tokens = options.max_kv_size or len(text) // 3 + options.max_tokens
-    loaded, tokenizer = load_checked(model, loading, tokens, cache=cache, alpha=alpha, quiet=quiet)
+    # With a limit, the cache is not quantized, and holds as much of a prompt as the limit allows.
+    limit = options.max_kv_size
+    read = " ".join(filter(None, (options.system_prompt, text, prefill_response)))
+    loaded, tokenizer = load_checked(
+        model,
+        loading,
+        limit or options.max_tokens,
+        prompt="" if limit else read,
+        cache=None if limit else cache,
+        alpha=alpha,
+        quiet=quiet,
+    )
     responses = after_reading(
         lambda progress: generate_text(loaded, tokenizer, text, options, progress), quiet=quiet
     )
@@ -146,7 +155,8 @@ def chat(
     options = generation_options(generation, sampling, cache)
     source = resolve(model, loading.revision)
     tokens = options.max_kv_size or 4096 + options.max_tokens
-    loaded, tokenizer = load_checked(source, loading, tokens, cache=cache, alpha=alpha, quiet=quiet)
+    kept = None if options.max_kv_size else cache
+    loaded, tokenizer = load_checked(source, loading, tokens, cache=kept, alpha=alpha, quiet=quiet)
     conversation = Conversation(loaded, tokenizer, options)
     named = identity(source.folder, loading.dtype, alpha)
     Chat(conversation, named, prompt_cache, quiet=quiet).run()
@@ -252,6 +262,7 @@ def serve(
             *requested,
             kv_bits=cache.kv_bits,
             kv_group_size=cache.kv_group_size,
+            kv_start=cache.quantized_kv_start,
             clients=max_clients,
         )
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 @command("Share", "verify ./tier")
 def verify(model: ModelFolder, quiet: Quiet = False) -> None:
     """Check every file, shape and byte range of a tier; the first damage is named."""
+    from outlier_mlx.storage.paths import named
     from outlier_mlx.terminal import progress_bar, size
     from outlier_mlx.tiers.verify import verify_tier
 
+    model = named(model)
     with progress_bar("verifying", quiet=quiet) as progress:
         found = verify_tier(model, progress)
     print(f"{model}: whole: {found.files} files, {found.tensors} tensors, {size(found.nbytes)}")
@@ -101,6 +103,7 @@ def push(
 ) -> None:
     """Upload a tier to the hub: verified, with a model card and its licences, in one commit."""
     from outlier_mlx.measure.eval_results import read
+    from outlier_mlx.storage.paths import named
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import progress_bar, size
     from outlier_mlx.tiers.publication import prepare
@@ -116,7 +119,7 @@ def push(
     evaluations = [read(path) for path in results or ()]
     with progress_bar("verifying", quiet=quiet) as progress:
         publication = prepare(
-            model,
+            named(model),
             repo,
             private=private,
             licence=licence,

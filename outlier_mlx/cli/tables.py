@@ -125,7 +125,7 @@ def print_choices(choices: "list[Choice]", available: "Budget") -> None:
         if choice.reason is not None:
             console.print(f"{choice.name}: {choice.reason}", soft_wrap=True)
     console.print(
-        f"{available.whose} gives a model {size(available.nbytes)} (in brackets: does not fit)",
+        f"{available} (in brackets: does not fit)",
         soft_wrap=True,
     )
 

@@ -1,10 +1,10 @@
 """This machine's chip: its name, and the memory bandwidth that Apple publishes for it."""
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 
+from outlier_mlx.engine.memory import physical_memory
 from outlier_mlx.errors import listed
 from outlier_mlx.runtime.ops import use_metal
 from outlier_mlx.runtime.variants import chip_name
@@ -82,7 +82,8 @@ class Chip:
 def this_chip() -> Chip:
     """The chip of MLX's default device."""
     name = chip_name()
-    memory = _memory_gb()
+    physical = physical_memory()
+    memory = None if physical is None else round(physical / 2**30)
     if not use_metal():
         note = "on the CPU: no published bandwidth for comparison"
         return Chip(name, "cpu", memory_gb=memory, note=note)
@@ -116,14 +117,6 @@ def published_bandwidth(
         return fitting[0].gb_s, None
     figures = listed((f"{row.gb_s:g}" for row in known), last="or")
     return None, f"{name} has {figures} GB/s, depending on its configuration (not known)"
-
-
-def _memory_gb() -> int | None:
-    try:
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
-    return round(pages / 2**30)
 
 
 def _gpu_cores() -> int | None:

@@ -1,15 +1,20 @@
 """What a model needs, what this machine gives, and what to do when that is not enough."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.attention import fitting_group
 from outlier_mlx.models.config import Description, describe, raw_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.terminal import size
 
+#: Bytes of a budget that is not known: everything fits, and swapping is the user's to notice.
+UNLIMITED = sys.maxsize
 # The share of its memory that macOS lets the GPU use by default; docs/sizes.md has the source.
 GPU_SHARE = 0.75
 # Without a GPU: the experts once more in MLX's 2-bit format, everything else in float32.
@@ -21,12 +26,18 @@ class Budget:
     """Memory that a model may take.
 
     Attributes:
-        nbytes: how much.
+        nbytes: how much; `UNLIMITED` where that is not known.
         whose: what sets the limit, for messages.
     """
 
     nbytes: int
     whose: str
+
+    def __str__(self) -> str:
+        """What gives how much."""
+        if self.nbytes == UNLIMITED:
+            return f"it is not known how much {self.whose} gives"
+        return f"{self.whose} gives {size(self.nbytes)}"
 
 
 def budget(ram_gb: float | None = None) -> Budget:
@@ -38,8 +49,17 @@ def budget(ram_gb: float | None = None) -> Budget:
     limit = mx.device_info().get("max_recommended_working_set_size")
     if mx.metal.is_available() and limit:
         return Budget(int(limit), "this Mac's GPU")
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Budget(int(physical * GPU_SHARE), "this machine")
+    physical = physical_memory()
+    return Budget(UNLIMITED if physical is None else int(physical * GPU_SHARE), "this machine")
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory that the machine has; None where the system does not say."""
+    try:
+        pages, nbytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+    return pages * nbytes if pages > 0 and nbytes > 0 else None
 
 
 @dataclass(frozen=True)
@@ -56,9 +76,22 @@ class Needs:
     config: Description
     factor: float
 
-    def cache(self, tokens: int, bits: int | None = None, group_size: int = 64) -> int:
-        """Bytes of the KV cache of a conversation; 0 where its size is not known."""
-        return int(self.factor * (kv_bytes(self.config, tokens, bits, group_size) or 0))
+    def cache(
+        self, tokens: int, bits: int | None = None, group_size: int = 64, start: int = 0
+    ) -> int:
+        """Bytes of the KV cache of a conversation at its largest; 0 where that is not known.
+
+        Args:
+            tokens: tokens in the cache.
+            bits: bits of a value in a quantized cache; None: it is not quantized.
+            group_size: values of a quantized cache that share a scale.
+            start: from how many tokens on the cache is quantized.
+        """
+        plain = kv_bytes(self.config, tokens if bits is None else min(tokens, start)) or 0
+        if bits is None or tokens < start:
+            return int(self.factor * plain)
+        quantized = kv_bytes(self.config, tokens, bits, group_size) or 0
+        return int(self.factor * max(plain, quantized))
 
 
 def needs_of(folder: Path, available: Budget) -> Needs:
@@ -75,8 +108,10 @@ def check_fits(
     available: Budget | None = None,
     *,
     kv_group_size: int = 64,
+    kv_start: int = 0,
     conversations: int = 1,
     cures: Sequence[str] = (),
+    may_quantize: bool = True,
 ) -> None:
     """Refuse to load a model that does not fit, before the machine swaps.
 
@@ -86,29 +121,35 @@ def check_fits(
         kv_bits: bits of a value in a quantized KV cache.
         available: available memory; None: that of this machine.
         kv_group_size: values of a quantized KV cache that share a scale.
+        kv_start: from how many tokens on it is quantized.
         conversations: how many have a KV cache at the same time.
         cures: more remedies to name in the message.
+        may_quantize: whether the user could have the KV cache quantized.
 
     Raises:
         OutlierError: it does not fit; the message says what can be done.
     """
     available = available or budget()
     needs = needs_of(folder, available)
-    cache = conversations * needs.cache(tokens, kv_bits, kv_group_size)
+    cache = conversations * needs.cache(tokens, kv_bits, kv_group_size, kv_start)
     needed = needs.weights + cache
     if needed <= available.nbytes:
         return
     helps = list(cures)
-    quantized = conversations * needs.cache(tokens, 4, kv_group_size)
-    if cache and kv_bits is None and needs.weights + quantized <= available.nbytes:
-        helps.append("--kv-bits 4")
+    group = fitting_group(needs.config, kv_group_size)
+    if cache and kv_bits is None and may_quantize and group is not None:
+        option = "--kv-bits 4" + (f" --kv-group-size {group}" if group != kv_group_size else "")
+        room = available.nbytes - needs.weights
+        if conversations * needs.cache(tokens, 4, group, kv_start) <= room:
+            helps.append(option)
+        elif conversations * needs.cache(tokens, 4, group) <= room:
+            helps.append(f"{option} --quantized-kv-start 0")
     helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
     if available.whose == "this Mac's GPU":
         megabytes = -(-needed // 2**20)
         helps.append(f"a higher limit (sudo sysctl iogpu.wired_limit_mb={megabytes})")
     whose = f" of {conversations} conversations of {tokens} tokens" if conversations > 1 else ""
     raise OutlierError(
-        f"{folder.name} needs {needed / 1e9:.1f} GB, {cache / 1e9:.1f} of it for"
-        f" the KV cache{whose}; {available.whose} gives {available.nbytes / 1e9:.1f}. What helps:"
-        f" {', or '.join(helps)}; --ignore-memory loads it anyway"
+        f"{folder.name} needs {size(needed)}, {size(cache)} of it for the KV cache{whose};"
+        f" {available}. What helps: {', or '.join(helps)}; --ignore-memory loads it anyway"
     )

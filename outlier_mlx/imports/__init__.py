@@ -11,7 +11,7 @@ from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
-from outlier_mlx.storage.paths import entries
+from outlier_mlx.storage.paths import entries, named
 from outlier_mlx.storage.shards import SHARDS
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.card import Card, origin_of, plain
@@ -72,7 +72,7 @@ def import_model(
         OutlierError: the source is damaged or not supported, the output exists, or the disk is too
             small. No files are left behind.
     """
-    target = Path(out)
+    target = named(out)
     check_free(target, force=force, sources=[source])
     found = _resolve(source, file, revision)
     gguf = {"k_quants": k_quants, "experts": experts}

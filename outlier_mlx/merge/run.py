@@ -13,6 +13,7 @@ from outlier_mlx.merge.report import Merged, as_json, model_card
 from outlier_mlx.merge.routers import compute_routers, silent
 from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE
 from outlier_mlx.storage.output import write_json
+from outlier_mlx.storage.paths import named
 from outlier_mlx.terminal import Stages
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.folders import check_free, check_space
@@ -60,7 +61,7 @@ def merge(
         OutlierError: the configuration or a model is invalid, models do not match, the output
             exists, or the disk is too small. No files are left behind.
     """
-    target = Path(out)
+    target = named(out)
     check_free(target, force=force)
     merge_config = read_merge_config(Path(config_file), no_positive=no_positive)
     if held_out is not None:

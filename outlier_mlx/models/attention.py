@@ -1,7 +1,9 @@
 """The attention window of each layer, as far as a config says it."""
 
+from outlier_mlx.models.description import Description
 from outlier_mlx.models.families import Family
 from outlier_mlx.models.fields import Fields
+from outlier_mlx.models.quantization import largest_group
 
 # Fields of models whose layers do not all have keys and values of one width in the KV cache: latent
 # or shared keys, states of recurrent layers, layers that differ.
@@ -46,6 +48,21 @@ def read_attention(
     if "sliding_attention" in types and (type(window) is not int or window < 1):
         return None
     return tuple(windows[kind] for kind in types)
+
+
+def fitting_group(config: Description, group_size: int) -> int | None:
+    """The group size in which mlx-lm can quantize a model's KV cache.
+
+    Args:
+        config: the model.
+        group_size: the wanted one, which is taken if it divides the width of a head.
+
+    Returns:
+        None if no group size fits, a layer has a window, or that is not known.
+    """
+    if config.attention is None or any(window is not None for window in config.attention):
+        return None
+    return largest_group(config.head_dim, group_size) if config.head_dim else None
 
 
 def _is_other(fields: Fields) -> bool:

@@ -52,6 +52,7 @@ def find_capacity(
     *,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
+    kv_start: int = 0,
     clients: int = MAX_CONVERSATIONS,
     available: Budget | None = None,
 ) -> tuple[Capacity, int]:
@@ -65,6 +66,7 @@ def find_capacity(
         cache_bytes: largest size of all KV caches together, in bytes; None: all free memory.
         kv_bits: bits of a quantized KV cache; mlx-lm then generates for one request at a time.
         kv_group_size: values of a quantized KV cache that share a scale.
+        kv_start: from how many tokens on it is quantized.
         clients: connections at a time; each waits for one response.
         available: memory for weights and caches; None: what this machine has.
 
@@ -76,7 +78,7 @@ def find_capacity(
     """
     available = available or budget()
     needs = needs_of(folder, available)
-    one = needs.cache(tokens, kv_bits, kv_group_size)
+    one = needs.cache(tokens, kv_bits, kv_group_size, kv_start)
     free = max(0, available.nbytes - needs.weights)
     fit = free // one if one else MAX_CONVERSATIONS
     if responses is None:
@@ -93,6 +95,7 @@ def find_capacity(
         kv_bits,
         available,
         kv_group_size=kv_group_size,
+        kv_start=kv_start,
         conversations=conversations,
         cures=cures,
     )

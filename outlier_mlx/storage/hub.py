@@ -8,7 +8,7 @@ from typing import Any
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.hub_errors import hub_errors
-from outlier_mlx.storage.paths import HIDDEN
+from outlier_mlx.storage.paths import HIDDEN, named
 
 #: The files of a checkpoint or tier; no others are fetched.
 CHECKPOINT_FILES = (
@@ -88,7 +88,7 @@ def local_source(path_or_repo: str | Path, revision: str | None = None) -> Sourc
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"{folder}: a folder has no revision")
-        return Source(folder, folder.resolve().name)
+        return Source(named(folder), folder.resolve().name)
     name = str(path_or_repo)
     if folder.exists():
         raise CheckpointError(f"{name}: a file; expected a folder or hub repository (OWNER/NAME)")

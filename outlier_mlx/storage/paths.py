@@ -54,6 +54,12 @@ def _chosen(names: list[str], pattern: str, hidden: bool) -> list[str]:
     return [n for n in names if fnmatchcase(n, pattern) and (hidden or not is_hidden(n))]
 
 
+def named(path: str | Path) -> Path:
+    """A path that ends in a name, for messages: of "." and "..", the absolute path."""
+    path = Path(path)
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def require_plain(name: str, place: str) -> None:
     """Refuse a path that leads out of its folder on this or another system.
 

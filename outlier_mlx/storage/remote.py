@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.hub import CHECKPOINT_FILES
 from outlier_mlx.storage.hub_errors import hub_errors
 from outlier_mlx.storage.paths import HIDDEN, files_below, require_plain
@@ -179,17 +179,17 @@ def mirrors() -> Iterator[Path]:
     """A temporary folder for mirrors: each goes to a folder NAME/OWNER/REPO in it.
 
     Raises:
-        CheckpointError: an error of the block, with the repository named in place of the
-            folder, which is gone by then.
+        OutlierError: an error of the block, with the repository named in place of the folder,
+            which is gone by then.
     """
     with TemporaryDirectory(prefix="outlier-mlx-") as work:
         try:
             yield Path(work)
-        except CheckpointError as error:
+        except OutlierError as error:
             text = re.sub(rf"{re.escape(work)}/\w+/", "", str(error))
             if text == str(error):
                 raise
-            raise CheckpointError(text) from error
+            raise type(error)(text) from error
 
 
 def mirror(

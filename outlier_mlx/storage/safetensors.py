@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.texts import parse_json_object
 
 #: Safetensors dtype -> NumPy dtype of the bytes; bfloat16 is read as its 16 bits.
@@ -78,6 +78,7 @@ class TensorRef:
 
         Raises:
             CheckpointError: the file became shorter since its header was read.
+            OutlierError: it is gone, or cannot be read.
         """
         dtype = NUMPY_DTYPES[self.dtype]
         if not self.shape:
@@ -100,15 +101,18 @@ class TensorRef:
         return rows.astype(np.float32, copy=False)
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
-        handle = os.open(self.file, os.O_RDONLY)
         try:
-            while buffer.nbytes:
-                count = os.preadv(handle, [buffer], offset)
-                if count == 0:
-                    raise CheckpointError(f"{self.where}: the file ends within this tensor")
-                buffer, offset = buffer[count:], offset + count
-        finally:
-            os.close(handle)
+            with self.file.open("rb", buffering=0) as file:
+                while buffer.nbytes:
+                    count = os.preadv(file.fileno(), [buffer], offset)
+                    if count == 0:
+                        raise CheckpointError(f"{self.where}: the file ends within this tensor")
+                    buffer, offset = buffer[count:], offset + count
+        except OSError as error:
+            # Whoever writes meanwhile would report it as an error of the output. It is no
+            # `CheckpointError`: a drive that is gone may come back, and the run be resumed.
+            reason = f"cannot be read: {error.strerror or error}"
+            raise OutlierError(f"{self.file}: {self.name}: {reason}") from error
 
 
 def header_bytes(begin: bytes) -> int:

@@ -7,10 +7,11 @@ from pathlib import Path
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import WholeModel, join, open_base
 from outlier_mlx.checkpoints.headers import headers
-from outlier_mlx.engine.memory import Budget, budget
+from outlier_mlx.engine.memory import UNLIMITED, Budget, budget
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.storage.remote import fill
+from outlier_mlx.terminal import size
 from outlier_mlx.tiers.plan import make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import RECIPES, Recipe, make_recipe
@@ -86,10 +87,7 @@ def best(choices: list[Choice], available: Budget) -> str:
         if name in fitting:
             return name
     least = min(choice.memory[CONTEXTS[0], None] for choice in choices if choice.memory)
-    raise OutlierError(
-        f"no recipe fits: the smallest needs {least / 1e9:.1f} GB, {available.whose} gives"
-        f" {available.nbytes / 1e9:.1f}"
-    )
+    raise OutlierError(f"no recipe fits: the smallest needs {size(least)}; {available}")
 
 
 def as_json_object(choices: list[Choice], available: Budget) -> dict:
@@ -101,7 +99,8 @@ def as_json_object(choices: list[Choice], available: Budget) -> dict:
             for (tokens, bits), nbytes in choice.memory.items()
         ]
         listed.append(asdict(choice) | {"memory": memory})
-    return {"available_bytes": available.nbytes, "recipes": listed}
+    nbytes = None if available.nbytes == UNLIMITED else available.nbytes
+    return {"available_bytes": nbytes, "recipes": listed}
 
 
 def _choice(name: str, recipe: Recipe, model: WholeModel, available: Budget) -> Choice:

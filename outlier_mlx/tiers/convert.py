@@ -6,6 +6,7 @@ from pathlib import Path
 
 from outlier_mlx.checkpoints.base import join, open_base
 from outlier_mlx.storage.hub import Source
+from outlier_mlx.storage.paths import named
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.card import model_card
 from outlier_mlx.tiers.plan import FORMAT_VERSION, make_plan
@@ -68,7 +69,7 @@ def convert_tier(
             is left behind, but for `stream`.
     """
     recipe = recipe or Recipe()
-    target = Path(out) if out is not None else _default_out(overlay, recipe)
+    target = named(out) if out is not None else _default_out(overlay, recipe)
     check_free(target, force=force, sources=[overlay, base])
     revisions = {"revision": revision, "base_revision": base_revision}
     with open_sources(overlay, base, target, **revisions, stream=stream, force=force) as sources:

@@ -1,7 +1,6 @@
 """Files that are copied from the sources: tokenizer, generation config, licences."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,13 +38,14 @@ def copy_assets(folders: Sequence[Path], target: Path, others: str = "base") -> 
     if owner is not None:
         for name in TOKENIZER_FILES:
             if (owner / name).exists():
-                shutil.copyfile(inside(owner, name), target / name)
+                write_whole(target / name, read_bytes(inside(owner, name)))
         if (owner / "tokenizer_config.json").exists():
             config = tidy_tokenizer_config(read_json(inside(owner, "tokenizer_config.json")))
             write_json(target / "tokenizer_config.json", config)
     source = next((f for f in folders if (f / "generation_config.json").exists()), None)
     if source is not None:
-        shutil.copyfile(inside(source, "generation_config.json"), target / "generation_config.json")
+        content = read_bytes(inside(source, "generation_config.json"))
+        write_whole(target / "generation_config.json", content)
     _copy_legal(folders, target, others)
 
 

@@ -48,11 +48,14 @@ def licence_of(metadata: dict) -> Licence | None:
 
 
 def card_metadata(folder: Path) -> dict | None:
-    """The YAML at the head of a folder's model card: empty if there is none, None if damaged."""
+    """The YAML at the head of a folder's model card: empty if there is none, None if unreadable."""
     if not (folder / CARD).is_file():
         return {}
-    with inside(folder, CARD).open(encoding="utf-8-sig", errors="replace") as file:
-        lines = file.read(_CARD_CHARACTERS).lstrip().splitlines()
+    try:
+        with inside(folder, CARD).open(encoding="utf-8-sig", errors="replace") as file:
+            lines = file.read(_CARD_CHARACTERS).lstrip().splitlines()
+    except OSError:
+        return None
     if not lines or lines[0].rstrip() != "---":
         return {}
     try:
