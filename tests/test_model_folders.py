@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,48 @@ def test_every_folder_can_be_verified_replaced_and_found_damaged(name: str, tmp_
     (out / last).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="damaged"):
         verify_tier(out)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_source_that_goes_away_is_named_not_the_output(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, out = WRITERS[name](tmp_path), tmp_path / "out"
+    before = sorted(tmp_path.rglob("*.safetensors"))
+
+    def pulled_out(*_: object) -> None:
+        for path in before:
+            path.unlink()
+
+    monkeypatch.setattr("outlier_mlx.writing.model_folder.check_space", pulled_out)
+    with pytest.raises(OutlierError, match="No such file or directory") as error:
+        write(out)
+    message = str(error.value)
+    assert any(message.startswith(f"{path}: ") for path in before), message
+    assert "cannot be read" in message and "cannot write" not in message
+    assert not out.exists()
+
+
+def test_a_card_or_tokenizer_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, source = converted(tmp_path), tmp_path / "overlay"
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    real = Path.open
+
+    def failing(self: Path, *how: Any, **more: Any) -> Any:
+        if self == broken:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return real(self, *how, **more)
+
+    monkeypatch.setattr(Path, "open", failing)
+    broken = source / "README.md"
+    with pytest.warns(CheckpointWarning, match="its metadata cannot be read, so its licence is no"):
+        write(tmp_path / "one")
+    for name in ("tokenizer.json", "generation_config.json"):
+        broken = source / name
+        with pytest.raises(CheckpointError, match=f"overlay/{name}: Input/output error"):
+            write(tmp_path / "two")
 
 
 @pytest.mark.parametrize("name", WRITERS)
