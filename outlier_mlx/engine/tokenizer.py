@@ -6,7 +6,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
-from outlier_mlx.engine.templates import render
+from outlier_mlx.engine.templates import bound, render
 
 
 class Tokenizer(TokenizerWrapper):
@@ -23,13 +23,14 @@ class Tokenizer(TokenizerWrapper):
         loaded = mlx_lm_load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
         tokenizer = cls.__new__(cls)
         tokenizer.__dict__.update(loaded.__dict__)
+        bound(tokenizer)
         return tokenizer
 
     def apply_chat_template(self, *messages: Any, tokenize: bool = True, **options: Any) -> Any:
         """The text or the tokens of a conversation; see `templates.render`.
 
         Raises:
-            TemplateError: the template refuses the messages, or fails.
+            TemplateError: the template refuses the messages, fails, or exceeds its limits.
         """
         text = render(self, *messages, **options)
         return self.encode(text, add_special_tokens=False) if tokenize else text

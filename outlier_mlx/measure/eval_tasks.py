@@ -1,22 +1,23 @@
 """The harness's tasks by name, and the user's own tasks from files, whose code is not run.
 
 A task file can bring Python along: functions (`!function`), classes, metrics that the package
-`evaluate` fetches, and Jinja templates that reach into Python's internals. Unless the user trusts
-the file, the first three are refused and templates are rendered in Jinja's sandbox. Data sets are
-data alone from datasets 5 on, which neither runs scripts nor unpickles.
+`evaluate` fetches, and Jinja templates that reach into Python's internals or never end. Unless the
+user trusts the file, the first three are refused and templates are rendered in Jinja's sandbox,
+within limits of time and memory. Data sets are data alone from datasets 5 on, which neither runs
+scripts nor unpickles.
 """
 
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lm_eval.utils
 import yaml
-from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api import metrics  # noqa: F401 - it fills the registry
 from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import TaskManager
@@ -24,6 +25,7 @@ from lm_eval.tasks._index import Entry, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
+from outlier_mlx.engine.bounded import TemplateError, render_within_limits
 from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.storage.paths import files_below
 from outlier_mlx.storage.texts import compose_yaml
@@ -110,7 +112,11 @@ def _reason(error: BaseException) -> str:
         return re.sub(r" \(\w+\)$", "", said) + ", and it is not in the local cache"
     if isinstance(error, StopIteration):
         return "its data has no documents"
-    return said if isinstance(error, OSError) and said else f"{type(error).__name__}: {said}"
+    return (
+        said
+        if isinstance(error, OSError | OutlierError) and said
+        else f"{type(error).__name__}: {said}"
+    )
 
 
 def _local_tasks(paths: list[str], *, trust: bool) -> tuple[dict[str, Entry], list[str]]:
@@ -268,17 +274,31 @@ def _named(local: dict[str, Entry], wanted: list[str]) -> Iterator[str]:
 
 @contextmanager
 def sandboxed(trust: bool) -> Iterator[None]:
-    """Render the harness's Jinja templates in a sandbox, unless tasks are trusted."""
+    """Render the harness's Jinja templates within limits, unless tasks are trusted."""
     plain = lm_eval.utils.env
     if trust:
         yield
         return
-    safe = SandboxedEnvironment(
-        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=True
-    )
-    safe.filters.update(plain.filters)
-    lm_eval.utils.env = safe
+    lm_eval.utils.env = _Bounded()
     try:
         yield
     finally:
         lm_eval.utils.env = plain
+
+
+class _Bounded:
+    """Takes the place of the harness's Jinja environment."""
+
+    def from_string(self, text: str) -> "_Template":
+        return _Template(text)
+
+
+@dataclass(frozen=True)
+class _Template:
+    text: str
+
+    def render(self, **document: Any) -> str:
+        try:
+            return render_within_limits(self.text, document, "task")
+        except TemplateError as error:
+            raise OutlierError(f"the task's template failed: {error}") from None
