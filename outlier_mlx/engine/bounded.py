@@ -115,11 +115,12 @@ class _Process:
         line = bytearray()
         deadline = time.monotonic() + MAX_WAIT
         while not line.endswith(b"\n"):
+            if time.monotonic() > deadline:
+                raise TemplateError(f"it takes longer than {MAX_WAIT:g} s")
             if not self._ready.select(_WATCH):
+                # On Linux the kernel refuses memory; macOS has no such limit.
                 if _resident(self._running.pid) > MAX_MEMORY:
                     raise TemplateError("it needs too much memory")
-                if time.monotonic() > deadline:
-                    raise TemplateError(f"it takes longer than {MAX_WAIT:g} s")
                 continue
             piece = os.read(self._output, 1 << 16)
             if not piece:

@@ -22,9 +22,10 @@ _MAX_ERROR = 400
 
 
 def main() -> None:
-    """Answer requests until stdin ends. The argument is JSON: the limits, and folders to import from.
+    """Answer requests until stdin ends.
 
-    Only the folders of Jinja's packages are on the path, so nothing else can be imported.
+    The argument is JSON: the limits, and the folders of Jinja's packages. Nothing else can be
+    imported.
     """
     given = json.loads(sys.argv[1])
     sys.path.extend(given["folders"])

@@ -124,17 +124,35 @@ def _mark_end(messages: list[dict[str, Any]]) -> str:
     return mark
 
 
+def end_of_turn(tokenizer: TokenizerWrapper) -> int | None:
+    """The added token with which the chat template ends a reply; None if there is none.
+
+    Models end replies with it, also where generation_config.json names another token only.
+    """
+    inner = tokenizer._tokenizer
+    try:
+        template = inner.get_chat_template()
+    except ValueError:
+        return None
+    rest = text_after_reply(template, inner.special_tokens_map)
+    added = inner.get_added_vocab()
+    found = max((text for text in added if text and rest.startswith(text)), key=len, default=None)
+    return None if found is None else added[found]
+
+
 def text_after_reply(template: str, special: Mapping[str, Any]) -> str:
-    """What a chat template writes after a reply; empty if it fails.
+    """What a chat template writes after a reply, without blanks before it; empty if it fails.
 
     Args:
         template: the template.
         special: texts of special tokens by name, such as "eos_token".
     """
-    reply = "yes"
-    messages = [{"role": "user", "content": "no"}, {"role": "assistant", "content": reply}]
+    reply = "reply-7d41"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": reply}]
     given = {"messages": messages, "add_generation_prompt": False, "tools": None}
     try:
-        return render_within_limits(template, dict(special) | given).rpartition(reply)[2]
+        text = render_within_limits(template, dict(special) | given)
     except TemplateError:
         return ""
+    _, found, rest = text.rpartition(reply)
+    return rest.lstrip() if found else ""

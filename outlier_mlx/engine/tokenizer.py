@@ -6,7 +6,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
-from outlier_mlx.engine.templates import bound, render
+from outlier_mlx.engine.templates import bound, end_of_turn, render
 
 
 class Tokenizer(TokenizerWrapper):
@@ -18,12 +18,15 @@ class Tokenizer(TokenizerWrapper):
 
         Args:
             folder: has the tokenizer's files; no code in it is run.
-            ends: the ids that end a text, besides the tokenizer's own.
+            ends: the ids that end a text, besides the tokenizer's own and the chat template's.
         """
         loaded = mlx_lm_load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
         tokenizer = cls.__new__(cls)
         tokenizer.__dict__.update(loaded.__dict__)
         bound(tokenizer)
+        end = end_of_turn(tokenizer)
+        if end is not None:
+            tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, end}
         return tokenizer
 
     def apply_chat_template(self, *messages: Any, tokenize: bool = True, **options: Any) -> Any:
