@@ -19,7 +19,7 @@ from outlier_mlx.serve.access import Access, Refused, host_name
 from outlier_mlx.serve.options import ServeOptions
 from outlier_mlx.serve.server import Server
 from tests.program import run, start_program
-from tests.serving import MESSAGES, NAME, Running, read_answer, running
+from tests.serving import MESSAGES, NAME, Running, running
 
 PAGE = "https://page.example"
 KEY = "sesame"
@@ -256,20 +256,6 @@ def test_host_names():
     assert host_name("[FE80::1]:80") == "fe80::1"
     assert Access(frozenset({"a.b"})).cors_headers(PAGE) == {}
     assert Refused(500, "x").as_json()["error"]["type"] == "server_error"
-
-
-def test_a_crowd_is_told_to_come_back(small_tier: Path):
-    with running(small_tier, max_clients=2) as server:
-        waiting = [server.connect() for _ in range(2)]
-        assert server.wait(lambda: server.server._connections == 2)
-        with server.connect() as late:
-            status, headers, answer = read_answer(late)
-        assert (status, headers["Retry-After"]) == (503, "1")
-        assert "too many" in answer["error"]["message"]
-        for connection in waiting:
-            connection.close()
-        assert server.wait(lambda: server.server._connections == 0)
-        assert_serves(server)
 
 
 def test_logs_hold_no_control_characters(served: Running):

@@ -1,12 +1,12 @@
 """An OpenAI-compatible server for one model, with mlx-lm's generation for many requests at a time.
 
-`options` are the server's options, and `access` checks the client. `http` reads requests from the
-network, and `handler` answers them: `limits` turns a body into a `request`, by the table in
-`fields`; `prompts` bounds and tokenizes its text; `generator` generates for all requests in one
-thread, with what `mlxlm_server` imports from mlx-lm, and answers each of its `jobs`; `replies`
-follows one reply, which `pieces` and `calls` divide into text, reasoning and tool calls; `openai`
-is the format of what is sent. `capacity` divides the memory, and `server` starts and stops
-everything.
+`options` are the server's options, and `access` checks the client. `connections` bounds how many
+there are, and how slow; `http` reads requests from them, and `handler` answers them: `limits` turns
+a body into a `request`, by the table in `fields`; `prompts` bounds and tokenizes its text;
+`generator` generates for all requests in one thread, with what `mlxlm_server` imports from mlx-lm,
+and answers each of its `jobs`; `replies` follows one reply, which `pieces` and `calls` divide into
+text, reasoning and tool calls; `openai` is the format of what is sent. `capacity` divides the
+memory, and `server` starts and stops everything.
 """
 
 from outlier_mlx.serve.options import ServeOptions

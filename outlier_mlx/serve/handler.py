@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.generator import Generator
-from outlier_mlx.serve.http import CheckedHandler, Service, read_body
+from outlier_mlx.serve.http import CheckedHandler, Service
 from outlier_mlx.serve.limits import parse_body
 from outlier_mlx.serve.openai import Format, usage_of
 from outlier_mlx.serve.pieces import Piece
@@ -52,8 +52,7 @@ class Handler(CheckedHandler):
         self.send_json(200, model if name else {"object": "list", "data": [model]})
 
     def _complete(self) -> None:
-        raw = read_body(self.headers, self.rfile, self.service.options.max_body)
-        self.unread = False
+        raw = self.read_body()
         chat = self.path.endswith("/chat/completions")
         request = self.generator.provider.limits.request(parse_body(raw), chat=chat)
         reply_format = Format(self.service.name, chat, request.stream)

@@ -1,9 +1,11 @@
 """The HTTP side of the server: checks headers and bodies before any work is done."""
 
+import io
 import json
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
 from http import HTTPStatus
@@ -11,10 +13,9 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 
 from outlier_mlx.serve.access import Access, Refused
+from outlier_mlx.serve.connections import BODY_SECONDS, Connection, Connections
 from outlier_mlx.serve.options import ServeOptions
 
-# Time limit for receiving a body.
-BODY_SECONDS = 60.0
 # After a refusal, the rest of the body is read and dropped for this long. If the connection were
 # closed at once, the client might not receive the response.
 DRAIN_SECONDS = 2.0
@@ -37,6 +38,7 @@ class Service:
         access: which requests are allowed.
         log: called with one line for each request.
         warn: called with one line for each unexpected error.
+        connections: the open connections.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Service:
     access: Access
     log: Callable[[str], None]
     warn: Callable[[str], None]
+    connections: Connections
 
 
 class _Reader(Protocol):
@@ -69,13 +72,13 @@ def read_body(headers: Message, reader: _Reader, limit: int) -> bytes:
         raise Refused(413, f"the body has {text[:18]} bytes; the limit is {limit}")
     missing = int(text)
     parts: list[bytes] = []
-    deadline = time.monotonic() + BODY_SECONDS
     while missing:
-        part = reader.read1(min(missing, 1 << 16))
+        try:
+            part = reader.read1(min(missing, 1 << 16))
+        except TimeoutError:
+            raise Refused(408, "the body did not arrive in time") from None
         if not part:
             raise Refused(400, f"the body ended {missing} bytes before its Content-Length")
-        if time.monotonic() > deadline:
-            raise Refused(408, "the body did not arrive in time")
         parts.append(part)
         missing -= len(part)
     return b"".join(parts)
@@ -89,19 +92,31 @@ class CheckedHandler(BaseHTTPRequestHandler):
         notes: headers that tell how a request was understood; set before `__init__` is called.
         streaming: whether the headers of an event stream have been sent.
         unread: whether the request has a body that has not been read.
+        request: the connection, where http.server has a socket.
     """
 
     server_version = "outlier-mlx"
     sys_version = ""
-    timeout = 60
+    request: Connection
+    wfile: Any
     service: Service
     notes: dict[str, str]
     streaming = False
     unread = False
 
+    def setup(self) -> None:
+        """Read and write through the connection's time limits."""
+        self.connection = self.request.socket
+        self.rfile = io.BufferedReader(self.request)
+        self.wfile = self.request
+
     def parse_request(self) -> bool:
         """Read the request line and headers; refuse unknown endpoints and forbidden clients."""
-        if not super().parse_request():
+        try:
+            if not super().parse_request():
+                return False
+        except TimeoutError:
+            self.refuse(Refused(408, "the head of the request did not arrive in time"))
             return False
         self.unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         self.path = self.path.partition("?")[0]
@@ -119,6 +134,20 @@ class CheckedHandler(BaseHTTPRequestHandler):
             self.refuse(refused)
             return False
         return True
+
+    def read_body(self) -> bytes:
+        """The request's body. Now the connection is answered, and not closed for others.
+
+        Raises:
+            Refused: 400, 408, 411, 413, or 503 if too many requests are answered already.
+        """
+        connections = self.service.connections
+        connections.check_room(self.request)
+        self.request.deadline = time.monotonic() + BODY_SECONDS
+        body = read_body(self.headers, self.rfile, self.service.options.max_body)
+        self.unread = False
+        connections.claim(self.request)
+        return body
 
     def do_OPTIONS(self) -> None:
         """Answer a browser's CORS preflight request."""
@@ -139,6 +168,8 @@ class CheckedHandler(BaseHTTPRequestHandler):
     def refuse(self, refused: Refused) -> None:
         """Send an error as the response, or as the last event of an event stream."""
         self.close_connection = True
+        if refused.status == 503:
+            self.notes["Retry-After"] = "1"
         try:
             if self.streaming:
                 self.wfile.write(f"data: {json.dumps(refused.as_json())}\n\n".encode())
@@ -192,7 +223,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
 
     def _drain_body(self) -> None:
         self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(DRAIN_SECONDS)
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < deadline and self.connection.recv(1 << 16):
-            pass
+        self.request.deadline = time.monotonic() + DRAIN_SECONDS
+        with suppress(TimeoutError):
+            while self.rfile.read1(1 << 16):
+                pass

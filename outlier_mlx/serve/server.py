@@ -1,19 +1,17 @@
 """Start the server, serve the model, and shut down."""
 
 import ipaddress
-import json
 import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any, NoReturn
 
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.connections import Connections
 from outlier_mlx.serve.generator import Generator, Load, OneModel
 from outlier_mlx.serve.handler import Handler
 from outlier_mlx.serve.http import Service
@@ -52,9 +50,8 @@ class Server(ThreadingHTTPServer):
     ) -> None:
         self.options = options
         self.load = load
-        self.service = Service(name, options, options.access(), log, warn)
-        self._connections = 0
-        self._connections_changed = threading.Condition()
+        self.connections = Connections(options.max_clients)
+        self.service = Service(name, options, options.access(), log, warn, self.connections)
         self.address_family, address = _resolve(options)
         try:
             super().__init__(address, Handler, bind_and_activate=False)
@@ -102,51 +99,32 @@ class Server(ThreadingHTTPServer):
         """
         generator = getattr(self, "generator", None)
         ended = generator is None or generator.stop(SHUTDOWN_SECONDS)
-        with self._connections_changed:
-            self._connections_changed.wait_for(lambda: not self._connections, SHUTDOWN_SECONDS)
+        self.connections.close(SHUTDOWN_SECONDS)
         self.server_close()
         return ended
 
+    def get_request(self) -> tuple[Any, Any]:
+        """A new connection, which takes the place of http.server's socket, and its address."""
+        accepted, address = super().get_request()
+        return self.connections.admit(accepted, address[0]), address
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Handle a connection in a new thread, or answer 503 if there are too many."""
-        with self._connections_changed:
-            full = self._connections >= self.options.max_clients
-            self._connections += not full
-        if full:
-            request.settimeout(1)
-            request.sendall(_too_many_connections())
-            self.shutdown_request(request)
-            return
+        """Handle a connection in a new thread."""
         try:
             super().process_request(request, client_address)
-        except BaseException:  # the system could not start a thread
-            self._connection_ended()
-            raise
+        except RuntimeError:  # the system could not start a thread
+            request.turn_away()
+            self.shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Handle a connection, and lower the number of connections at its end."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._connection_ended()
-
-    def _connection_ended(self) -> None:
-        with self._connections_changed:
-            self._connections -= 1
-            self._connections_changed.notify_all()
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection."""
+        self.connections.leave(request)
+        super().shutdown_request(request.socket)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log the error that ended a connection in one line."""
         error = sys.exception()
         self.service.warn(f"{client_address[0]} {type(error).__name__}: {error}")
-
-
-def _too_many_connections() -> bytes:
-    body = json.dumps(Refused(503, "too many connections; try again").as_json()).encode()
-    head = (
-        "HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-    )
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def _resolve(options: ServeOptions) -> tuple[socket.AddressFamily, Any]:
