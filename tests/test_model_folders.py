@@ -139,8 +139,10 @@ def test_a_tokenizer_that_the_embeddings_do_not_fit(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     content["added_tokens"].append(content["added_tokens"][-1] | {"id": 10**6, "content": "<far>"})
     path.write_text(json.dumps(content))
-    with pytest.warns(CheckpointWarning, match="overlay: its tokenizer has ids up to 1000000"):
+    words = "overlay: tokenizer.json: the token '<far>' has id 1000000, .* has 288 rows"
+    with pytest.raises(CheckpointError, match=words):
         write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def licensed(folder: Path, licence: str) -> None:

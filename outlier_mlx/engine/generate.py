@@ -13,6 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.loading import quiet_transformers
+from outlier_mlx.engine.prompts import check_tokens, embedding_rows
 from outlier_mlx.engine.templates import render
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import Description, describe_args
@@ -157,9 +158,10 @@ def generate_from_tokens(
         The same responses as `generate_text`. A token is in the cache before it is yielded.
 
     Raises:
-        OutlierError: the model does not support an option.
+        OutlierError: the model does not support an option, or has no row for a token.
     """
     check_kv_cache(model, options)
+    check_tokens(model, tokens)
     sampler = make_sampler(
         options.temp,
         options.top_p,
@@ -168,7 +170,7 @@ def generate_from_tokens(
         top_k=top_k(options.top_k, model, tokenizer),
         xtc_probability=options.xtc_probability,
         xtc_threshold=options.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+        xtc_special_tokens=_unaffected(model, tokenizer),
     )
     responses = stream_generate(
         model,
@@ -190,6 +192,15 @@ def generate_from_tokens(
         yield response
 
 
+def _unaffected(model: nn.Module, tokenizer: TokenizerWrapper) -> list[int]:
+    """Tokens that XTC leaves alone: line breaks and what ends a text, as far as the model has them.
+
+    MLX would write the log probability of any other id into foreign memory.
+    """
+    tokens = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
+    return [token for token in tokens if 0 <= token < vocabulary(model, tokenizer)]
+
+
 def top_k(wanted: int, model: nn.Module, tokenizer: TokenizerWrapper) -> int:
     """The k for mlx-lm's sampler: 0, which means all tokens, if `wanted` is at least all tokens."""
     return wanted if wanted < vocabulary(model, tokenizer) else 0
@@ -197,7 +208,7 @@ def top_k(wanted: int, model: nn.Module, tokenizer: TokenizerWrapper) -> int:
 
 def vocabulary(model: nn.Module, tokenizer: TokenizerWrapper) -> int:
     """Width of the logits; if it is not known, the number of the tokenizer's tokens."""
-    return described(model).vocab or len(tokenizer.get_vocab())
+    return embedding_rows(model) or len(tokenizer.get_vocab())
 
 
 def _check_finite(response: GenerationResponse) -> None:

@@ -11,12 +11,21 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
+from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, one_line
-from outlier_mlx.models.config import describe, is_overlay, is_tier, parse_config, raw_config
+from outlier_mlx.models.config import (
+    describe,
+    describe_args,
+    is_overlay,
+    is_tier,
+    parse_config,
+    raw_config,
+)
 from outlier_mlx.models.families import families
 from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.spelling import normalised
+from outlier_mlx.models.token_ids import check_tokenizer
 from outlier_mlx.runtime.model import Model, ModelArgs
 from outlier_mlx.runtime.variants import chip_name
 from outlier_mlx.storage.hub import resolve
@@ -46,11 +55,14 @@ def load(
         (batch, length, vocab), and the tokenizer.
 
     Raises:
-        CheckpointError: there is no model, or it is damaged.
+        CheckpointError: there is no model, it is damaged, or its embedding has no row for a token
+            of the tokenizer.
     """
     folder = resolve(path_or_repo, revision).folder
     model, config = load_model(folder, dtype=dtype)
-    return model, load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, config)
+    _check_tokenizer(folder, tokenizer, model)
+    return model, tokenizer
 
 
 def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, dict]:
@@ -178,6 +190,28 @@ def load_tokenizer(folder: Path, config: dict) -> Tokenizer:
     except Exception as error:
         reason = one_line(str(error))[:300]
         raise CheckpointError(f"{folder}: no usable tokenizer: {reason}") from error
+
+
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, model: nn.Module) -> None:
+    """Check that the embedding has rows for all tokens; see `token_ids.check_tokenizer`.
+
+    Models of unknown families are only warned of: some have placeholders, such as that of an image
+    in Gemma 3, which no text needs. Prompts with such tokens are refused.
+    """
+    rows = embedding_rows(model)
+    if rows is None:
+        return
+    # What the model cannot write ends no text; MLX would use it as the index of a log probability.
+    tokenizer.eos_token_ids = {end for end in tokenizer.eos_token_ids if 0 <= end < rows}
+    # Reading the files again would take long, and is rarely needed.
+    if max(tokenizer.get_vocab().values(), default=0) < rows:
+        return
+    try:
+        check_tokenizer(folder, rows)
+    except CheckpointError as error:
+        if describe_args(getattr(model, "args", None)).family is not None:
+            raise CheckpointError(f"{folder}: {error}") from None
+        warnings.warn(f"{folder.name}: {error}", CheckpointWarning, stacklevel=3)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm.evaluate import MLXLM
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import Stages
 
@@ -67,6 +68,7 @@ class HarnessModel(TemplateLM, MLXLM):
         self._stages = stages
         if self.prefix_token_id is None:
             raise OutlierError("the model's tokenizer has neither a BOS nor an EOS token")
+        check_tokens(model, [self.prefix_token_id], "the BOS or EOS before a text")
 
     @property
     def eot_token_id(self) -> int:
@@ -84,7 +86,9 @@ class HarnessModel(TemplateLM, MLXLM):
     ) -> list[int]:
         """Tokens of a text; a chat template adds the special tokens itself."""
         special = not self.use_chat_template if add_special_tokens is None else add_special_tokens
-        return self.tokenizer.encode(string, add_special_tokens=special)
+        tokens = self.tokenizer.encode(string, add_special_tokens=special)
+        check_tokens(self._model, tokens, "a task's text")
+        return tokens
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True

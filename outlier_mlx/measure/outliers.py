@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.loading import quiet_transformers
+from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.outlier_counts import Accumulator, Group, Hold
 from outlier_mlx.measure.outlier_definitions import Feature, Thresholds, sequence_features
@@ -131,9 +133,11 @@ def measure(
         progress: called with layers done so far, and layers of all windows.
 
     Raises:
-        OutlierError: the model is not supported, it cannot run, or what it computes is not finite.
+        OutlierError: the model is not supported, it cannot run, it has no row for a token, or what
+            it computes is not finite.
     """
     options = options or Options()
+    check_tokens(model, chain.from_iterable(windows), "the text")
     probes = find_probes(model)
     counts = Accumulator(
         probes,

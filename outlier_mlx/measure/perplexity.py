@@ -4,6 +4,7 @@ import hashlib
 import math
 import warnings
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from outlier_mlx.engine.chips import this_chip
 from outlier_mlx.engine.generate import described
 from outlier_mlx.engine.loading import quiet_transformers
+from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, versions
 from outlier_mlx.measure.measured import Measured
@@ -134,8 +136,10 @@ def compare(
         progress: called with tokens predicted so far, and in all.
 
     Raises:
-        OutlierError: the vocabularies differ in size.
+        OutlierError: the vocabularies differ in size, or an embedding has no row for a token.
     """
+    for each in (model, *([against] if against is not None else [])):
+        check_tokens(each, chain.from_iterable(texts), "the text")
     total = sum(len(tokens) - 1 for tokens in texts)
     losses: list[float] = []
     divergence, agreed, done = 0.0, 0, 0

@@ -3,6 +3,7 @@
 import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.calls import Told, watched_calls
 from outlier_mlx.measure.pictures import SUFFIXES, heat_map
@@ -78,9 +80,10 @@ def observe_routing(
         progress: called with tokens read so far, and in all.
 
     Raises:
-        OutlierError: the model has no Outlier MoE layer.
+        OutlierError: the model has no Outlier MoE layer, or no row for a token.
     """
     layers = moe_blocks(model)
+    check_tokens(model, chain.from_iterable(texts), "the text")
     seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {number: [] for number in layers}
     with ExitStack() as watching:
         for number, block in layers.items():

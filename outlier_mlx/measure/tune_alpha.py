@@ -1,6 +1,7 @@
 """Training the alphas, one number per expert, with all other weights frozen."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ import mlx.nn as nn
 from mlx import optimizers
 
 from outlier_mlx.checkpoints.alpha import read_alpha_file
+from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.perplexity import Comparison, compare, log_probs
 from outlier_mlx.measure.routing import moe_blocks
@@ -72,8 +74,11 @@ def tune_alphas(
         progress: called with windows done so far, and in all.
 
     Raises:
-        OutlierError: there are too few windows, or the model has no experts.
+        OutlierError: there are too few windows, the model has no experts, or an embedding has no
+            row for a token.
     """
+    for each in (model, *([teacher] if teacher is not None else [])):
+        check_tokens(each, chain.from_iterable(texts), "the text")
     held = max(1, round(len(texts) * HELD_OUT))
     step = max(2, len(texts) // held)
     test = texts[step - 1 :: step]

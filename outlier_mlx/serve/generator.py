@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.generate import described, vocabulary
+from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.serve.access import Refused
@@ -219,6 +220,10 @@ class Generator(ResponseGenerator):
         prompt, context = tokenized[0], self.provider.limits.context
         if not isinstance(prompt, list) or not prompt:
             raise Refused(400, "the prompt is empty")
+        try:
+            check_tokens(self.provider.model, prompt)
+        except OutlierError as error:
+            raise Refused(400, str(error)) from None
         if context is not None and len(prompt) + args.max_tokens > context:
             room = context - len(prompt)
             if room < 1:

@@ -62,21 +62,6 @@ def has_chat_template(folder: Path) -> bool:
     return config.exists() and bool(read_json(inside(folder, config.name)).get("chat_template"))
 
 
-def largest_id(folder: Path) -> int | None:
-    """The largest token id in a folder's `tokenizer.json`; None without such a file."""
-    if not (folder / "tokenizer.json").exists():
-        return None
-    content = read_json(inside(folder, "tokenizer.json"))
-    model, added = content.get("model"), content.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    # BPE and WordPiece map tokens to ids; in Unigram's list, an id is a position.
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
-    if isinstance(vocabulary, list):
-        ids.append(len(vocabulary) - 1)
-    ids += [token.get("id") for token in added or () if isinstance(token, dict)]
-    return max((number for number in ids if type(number) is int), default=None)
-
-
 def is_legal(name: str) -> bool:
     """Whether the whole name of a file is that of a licence or notice."""
     return _LEGAL.fullmatch(name) is not None

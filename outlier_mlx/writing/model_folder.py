@@ -5,11 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.errors import CheckpointWarning, OutlierError
+from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
 from outlier_mlx.models.summary import SummaryRow
+from outlier_mlx.models.token_ids import check_tokenizer
 from outlier_mlx.storage.output import write_json, write_whole
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.writing.assets import has_tokenizer, largest_id
+from outlier_mlx.writing.assets import has_tokenizer
 from outlier_mlx.writing.bundle import bundle
 from outlier_mlx.writing.folders import check_free, check_space, whole_folder
 from outlier_mlx.writing.licences import CARD
@@ -52,7 +53,8 @@ def write_model(
         tensors: its tensors, and how they are written.
         config: its config.json. With `model_file` in it, the code of that name is written, too.
         source: what messages call the model that it is made from.
-        assets: writes tokenizer, licences and the like into the folder.
+        assets: writes tokenizer, licences and the like into the folder. It is called before the
+            tensors are read, so that what is wrong with these files is found first, and after.
         manifest: where the model came from and how it was made. Checksums are added of all files
             but the licences and the card.
         manifest_name: the manifest's file, one of `outlier_mlx.writing.folders.MANIFESTS`.
@@ -62,33 +64,35 @@ def write_model(
 
     Raises:
         OutputExistsError: `target` exists and may not be replaced.
-        OutlierError: a source is not valid, or the disk is too small. Nothing is left behind, but
-            for what `tensors` keep for the next run.
+        OutlierError: a source is not valid, the embedding has no row for a token of the tokenizer,
+            or the disk is too small. Nothing is left behind, but for what `tensors` keep for the
+            next run.
     """
     check_free(target, force=force)
     check_space(target, tensors.room(target), tensors.what)
     try:
         with whole_folder(target, force=force, keep=tensors.keep) as folder:
+            assets(folder)
+            _check_tokenizer(source, folder, config)
             files = tensors.write(folder, progress)
+            assets(folder)  # again: a run that starts over has emptied the folder
             write_json(folder / "config.json", config)
             if "model_file" in config:
                 write_whole(folder / config["model_file"], bundle())
-            assets(folder)
             write_manifest(folder, manifest_name, manifest, files)
             if card is not None:
                 write_whole(folder / CARD, card(folder))
     except OSError as error:
         raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error
-    _warn_of_tokenizer(source, target, config)
-    return Written(target, tensors.rows, has_tokenizer(target))
+    tokenizer = has_tokenizer(target)
+    if not tokenizer:
+        message = f"{source}: no tokenizer beside it; the model has none"
+        warnings.warn(message, CheckpointWarning, stacklevel=2)
+    return Written(target, tensors.rows, tokenizer)
 
 
-def _warn_of_tokenizer(source: str, folder: Path, config: dict) -> None:
-    largest, rows = largest_id(folder), config["vocab_size"]
-    wrong = None
-    if not has_tokenizer(folder):
-        wrong = "no tokenizer beside it; the model has none"
-    elif largest is not None and largest >= rows:
-        wrong = f"its tokenizer has ids up to {largest}, but there are {rows} embeddings"
-    if wrong:
-        warnings.warn(f"{source}: {wrong}", CheckpointWarning, stacklevel=3)
+def _check_tokenizer(source: str, folder: Path, config: dict) -> None:
+    try:
+        check_tokenizer(folder, config["vocab_size"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
