@@ -9,7 +9,7 @@ from typing import Any
 
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.paths import inside
-from outlier_mlx.storage.safetensors import read_bytes, read_json
+from outlier_mlx.storage.texts import read_bytes, read_json
 
 _JSON = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
