@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -16,8 +17,9 @@ from outlier_mlx.tiers.choose import best, list_choices
 from outlier_mlx.tiers.presets import RECIPES
 from tests.builders import Built
 from tests.engine import forward, load
+from tests.folders import copy_writable
 from tests.library import Library
-from tests.program import run
+from tests.program import Result, assert_refused, run
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,74 @@ def test_the_best_that_fits_is_chosen(overlay: Built, room: str, name: str) -> N
     assert best(fitting, available) == name
     with pytest.raises(OutlierError, match="no recipe fits: the smallest needs"):
         best(*list_choices(overlay.path, ram_gb=1e-6))
+
+
+@pytest.mark.parametrize(("stored", "name"), [("F16", "f16"), ("BF16", "bf16"), ("F32", "bf16")])
+def test_unquantized_means_the_checkpoints_own_dtype(
+    library: Library, stored: str, name: str
+) -> None:
+    overlay = library.overlay(layers=2, moe_layers=(1,), base_dtype=stored).path
+    choices, available = list_choices(overlay)
+    assert best(choices, available) == choices[0].name == name
+    names = [choice.name for choice in choices]
+    assert sorted(names) == sorted([*RECIPES, "q4 --portable"])
+    assert run("tiers", overlay, "--json").json["recipes"][0]["name"] == name
+
+
+def auto(overlay: Path, out: Path, available: int, *options: str, code: int = 0) -> Result:
+    """Convert with `--tier auto` on a machine of so much memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "outlier_mlx.tiers.choose.budget", lambda _: Budget(available, "this machine")
+        )
+        return run("convert", overlay, "--tier", "auto", "--out", out, *options, code=code)
+
+
+def needed(overlay: Path, name: str, **changes: Any) -> int:
+    choices, _ = list_choices(overlay, changes=changes)
+    return next(choice.memory[4096, None] for choice in choices if choice.name == name)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        (["--portable"], {"portable": True}),
+        (["--experts", "affine2"], {"experts": "affine2"}),
+        (["--group-size", "32"], {"group_size": 32}),
+        (["--dtype", "float32"], {"dtype": "float32"}),
+    ],
+)
+def test_auto_chooses_for_what_will_be_written(
+    library: Library, tmp_path: Path, options: list[str], changes: dict[str, Any]
+) -> None:
+    dims = {"hidden": 64, "intermediate": 128, "expert_intermediate": 64, "layers": 2}
+    overlay = library.overlay(moe_layers=(1,), **dims).path
+    room = needed(overlay, "q8", **changes)
+    assert room != needed(overlay, "q8")
+    auto(overlay, tmp_path / "fits", room, *options)
+    recipe = json.loads((tmp_path / "fits" / "tier.json").read_text())["recipe"]
+    assert recipe["base_bits"] == 8 and recipe | changes == recipe
+    smaller = needed(overlay, "q4", **changes)
+    assert smaller < room
+    auto(overlay, tmp_path / "less", room - 1, *options)
+    recipe = json.loads((tmp_path / "less" / "tier.json").read_text())["recipe"]
+    assert recipe["base_bits"] == 4 and recipe | changes == recipe
+    refused = auto(overlay, tmp_path / "none", smaller - 1, *options, code=1)
+    assert_refused(refused, "no recipe fits: the smallest needs")
+    assert not (tmp_path / "none").exists()
+
+
+def test_auto_says_why_nothing_can_be_written(library: Library, tmp_path: Path) -> None:
+    gaps = library.overlay().path  # experts in layers 1 and 3
+    refused = auto(gaps, tmp_path / "out", 10**12, "--portable", code=1)
+    assert_refused(refused, "no portable tier: its MoE layers [1, 3] leave gaps")
+    unsound = copy_writable(library.overlay(alpha="json").path, tmp_path / "overlay")
+    (unsound / "alpha.json").write_text('{"1": {"9": 1.0}}')
+    refused = auto(unsound, tmp_path / "out", 10**12, code=1)
+    assert_refused(refused, "alpha.json")
+    assert run("tiers", unsound, code=1).err == refused.err
+    plain = run("convert", unsound, "--out", tmp_path / "out", code=1)
+    assert plain.err == refused.err
 
 
 def test_mixed_keeps_more_of_the_sensitive_matrices(overlay: Built, tmp_path: Path) -> None:

@@ -270,7 +270,8 @@ def test_recipes_are_listed_from_headers(
     local = local.replace("overlay-2:", "overlay:")
     assert run(*command, "owner/overlay", "--base", "owner/base").out == local
     weights = [r for r in hub.requests if r.path.endswith(".safetensors")]
-    assert weights and all(r.part and r.sent <= 8000 for r in weights)
+    assert {r.path.split("/resolve/")[0] for r in weights} == {"/owner/overlay", "/owner/base"}
+    assert all(r.part and r.sent <= 8000 for r in weights)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     assert_refused(run("tiers", "owner/overlay", code=1), "owner/overlay", "not in the local")

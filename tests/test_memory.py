@@ -89,6 +89,22 @@ def test_only_commands_with_the_option_advise_it(
     assert "--kv-bits" not in run("generate", tier, "-p", "x", "--max-kv-size", 4096, code=1).err
 
 
+def test_two_models_must_fit_together(
+    tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("the cat sat " * 50)
+    one = room_for(tier, 64)
+    weights = one.nbytes - room_for(tier, 0).nbytes
+    both = Budget(2 * one.nbytes - weights, one.whose)
+    text = ("--text", tmp_path / "text", "--window", 64, "--windows", 2)
+    for available, code in ((both, 0), (Budget(both.nbytes - 1, both.whose), 1)):
+        monkeypatch.setattr(memory, "budget", lambda found=available: found)
+        result = run("perplexity", tier, "--against", tier, *text, code=code)
+    assert_refused(result, "tier and tier need ")
+    refused = run("tune-alpha", tier, "--teacher", tier, *text, "--out", tmp_path / "a", code=1)
+    assert_refused(refused, "tier and tier need ")
+
+
 def test_sizes_have_units_that_fit(tier: Path) -> None:
     needs = needs_of(tier, Budget(0, "this Mac's GPU"))
     assert needs.cache(64) == 2 * 2 * 2 * 64 * 64 * 2  # layers, heads, keys and values, 16 bits

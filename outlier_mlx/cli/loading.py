@@ -62,6 +62,7 @@ def load_checked(
     prompt: str = "",
     cache: KVCache | None = None,
     alpha: Path | None = None,
+    beside: str | None = None,
     quiet: bool,
 ) -> Any:
     """Load a model if it fits into memory; a terminal shows that it takes time.
@@ -73,21 +74,34 @@ def load_checked(
         prompt: text that will be read.
         cache: how the KV cache is quantized; None: the command has no options for that.
         alpha: see `load_model`.
+        beside: another model that will be loaded, too.
         quiet: show nothing.
 
     Raises:
         OutlierError: it does not fit, or is not valid.
     """
+    source = model if isinstance(model, Source) else resolve(model, loading.revision)
+    if not loading.ignore_memory:
+        other = None if beside is None else resolve(beside).folder
+        _check_fits(source.folder, tokens, prompt, cache, other)
+    return _load(source, loading, alpha, quiet=quiet)
+
+
+def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:
+    """Load the model that `load_checked` was told of with `beside`."""
+    return _load(resolve(model), loading, None, quiet=quiet)
+
+
+def _load(source: Source, loading: Loading, alpha: Path | None, *, quiet: bool) -> Any:
     from outlier_mlx.terminal import working
 
-    source = model if isinstance(model, Source) else resolve(model, loading.revision)
     with working(f"loading {source.name}", quiet=quiet):
-        if not loading.ignore_memory:
-            _check_fits(source.folder, tokens, prompt, cache)
         return load_model(source.folder, loading.dtype, alpha)
 
 
-def _check_fits(folder: Path, tokens: int, prompt: str, cache: KVCache | None) -> None:
+def _check_fits(
+    folder: Path, tokens: int, prompt: str, cache: KVCache | None, beside: Path | None
+) -> None:
     from outlier_mlx.engine.memory import check_fits
 
     kept = cache or KVCache()
@@ -98,6 +112,7 @@ def _check_fits(folder: Path, tokens: int, prompt: str, cache: KVCache | None) -
         kv_group_size=kept.kv_group_size,
         kv_start=kept.quantized_kv_start,
         may_quantize=cache is not None,
+        beside=beside,
     )
     try:
         # A tokenizer takes at least a byte for a token. Reading it takes time, so the tokens are

@@ -2,14 +2,13 @@
 
 import json
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from outlier_mlx.cli.app import command
-from outlier_mlx.cli.loading import load_checked
+from outlier_mlx.cli.loading import load_beside, load_checked
 from outlier_mlx.cli.options import (
     Base,
     BaseBits,
@@ -96,20 +95,20 @@ def convert(
         # Refuse before hours of work what could not be pushed after it.
         require_repo_name(upload_repo)
         check_login(upload_repo)
+    changes: dict[str, Any] = {
+        "base_bits": base_bits,
+        "group_size": group_size,
+        "experts": experts,
+        "dtype": dtype,
+        "portable": portable,
+    }
     name: str = tier
     if tier == "auto":
         from outlier_mlx.tiers.choose import best, list_choices
 
-        choices = list_choices(overlay, base, revision=revision, base_revision=base_revision)
-        name = best(*choices)
-    recipe = make_recipe(
-        name,
-        base_bits=base_bits,
-        group_size=group_size,
-        experts=experts,
-        dtype=dtype,
-        portable=portable,
-    )
+        revisions = {"revision": revision, "base_revision": base_revision}
+        name = best(*list_choices(overlay, base, **revisions, changes=changes))
+    recipe = make_recipe(name, **changes)
     with progress_bar("converting", quiet=quiet) as progress:
         report = convert_tier(
             overlay,
@@ -299,11 +298,10 @@ def tune_alpha(
     from outlier_mlx.terminal import counting_bar
 
     check_writable(out, force=force)
-    loaded, tokenizer = load_checked(model, loading, window, quiet=quiet)
+    loaded, tokenizer = load_checked(model, loading, window, beside=teacher, quiet=quiet)
     other = None
     if teacher is not None:
-        same = replace(loading, revision=None)
-        other, _ = load_checked(teacher, same, window, quiet=quiet)
+        other, _ = load_beside(teacher, loading, quiet=quiet)
     texts = compare.windows(tokenizer, read_utf8(text), window, windows)
     compare.warn_of_context(loaded, texts)
     with counting_bar("tuning", "windows", quiet=quiet) as progress:

@@ -1,14 +1,13 @@
 """Commands that describe and measure models: info, bench, perplexity, routing, outliers."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.loading import load_checked
+from outlier_mlx.cli.loading import load_beside, load_checked
 from outlier_mlx.cli.options import (
     ActivationDType,
     Force,
@@ -152,12 +151,11 @@ def perplexity(
     from outlier_mlx.terminal import counting_bar
 
     folder = measured.require_tier(model) if record else None
-    loaded, tokenizer = load_checked(model, loading, window, quiet=quiet)
+    loaded, tokenizer = load_checked(model, loading, window, beside=against, quiet=quiet)
     content = read_utf8(text)
     other = None
     if against is not None:
-        same = replace(loading, revision=None)
-        other, other_tokenizer = load_checked(against, same, window, quiet=quiet)
+        other, other_tokenizer = load_beside(against, loading, quiet=quiet)
         compare.same_tokens(tokenizer, other_tokenizer, content)
     texts = compare.windows(tokenizer, content, window, windows)
     compare.warn_of_context(loaded, texts)

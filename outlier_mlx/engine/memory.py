@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outlier_mlx.errors import OutlierError
@@ -112,6 +112,7 @@ def check_fits(
     conversations: int = 1,
     cures: Sequence[str] = (),
     may_quantize: bool = True,
+    beside: Path | None = None,
 ) -> None:
     """Refuse to load a model that does not fit, before the machine swaps.
 
@@ -125,31 +126,44 @@ def check_fits(
         conversations: how many have a KV cache at the same time.
         cures: more remedies to name in the message.
         may_quantize: whether the user could have the KV cache quantized.
+        beside: another model that will be in memory at the same time, without a KV cache.
 
     Raises:
         OutlierError: it does not fit; the message says what can be done.
     """
     available = available or budget()
-    needs = needs_of(folder, available)
+    needs, names = needs_of(folder, available), f"{folder.name} needs"
+    if beside is not None:
+        other = needs_of(beside, available)
+        needs = replace(needs, weights=needs.weights + other.weights)
+        names = f"{folder.name} and {beside.name} need"
     cache = conversations * needs.cache(tokens, kv_bits, kv_group_size, kv_start)
     needed = needs.weights + cache
     if needed <= available.nbytes:
         return
     helps = list(cures)
-    group = fitting_group(needs.config, kv_group_size)
-    if cache and kv_bits is None and may_quantize and group is not None:
-        option = "--kv-bits 4" + (f" --kv-group-size {group}" if group != kv_group_size else "")
-        room = available.nbytes - needs.weights
-        if conversations * needs.cache(tokens, 4, group, kv_start) <= room:
-            helps.append(option)
-        elif conversations * needs.cache(tokens, 4, group) <= room:
-            helps.append(f"{option} --quantized-kv-start 0")
+    if kv_bits is None and may_quantize:
+        room = (available.nbytes - needs.weights) // conversations
+        helps += _quantizing(needs, room, tokens, kv_group_size, kv_start)
     helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
     if available.whose == "this Mac's GPU":
         megabytes = -(-needed // 2**20)
         helps.append(f"a higher limit (sudo sysctl iogpu.wired_limit_mb={megabytes})")
     whose = f" of {conversations} conversations of {tokens} tokens" if conversations > 1 else ""
     raise OutlierError(
-        f"{folder.name} needs {size(needed)}, {size(cache)} of it for the KV cache{whose};"
-        f" {available}. What helps: {', or '.join(helps)}; --ignore-memory loads it anyway"
+        f"{names} {size(needed)}, {size(cache)} of it for the KV cache{whose}; {available}."
+        f" What helps: {', or '.join(helps)}; --ignore-memory loads it anyway"
     )
+
+
+def _quantizing(needs: Needs, room: int, tokens: int, group_size: int, start: int) -> list[str]:
+    """The options that make a KV cache fit into `room` bytes by quantizing it, if there are any."""
+    group = fitting_group(needs.config, group_size)
+    if group is None or needs.cache(tokens) == 0:
+        return []
+    options = "--kv-bits 4" + (f" --kv-group-size {group}" if group != group_size else "")
+    if needs.cache(tokens, 4, group, start) <= room:
+        return [options]
+    if needs.cache(tokens, 4, group) <= room:
+        return [f"{options} --quantized-kv-start 0"]
+    return []

@@ -1,8 +1,10 @@
 """Choosing: what each recipe would take, and which is the best that fits."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import WholeModel, join, open_base
@@ -12,14 +14,14 @@ from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.storage.remote import fill
 from outlier_mlx.terminal import size
-from outlier_mlx.tiers.plan import make_plan
+from outlier_mlx.tiers.plan import make_plan, settle_dtype
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import RECIPES, Recipe, make_recipe
 
 CONTEXTS = (4096, 32768)
 KV_BITS = (None, 8, 4)
-# From the best to the smallest. Portable tiers and float32 are there for other reasons than size.
-PREFERENCE = ("bf16", "q8", "q4-mixed", "q4")
+# Below the unquantized recipe in the checkpoint's own dtype, from the best to the smallest.
+_QUANTIZED = ("q8", "q4-mixed", "q4")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def list_choices(
     ram_gb: float | None = None,
     revision: str | None = None,
     base_revision: str | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[list[Choice], Budget]:
     """Predict sizes and memory of every recipe; only headers are read, and of repositories fetched.
 
@@ -57,13 +60,16 @@ def list_choices(
         ram_gb: choose for a Mac with this many gigabytes rather than for this machine.
         revision: the overlay's revision on the hub.
         base_revision: the base's.
+        changes: arguments of `make_recipe` for every recipe.
 
     Returns:
-        The choices, and the memory that they were held against.
+        The choices, from the best to the smallest and then those that are there for other reasons
+        than size; and the memory that they were held against.
+
+    Raises:
+        CheckpointError: overlay or base is not valid, whatever the recipe.
     """
     available = budget(ram_gb)
-    recipes = {name: RECIPES[name] for name in (*PREFERENCE, "f16", "f32")}
-    recipes["q4 --portable"] = make_recipe("q4", portable=True)
     with ExitStack() as stack:
         found = stack.enter_context(headers(overlay, revision))
         opened = open_overlay(found.source.folder)
@@ -73,7 +79,21 @@ def list_choices(
             found = stack.enter_context(headers(base, base_revision))
             opened_base = open_base(found.source.folder)
         model = join(opened, opened_base)
+        opened.alphas()  # if they are not valid, no recipe can be made
+        recipes = _recipes(model, changes or {})
         return [_choice(name, r, model, available) for name, r in recipes.items()], available
+
+
+def _recipes(model: WholeModel, changes: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Recipes by name: those to choose from, the best first, then the others."""
+    halves = ["bf16", "f16"]
+    if settle_dtype(model, Recipe()).dtype == RECIPES["f16"].dtype:
+        halves.reverse()
+    names = (halves[0], *_QUANTIZED, halves[1], "f32")
+    recipes = {name: make_recipe(name, **changes) for name in names}
+    if not changes.get("portable"):
+        recipes["q4 --portable"] = make_recipe("q4", **{**changes, "portable": True})
+    return recipes
 
 
 def best(choices: list[Choice], available: Budget) -> str:
@@ -82,11 +102,12 @@ def best(choices: list[Choice], available: Budget) -> str:
     Raises:
         OutlierError: none does.
     """
-    fitting = {choice.name for choice in choices if choice.fits}
-    for name in PREFERENCE:
-        if name in fitting:
-            return name
-    least = min(choice.memory[CONTEXTS[0], None] for choice in choices if choice.memory)
+    for choice in choices:
+        if choice.fits and choice.name in RECIPES:
+            return choice.name
+    least = min((c.memory[CONTEXTS[0], None] for c in choices if c.memory), default=None)
+    if least is None:
+        raise OutlierError(str(choices[0].reason))
     raise OutlierError(f"no recipe fits: the smallest needs {size(least)}; {available}")
 
 
