@@ -106,7 +106,7 @@ def convert(
     if tier == "auto":
         from outlier_mlx.tiers.choose import best, list_choices
 
-        revisions = {"revision": revision, "base_revision": base_revision}
+        revisions: dict[str, Any] = {"revision": revision, "base_revision": base_revision}
         name = best(*list_choices(overlay, base, **revisions, changes=changes))
     recipe = make_recipe(name, **changes)
     with progress_bar("converting", quiet=quiet) as progress:
