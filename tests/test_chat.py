@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import save_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
 from outlier_mlx.engine.conversation import Conversation
 from outlier_mlx.engine.generate import Options, generate_from_tokens
 from outlier_mlx.engine.sessions import identity, load, save
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from tests.builders import write_overlay
 from tests.damage import edit_json
@@ -23,7 +23,7 @@ from tests.folders import copy_writable
 from tests.library import Library
 from tests.program import Result, assert_refused, run
 
-Loaded = tuple[Any, TokenizerWrapper]
+Loaded = tuple[Any, Tokenizer]
 QUESTIONS = ("Hello there", "And then?", "Why?")
 
 

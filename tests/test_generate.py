@@ -16,12 +16,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
 from outlier_mlx.engine.generate import Options, encode_prompt, generate_text
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.model import Model
 from tests.builders import Built, write_overlay
 from tests.damage import edit_json
 from tests.engine import tier_of
 from tests.folders import copy_writable
+from tests.program import run
 from tests.reference import ReferenceModel, greedy
 from tests.reference_reader import read_overlay
 
@@ -33,7 +35,7 @@ def reference(overlay: Built) -> ReferenceModel:
     return read_overlay(overlay.path)
 
 
-Loaded = tuple[Any, TokenizerWrapper]
+Loaded = tuple[Any, Tokenizer]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,17 @@ def test_text_is_streamed(loaded: Loaded):
     last = responses[-1]
     assert last.generation_tokens == 12 and last.finish_reason == "length"
     assert last.prompt_tokens == len(encode_prompt(loaded[1], PROMPT, Options()))
+
+
+def test_blanks_and_nul_are_written_as_they_are(
+    tier: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+):
+    tokens = loaded[1].encode("  \0 the") + [0]
+    sampled = iter([mx.array([token]) for token in [*tokens, 0, 0]])
+    monkeypatch.setattr(
+        "outlier_mlx.engine.generate.make_sampler", lambda *_, **__: lambda _: next(sampled)
+    )
+    assert run("generate", tier, "--prompt", "Hi").out == "  \0 the\n"
 
 
 @pytest.mark.parametrize("options", [{}, {"max_kv_size": 16}], ids=str)

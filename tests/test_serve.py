@@ -17,10 +17,11 @@ import numpy as np
 import openai
 import pytest
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
+from outlier_mlx.engine.detokenizer import Detokenizer
 from outlier_mlx.engine.generate import Options, encode_prompt, generate_text
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve import mlxlm_server
 from outlier_mlx.serve.options import ServeOptions
@@ -30,7 +31,7 @@ from tests.engine import tier_of
 from tests.library import Library
 from tests.serving import MESSAGES, NAME, Running, running
 
-Loaded = tuple[Any, TokenizerWrapper]
+Loaded = tuple[Any, Tokenizer]
 PROMPT = MESSAGES[0]["content"]
 
 
@@ -299,6 +300,27 @@ def test_a_client_that_vanishes_while_it_waits(tier: Path, monkeypatch: pytest.M
         chunks.close()
         assert server.chat(seed=2).usage.completion_tokens
     assert len(begun) == 2
+
+
+def test_a_reply_whose_text_fails_fails_alone(
+    served: Running, alone: Alone, monkeypatch: pytest.MonkeyPatch
+):
+    """The others do not notice, and the server goes on."""
+    chunks = iter(served.chat(stream=True, max_tokens=200))
+    first = [next(chunks) for _ in range(3)]
+
+    class Failing(Detokenizer):
+        def add_token(self, token: int) -> None:
+            raise KeyError("x é")
+
+    tokenizer = served.server.generator.provider.tokenizer
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "_detokenizer", Failing(tokenizer._tokenizer))
+        with pytest.raises(openai.InternalServerError, match=r"the text of token \d+ .* KeyError"):
+            served.chat()
+    assert joined([*first, *chunks]) == text_of(alone(200))
+    assert served.chat().choices[0].message.content == text_of(alone(12))
+    assert not [line for line in served.log if "generation failed" in line]
 
 
 def test_generation_outlives_a_failure(served: Running, monkeypatch: pytest.MonkeyPatch):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
 from outlier_mlx.cli.tables import print_statistics
 from outlier_mlx.engine.generate import Options, generate_text
 from outlier_mlx.engine.loading import load, load_model
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.storage.paths import entries
 from outlier_mlx.terminal import Progress, counting_bar, print_columns, size, stdout
@@ -42,7 +42,7 @@ def load_base() -> nn.Module:
 
 
 def perplexities(
-    model: nn.Module, tokenizer: TokenizerWrapper, texts: dict[str, list[str]]
+    model: nn.Module, tokenizer: Tokenizer, texts: dict[str, list[str]]
 ) -> dict[str, float]:
     """Perplexity of a model on the documents of each domain, and of all new domains together."""
     found = {
@@ -103,7 +103,7 @@ def run(
             )
 
 
-def _write(model: nn.Module, tokenizer: TokenizerWrapper) -> GenerationResponse | None:
+def _write(model: nn.Module, tokenizer: Tokenizer) -> GenerationResponse | None:
     """Print the prompt, and the model's continuation while it is generated."""
     response = None
     print(PROMPT, end="", flush=True)
@@ -135,7 +135,7 @@ def _tensor_bytes(folder: Path) -> int:
 def _measure(
     models: dict[str, nn.Module],
     sizes: dict[str, int],
-    tokenizer: TokenizerWrapper,
+    tokenizer: Tokenizer,
     texts: dict[str, list[str]],
     progress: Progress,
 ) -> list[tuple[str, ...]]:

@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.generate import Options, described, generate_from_tokens
 from outlier_mlx.engine.templates import render
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress, no_progress
@@ -45,7 +45,7 @@ class Conversation:
         OutlierError: the model has no chat template.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, options: Options) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, options: Options) -> None:
         if not tokenizer.has_chat_template:
             raise OutlierError("this model has no chat template; `outlier-mlx generate` needs none")
         if options.seed is not None:

@@ -10,11 +10,11 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
 from outlier_mlx.engine.templates import render
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import Description, describe_args
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
@@ -68,15 +68,14 @@ class Options:
             raise OutlierError("--kv-bits and --max-kv-size exclude each other")
 
 
-def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, options: Options) -> list[int]:
     """Token ids of a prompt, after the chat template is applied if the model has one.
 
     Raises:
         OutlierError: there are no tokens, there is a system prompt but no chat template, or the
             template fails.
     """
-    templated = tokenizer.has_chat_template and not options.ignore_chat_template
-    if not templated:
+    if not _templated(tokenizer, options):
         if options.system_prompt is not None:
             raise OutlierError("--system-prompt needs a chat template; this model has none")
         tokens = tokenizer.encode(prompt)
@@ -101,9 +100,13 @@ def encode_prompt(tokenizer: TokenizerWrapper, prompt: str, options: Options) ->
     return tokens
 
 
+def _templated(tokenizer: Tokenizer, options: Options) -> bool:
+    return bool(tokenizer.has_chat_template) and not options.ignore_chat_template
+
+
 def generate_text(
     model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    tokenizer: Tokenizer,
     prompt: str,
     options: Options,
     progress: Progress = no_progress,
@@ -133,12 +136,14 @@ def generate_text(
             f"the prompt has {len(tokens)} tokens, but the model's context length is {limit}",
             stacklevel=2,
         )
+    if options.prefill_response is not None or not _templated(tokenizer, options):
+        tokenizer = tokenizer.after(tokens)
     yield from generate_from_tokens(model, tokenizer, tokens, options, progress=progress)
 
 
 def generate_from_tokens(
     model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    tokenizer: Tokenizer,
     tokens: list[int],
     options: Options,
     cache: list[Any] | None = None,
@@ -192,7 +197,7 @@ def generate_from_tokens(
         yield response
 
 
-def _unaffected(model: nn.Module, tokenizer: TokenizerWrapper) -> list[int]:
+def _unaffected(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
     """Tokens that XTC leaves alone: line breaks and what ends a text, as far as the model has them.
 
     MLX would write the log probability of any other id into foreign memory.
@@ -201,12 +206,12 @@ def _unaffected(model: nn.Module, tokenizer: TokenizerWrapper) -> list[int]:
     return [token for token in tokens if 0 <= token < vocabulary(model, tokenizer)]
 
 
-def top_k(wanted: int, model: nn.Module, tokenizer: TokenizerWrapper) -> int:
+def top_k(wanted: int, model: nn.Module, tokenizer: Tokenizer) -> int:
     """The k for mlx-lm's sampler: 0, which means all tokens, if `wanted` is at least all tokens."""
     return wanted if wanted < vocabulary(model, tokenizer) else 0
 
 
-def vocabulary(model: nn.Module, tokenizer: TokenizerWrapper) -> int:
+def vocabulary(model: nn.Module, tokenizer: Tokenizer) -> int:
     """Width of the logits; if it is not known, the number of the tokenizer's tokens."""
     return embedding_rows(model) or len(tokenizer.get_vocab())
 

@@ -1,11 +1,15 @@
-"""The tokenizer of a loaded model: mlx-lm's, with templates rendered in one place."""
+"""The tokenizer of a loaded model: mlx-lm's wrapper, with texts and templates made here."""
 
+from copy import copy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
+from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
+from mlx_lm.utils import _tokenizer_defaults
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from outlier_mlx.engine.detokenizer import Detokenizer
 from outlier_mlx.engine.templates import bound, end_of_turn, render
 
 
@@ -16,18 +20,38 @@ class Tokenizer(TokenizerWrapper):
     def load(cls, folder: Path, ends: int | list[int] | None) -> "Tokenizer":
         """Load the tokenizer in a folder.
 
+        It has all that mlx-lm's `load_tokenizer` gives it, except for its detokenizers: they make
+        a list of the whole vocabulary first, which takes most of the time, and fail on some.
+
         Args:
             folder: has the tokenizer's files; no code in it is run.
             ends: the ids that end a text, besides the tokenizer's own and the chat template's.
+
+        Raises:
+            Exception: whatever transformers raises for wrong files.
         """
-        loaded = mlx_lm_load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
-        tokenizer = cls.__new__(cls)
-        tokenizer.__dict__.update(loaded.__dict__)
+        own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        defaults = _tokenizer_defaults(folder) or {}
+        if ends is None:
+            ends = defaults.get("eos_token_ids")
+        tokenizer = cls(
+            own,
+            Detokenizer,
+            eos_token_ids=[ends] if isinstance(ends, int) else ends,
+            **_chat_format(own, defaults),
+            **_tool_calls(own, defaults),
+        )
         bound(tokenizer)
         end = end_of_turn(tokenizer)
         if end is not None:
             tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, end}
         return tokenizer
+
+    def after(self, tokens: list[int]) -> "Tokenizer":
+        """The same, with a detokenizer for texts that continue a prompt of these tokens."""
+        other = copy(self)
+        other._detokenizer = self._detokenizer.after(tokens)
+        return other
 
     def apply_chat_template(self, *messages: Any, tokenize: bool = True, **options: Any) -> Any:
         """The text or the tokens of a conversation; see `templates.render`.
@@ -37,3 +61,40 @@ class Tokenizer(TokenizerWrapper):
         """
         text = render(self, *messages, **options)
         return self.encode(text, add_special_tokens=False) if tokenize else text
+
+
+def _chat_format(own: PreTrainedTokenizerBase, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The template and the form of replies that mlx-lm has in Python for a few models."""
+    settings = own.init_kwargs
+    name = settings.get("chat_template_type", defaults.get("chat_template_type"))
+    if not name:
+        return {}
+    module = _mlx_lm_module("chat_templates", name)
+    # A default does not replace the model's own template.
+    replaces = "chat_template_type" in settings or own.chat_template is None
+    return {
+        "chat_template": module.apply_chat_template if replaces else None,
+        "response_format": getattr(module, "RESPONSE_FORMAT", None),
+    }
+
+
+def _tool_calls(own: PreTrainedTokenizerBase, defaults: dict[str, Any]) -> dict[str, Any]:
+    """How the model's calls of tools are found and parsed, if mlx-lm knows it."""
+    name = own.init_kwargs.get("tool_parser_type", defaults.get("tool_parser_type"))
+    if name is None:
+        name = _infer_tool_parser(own)
+    if name is None:
+        return {}
+    module = _mlx_lm_module("tool_parsers", name)
+    return {
+        "tool_parser": module.parse_tool_call,
+        "tool_call_start": module.tool_call_start,
+        "tool_call_end": module.tool_call_end,
+    }
+
+
+def _mlx_lm_module(package: str, name: object) -> Any:
+    """A module of one of mlx-lm's packages; a tokenizer_config.json can name no other."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"{name!r} is not one of mlx-lm's {package}")
+    return import_module(f"mlx_lm.{package}.{name}")

@@ -1,5 +1,6 @@
 """Generation for all requests in one thread: the one model, its prompt cache, and the thread."""
 
+import copy
 import gc
 import inspect
 import threading
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.generate import described, vocabulary
 from outlier_mlx.engine.prompts import check_tokens
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.serve.access import Refused
@@ -29,7 +31,7 @@ from outlier_mlx.terminal import Progress
 if TYPE_CHECKING:
     from outlier_mlx.serve.replies import Reply
 
-Load = Callable[[], tuple[nn.Module, TokenizerWrapper]]
+Load = Callable[[], tuple[nn.Module, Tokenizer]]
 
 FAILED = "generation failed; try again"
 TEMPLATE_NAMES = frozenset(
@@ -69,6 +71,8 @@ class OneModel(ModelProvider):
             return
         try:
             self.model, self.tokenizer = self._load_model()
+            self._without_text = copy.copy(self.tokenizer)
+            self._without_text._detokenizer = _NoText()
             self.is_batchable = all(hasattr(c, "merge") for c in make_prompt_cache(self.model))
             self.model_key = (self.service.name, None, None)
             options = self.service.options
@@ -86,8 +90,27 @@ class OneModel(ModelProvider):
             self.loaded.set()
 
     def load(self, *_: Any) -> tuple[nn.Module, TokenizerWrapper]:
-        """The loaded model and its tokenizer; the arguments are ignored."""
-        return self.model, self.tokenizer
+        """The loaded model and its tokenizer; the arguments are ignored.
+
+        The tokenizer gives no text, because mlx-lm would ask for it in the thread that generates,
+        where an error ends all replies. Each `Reply` makes its own.
+        """
+        return self.model, self._without_text
+
+
+class _NoText(StreamingDetokenizer):
+    """A detokenizer whose text is always empty."""
+
+    last_segment = ""
+
+    def reset(self) -> None:
+        pass
+
+    def add_token(self, token: int) -> None:
+        pass
+
+    def finalize(self) -> None:
+        pass
 
 
 class PromptCache(LRUPromptCache):

@@ -3,7 +3,7 @@
 import math
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mlx_lm.generate import TextStateMachine
@@ -111,13 +111,14 @@ class Reply:
         words = self.request.stop
         machine = TextStateMachine({"normal": [(word, None) for word in words]} if words else {})
         state = machine.make_state("normal")
+        text_of = self._detokenizer()
         for response in self._responses:
             if math.isnan(response.logprob):
                 raise Refused(500, NOT_A_NUMBER)
             self.completion_tokens += 1
             if self.request.alternatives is not None and response.finish_reason != "stop":
                 self._logprobs.append(self._chosen_and_alternatives(response))
-            state, segments = TextStateMachine.split(state, response.text)
+            state, segments = TextStateMachine.split(state, text_of(response))
             text = segments[0][1]
             if len(segments) > 1:
                 yield text, "stop"
@@ -128,6 +129,23 @@ class Reply:
                 return
             yield text, None
         yield "", "stop"
+
+    def _detokenizer(self) -> Callable[[Response], str]:
+        """A function that gives the text that each response adds."""
+        tokenizer = self.generator.provider.tokenizer
+        if self.request.messages is None:
+            tokenizer = tokenizer.after(self._job.tokens)
+        detokenizer = tokenizer.detokenizer
+
+        def text_of(response: Response) -> str:
+            try:
+                return detokenizer.piece(response.token, response.finish_reason)
+            except Exception as error:  # the tokenizer's: only this reply fails
+                reason = f"{type(error).__name__}: {error}"
+                told = f"the text of token {response.token} cannot be decoded: {reason}"
+                raise Refused(500, told) from None
+
+        return text_of
 
     def _check(self) -> None:
         """Check that somebody still wants the reply."""
