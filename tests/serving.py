@@ -15,6 +15,7 @@ from typing import Any
 import openai
 
 import outlier_mlx
+from outlier_mlx.serve.generator import Load
 from outlier_mlx.serve.options import ServeOptions
 from outlier_mlx.serve.server import Server
 
@@ -70,6 +71,17 @@ class Running:
         head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in lines.items())
         return self.raw(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + raw)
 
+    def stream(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> list[Any]:
+        """The events of a stream as they are sent, without the last, which is [DONE]."""
+        raw = json.dumps(body | {"stream": True}).encode()
+        with self.connect() as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
+            connection.sendall(head.encode() + raw)
+            answer = connection.makefile(encoding="utf-8").read()
+        *events, done = [line[6:] for line in answer.splitlines() if line.startswith("data: ")]
+        assert done == "[DONE]"
+        return [json.loads(event) for event in events]
+
     def wait(self, condition: Callable[[], bool], seconds: float = 10) -> bool:
         """Whether something becomes true in time."""
         deadline = time.monotonic() + seconds
@@ -92,10 +104,10 @@ def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
 
 
 @contextmanager
-def running(tier: Path, **options: Any) -> Iterator[Running]:
-    """A server of a tier on a free port."""
+def running(model: Path | Load, **options: Any) -> Iterator[Running]:
+    """A server of a tier, or of what a function loads, on a free port."""
     log: list[str] = []
-    load = partial(outlier_mlx.load, tier)
+    load = partial(outlier_mlx.load, model) if isinstance(model, Path) else model
     server = Server(NAME, load, ServeOptions(**{"port": 0} | options), log.append, log.append)
     try:
         server.start()

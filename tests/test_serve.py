@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -43,6 +44,13 @@ def tier(library: Library) -> Path:
 @pytest.fixture(scope="module")
 def served(tier: Path) -> Iterator[Running]:
     with running(tier, max_tokens=400) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def keyed(tier: Path) -> Iterator[Running]:
+    """A server that tells how much of a prompt was cached, because all clients have one key."""
+    with running(tier, api_key="any") as server:
         yield server
 
 
@@ -227,9 +235,9 @@ def test_tokens_are_limited_by_the_context(served: Running):
 
 
 @pytest.mark.parametrize("seed", [None, 1])
-def test_an_answer_sent_back_as_a_prompt(served: Running, seed: int | None):
+def test_an_answer_sent_back_as_a_prompt(keyed: Running, seed: int | None):
     """All of its tokens may be in the prompt cache; one must be left to start from."""
-    create: Any = served.client.completions.create
+    create: Any = keyed.client.completions.create
     # Of single printable characters, so that the text has the tokens that were written.
     bias = {str(token): -100 for token in range(288) if not 5 <= token < 99}
     prompt = f"begin {seed} "
@@ -240,6 +248,30 @@ def test_an_answer_sent_back_as_a_prompt(served: Running, seed: int | None):
         assert again.choices[0].text == answer.choices[0].text
         assert again.usage.prompt_tokens_details.cached_tokens > 0
         prompt += answer.choices[0].text
+
+
+def test_nobody_learns_what_others_asked(served: Running, keyed: Running):
+    """The number of cached tokens would tell; a key makes sure that there are no others."""
+    body = {"messages": MESSAGES, "max_tokens": 2}
+    streamed = body | {"stream_options": {"include_usage": True}}
+    for _ in range(2):
+        assert "prompt_tokens_details" not in served.post(body)[2]["usage"]
+        *_, last = served.stream(streamed)
+        assert last["usage"].keys() == {"prompt_tokens", "completion_tokens", "total_tokens"}
+        usage = keyed.chat(max_tokens=2).usage
+    assert usage.prompt_tokens_details.cached_tokens > 0
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_comments_in_a_stream_do_not_count_tokens(served: Running, seed: int | None):
+    """They would tell how much of the prompt was cached."""
+    raw = json.dumps({"messages": MESSAGES, "max_tokens": 2, "stream": True, "seed": seed})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}"
+    with served.connect() as connection:
+        connection.sendall(f"{head}\r\n\r\n{raw}".encode())
+        lines = connection.makefile(encoding="utf-8").read().splitlines()
+    comments = {line for line in lines if line.startswith(":")}
+    assert comments == {": keepalive"}
 
 
 def test_many_at_once_get_what_each_would_get_alone(served: Running):

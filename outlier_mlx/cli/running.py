@@ -203,6 +203,10 @@ def serve(
         float, typer.Option(min=0.001, help="Size of a request's body in MB, at most.")
     ] = 4.0,
     max_clients: Annotated[int, typer.Option(min=1, help="Connections at a time, at most.")] = 64,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse requests with parameters that would have no effect."),
+    ] = False,
     decode_concurrency: Annotated[
         int | None,
         typer.Option(
@@ -245,6 +249,7 @@ def serve(
         max_body=int(max_body * 1e6),
         max_context=max_context,
         max_clients=max_clients,
+        strict=strict,
         prefill_step_size=prefill_step_size,
         prompt_cache_size=prompt_cache_size,
         **vars(sampling),

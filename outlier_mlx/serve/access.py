@@ -94,6 +94,7 @@ class Access:
             "Access-Control-Allow-Methods": "GET, POST",
             # The wildcard does not cover Authorization.
             "Access-Control-Allow-Headers": "*, Authorization",
+            "Access-Control-Expose-Headers": "*",
             "Vary": "Origin",
         }
 

@@ -23,7 +23,9 @@ from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.limits import Limits
+from outlier_mlx.serve.messages import MessageReader
 from outlier_mlx.serve.mlxlm_server import ModelProvider, Response, ResponseGenerator, as_mlx_lm
+from outlier_mlx.serve.probes import TemplateProbes
 from outlier_mlx.serve.prompts import BoundedTokenizer
 from outlier_mlx.serve.request import Request, Sampling
 from outlier_mlx.terminal import Progress
@@ -82,6 +84,7 @@ class OneModel(ModelProvider):
                 options.max_context or context_length(described(self.model)),
                 TEMPLATE_NAMES,
                 Sampling(options.temp, options.top_p, options.top_k, options.min_p),
+                MessageReader(TemplateProbes(self.tokenizer), self.tokenizer.has_tool_calling),
             )
             self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
         except BaseException as error:

@@ -1,6 +1,7 @@
 """Answers requests: checks them, has the reply generated, and sends it in OpenAI's format."""
 
 import json
+import re
 import time
 from contextlib import closing
 from typing import Any
@@ -13,6 +14,9 @@ from outlier_mlx.serve.limits import parse_body
 from outlier_mlx.serve.openai import Format, usage_of
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.replies import Reply
+
+# Names of parameters that are remembered, so that each is logged once.
+MAX_NAMED = 1000
 
 
 class Handler(CheckedHandler):
@@ -55,6 +59,7 @@ class Handler(CheckedHandler):
         raw = self.read_body()
         chat = self.path.endswith("/chat/completions")
         request = self.generator.provider.limits.request(parse_body(raw), chat=chat)
+        self._tell_unused(request.unused)
         reply_format = Format(self.service.name, chat, request.stream)
         with closing(Reply(self.generator, request, self.connection)) as reply:
             reply.start(self._keep_alive)
@@ -67,6 +72,24 @@ class Handler(CheckedHandler):
             for piece in reply.pieces():
                 whole.add(piece)
             self.send_json(200, reply_format.reply(whole, self._usage(reply)))
+
+    def _tell_unused(self, names: tuple[str, ...]) -> None:
+        """Name the fields that have no effect in a header, and each of them once in the log.
+
+        Raises:
+            Refused: the server is strict.
+        """
+        if not names:
+            return
+        shown = [re.sub(r"[^\w.-]", "?", name[:64], flags=re.ASCII) for name in names[:20]]
+        if self.service.options.strict:
+            text = f"these parameters would have no effect: {', '.join(shown)}"
+            raise Refused(400, text, "unknown_parameter", shown[0])
+        self.notes["X-Unused-Parameters"] = ", ".join(shown)
+        for name in shown:
+            if name not in self.service.named and len(self.service.named) < MAX_NAMED:
+                self.service.named.add(name)
+                self.service.log(f"a request has the parameter {name}, which has no effect")
 
     def _stream(self, reply: Reply, reply_format: Format) -> None:
         self.send_response(200)
@@ -93,4 +116,11 @@ class Handler(CheckedHandler):
             self.wfile.write(b": keepalive\n\n")
 
     def _usage(self, reply: Reply) -> dict[str, Any]:
-        return usage_of(reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens)
+        """Numbers of tokens.
+
+        How many of them were cached says what was asked before. Only with an API key is it sure
+        that nobody else asked that.
+        """
+        keyed = self.service.access.api_key is not None
+        cached = reply.cached_tokens if keyed else None
+        return usage_of(reply.prompt_tokens, reply.completion_tokens, cached)

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -39,6 +39,7 @@ class Service:
         log: called with one line for each request.
         warn: called with one line for each unexpected error.
         connections: the open connections.
+        named: parameters without effect that were logged.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Service:
     log: Callable[[str], None]
     warn: Callable[[str], None]
     connections: Connections
+    named: set[str] = field(default_factory=set)
 
 
 class _Reader(Protocol):

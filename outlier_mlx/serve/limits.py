@@ -1,10 +1,11 @@
 """The body of a request, in OpenAI's API, as a checked `Request`."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.fields import CHAT, TEXT, Number, check_fields
+from outlier_mlx.serve.fields import CHAT, FIELDS, STREAM_OPTIONS, TEXT, Number, check_fields
+from outlier_mlx.serve.messages import MessageReader
 from outlier_mlx.serve.request import Request, Sampling
 from outlier_mlx.storage.texts import decode_json
 
@@ -38,13 +39,15 @@ class Limits:
         context: largest number of tokens in prompt and response together; None: no limit.
         template_names: parameters of `apply_chat_template`, which a client must not set.
         sampling: how tokens are chosen if the request does not say.
+        reader: reads messages and tools.
     """
 
     max_tokens: int
     vocab: int
-    context: int | None = None
-    template_names: frozenset[str] = frozenset()
-    sampling: Sampling = field(default_factory=Sampling)
+    context: int | None
+    template_names: frozenset[str]
+    sampling: Sampling
+    reader: MessageReader
 
     def request(self, body: dict[str, Any], *, chat: bool) -> Request:
         """The request in a body of OpenAI's API.
@@ -52,29 +55,55 @@ class Limits:
         Raises:
             Refused: 400, with the parameter's name.
         """
-        body, _ = check_fields(body, CHAT if chat else TEXT)
+        body, unused = check_fields(body, FIELDS, endpoint=CHAT if chat else TEXT)
         options = body.get("stream_options", {})
+        options, unknown = check_fields(options, STREAM_OPTIONS, "stream_options")
+        unused += unknown
+        if chat:
+            conversation, unknown = self._conversation(body)
+            unused += unknown
+        else:
+            conversation = {"prompt": _prompt(body.get("prompt"))}
         length = body.get("max_completion_tokens", body.get("max_tokens", 0))
         return Request(
-            prompt="" if chat else _prompt(body.get("prompt")),
-            messages=_messages(body.get("messages")) if chat else None,
-            tools=body.get("tools", []),
-            parallel_calls=body.get("parallel_tool_calls", True),
-            template=self._template(body.get("chat_template_kwargs", {})),
+            **conversation,
             stop=_stop(body.get("stop", [])),
             max_tokens=min(length or self.max_tokens, self.max_tokens),
             asked_tokens=length,
             sampling=self._sampling(body),
             seed=body["seed"] % (1 << 64) if "seed" in body else None,
-            alternatives=self._alternatives(body),
+            alternatives=self._alternatives(body, chat=chat),
             stream=body.get("stream", False),
-            include_usage=bool(options.get("include_usage")),
+            include_usage=options.get("include_usage", False),
+            unused=tuple(dict.fromkeys(unused)),
         )
 
-    def _alternatives(self, body: dict[str, Any]) -> int | None:
+    def _conversation(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """What only chat has, and the names of fields that have no effect."""
+        tools = self.reader.tools(body.get("tools", []))
+        messages, unused = self.reader.messages(body.get("messages", []))
+        template = body.get("chat_template_kwargs", {})
+        for name, value in template.items():
+            if name in self.template_names or not isinstance(value, bool | int | float | str):
+                text = f"chat_template_kwargs: {name[:40]!r} is not supported"
+                raise Refused(400, text, "unsupported_parameter", "chat_template_kwargs")
+            if not self.reader.probes.mentions(name):
+                unused.append(f"chat_template_kwargs.{name}")
+        conversation = {
+            "messages": messages,
+            "tools": [] if body.get("tool_choice") == "none" else tools,
+            "parallel_calls": body.get("parallel_tool_calls", True),
+            "template": template,
+        }
+        return conversation, unused
+
+    def _alternatives(self, body: dict[str, Any], *, chat: bool) -> int | None:
         """The number of alternatives: in `/v1/completions`, `logprobs` may be that number."""
         logprobs, alternatives = body.get("logprobs", False), body.get("top_logprobs", 0)
         if not isinstance(logprobs, bool):
+            if chat:
+                text = "logprobs must be true or false; top_logprobs is the number of alternatives"
+                raise Refused(400, text, "invalid_value", "logprobs")
             return min(logprobs, self.vocab)
         return min(alternatives, self.vocab) if logprobs or alternatives else None
 
@@ -97,13 +126,6 @@ class Limits:
                 raise Refused(400, f"logit_bias must be {BIAS}", None, "logit_bias")
         return {int(token): float(value) for token, value in bias.items()}
 
-    def _template(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        for name, value in kwargs.items():
-            if name in self.template_names or not isinstance(value, bool | int | float | str):
-                text = f"chat_template_kwargs: {name[:40]!r} is not supported"
-                raise Refused(400, text, "unsupported_parameter", "chat_template_kwargs")
-        return kwargs
-
 
 def _stop(stop: Any) -> list[str]:
     strings = [stop] if isinstance(stop, str) else stop
@@ -117,27 +139,6 @@ def _stop(stop: Any) -> list[str]:
         )
     # Clients send an empty string for no stop word.
     return [string for string in strings if string]
-
-
-def _messages(messages: Any) -> list[dict[str, Any]]:
-    if not messages:
-        raise Refused(400, "messages must be a list that is not empty", None, "messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Refused(400, "each message must be an object with a role", None, "messages")
-        content = message.get("content")
-        if content is None or isinstance(content, str):
-            continue
-        if not isinstance(content, list) or not all(map(_is_text, content)):
-            text = "a message's content must be text"
-            raise Refused(400, text, "unsupported_content", "messages")
-    return messages
-
-
-def _is_text(part: object) -> bool:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        return False
-    return isinstance(part.get("text"), str)
 
 
 def _prompt(prompt: Any) -> str:

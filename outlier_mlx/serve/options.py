@@ -24,6 +24,7 @@ class ServeOptions:
         max_context: largest number of tokens in prompt and response together; None: the model's
             context length.
         max_clients: connections at a time; further ones get status 503.
+        strict: refuse requests with parameters that would have no effect.
 
     Raises:
         OutlierError: an option has a value that is not allowed.
@@ -38,6 +39,7 @@ class ServeOptions:
     max_body: int = 4_000_000
     max_context: int | None = None
     max_clients: int = 64
+    strict: bool = False
     temp: float = 0.0
     top_p: float = 1.0
     top_k: int = 0

@@ -45,6 +45,8 @@ class Request:
             of each chosen token; None: no log probabilities.
         stream: whether the reply is sent in pieces.
         include_usage: whether a stream ends with the numbers of tokens.
+        unused: names of the request's fields that have no effect, because the API does not have
+            them or the chat template does not use them.
     """
 
     prompt: str = ""
@@ -60,3 +62,4 @@ class Request:
     alternatives: int | None = None
     stream: bool = False
     include_usage: bool = False
+    unused: tuple[str, ...] = ()

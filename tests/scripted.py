@@ -1,0 +1,96 @@
+"""A model whose every next token is written down, so that what a server answers is known."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from outlier_mlx.engine.loading import load_tokenizer
+
+#: Ends a reply, begins one, and stands before each message.
+END, START, ROLE = "<|end|>", "<|start|>", "<|role|>"
+#: Qwen's way to write tools, calls and results; other messages of any role.
+TOOLS = (
+    "{% if tools %}<|role|>tools{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "<tool_call></tool_call>{% endif %}"
+    "{% for m in messages %}<|role|>{{ m.role }}:{{ m.content }}"
+    "{% for tool_call in m.tool_calls or [] %}"
+    "{{ tool_call.function.name }}{{ tool_call.function.arguments | tojson }}"
+    "{# tool_call.name: mlx-lm knows the format by this #}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>{% endif %}"
+)
+#: Without tools, and for the usual roles alone.
+PLAIN = (
+    "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
+    "<|role|>{{ m.role }}:{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>{% endif %}"
+)
+
+
+class Scripted(nn.Module):
+    """Token t is followed by `successors[t]`, whatever stands before it."""
+
+    def __init__(self, successors: list[int]) -> None:
+        super().__init__()
+        self.layers: list[Any] = [None]
+        self._successors = mx.array(successors)
+
+    def make_cache(self) -> list[Any]:
+        return [KVCache()]
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        nothing = mx.zeros((tokens.shape[0], 1, tokens.shape[1], 1))
+        cache[0].update_and_fetch(nothing, nothing)
+        following = self._successors[tokens]
+        return 20.0 * (following[..., None] == mx.arange(len(self._successors))).astype(mx.float32)
+
+
+class Script:
+    """Loads a model that answers every chat with the same tokens.
+
+    Args:
+        folder: a new folder for the tokenizer.
+        reply: the texts of the reply's tokens.
+        template: the chat template, or None.
+        marks: texts that are tokens besides those of the reply and the bytes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *reply: str,
+        template: str | None = TOOLS,
+        marks: tuple[str, ...] = ("<tool_call>", "</tool_call>"),
+    ) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(alphabet)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (END, START, ROLE)])
+        added = dict.fromkeys((*marks, *reply))
+        tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in added])
+        path = [START, *reply, END]
+        assert len(set(path)) == len(path), "a token has one successor"
+        vocab = tokenizer.get_vocab()
+        ids = [vocab[text] for text in path]
+        self._successors = [ids[-1]] * len(vocab)
+        for token, following in pairwise(ids):
+            self._successors[token] = following
+        folder.mkdir(parents=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+        if template is not None:
+            config["chat_template"] = template
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        self.folder = folder
+
+    def __call__(self) -> tuple[nn.Module, Any]:
+        return Scripted(self._successors), load_tokenizer(self.folder, {})
