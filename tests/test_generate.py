@@ -26,6 +26,7 @@ from tests.folders import copy_writable
 from tests.program import run
 from tests.reference import ReferenceModel, greedy
 from tests.reference_reader import read_overlay
+from tests.serving import running
 
 PROMPT = "The heron stands in the water"
 
@@ -169,6 +170,43 @@ def test_generation_config_ends_a_text(tier: Path, tmp_path: Path, loaded: Loade
     (copy / "generation_config.json").unlink()
     edit_json(copy / "config.json", eos_token_id=tokens[3])
     assert tokens_of(outlier_mlx.load(copy)) == tokens[: tokens.index(tokens[3]) + 1]
+
+
+def test_the_chat_template_ends_a_text(tier: Path, tmp_path: Path, loaded: Loaded):
+    """Its token after a reply does, if it is an added one, besides those of the config."""
+    tokens = tokens_of(loaded, ignore_chat_template=True)
+    names = loaded[1].convert_ids_to_tokens(tokens)
+    place = next(
+        n for n, name in enumerate(names) if n and name.isascii() and name not in names[:n]
+    )
+    copy = copy_writable(tier, tmp_path / "tier")
+    edit_json(copy / "generation_config.json", eos_token_id=0)
+    assert outlier_mlx.load(copy)[1].eos_token_ids == {0, 2}  # <|im_end|> is 2
+    template = "{% for m in messages %}{{ m.content }} " + names[place] + "{% endfor %}"
+    edit_json(copy / "tokenizer_config.json", chat_template=template)
+    again = outlier_mlx.load(copy)
+    assert again[1].eos_token_ids == {0}
+    assert tokens_of(again, ignore_chat_template=True) == tokens
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    added = tokenizer["added_tokens"][0] | {"id": tokens[place], "content": names[place]}
+    edit_json(copy / "tokenizer.json", added_tokens=[*tokenizer["added_tokens"], added])
+    again = outlier_mlx.load(copy)
+    assert tokens_of(again, ignore_chat_template=True) == tokens[: place + 1]
+    with running(copy) as server:
+        body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        _, _, answer = server.post(body, path="/v1/completions")
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == place + 1
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{{ messages }}", "{{ messages[1].content }}", "Hi"]
+)
+def test_a_template_that_ends_no_reply(tier: Path, tmp_path: Path, template: str):
+    copy = copy_writable(tier, tmp_path / "tier")
+    edit_json(copy / "generation_config.json", eos_token_id=0)
+    edit_json(copy / "tokenizer_config.json", chat_template=template)
+    assert outlier_mlx.load(copy)[1].eos_token_ids == {0}
 
 
 def test_a_tokenizer_beside_yarn(tmp_path: Path):

@@ -18,8 +18,10 @@ from mlx_lm import stream_generate
 from mlx_lm.utils import load as stock_load
 from mlx_lm.utils import load_model as stock_load_model
 
+import outlier_mlx
 from kernels.emulator import virtual_metal
 from outlier_mlx.checkpoints.info import inspect
+from outlier_mlx.engine.generate import Options, generate_text
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import Imported, import_model
@@ -332,6 +334,27 @@ def test_stops_and_unread_metadata(tmp_path: Path):
     done, config = imported(model, tmp_path)
     assert config["eos_token_id"] == [2, 7]
     assert "ignored metadata: llama.logit_scale" in done.notes
+
+
+def test_replies_end_at_known_tokens(tmp_path: Path):
+    """A token that the model writes gets the text of one that ends a turn, and its own type."""
+    model = build()
+    done, config = imported(model, tmp_path)
+    assert config["eos_token_id"] == 2
+
+    def said() -> list[int]:
+        loaded = outlier_mlx.load(tmp_path / "out")
+        options = Options(max_tokens=12)
+        return [response.token for response in generate_text(*loaded, "he he", options)]
+
+    tokens = said()
+    place = next(n for n in range(2, 12) if tokens[n] not in tokens[:n])
+    model.fields["tokenizer.ggml.tokens"][tokens[place]] = "<|eot_id|>"
+    model.fields["tokenizer.ggml.token_type"][tokens[place]] = 1
+    done, config = imported(model, tmp_path, force=True)
+    assert config["eos_token_id"] == [2, tokens[place]]
+    assert "tokens that are special, whatever their type says: <|eot_id|>" in done.notes
+    assert said() == tokens[: place + 1]
 
 
 def test_metadata_is_what_the_package_reads(tmp_path: Path):

@@ -211,6 +211,121 @@ def test_a_rule_that_is_not_named():
     assert read_vocabulary(as_arrays(fields), "llama", "x.gguf").rule == "default"
 
 
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>")
+LLAMA3_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}\n\n{{ m.content }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant{% endif %}"
+)
+
+
+def with_tokens(fields: dict[str, Any], *texts: str, kind: int = 3) -> dict[str, Any]:
+    """Metadata with these tokens from 280 on, all of one type."""
+    for number, text in enumerate(texts, 280):
+        fields["tokenizer.ggml.tokens"][number] = text
+        fields["tokenizer.ggml.token_type"][number] = kind
+    return fields
+
+
+def ends_of(fields: dict[str, Any], folder: Path, architecture: str = "llama") -> list[str]:
+    """Texts of the tokens that end a reply, besides that of "eos"."""
+    found = read_vocabulary(as_arrays(fields), architecture, "x.gguf")
+    write_tokenizer(found, folder)
+    return [found.tokens[number] for number in found.stops]
+
+
+@pytest.mark.parametrize("kind", [0, 1, 3, 4, 5])
+@pytest.mark.parametrize("build", [spm_fields, gpt2_fields])
+def test_known_ends_of_a_turn(build: Any, kind: int, tmp_path: Path):
+    """They end a reply and are one token, which is not shown, whatever their type says."""
+    texts = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>")
+    fields = with_tokens(build(300), *texts, kind=kind)
+    assert set(ends_of(fields, tmp_path)) >= set(texts)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for number, text in enumerate(texts, 280):
+        ids = tokenizer.encode(f"he{text}he").ids
+        assert ids.count(number) == 1 and len(ids) <= 5
+        assert "<" not in tokenizer.decode(ids)
+    notes = read_vocabulary(as_arrays(fields), "llama", "x.gguf").notes
+    told = "tokens that are special, whatever their type says: <|eot_id|>, <|im_end|>"
+    assert any(note.startswith(told) for note in notes) == (kind != 3)
+
+
+@pytest.mark.parametrize("kind", [1, 3])
+def test_llama_3_of_april_2024(kind: int, tmp_path: Path):
+    """Its files name <|end_of_text|> only, and its replies end in <|eot_id|>."""
+    fields = with_tokens(gpt2_fields(300, "llama-bpe"), *LLAMA3, kind=kind) | {
+        "tokenizer.ggml.bos_token_id": 280,
+        "tokenizer.ggml.eos_token_id": 281,
+        "tokenizer.chat_template": LLAMA3_CHAT,
+    }
+    fields["tokenizer.ggml.tokens"][258] = "<|tail|>"  # was <|end|>
+    assert ends_of(fields, tmp_path) == ["<|eot_id|>"]
+    config = {"model_type": "llama", "eos_token_id": [281, 283]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(tmp_path, config)
+    assert loaded.eos_token_ids == {281, 283}
+    chat = [{"role": "user", "content": "he"}]
+    ids = loaded.apply_chat_template(chat, add_generation_prompt=True)
+    assert ids[:2] == [280, 282] and ids.count(283) == 1 and ids.count(282) == 2
+
+
+@pytest.mark.parametrize("kind", [1, 4])
+def test_what_the_template_ends_a_turn_with(kind: int, tmp_path: Path):
+    """A token that nobody knows; others that it writes are whole, and shown."""
+    fields = with_tokens(spm_fields(300), "<done>", "<begin>", "[INST]", "[0]", kind=kind)
+    fields["tokenizer.chat_template"] = (
+        "{% set first = messages[0] %}"
+        "{% for m in messages %}<begin>[INST]{{ m.content }} <done>\n{% endfor %}"
+    )
+    assert ends_of(fields, tmp_path) == ["<done>"]
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = tokenizer.encode("<begin>[INST]he<done>", add_special_tokens=False).ids
+    assert [n for n in ids if n >= 280] == [281, 282, 280]
+    assert tokenizer.decode(ids) == "<begin>[INST] he"
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    assert ("[0]" in added) == (kind == 4)  # an index in the template
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('no') }}", "{{ messages[-1].content }}he", "{{ 'x' * 10**10 }}", "he"],
+)
+def test_templates_that_end_no_turn(template: str, tmp_path: Path):
+    fields = spm_fields(300) | {"tokenizer.chat_template": template}
+    assert ends_of(fields, tmp_path) == []
+
+
+def test_a_token_that_merges_make_is_text(tmp_path: Path):
+    """In a vocabulary of source code, </s> may be a frequent word."""
+    fields = with_tokens(gpt2_fields(300), "</", "</s", "</s>", kind=1)
+    fields["tokenizer.ggml.merges"] += ["< /", "</ s", "</s >"]
+    assert "</s>" not in ends_of(fields, tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.decode(tokenizer.encode("he</s>").ids) == "he</s>"
+
+
+@pytest.mark.parametrize(
+    "texts, ends",
+    [
+        (("<|return|>", "<|call|>", "<|end|>"), {"<|return|>", "<|call|>"}),
+        (("<|calls|>", "<|flush|>", "<|end|>"), {"<|calls|>", "<|flush|>"}),
+        (("<|return|>", "<|end|>"), {"<|return|>", "<|end|>"}),
+    ],
+)
+def test_ends_that_are_none_beside_others(texts: tuple[str, ...], ends: set[str], tmp_path: Path):
+    assert set(ends_of(with_tokens(spm_fields(300), *texts), tmp_path)) == ends
+
+
+def test_ends_that_the_file_names_come_first(tmp_path: Path):
+    fields = with_tokens(spm_fields(300), "<|im_end|>", "<a>", "<b>", kind=1) | {
+        "tokenizer.ggml.eot_token_id": 282,
+        "tokenizer.ggml.eom_token_id": 281,
+    }
+    assert ends_of(fields, tmp_path) == ["<b>", "<a>", "<|im_end|>"]
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("<a><b>", add_special_tokens=False).ids[-2:] == [281, 282]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model": "t5"}, "tokenizer.ggml.model is 't5', expected 'llama' or 'gpt2'"),
     "no model": ({"model": None}, "tokenizer.ggml.model is None"),

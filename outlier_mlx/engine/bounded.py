@@ -67,6 +67,24 @@ def render_within_limits(
     raise TemplateError(str(reply.get("error")))
 
 
+def text_after_reply(template: str, special: Mapping[str, Any]) -> str:
+    """What a chat template writes after a reply, without blanks before it; empty if it fails.
+
+    Args:
+        template: the template.
+        special: texts of special tokens by name, such as "eos_token".
+    """
+    reply = "reply-7d41"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": reply}]
+    given = {"messages": messages, "add_generation_prompt": False, "tools": None}
+    try:
+        text = render_within_limits(template, dict(special) | given)
+    except TemplateError:
+        return ""
+    _, found, rest = text.rpartition(reply)
+    return rest.lstrip() if found else ""
+
+
 def _plain(value: Any) -> Any:
     """An array as a list, anything else as text."""
     as_list = getattr(value, "tolist", None)

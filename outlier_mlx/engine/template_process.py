@@ -16,7 +16,7 @@ import signal
 import sys
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 _MAX_ERROR = 400
 
@@ -83,7 +83,7 @@ def _chat_environment() -> Any:
     class Generation(ext.Extension):
         """The tags around a reply, with which transformers finds replies to train on."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
-from outlier_mlx.engine.bounded import TemplateError, render_within_limits
+from outlier_mlx.engine.bounded import TemplateError, render_within_limits, text_after_reply
 
 # Names of the same text in a message, for which templates ask.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -81,7 +81,7 @@ def _text(
     """
     if strange := variables.keys() & _NOT_VARIABLES:
         raise TypeError(f"apply_chat_template: {min(strange)} is not supported")
-    template = tokenizer.get_chat_template(chat_template, tools)  # type: ignore[arg-type]
+    template = tokenizer.get_chat_template(chat_template, tools)
     messages = [_message(message) for message in conversation]
     mark = _mark_end(messages) if continue_final_message else ""
     given = {
@@ -138,21 +138,3 @@ def end_of_turn(tokenizer: TokenizerWrapper) -> int | None:
     added = inner.get_added_vocab()
     found = max((text for text in added if text and rest.startswith(text)), key=len, default=None)
     return None if found is None else added[found]
-
-
-def text_after_reply(template: str, special: Mapping[str, Any]) -> str:
-    """What a chat template writes after a reply, without blanks before it; empty if it fails.
-
-    Args:
-        template: the template.
-        special: texts of special tokens by name, such as "eos_token".
-    """
-    reply = "reply-7d41"
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": reply}]
-    given = {"messages": messages, "add_generation_prompt": False, "tools": None}
-    try:
-        text = render_within_limits(template, dict(special) | given)
-    except TemplateError:
-        return ""
-    _, found, rest = text.rpartition(reply)
-    return rest.lstrip() if found else ""

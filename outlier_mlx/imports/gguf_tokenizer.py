@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, listed
+from outlier_mlx.imports.gguf_ends import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, find_ends
 from outlier_mlx.storage.output import write_json, write_whole
 
 _SPACE = "\u2581"  # SentencePiece's symbol for a space
 # Limit for the sum of squared lengths of all pieces; a vocabulary of 32,000 has some millions.
 _MAX_WORK = 10**9
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
@@ -80,7 +80,7 @@ class Vocabulary:
         model: "llama" or "gpt2".
         tokens: text of each token, by id.
         types: type of each token, by id: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused,
-            6 byte.
+            6 byte; corrected by `find_ends`.
         scores: score of each token, by id, float32; for "llama" only.
         merges: pairs of pieces, in order; for "gpt2" only.
         rule: name of the rule that splits text into words; for "gpt2" only.
@@ -140,25 +140,35 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
         found = defaults.get(name) if found is None else found
         if found is not None and found < len(tokens):
             special[name] = found
-    ends = [read.token(f"{name}_token_id", len(tokens)) for name in ("eot", "eom")]
+    types = read.numbers("token_type", len(tokens), NORMAL)
+    merges = [] if spm else read.merges()
+    templates = _templates(fields, where)
+    stops = [read.token(f"{name}_token_id", len(tokens)) for name in ("eot", "eom")]
+    given = [n for n in stops if n is not None]
+    ends = find_ends(tokens, types, merges, special, given, templates)
+    if ends.changed:
+        notes = (
+            *notes,
+            f"tokens that are special, whatever their type says: {listed(ends.changed, 8)}",
+        )
     bos = read.get("add_bos_token", bool, spm or _RULES[rule].bos)
     return Vocabulary(
         where=where,
         model=model,
         tokens=tokens,
-        types=read.numbers("token_type", len(tokens), _NORMAL),
+        types=ends.types,
         scores=read.numbers("scores", len(tokens), None if spm else 0.0),
-        merges=[] if spm else read.merges(),
+        merges=merges,
         rule=rule,
         special=special,
-        stops=[n for n in ends if n is not None],
+        stops=given + ends.stops,
         add=frozenset(
             name
             for name, wanted in (("bos", bos), ("eos", read.get("add_eos_token", bool, False)))
             if wanted and name in special
         ),
         space=read.get("add_space_prefix", bool, True),
-        templates=_templates(fields, where),
+        templates=templates,
         notes=notes,
     )
 
@@ -198,9 +208,9 @@ def _build(vocabulary: Vocabulary) -> Any:
 
     tokenizer = _sentencepiece(vocabulary) if vocabulary.model == "llama" else _bytes(vocabulary)
     added = [
-        AddedToken(text, normalized=False, special=kind != _USER_DEFINED)
+        AddedToken(text, normalized=False, special=kind != USER_DEFINED)
         for text, kind in zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True)
-        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and text
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED) and text
     ]
     tokenizer.add_tokens(added)
     if vocabulary.add:
@@ -244,7 +254,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> Any:
 
 def _scored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """All pairs of normal pieces whose concatenation is a normal piece, best score first."""
-    normal = np.flatnonzero(vocabulary.types == _NORMAL).tolist()
+    normal = np.flatnonzero(vocabulary.types == NORMAL).tolist()
     ids = {vocabulary.tokens[n]: n for n in normal}
     if sum(len(text) ** 2 for text in ids) > _MAX_WORK:
         raise CheckpointError(f"a token has {max(map(len, ids))} characters")
