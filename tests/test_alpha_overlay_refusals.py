@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a matrix": ({1: f32([[1, 2, 3]])}, "shape (1, 3)"),
     "NaN": ({1: [1.0, float("nan"), 2.0]}, "alpha is nan"),
     "infinity": ({1: f32([1, np.inf, 2])}, "alpha is inf"),
-    "infinity by rounding": ({1: np.asarray([1, 1e300, 2])}, "alpha is inf"),
+    "infinity by rounding": ({1: np.asarray([1, 1e300, 2])}, "alpha is 1e+300, too large"),
     "a boolean": ({1: [1.0, True, 2.0]}, "True"),
     "two values": ({1: [1.0, 2.0, 3.0], "layer_1": [1.0, 2.0, 4.0]}, "two values"),
     "two wrappers": ({"alphas": NEW, "trained": NEW}, "'alphas' and 'trained'"),

@@ -16,6 +16,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.keys import parse_number
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.storage.rounding import fits
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.texts import parse_json, read_bytes
 
@@ -68,8 +69,9 @@ def gather_alphas(
         where = f"{place}: layer {layer}, expert {expert}"
         if not (0 <= layer < layers and 0 <= expert < experts):
             raise CheckpointError(f"{where}: the model has {layers} layers of {experts} experts")
-        if not math.isfinite(alpha):
-            raise CheckpointError(f"{where}: alpha is {alpha}")
+        if not fits(alpha, "float32"):
+            wrong = "too large for float32" if math.isfinite(alpha) else "expected a finite number"
+            raise CheckpointError(f"{where}: alpha is {alpha:g}, {wrong}")
         first = found.setdefault((layer, expert), alpha)
         if first != alpha:
             raise CheckpointError(f"{where}: two values, {first} and {alpha}")

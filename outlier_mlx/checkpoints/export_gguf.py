@@ -19,6 +19,7 @@ from outlier_mlx.checkpoints.export_shared import Origin, copied, find_scale_for
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.storage.rounding import narrowed
 from outlier_mlx.storage.tensors import ExpertMatrix, row_ranges
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.ternary.ggml import BLOCK, TQ1_0_BYTES, pack_tq1_0_blocks
@@ -143,7 +144,7 @@ def _blocks(tensor: _Merged) -> Iterator[np.ndarray]:
     """Rows of blocks, (rows, in / 256 * 54) uint8, of all experts in order."""
     out, width = tensor.shape[1:]
     for matrix in tensor.matrices:
-        scales = matrix.row_scales().astype(np.float16)
+        scales = narrowed(matrix.row_scales(), "float16", matrix.scale.where)
         for start, stop in row_ranges(out, width):
             d = np.repeat(scales[start:stop, None], width // BLOCK, axis=1)
             yield pack_tq1_0_blocks(matrix.trits.read(start, stop), d)

@@ -93,7 +93,7 @@ class PackedTensors(Parts):
             # This many rows end at the end of a byte.
             for start, stop in row_ranges(out, width, multiple=GROUP):
                 tally.add(file.write(_packed(matrix.trits, start, stop).data))
-        values = self.scales.values(projection, matrix).astype("<f2")
+        values = self.scales.values(projection, matrix, "float16")
         (inner / _file(scale)).write_bytes(values.tobytes())
         tally.add(values.nbytes)
         shape = tuple(matrix.trits.shape)

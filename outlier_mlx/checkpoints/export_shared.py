@@ -14,6 +14,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.output import write_json
+from outlier_mlx.storage.rounding import is_rounded, narrowed
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, Trits, row_ranges
 from outlier_mlx.writing.parts import Chunk, Part
@@ -84,9 +85,9 @@ class ScaleForms:
         """The shape of a matrix' stored scale: (1,) or (out, 1)."""
         return (1,) if projection in self.whole else (matrix.trits.shape[0], 1)
 
-    def values(self, projection: str, matrix: ExpertMatrix) -> np.ndarray:
-        """The scale in that shape, float32."""
-        values = matrix.row_scales()
+    def values(self, projection: str, matrix: ExpertMatrix, dtype: str) -> np.ndarray:
+        """The scale in that shape, "float16" or "float32"."""
+        values = narrowed(matrix.row_scales(), dtype, matrix.scale.where)
         return values[:1] if projection in self.whole else values[:, None]
 
     def require_float16(self, what: str) -> None:
@@ -112,8 +113,7 @@ def find_scale_forms(overlay: Overlay) -> ScaleForms:
                 values = matrix.row_scales()
                 if (values != values[:1]).any():
                     whole.discard(projection)
-                with np.errstate(over="ignore"):
-                    rounded = values.astype(np.float16).astype(np.float32) != values
+                rounded = is_rounded(values, "float16")
                 if wide is None and rounded.any():
                     wide = f"{matrix.scale.where}: a scale of {float(values[rounded][0])!r}"
     return ScaleForms(frozenset(whole), wide)
@@ -166,10 +166,14 @@ def expert_key(layer: int, expert: int, projection: str) -> str:
 
 
 def slabs(tensor: TensorRef) -> Iterator[np.ndarray]:
-    """A tensor's rows as stored, a few at a time."""
+    """A tensor's rows as stored, a few at a time.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity.
+    """
     row_size = tensor.nbytes // max(1, tensor.shape[0])
     for start, stop in row_ranges(tensor.shape[0], row_size):
-        yield np.ascontiguousarray(tensor.read(start, stop))
+        yield np.ascontiguousarray(tensor.read_finite(start, stop))
 
 
 def trit_slabs(trits: Trits) -> Iterator[np.ndarray]:

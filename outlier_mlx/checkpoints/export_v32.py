@@ -46,5 +46,4 @@ def _parts(overlay: Overlay) -> Iterator[Part]:
 
 
 def _scale(scales: ScaleForms, projection: str, matrix: ExpertMatrix) -> Iterator[np.ndarray]:
-    dtype = np.float16 if scales.wide is None else np.float32
-    yield scales.values(projection, matrix).astype(dtype)
+    yield scales.values(projection, matrix, "float16" if scales.wide is None else "float32")

@@ -6,9 +6,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.engine.prompts import embedding_rows
@@ -30,6 +33,7 @@ from outlier_mlx.runtime.model import Model, ModelArgs
 from outlier_mlx.runtime.variants import chip_name
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.rounding import all_finite
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_json
@@ -71,12 +75,14 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
     dtype = dtype or suited_dtype(folder, config)
     try:
         if is_tier(config):
-            return mlx_lm_load_model(
+            model, config = mlx_lm_load_model(
                 folder,
                 model_config={"model_file": None, "activation_dtype": dtype},
                 get_model_classes=lambda config: (Model, ModelArgs),
                 trust_remote_code=False,
             )
+            _check_rounded(folder, model, dtype)
+            return model, config
         classes = _own_classes(config)
         # Let mlx-lm take eos_token_id from generation_config.json, if it is there.
         given = {key: value for key, value in config.items() if key != "eos_token_id"}
@@ -88,13 +94,33 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
         if dtype is not None:
             model.set_dtype(getattr(mx, dtype))
         mx.eval(model.parameters())
+        _check_rounded(folder, model, dtype)
         return model, config
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, CheckpointError):
         raise
     except Exception as error:
         # mlx-lm and MLX raise many types of errors for a bad config or tensor.
         reason = f"{type(error).__name__}: {one_line(str(error))}"[:300]
         raise CheckpointError(f"{folder}: invalid model: {reason}") from error
+
+
+def _check_rounded(folder: Path, model: nn.Module, dtype: str | None) -> None:
+    """Check what was converted to a dtype of 16 bits.
+
+    Raises:
+        CheckpointError: a number became infinite, or was so already.
+    """
+    if dtype not in ("float16", "bfloat16"):
+        return
+    parameters: Any = tree_flatten(model.parameters())
+    for name, value in parameters:
+        if value.dtype == getattr(mx, dtype):
+            bits = np.array(value.view(mx.uint16), copy=False)
+            if not all_finite(bits, dtype):
+                raise CheckpointError(
+                    f"{folder}: {name}: holds numbers too large for {dtype}; --dtype float32 keeps"
+                    " them"
+                )
 
 
 def _own_classes(config: dict) -> dict:

@@ -9,9 +9,9 @@ from math import prod
 
 import numpy as np
 
-from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.awq_layout import to_five_bits, to_four_bits, unpack
 from outlier_mlx.models.quantization import largest_group
+from outlier_mlx.storage.rounding import narrowed, require_affine, widened
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.writing.float_parts import affine_specs
 from outlier_mlx.writing.parts import Chunk, Part, ahead
@@ -34,8 +34,8 @@ class BiasErrors:
 
     def count(self, exact: np.ndarray, rounded: np.ndarray, scales: np.ndarray) -> None:
         """Count the biases of some groups: exact in float32, rounded in float16."""
-        error = np.abs(exact - rounded.astype(np.float32))
-        steps = np.abs(scales.astype(np.float32))
+        error = np.abs(exact - rounded)
+        steps = np.abs(scales)
         relative = np.divide(error, steps, out=np.zeros_like(error), where=steps > 0)
         with self._lock:
             self.groups += error.size
@@ -70,15 +70,8 @@ class AwqMatrix:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def read_scales(self) -> np.ndarray:
-        """Read the scales (groups, out) float16.
-
-        Raises:
-            CheckpointError: one is NaN or infinite.
-        """
-        scales = self.scales.read()
-        if not np.isfinite(scales).all():
-            raise CheckpointError(f"{self.scales.where}: holds NaN or infinity")
-        return scales
+        """Read the scales (groups, out) as float32; who rounds them checks that they are finite."""
+        return self.scales.read_float32()
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,7 @@ class AwqPart(Part):
                 yield partial(_pack, words[:, columns], part, self.bits)
 
     def _scales(self, matrix: AwqMatrix) -> np.ndarray:
-        return self._spread(matrix, matrix.read_scales().astype(self.dtype))
+        return self._spread(matrix, self._rounded(matrix, matrix.read_scales()))
 
     def _biases(self, matrix: AwqMatrix) -> np.ndarray:
         """The biases -z s or -16 s, which have at most 15 significant bits: exact in float32."""
@@ -152,17 +145,16 @@ class AwqPart(Part):
         factor: np.ndarray | np.float32 = np.float32(16 if self.bits == 5 else 8)
         if self.bits == 4 and matrix.qzeros is not None:
             factor = unpack(matrix.qzeros.read()).astype(np.float32)
-        exact = -(factor * scales.astype(np.float32))
-        with np.errstate(over="ignore"):
-            biases = exact.astype(self.dtype)
-        if not np.isfinite(biases).all():
-            raise CheckpointError(
-                f"{matrix.scales.where}: with scales up to {np.abs(scales).max()}, biases do not"
-                " fit in float16; import with --dtype float32"
-            )
+        exact = -(factor * scales)
+        stored = self._rounded(matrix, exact)
+        biases = widened(stored, self.dtype)
+        require_affine(scales, biases, self.bits, self.dtype, matrix.scales.where)
         if self.dtype == "float16":
             self.errors.count(exact, biases, scales)
-        return self._spread(matrix, biases)
+        return self._spread(matrix, stored)
+
+    def _rounded(self, matrix: AwqMatrix, values: np.ndarray) -> np.ndarray:
+        return narrowed(values, self.dtype, matrix.scales.where)
 
     def _spread(self, matrix: AwqMatrix, values: np.ndarray) -> np.ndarray:
         """Transpose (groups of AWQ, out) to (out, groups of MLX)."""

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from outlier_mlx.checkpoints.gguf import BlockScales, BlockTrits
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports import KQuants, ScaleType, TernaryFormat, gguf_blocks
@@ -15,13 +13,14 @@ from outlier_mlx.imports.gguf_blocks import AFFINE, FLOATS, REGROUPED
 from outlier_mlx.imports.gguf_config import architecture, read_config
 from outlier_mlx.imports.gguf_file import read_model
 from outlier_mlx.imports.gguf_names import Names, Rows
-from outlier_mlx.imports.gguf_parts import AffineMatrix, PlainTensor, RoundingErrors, round_to
+from outlier_mlx.imports.gguf_parts import AffineMatrix, PlainTensor, RoundingErrors
 from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.models.config import spell_config
 from outlier_mlx.models.families import family
 from outlier_mlx.models.modules import Module
 from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
+from outlier_mlx.storage.rounding import is_rounded
 from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.writing.expert_parts import TernaryExperts
 from outlier_mlx.writing.parts import Part, quantization
@@ -231,10 +230,7 @@ def _fits(rows: Rows, dtype: str) -> bool:
     if rows.count * tensor.shape[-1] > _MAX_CHECKED:
         return False
     weights = gguf_blocks.values("F32", rows.read(0, rows.count))
-    try:
-        return np.array_equal(round_to(weights, dtype)[1], weights)
-    except CheckpointError:
-        return False
+    return not is_rounded(weights, dtype).any()
 
 
 def _types(sources: Iterable[_Source]) -> list[str]:

@@ -16,6 +16,7 @@ from outlier_mlx.imports.gguf_file import GgufModel
 from outlier_mlx.imports.gguf_tokenizer import Vocabulary
 from outlier_mlx.models.config import ModelConfig, parse_config
 from outlier_mlx.models.families import family
+from outlier_mlx.storage.rounding import fits
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FREQS = "rope_freqs.weight"
@@ -135,7 +136,9 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, 
 
 def _short(value: float) -> float:
     """The shortest decimal for a float32 of the metadata: 1e-05, not 9.99999975e-06."""
-    return value if isinstance(value, int) else float(str(np.float32(value)))
+    if isinstance(value, int) or not fits(value, "float32"):
+        return value
+    return float(str(np.float32(value)))
 
 
 def _rows_of_embeddings(model: GgufModel) -> int:

@@ -17,6 +17,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import gguf_blocks
 from outlier_mlx.imports.codes import pack_codes
 from outlier_mlx.imports.gguf_names import Rows
+from outlier_mlx.storage.rounding import narrowed, require_affine, widened
 from outlier_mlx.writing.float_parts import SAFETENSORS_NAMES, affine_specs
 from outlier_mlx.writing.parts import Chunk, Part, ahead
 from outlier_mlx.writing.writer import TensorSpec
@@ -125,9 +126,9 @@ class PlainTensor(GgufPart):
 
     def _floats(self, rows: Rows, start: int, stop: int) -> np.ndarray:
         weights = gguf_blocks.values(rows.tensor.kind, rows.read(start, stop))
-        stored, rounded = round_to(weights, self.dtype)
+        stored = narrowed(weights, self.dtype, "weights")
         if self.dtype != "float32" and SAFETENSORS_NAMES[self.dtype] != rows.tensor.kind:
-            self.errors.count(self.path, weights, rounded)
+            self.errors.count(self.path, weights, widened(stored, self.dtype))
         return stored
 
 
@@ -170,60 +171,30 @@ class AffineMatrix(GgufPart):
         kind, raw = rows.tensor.kind, rows.read(start, stop)
         if kind not in gguf_blocks.AFFINE:
             weights = gguf_blocks.values(kind, raw)
-            grid = self._grid(weights)
-            codes, found = gguf_blocks.quantize(weights, *grid, self.bits)
+            codes, found = gguf_blocks.quantize(weights, *self._grid(kind, raw), self.bits)
             self.errors.count(self.path, weights, found)
             return pack_codes(codes, self.bits)
         codes = gguf_blocks.codes(kind, raw)
         if not self.is_exact:
-            s, b = gguf_blocks.scales(kind, raw, self.group)
-            grid = round_to(s, self.dtype)[1], round_to(b, self.dtype)[1]
             weights = gguf_blocks.values(kind, raw)
-            self.errors.count(self.path, weights, gguf_blocks.affine_values(codes, *grid))
+            found = gguf_blocks.affine_values(codes, *self._grid(kind, raw))
+            self.errors.count(self.path, weights, found)
         return pack_codes(codes, self.bits)
 
     def _scales(self, which: int, rows: Rows, start: int, stop: int) -> np.ndarray:
-        kind, raw = rows.tensor.kind, rows.read(start, stop)
+        found = self._grid(rows.tensor.kind, rows.read(start, stop))
+        return narrowed(found[which], self.dtype, "scales")
+
+    def _grid(self, kind: str, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and biases (rows, groups) of stored rows as float32, rounded to the dtype."""
         if kind in gguf_blocks.AFFINE:
-            found = gguf_blocks.scales(kind, raw, self.group)
+            exact = gguf_blocks.scales(kind, raw, self.group)
         else:
-            found = self._grid(gguf_blocks.values(kind, raw))
-        return round_to(found[which], self.dtype)[0]
-
-    def _grid(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        steps, lowest = gguf_blocks.grid(weights, self.bits, self.group)
-        return round_to(steps, self.dtype)[1], round_to(lowest, self.dtype)[1]
-
-
-def round_to(array: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Round to the nearest number of a dtype.
-
-    Args:
-        array: float32, finite.
-        dtype: "float32", "float16" or "bfloat16".
-
-    Returns:
-        The rounded numbers in `dtype` (bfloat16 as uint16), and in float32.
-
-    Raises:
-        CheckpointError: a number is too large for the dtype.
-    """
-    if dtype == "float32":
-        return array, array
-    if dtype == "float16":
-        with np.errstate(over="ignore"):
-            stored = array.astype("<f2")
-        rounded = stored.astype(np.float32)
-    else:
-        bits = np.ascontiguousarray(array).view(np.uint32)
-        stored = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype("<u2")  # ties to even
-        rounded = (stored.astype(np.uint32) << 16).view(np.float32)
-    if not np.isfinite(rounded).all():
-        raise CheckpointError(
-            f"{array[~np.isfinite(rounded)][0]} does not fit in {dtype}; import with"
-            " --dtype float32"
-        )
-    return stored, rounded
+            exact = gguf_blocks.grid(gguf_blocks.values(kind, raw), self.bits, self.group)
+        stored = [narrowed(array, self.dtype, "scales") for array in exact]
+        scales, biases = (widened(array, self.dtype) for array in stored)
+        require_affine(scales, biases, self.bits, self.dtype, "scales")
+        return scales, biases
 
 
 def _step(rows: Rows) -> int:

@@ -1,15 +1,17 @@
 """Reading the fields of a config. Invalid values are errors, or count as missing."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from outlier_mlx.errors import CheckpointError, listed
+from outlier_mlx.storage.rounding import fits
 
 # Far above any model's. Names are listed for every layer and expert, so those have a bound of
 # their own.
 MAX_SIZE = 2**31 - 1
 MAX_COUNT = 10_000
+# The smallest positive float32.
+_SMALLEST = 2.0**-149
 
 
 class Fields:
@@ -64,13 +66,17 @@ class Fields:
         return next(iter(given.values()), default)
 
     def positive(self, name: str, default: float | None = None) -> Any:
-        """A positive, finite number as a float, or None; errors are those of `size`."""
+        """A positive number that float32 has room for, or None; errors are those of `size`.
+
+        Models compute with these numbers in float32, where 1e39 is infinity and 1e-50 is 0.
+        """
         value = self.raw.get(name)
         value = default if value is None else value
         number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
-        if 0 < number <= sys.float_info.max:
+        if number >= _SMALLEST and fits(number, "float32"):
             return float(number)
-        said = "missing" if value is None else f"{short(value)}, expected a positive number"
+        expected = "a positive number" if number <= 0 else "a number that float32 has room for"
+        said = "missing" if value is None else f"{short(value)}, expected {expected}"
         self.refuse(f"{name} is {said}")
         return None
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.storage.rounding import narrowed, widened
 from outlier_mlx.storage.texts import parse_json_object
 
 #: Safetensors dtype -> NumPy dtype of the bytes; bfloat16 is read as its 16 bits.
@@ -92,13 +93,30 @@ class TensorRef:
         return rows
 
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Like `read`, converted to float32 (exact for float16 and bfloat16)."""
-        rows = self.read(start, stop)
-        if self.dtype == "BF16":
-            return (rows.astype(np.uint32) << 16).view(np.float32)
+        """Like `read`, converted to float32 (exact for float16 and bfloat16).
+
+        Raises:
+            CheckpointError: the dtype is no float, or the file holds float64 numbers that float32
+                has no room for.
+        """
         if self.dtype not in FLOAT_DTYPES:
             raise CheckpointError(f"{self.where}: dtype {self.dtype}, expected a float")
-        return rows.astype(np.float32, copy=False)
+        rows = self.read(start, stop)
+        if self.dtype == "F64":
+            return narrowed(rows, "float32", self.where)
+        return widened(rows, "bfloat16" if self.dtype == "BF16" else "float32")
+
+    def read_finite(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Like `read`; floats are checked.
+
+        Raises:
+            CheckpointError: one is NaN or infinite.
+        """
+        rows = self.read(start, stop)
+        floats = widened(rows, "bfloat16") if self.dtype == "BF16" else rows
+        if self.dtype in FLOAT_DTYPES and not np.isfinite(floats).all():
+            raise CheckpointError(f"{self.where}: holds NaN or infinity")
+        return rows
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         try:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.rounding import widened
 
 # Files of alphas take kilobytes. The limits keep time and memory low for hostile files.
 MAX_FILE_BYTES = 4_000_000
@@ -56,7 +57,7 @@ def load_torch_zip(path: Path) -> Any:
     """The object in a file that `torch.save` wrote.
 
     Returns:
-        Numbers, strings, None, lists, tuples, dictionaries, and float32 arrays of rank 0 or 1 for
+        Numbers, strings, None, lists, tuples, dictionaries, and float64 arrays of rank 0 or 1 for
         tensors. They may contain themselves: walk them with a bound.
 
     Raises:
@@ -161,9 +162,8 @@ class _Unpickler(pickle._Unpickler):
             self._count(count)
             values = np.frombuffer(data, dtype.newbyteorder(self._order), count)
             if dtype == _BFLOAT16:
-                values = (values.astype(np.uint32) << 16).view(np.float32)
-            with np.errstate(over="ignore"):  # to infinity, which is refused later
-                self._storages[dtype, name] = _Storage(values.astype(np.float32))
+                values = widened(values, "bfloat16")
+            self._storages[dtype, name] = _Storage(values.astype(np.float64))
         return self._storages[dtype, name]
 
     def _count(self, elements: int) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.runtime.affine2 import TRITS_PER_BYTE, affine_group, rows_to_affine2
+from outlier_mlx.storage.rounding import narrowed
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, row_ranges
 from outlier_mlx.ternary import TernaryError, pack_rows, row_bytes
-from outlier_mlx.writing.float_parts import SLAB_BYTES, affine_specs, as_bytes, mlx_dtype
+from outlier_mlx.writing.float_parts import SLAB_BYTES, affine_specs, as_bytes
 from outlier_mlx.writing.parts import Chunk, Part, ahead, by_tensor
 from outlier_mlx.writing.writer import TensorSpec
 
@@ -115,12 +116,10 @@ class AffineExperts(FromExperts):
         factors = self.factors or (1.0,) * len(self.matrices)
         for name, sign in (("scales", 1.0), ("biases", -1.0)):
             for matrix, factor in zip(self.matrices, factors, strict=True):
-                values = mx.array(matrix.row_scales() * np.float32(sign * factor))
-                yield (
-                    f"{self.path}.{name}",
-                    as_bytes(mx.repeat(values.astype(mlx_dtype(self.dtype)), groups)),
-                    0,
-                )
+                product = matrix.row_scales().astype(np.float64) * (sign * factor)
+                where = matrix.scale.where
+                stored = narrowed(narrowed(product, "float32", where), self.dtype, where)
+                yield f"{self.path}.{name}", np.repeat(stored, groups).data.cast("B"), 0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.rounding import STORED, narrowed, require_affine, require_fit, widened
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
 from outlier_mlx.storage.tensors import FloatTensor, row_ranges
 from outlier_mlx.writing.mlx_stream import own_mlx_stream
@@ -53,7 +54,7 @@ class Constant(Part):
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The array, in the dtype of the tier."""
-        yield self.name, as_bytes(mx.array(self.value, mlx_dtype(self.dtype))), 0
+        yield self.name, narrowed(self.value, self.dtype, self.name).data.cast("B"), 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Plain(FromTensor):
         """The tensor slab by slab, rounded to the tier's dtype."""
 
         def rounded(slab: np.ndarray) -> memoryview:
-            return as_bytes(_rounded(slab, self.dtype, self.tensor))
+            return narrowed(slab, self.dtype, self.tensor.where).data.cast("B")
 
         for data, used in make_slabs(self.tensor, self.twin, pool, rounded):
             yield self.name, data, used
@@ -120,9 +121,12 @@ class Quantized(FromTensor):
         """The weight slab by slab, then the scales and biases, which are kept until then."""
 
         def quantized(slab: np.ndarray) -> tuple[memoryview, memoryview, memoryview]:
-            w = _rounded(slab, self.dtype, self.tensor)
-            packed, scales, biases = mx.quantize(w, self.group_size, self.bits)
-            return as_bytes(packed), as_bytes(scales), as_bytes(biases)
+            w = _as_mlx(narrowed(slab, self.dtype, self.tensor.where), self.dtype)
+            packed, *grid = mx.quantize(w, self.group_size, self.bits)
+            stored = [np.frombuffer(as_bytes(found), STORED[self.dtype]) for found in grid]
+            scales, biases = (widened(found, self.dtype) for found in stored)
+            require_affine(scales, biases, self.bits, self.dtype, self.tensor.where)
+            return as_bytes(packed), stored[0].data.cast("B"), stored[1].data.cast("B")
 
         def unordered() -> Iterator[Chunk]:
             for made, used in make_slabs(self.tensor, self.twin, pool, quantized):
@@ -159,11 +163,6 @@ def affine_specs(
     ]
 
 
-def mlx_dtype(dtype: str) -> mx.Dtype:
-    """MLX's dtype of a name such as "bfloat16"."""
-    return getattr(mx, dtype)
-
-
 def as_bytes(array: mx.array) -> memoryview:
     """The bytes of an MLX array; bfloat16 is viewed as uint16, because NumPy does not have it."""
     if array.dtype == mx.bfloat16:
@@ -171,12 +170,10 @@ def as_bytes(array: mx.array) -> memoryview:
     return np.ascontiguousarray(np.array(array, copy=False)).data.cast("B")
 
 
-def _rounded(slab: np.ndarray, dtype: str, tensor: FloatTensor) -> mx.array:
-    """Convert a slab to a dtype; raises CheckpointError if a value overflows float16."""
-    stored = mx.array(slab).astype(mlx_dtype(dtype))
-    if dtype == "float16" and not mx.isfinite(stored).all():
-        raise CheckpointError(f"{tensor.where}: holds numbers too large for float16")
-    return stored
+def _as_mlx(stored: np.ndarray, dtype: str) -> mx.array:
+    """The MLX array of what `narrowed` returns."""
+    array = mx.array(stored)
+    return array.view(mx.bfloat16) if dtype == "bfloat16" else array
 
 
 def make_slabs(
@@ -189,8 +186,7 @@ def make_slabs(
 
     def made(start: int, stop: int) -> tuple[T, int]:
         slab = tensor.read_float32(start, stop)
-        if not np.isfinite(slab).all():
-            raise CheckpointError(f"{tensor.where}: holds NaN or infinity")
+        require_fit(slab, "float32", tensor.where)
         if twin is not None and not np.array_equal(slab, twin.read_float32(start, stop)):
             raise twins_differ(tensor, twin)
         with own_mlx_stream():
