@@ -1,5 +1,6 @@
 """Fixtures for every test, and what keeps tests apart from their user's settings."""
 
+import fcntl
 import os
 import shutil
 import sys
@@ -27,6 +28,15 @@ os.environ["OUTLIER_MLX_KERNELS"] = ""
 # A terminal's own width counts, not what a parent process has exported.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """Thousands of small files would take minutes to reach it; a test of that does wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.delattr(fcntl, "F_FULLFSYNC", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from outlier_mlx.writing.manifest import write_manifest
+
+
+def write_ours(folder: Path, text: str = "") -> Path:
+    """A folder such as this project writes, with `text` in its config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"text": text}))
+    write_manifest(folder, "tier.json", {})
+    return folder
+
+
+def text_of(folder: Path) -> Any:
+    """The text that `write_ours` was given."""
+    return json.loads((folder / "config.json").read_text())["text"]
+
 
 def names(folder: Path) -> list[str]:
     """Names of what is in a folder, in order."""

@@ -60,9 +60,9 @@ def test_an_output_that_exists_is_refused_before_the_work(command: str, here: Pa
 @pytest.mark.parametrize("form", ["overlay", "packed"])
 def test_an_export_is_replaced(form: str, here: Path) -> None:
     run("export", "tier", "--out", "out", "--format", "packed")
-    (here / "out/stale").write_text("stale")
+    (here / "out/README.md").write_text("stale")
     run("export", "--model", "tier", "--out", "out", "--format", form, "--force")
-    assert not (here / "out/stale").exists()
+    assert not (here / "out/README.md").exists()
     assert json.loads((here / "out/checksums.json").read_text())["format"] == form
     assert open_overlay(here / "out").experts
     told = run("export", "tier", "--out", "out", code=1).err

@@ -263,7 +263,9 @@ def test_ctrl_c_while_the_old_tier_is_replaced(
             raise KeyboardInterrupt
 
     def interrupted_rename(self: Path, target: Path) -> Path:
-        aside = target.name.endswith(".replaced")
+        aside = target.name == "former"
+        if not {self.name, target.name} & {"former", "whole"}:  # of a file in the tier
+            return rename(self, target)
         if not aside and moment == "at the second":
             once()
         renamed = rename(self, target)
@@ -272,7 +274,7 @@ def test_ctrl_c_while_the_old_tier_is_replaced(
         return renamed
 
     def interrupted_rmtree(path: Path, *args: Any, **kwargs: Any) -> None:
-        if path.name.endswith(".replaced") and moment == "while removing":
+        if path.name == "former" and path.exists() and moment == "while removing":
             next(path.iterdir()).unlink()
             once()
         rmtree(path, *args, **kwargs)
@@ -356,7 +358,17 @@ def write_zeros(folder: Path, gigabytes: float) -> Path:
     return folder
 
 
-def test_sigint_in_the_middle_of_a_conversion(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        pytest.param(signal.SIGHUP, 129, "hung up", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_in_the_middle_of_a_conversion(
+    tmp_path: Path, number: signal.Signals, code: int, word: str
+) -> None:
     overlay = write_zeros(tmp_path / "overlay", 8.0)
     outputs = tmp_path / "outputs"
     outputs.mkdir()
@@ -367,11 +379,11 @@ def test_sigint_in_the_middle_of_a_conversion(tmp_path: Path) -> None:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, stdout, stderr) == (130, "", "interrupted\n")
+    assert (process.returncode, stdout, stderr) == (code, "", f"{word}\n")
     assert list(outputs.iterdir()) == []
 
 

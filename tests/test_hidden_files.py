@@ -85,7 +85,11 @@ def test_a_tier_is_read_measured_exported_and_replaced(library: Library, tmp_pat
         sizes.append(run("export", source, "--out", tmp_path / out).err.partition(":")[2])
     assert sizes[0] == sizes[1]
     assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()
-    run("convert", place / "overlay", "--out", tier, "--force", "--quiet")
+    again = ("convert", place / "overlay", "--out", tier, "--force", "--quiet")
+    refused = run(*again, code=1)  # a hidden folder is somebody's
+    assert_refused(refused, ".backup/README.md", "which tier.json does not list")
+    shutil.rmtree(tier / ".backup")
+    run(*again)
     assert not [name for name in names(tier) if is_hidden(name)]
 
 

@@ -1,10 +1,7 @@
 """Runs that are killed, and runs at the same time: nothing is lost and nothing stays behind."""
 
 import hashlib
-import multiprocessing
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -20,39 +17,6 @@ from outlier_mlx.writing.folders import whole_folder
 from tests.builders import write_overlay
 from tests.folders import names
 from tests.program import run_command
-
-
-def write_and_die(target: Path, moment: str) -> None:
-    """In a process of its own: die by SIGKILL within `whole_folder`."""
-    rename = Path.rename
-
-    def dying(self: Path, other: Path) -> Path:
-        if moment == "between the renames" and self.name.startswith(".") and other == target:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rename(self, other)
-
-    Path.rename = dying  # type: ignore[method-assign, assignment]
-    with whole_folder(target, force=True) as folder:
-        (folder / "tier.json").write_text("new")
-        if moment == "while writing":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("moment", ["while writing", "between the renames"])
-def test_what_a_killed_run_leaves_is_cleared_by_the_next(tmp_path: Path, moment: str) -> None:
-    target = tmp_path / "tier"
-    target.mkdir()
-    (target / "tier.json").write_text("old")
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=write_and_die, args=(target, moment))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert names(tmp_path) != ["tier"]
-    with pytest.raises(OutputExistsError, match="--force"), whole_folder(target):
-        pass
-    assert names(tmp_path) == ["tier"]
-    assert (target / "tier.json").read_text() == "old"
 
 
 def test_two_runs_into_one_place(tmp_path: Path) -> None:

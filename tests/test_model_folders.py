@@ -70,9 +70,13 @@ def test_every_folder_can_be_verified_replaced_and_found_damaged(name: str, tmp_
     assert found.files == len(content["files"]) and content["producer"].startswith("outlier-mlx ")
     with pytest.raises(OutlierError, match="exists; --force replaces it"):
         write(out)
-    (out / "stale").write_text("")
+    (out / "theirs").write_text("")
+    with pytest.raises(OutlierError, match=f"out: holds theirs, which {manifest.name} does not"):
+        write(out, force=True)
+    (out / "theirs").rename(out / "NOTICE")
     write(out, force=True)
-    assert not (out / "stale").exists() and verify_tier(out) == found
+    assert not (out / "NOTICE").exists() and verify_tier(out) == found
+    assert content["format_version"] == 1
     last = sorted(content["files"])[-1]
     data = (out / last).read_bytes()
     (out / last).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

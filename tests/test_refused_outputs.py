@@ -86,9 +86,9 @@ def test_an_existing_output_needs_force(site: Site) -> None:
 
 
 def test_force_replaces_a_tier_whole(site: Site) -> None:
-    (site.tier / "leftover").write_text("of the old tier")
+    (site.tier / ".config.0123abcd.json").write_text("of a run that was killed")
     run("convert", site.overlay, "--out", site.tier, "--tier", "f32", "--force")
-    assert not (site.tier / "leftover").exists()
+    assert not (site.tier / ".config.0123abcd.json").exists()
     assert json.loads((site.tier / "config.json").read_text())["dtype"] == "float32"
     assert [path.name for path in site.root.iterdir() if path.name.startswith(".")] == []
 

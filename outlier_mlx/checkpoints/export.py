@@ -91,6 +91,7 @@ def export_tier(
         FORMATS[format](overlay, origin),
         overlay_config(overlay, origin),
         source=source.name,
+        inputs=[tier, source.folder],
         assets=assets,
         manifest={
             "format": format,

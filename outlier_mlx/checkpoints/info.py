@@ -25,6 +25,7 @@ from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import has_chat_template
 from outlier_mlx.writing.licences import CARD, stated_licence
+from outlier_mlx.writing.runs import name_leftovers
 
 # What says something of a model besides its config and tensors.
 _ABOUT = (CARD, "tokenizer_config.json", "chat_template.*")
@@ -101,6 +102,7 @@ def inspect(
         CheckpointError: there is no model, or its files are not valid.
         OutlierError: the hub cannot be reached.
     """
+    name_leftovers(Path(path_or_repo))
     with headers(path_or_repo, revision, progress, besides=_ABOUT) as found:
         return _inspect_folder(found.source.folder, found.source.name)
 

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from shutil import get_terminal_size
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -17,6 +18,7 @@ from outlier_mlx.cli.command import (
     write_parameters,
     write_section,
 )
+from outlier_mlx.cli.signals import Ended, cleaning_up
 from outlier_mlx.errors import OutlierError, one_line
 
 # Columns of help, at most: longer lines are hard to read.
@@ -26,7 +28,10 @@ Function = TypeVar("Function", bound=Callable[..., None])
 
 
 class Commands(TyperGroup):
-    """Ends a command in one line on stderr: exit code 1, 2 for wrong usage, 130 for Ctrl-C."""
+    """Ends a command in one line on stderr: exit code 1, or 2 for wrong usage.
+
+    Ctrl-C and other signals end it with 128 and the signal's number.
+    """
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run the program and leave it."""
@@ -55,10 +60,15 @@ class Commands(TyperGroup):
         """Run a command; with `--debug`, errors show their traceback."""
         warnings.showwarning = _show_warning
         try:
-            return super().invoke(ctx)
+            with cleaning_up():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             say("interrupted")
             raise typer.Exit(130) from None
+        except Ended as end:
+            with suppress(OSError):  # the terminal may be gone
+                say(end.word)
+            raise typer.Exit(end.status) from None
         except BrokenPipeError:
             raise
         except (OutlierError, OSError, MemoryError) as error:

@@ -67,7 +67,7 @@ def evaluate(
     if not names:
         raise typer.BadParameter("names no task", param_hint="--tasks")
     if out is not None:
-        check_writable(out, force=force)
+        check_writable(out, force=force, sources=[model, *names])
     try:
         with working("starting lm-evaluation-harness", quiet=quiet):
             from outlier_mlx.measure import eval_harness as harness
@@ -149,7 +149,7 @@ def compare(
     from outlier_mlx.measure.pictures import check_picture
 
     if out is not None:
-        check_picture(out, force=force)
+        check_picture(out, force=force, sources=files)
     evaluations = [read(file) for file in files]
     found = charts([file.stem for file in files], evaluations, task=task, metric=metric)
     if out is not None:

@@ -297,7 +297,7 @@ def tune_alpha(
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar
 
-    check_writable(out, force=force)
+    check_writable(out, force=force, sources=[model, teacher, text])
     loaded, tokenizer = load_checked(model, loading, window, beside=teacher, quiet=quiet)
     other = None
     if teacher is not None:

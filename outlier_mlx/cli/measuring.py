@@ -200,7 +200,7 @@ def routing(
     from outlier_mlx.terminal import counting_bar
 
     if out is not None:
-        check_folder(out, FILES, force=force)
+        check_folder(out, FILES, force=force, sources=[model, text])
         if not no_plots:
             require_matplotlib(", or --no-plots")
     loaded, tokenizer = load_checked(model, loading, window, quiet=quiet)

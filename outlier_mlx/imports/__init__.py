@@ -84,6 +84,7 @@ def import_model(
         tensors,
         opened.config,
         source=found.name,
+        inputs=[source, found.folder],
         assets=opened.assets,
         manifest={"source": origin | opened.details},
         card=lambda folder: _card(target.name, found, opened, tensors.rows).text(folder),

@@ -9,8 +9,9 @@ from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_bytes, read_json
+from outlier_mlx.writing.manifest import MEASUREMENTS
 
-FILE = "measured.json"
+FILE = MEASUREMENTS
 _MANIFEST = "tier.json"
 
 

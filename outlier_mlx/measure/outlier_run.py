@@ -49,7 +49,7 @@ def study_models(
     Raises:
         OutlierError: a model or the text is not usable, or `out` has results already.
     """
-    check_folder(out, FILES, force=force)
+    check_folder(out, FILES, force=force, sources=[*models, study.text])
     if study.plots:
         require_matplotlib(", or --no-plots")
     named = _named(models)

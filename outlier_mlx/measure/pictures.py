@@ -5,7 +5,7 @@ matplotlib is imported when something is drawn. A command that will draw calls `
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import floor, log10
 from pathlib import Path
@@ -71,15 +71,20 @@ def check_suffix(path: Path) -> None:
         raise OutlierError(f"{path}: a picture's name must end in {listed(SUFFIXES, last='or')}")
 
 
-def check_picture(path: Path, *, force: bool) -> None:
+def check_picture(path: Path, *, force: bool, sources: Iterable[str | Path | None] = ()) -> None:
     """Check that a picture can be drawn and written, before hours are spent on what it will show.
+
+    Args:
+        path: its file.
+        force: it may be replaced if it exists.
+        sources: what it is drawn from, see `check_writable`.
 
     Raises:
         OutlierError: its name ends in something else than `SUFFIXES`, it exists and `force` is not
             set, its folder is missing, or matplotlib is not installed.
     """
     check_suffix(path)
-    check_writable(path, force=force)
+    check_writable(path, force=force, sources=sources)
     require_matplotlib()
 
 

@@ -16,7 +16,7 @@ from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import named
 from outlier_mlx.terminal import Stages
 from outlier_mlx.writing.assets import copy_assets
-from outlier_mlx.writing.folders import check_free, check_space
+from outlier_mlx.writing.folders import Sources, check_free, check_space
 from outlier_mlx.writing.model_folder import write_model
 from outlier_mlx.writing.parts import Parts
 
@@ -68,7 +68,8 @@ def merge(
         merge_config = merge_config.with_held_out(Path(held_out))
     experts = [*merge_config.experts, merge_config.shared]
     models = [merge_config.base, *(expert.source for expert in experts if expert is not None)]
-    check_free(target, force=force, sources=[config_file, *models])
+    inputs = [config_file, held_out, *models]
+    check_free(target, force=force, sources=inputs)
     mixture = open_mixture(merge_config, seed)
     stored = DTYPES[mixture.base.tensors["model.embed_tokens.weight"].dtype]
     stored_as = StoredAs(dtype or merge_config.dtype or stored, bits, group_size)
@@ -90,11 +91,11 @@ def merge(
         routers=routers,
         notes=[*mixture.notes, *routers.notes],
     )
-    _write(result, tensors, force=force, stages=stages)
+    _write(result, tensors, inputs, force=force, stages=stages)
     return result
 
 
-def _write(result: Merged, tensors: Parts, *, force: bool, stages: Stages) -> None:
+def _write(result: Merged, tensors: Parts, inputs: Sources, *, force: bool, stages: Stages) -> None:
     report, mixture = as_json(result), result.mixture
     models = (mixture.base, *(expert.model for expert in mixture.all_experts))
 
@@ -110,6 +111,7 @@ def _write(result: Merged, tensors: Parts, *, force: bool, stages: Stages) -> No
             tensors,
             make_config(mixture, result.stored_as, tensors.parts),
             source=mixture.base.name,
+            inputs=[*inputs, *(model.source.folder for model in models)],
             assets=assets,
             manifest={"source": {"form": "merge"} | {k: report[k] for k in ("base", "experts")}},
             card=lambda folder: model_card(result, folder),

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any, NoReturn
@@ -163,7 +164,7 @@ def serve(
     note: str = "",
     quiet: bool = False,
 ) -> NoReturn:
-    """Serve until SIGINT or SIGTERM, then end the process with exit code 0.
+    """Serve until SIGINT, SIGTERM or SIGHUP, then end the process with exit code 0.
 
     Call it in the main thread: only there can Python handle signals.
 
@@ -180,7 +181,10 @@ def serve(
             loaded.
     """
     server = Server(name, load, options, (lambda _: None) if quiet else log, log)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    ending = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` leaves it
+        ending.append(signal.SIGHUP)
+    for number in ending:
         signal.signal(number, _interrupt)
     try:
         with working(f"loading {name}", quiet=quiet):
@@ -190,17 +194,19 @@ def serve(
             log(note)
         server.serve_forever()
     except KeyboardInterrupt:
-        log("shutting down")
+        with suppress(OSError):  # the terminal may be gone
+            log("shutting down")
     finally:
         # A second signal ends the process immediately.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ending:
             signal.signal(number, signal.SIG_DFL)
         server.stop()
     # Skip Python's own shutdown. MLX may still be freeing the compiled functions of the generating
     # thread after Python has joined it; this needs the GIL, and the process aborts if the
     # interpreter ends first. Also, a long step of the model may still be running.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)
 
 

@@ -1,41 +1,64 @@
-"""Files to write: they appear whole or not at all."""
+"""Files to write: they appear whole or not at all, and stay whole if the power fails."""
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import OutlierError, OutputExistsError
-from outlier_mlx.storage.paths import entries
+from outlier_mlx.storage.paths import entries, existing, files_below, is_within
+
+_PART = re.compile(r"\..{0,40}\.[0-9a-f]{8}(\..*)?", re.DOTALL)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS)
 
 
-def check_writable(path: Path, *, force: bool) -> None:
+def check_writable(path: Path, *, force: bool, sources: Iterable[str | Path | None] = ()) -> None:
     """Check that a file can be written, before hours are spent on what it will hold.
 
+    Args:
+        path: the file.
+        force: it may be replaced if it exists.
+        sources: what it is made from: files, folders, and names of repositories, which are ignored.
+            None of them is ever replaced, nor a file in one.
+
     Raises:
-        OutputExistsError: it exists and `force` is not set.
+        OutputExistsError: it exists and may not be replaced.
         OutlierError: it is a folder, or its folder is missing.
     """
     if path.is_dir():
         raise OutlierError(f"{path}: is a folder")
-    if path.exists() and not force:
-        raise OutputExistsError(f"{path}: exists; --force replaces it")
+    if path.exists():
+        for source in existing(sources):
+            if is_within(path, source):
+                raise OutputExistsError(f"{path}: is an input or lies in one: name another file")
+        if not force:
+            raise OutputExistsError(f"{path}: exists; --force replaces it")
     if not path.absolute().parent.is_dir():
         raise OutlierError(f"{path}: no such folder: {path.parent}")
 
 
-def check_folder(out: Path, patterns: Sequence[str], *, force: bool) -> None:
+def check_folder(
+    out: Path,
+    patterns: Sequence[str],
+    *,
+    force: bool,
+    sources: Iterable[str | Path | None] = (),
+) -> None:
     """Check that files can be written into a folder, before hours are spent on what they will hold.
 
     Args:
         out: the folder, which need not exist.
         patterns: names of the files, also with `*`.
         force: existing files may be replaced.
+        sources: what they are made from, see `check_writable`.
 
     Raises:
-        OutputExistsError: one of the files exists and `force` is not set, or `out` is no folder.
+        OutputExistsError: one of the files exists and may not be replaced, or `out` is no folder.
         OutlierError: it cannot be written to, or cannot be made.
     """
     if out.exists() and not out.is_dir():
@@ -46,7 +69,7 @@ def check_folder(out: Path, patterns: Sequence[str], *, force: bool) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise OutlierError(f"{out}: cannot write there")
     for path in (found for pattern in patterns for found in entries(out, pattern)):
-        check_writable(path, force=force)
+        check_writable(path, force=force, sources=sources)
 
 
 def clear_folder(out: Path, patterns: Sequence[str]) -> None:
@@ -89,13 +112,67 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     try:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
         yield part
+        sync(part)
         part.replace(path)
+        sync(path.parent)
     except OSError as error:
         if error.filename == str(part):  # a name that the user never gave
             error.filename = str(path)
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_part(name: str) -> bool:
+    """Whether a name is one that `whole_file` gives to files that are not whole yet."""
+    return _PART.fullmatch(name) is not None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        flush(handle)
+    except OSError as error:
+        # File systems of other systems and networks know no such thing for folders.
+        if error.errno not in _NO_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder is on the disk, with everything in it.
+
+    Raises:
+        OSError: something of it cannot be written.
+    """
+    files = files_below(folder, hidden=True)
+    for file in files:
+        if file.is_file() and not file.is_symlink():
+            sync(file)
+    inner = {parent for file in files for parent in file.relative_to(folder).parents}
+    for name in sorted(inner | {Path()}, reverse=True):
+        sync(folder / name)
+
+
+def flush(handle: int) -> None:
+    """Wait until what was written to an open file is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS, fsync does not reach the disk itself
+        try:
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # a file system that does not know it
+            pass
+    os.fsync(handle)
 
 
 def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> None:

@@ -6,6 +6,7 @@ alone, so that no command reads them, lists them or complains of them.
 """
 
 import os
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def files_below(folder: Path, pattern: str = "*", *, hidden: bool = False) -> li
     found: list[Path] = []
     for place, folders, files in os.walk(folder):
         folders[:] = _chosen(folders, "*", hidden)
+        files += [name for name in folders if Path(place, name).is_symlink()]
         found += [Path(place, name) for name in _chosen(files, pattern, hidden)]
     return sorted(found)
 
@@ -58,6 +60,22 @@ def named(path: str | Path) -> Path:
     """A path that ends in a name, for messages: of "." and "..", the absolute path."""
     path = Path(path)
     return path.resolve() if path.name in ("", "..") else path
+
+
+def existing(sources: Iterable[str | Path | None]) -> list[Path]:
+    """The files and folders among what was named as inputs; the others are repositories."""
+    paths = [Path(source) for source in sources if source is not None]
+    return [path for path in paths if path.exists()]
+
+
+def is_within(place: Path, folder: Path) -> bool:
+    """Whether an existing file or folder is `folder`, or in it, by whatever names and links."""
+    try:
+        wanted = folder.stat()
+    except OSError:
+        return False
+    resolved = place.resolve()
+    return any(os.path.samestat(at.stat(), wanted) for at in (resolved, *resolved.parents))
 
 
 def require_plain(name: str, place: str) -> None:

@@ -9,7 +9,7 @@ from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.paths import named
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.card import model_card
-from outlier_mlx.tiers.plan import FORMAT_VERSION, make_plan
+from outlier_mlx.tiers.plan import make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import Recipe
 from outlier_mlx.tiers.sources import Sources, open_sources
@@ -70,7 +70,8 @@ def convert_tier(
     """
     recipe = recipe or Recipe()
     target = named(out) if out is not None else _default_out(overlay, recipe)
-    check_free(target, force=force, sources=[overlay, base])
+    given = [overlay, base, None if alpha == "original" else alpha]
+    check_free(target, force=force, sources=given)
     revisions = {"revision": revision, "base_revision": base_revision}
     with open_sources(overlay, base, target, **revisions, stream=stream, force=force) as sources:
         model = join(sources.opened, open_base(sources.base.folder) if sources.base else None)
@@ -80,6 +81,7 @@ def convert_tier(
             sources.tensors(plan),
             plan.config,
             source=sources.overlay.name,
+            inputs=[*given, *(source.folder for source in sources.by_role.values())],
             assets=partial(copy_assets, [source.folder for source in sources.by_role.values()]),
             manifest=_manifest(plan.recipe, alpha, sources),
             manifest_name="tier.json",
@@ -102,7 +104,6 @@ def _manifest(recipe: Recipe, alpha: str | Path | None, sources: Sources) -> dic
     if alpha is not None:
         stored["alpha"] = Path(alpha).name
     return {
-        "format_version": FORMAT_VERSION,
         "overlay": _cited(sources.overlay) | {"form": sources.opened.form},
         "base": _cited(sources.base) if sources.base else None,
         "recipe": stored,

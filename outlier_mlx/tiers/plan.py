@@ -21,8 +21,6 @@ from outlier_mlx.writing.expert_parts import AffineExperts, TernaryExperts
 from outlier_mlx.writing.float_parts import Constant, Plain, Quantized
 from outlier_mlx.writing.parts import Part, quantization
 
-FORMAT_VERSION = 1
-
 # What belongs to the overlay's packaging, or is rewritten under its usual name.
 _DROPPED = frozenset(
     ["auto_map", "base_model_name_or_path", BASE_TYPE, "v3_pipeline", "v3_checkpoint"]

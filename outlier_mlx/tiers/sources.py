@@ -14,9 +14,10 @@ from outlier_mlx.storage.hub import Source, local_source, resolve
 from outlier_mlx.storage.remote import RemoteFile, fill, find_commit, mirror, mirrors
 from outlier_mlx.tiers.plan import Plan
 from outlier_mlx.writing.fetched import FetchedParts
-from outlier_mlx.writing.folders import JOURNAL, kept_folder
+from outlier_mlx.writing.folders import kept_folder
 from outlier_mlx.writing.journal import read_identity
 from outlier_mlx.writing.parts import Parts
+from outlier_mlx.writing.runs import JOURNAL
 
 #: A folder or repository, and the revision that was asked for, by "overlay" and "base".
 Asked = dict[str, tuple[str | Path, str | None]]

@@ -10,10 +10,9 @@ from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.tiers.plan import FORMAT_VERSION
 from outlier_mlx.writing.bundle import bundle
-from outlier_mlx.writing.folders import MANIFESTS
-from outlier_mlx.writing.manifest import Manifest, check_files, read_manifest
+from outlier_mlx.writing.manifest import Manifest, check_files, find_manifest
+from outlier_mlx.writing.runs import name_leftovers
 
 
 @dataclass(frozen=True)
@@ -38,22 +37,18 @@ def verify_tier(folder: Path, progress: Progress = no_progress) -> Verified:
     Raises:
         CheckpointError: names the first file or tensor that is not as it should be.
     """
+    name_leftovers(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    manifest = read_manifest(folder, _manifest_name(folder))
-    version = manifest.content.get("format_version")
-    if manifest.name == "tier.json" and version != FORMAT_VERSION:
-        raise CheckpointError(f"tier.json: format_version {version!r}, expected {FORMAT_VERSION}")
+    manifest = find_manifest(folder)
+    if manifest is None:
+        raise CheckpointError(f"{folder}: not a tier: no tier.json, nor a model's checksums.json")
+    # The first lists of checksums had no version.
+    if manifest.name == "tier.json" or "format_version" in manifest.content:
+        manifest.check_version()
     check_files(folder, manifest, progress)
     _check_code(folder, manifest)
     return Verified(len(manifest.files), _check_tensors(folder), manifest.nbytes)
-
-
-def _manifest_name(folder: Path) -> str:
-    for name in MANIFESTS:
-        if (folder / name).exists():
-            return name
-    raise CheckpointError(f"{folder}: not a tier: no tier.json, nor a model's checksums.json")
 
 
 def _check_code(folder: Path, manifest: Manifest) -> None:

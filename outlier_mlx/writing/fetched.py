@@ -22,10 +22,11 @@ from outlier_mlx.storage.paths import entries, files_below
 from outlier_mlx.storage.remote import RemoteFile, forget
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.float_parts import Constant
-from outlier_mlx.writing.folders import JOURNAL, kept_folder
+from outlier_mlx.writing.folders import kept_folder
 from outlier_mlx.writing.journal import Journal, read_identity
 from outlier_mlx.writing.parts import Parts, Tally, reading_pool, small_cache
 from outlier_mlx.writing.pieces import Piece, Work, fingerprint, split
+from outlier_mlx.writing.runs import FETCHED, JOURNAL
 from outlier_mlx.writing.writer import PlacedWriter, WrittenFile
 
 
@@ -74,8 +75,9 @@ class FetchedParts(Parts):
         work = split(self.parts)
         identity = self._identity(work)
         if self.restart or (self.force and read_identity(owner) not in (None, identity)):
-            for path in entries(owner, hidden=True):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (owner / JOURNAL).unlink(missing_ok=True)
+            for place in (folder, owner / FETCHED):
+                shutil.rmtree(place, ignore_errors=True)
             folder.mkdir()
         journal = Journal(owner, identity)
         forget(self.files)
@@ -95,7 +97,7 @@ class FetchedParts(Parts):
                     elif self.name(file) in journal.done:
                         tally.add(self._to_fetch(file) + sum(p.source_bytes for p in pieces))
                     else:
-                        with self._present(file, owner / "fetched", tally):
+                        with self._present(file, owner / FETCHED, tally):
                             run.use(file, self.name)
                 return writer.finish(tally.add)
         except CheckpointError:

@@ -1,183 +1,173 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear whole or not at all, and what they may replace."""
 
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from outlier_mlx.errors import OutlierError, OutputExistsError
-from outlier_mlx.storage.paths import entries
+from outlier_mlx.errors import CheckpointError, OutlierError, OutputExistsError, listed
+from outlier_mlx.storage.output import sync, sync_tree
+from outlier_mlx.storage.paths import entries, existing, is_within
 from outlier_mlx.terminal import size
+from outlier_mlx.writing.interrupts import undivided
+from outlier_mlx.writing.manifest import find_manifest, unlisted
+from outlier_mlx.writing.runs import (
+    Run,
+    clear_leftovers,
+    kept_run,
+    lock,
+    new_run,
+    opened,
+    tell,
+)
 
-#: Manifests of the folders that this project writes: tiers, and all others. `--force` replaces only
-#: folders that have one.
-MANIFESTS = ("tier.json", "checksums.json")
-#: File in a kept folder that lists the files that are done. A folder that has it is not removed.
-JOURNAL = "journal.jsonl"
+# What is in the way of a run is named up to this number.
+_NAMED = 3
+_ONLY_OURS = "--force replaces only what outlier-mlx wrote"
+Sources = Iterable[str | Path | None]
 
 
 @contextmanager
-def whole_folder(target: Path, *, force: bool = False, keep: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that is renamed to `target` if the block succeeds.
+def whole_folder(
+    target: Path, *, force: bool = False, keep: bool = False, sources: Sources = ()
+) -> Iterator[Path]:
+    """A hidden folder beside `target` that becomes `target` if the block succeeds.
 
     If the block ends early (an error, a full disk, Ctrl-C), the folder is removed, and so are
-    parent folders that were made for it. Remains of killed runs are removed first.
+    parent folders that were made for it. What killed runs left is settled first.
 
     Args:
         target: the folder to make.
-        force: replace `target` if it is a tier.
+        force: replace `target` if this project wrote it.
         keep: yield a folder in `kept_folder(target)`, as an earlier run left it. If the block ends
             early and there is a journal, it stays for a later run. Without `keep`, such a folder of
             an earlier run is removed when `target` is made.
+        sources: as for `check_free`.
 
     Raises:
-        OutputExistsError: `target` exists and `force` is not set, or it is not a tier, or another
-            run is writing it.
+        OutputExistsError: `target` exists and may not be replaced, or another run is writing it.
+        OutlierError: its folder cannot be written to.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
+    sources = list(sources)
     missing = [parent for parent in target.parents if not parent.exists()]
+    run = kept_run(target) if keep else new_run(target)
+    made = False
     try:
         try:
-            owner, lock = _claim(target, force=force, keep=keep)
+            with undivided():
+                _begin(run, force=force, sources=sources)
         except OSError as error:
             raise OutlierError(f"cannot write beside {target}: {error.strerror}") from None
-        replaced = owner.with_name(f"{owner.name}.replaced")
-        made = False
-        try:
-            sibling = owner / "whole" if keep else owner
-            sibling.mkdir(exist_ok=True)
-            yield sibling
-            sibling.chmod(0o777 & ~_umask())
-            check_free(target, force=force)
-            _swap(sibling, target, replaced)
+        yield run.whole
+        run.whole.chmod(0o777 & ~_umask())
+        sync_tree(run.folder)
+        sync(target.parent)
+        _check_replaceable(target, force=force, sources=sources)
+        with undivided():
+            run.place()
             made = True
-        finally:
-            if not (keep and (owner / JOURNAL).exists()):
-                _remove(owner)
+    finally:
+        with undivided():
+            run.end()
             if made:
-                _remove(kept_folder(target))
-            if target.exists():
-                _remove(replaced)
-            os.close(lock)
-    except BaseException:
-        for parent in missing:
-            with suppress(OSError):  # not made, or in use by someone else
-                parent.rmdir()
-        raise
+                _discard_unfinished(target)
+            else:
+                for parent in missing:
+                    with suppress(OSError):  # not made, or in use by someone else
+                        parent.rmdir()
 
 
-def _claim(target: Path, *, force: bool, keep: bool) -> tuple[Path, int]:
-    """The folder that a run writes in, new or kept, and a handle that locks it."""
+def _begin(run: Run, *, force: bool, sources: Sources) -> None:
+    """Check that a run may begin, and begin it."""
+    target = run.target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent, wait=True):
-        clear_stale(target)
-        check_free(target, force=force)
-        if keep:
-            owner = kept_folder(target)
-            owner.mkdir(mode=0o700, exist_ok=True)
-        else:
-            owner = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-        lock = os.open(owner, os.O_RDONLY)
-        _lock(lock, wait=False)
-    return owner, lock
+    with opened(target.parent) as handle:
+        lock(handle, fcntl.LOCK_EX)
+        clear_leftovers(target)
+        _check_replaceable(target, force=force, sources=sources)
+        run.begin()
+
+
+def _discard_unfinished(target: Path) -> None:
+    """Remove what a run with `--stream` left to be resumed: there is nothing to resume for."""
+    run = kept_run(target)
+    if run.state() == "unfinished":
+        run.remove()
+        tell(f"{target}: removed the unfinished run in {run.folder}")
 
 
 def kept_folder(target: Path) -> Path:
     """The hidden folder beside `target` that holds a run that can be resumed."""
-    target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
-    return target.parent / f"{_prefix(target)}kept"
+    return kept_run(Path(os.path.abspath(target))).folder  # noqa: PTH100 - a link stays a link
 
 
-def clear_stale(target: Path) -> None:
-    """Remove what killed runs left beside `target`, and restore a model that one was replacing.
+def check_free(target: Path, *, force: bool, sources: Sources = ()) -> None:
+    """Check that `target` does not exist, or that `force` replaces it; clear what is left there.
 
-    A running process holds a lock on its temporary folder. Folders kept for a later run stay.
-
-    Raises:
-        OutputExistsError: another run is writing `target`.
-    """
-    names = [
-        path
-        for path in entries(target.parent, hidden=True)
-        if path.name.startswith(_prefix(target))
-    ]
-    for replaced in [p for p in names if p.suffix == ".replaced"]:
-        if not target.exists() and not _is_alive(replaced.with_suffix("")):
-            replaced.rename(target)
-    for folder in names:
-        owner = folder.with_suffix("") if folder.suffix == ".replaced" else folder
-        if _is_alive(owner):
-            raise OutputExistsError(f"{target}: another run is writing it")
-        if not (folder / JOURNAL).exists():
-            _remove(folder)
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.part-"
-
-
-def _is_alive(folder: Path) -> bool:
-    """Whether a run holds the lock on its temporary folder."""
-    try:
-        with _locked(folder, wait=False) as free:
-            return not free
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Lock a folder; yields whether that was possible."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        yield _lock(handle, wait=wait)
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, *, wait: bool) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: other runs cannot be noticed
-        return True
-    return True
-
-
-def check_free(target: Path, *, force: bool, sources: Iterable[str | Path | None] = ()) -> None:
-    """Check that `target` does not exist, or is a model that `force` replaces.
+    A folder is replaced if its manifest says that this project wrote it, and lists every file in
+    it. Files that this project or the system adds later are no hindrance, see `unlisted`.
 
     Args:
         target: the folder to make.
-        force: replace a model that this project wrote.
+        force: replace a folder that this project wrote.
         sources: what the target is made from: files, folders, and names of repositories, which are
-            ignored. A source is never replaced, nor is a folder that contains one.
+            ignored. No source is ever replaced, nor a folder that contains one or lies in one.
 
     Raises:
-        OutputExistsError: it may not. What this project did not write is never replaced.
+        OutputExistsError: it may not be made; the message names what is in the way.
     """
-    for source in sources:
-        if source is not None and _holds(target, Path(source)):
+    absolute = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
+    with suppress(OSError), opened(absolute.parent) as handle:  # else told when it is made
+        if lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            clear_leftovers(absolute)
+    _check_replaceable(target, force=force, sources=sources)
+
+
+def _check_replaceable(target: Path, *, force: bool, sources: Sources) -> None:
+    for source in existing(sources):
+        if is_within(source, target):
             raise OutputExistsError(f"{target}: is an input, so it cannot be the output")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputExistsError(f"{target}: exists and is not a folder")
     if not target.exists():
         return
+    for source in existing(sources):
+        if is_within(target, source):
+            raise OutputExistsError(f"{target}: exists and lies in an input: name another folder")
+    if is_within(Path.cwd(), target):
+        raise OutputExistsError(f"{target}: is or holds the current folder, so it stays")
+    if os.path.ismount(target):
+        raise OutputExistsError(f"{target}: is where a disk is mounted: name a folder in it")
     if not force:
         raise OutputExistsError(f"{target}: exists; --force replaces it")
-    if entries(target, hidden=True) and not any((target / name).exists() for name in MANIFESTS):
+    _check_ours(target)
+
+
+def _check_ours(target: Path) -> None:
+    """Check that this project wrote everything in a folder."""
+    found = [path.name for path in entries(target, hidden=True)]
+    if not found:
+        return
+    try:
+        manifest = find_manifest(target)
+        if manifest is None:
+            raise OutputExistsError(
+                f"{target}: exists and is not a tier (it holds {listed(found, _NAMED)});"
+                f" {_ONLY_OURS}"
+            )
+        manifest.check_version()
+    except CheckpointError as error:
+        raise OutputExistsError(f"{target}: {error}; {_ONLY_OURS}") from None
+    if others := unlisted(target, manifest):
         raise OutputExistsError(
-            f"{target}: exists and is not a tier; --force replaces only what outlier-mlx wrote"
+            f"{target}: holds {listed(others, _NAMED)}, which {manifest.name} does not list;"
+            f" {_ONLY_OURS}"
         )
-
-
-def _holds(folder: Path, place: Path) -> bool:
-    """Whether an existing `place` is `folder`, or in it; links are followed."""
-    return place.exists() and place.resolve().is_relative_to(folder.resolve())
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise OutputExistsError(f"{target}: cannot be replaced: it is read-only")
 
 
 def check_space(target: Path, nbytes: int, what: str) -> None:
@@ -192,27 +182,6 @@ def check_space(target: Path, nbytes: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < nbytes:
         raise OutlierError(f"{target}: {what} takes {size(nbytes)}, but only {size(free)} are free")
-
-
-def _swap(sibling: Path, target: Path, replaced: Path) -> None:
-    """Rename `target`, if it exists, to `replaced`, and `sibling` to `target`."""
-    try:
-        if target.exists():
-            target.rename(replaced)
-        sibling.rename(target)
-    except BaseException:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        raise
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder if it exists, even if Ctrl-C is pressed meanwhile."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except KeyboardInterrupt:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _umask() -> int:

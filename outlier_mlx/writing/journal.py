@@ -1,14 +1,13 @@
 """A journal of what a long run has finished, so that a later run can resume from there."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import OutlierError, OutputExistsError
-from outlier_mlx.storage.output import write_whole
+from outlier_mlx.storage.output import flush, write_whole
 from outlier_mlx.storage.texts import decode_json
-from outlier_mlx.writing.folders import JOURNAL
+from outlier_mlx.writing.runs import JOURNAL
 
 
 class Journal:
@@ -28,7 +27,7 @@ class Journal:
         self.done: dict[str, dict[str, str]] = {}
         lines = _read(self._path)
         if not lines:
-            self._path.write_bytes(_line(identity))
+            write_whole(self._path, _line(identity))
             return
         if lines[0] != identity:
             other = next((name for name in identity if lines[0].get(name) != identity[name]), "?")
@@ -47,7 +46,7 @@ class Journal:
         with self._path.open("ab") as file:
             file.write(_line({"done": name, "found": found}))
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         self.done[name] = found
 
 

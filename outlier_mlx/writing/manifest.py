@@ -2,15 +2,16 @@
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import outlier_mlx
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.output import write_json
+from outlier_mlx.storage.output import is_part, write_json
 from outlier_mlx.storage.paths import entries, files_below, inside
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
@@ -20,6 +21,12 @@ from outlier_mlx.writing.writer import WrittenFile
 
 # Large enough that hashing lets other threads run, small enough for a smooth bar.
 _BLOCK = 4 << 20
+#: Manifests of the folders that this project writes, tiers and all others, and their version.
+FORMAT_VERSIONS = {"tier.json": 1, "checksums.json": 1}
+#: Measurements of a tier, which are added to it later.
+MEASUREMENTS = "measured.json"
+# Files that systems add: macOS, KDE, and networks for files that are still open.
+_OF_SYSTEMS = re.compile(r"\._.+|\.DS_Store|\.localized|\.directory|\.nfs\w+|\.fuse_hidden\w+")
 #: Files that mlx-lm may load or import from a folder. All of them must be listed.
 LOADED = ("model*.safetensors", "*.safetensors", "*.py", "*.index.json")
 
@@ -43,6 +50,26 @@ class Manifest:
         """Bytes of the listed files."""
         return sum(size for _, size in self.files.values())
 
+    def check_version(self) -> None:
+        """Check that it is of the version that this version of the project writes.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        version, expected = self.content.get("format_version"), FORMAT_VERSIONS[self.name]
+        if version != expected or isinstance(version, bool):
+            raise CheckpointError(f"{self.name}: format_version {version!r}, expected {expected}")
+
+
+def find_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder that this project wrote; None if it has none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    name = next((name for name in FORMAT_VERSIONS if (folder / name).exists()), None)
+    return None if name is None else read_manifest(folder, name)
+
 
 def read_manifest(folder: Path, name: str) -> Manifest:
     """Read a manifest.
@@ -64,6 +91,31 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     if "config.json" not in listed:
         raise CheckpointError(f"{name}: does not list config.json")
     return Manifest(name, content, listed)
+
+
+def unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """Files in a folder that neither this project nor the system wrote, sorted.
+
+    Besides what the manifest lists, this project writes the manifest, licences and the card,
+    measurements, and parts of files if it is killed meanwhile; Python writes bytecode of a listed
+    module, and systems add hidden files.
+    """
+    known = {manifest.name, CARD, MEASUREMENTS, *manifest.files}
+    names = [path.relative_to(folder).as_posix() for path in files_below(folder, hidden=True)]
+    return [
+        name
+        for name in names
+        if name not in known
+        and not is_legal(name)
+        and not is_part(PurePath(name).name)
+        and not _OF_SYSTEMS.fullmatch(PurePath(name).name)
+        and not _is_bytecode(name, manifest)
+    ]
+
+
+def _is_bytecode(name: str, manifest: Manifest) -> bool:
+    place, _, file = name.rpartition("/")
+    return place == "__pycache__" and f"{file.partition('.')[0]}.py" in manifest.files
 
 
 def check_files(folder: Path, manifest: Manifest, progress: Progress = no_progress) -> None:
@@ -142,5 +194,8 @@ def write_manifest(
             with path.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             files[file] = {"sha256": digest, "bytes": path.stat().st_size}
-    producer = {"producer": f"outlier-mlx {outlier_mlx.__version__}"}
-    write_json(folder / name, producer | content | {"files": dict(sorted(files.items()))})
+    written = {
+        "producer": f"outlier-mlx {outlier_mlx.__version__}",
+        "format_version": FORMAT_VERSIONS[name],
+    }
+    write_json(folder / name, written | content | {"files": dict(sorted(files.items()))})

@@ -12,7 +12,7 @@ from outlier_mlx.storage.output import write_json, write_whole
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import has_tokenizer
 from outlier_mlx.writing.bundle import bundle
-from outlier_mlx.writing.folders import check_free, check_space, whole_folder
+from outlier_mlx.writing.folders import Sources, check_free, check_space, whole_folder
 from outlier_mlx.writing.licences import CARD
 from outlier_mlx.writing.manifest import write_manifest
 from outlier_mlx.writing.parts import Parts
@@ -39,6 +39,7 @@ def write_model(
     config: dict,
     *,
     source: str,
+    inputs: Sources,
     assets: Callable[[Path], None],
     manifest: dict,
     manifest_name: str = "checksums.json",
@@ -53,11 +54,12 @@ def write_model(
         tensors: its tensors, and how they are written.
         config: its config.json. With `model_file` in it, the code of that name is written, too.
         source: what messages call the model that it is made from.
+        inputs: files and folders that it is made from, which are never replaced.
         assets: writes tokenizer, licences and the like into the folder. It is called before the
             tensors are read, so that what is wrong with these files is found first, and after.
         manifest: where the model came from and how it was made. Checksums are added of all files
             but the licences and the card.
-        manifest_name: the manifest's file, one of `outlier_mlx.writing.folders.MANIFESTS`.
+        manifest_name: the manifest's file, one of `outlier_mlx.writing.manifest.FORMAT_VERSIONS`.
         card: the text of the model card, asked once everything else is in the folder.
         force: replace `target` if it is a model that this project wrote.
         progress: called while tensors are written.
@@ -68,10 +70,11 @@ def write_model(
             or the disk is too small. Nothing is left behind, but for what `tensors` keep for the
             next run.
     """
-    check_free(target, force=force)
+    inputs = list(inputs)
+    check_free(target, force=force, sources=inputs)
     check_space(target, tensors.room(target), tensors.what)
     try:
-        with whole_folder(target, force=force, keep=tensors.keep) as folder:
+        with whole_folder(target, force=force, keep=tensors.keep, sources=inputs) as folder:
             assets(folder)
             _check_tokenizer(source, folder, config)
             files = tensors.write(folder, progress)

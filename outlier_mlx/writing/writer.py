@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.storage.output import write_json
+from outlier_mlx.storage.output import flush, sync, write_json
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES
 from outlier_mlx.storage.shards import INDEX_NAME
 
@@ -207,7 +207,8 @@ class PlacedWriter:
     def sync(self) -> None:
         """Flush everything written so far to the disk, so that it survives a power failure."""
         for handle in self._handles:
-            os.fsync(handle)
+            flush(handle)
+        sync(self.folder)
 
     def finish(self, advance: Callable[[int], None] | None = None) -> list[WrittenFile]:
         """Read all files back for their checksums, write the index, and return them.

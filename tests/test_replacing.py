@@ -1,0 +1,453 @@
+"""Folders are replaced only when they are ours, and nothing is lost if the run is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outlier_mlx.errors import OutputExistsError
+from outlier_mlx.writing.folders import check_free, whole_folder
+from outlier_mlx.writing.interrupts import undivided
+from outlier_mlx.writing.manifest import check_files, find_manifest
+from tests.folders import names, snapshot, text_of, write_ours
+from tests.program import assert_refused, run
+
+# What changes a disk; of files that are opened, those for writing.
+CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")
+
+
+def dies_at(step: int, work: Callable[[], object], changes: Sequence[str] = CHANGES) -> bool:
+    """Do some work in a process that SIGKILL ends before its change number `step` to the disk.
+
+    Args:
+        step: which change, from 1 on.
+        work: what to do.
+        changes: what counts, as Python's audit events call it.
+
+    Returns:
+        Whether it came to that; otherwise the work is done.
+    """
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if event not in changes or reads:
+                return
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        status = 1
+        try:
+            warnings.simplefilter("ignore")
+            sys.addaudithook(watch)
+            work()
+            status = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def write(target: Path, text: str, *, keep: bool = False) -> None:
+    with whole_folder(target, force=True, keep=keep) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "experts.bin").write_text(text)
+        write_ours(folder, text)
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """What warnings say in the block."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lines: list[str] = []
+        yield lines
+    lines += [str(warning.message) for warning in caught]
+
+
+def whole_text(folder: Path) -> str:
+    """The text of a folder, every file of which is as its manifest says."""
+    manifest = find_manifest(folder)
+    assert manifest is not None
+    check_files(folder, manifest)
+    return str(text_of(folder))
+
+
+def killed_at_each_step(
+    tmp_path: Path, *, keep: bool = False, former: bool = True
+) -> Iterator[tuple[Path, list[str]]]:
+    """Places in which a run into `tier` was killed one step later each, and what is beside it."""
+    for step in count(1):
+        place = tmp_path / str(step)
+        place.mkdir()
+        (place / "mine").write_text("mine")
+        target = place / "tier"
+        if former:
+            write(target, "old")
+        if not dies_at(step, partial(write, target, "new", keep=keep)):
+            assert names(place) == ["mine", "tier"] and whole_text(target) == "new"
+            assert step > 12
+            return
+        yield target, [name for name in names(place) if name not in ("mine", "tier")]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_replacement_killed_at_any_step(tmp_path: Path, keep: bool) -> None:
+    """The next run restores the old folder, or finds the new one, and says what it found."""
+    texts = []
+    for target, left in killed_at_each_step(tmp_path, keep=keep):
+        with told() as lines, pytest.raises(OutputExistsError, match="--force replaces it"):
+            check_free(target, force=False)
+        assert names(target.parent) == ["mine", "tier"]
+        texts.append(whole_text(target))
+        assert len(lines) == len(left) and all("run" in line for line in lines)
+        write(target, "newer")
+        assert names(target.parent) == ["mine", "tier"] and whole_text(target) == "newer"
+    assert texts == sorted(texts, reverse=True) and set(texts) == {"old", "new"}
+
+
+def test_a_new_folder_killed_at_any_step(tmp_path: Path) -> None:
+    for target, _ in killed_at_each_step(tmp_path, former=False):
+        there = target.exists()
+        with told():
+            check_free(target, force=True)
+        assert names(target.parent) == (["mine", "tier"] if there else ["mine"])
+        assert not there or whole_text(target) == "new"
+
+
+def test_killed_and_killed_again_while_that_is_settled(tmp_path: Path) -> None:
+    """Of some steps each; the test marked slow takes them all."""
+    kill_twice(tmp_path, every=7)
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_and_again_at_any_step(tmp_path: Path) -> None:
+    kill_twice(tmp_path, every=1)
+
+
+def kill_twice(tmp_path: Path, every: int) -> None:
+    for n, (target, left) in enumerate(killed_at_each_step(tmp_path)):
+        if not left or n % every:
+            continue
+        for step in count(1, every):
+            place = shutil.copytree(target.parent, tmp_path / f"{n} {step}")
+            again = place / "tier"
+            died = dies_at(step, partial(check_free, again, force=True))
+            with told():
+                write(again, "newer")
+            assert names(place) == ["mine", "tier"] and whole_text(again) == "newer"
+            if not died:
+                break
+            shutil.rmtree(place)
+            shutil.copytree(target.parent, place)
+            dies_at(step, partial(check_free, again, force=True))
+            with told():
+                check_free(again, force=True)
+            assert names(place) == ["mine", "tier"]
+            assert whole_text(again) in ("old", "new")
+
+
+def test_a_folder_that_is_renamed_after_the_kill_is_not_replaced_by_half_of_the_old(
+    tmp_path: Path,
+) -> None:
+    for target, _ in killed_at_each_step(tmp_path):
+        if target.exists():
+            target.rename(target.with_name("elsewhere"))
+        with told():
+            check_free(target, force=True)
+        found = {p.name: whole_text(p) for p in target.parent.iterdir() if p.is_dir()}
+        assert found in (
+            {"elsewhere": "old"},
+            {"tier": "old"},  # killed between the renames
+            {"elsewhere": "new", "tier": "old"},  # before it was recorded that the new is in place
+            {"elsewhere": "new"},
+        )
+
+
+def test_what_somebody_puts_in_its_place_after_the_kill_stays_and_so_does_the_old(
+    tmp_path: Path,
+) -> None:
+    moved = 0
+    for target, beside in killed_at_each_step(tmp_path):
+        if target.exists():
+            continue
+        (left,) = beside
+        moved += 1
+        target.mkdir()
+        (target / "thesis.txt").write_text("precious")
+        for force in (False, True):
+            with pytest.raises(OutputExistsError, match=rf"{left}/former: move that elsewhere"):
+                check_free(target, force=force)
+        assert names(target) == ["thesis.txt"]
+        assert whole_text(target.parent / left / "former") == "old"
+    assert moved
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder that is missing, because a run was killed between its renames; and the run's."""
+    target = tmp_path / "killed" / "tier"
+    write(target, "old")
+    # Records and the manifest are renamed, too; the fifth is what gives the new folder its name.
+    assert dies_at(5, lambda: write(target, "new"), ["os.rename"]) and not target.exists()
+    (left,) = target.parent.iterdir()
+    return target, left
+
+
+def test_only_a_whole_folder_is_restored(killed: tuple[Path, Path]) -> None:
+    target, left = killed
+    (left / "former" / "config.json").unlink()
+    before = snapshot(target.parent)
+    with pytest.raises(OutputExistsError, match="former: move that elsewhere"):
+        check_free(target, force=True)
+    assert snapshot(target.parent) == before
+
+
+def test_nothing_is_restored_from_the_folder_of_another_run(killed: tuple[Path, Path]) -> None:
+    target, left = killed
+    planted = left.rename(left.with_name(".tier.part-planted"))
+    write_ours(target.with_name(".tier.part-0.replaced"), "planted")
+    (target.parent / ".tier.part-file").write_text("mine")
+    before = snapshot(target.parent)
+    with told() as lines:
+        check_free(target, force=True)
+    assert snapshot(target.parent) == before
+    assert len(lines) == 3 and all("left alone" in line for line in lines)
+    with told():
+        write(target, "new")
+    assert whole_text(planted / "former") == "old" and whole_text(target) == "new"
+
+
+def test_a_folder_in_the_place_of_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+    kept = tmp_path / ".tier.part-kept"
+    kept.mkdir()
+    (kept / "thesis.txt").write_text("precious")
+    with told(), pytest.raises(OutputExistsError, match="no run of outlier-mlx made it"):
+        write(tmp_path / "tier", "new", keep=True)
+    assert names(kept) == ["thesis.txt"] and names(tmp_path) == [".tier.part-kept"]
+
+
+def test_what_others_put_into_the_folder_of_a_run_stays(killed: tuple[Path, Path]) -> None:
+    target, left = killed
+    (left / "thesis.txt").write_text("precious")
+    with told() as lines:
+        check_free(target, force=True)
+    assert whole_text(target) == "old" and (left / "thesis.txt").exists()
+    with told() as lines:
+        write(target, "new")
+    assert lines and "could not be removed" in lines[0] and left.name in lines[0]
+    assert (left / "thesis.txt").read_text() == "precious"
+
+
+# Named by commands
+
+
+@pytest.mark.parametrize("command", ["verify", "info"])
+def test_leftovers_are_named_by(command: str, place: Path, tmp_path: Path) -> None:
+    tier = shutil.copytree(place / "tier", tmp_path / "tier")
+    assert run(command, tier).err == ""
+    dies_at(9, lambda: write(tier, "new"))
+    (left,) = (name for name in names(tmp_path) if name != "tier")
+    before = snapshot(tmp_path)
+    found = run(command, tier)
+    assert f"warning: {tier}: a run that was killed left {tmp_path / left}: the next" in found.err
+    with whole_folder(tmp_path / "other", keep=True) as folder:  # a run that lives is no leftover
+        assert run(command, tier).err == found.err
+        (folder.parent / "journal.jsonl").write_text("")
+        assert snapshot(tmp_path).items() >= before.items()
+
+
+def test_a_tier_that_is_set_aside_is_found(killed: tuple[Path, Path]) -> None:
+    target, left = killed
+    found = run("verify", target, code=1).err.splitlines()
+    assert found[0].startswith(f"warning: {target}: a run that was killed set it aside in {left}")
+    assert found[1].endswith("no such folder")
+    assert "set it aside" in run("info", target, code=1).err
+
+
+def test_the_next_run_names_what_it_removes_and_restores(
+    killed: tuple[Path, Path], place: Path
+) -> None:
+    target, _ = killed
+    found = run("convert", place / "overlay", "--out", target, code=1).err.splitlines()
+    assert found[0] == f"warning: {target}: restored: a run that was killed had set it aside"
+    assert found[1] == f"error: {target}: exists; --force replaces it"
+    dies_at(9, lambda: write(target, "new"))
+    found = run("convert", place / "overlay", "--out", target, code=1).err.splitlines()
+    assert found[0].startswith(f"warning: {target}: removed: .tier.part-")
+    assert len(found) == 2
+
+
+# What is never replaced
+
+
+@pytest.fixture
+def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with an `overlay` and its `tier`."""
+    for name in ("overlay", "tier"):
+        shutil.copytree(place / name, tmp_path / "here" / name)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "empty": (lambda _: {}, "no list of files"),
+    "a list": (lambda _: [], "JSON"),
+    "scores": (lambda _: {"format": "outlier-mlx evaluation 1"}, "no list of files"),
+    "another version": (lambda m: m | {"format_version": 2}, "format_version 2, expected 1"),
+    "no version": (lambda m: {k: m[k] for k in m if k != "format_version"}, "None, expected 1"),
+    "a file less": (
+        lambda m: m | {"files": {k: v for k, v in m["files"].items() if k != "tokenizer.json"}},
+        "holds tokenizer.json, which tier.json does not list",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_that_is_not_of_this_folder(here: Path, name: str) -> None:
+    change, reason = MANIFESTS[name]
+    manifest = here / "tier" / "tier.json"
+    manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
+    before = snapshot(here)
+    refused = run("convert", "overlay", "--out", "tier", "--force", code=1)
+    assert_refused(refused, "tier: ", reason, "--force replaces only what outlier-mlx wrote")
+    assert snapshot(here) == before
+
+
+def test_files_beside_the_model_are_named(here: Path) -> None:
+    for name in ("thesis.txt", "sub/a", ".git/HEAD", "chat.safetensors"):
+        (here / "tier" / name).parent.mkdir(exist_ok=True)
+        (here / "tier" / name).write_text("precious")
+    (here / "tier" / "link").symlink_to(here)
+    before = snapshot(here)
+    refused = run("convert", "overlay", "--out", "tier", "--force", code=1)
+    assert_refused(refused, "holds .git/HEAD, chat.safetensors, link and 2 more")
+    assert snapshot(here) == before
+
+
+def test_what_this_project_and_systems_add_is_no_hindrance(here: Path) -> None:
+    added = ("measured.json", "LICENSE-base", ".DS_Store", "._config.json", ".nfs00000000000a4b")
+    for name in (*added, ".measured.0a1b2c3d.json", "__pycache__/outlier_moe.cpython-311.pyc"):
+        (here / "tier" / name).parent.mkdir(exist_ok=True)
+        (here / "tier" / name).write_text("x")
+    run("convert", "overlay", "--out", "tier", "--force")
+    assert not set(added) & set(names(here / "tier"))
+    (here / "tier" / "__pycache__").mkdir()
+    (here / "tier" / "__pycache__" / "mine.pyc").write_text("x")
+    refused = run("convert", "overlay", "--out", "tier", "--force", code=1)
+    assert_refused(refused, "holds __pycache__/mine.pyc")
+
+
+@pytest.mark.parametrize("out", [".", "..", "../here", "sub/.."])
+def test_the_current_folder_is_never_replaced(
+    here: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "tier" / "sub").mkdir()
+    monkeypatch.chdir(here / "tier" if out != ".." else here / "tier" / "sub")
+    before = snapshot(here)
+    for force in ((), ("--force",)):
+        if out == "../here":
+            out = str(here / "tier")
+        refused = run("convert", here / "overlay", "--out", out, *force, code=1)
+        assert_refused(refused, f"{out}: is or holds the current folder, so it stays")
+    assert snapshot(here) == before
+
+
+def test_a_mount_point_is_never_replaced(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "tier")
+    refused = run("convert", "overlay", "--out", "tier", "--force", code=1)
+    assert_refused(refused, "tier: is where a disk is mounted")
+    assert (here / "tier" / "tier.json").exists()
+
+
+def test_a_folder_in_an_input_is_never_replaced(here: Path) -> None:
+    shutil.copytree("tier", "overlay/made")
+    refused = run("convert", "overlay", "--out", "overlay/made", "--force", code=1)
+    assert_refused(refused, "overlay/made: exists and lies in an input")
+    (here / "link").symlink_to("overlay")
+    refused = run("convert", "link", "--out", "overlay/made", "--force", code=1)
+    assert_refused(refused, "lies in an input")
+    assert (here / "overlay" / "made" / "tier.json").exists()
+
+
+def test_alphas_in_the_folder_are_an_input(here: Path) -> None:
+    again = ("convert", "overlay", "--out", "tier", "--alpha", "tier/LICENSE", "--force")
+    (here / "tier" / "LICENSE").write_text(json.dumps({"1": {"0": 2.0}}))
+    assert_refused(run(*again, code=1), "tier: is an input, so it cannot be the output")
+
+
+# Files that commands write
+
+
+def test_an_input_is_never_replaced_by_a_file(here: Path) -> None:
+    (here / "text.txt").write_text("the cat sat on the mat " * 20)
+    (here / "out").mkdir()
+    shutil.copyfile("text.txt", "out/routing.json")
+    before = snapshot(here)
+    for line in (
+        "tune-alpha tier --text text.txt --out text.txt",
+        "tune-alpha tier --text text.txt --out tier/tier.json",
+        "eval tier --tasks text.txt --out text.txt",
+        "eval tier --tasks x --out tier/config.json",
+        "routing tier --text out/routing.json --out out --no-plots",
+        "outliers tier --text out/routing.json --out tier --no-plots",
+    ):
+        (here / "tier" / "outliers.json").write_text("")
+        refused = run(*line.split(), "--force", code=1)
+        assert_refused(refused, "is an input or lies in one: name another file")
+        (here / "tier" / "outliers.json").unlink()
+    assert snapshot(here) == before
+
+
+# Signals
+
+
+def test_ctrl_c_while_the_old_folder_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rmtree = tmp_path / "tier", shutil.rmtree
+    write(target, "old")
+    pressed = []
+
+    def pressing(path: Path, *args: Any, **kwargs: Any) -> None:
+        pressed.append(path.name)
+        os.kill(os.getpid(), signal.SIGINT)
+        rmtree(path, *args, **kwargs)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(shutil, "rmtree", pressing)
+    with pytest.raises(KeyboardInterrupt):
+        write(target, "new")
+    assert "former" in pressed
+    assert names(tmp_path) == ["tier"] and whole_text(target) == "new"
+
+
+def test_a_step_is_not_divided_by_signals() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with undivided(), undivided():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("step")
+        done.append("never")
+    assert done == ["step"]
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
