@@ -30,10 +30,10 @@ def test_commands(tmp_path: Path) -> None:
             (row["task"], row["metric"]): row["value"]
             for row in json.loads((tmp_path / f"{name}.json").read_text())["results"]
         }
-        for name in ("tier", "base")
+        for name in ("q4", "base")
     }
-    assert found["tier"]["ending_new", "acc"] > found["base"]["ending_new", "acc"]
-    assert found["tier"]["text_new", "bits_per_byte"] < found["base"]["text_new", "bits_per_byte"]
+    assert found["q4"]["ending_new", "acc"] > found["base"]["ending_new", "acc"]
+    assert found["q4"]["text_new", "bits_per_byte"] < found["base"]["text_new", "bits_per_byte"]
     assert "ending_new, acc (higher is better)" in printed and '"capitals"' in printed
 
 

@@ -11,7 +11,7 @@ from outlier_mlx.cli.options import Force, Json, Loading, Model, Quiet
 from outlier_mlx.errors import OutlierError
 
 
-@command("Measure", "eval ./tier --tasks arc_easy,./my.yaml --out tier.json", name="eval")
+@command("Measure", "eval ./tier --tasks arc_easy,./my.yaml --out q4.json", name="eval")
 def evaluate(
     model: Model,
     tasks: Annotated[
