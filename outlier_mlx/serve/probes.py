@@ -1,5 +1,6 @@
 """What a model's chat template leaves out, found by rendering it."""
 
+import re
 from functools import cache
 from typing import Any, Literal
 
@@ -74,9 +75,11 @@ class TemplateProbes:
         return self._lost(part)
 
     def mentions(self, name: str) -> bool:
-        """Whether the template may use a variable of this name."""
+        """Whether the template may use a variable or a field of this name."""
         template = self._tokenizer.chat_template
-        return not isinstance(template, str) or name in template
+        if not isinstance(template, str):
+            return True  # it is not known
+        return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template) is not None
 
     def _render(self, part: Part) -> bool:
         for messages, tools in _PROBES[part]:
