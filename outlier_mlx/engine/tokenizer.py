@@ -58,6 +58,11 @@ class Tokenizer(TokenizerWrapper):
         other._detokenizer = self._detokenizer.after(tokens)
         return other
 
+    def within(self, token: int) -> str:
+        """The text of a token within a text: with the blank that it would lose at the beginning."""
+        alone, twice = self._tokenizer.decode([token]), self._tokenizer.decode([token, token])
+        return str(twice)[len(alone) :]
+
     def encode(self, text: str, **options: Any) -> list[int]:
         """Token ids of a text, as transformers' `encode` gives them, but never with two BOS tokens.
 
