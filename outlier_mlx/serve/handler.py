@@ -15,6 +15,8 @@ from outlier_mlx.serve.openai import Format, usage_of
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.replies import Reply
 
+# The longest step is one of many long prompts: with the default options, 8 of 2048 tokens each.
+STUCK_SECONDS = 300.0
 # Names of parameters that are remembered, so that each is logged once.
 MAX_NAMED = 1000
 
@@ -39,8 +41,15 @@ class Handler(CheckedHandler):
         self.answer_errors(self._complete)
 
     def _health(self) -> None:
-        healthy = self.generator.generation_available()
-        self.send_json(200 if healthy else 503, {"status": "ok" if healthy else "unavailable"})
+        idle = self.generator.idle()
+        if not self.generator.generation_available():
+            reason = "generation has ended"
+        elif idle > STUCK_SECONDS:
+            reason = f"generation has made no step for {idle:.0f} seconds"
+        else:
+            self.send_json(200, {"status": "ok"})
+            return
+        self.send_json(503, {"status": "unavailable", "reason": reason})
 
     def _models(self) -> None:
         """List the model, or describe it."""
