@@ -13,6 +13,7 @@ or removes what the record tells, and nothing else.
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -222,8 +223,11 @@ def name_leftovers(folder: Path) -> None:
 
 
 def _runs(target: Path) -> list[Run]:
+    """What is named like the folder of a run into `target`, also of earlier versions."""
+    # No dot: the folder of a run into "tier.part-2" is no folder of one into "tier".
+    named = re.compile(re.escape(_prefix(target)) + r"[^.]+(\.replaced)?")
     beside = entries(target.parent, hidden=True)
-    return [Run(target, path) for path in beside if path.name.startswith(_prefix(target))]
+    return [Run(target, path) for path in beside if named.fullmatch(path.name)]
 
 
 def _meaning(run: Run, state: State) -> str:
