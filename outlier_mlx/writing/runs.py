@@ -90,7 +90,6 @@ class Run:
             self._record(replaces=_sizes(self.target), by=_sizes(self.whole))
             self.target.rename(self.former)
         self.whole.rename(self.target)
-        sync(self.folder)
         sync(self.target.parent)
         self._clear()
 
@@ -150,6 +149,9 @@ class Run:
     def _clear(self) -> None:
         """Remove the folder of a run that has ended."""
         if self.former.exists():
+            # Whatever else has its name now must be on the disk.
+            sync(self.folder)
+            sync(self.target.parent)
             # The room that the former folder takes may be needed for this.
             with suppress(OSError):
                 self._record(placed=True)
