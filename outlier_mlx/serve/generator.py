@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from queue import Empty
 from typing import TYPE_CHECKING, Any
@@ -170,11 +171,13 @@ class Generator(ResponseGenerator):
 
     Attributes:
         replies: replies that are being generated.
+        pool: threads that wait for replies, for clients that ask for several at a time.
     """
 
     def __init__(self, provider: OneModel) -> None:
         self.provider = provider
         self.replies: set[Reply] = set()
+        self.pool = ThreadPoolExecutor(provider.service.options.decode_concurrency, "reply")
         # Jobs that began before the latest failure get no more tokens, but its reason.
         self._failures = 0
         self._reason = FAILED
@@ -305,7 +308,7 @@ class Generator(ResponseGenerator):
 
     def _tokenize_now(self, request: Any, args: Any) -> Any:
         try:
-            tokenized = super()._tokenize(self.provider.prompts, request, args)
+            tokenized = request.tokens or super()._tokenize(self.provider.prompts, request, args)
         except Refused:
             raise
         except OutlierError as error:
@@ -349,5 +352,6 @@ class Generator(ResponseGenerator):
         self._stop = True
         for reply in list(self.replies):
             reply.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
         self._generation_thread.join(seconds)
         return not self._generation_thread.is_alive()

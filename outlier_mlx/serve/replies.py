@@ -77,7 +77,7 @@ class Reply:
             ConnectionError: the client disconnected.
         """
         self.generator.enter(self)
-        self._responses = self.generator.begin(self._job, self._check, progress)
+        self._responses = self.generator.begin(self._job, self.check, progress)
 
     def close(self) -> None:
         """End the reply, so that another request can take its place in the batch."""
@@ -151,8 +151,13 @@ class Reply:
 
         return text_of
 
-    def _check(self) -> None:
-        """Check that somebody still wants the reply."""
+    def check(self) -> None:
+        """Check that somebody still wants the reply.
+
+        Raises:
+            Refused: 503, the server is shutting down.
+            ConnectionError: the client disconnected.
+        """
         if self._job.prompt.abandoned:
             raise Refused(503, "the server is shutting down")
         readable = select.poll()
