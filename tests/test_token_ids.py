@@ -126,7 +126,8 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_of_another_family_is_warned_of(foreign: Path):
     with pytest.warns(CheckpointWarning, match=f"'<far>' has id {ROWS}, .* {ROWS} rows"):
         _, tokenizer = outlier_mlx.load(foreign)
-    assert tokenizer.eos_token_ids == {0}  # MLX would use others as an index
+    ends = tokenizer.eos_token_ids
+    assert 0 in ends and max(ends) < ROWS  # MLX would use others as an index
     done = run("generate", foreign, "--prompt", "the", "-m", 2, "--xtc-probability", 1, "--temp", 1)
     assert "<far>" in done.err and "2 tokens" in done.err
 

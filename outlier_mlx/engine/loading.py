@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,28 +14,18 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
+from outlier_mlx.checkpoints.stored_model import open_stored
 from outlier_mlx.engine.prompts import embedding_rows
+from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, one_line
-from outlier_mlx.models.config import (
-    describe,
-    describe_args,
-    is_overlay,
-    is_tier,
-    parse_config,
-    raw_config,
-)
-from outlier_mlx.models.families import families
-from outlier_mlx.models.head import settle_head
-from outlier_mlx.models.spelling import normalised
+from outlier_mlx.models.config import describe, describe_args, is_tier
 from outlier_mlx.models.token_ids import check_tokenizer
 from outlier_mlx.runtime.model import Model, ModelArgs
 from outlier_mlx.runtime.variants import chip_name
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.rounding import all_finite
-from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_json
 
 #: Forms of overlays whose activations overflow float16, or may overflow it.
@@ -83,12 +73,17 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
             )
             _check_rounded(folder, model, dtype)
             return model, config
-        classes = _own_classes(config)
+        classes = checked_classes(**_own_classes(config))
         # Let mlx-lm take eos_token_id from generation_config.json, if it is there.
         given = {key: value for key, value in config.items() if key != "eos_token_id"}
         model, config = mlx_lm_load_model(
-            folder, lazy=True, model_config=given, trust_remote_code=False, **classes
+            folder,
+            lazy=True,
+            model_config=given,
+            trust_remote_code=False,
+            get_model_classes=classes,
         )
+        unchecked(model)
         if dtype is None and mx.default_device() == mx.cpu:
             dtype = "float32"
         if dtype is not None:
@@ -159,46 +154,15 @@ def suited_dtype(folder: Path, config: dict) -> str | None:
 
 
 def check_model(folder: Path) -> dict:
-    """Read the config of a tier or of a plain MLX model, and check the headers of its shards.
+    """Check a tier or a plain MLX model from its config and the headers of its files.
 
     Returns:
         The config; for a plain model, with the field names of `normalised`.
 
     Raises:
-        CheckpointError: there is no model, it is an overlay, its config is invalid, or its files
-            are truncated or do not match their index.
+        CheckpointError: see `open_stored`.
     """
-    config = raw_config(folder)
-    if is_tier(config):
-        parse_config(config)
-    elif is_overlay(config):
-        raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
-    elif "model_file" in config:
-        raise CheckpointError(f"{folder}: needs its own model code, which is never run here")
-    elif config.get("model_type") == "mixtral" and not _is_mlx(config):
-        raise CheckpointError(
-            f"{folder}: not in MLX's format; convert it with `outlier-mlx import`"
-        )
-    else:
-        config = normalised(config, f"{folder.name}/config.json")
-        return _with_head(folder, config, read_shards(folder))
-    read_shards(folder)
-    return config
-
-
-def _with_head(folder: Path, config: dict, tensors: Mapping[str, TensorRef]) -> dict:
-    """The config with `tie_word_embeddings` as the stored tensors require it."""
-    if config.get("model_type") not in families():
-        return config
-    tied, note = settle_head(config.get("tie_word_embeddings"), tensors)
-    if note is not None:
-        warnings.warn(f"{folder.name}: {note}", CheckpointWarning, stacklevel=3)
-    return config | {"tie_word_embeddings": tied}
-
-
-def _is_mlx(config: dict) -> bool:
-    """Whether the weights are in MLX's format; mlx-lm writes its quantization under both names."""
-    return "quantization" in config or "quantization_config" not in config
+    return open_stored(folder).raw
 
 
 def load_tokenizer(folder: Path, config: dict) -> Tokenizer:

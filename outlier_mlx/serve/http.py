@@ -163,8 +163,6 @@ class CheckedHandler(BaseHTTPRequestHandler):
             self.refuse(refused)
         except (ConnectionError, TimeoutError):
             self.log_message("the client disconnected before the response was complete")
-        except MemoryError:
-            self.refuse(Refused(503, "there is no memory left for this request; try again later"))
         except Exception as error:
             self.service.warn(f"{type(error).__name__}: {error}")
             self.refuse(Refused(500, "the response could not be completed"))

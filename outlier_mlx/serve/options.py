@@ -23,8 +23,7 @@ class ServeOptions:
         max_body: largest size of a request body in bytes.
         max_context: largest number of tokens in prompt and response together; None: the model's
             context length.
-        max_clients: requests answered at a time; further ones get status 503.
-        cache_memory: memory for all KV caches, in bytes; requests wait for it. None: no limit.
+        max_clients: connections at a time; further ones get status 503.
         strict: refuse requests with parameters that would have no effect.
 
     Raises:
@@ -40,7 +39,6 @@ class ServeOptions:
     max_body: int = 4_000_000
     max_context: int | None = None
     max_clients: int = 64
-    cache_memory: int | None = None
     strict: bool = False
     temp: float = 0.0
     top_p: float = 1.0

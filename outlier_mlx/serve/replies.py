@@ -61,11 +61,6 @@ class Reply:
         context = self._job.context
         return max(0, context.prompt_cache_count) if context else 0
 
-    @property
-    def generated(self) -> bool:
-        """Whether nothing more will be generated."""
-        return self._job.ended
-
     def start(self, progress: Progress) -> None:
         """Wait until generation begins.
 
@@ -76,12 +71,13 @@ class Reply:
             Refused: generation failed.
             ConnectionError: the client disconnected.
         """
-        self.generator.enter(self)
-        self._responses = self.generator.begin(self._job, self.check, progress)
+        self.generator.replies.add(self)
+        self._responses = self.generator.begin(self._job, self._check, progress)
 
     def close(self) -> None:
         """End the reply, so that another request can take its place in the batch."""
-        self.generator.leave(self, self._job)
+        self._job.close()
+        self.generator.replies.discard(self)
 
     def pieces(self) -> Iterator[Piece]:
         """What is generated, up to the first stop word. Only the last piece has a finish reason."""
@@ -151,13 +147,8 @@ class Reply:
 
         return text_of
 
-    def check(self) -> None:
-        """Check that somebody still wants the reply.
-
-        Raises:
-            Refused: 503, the server is shutting down.
-            ConnectionError: the client disconnected.
-        """
+    def _check(self) -> None:
+        """Check that somebody still wants the reply."""
         if self._job.prompt.abandoned:
             raise Refused(503, "the server is shutting down")
         readable = select.poll()
@@ -175,8 +166,7 @@ class Reply:
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         """A token with its text, or with its vocabulary name if it is part of a character."""
         tokenizer = self.generator.provider.tokenizer
-        begins = self.completion_tokens == 1 and self.request.messages is not None
-        text = tokenizer.decode([token]) if begins else tokenizer.within(token)
+        text = tokenizer.decode([token])
         if "\ufffd" in text:
             name = tokenizer.convert_ids_to_tokens(token)
             return {"token": name, "id": token, "logprob": logprob, "bytes": None}
