@@ -216,3 +216,11 @@ def test_one_request_does_not_end_the_server(path: str, stream: bool, server: Ru
     status, _, answer = server.post(body("a <far> b"), path)
     assert status == 400 and REFUSED in answer["error"]["message"]
     assert server.status(body("a b"), path) == 200
+
+
+@pytest.mark.parametrize("prompt", [[1, ROWS], [[1, 2], [3, ROWS]], [-1], [2**31], [2**70]])
+def test_a_prompt_of_tokens(prompt: list[Any], server: Running):
+    status, _, answer = server.post({"prompt": prompt, "max_tokens": 2}, "/v1/completions")
+    assert status == 400 and answer["error"]["message"]
+    ids = {"prompt": [1, ROWS - 1], "max_tokens": 2}
+    assert server.status(ids, "/v1/completions") == 200
