@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,25 @@ def test_refused(plain: Path, payload: str, said: str):
     message = str(error.value)
     assert message.startswith("alpha.json: ") and said in message and "\n" not in message
     assert len(message) < 300
+
+
+@pytest.mark.parametrize("text", ["0.5", " 1 ", "-3e-1", "1e39", "nan", "inf"])
+@pytest.mark.parametrize("place", ["expert", "list", "layer"])
+def test_numbers_as_text_are_refused(plain: Path, text: str, place: str):
+    payload = {"expert": {"1": {"0": text}}, "list": {"1": [1.0, text]}, "layer": {"1": text}}
+    with pytest.raises(CheckpointError, match=r"^alpha\.json: layer 1.*: alpha is the text "):
+        alphas(plain, payload[place])
+
+
+def test_other_texts_are_told_of_where_an_alpha_should_be(plain: Path):
+    notes: dict[str, Any] = {"version": "3.2", "layers": {"note": "0.5 of them"}, "default": "1"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = alphas(plain, notes | {"1": {"0": 0.5, "note": "trained", "2": None}})
+    np.testing.assert_array_equal(found, table({"1": {"0": 0.5}}))
+    with pytest.warns(CheckpointWarning, match=r"layer 1, expert 3: the text 'off' is no alpha"):
+        found = alphas(plain, {"1": {"0": 0.5, "3": "off"}})
+    np.testing.assert_array_equal(found, table({"1": {"0": 0.5}}))
 
 
 def test_a_number_of_no_layer_and_expert_warns(plain: Path):

@@ -155,7 +155,7 @@ def test_a_norm_of_another_width(tmp_path: Path):
     ("dims", "change", "message"),
     [
         (WIDE, {"hidden_act": "gelu"}, "hidden_act 'gelu', expected 'silu'"),
-        (WIDE, {"attention_bias": True}, "attention_bias is not supported by mlx-lm's qwen3"),
+        (WIDE, {"attention_bias": True}, "attention_bias True is not supported by mlx-lm's qwen3"),
         (WIDE, {"head_dim": 23}, "odd width, 23"),
         (WIDE, {"head_dim": -2}, "head_dim is -2"),
         (WIDE, {"rope_scaling": LLAMA3}, "rope_scaling 'llama3', expected yarn"),

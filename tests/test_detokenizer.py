@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from outlier_mlx.engine.detokenizer import Detokenizer
 from outlier_mlx.engine.loading import load_tokenizer
+from outlier_mlx.engine.tokenizer import Tokenizer as Wrapped
 
 BLANK = "\u2581"  # SentencePiece's
 SPECIAL = ("<s>", "</s>", "<|im_end|>")
@@ -181,6 +182,21 @@ def test_a_text_that_continues_a_prompt() -> None:
     detokenizer = Detokenizer(made).after(parts[:1])
     assert detokenizer.piece(parts[1], None) == "é"
     assert detokenizer.piece(start, "stop") == ""
+
+
+def test_a_token_within_a_text() -> None:
+    for kind, name, expected in (
+        ("sentencepiece", BLANK + "jumps", " jumps"),
+        ("sentencepiece", BLANK, " "),
+        ("sentencepiece", "<0xE2>", "\ufffd"),
+        ("wordpiece", "hello", " hello"),
+        ("wordpiece", "##ing", "ing"),
+        ("byte-level", "Ġ", " "),
+        ("byte-level", named(b"\x82\xac\xe2"), "\ufffd"),
+        ("byte-level", "x é", "x é"),
+    ):
+        made: Any = tokenizer(kind)
+        assert Wrapped(made, Detokenizer).within(made.convert_tokens_to_ids(name)) == expected
 
 
 def test_words_come_one_by_one() -> None:

@@ -17,10 +17,12 @@ from tokenizers import Tokenizer
 
 import outlier_mlx
 from outlier_mlx.cli.showcase import FOLDER
+from outlier_mlx.engine.loading import load_tokenizer
 from tests.affine import with_quantized_base
 from tests.builders import write_base, write_overlay
 from tests.engine import tier_of
 from tests.evaluating import BASE_DIMS, DIMS, GENERATE, metrics, write_task
+from tests.folders import copy_writable
 from tests.program import run
 from tests.reference import ReferenceModel, forward, greedy, with_alphas
 from tests.reference_reader import read_overlay
@@ -271,6 +273,62 @@ def test_settings_are_used_and_noted(cases: dict[str, Case], tmp_path: Path) -> 
 def test_answers_end_where_generation_config_says(cases: dict[str, Case]) -> None:
     for case in cases.values():
         assert outlier_mlx.load(case.folder)[1].eos_token_ids == {0, 2}
+
+
+@pytest.mark.parametrize("until", ["", '""', '"never", ""'])
+def test_without_a_stop_text_the_whole_answer_counts(
+    cases: dict[str, Case], tmp_path: Path, until: str
+) -> None:
+    case = cases["base"]
+    task = write_task(
+        tmp_path, "whole", [{"question": "a", "answer": case.answer("a")}], GENERATE % until
+    )
+    done = run("eval", case.folder, "--tasks", task, "--json")
+    assert done.json["results"][0]["value"] == 1.0
+
+
+def test_texts_of_answers_are_the_harnesses(cases: dict[str, Case], tmp_path: Path) -> None:
+    """Without special tokens, which can be stops, and without what the model thinks."""
+    from outlier_mlx.measure.eval_model import answer_text
+
+    folder = copy_writable(cases["tier"].folder, tmp_path / "tier")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    like = content["added_tokens"][0]
+    for number, (text, special) in enumerate((("<think>", False), ("</think>", True))):
+        content["added_tokens"].append(like | {"id": 300 + number, "content": text})
+        content["added_tokens"][-1]["special"] = special
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder, {})
+    tokens = tokenizer.encode("<think>no: 1\n</think> a<|im_start|> b: c\n<|im_end|>")
+    for stops, expected in {
+        (): "a b: c\n",
+        ("\n",): "a b: c",
+        ("never", "b", "a b: "): "a ",
+        ("<|im_start|>", "c"): "a",
+        ("1",): "a b: c\n",  # thoughts are left out first
+    }.items():
+        assert answer_text(tokenizer, tokens, list(stops)) == expected
+    assert answer_text(tokenizer, tokens, ["<think>"]) == "a b: c\n"
+    assert answer_text(tokenizer, [], ["a"]) == ""
+
+
+def test_how_long_answers_may_be(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the harness has it, where neither the command nor the task says it."""
+    limits: list[int] = []
+
+    def none(_: Any, __: Any, prompts: list[Any], *, max_tokens: list[int], **___: Any) -> Any:
+        limits.extend(max_tokens)
+        return SimpleNamespace(token_ids=[[] for _ in prompts])
+
+    monkeypatch.setattr("outlier_mlx.measure.eval_model.batch_generate", none)
+    for name, limit in (("a", ""), ("b", ", max_gen_toks: 7"), ("c", ", max_new_tokens: 9")):
+        text = GENERATE.replace(", max_gen_toks: 6", limit) % '"never"'
+        task = write_task(tmp_path / name, "t", [{"question": "a", "answer": "a"}], text)
+        run("eval", cases["base"].folder, "--tasks", task)
+    run("eval", cases["base"].folder, "--tasks", task, "--max-tokens", 3)
+    assert limits == [256, 7, 9, 3]
 
 
 def test_examples_come_before_the_question(cases: dict[str, Case], tmp_path: Path) -> None:

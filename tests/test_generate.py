@@ -151,6 +151,43 @@ def test_prompts(loaded: Loaded):
         encode("", Options(ignore_chat_template=True))
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_one_bos_before_a_text(tier: Path, tmp_path: Path, adds: bool):
+    """Whether the tokenizer puts it there, the text begins with it, or both."""
+    folder = copy_writable(tier, tmp_path / "tier")
+    bos = "<|im_start|>"
+    rule = {
+        "type": "TemplateProcessing",
+        "single": [
+            *([{"SpecialToken": {"id": bos, "type_id": 0}}] if adds else []),
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            text: {"id": text, "ids": [number], "tokens": [text]}
+            for number, text in ((1, bos), (2, "<|im_end|>"))
+        },
+    }
+    edit_json(folder / "tokenizer.json", post_processor=rule)
+    edit_json(folder / "tokenizer_config.json", bos_token=bos)
+    _, tokenizer = outlier_mlx.load(folder)
+    plain = tokenizer.encode("Hi", add_special_tokens=False)
+    encode = partial(encode_prompt, tokenizer, options=Options(ignore_chat_template=True))
+    assert encode(f"{bos}Hi") == [1, *plain, 2]
+    assert encode("Hi") == [1] * adds + [*plain, 2]
+    # A second one that is written stays.
+    assert encode(f"{bos}{bos}Hi") == [1, 1, *plain, 2]
+    assert encode("  ") == [1] * adds + [*tokenizer.encode("  ", add_special_tokens=False), 2]
+    assert tokenizer.encode(bos * 2, add_special_tokens=False) == [1, 1]
+    assert encode_prompt(tokenizer, "Hi", Options()).count(1) == 2  # those of the template
+    with running(folder) as server:
+        for prompt in ("Hi", f"{bos}Hi"):
+            body = {"prompt": prompt, "max_tokens": 1}
+            count = server.post(body, "/v1/completions")[2]["usage"]["prompt_tokens"]
+            assert count == len(encode(prompt))
+
+
 def test_seeds(loaded: Loaded):
     first, again, other = (tokens_of(loaded, temp=1.0, seed=seed) for seed in (1, 1, 2))
     assert first == again != other

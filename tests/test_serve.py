@@ -219,7 +219,7 @@ def test_more_tokens_than_allowed_are_capped(
 
 def test_tokens_are_limited_by_the_context(served: Running):
     """Of 512 tokens."""
-    prompt = [{"role": "user", "content": "!" * 470}]
+    prompt: Any = [{"role": "user", "content": "!" * 470}]
     endless = {"0": -100, "2": -100}
     body = {"messages": prompt, "max_tokens": 400, "logit_bias": endless}
     _, headers, answer = served.post(body)

@@ -309,6 +309,7 @@ UNKNOWN: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"frobnicate": 1}}, "chat_template_kwargs.frobnicate"),
     ({"messages": [USER | {"color": 1}, USER | {"color": 2}]}, "messages.color"),
     ({"messages": [USER | {"name": "Ann"}]}, "messages.name"),
+    ({"messages": [{"role": "assistant", "reasoning": "x"}]}, "messages.reasoning"),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}]},
         "messages.content.cache",
@@ -345,6 +346,18 @@ def test_what_has_an_effect_is_not_told(tmp_path: Path):
         body = {"messages": [USER | {"name": "Ann"}], "chat_template_kwargs": {"tone": "x"}}
         _, headers, _ = server.post(body)
         assert "X-Unused-Parameters" not in headers
+
+
+def test_reasoning_comes_back_as_the_template_has_it(tmp_path: Path):
+    template = "{% for m in messages %}{{ m.content }}{{ m.reasoning_content }}{% endfor %}"
+    with running(Script(tmp_path / "model", "Sure", template=template)) as server:
+
+        def tokens(**fields: Any) -> int:
+            return prompt_tokens(server, USER, {"role": "assistant", "content": "x"} | fields)
+
+        assert tokens(reasoning="because") == tokens(reasoning_content="because") > tokens() + 6
+        _, headers, _ = server.post({"messages": [{"role": "assistant", "thinking": "because"}]})
+        assert headers["X-Unused-Parameters"] == "messages.thinking"
 
 
 def test_strict(tmp_path: Path):

@@ -134,6 +134,8 @@ class _Walker:
                 yield layer, expert, number
             else:
                 self._warn(number)
+        elif isinstance(value, str):
+            self._check_text(value, layer, expert)
         elif isinstance(value, list | tuple):
             self._check_length(value, layer, expert)
             for number, item in enumerate(value):
@@ -153,6 +155,22 @@ class _Walker:
             stacklevel=3,
         )
 
+    def _check_text(self, text: str, layer: int | None, expert: int | None) -> None:
+        """Refuse a number that is written as text; tell of other texts in the place of an alpha."""
+        if layer is None:
+            return  # a version or a note
+        where = f"{self.place}: layer {layer}" + (
+            f", expert {expert}" if expert is not None else ""
+        )
+        if _is_number(text):
+            raise CheckpointError(f"{where}: alpha is the text {text[:40]!r}, expected a number")
+        if expert is not None:
+            warnings.warn(
+                f"{where}: the text {text[:40]!r} is no alpha; ignored",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+
     def _check_length(self, items: Any, layer: int | None, expert: int | None) -> None:
         if not self.exact or all(item is None or isinstance(item, str) for item in items):
             return
@@ -164,6 +182,14 @@ class _Walker:
             raise CheckpointError(
                 f"{where}: a list of {len(items)}, but the model has {expected} {what}"
             )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _key_place(key: Any, layer: int | None, expert: int | None) -> tuple[int | None, int | None]:

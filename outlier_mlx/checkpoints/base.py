@@ -71,6 +71,12 @@ def open_base(folder: Path) -> BaseModel:
     config = read_config(folder)
     if "ternary" in config.raw:
         raise CheckpointError(f"{folder}: this is a tier; a base model was expected")
+    for name in ("quantization", "quantization_config"):
+        if config.raw.get(name):
+            raise CheckpointError(
+                f"{folder.name}: config.json: {name}: a quantized model; the base must not be"
+                " quantized"
+            )
     tensors: dict[str, TensorRef] = {}
     for key, tensor in read_shards(folder).items():
         parsed = parse_key(key)
@@ -105,7 +111,7 @@ def join(overlay: Overlay, base: BaseModel | None) -> WholeModel:
         if config.tied:
             warnings.warn(f"{place}: {NOTE}", CheckpointWarning, stacklevel=2)
         config = replace(config, tied=False)
-    for note in family(config.family).notes(config.raw):
+    for note in family(config.family).notes(config, own=True):
         warnings.warn(f"{place}: {note}", CheckpointWarning, stacklevel=2)
     tensors = check_base(found, config, place)
     twins = {}

@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,42 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
-from outlier_mlx.checkpoints.stored_model import open_stored
 from outlier_mlx.engine.prompts import embedding_rows
-from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, one_line
-from outlier_mlx.models.config import describe, describe_args, is_tier
-from outlier_mlx.models.token_ids import check_tokenizer
-from outlier_mlx.runtime.model import Model, ModelArgs
+from outlier_mlx.models.config import (
+    check_plain,
+    describe,
+    describe_args,
+    is_overlay,
+    is_tier,
+    parse_config,
+    raw_config,
+)
+from outlier_mlx.models.families import families, family
+from outlier_mlx.models.head import settle_head
+from outlier_mlx.models.spelling import normalised
+from outlier_mlx.models.token_ids import check_tokenizer, end_ids
+from outlier_mlx.runtime.model import Model, ModelArgs, classes_on
 from outlier_mlx.runtime.variants import chip_name
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.rounding import all_finite
+from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_json
+from outlier_mlx.writing.assets import GENERATION, has_tokenizer
 
 #: Forms of overlays whose activations overflow float16, or may overflow it.
 OVERFLOWING = ("real", "toy", "toy dense", "packed", "monolith")
+# Files that mlx-lm and transformers read beside config.json and the vocabulary.
+_TEXTS = (
+    *(GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.json",
+)
 
 
 def load(
@@ -64,26 +82,17 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
     config = check_model(folder)
     dtype = dtype or suited_dtype(folder, config)
     try:
-        if is_tier(config):
-            model, config = mlx_lm_load_model(
-                folder,
-                model_config={"model_file": None, "activation_dtype": dtype},
-                get_model_classes=lambda config: (Model, ModelArgs),
-                trust_remote_code=False,
-            )
-            _check_rounded(folder, model, dtype)
-            return model, config
-        classes = checked_classes(**_own_classes(config))
-        # Let mlx-lm take eos_token_id from generation_config.json, if it is there.
-        given = {key: value for key, value in config.items() if key != "eos_token_id"}
+        own = is_tier(config)
         model, config = mlx_lm_load_model(
             folder,
-            lazy=True,
-            model_config=given,
+            lazy=not own,
+            model_config=_given(config) | ({"activation_dtype": dtype} if own else {}),
+            get_model_classes=_classes,
             trust_remote_code=False,
-            get_model_classes=classes,
         )
-        unchecked(model)
+        if own:
+            _check_rounded(folder, model, dtype)
+            return model, config
         if dtype is None and mx.default_device() == mx.cpu:
             dtype = "float32"
         if dtype is not None:
@@ -118,20 +127,34 @@ def _check_rounded(folder: Path, model: nn.Module, dtype: str | None) -> None:
                 )
 
 
-def _own_classes(config: dict) -> dict:
-    """Arguments for mlx-lm's `load_model` if this project has its own classes for the model."""
+def _given(config: dict) -> dict:
+    """What mlx-lm gets in place of the fields of a folder's config.json."""
+    if is_tier(config):
+        return {"model_file": None}
+    # Let mlx-lm take eos_token_id from generation_config.json, if it is there.
+    return {key: value for key, value in config.items() if key != "eos_token_id"}
+
+
+def _classes(config: dict) -> tuple[type, type]:
+    """The classes of a model and of its arguments: this project's own, or mlx-lm's.
+
+    Raises:
+        ValueError: mlx-lm has no such model.
+    """
+    if is_tier(config):
+        return Model, ModelArgs
     # Import only here: few models need them.
     if config.get("model_type") == "qwen2_moe" and config.get("norm_topk_prob"):
         from mlx_lm.models.qwen2_moe import ModelArgs as Qwen2MoeArgs
 
         from outlier_mlx.runtime.qwen2_moe import RenormalisedQwen2Moe
 
-        return {"get_model_classes": lambda config: (RenormalisedQwen2Moe, Qwen2MoeArgs)}
+        return RenormalisedQwen2Moe, Qwen2MoeArgs
     if config.get("model_type") == "ternary_mixtral":
         from outlier_mlx.runtime.mixtral import TernaryMixtral, TernaryMixtralArgs
 
-        return {"get_model_classes": lambda config: (TernaryMixtral, TernaryMixtralArgs)}
-    return {}
+        return TernaryMixtral, TernaryMixtralArgs
+    return _get_classes(config)
 
 
 def suited_dtype(folder: Path, config: dict) -> str | None:
@@ -153,16 +176,110 @@ def suited_dtype(folder: Path, config: dict) -> str | None:
     return None if str(form).split(" + ")[0] in OVERFLOWING else "float16"
 
 
+def check_loads(folder: Path) -> None:
+    """Check that a model could be loaded from what is in a folder, before its tensors are there.
+
+    An empty model is made as `load_model` makes it, and the tokenizer is loaded, if there is one.
+
+    Raises:
+        CheckpointError: it could not be; the message does not name the folder, which is that of a
+            run. A tokenizer that needs a package that is not installed gives a warning.
+    """
+    try:
+        with warnings.catch_warnings():  # they were given when the sources were read
+            warnings.simplefilter("ignore", CheckpointWarning)
+            config = _checked_config(folder)
+        _, config = mlx_lm_load_model(
+            folder,
+            lazy=True,
+            strict=False,
+            model_config=_given(config),
+            get_model_classes=_empty_classes,
+            trust_remote_code=False,
+        )
+        if has_tokenizer(folder):
+            load_tokenizer(folder, config)
+    except Exception as error:  # as in `load_model` and `load_tokenizer`
+        said = (
+            str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        )
+        for name in (f"{folder}: ", f"{folder}/", f"{folder.name}/"):
+            said = said.replace(name, "")
+        message = f"the model could not be loaded: {one_line(said)[:300]}"
+        if not isinstance(error.__cause__, ImportError):
+            raise CheckpointError(message) from error
+        warnings.warn(message, CheckpointWarning, stacklevel=3)
+
+
+def _empty_classes(config: dict) -> tuple[type, type]:
+    """The classes of a model that is made, and whose weights are never used."""
+    model, args = _classes(config)
+    if model is Model:
+        model, args = classes_on(str(config.get("base_model_type", "qwen2")))
+    return type(model.__name__, (model,), {"load_weights": lambda self, *_, **__: self}), args
+
+
 def check_model(folder: Path) -> dict:
-    """Check a tier or a plain MLX model from its config and the headers of its files.
+    """Read the config of a tier or of a plain MLX model, and check the headers of its shards.
 
     Returns:
         The config; for a plain model, with the field names of `normalised`.
 
     Raises:
-        CheckpointError: see `open_stored`.
+        CheckpointError: there is no model, it is an overlay, its config is invalid, or its files
+            are truncated or do not match their index.
     """
-    return open_stored(folder).raw
+    config = _checked_config(folder)
+    tensors = read_shards(folder)
+    return config if is_tier(config) else _with_head(folder, config, tensors)
+
+
+def _checked_config(folder: Path) -> dict:
+    """The config of `check_model`, but for what depends on tensors; warns of ignored fields."""
+    config = raw_config(folder)
+    _check_texts(folder)
+    if is_tier(config):
+        known = parse_config(config)
+        notes = family(known.family).notes(known, own=True)
+    elif is_overlay(config):
+        raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
+    elif "model_file" in config:
+        raise CheckpointError(f"{folder}: needs its own model code, which is never run here")
+    elif config.get("model_type") == "mixtral" and not _is_mlx(config):
+        raise CheckpointError(
+            f"{folder}: not in MLX's format; convert it with `outlier-mlx import`"
+        )
+    else:
+        where = f"{folder.name}/config.json"
+        config = normalised(config, where)
+        notes = check_plain(config, where)
+    for note in notes:
+        warnings.warn(f"{folder.name}: {note}", CheckpointWarning, stacklevel=4)
+    return config
+
+
+def _check_texts(folder: Path) -> None:
+    """Read what mlx-lm and transformers will read as strictly as everything else."""
+    for name in _TEXTS:
+        if (folder / name).exists():
+            content = read_json(inside(folder, name))
+            if name == GENERATION:
+                end_ids(content.get("eos_token_id"), name)
+
+
+def _with_head(folder: Path, config: dict, tensors: Mapping[str, TensorRef]) -> dict:
+    """The config with `tie_word_embeddings` as the stored tensors require it."""
+    if config.get("model_type") not in families():
+        return config
+    tied, note = settle_head(config.get("tie_word_embeddings"), tensors)
+    if note is not None:
+        warnings.warn(f"{folder.name}: {note}", CheckpointWarning, stacklevel=3)
+    return config | {"tie_word_embeddings": tied}
+
+
+def _is_mlx(config: dict) -> bool:
+    """Whether the weights are in MLX's format; mlx-lm writes its quantization under both names."""
+    return "quantization" in config or "quantization_config" not in config
 
 
 def load_tokenizer(folder: Path, config: dict) -> Tokenizer:
@@ -171,12 +288,11 @@ def load_tokenizer(folder: Path, config: dict) -> Tokenizer:
     Raises:
         CheckpointError: there is no tokenizer, or it cannot be loaded.
     """
-    ends = config.get("eos_token_id")  # what generation_config.json says, if there is one
-    if ends is None:
-        ends = list(describe(config).eos_ids) or None
+    # What generation_config.json says, if there is one.
+    ends = end_ids(config.get("eos_token_id"), "config.json") or list(describe(config).eos_ids)
     try:
         with quiet_transformers():
-            return Tokenizer.load(folder, ends)
+            return Tokenizer.load(folder, ends or None)
     except Exception as error:
         reason = one_line(str(error))[:300]
         raise CheckpointError(f"{folder}: no usable tokenizer: {reason}") from error

@@ -9,7 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
 from mlx_lm.utils import _tokenizer_defaults
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from outlier_mlx.engine.detokenizer import Detokenizer
+from outlier_mlx.engine.detokenizer import Detokenizer, special_ids
 from outlier_mlx.engine.templates import bound, end_of_turn, render
 
 
@@ -47,11 +47,33 @@ class Tokenizer(TokenizerWrapper):
             tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, end}
         return tokenizer
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that `decode` leaves out with `skip_special_tokens`."""
+        return special_ids(self._tokenizer)
+
     def after(self, tokens: list[int]) -> "Tokenizer":
         """The same, with a detokenizer for texts that continue a prompt of these tokens."""
         other = copy(self)
         other._detokenizer = self._detokenizer.after(tokens)
         return other
+
+    def within(self, token: int) -> str:
+        """The text of a token within a text: with the blank that it would lose at the beginning."""
+        alone, twice = self._tokenizer.decode([token]), self._tokenizer.decode([token, token])
+        return str(twice)[len(alone) :]
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """Token ids of a text, as transformers' `encode` gives them, but never with two BOS tokens.
+
+        Most tokenizers put one before every text; then one with which the text begins is that one.
+        """
+        tokens: list[int] = self._tokenizer.encode(text, **options)
+        if len(tokens) < 2 or tokens[0] != tokens[1]:
+            return tokens
+        written = self._tokenizer.encode(text, **options | {"add_special_tokens": False})
+        added = len(tokens) > len(written) and tokens[1 : len(written) + 1] == written
+        return tokens[1:] if added else tokens
 
     def apply_chat_template(self, *messages: Any, tokenize: bool = True, **options: Any) -> Any:
         """The text or the tokens of a conversation; see `templates.render`.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from outlier_mlx.engine.loading import check_loads
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.gguf_file import patterns
 from outlier_mlx.imports.hf_names import holds_model
@@ -87,6 +88,7 @@ def import_model(
         inputs=[source, found.folder],
         assets=opened.assets,
         manifest={"source": origin | opened.details},
+        check=check_loads,
         card=lambda folder: _card(target.name, found, opened, tensors.rows).text(folder),
         force=force,
         progress=progress,

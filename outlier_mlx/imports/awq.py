@@ -66,7 +66,7 @@ def open_awq_model(folder: Path, *, dtype: str | None = None, bits: int | None =
         )
     tied, note = settle_head(raw.get("tie_word_embeddings"), tensors)
     model = replace(parse_config(raw, role="import"), tied=tied)
-    notes = [*([note] if note else []), *family(model.family).notes(raw)]
+    notes = [*([note] if note else []), *family(model.family).notes(model)]
     stored_as = _stored_as(dtype, bits, quantized)
     parts = _Planner(
         folder.name, by_place(tensors, model), model, awq if quantized else None, stored_as

@@ -131,7 +131,7 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, 
     found = parse_config(config, role="import", where=model.where)
     _check_rest(fields, found, vocabulary)
     found = _with_frequency_factors(model, found)
-    return found, known.notes(found.raw) + _ignored(fields)
+    return found, known.notes(found) + _ignored(fields)
 
 
 def _short(value: float) -> float:

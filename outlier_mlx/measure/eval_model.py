@@ -1,26 +1,28 @@
 """A loaded model for lm-evaluation-harness: mlx-lm's adapter, with the harness's rules.
 
-mlx-lm's `MLXLM` runs models: it scores and generates. How a text becomes tokens to be scored is
-taken from the harness's own `TemplateLM`, as its other backends do, so that scores compare with
-theirs: blanks that end a context belong to the continuation, an empty context is the BOS or EOS
-token, and the first token of a rolling text is predicted, too. The model's context length is the
-limit for scoring, whatever the limit for generated tokens.
+mlx-lm's `MLXLM` runs the model for scores. How a text becomes tokens to be scored is taken from the
+harness's own `TemplateLM`, as its other backends do, so that scores compare with theirs: blanks
+that end a context belong to the continuation, an empty context is the BOS or EOS token, and the
+first token of a rolling text is predicted, too. Answers are read as those of its other backends.
+The model's context length is the limit for scoring, whatever the limit for generated tokens.
 """
 
 import copy
 import logging
 from collections import defaultdict
-from types import SimpleNamespace
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from lm_eval.api.model import LM, TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from mlx_lm import batch_generate
 from mlx_lm.evaluate import MLXLM
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.prompts import check_tokens
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import Stages
 
@@ -48,7 +50,7 @@ class HarnessModel(TemplateLM, MLXLM):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: TokenizerWrapper,
+        tokenizer: Tokenizer,
         *,
         max_length: int,
         batch_size: int,
@@ -64,7 +66,6 @@ class HarnessModel(TemplateLM, MLXLM):
         self._batch_size = batch_size
         self._max_tokens = max_tokens
         self.use_chat_template = chat
-        self._sampler = None
         self._stages = stages
         if self.prefix_token_id is None:
             raise OutlierError("the model's tokenizer has neither a BOS nor an EOS token")
@@ -180,15 +181,42 @@ class HarnessModel(TemplateLM, MLXLM):
         step = _BATCHES * self._batch_size
         with self._stages("generating", "answers") as progress:
             for at in range(0, len(requests), step):
-                some = [_with_stops(request) for request in requests[at : at + step]]
-                texts += MLXLM.generate_until(self, some)
+                texts += self._answers([r.args for r in requests[at : at + step]])
                 progress(len(texts), len(requests))
         return texts
 
+    def _answers(self, asked: list[tuple[str, dict[str, Any]]]) -> list[str]:
+        """Answers to questions with the `generation_kwargs` of their tasks."""
+        options = [normalize_gen_kwargs(own) for _, own in asked]
+        found = batch_generate(
+            self._model,
+            self.tokenizer,
+            [self.tok_encode(question) or [self.prefix_token_id] for question, _ in asked],
+            max_tokens=[self._max_tokens or own["max_gen_toks"] for own in options],
+            prefill_batch_size=self._batch_size,
+            completion_batch_size=self._batch_size,
+            return_token_ids=True,
+        )
+        stops = [[stop for stop in own["until"] if stop] for own in options]
+        pairs = zip(found.token_ids or (), stops, strict=True)
+        return [answer_text(self.tokenizer, tokens, stops) for tokens, stops in pairs]
 
-def _with_stops(request: Any) -> SimpleNamespace:
-    """The request with its stop texts in a list, as mlx-lm expects them."""
-    context, options = request.args
-    stops = options.get("until") or []
-    listed = [stops] if isinstance(stops, str) else list(stops)
-    return SimpleNamespace(args=(context, options | {"until": [stop for stop in listed if stop]}))
+
+def answer_text(tokenizer: Tokenizer, tokens: list[int], stops: list[str]) -> str:
+    """The text of an answer, as the harness's own models give it.
+
+    Args:
+        tokenizer: the model's.
+        tokens: what the model wrote.
+        stops: texts that end an answer; they may be special tokens, which are not in the text.
+
+    Returns:
+        What comes after the model's thoughts and before the first stop text.
+    """
+    ends = tokenizer.special_ids.intersection(map(tokenizer.convert_tokens_to_ids, stops))
+    tokens = list(takewhile(lambda token: token not in ends, tokens))
+    thought = tokenizer.rfind_think_end(tokens) if tokenizer.has_thinking else -1
+    if thought >= 0:
+        tokens = tokens[thought + len(tokenizer.think_end_tokens) :]
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return postprocess_generated_text(text.lstrip() if thought >= 0 else text, stops, None)

@@ -5,6 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from outlier_mlx.engine.loading import check_loads
 from outlier_mlx.merge.gates import Gates
 from outlier_mlx.merge.merge_config import read_merge_config
 from outlier_mlx.merge.model import open_mixture
@@ -115,6 +116,7 @@ def _write(result: Merged, tensors: Parts, inputs: Sources, *, force: bool, stag
             assets=assets,
             manifest={"source": {"form": "merge"} | {k: report[k] for k in ("base", "experts")}},
             card=lambda folder: model_card(result, folder),
+            check=check_loads,
             force=force,
             progress=progress,
         )

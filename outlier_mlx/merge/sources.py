@@ -118,7 +118,8 @@ def _open(source: Source) -> Dense:
     _check_supported(config, where)
     if tied:
         tensors.pop("lm_head.weight", None)
-    return Dense(source, config, tensors, (note,) if note else ())
+    notes = [*([note] if note else []), *family(config.family).notes(config)]
+    return Dense(source, config, tensors, tuple(notes))
 
 
 def _matters(key: str) -> bool:

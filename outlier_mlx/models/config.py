@@ -14,9 +14,11 @@ from outlier_mlx.models.attention import read_attention
 from outlier_mlx.models.description import PROJECTIONS, Defaults, Description, ModelConfig
 from outlier_mlx.models.families import Family, families, family, with_role
 from outlier_mlx.models.fields import MAX_COUNT, Fields, short
+from outlier_mlx.models.ignored import ROUTING, refuse
 from outlier_mlx.models.quantization import read_quantization
-from outlier_mlx.models.rope import read_scaling, spell_rope
+from outlier_mlx.models.rope import read_scaling, rope_type, spell_rope
 from outlier_mlx.models.spelling import NESTED, lifted, normalised
+from outlier_mlx.models.token_ids import end_ids
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_json
 
@@ -30,8 +32,6 @@ OVERLAY_TYPES = ("outlier_moe", "qwen2_moe")
 BASE_TYPE = "base_model_type"
 #: The base of overlays that neither name nor contain one. All published overlays are on it.
 DEFAULT_BASE = "qwen2"
-#: In place of a role: any model that this project makes, but for tiers.
-MADE = "made"
 # Names of the number of experts, and of the number of experts that a token uses.
 _EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
@@ -81,8 +81,8 @@ def parse_config(
         raw: the config; it is not changed.
         defaults: values of missing fields; by default, `Defaults()` for overlays and tiers on
             Qwen2, and those of transformers for all others.
-        role: one of `Family.roles`, or `MADE`; "base" for overlays and tiers. If an overlay does
-            not name its base, everything that any base supports is accepted.
+        role: one of `Family.roles`; "base" for overlays and tiers. If an overlay does not name its
+            base, everything that any base supports is accepted.
         where: name of the config in messages.
 
     Raises:
@@ -101,16 +101,17 @@ def parse_config(
     fields = Fields(spelled, where, strict=True)
     values = _values(fields, known, defaults, aliases=role == "base")
     known.check(fields)
-    if None not in (values["attention"] or ()):
-        fields.refuse(
-            "layer_types must name full or sliding attention for each layer, and full once"
-        )
+    if on_base:
+        refuse(fields, ROUTING, "is not how overlays choose experts")
+    _check_layer_types(fields, values)
     _check_heads(fields, known, values, role)
-    plain_scalings = dict.fromkeys(("import", MADE), known.scalings)
-    allowed = ({"base": known.base_scalings} | plain_scalings).get(role, ())
+    end_ids(raw.get("eos_token_id"), where)
+    allowed = {"base": known.base_scalings, "import": known.scalings}.get(role, ())
     scaling = read_scaling(spelled, where, allowed, tier=is_tier(raw))
-    if role != "base" and scaling is not None and scaling.get("attention_factor") is not None:
-        raise CheckpointError(f"{where}: rope scaling: attention_factor is ignored by mlx-lm")
+    if scaling is not None and scaling["rope_type"] == "yarn" and values["rope_theta"] == 1:
+        fields.refuse("rope_theta 1 has no frequencies that YaRN could scale")
+    if role != "base":
+        _refuse_attention_factor(scaling, where)
     return ModelConfig(
         **values | {"rope_scaling": scaling, "raw": raw},
         qkv_bias=known.flag(known.qkv_bias, fields),
@@ -119,6 +120,38 @@ def parse_config(
         qk_norm=known.qk_norm,
         defaults=defaults,
     )
+
+
+def check_plain(raw: dict, where: str) -> list[str]:
+    """Check the config of a model that mlx-lm runs, as far as mlx-lm would ignore what it says.
+
+    Args:
+        raw: the config, as `normalised` returns it.
+        where: name of the config in messages.
+
+    Returns:
+        Sentences about what is ignored, and does no harm to short texts; none for a model of
+        an unknown family.
+
+    Raises:
+        CheckpointError: mlx-lm's model of the family would compute something else.
+    """
+    name = str(raw.get("model_type"))
+    known = families().get(_MADE_OF.get(name, name))
+    if known is None:
+        return []
+    known.check(Fields(raw, where, strict=True))
+    scaling = raw.get("rope_scaling")
+    kind = rope_type(scaling, where) if isinstance(scaling, dict) else "default"
+    if kind != "default" and not known.scalings:
+        raise CheckpointError(f"{where}: rope_scaling {short(kind)} is ignored by mlx-lm's {name}")
+    _refuse_attention_factor(scaling, where)
+    return known.notes(describe(raw))
+
+
+def _refuse_attention_factor(scaling: Any, where: str) -> None:
+    if isinstance(scaling, dict) and scaling.get("attention_factor") is not None:
+        raise CheckpointError(f"{where}: rope scaling: attention_factor is ignored by mlx-lm")
 
 
 def describe(raw: dict) -> Description:
@@ -159,11 +192,7 @@ def spell_config(config: ModelConfig) -> dict:
 
 def _model_type(raw: dict, role: str, where: str) -> str:
     kind = raw["model_type"]
-    if role == MADE:
-        names = (*families(), *_MADE_OF)
-        kind = _MADE_OF.get(str(kind), kind)
-    else:
-        names = with_role(role)
+    names = with_role(role)
     if kind in names:
         return kind
     if role == "base" and kind in OVERLAY_TYPES:
@@ -269,6 +298,16 @@ def _check_heads(fields: Fields, known: Family, values: dict[str, Any], role: st
             f"head_dim {short(given)} is not hidden_size / heads; MLX's {known.model_type} has no"
             " such heads"
         )
+
+
+def _check_layer_types(fields: Fields, values: dict[str, Any]) -> None:
+    types = fields.raw.get("layer_types")
+    kinds = ("full_attention", "sliding_attention")
+    listed_all = isinstance(types, list) and len(types) == values["layers"]
+    if types is not None and not (listed_all and all(kind in kinds for kind in types)):
+        fields.refuse("layer_types must name full or sliding attention for each layer")
+    if None not in (values["attention"] or ()):
+        fields.refuse("layer_types must name full attention once, and a sliding_window be given")
 
 
 def _mixture(fields: Fields, known: Family | None, layers: int | None) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from functools import cache
 from typing import Any
 
 import outlier_mlx.models as package
-from outlier_mlx.models.description import Defaults, ModelConfig
+from outlier_mlx.models.description import Defaults, Description, ModelConfig
 from outlier_mlx.models.fields import Fields, short
+from outlier_mlx.models.ignored import Harmless, ignored, refuse
 from outlier_mlx.models.modules import FeedForward, Module, dense, list_modules
 
 _PREFIX = "family_"
@@ -35,8 +36,12 @@ class Family:
         own_head_dim: whether `head_dim` may differ from hidden_size / heads.
         scalings: types of RoPE scaling that mlx-lm's model honours.
         base_scalings: types of RoPE scaling that a tier on such a base honours.
-        refused: fields that mlx-lm's model ignores, and that must therefore not be set.
+        refused: fields that mlx-lm's model ignores, though transformers' does not, and the values
+            of each that change nothing.
+        window: transformers' value of a missing `sliding_window`.
         window_switch: the field that turns `sliding_window` on; None: it is on where it is given.
+        window_from: the field that says from which layer on there are windows (28 if it is
+            missing), where `layer_types` does not say it; None: all layers have them.
         honours_layer_types: whether mlx-lm's model uses the windows of `layer_types`.
         experts: the fields that say how many experts there are, and how many a token uses.
         expert_width: the field that says how wide an expert is.
@@ -54,8 +59,10 @@ class Family:
     own_head_dim: bool = False
     scalings: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn", "longrope")
     base_scalings: tuple[str, ...] = ("yarn",)
-    refused: tuple[str, ...] = ()
+    refused: Harmless = field(default_factory=dict)
+    window: int | None = None
     window_switch: str | None = None
+    window_from: str | None = None
     honours_layer_types: bool = False
     experts: tuple[str, str] | None = None
     expert_width: str = "moe_intermediate_size"
@@ -85,22 +92,40 @@ class Family:
         activation = fields.raw.get("hidden_act") or "silu"
         if activation not in ("silu", "swish"):
             fields.refuse(f"hidden_act {short(activation)}, expected 'silu'")
-        for name in self.refused:
-            if fields.raw.get(name):
-                fields.refuse(f"{name} is not supported by mlx-lm's {self.model_type}")
+        refused = {"partial_rotary_factor": (1,)} | dict(self.refused)
+        refuse(fields, refused, f"is not supported by mlx-lm's {self.model_type}")
 
     def flag(self, which: bool | str, fields: Fields) -> Any:
         """The value of `qkv_bias`, `o_bias` or `mlp_bias` for a config."""
         return fields.flag(which) if isinstance(which, str) else which
 
-    def notes(self, raw: Mapping[str, Any]) -> list[str]:
-        """Sentences about differences between mlx-lm's model and transformers'."""
-        window = raw.get("sliding_window")
-        switched = raw.get(self.window_switch or "use_sliding_window", self.window_switch is None)
-        honoured = self.honours_layer_types and raw.get("layer_types") is not None
-        if window is None or not switched or honoured:
-            return []
-        return [f"mlx-lm has no sliding window here: beyond {window} tokens, results differ"]
+    def notes(self, config: Description, *, own: bool = False) -> list[str]:
+        """Sentences about what a config asks for and mlx-lm's model does not do.
+
+        Args:
+            config: the model's.
+            own: whether it is an overlay's or a tier's.
+        """
+        window = self._ignored_window(config)
+        said = f"mlx-lm has no sliding window here: beyond {window} tokens, results differ"
+        told = ignored(config.raw, self.model_type, own=own)
+        return [said, *told] if window else told
+
+    def _ignored_window(self, config: Description) -> Any:
+        """The window that transformers' model has and mlx-lm's has not; None: there is none."""
+        raw = config.raw
+        types, first = raw.get("layer_types"), raw.get(self.window_from or "", 28)
+        if not raw.get(self.window_switch or "", self.window_switch is None):
+            return None
+        if isinstance(types, list):
+            if self.honours_layer_types or "sliding_attention" not in types:
+                return None
+        elif self.window_from and type(first) is int and first >= (config.layers or 0):
+            return None
+        if "sliding_window" in raw:
+            return raw["sliding_window"]
+        reachable = self.window is not None and self.window < (config.max_positions or 0)
+        return self.window if reachable else None
 
     def modules(self, config: ModelConfig) -> list[Module]:
         """The modules of MLX's model that store weights, in the order of a forward pass."""

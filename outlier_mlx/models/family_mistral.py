@@ -17,5 +17,6 @@ FAMILY = Family(
     mlp_bias="mlp_bias",
     own_head_dim=True,
     base_scalings=("linear", "llama3", "yarn"),
+    window=4096,
     honours_layer_types=True,
 )

@@ -14,6 +14,8 @@ FAMILY = Family(
     },
     qk_norm=True,
     own_head_dim=True,
-    refused=("attention_bias",),
+    refused={"attention_bias": (False,)},
+    window=4096,
     window_switch="use_sliding_window",
+    window_from="max_window_layers",
 )

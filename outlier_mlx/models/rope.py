@@ -11,6 +11,7 @@ from typing import Any
 
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.fields import Fields, short
+from outlier_mlx.storage.rounding import fits
 
 ORIGINAL = "original_max_position_embeddings"
 # transformers reads a tier's config when it loads the tokenizer. For a model type that it does not
@@ -146,6 +147,8 @@ def read_scaling(
     fields = Fields(scaling, where, strict=True)
     if kind == "linear":
         return {"rope_type": kind, "factor": fields.positive("factor")}
+    if kind == "longrope":
+        _check_longrope(fields, scaling)
     if kind not in ("yarn", "llama3"):
         return scaling
     result: dict[str, Any] = {"rope_type": kind, "factor": fields.positive("factor")}
@@ -155,7 +158,19 @@ def read_scaling(
             result[name] = fields.positive(name)
     if kind == "yarn":
         _read_mscale(fields, scaling, result)
+    elif result["high_freq_factor"] <= result["low_freq_factor"]:
+        fields.refuse("rope scaling llama3: high_freq_factor must be above low_freq_factor")
     return result
+
+
+def _check_longrope(fields: Fields, scaling: dict) -> None:
+    """Refuse what mlx-lm could not read."""
+    fields.size(ORIGINAL, least=2)
+    for name in ("short_factor", "long_factor"):
+        numbers = scaling.get(name)
+        sound = isinstance(numbers, list) and all(type(n) in (int, float) for n in numbers)
+        if not sound or not all(n > 0 and fits(n, "float32") for n in numbers or ()):
+            fields.refuse(f"rope scaling longrope: {name} must be a list of positive numbers")
 
 
 def _read_mscale(fields: Fields, scaling: dict, result: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.models.fields import short
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_bytes, read_json
 
@@ -34,6 +35,24 @@ def check_tokenizer(folder: Path, rows: int) -> None:
             f"{file}: the token {token[:40]!r} has id {number}, but the embedding has {rows} rows,"
             " numbered from 0"
         )
+
+
+def end_ids(value: object, where: str) -> list[int]:
+    """The tokens that end a text, as `eos_token_id` of a config states them.
+
+    Args:
+        value: the field's value; None if it is missing.
+        where: name of the config in messages.
+
+    Raises:
+        CheckpointError: neither a token's id nor a list of ids.
+    """
+    found: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(number) is int and number >= 0 for number in found):
+        raise CheckpointError(
+            f"{where}: eos_token_id is {short(value)}, expected the id of a token or a list of ids"
+        )
+    return found
 
 
 def check_ids(ids: Iterable[int], rows: int | None, what: str = "the prompt") -> None:

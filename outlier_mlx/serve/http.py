@@ -146,7 +146,6 @@ class CheckedHandler(BaseHTTPRequestHandler):
         connections = self.service.connections
         connections.check_room(self.request)
         self.request.deadline = time.monotonic() + BODY_SECONDS
-        self.request.room = None
         body = read_body(self.headers, self.rfile, self.service.options.max_body)
         self.unread = False
         connections.claim(self.request)
@@ -217,7 +216,6 @@ class CheckedHandler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, *_: Any) -> None:
         """Send errors of http.server as JSON, too."""
-        self.unread = self.unread or code in (414, 431)  # a head that is too long goes on
         self.refuse(Refused(code, message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -228,7 +226,6 @@ class CheckedHandler(BaseHTTPRequestHandler):
     def _drain_body(self) -> None:
         self.connection.shutdown(socket.SHUT_WR)
         self.request.deadline = time.monotonic() + DRAIN_SECONDS
-        self.request.room = None
         with suppress(TimeoutError):
             while self.rfile.read1(1 << 16):
                 pass

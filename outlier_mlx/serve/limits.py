@@ -15,7 +15,7 @@ BIAS = Number(-100, 100)
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
-    """The JSON object in a body, without its null members.
+    """The JSON object in a body.
 
     Raises:
         Refused: the body is not a JSON object.
@@ -26,7 +26,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise Refused(400, f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise Refused(400, "the body is not a JSON object")
-    return {name: value for name, value in body.items() if value is not None}
+    return body
 
 
 @dataclass(frozen=True)

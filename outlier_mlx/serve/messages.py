@@ -10,6 +10,8 @@ from outlier_mlx.storage.texts import decode_json
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 
+REASONING = ("reasoning", "reasoning_content", "thinking")
+
 
 @dataclass(frozen=True)
 class MessageReader:
@@ -94,9 +96,27 @@ class MessageReader:
                 raise _refused(f"{where}.tool_calls", f"is not for the role {role}", "messages")
             places = (f"{where}.tool_calls[{number}]" for number in range(len(calls)))
             read["tool_calls"] = [_call(*pair) for pair in zip(calls, places, strict=True)]
+        unused += self._name_reasoning(read)
         if "name" in read and role != "tool" and self.probes.leaves_out("names of users"):
             unused.append("messages.name")
         return read, unused
+
+    def _name_reasoning(self, message: dict[str, Any]) -> list[str]:
+        """Give reasoning the name that the template has for it, in place.
+
+        Returns:
+            The names of fields that have no effect.
+        """
+        unused = []
+        for name in REASONING:
+            if name not in message or self.probes.mentions(name):
+                continue
+            # This server sends it as "reasoning"; most templates have the other name.
+            if name == "reasoning" and self.probes.mentions("reasoning_content"):
+                message.setdefault("reasoning_content", message.pop(name))
+            else:
+                unused.append(f"messages.{name}")
+        return unused
 
     def _need(self, part: Part, where: str) -> None:
         if self.probes.leaves_out(part):

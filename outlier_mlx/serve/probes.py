@@ -1,6 +1,7 @@
 """What a model's chat template leaves out, found by rendering it."""
 
-from functools import cache
+import re
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -62,6 +63,7 @@ class TemplateProbes:
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
         self._tokenizer = tokenizer
         self._lost = cache(self._render)
+        self._found = lru_cache(256)(self._find)
 
     def leaves_out(self, part: Part) -> bool:
         """Whether the template writes nothing of a part of a conversation.
@@ -74,9 +76,14 @@ class TemplateProbes:
         return self._lost(part)
 
     def mentions(self, name: str) -> bool:
-        """Whether the template may use a variable of this name."""
+        """Whether the template may use a variable or a field of this name."""
+        return self._found(name)
+
+    def _find(self, name: str) -> bool:
         template = self._tokenizer.chat_template
-        return not isinstance(template, str) or name in template
+        if not isinstance(template, str):
+            return True  # it is not known
+        return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template) is not None
 
     def _render(self, part: Part) -> bool:
         for messages, tools in _PROBES[part]:

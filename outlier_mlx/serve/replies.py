@@ -166,7 +166,8 @@ class Reply:
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         """A token with its text, or with its vocabulary name if it is part of a character."""
         tokenizer = self.generator.provider.tokenizer
-        text = tokenizer.decode([token])
+        begins = self.completion_tokens == 1 and self.request.messages is not None
+        text = tokenizer.decode([token]) if begins else tokenizer.within(token)
         if "\ufffd" in text:
             name = tokenizer.convert_ids_to_tokens(token)
             return {"token": name, "id": token, "logprob": logprob, "bytes": None}

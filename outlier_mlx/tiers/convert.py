@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from outlier_mlx.checkpoints.base import join, open_base
+from outlier_mlx.engine.loading import check_loads
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.paths import named
 from outlier_mlx.terminal import Progress, no_progress
@@ -86,6 +87,7 @@ def convert_tier(
             manifest=_manifest(plan.recipe, alpha, sources),
             manifest_name="tier.json",
             card=lambda folder: model_card(folder, target.name),
+            check=check_loads,
             force=force,
             progress=progress,
         )

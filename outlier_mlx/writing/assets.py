@@ -1,13 +1,16 @@
 """Files that are copied from the sources: tokenizer, generation config, licences."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.token_ids import end_ids
 from outlier_mlx.storage.output import write_json, write_whole
 from outlier_mlx.storage.paths import entries, inside
-from outlier_mlx.storage.texts import read_bytes, read_json
+from outlier_mlx.storage.texts import parse_json_object, read_bytes, read_json
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -20,6 +23,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_CONFIG = "tokenizer_config.json"
+_EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
 _LEGAL = re.compile(r"(LICEN[SC]E|NOTICE)(-base|-expert)*(\.txt|\.md)?")
 
 
@@ -38,15 +43,26 @@ def copy_assets(folders: Sequence[Path], target: Path, others: str = "base") -> 
     if owner is not None:
         for name in TOKENIZER_FILES:
             if (owner / name).exists():
-                write_whole(target / name, read_bytes(inside(owner, name)))
-        if (owner / "tokenizer_config.json").exists():
-            config = tidy_tokenizer_config(read_json(inside(owner, "tokenizer_config.json")))
-            write_json(target / "tokenizer_config.json", config)
-    source = next((f for f in folders if (f / "generation_config.json").exists()), None)
+                write_whole(target / name, _read_asset(owner, name))
+        if (owner / _CONFIG).exists():
+            config = parse_json_object(_read_asset(owner, _CONFIG), _CONFIG)
+            write_json(target / _CONFIG, tidy_tokenizer_config(config, str(owner / _CONFIG)))
+    source = next((f for f in folders if (f / GENERATION).exists()), None)
     if source is not None:
-        content = read_bytes(inside(source, "generation_config.json"))
-        write_whole(target / "generation_config.json", content)
+        content = _read_asset(source, GENERATION)
+        stated = parse_json_object(content, GENERATION).get("eos_token_id")
+        end_ids(stated, str(source / GENERATION))
+        write_whole(target / GENERATION, content)
     _copy_legal(folders, target, others)
+
+
+def _read_asset(folder: Path, name: str) -> bytes:
+    """A file's bytes, of which transformers or mlx-lm would make the same: JSON is checked."""
+    path = inside(folder, name)
+    content = read_bytes(path)
+    if name.endswith(".json"):
+        parse_json_object(content, str(path))
+    return content
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -58,7 +74,7 @@ def has_chat_template(folder: Path) -> bool:
     """Whether a folder has a chat template, as a file or in the tokenizer's config."""
     if any((folder / name).exists() for name in TOKENIZER_FILES if name.startswith("chat_")):
         return True
-    config = folder / "tokenizer_config.json"
+    config = folder / _CONFIG
     return config.exists() and bool(read_json(inside(folder, config.name)).get("chat_template"))
 
 
@@ -91,16 +107,30 @@ def _copy_legal(folders: Sequence[Path], target: Path, others: str) -> None:
             written[name] = data
 
 
-def tidy_tokenizer_config(config: dict) -> dict:
+def tidy_tokenizer_config(config: dict, where: str) -> dict:
     """A tokenizer config that transformers loads without running code from the folder.
 
     `auto_map` names such code. `extra_special_tokens` is a list in V3.2 checkpoints where
     transformers expects a mapping; the tokens are additional special tokens.
+
+    Raises:
+        CheckpointError: these are no tokens; `where` is the config's file.
     """
     config = {key: value for key, value in config.items() if key != "auto_map"}
-    extra = config.get("extra_special_tokens")
+    extra, known = (config.get(name) for name in (_EXTRA, _ADDITIONAL))
+    for name, value in ((_EXTRA, extra), (_ADDITIONAL, known)):
+        items = value.values() if isinstance(value, dict) and name == _EXTRA else value
+        if items is not None and not _are_tokens(items):
+            raise CheckpointError(f"{where}: {name} must be a list of tokens")
     if isinstance(extra, list):
-        del config["extra_special_tokens"]
-        known = config.get("additional_special_tokens") or []
-        config["additional_special_tokens"] = known + [t for t in extra if t not in known]
+        del config[_EXTRA]
+        config[_ADDITIONAL] = (known or []) + [t for t in extra if t not in (known or [])]
     return config
+
+
+def _are_tokens(items: object) -> bool:
+    """Whether these are texts, or objects that hold one as their content."""
+    if not isinstance(items, Collection) or isinstance(items, str | dict):
+        return False
+    texts = [item.get("content") if isinstance(item, dict) else item for item in items]
+    return all(isinstance(text, str) for text in texts)

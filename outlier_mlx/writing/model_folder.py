@@ -44,6 +44,7 @@ def write_model(
     manifest: dict,
     manifest_name: str = "checksums.json",
     card: Callable[[Path], str] | None = None,
+    check: Callable[[Path], None] | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Written:
@@ -61,22 +62,25 @@ def write_model(
             but the licences and the card.
         manifest_name: the manifest's file, one of `outlier_mlx.writing.manifest.FORMAT_VERSIONS`.
         card: the text of the model card, asked once everything else is in the folder.
+        check: called before tensors are read with the folder that has all the rest; raises
+            CheckpointError if the model could not be loaded.
         force: replace `target` if it is a model that this project wrote.
         progress: called while tensors are written.
 
     Raises:
         OutputExistsError: `target` exists and may not be replaced.
-        OutlierError: a source is not valid, the embedding has no row for a token of the tokenizer,
-            or the disk is too small. Nothing is left behind, but for what `tensors` keep for the
-            next run.
+        OutlierError: a source is not valid, the model could not be loaded, the embedding has no row
+            for a token of the tokenizer, or the disk is too small. Nothing is left behind, but for
+            what `tensors` keep for the next run.
     """
     inputs = list(inputs)
     check_free(target, force=force, sources=inputs)
     check_space(target, tensors.room(target), tensors.what)
     try:
         with whole_folder(target, force=force, keep=tensors.keep, sources=inputs) as folder:
+            write_json(folder / "config.json", config)
             assets(folder)
-            _check_tokenizer(source, folder, config)
+            _check(source, folder, config, check)
             files = tensors.write(folder, progress)
             assets(folder)  # again: a run that starts over has emptied the folder
             write_json(folder / "config.json", config)
@@ -94,8 +98,10 @@ def write_model(
     return Written(target, tensors.rows, tokenizer)
 
 
-def _check_tokenizer(source: str, folder: Path, config: dict) -> None:
+def _check(source: str, folder: Path, config: dict, check: Callable[[Path], None] | None) -> None:
     try:
         check_tokenizer(folder, config["vocab_size"])
+        if check is not None:
+            check(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
