@@ -1,4 +1,5 @@
-# Other scripts source this file. It makes .venv with everything that the project needs. It runs pip
+# Other scripts source this file. It makes .venv with what a user needs, and with the extras of
+# pyproject.toml that the argument names: `. setup.sh dev`, or `. setup.sh ""` for none. It runs pip
 # again only if pyproject.toml has changed.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -15,18 +16,36 @@ find_python() {
     return 1
 }
 
+# Names each package on the way. Modules are compiled when they are used, not all of them now.
+install() {
+    local what name
+    .venv/bin/python -m pip install --disable-pip-version-check --no-compile -e "$1" |
+        while read -r what name _; do
+            case $what in
+                Collecting) echo "  ${name%%[<>=!~;[]*}" ;;
+                Installing) echo "  all are here: unpacking them" ;;
+            esac
+        done >&2
+    return "${PIPESTATUS[0]}"
+}
+
 set_up() {
-    local python wanted
+    local python wanted extras=$1
     wanted=$(cksum <pyproject.toml)
-    if [ ! -f .venv/.set-up ] || [ "$(cat .venv/.set-up)" != "$wanted" ]; then
-        python=$(find_python) || return 1
-        echo "setting up .venv with $python" >&2
-        "$python" -m venv .venv || return 1
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' || return 1
-        printf '%s' "$wanted" >.venv/.set-up
+    if [ "$(cat ".venv/.set-up-${extras:-user}" 2>/dev/null)" != "$wanted" ]; then
+        if ! [ -x .venv/bin/python ]; then
+            python=$(find_python) || return 1
+            echo "making .venv with $python ..." >&2
+            "$python" -m venv .venv || return 1
+        fi
+        echo "installing into .venv, from the network or pip's cache:" >&2
+        install ".${extras:+[$extras]}" || return 1
+        for name in user "${extras:-user}"; do
+            printf '%s' "$wanted" >".venv/.set-up-$name"
+        done
     fi
     PATH="$PWD/.venv/bin:$PATH"
     export PATH
 }
 
-set_up || exit 1
+set_up "${1:-}" || exit 1

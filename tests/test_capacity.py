@@ -110,5 +110,7 @@ def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert isinstance(found, server.ServeOptions)
         assert found.decode_concurrency == expected.decode_concurrency
         assert found.prompt_concurrency == expected.prompt_concurrency
+        free = available.nbytes - mac(tier, 0).nbytes
+        assert found.cache_memory == (None if "--ignore-memory" in options else free)
         told = f"memory for {expected.conversations} conversations of 1000 tokens at a time"
         assert note == ("" if options == ["--ignore-memory"] else told)

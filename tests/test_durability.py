@@ -15,7 +15,7 @@ import pytest
 
 from outlier_mlx.storage import output
 from outlier_mlx.storage.output import write_whole
-from tests.folders import names
+from tests.folders import names, snapshot
 from tests.program import run
 
 Event = tuple[str, str]
@@ -102,6 +102,23 @@ def test_a_disk_that_fails_late(
     told = run("convert", place / "overlay", "--out", tier, "--force", "--quiet", code=1).err
     assert told == f"error: {tier}: cannot write: {os.strerror(code)}\n"
     assert tier.stat().st_ino == before and names(tmp_path) == ["tier"]
+
+
+def test_the_old_folder_stays_until_the_new_name_is_on_the_disk(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = shutil.copytree(place / "tier", tmp_path / "tier")
+    before = snapshot(tier)
+
+    def fsync(handle: int) -> None:
+        if name_of(handle) == str(tmp_path) and list(tmp_path.glob(".tier.part-*/former")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    told = run("convert", place / "overlay", "--out", tier, "--force", "--quiet", code=1).err
+    assert told == f"error: {tier}: cannot write: {os.strerror(errno.EIO)}\n"
+    (former,) = tmp_path.glob(".tier.part-*/former")
+    assert snapshot(former) == before
 
 
 def test_a_file_system_that_cannot_sync_folders(

@@ -300,7 +300,7 @@ def test_damaged_tiers(name: str, at: tuple[int, ...], value: Any, tier: Path, t
 def test_missing_and_misshapen_tensors(tier: Path, tmp_path: Path):
     broken = copy_writable(tier, tmp_path / "t")
     damage.drop_tensor(broken, f"{SWITCH}.scales")
-    refused(broken, tmp_path / "e", "overlay", f"{SWITCH}.scales", "found nothing", "(4, 37)")
+    refused(broken, tmp_path / "e", "overlay", f"{SWITCH}.scales", "missing", "(4, 37)")
     broken = copy_writable(tier, tmp_path / "t2")
     damage.replace_tensor(broken, f"{SWITCH}.scales", np.ones((4, 36), np.float32))
     refused(broken, tmp_path / "e", "packed", f"{SWITCH}.scales", "F32 (4, 36)")

@@ -35,9 +35,11 @@ def test_two_runs_into_one_place(tmp_path: Path) -> None:
 def test_a_neighbour_with_a_like_name_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".tier.partly").mkdir()
     (tmp_path / ".tier2.part-x").mkdir()
+    (tmp_path / ".tier.part-2.part-0a1b2c3d").mkdir()
     with whole_folder(tmp_path / "tier") as folder:
         (folder / "tier.json").write_text("")
-    assert names(tmp_path) == [".tier.partly", ".tier2.part-x", "tier"]
+    others = [".tier.part-2.part-0a1b2c3d", ".tier.partly", ".tier2.part-x"]
+    assert names(tmp_path) == [*others, "tier"]
 
 
 @pytest.mark.slow

@@ -119,8 +119,9 @@ def test_nothing_is_overwritten_unasked_and_what_is_done_stays(place: Path, tmp_
     assert "outliers.json: exists; --force replaces it" in again.err
     assert (out / "outliers.json").read_bytes() == before
 
-    # Files of an earlier run, and one that is somebody's own.
-    for name in ("heatmap-tier.png", "by-perplexity.png", "notes.txt"):
+    # Files of an earlier run, and some that are somebody's own.
+    theirs = ("notes.txt", "heatmap-of-us.png", "by-us.svg")
+    for name in ("heatmap-tier.png", "by-perplexity.png", *theirs):
         (out / name).touch()
     # A model that fails only when it is run.
     broken = shutil.copytree(place / "planted", tmp_path / "broken")
@@ -135,9 +136,7 @@ def test_nothing_is_overwritten_unasked_and_what_is_done_stays(place: Path, tmp_
     failed = run(*replacing[0], place / "planted", broken, *replacing[1:], code=1)
     (entry,) = json.loads((out / "outliers.json").read_text())
     assert entry["model"] == "planted"
-    assert sorted(path.name for path in out.iterdir()) == [
-        *("notes.txt", "outliers.json", "summary.json")
-    ]
+    assert {path.name for path in out.iterdir()} == {"outliers.json", "summary.json", *theirs}
 
 
 def test_models_of_one_name_are_told_apart(place: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import CheckpointWarning, OutlierError
 from outlier_mlx.storage.output import check_writable, whole_file, write_json, write_whole
 
 
@@ -71,6 +71,17 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path):
     ):
         with pytest.raises(OutlierError, match=message):
             check_writable(wrong, force=force)
+
+
+def test_what_a_killed_run_left_of_a_file_is_named(tmp_path):
+    path = tmp_path / "a b.json"
+    for name in (".a b.0a1b2c3d.json", ".a b.0a1b2c3d.txt", ".a b.0a1b2c3.json", ".0a1b2c3d.json"):
+        (tmp_path / name).write_text("")
+    with pytest.warns(CheckpointWarning) as told:
+        check_writable(path, force=False)
+    (line,) = (str(warning.message) for warning in told)
+    assert line.startswith(f"{path}: .a b.0a1b2c3d.json was left beside it")
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_folder_that_is_gone_is_an_error_of_the_system(tmp_path):

@@ -27,15 +27,24 @@ from tests.program import assert_refused, run
 
 # What changes a disk; of files that are opened, those for writing.
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate")
+INTERRUPTED = 130
 
 
-def dies_at(step: int, work: Callable[[], object], changes: Sequence[str] = CHANGES) -> bool:
-    """Do some work in a process that SIGKILL ends before its change number `step` to the disk.
+def dies_at(
+    step: int,
+    work: Callable[[], object],
+    changes: Sequence[str] = CHANGES,
+    number: int = signal.SIGKILL,
+    times: int = 1,
+) -> bool:
+    """Do some work in a process that gets a signal before its change number `step` to the disk.
 
     Args:
         step: which change, from 1 on.
         work: what to do.
         changes: what counts, as Python's audit events call it.
+        number: the signal: SIGKILL, or SIGINT as for Ctrl-C.
+        times: how often it comes; again at each change that follows.
 
     Returns:
         Whether it came to that; otherwise the work is done.
@@ -50,22 +59,25 @@ def dies_at(step: int, work: Callable[[], object], changes: Sequence[str] = CHAN
             if event not in changes or reads:
                 return
             left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if -times < left <= 0:
+                os.kill(os.getpid(), number)
 
         status = 1
         try:
             warnings.simplefilter("ignore")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.addaudithook(watch)
             work()
             status = 0
+        except KeyboardInterrupt:
+            status = INTERRUPTED
         except BaseException:
             os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(status)
     status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) in (0, INTERRUPTED)
+    return os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == INTERRUPTED
 
 
 def write(target: Path, text: str, *, keep: bool = False) -> None:
@@ -94,9 +106,12 @@ def whole_text(folder: Path) -> str:
 
 
 def killed_at_each_step(
-    tmp_path: Path, *, keep: bool = False, former: bool = True
+    tmp_path: Path, *, keep: bool = False, former: bool = True, **how: int
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Places in which a run into `tier` was killed one step later each, and what is beside it."""
+    """Places in which a run into `tier` was killed one step later each, and what is beside it.
+
+    `how` is for `dies_at`.
+    """
     for step in count(1):
         place = tmp_path / str(step)
         place.mkdir()
@@ -104,14 +119,14 @@ def killed_at_each_step(
         target = place / "tier"
         if former:
             write(target, "old")
-        if not dies_at(step, partial(write, target, "new", keep=keep)):
+        if not dies_at(step, partial(write, target, "new", keep=keep), **how):
             assert names(place) == ["mine", "tier"] and whole_text(target) == "new"
             assert step > 12
             return
         yield target, [name for name in names(place) if name not in ("mine", "tier")]
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_replacement_killed_at_any_step(tmp_path: Path, keep: bool) -> None:
     """The next run restores the old folder, or finds the new one, and says what it found."""
     texts = []
@@ -184,25 +199,6 @@ def test_a_folder_that_is_renamed_after_the_kill_is_not_replaced_by_half_of_the_
         )
 
 
-def test_what_somebody_puts_in_its_place_after_the_kill_stays_and_so_does_the_old(
-    tmp_path: Path,
-) -> None:
-    moved = 0
-    for target, beside in killed_at_each_step(tmp_path):
-        if target.exists():
-            continue
-        (left,) = beside
-        moved += 1
-        target.mkdir()
-        (target / "thesis.txt").write_text("precious")
-        for force in (False, True):
-            with pytest.raises(OutputExistsError, match=rf"{left}/former: move that elsewhere"):
-                check_free(target, force=force)
-        assert names(target) == ["thesis.txt"]
-        assert whole_text(target.parent / left / "former") == "old"
-    assert moved
-
-
 @pytest.fixture
 def killed(tmp_path: Path) -> tuple[Path, Path]:
     """A folder that is missing, because a run was killed between its renames; and the run's."""
@@ -212,6 +208,19 @@ def killed(tmp_path: Path) -> tuple[Path, Path]:
     assert dies_at(5, lambda: write(target, "new"), ["os.rename"]) and not target.exists()
     (left,) = target.parent.iterdir()
     return target, left
+
+
+def test_what_somebody_puts_in_its_place_stays_and_so_does_the_old(
+    killed: tuple[Path, Path],
+) -> None:
+    target, left = killed
+    target.mkdir()
+    (target / "thesis.txt").write_text("precious")
+    for force in (False, True):
+        with pytest.raises(OutputExistsError, match=rf"{left}/former: move that elsewhere"):
+            check_free(target, force=force)
+    assert names(target) == ["thesis.txt"]
+    assert whole_text(left / "former") == "old"
 
 
 def test_only_a_whole_folder_is_restored(killed: tuple[Path, Path]) -> None:
@@ -420,6 +429,16 @@ def test_an_input_is_never_replaced_by_a_file(here: Path) -> None:
 
 
 # Signals
+
+
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_ctrl_c_at_any_step(tmp_path: Path, times: int) -> None:
+    """Nothing is left, also if it is pressed again while the first is cleaned up after."""
+    texts = []
+    for target, left in killed_at_each_step(tmp_path, number=signal.SIGINT, times=times):
+        assert not left
+        texts.append(whole_text(target))
+    assert texts == sorted(texts, reverse=True) and set(texts) == {"old", "new"}
 
 
 def test_ctrl_c_while_the_old_folder_is_removed(

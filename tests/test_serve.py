@@ -401,7 +401,7 @@ def test_one_module_knows_mlx_lms_server():
 
 
 @pytest.mark.slow
-def test_eight_clients_for_a_minute(tier: Path):
+def test_sixteen_clients_for_a_minute(tier: Path):
     """Streaming, seeded, stopped, failing and vanishing ones: all are answered, nothing is left."""
     until = time.monotonic() + 60
     with running(tier, max_tokens=200) as server:
@@ -427,8 +427,8 @@ def test_eight_clients_for_a_minute(tier: Path):
                 done += 1
             return done
 
-        with ThreadPoolExecutor(8) as pool:
-            answered = list(pool.map(work, range(8)))
+        with ThreadPoolExecutor(16) as pool:
+            answered = list(pool.map(work, range(16)))
         assert min(answered) > 5
         assert server.wait(lambda: not server.server.generator.replies)
         assert server.chat(max_tokens=30).choices[0].message.content == expected

@@ -69,6 +69,26 @@ def test_lengths_that_lie(served: Running, case: tuple[bytes, bytes, int]):
     assert time.monotonic() - started < 5
 
 
+def test_a_head_has_a_limit_as_a_whole(served: Running):
+    """Of memory that anybody can fill: the key is checked after the head."""
+    lines = b"".join(b"X-%d: %s\r\n" % (n, b"x" * 60_000) for n in range(90))
+    status, _, answer = served.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n")
+    assert status == 431
+    assert answer["error"]["message"]
+
+
+def test_a_request_without_memory(served: Running, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("outlier_mlx.serve.handler.parse_body", fail)
+        status, _, answer = served.post(GOOD)
+    assert status == 503
+    assert "no memory" in answer["error"]["message"]
+    assert_serves(served)
+
+
 def test_a_large_body_is_refused_unread(served: Running):
     """The client still gets to read why, though it is sending."""
     with pytest.raises(openai.APIStatusError) as caught:

@@ -111,7 +111,13 @@ def test_no_parameter_ends_generation(served: Running, name: str, value: Any, ch
     assert not [line for line in served.log if "failed" in line or "Error" in line]
 
 
-@pytest.mark.parametrize("prompt", [None, "", 7, [1, 2], ["a", "b"], []], ids=str)
+BAD_PROMPTS: list[Any] = [
+    *(None, "", 7, {}, [], [""], ["a", ""], [[]], [[1], []], [True], [1.0], [[1.0]], [["a"]]),
+    *([1, "a"], [None], [-1], [288], [[1], [10**30]], ["a"] * 129),
+]
+
+
+@pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=lambda p: str(p)[:40])
 def test_bad_prompts(served: Running, prompt: Any):
     status, _, answer = served.post({"prompt": prompt}, path="/v1/completions")
     assert status == 400

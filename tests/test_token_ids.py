@@ -126,7 +126,8 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_of_another_family_is_warned_of(foreign: Path):
     with pytest.warns(CheckpointWarning, match=f"'<far>' has id {ROWS}, .* {ROWS} rows"):
         _, tokenizer = outlier_mlx.load(foreign)
-    assert tokenizer.eos_token_ids == {0}  # MLX would use others as an index
+    ends = tokenizer.eos_token_ids
+    assert 0 in ends and max(ends) < ROWS  # MLX would use others as an index
     done = run("generate", foreign, "--prompt", "the", "-m", 2, "--xtc-probability", 1, "--temp", 1)
     assert "<far>" in done.err and "2 tokens" in done.err
 
@@ -215,3 +216,11 @@ def test_one_request_does_not_end_the_server(path: str, stream: bool, server: Ru
     status, _, answer = server.post(body("a <far> b"), path)
     assert status == 400 and REFUSED in answer["error"]["message"]
     assert server.status(body("a b"), path) == 200
+
+
+@pytest.mark.parametrize("prompt", [[1, ROWS], [[1, 2], [3, ROWS]], [-1], [2**31], [2**70]])
+def test_a_prompt_of_tokens(prompt: list[Any], server: Running):
+    status, _, answer = server.post({"prompt": prompt, "max_tokens": 2}, "/v1/completions")
+    assert status == 400 and answer["error"]["message"]
+    ids = {"prompt": [1, ROWS - 1], "max_tokens": 2}
+    assert server.status(ids, "/v1/completions") == 200

@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
-from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.models.config import PROJECTIONS, ModelConfig, parse_config, raw_config
-from outlier_mlx.models.stored import expected_tensors
-from outlier_mlx.runtime.affine2 import check_experts
+from outlier_mlx.checkpoints.stored_model import open_stored
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.config import PROJECTIONS, ModelConfig, is_tier, raw_config
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
-from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.tensors import ExpertMatrix, Stored
 from outlier_mlx.ternary import TernaryError, check_rows, unpack_rows
 
@@ -104,25 +102,13 @@ def open_tier(folder: Path) -> Overlay:
     Raises:
         CheckpointError: it is not a tier, has no experts, or is not valid.
     """
-    raw = raw_config(folder)
-    ternary = raw.get("ternary")
-    if not isinstance(ternary, dict):
+    if not is_tier(raw_config(folder)):
         raise CheckpointError(f"{folder}: not a tier; only tiers are exported")
-    try:
-        check_experts(ternary)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: config.json: {error}") from None
-    config = parse_config(raw)
+    stored = open_stored(folder)
+    config, tensors = stored.config, stored.tensors
+    assert isinstance(config, ModelConfig)  # a tier's is checked
     if not config.moe_layers:
         raise CheckpointError(f"{folder}: has no experts to export")
-    tensors = read_shards(folder)
-    for name, (shape, dtypes) in expected_tensors(config, tensors).items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.shape != shape or tensor.dtype not in dtypes:
-            found = f"{tensor.dtype} {tensor.shape}" if tensor else "nothing"
-            raise CheckpointError(
-                f"{folder}: {name}: found {found}, expected {listed(dtypes, last='or')} {shape}"
-            )
     prefixes = {layer: f"model.layers.{layer}.mlp" for layer in config.moe_layers}
     base = _base(tensors)
     overlay = Overlay(
@@ -150,18 +136,29 @@ def _base(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
 
 def _experts(tensors: Mapping[str, TensorRef], config: ModelConfig, prefix: str) -> list[Expert]:
     def matrix(projection: str, expert: int) -> ExpertMatrix:
-        path = f"{prefix}.switch_mlp.{projection}_proj"
-        weight, scales = (
-            _slice(tensors[f"{path}.{leaf}"], expert) for leaf in ("weight", "scales")
-        )
-        if config.raw["ternary"]["format"] == "affine2":
-            biases = _slice(tensors[f"{path}.biases"], expert)
-            return ExpertMatrix(AffineTrits(weight), AffineScales(scales, biases))
         width = config.expert_width if projection == "down" else config.hidden
-        assert width is not None  # `expected_tensors` has seen to that
-        return ExpertMatrix(RowTrits(weight, width), scales)
+        assert width is not None  # `open_stored` has seen to that
+        return expert_matrix(tensors, f"{prefix}.switch_mlp.{projection}_proj", expert, width)
 
     return [Expert(*(matrix(p, e) for p in PROJECTIONS)) for e in range(config.experts)]
+
+
+def expert_matrix(
+    tensors: Mapping[str, TensorRef], path: str, expert: int, width: int
+) -> ExpertMatrix:
+    """One projection of an expert, as it is stored in a tier or in an imported model.
+
+    Args:
+        tensors: the model's.
+        path: name of the projection's module, which has all experts.
+        expert: number of the expert.
+        width: width of its rows.
+    """
+    weight, scales = (_slice(tensors[f"{path}.{leaf}"], expert) for leaf in ("weight", "scales"))
+    if weight.dtype == "U8":
+        return ExpertMatrix(RowTrits(weight, width), scales)
+    biases = _slice(tensors[f"{path}.biases"], expert)
+    return ExpertMatrix(AffineTrits(weight), AffineScales(scales, biases))
 
 
 def _slice(tensor: TensorRef, number: int) -> TensorRef:

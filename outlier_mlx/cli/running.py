@@ -202,7 +202,9 @@ def serve(
     max_body: Annotated[
         float, typer.Option(min=0.001, help="Size of a request's body in MB, at most.")
     ] = 4.0,
-    max_clients: Annotated[int, typer.Option(min=1, help="Connections at a time, at most.")] = 64,
+    max_clients: Annotated[
+        int, typer.Option(min=1, help="Requests answered at a time, at most.")
+    ] = 64,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse requests with parameters that would have no effect."),

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.storage.paths import entries
-from outlier_mlx.terminal import Progress, counting_bar, print_columns, size, stdout
+from outlier_mlx.terminal import Progress, counting_bar, print_columns, progress_bar, size, stdout
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import RECIPES
 from outlier_mlx.writing.folders import check_free
@@ -42,13 +42,23 @@ def load_base() -> nn.Module:
 
 
 def perplexities(
-    model: nn.Module, tokenizer: Tokenizer, texts: dict[str, list[str]]
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: dict[str, list[str]],
+    measured: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Perplexity of a model on the documents of each domain, and of all new domains together."""
-    found = {
-        name: compare(model, [tokenizer.encode(document) for document in documents])
-        for name, documents in texts.items()
-    }
+    """Perplexity of a model on the documents of each domain, and of all new domains together.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        texts: documents by domain.
+        measured: called with the number of documents after each domain.
+    """
+    found = {}
+    for name, documents in texts.items():
+        found[name] = compare(model, [tokenizer.encode(document) for document in documents])
+        measured(len(documents))
     new = [domain for name, domain in found.items() if name != OLD_DOMAIN]
     loss = sum(domain.loss * domain.tokens for domain in new) / sum(d.tokens for d in new)
     return {name: domain.perplexity for name, domain in found.items()} | {"all new": math.exp(loss)}
@@ -70,7 +80,10 @@ def run(
     console = stdout()
     with _folder(out) as (folder, shown):
         console.print("Converting the embedded overlay and its base ...", soft_wrap=True)
-        small = convert_tier(FOLDER / "overlay", FOLDER / "base", folder, force=force)
+        with progress_bar("converting", quiet=quiet) as progress:
+            small = convert_tier(
+                FOLDER / "overlay", FOLDER / "base", folder, force=force, progress=progress
+            )
         with tempfile.TemporaryDirectory() as scratch:
             whole = convert_tier(
                 FOLDER / "overlay", FOLDER / "base", Path(scratch) / "f32", recipe=RECIPES["f32"]
@@ -86,7 +99,7 @@ def run(
         texts = heldout(None if full else FEW)
         count = sum(len(documents) for documents in texts.values())
         console.print(f"Measuring on {count} documents that neither was trained on ...\n")
-        with counting_bar("measuring", "models", quiet=quiet) as progress:
+        with counting_bar("measuring", "documents", quiet=quiet) as progress:
             rows = _measure(models, sizes, tokenizer, texts, progress)
         title = "Perplexity on held-out text (lower is better)"
         heads = [name.replace(", ", ",\n") for name in models]
@@ -140,10 +153,14 @@ def _measure(
     progress: Progress,
 ) -> list[tuple[str, ...]]:
     """Table rows of sizes and held-out perplexities, with a column for each model."""
-    found = []
-    for model in models.values():
-        found.append(perplexities(model, tokenizer, texts))
-        progress(len(found), len(models))
+    done, total = 0, len(models) * sum(map(len, texts.values()))
+
+    def measured(documents: int) -> None:
+        nonlocal done
+        done += documents
+        progress(done, total)
+
+    found = [perplexities(model, tokenizer, texts, measured) for model in models.values()]
     empty = ("",) * (1 + len(models))
     rows = [("size of weights", *(size(sizes[name]) for name in models)), empty]
     for domain in texts:

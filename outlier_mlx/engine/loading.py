@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,19 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
+from outlier_mlx.checkpoints.stored_model import StoredModel, open_config, open_stored
 from outlier_mlx.engine.prompts import embedding_rows
+from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, one_line
-from outlier_mlx.models.config import (
-    check_plain,
-    describe,
-    describe_args,
-    is_overlay,
-    is_tier,
-    parse_config,
-    raw_config,
-)
-from outlier_mlx.models.families import families, family
-from outlier_mlx.models.head import settle_head
-from outlier_mlx.models.spelling import normalised
+from outlier_mlx.models.config import check_plain, describe, describe_args, is_tier, parse_config
+from outlier_mlx.models.families import family
 from outlier_mlx.models.token_ids import check_tokenizer, end_ids
 from outlier_mlx.runtime.model import Model, ModelArgs, classes_on
 from outlier_mlx.runtime.variants import chip_name
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.rounding import all_finite
-from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.writing.assets import GENERATION, has_tokenizer
 
@@ -87,12 +77,13 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
             folder,
             lazy=not own,
             model_config=_given(config) | ({"activation_dtype": dtype} if own else {}),
-            get_model_classes=_classes,
+            get_model_classes=_classes if own else checked_classes(_classes),
             trust_remote_code=False,
         )
         if own:
             _check_rounded(folder, model, dtype)
             return model, config
+        unchecked(model)
         if dtype is None and mx.default_device() == mx.cpu:
             dtype = "float32"
         if dtype is not None:
@@ -220,41 +211,38 @@ def _empty_classes(config: dict) -> tuple[type, type]:
 
 
 def check_model(folder: Path) -> dict:
-    """Read the config of a tier or of a plain MLX model, and check the headers of its shards.
+    """Check a tier or a plain MLX model from its config and the headers of its files.
 
     Returns:
         The config; for a plain model, with the field names of `normalised`.
 
     Raises:
-        CheckpointError: there is no model, it is an overlay, its config is invalid, or its files
-            are truncated or do not match their index.
+        CheckpointError: see `open_stored`.
     """
-    config = _checked_config(folder)
-    tensors = read_shards(folder)
-    return config if is_tier(config) else _with_head(folder, config, tensors)
+    return open_model(folder).raw
+
+
+def open_model(folder: Path) -> StoredModel:
+    """Check a model that is loaded or verified; only its config, headers and texts are read.
+
+    Raises:
+        CheckpointError: see `open_stored`; or a text beside it is no JSON.
+    """
+    _checked_config(folder)
+    return open_stored(folder)
 
 
 def _checked_config(folder: Path) -> dict:
     """The config of `check_model`, but for what depends on tensors; warns of ignored fields."""
-    config = raw_config(folder)
     _check_texts(folder)
+    config = open_config(folder)
     if is_tier(config):
         known = parse_config(config)
         notes = family(known.family).notes(known, own=True)
-    elif is_overlay(config):
-        raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
-    elif "model_file" in config:
-        raise CheckpointError(f"{folder}: needs its own model code, which is never run here")
-    elif config.get("model_type") == "mixtral" and not _is_mlx(config):
-        raise CheckpointError(
-            f"{folder}: not in MLX's format; convert it with `outlier-mlx import`"
-        )
     else:
-        where = f"{folder.name}/config.json"
-        config = normalised(config, where)
-        notes = check_plain(config, where)
+        notes = check_plain(config, f"{folder.name}/config.json")
     for note in notes:
-        warnings.warn(f"{folder.name}: {note}", CheckpointWarning, stacklevel=4)
+        warnings.warn(f"{folder.name}: {note}", CheckpointWarning, stacklevel=5)
     return config
 
 
@@ -265,21 +253,6 @@ def _check_texts(folder: Path) -> None:
             content = read_json(inside(folder, name))
             if name == GENERATION:
                 end_ids(content.get("eos_token_id"), name)
-
-
-def _with_head(folder: Path, config: dict, tensors: Mapping[str, TensorRef]) -> dict:
-    """The config with `tie_word_embeddings` as the stored tensors require it."""
-    if config.get("model_type") not in families():
-        return config
-    tied, note = settle_head(config.get("tie_word_embeddings"), tensors)
-    if note is not None:
-        warnings.warn(f"{folder.name}: {note}", CheckpointWarning, stacklevel=3)
-    return config | {"tie_word_embeddings": tied}
-
-
-def _is_mlx(config: dict) -> bool:
-    """Whether the weights are in MLX's format; mlx-lm writes its quantization under both names."""
-    return "quantization" in config or "quantization_config" not in config
 
 
 def load_tokenizer(folder: Path, config: dict) -> Tokenizer:

@@ -97,8 +97,17 @@ class Needs:
 def needs_of(folder: Path, available: Budget) -> Needs:
     """What the model in a folder takes: a tier, or a plain MLX model."""
     weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
-    factor = CPU_FACTOR if available.whose == "this machine" else 1.0
+    factor = _factor(available)
     return Needs(int(weights * factor), describe(raw_config(folder)), factor)
+
+
+def cache_needs(config: Description) -> Needs:
+    """What the KV caches of a loaded model take on this machine, without its weights."""
+    return Needs(0, config, _factor(budget()))
+
+
+def _factor(available: Budget) -> float:
+    return CPU_FACTOR if available.whose == "this machine" else 1.0
 
 
 def check_fits(

@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import batch_generate, stream_generate
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.engine.generate import described, vocabulary
+from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
 from outlier_mlx.models.sizes import bytes_read
 from outlier_mlx.runtime.switch import TernarySwitchLinear
@@ -116,7 +116,7 @@ class BenchResult:
 
 def bench_model(
     model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    tokenizer: Tokenizer,
     options: BenchOptions,
     progress: Progress = no_progress,
 ) -> BenchResult:
@@ -159,7 +159,7 @@ def bench_model(
 
 def _generate(
     model: nn.Module,
-    tokenizer: TokenizerWrapper,
+    tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     options: BenchOptions,
 ) -> Any:

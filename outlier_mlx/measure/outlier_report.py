@@ -15,7 +15,7 @@ from outlier_mlx.models.sizes import Parameters
 
 RESULTS = "outliers.json"
 SUMMARY = "summary.json"
-#: All files of a run; those of an earlier run are removed when it is replaced.
+#: All files of a run.
 FILES = (
     RESULTS,
     SUMMARY,

@@ -8,8 +8,8 @@ import mlx.core as mx
 
 from outlier_mlx.engine.loading import check_model, load_model, load_tokenizer
 from outlier_mlx.engine.memory import check_fits
-from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.outlier_draw import AXES, draw_comparison, draw_heatmap
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.measure.outlier_draw import AXES, Against, draw_comparison, draw_heatmap
 from outlier_mlx.measure.outlier_parameters import count_parameters, weights_bits
 from outlier_mlx.measure.outlier_report import (
     FILES,
@@ -22,9 +22,10 @@ from outlier_mlx.measure.outlier_report import (
 )
 from outlier_mlx.measure.outliers import Measurement, measure, read_windows
 from outlier_mlx.measure.perplexity import warn_of_context
-from outlier_mlx.measure.pictures import require_matplotlib
+from outlier_mlx.measure.pictures import SUFFIXES, require_matplotlib
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.output import check_folder, clear_folder, write_json
+from outlier_mlx.storage.texts import parse_json, read_bytes
 from outlier_mlx.terminal import counting_bar, working
 
 
@@ -59,21 +60,43 @@ def study_models(
     for name, source in named.items():
         entry, measured = _study(name, source, study, quiet)
         if not entries:
-            clear_folder(out, FILES)
+            clear_folder(out, _files_there(out))
         entries.append(entry)
         write_json(out / RESULTS, entries)
         write_json(out / SUMMARY, summarize(entries))
         if study.plots:
             with working(f"drawing {name}", quiet=quiet):
-                path = out / f"heatmap-{file_name(name)}.{study.plots}"
+                path = out / _heatmap(name, f".{study.plots}")
                 draw_heatmap(measured.counts, name, entry["blog"]["unique_dims"], path)
         del measured
     if study.plots:
         with working("drawing the comparison", quiet=quiet):
             for against in AXES:
-                path = out / f"by-{against.replace('_', '-')}.{study.plots}"
+                path = out / _comparison(against, f".{study.plots}")
                 draw_comparison(entries, against, path)
     return entries
+
+
+def _heatmap(model: str, suffix: str) -> str:
+    return f"heatmap-{file_name(model)}{suffix}"
+
+
+def _comparison(against: Against, suffix: str) -> str:
+    return f"by-{against.replace('_', '-')}{suffix}"
+
+
+def _files_there(out: Path) -> list[str]:
+    """The names of the files that an earlier run wrote into a folder, by its results."""
+    try:
+        entries = parse_json(read_bytes(out / RESULTS), RESULTS)
+    except (CheckpointError, OSError):
+        return []
+    names = [RESULTS, SUMMARY]
+    for entry in entries if isinstance(entries, list) else ():
+        model = entry.get("model") if isinstance(entry, dict) else None
+        if isinstance(model, str):
+            names += [_heatmap(model, suffix) for suffix in SUFFIXES]
+    return names + [_comparison(against, suffix) for against in AXES for suffix in SUFFIXES]
 
 
 def _named(models: list[str]) -> dict[str, Source]:

@@ -32,6 +32,8 @@ OVERLAY_TYPES = ("outlier_moe", "qwen2_moe")
 BASE_TYPE = "base_model_type"
 #: The base of overlays that neither name nor contain one. All published overlays are on it.
 DEFAULT_BASE = "qwen2"
+#: In place of a role: any model that this project makes, but for tiers.
+MADE = "made"
 # Names of the number of experts, and of the number of experts that a token uses.
 _EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
@@ -81,8 +83,8 @@ def parse_config(
         raw: the config; it is not changed.
         defaults: values of missing fields; by default, `Defaults()` for overlays and tiers on
             Qwen2, and those of transformers for all others.
-        role: one of `Family.roles`; "base" for overlays and tiers. If an overlay does not name its
-            base, everything that any base supports is accepted.
+        role: one of `Family.roles`, or `MADE`; "base" for overlays and tiers. If an overlay does
+            not name its base, everything that any base supports is accepted.
         where: name of the config in messages.
 
     Raises:
@@ -106,7 +108,8 @@ def parse_config(
     _check_layer_types(fields, values)
     _check_heads(fields, known, values, role)
     end_ids(raw.get("eos_token_id"), where)
-    allowed = {"base": known.base_scalings, "import": known.scalings}.get(role, ())
+    plain_scalings = dict.fromkeys(("import", MADE), known.scalings)
+    allowed = ({"base": known.base_scalings} | plain_scalings).get(role, ())
     scaling = read_scaling(spelled, where, allowed, tier=is_tier(raw))
     if scaling is not None and scaling["rope_type"] == "yarn" and values["rope_theta"] == 1:
         fields.refuse("rope_theta 1 has no frequencies that YaRN could scale")
@@ -192,7 +195,11 @@ def spell_config(config: ModelConfig) -> dict:
 
 def _model_type(raw: dict, role: str, where: str) -> str:
     kind = raw["model_type"]
-    names = with_role(role)
+    if role == MADE:
+        names = (*families(), *_MADE_OF)
+        kind = _MADE_OF.get(str(kind), kind)
+    else:
+        names = with_role(role)
     if kind in names:
         return kind
     if role == "base" and kind in OVERLAY_TYPES:

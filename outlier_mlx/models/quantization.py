@@ -3,8 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from outlier_mlx.errors import CheckpointError, listed
+from outlier_mlx.models.fields import short
+
 #: How many weights along a row can share a scale and a bias.
 GROUP_SIZES = (32, 64, 128)
+#: Bits of a weight in MLX's affine format.
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
+#: MLX's formats with scales of 8 bits: bits and group size of each.
+FLOAT_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 #: The group size in which this project quantizes by default.
 DEFAULT_GROUP_SIZE = 64
 
@@ -56,6 +63,41 @@ def read_quantization(raw: Mapping) -> Quantization | None:
         path: _affine(how) for path, how in given.items() if isinstance(how, dict) or how is False
     }
     return Quantization(_affine(given), by_path)
+
+
+def check_quantization(raw: Mapping, where: str = "config.json") -> None:
+    """Check that MLX has every format that the `quantization` of a config names.
+
+    MLX does not check these numbers itself: it divides by a group size of 0.
+
+    Raises:
+        CheckpointError: names the module and what is wrong.
+    """
+    given = raw.get("quantization")
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"{where}: quantization is {short(given)}, expected an object")
+    _check_format(given, f"{where}: quantization")
+    for path, how in given.items():
+        if isinstance(how, Mapping):
+            _check_format(how, f"{where}: quantization of {path[:80]}")
+
+
+def _check_format(how: Mapping, what: str) -> None:
+    mode = how.get("mode", "affine")
+    bits: tuple[int, ...] = AFFINE_BITS
+    groups: tuple[int, ...] = GROUP_SIZES
+    if isinstance(mode, str) and mode in FLOAT_MODES:
+        bits, groups = ((only,) for only in FLOAT_MODES[mode])
+    elif mode != "affine":
+        raise CheckpointError(f"{what}: MLX has no mode {short(mode)}")
+    for name, known in (("bits", bits), ("group_size", groups)):
+        value = how.get(name)  # if it is missing, MLX uses one of these
+        if value is not None and (type(value) is not int or value not in known):
+            raise CheckpointError(
+                f"{what}: {name} is {short(value)}, expected {listed(known, last='or')}"
+            )
 
 
 def _affine(how: object) -> Affine | None:

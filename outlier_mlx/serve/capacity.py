@@ -20,11 +20,14 @@ class Capacity:
         prompt_concurrency: prompts processed together.
         prompt_cache_bytes: largest size of all KV caches together, in bytes; beyond it, caches of
             finished conversations are dropped. None: no limit.
+        cache_memory: memory for all KV caches, in bytes; requests wait for it. None: no limit.
+            mlx-lm has no such option.
     """
 
     decode_concurrency: int = MAX_RESPONSES
     prompt_concurrency: int = MAX_PROMPTS
     prompt_cache_bytes: int | None = None
+    cache_memory: int | None = None
 
     @property
     def conversations(self) -> int:
@@ -103,4 +106,5 @@ def find_capacity(
         # Without batches, mlx-lm does not count the cache of the current conversation.
         limit = free - one if kv_bits is not None else free
         cache_bytes = limit if cache_bytes is None else min(cache_bytes, limit)
+        capacity = replace(capacity, cache_memory=free)
     return replace(capacity, prompt_cache_bytes=cache_bytes), conversations

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from http.client import HTTPException
 from typing import Any
 
 from outlier_mlx.serve.access import Refused
@@ -14,6 +15,8 @@ from outlier_mlx.serve.access import Refused
 # Time limits for receiving the head of a request, and its body.
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 60.0
+# Bytes of a head; http.server alone would take 100 lines of 64 KB from anybody.
+HEAD_BYTES = 1 << 18
 # Time limit for all the waiting until a client takes what is sent to it.
 SEND_SECONDS = 60.0
 # Connections whose request is still arriving, besides as many as can be answered.
@@ -30,6 +33,7 @@ class Connection(io.RawIOBase):
     Attributes:
         deadline: when receiving must have ended, on the clock of `time.monotonic`.
         heard: when something was received, on the same clock.
+        room: bytes that may still be received; None: any number.
     """
 
     def __init__(self, accepted: socket.socket, owner: str | None) -> None:
@@ -38,6 +42,7 @@ class Connection(io.RawIOBase):
         self.owner = owner
         self.heard = time.monotonic()
         self.deadline = self.heard + HEAD_SECONDS
+        self.room: int | None = HEAD_BYTES
         self._patience = SEND_SECONDS
 
     def readable(self) -> bool:
@@ -49,12 +54,21 @@ class Connection(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Receive what there is, at the latest at the deadline."""
+        """Receive what there is, at the latest at the deadline.
+
+        Raises:
+            TimeoutError: nothing came before the deadline.
+            HTTPException: there is no room for more; http.server answers with status 431.
+        """
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the client is too slow")
+        if self.room is not None and self.room <= 0:
+            raise HTTPException("the head of the request is too long")
         self.socket.settimeout(left)
         count = self.socket.recv_into(buffer)
+        if self.room is not None:
+            self.room -= count
         self.heard = time.monotonic()
         return count
 

@@ -3,8 +3,12 @@
 import copy
 import gc
 import inspect
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,7 @@ from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.generate import described, vocabulary
+from outlier_mlx.engine.memory import cache_needs
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
@@ -23,6 +28,7 @@ from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.limits import Limits
+from outlier_mlx.serve.memory import CacheMemory
 from outlier_mlx.serve.messages import MessageReader
 from outlier_mlx.serve.mlxlm_server import ModelProvider, Response, ResponseGenerator, as_mlx_lm
 from outlier_mlx.serve.probes import TemplateProbes
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 Load = Callable[[], tuple[nn.Module, Tokenizer]]
 
 FAILED = "generation failed; try again"
+OUT_OF_MEMORY = "generation failed; try again, later or with a shorter prompt: memory ran out"
 TEMPLATE_NAMES = frozenset(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 )
@@ -52,6 +59,7 @@ class OneModel(ModelProvider):
         failure: the exception that ended loading, or None.
         limits: limits for the parameters of requests; set once the model is loaded.
         prompts: the tokenizer for the prompts of requests; set once the model is loaded.
+        memory: memory for KV caches; set once the model is loaded.
     """
 
     model: Any
@@ -59,6 +67,7 @@ class OneModel(ModelProvider):
     model_key: Any
     limits: Limits
     prompts: BoundedTokenizer
+    memory: CacheMemory
 
     def __init__(self, service: Service, load: Load) -> None:
         super().__init__(service.options.arguments())
@@ -87,6 +96,10 @@ class OneModel(ModelProvider):
                 MessageReader(TemplateProbes(self.tokenizer), self.tokenizer.has_tool_calling),
             )
             self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
+            needs = cache_needs(described(self.model))
+            bits, group_size = options.kv_bits, options.kv_group_size
+            size = partial(needs.cache, bits=bits, group_size=group_size)
+            self.memory = CacheMemory(options.cache_memory, size)
         except BaseException as error:
             self.failure = error
         finally:
@@ -121,15 +134,36 @@ class PromptCache(LRUPromptCache):
 
     mlx-lm's generation needs at least one token that is not cached. It fails if all are, for
     example if a client sends prompt and response back as the next prompt.
+
+    Args:
+        size: largest number of caches.
+        nbytes: largest size of all caches.
+        rest: gives the bytes that requests under way leave; None: no limit.
     """
+
+    def __init__(self, size: int, nbytes: int, rest: Callable[[], int | None]) -> None:
+        super().__init__(size, nbytes)
+        self._rest = rest
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """The cache of the longest known prefix, and the tokens after that prefix."""
         cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is None or rest:
-            return cache, rest
-        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
-        return cache, rest + tokens[-1:]
+        if cache is not None and not rest:
+            cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+            rest = rest + tokens[-1:]
+        self._make_room()
+        return cache, rest
+
+    def insert_cache(self, *args: Any, cache_type: str = "assistant", **kwargs: Any) -> None:
+        """Keep a cache."""
+        super().insert_cache(*args, cache_type=cache_type, **kwargs)
+        # The cache of a whole conversation is where it was, in memory that was taken for it; that
+        # of the beginning of a prompt is a copy.
+        if cache_type != "assistant":
+            self._make_room()
+
+    def _make_room(self) -> None:
+        self.trim_to(n_bytes=self._rest())
 
 
 class Generator(ResponseGenerator):
@@ -137,26 +171,40 @@ class Generator(ResponseGenerator):
 
     Attributes:
         replies: replies that are being generated.
+        pool: threads that wait for replies, for clients that ask for several at a time.
     """
 
     def __init__(self, provider: OneModel) -> None:
         self.provider = provider
         self.replies: set[Reply] = set()
-        options = provider.service.options
-        limit = 1 << 63 if options.prompt_cache_bytes is None else options.prompt_cache_bytes
-        self._new_cache = lambda: PromptCache(options.prompt_cache_size, limit)
-        # Jobs that began before the latest failure get no more tokens.
+        self.pool = ThreadPoolExecutor(provider.service.options.decode_concurrency, "reply")
+        # Jobs that began before the latest failure get no more tokens, but its reason.
         self._failures = 0
+        self._reason = FAILED
+        self._stepped = time.monotonic()
         super().__init__(provider, self._new_cache())
+
+    def _new_cache(self) -> PromptCache:
+        options = self.provider.service.options
+        limit = 1 << 63 if options.prompt_cache_bytes is None else options.prompt_cache_bytes
+        return PromptCache(options.prompt_cache_size, limit, lambda: self.provider.memory.rest)
 
     def _run_generate(self) -> None:
         self.provider.load_default()
         while not self._stop and self.provider.failure is None:
             try:
                 self._generate()
+                return
             except Exception as error:
-                self.provider.service.warn(f"generation failed: {type(error).__name__}: {error}")
-                self._start_over()
+                self._reason = self._explain(error)
+            # Not in the block above: the error's traceback holds on to what fills the memory.
+            self._start_over()
+
+    def _explain(self, error: Exception) -> str:
+        """Log why generation failed; returns what to tell clients."""
+        text = f"{type(error).__name__}: {error}"
+        self.provider.service.warn(f"generation failed: {text}")
+        return OUT_OF_MEMORY if re.search("memory|alloc", text, re.IGNORECASE) else FAILED
 
     def _start_over(self) -> None:
         self.prompt_cache = self._new_cache()
@@ -172,6 +220,29 @@ class Generator(ResponseGenerator):
         """Whether the thread that generates runs."""
         return self._generation_thread.is_alive()
 
+    def idle(self) -> float:
+        """Seconds since the last step of generation; 0 if there is nothing to generate."""
+        waited = time.monotonic() - self._stepped
+        return waited if any(not reply.generated for reply in list(self.replies)) else 0.0
+
+    def enter(self, reply: "Reply") -> None:
+        """Register a reply that is going to be generated."""
+        if not self.replies:
+            self._stepped = time.monotonic()
+        self.replies.add(reply)
+
+    def leave(self, reply: "Reply", job: Job) -> None:
+        """End a reply and its job."""
+        job.close()
+        self.provider.memory.give_back(job)
+        self.replies.discard(reply)
+
+    def _told(self, job: Job) -> None:
+        """Called in the thread that generates for whatever a job gets."""
+        self._stepped = time.monotonic()
+        if job.ended:
+            self.provider.memory.give_back(job)
+
     def prepare(self, request: Request) -> Job:
         """Tokenize a request's prompt, in the calling thread, so that nobody else waits for it.
 
@@ -186,10 +257,10 @@ class Generator(ResponseGenerator):
         """
         prompt, arguments = as_mlx_lm(request, self.provider.service.name)
         prompt.tokens = self._tokenize_now(prompt, arguments)
-        return Job(prompt, arguments)
+        return Job(prompt, arguments, self._told)
 
     def begin(self, job: Job, check: Callable[[], None], progress: Progress) -> Iterator[Response]:
-        """Wait until generation begins.
+        """Wait until there is memory for a job, and generation begins.
 
         Args:
             job: what to generate.
@@ -203,6 +274,7 @@ class Generator(ResponseGenerator):
         Raises:
             Refused: 503, because generation failed.
         """
+        self.provider.memory.take(job, job.longest, check)
         job.failures = self._failures
         self.requests.put((job, job.prompt, job.arguments))
         items = self._items(job, check, progress)
@@ -216,13 +288,13 @@ class Generator(ResponseGenerator):
             except Empty:
                 check()
                 if job.failures != self._failures or not self.generation_available():
-                    raise Refused(503, FAILED) from None
+                    raise Refused(503, self._reason) from None
                 continue
             check()
             if item is None:
                 return
             if isinstance(item, Exception):
-                raise Refused(503, FAILED) from item
+                raise Refused(503, self._explain(item)) from None
             if isinstance(item, tuple):
                 progress(*item)
                 continue
@@ -236,35 +308,50 @@ class Generator(ResponseGenerator):
 
     def _tokenize_now(self, request: Any, args: Any) -> Any:
         try:
-            tokenized = super()._tokenize(self.provider.prompts, request, args)
+            tokenized = request.tokens or super()._tokenize(self.provider.prompts, request, args)
         except Refused:
             raise
         except OutlierError as error:
             raise Refused(400, str(error)) from None
         except Exception as error:
             raise Refused(400, f"the prompt cannot be read: {error}") from None
-        prompt, context = tokenized[0], self.provider.limits.context
+        prompt = tokenized[0]
         if not isinstance(prompt, list) or not prompt:
             raise Refused(400, "the prompt is empty")
         try:
             check_tokens(self.provider.model, prompt)
         except OutlierError as error:
             raise Refused(400, str(error)) from None
-        if context is not None and len(prompt) + args.max_tokens > context:
-            room = context - len(prompt)
-            if room < 1:
-                raise Refused(
-                    400,
-                    f"the prompt has {len(prompt)} tokens; the context length is {context}",
-                    "context_length_exceeded",
-                )
-            args.max_tokens = room
+        self._bound(prompt, args)
         return tokenized
+
+    def _bound(self, prompt: list[int], arguments: Any) -> None:
+        """Bound the number of tokens to generate by the context and by the memory.
+
+        Raises:
+            Refused: 400, nothing can be generated.
+        """
+        context, fit = self.provider.limits.context, self.provider.memory.tokens
+        if context is not None and len(prompt) >= context:
+            raise Refused(
+                400,
+                f"the prompt has {len(prompt)} tokens; the context length is {context}",
+                "context_length_exceeded",
+            )
+        if fit is not None and len(prompt) >= fit:
+            raise Refused(
+                400,
+                f"the prompt has {len(prompt)} tokens; this server has memory for {fit}",
+                "insufficient_memory",
+            )
+        room = min(limit for limit in (context, fit, 1 << 31) if limit is not None) - len(prompt)
+        arguments.max_tokens = min(arguments.max_tokens, room)
 
     def stop(self, seconds: float) -> bool:
         """End all replies and the thread; returns whether the thread ended within `seconds`."""
         self._stop = True
         for reply in list(self.replies):
             reply.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
         self._generation_thread.join(seconds)
         return not self._generation_thread.is_alive()

@@ -3,7 +3,8 @@
 import json
 import re
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import unquote
 
@@ -14,7 +15,10 @@ from outlier_mlx.serve.limits import parse_body
 from outlier_mlx.serve.openai import Format, usage_of
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.replies import Reply
+from outlier_mlx.serve.together import together
 
+# The longest step is one of many long prompts: with the default options, 8 of 2048 tokens each.
+STUCK_SECONDS = 300.0
 # Names of parameters that are remembered, so that each is logged once.
 MAX_NAMED = 1000
 
@@ -39,8 +43,15 @@ class Handler(CheckedHandler):
         self.answer_errors(self._complete)
 
     def _health(self) -> None:
-        healthy = self.generator.generation_available()
-        self.send_json(200 if healthy else 503, {"status": "ok" if healthy else "unavailable"})
+        idle = self.generator.idle()
+        if not self.generator.generation_available():
+            reason = "generation has ended"
+        elif idle > STUCK_SECONDS:
+            reason = f"generation has made no step for {idle:.0f} seconds"
+        else:
+            self.send_json(200, {"status": "ok"})
+            return
+        self.send_json(503, {"status": "unavailable", "reason": reason})
 
     def _models(self) -> None:
         """List the model, or describe it."""
@@ -58,20 +69,31 @@ class Handler(CheckedHandler):
     def _complete(self) -> None:
         raw = self.read_body()
         chat = self.path.endswith("/chat/completions")
-        request = self.generator.provider.limits.request(parse_body(raw), chat=chat)
-        self._tell_unused(request.unused)
-        reply_format = Format(self.service.name, chat, request.stream)
-        with closing(Reply(self.generator, request, self.connection)) as reply:
-            reply.start(self._keep_alive)
-            if reply.max_tokens < request.asked_tokens:
-                self.notes["X-Max-Tokens"] = str(reply.max_tokens)
-            if request.stream:
-                self._stream(reply, reply_format)
+        requests = self.generator.provider.limits.requests(parse_body(raw), chat=chat)
+        first = requests[0]
+        self._tell_unused(first.unused)
+        reply_format = Format(self.service.name, chat, first.stream)
+        with ExitStack() as stack:
+            made = (Reply(self.generator, request, self.connection) for request in requests)
+            replies = [stack.enter_context(closing(reply)) for reply in made]
+            pieces = self._start(replies)
+            granted = min(reply.max_tokens for reply in replies)
+            if granted < first.asked_tokens:
+                self.notes["X-Max-Tokens"] = str(granted)
+            if first.stream:
+                self._stream(replies, pieces, reply_format)
                 return
-            whole = Piece()
-            for piece in reply.pieces():
-                whole.add(piece)
-            self.send_json(200, reply_format.reply(whole, self._usage(reply)))
+            wholes = [Piece() for _ in replies]
+            for number, piece in pieces:
+                wholes[number].add(piece)
+            self.send_json(200, reply_format.reply(enumerate(wholes), self._usage(replies)))
+
+    def _start(self, replies: list[Reply]) -> Iterator[tuple[int, Piece]]:
+        """Start replies; returns their pieces with their numbers."""
+        if len(replies) > 1:
+            return together(replies, self.generator.pool, self._keep_alive)
+        replies[0].start(self._keep_alive)
+        return ((0, piece) for piece in replies[0].pieces())
 
     def _tell_unused(self, names: tuple[str, ...]) -> None:
         """Name the fields that have no effect in a header, and each of them once in the log.
@@ -91,17 +113,19 @@ class Handler(CheckedHandler):
                 self.service.named.add(name)
                 self.service.log(f"a request has the parameter {name}, which has no effect")
 
-    def _stream(self, reply: Reply, reply_format: Format) -> None:
+    def _stream(
+        self, replies: list[Reply], pieces: Iterator[tuple[int, Piece]], reply_format: Format
+    ) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
         self.send_cors_headers()
         self.end_headers()
         self.streaming = True
-        for piece in reply.pieces():
-            self._send_event(json.dumps(reply_format.reply(piece)))
-        if reply.request.include_usage:
-            self._send_event(json.dumps(reply_format.usage_chunk(self._usage(reply))))
+        for piece in pieces:
+            self._send_event(json.dumps(reply_format.reply([piece])))
+        if replies[0].request.include_usage:
+            self._send_event(json.dumps(reply_format.usage_chunk(self._usage(replies))))
         self._send_event("[DONE]")
 
     def _send_event(self, data: str) -> None:
@@ -115,12 +139,15 @@ class Handler(CheckedHandler):
         if self.streaming:
             self.wfile.write(b": keepalive\n\n")
 
-    def _usage(self, reply: Reply) -> dict[str, Any]:
+    def _usage(self, replies: list[Reply]) -> dict[str, Any]:
         """Numbers of tokens.
 
         How many of them were cached says what was asked before. Only with an API key is it sure
         that nobody else asked that.
         """
         keyed = self.service.access.api_key is not None
-        cached = reply.cached_tokens if keyed else None
-        return usage_of(reply.prompt_tokens, reply.completion_tokens, cached)
+        return usage_of(
+            sum(reply.prompt_tokens for reply in replies),
+            sum(reply.completion_tokens for reply in replies),
+            sum(reply.cached_tokens for reply in replies) if keyed else None,
+        )

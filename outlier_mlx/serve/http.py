@@ -146,6 +146,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
         connections = self.service.connections
         connections.check_room(self.request)
         self.request.deadline = time.monotonic() + BODY_SECONDS
+        self.request.room = None
         body = read_body(self.headers, self.rfile, self.service.options.max_body)
         self.unread = False
         connections.claim(self.request)
@@ -163,6 +164,8 @@ class CheckedHandler(BaseHTTPRequestHandler):
             self.refuse(refused)
         except (ConnectionError, TimeoutError):
             self.log_message("the client disconnected before the response was complete")
+        except MemoryError:
+            self.refuse(Refused(503, "there is no memory left for this request; try again later"))
         except Exception as error:
             self.service.warn(f"{type(error).__name__}: {error}")
             self.refuse(Refused(500, "the response could not be completed"))
@@ -216,6 +219,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, *_: Any) -> None:
         """Send errors of http.server as JSON, too."""
+        self.unread = self.unread or code in (414, 431)  # a head that is too long goes on
         self.refuse(Refused(code, message or HTTPStatus(code).phrase))
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -226,6 +230,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
     def _drain_body(self) -> None:
         self.connection.shutdown(socket.SHUT_WR)
         self.request.deadline = time.monotonic() + DRAIN_SECONDS
+        self.request.room = None
         with suppress(TimeoutError):
             while self.rfile.read1(1 << 16):
                 pass

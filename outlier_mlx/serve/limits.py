@@ -11,6 +11,7 @@ from outlier_mlx.storage.texts import decode_json
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_PROMPTS = 128
 BIAS = Number(-100, 100)
 
 
@@ -49,8 +50,8 @@ class Limits:
     sampling: Sampling
     reader: MessageReader
 
-    def request(self, body: dict[str, Any], *, chat: bool) -> Request:
-        """The request in a body of OpenAI's API.
+    def requests(self, body: dict[str, Any], *, chat: bool) -> list[Request]:
+        """The requests in a body of OpenAI's API: one for each prompt.
 
         Raises:
             Refused: 400, with the parameter's name.
@@ -59,13 +60,12 @@ class Limits:
         options = body.get("stream_options", {})
         options, unknown = check_fields(options, STREAM_OPTIONS, "stream_options")
         unused += unknown
+        conversation: dict[str, Any] = {}
         if chat:
             conversation, unknown = self._conversation(body)
             unused += unknown
-        else:
-            conversation = {"prompt": _prompt(body.get("prompt"))}
         length = body.get("max_completion_tokens", body.get("max_tokens", 0))
-        return Request(
+        request = Request(
             **conversation,
             stop=_stop(body.get("stop", [])),
             max_tokens=min(length or self.max_tokens, self.max_tokens),
@@ -77,6 +77,8 @@ class Limits:
             include_usage=options.get("include_usage", False),
             unused=tuple(dict.fromkeys(unused)),
         )
+        prompts = [""] if chat else _prompts(body.get("prompt"))
+        return [replace(request, prompt=prompt) for prompt in prompts]
 
     def _conversation(self, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """What only chat has, and the names of fields that have no effect."""
@@ -141,9 +143,22 @@ def _stop(stop: Any) -> list[str]:
     return [string for string in strings if string]
 
 
-def _prompt(prompt: Any) -> str:
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str) or not prompt:
-        raise Refused(400, "prompt must be one string that is not empty", None, "prompt")
-    return prompt
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts in one text, the tokens of one, or a list of these.
+
+    Whether the model has the tokens is checked with all others.
+    """
+    prompts = prompt if isinstance(prompt, list) and not _are_tokens(prompt) else [prompt]
+    if not prompts or not all(prompts):
+        raise Refused(400, "prompt must not be empty", None, "prompt")
+    if len(prompts) > MAX_PROMPTS:
+        raise Refused(400, f"prompt must be at most {MAX_PROMPTS} prompts", None, "prompt")
+    for one in prompts:
+        if not isinstance(one, str) and not (isinstance(one, list) and _are_tokens(one)):
+            text = "prompt must be a text, a list of tokens, or a list of these"
+            raise Refused(400, text, "invalid_type", "prompt")
+    return prompts
+
+
+def _are_tokens(prompt: list[Any]) -> bool:
+    return bool(prompt) and all(type(token) is int for token in prompt)

@@ -57,13 +57,16 @@ def as_mlx_lm(request: Request, model: str) -> tuple[Prompt, GenerationArguments
         model: the model's name. mlx-lm batches only requests for the same model.
     """
     sampling = vars(request.sampling)
+    text = request.prompt if isinstance(request.prompt, str) else ""
     prompt = Prompt(
         request_type="text" if request.messages is None else "chat",
-        prompt=request.prompt,
+        prompt=text,
         messages=request.messages or [],
         tools=request.tools or None,
         role_mapping=None,
     )
+    if isinstance(request.prompt, list):
+        prompt.tokens = request.prompt, [request.prompt], ["assistant"], "normal", None
     arguments = GenerationArguments(
         model=ModelDescription(model, draft="", adapter=""),
         sampling=_of(SamplingArguments, sampling),

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +29,14 @@ class Format:
     _id: str = field(default_factory=lambda: str(uuid.uuid4()))
     _calls: int = 0
 
-    def reply(self, piece: Piece, usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """A chunk with one choice, or a whole reply with its usage."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": piece.finish_reason}
+    def reply(
+        self, pieces: Iterable[tuple[int, Piece]], usage: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A chunk, or a whole reply with its usage; a choice for each piece with its number."""
+        return self._object([self._choice(number, piece) for number, piece in pieces], usage)
+
+    def _choice(self, number: int, piece: Piece) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": number, "finish_reason": piece.finish_reason}
         if piece.logprobs:
             choice["logprobs"] = (
                 {"content": piece.logprobs} if self.chat else _text_logprobs(piece.logprobs)
@@ -39,7 +45,7 @@ class Format:
             choice["delta" if self.stream else "message"] = self._message(piece)
         else:
             choice["text"] = piece.text
-        return self._object([choice], usage)
+        return choice
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The chunk without choices that ends a stream if the client asked for it."""

@@ -23,7 +23,8 @@ class ServeOptions:
         max_body: largest size of a request body in bytes.
         max_context: largest number of tokens in prompt and response together; None: the model's
             context length.
-        max_clients: connections at a time; further ones get status 503.
+        max_clients: requests answered at a time; further ones get status 503.
+        cache_memory: memory for all KV caches, in bytes; requests wait for it. None: no limit.
         strict: refuse requests with parameters that would have no effect.
 
     Raises:
@@ -39,6 +40,7 @@ class ServeOptions:
     max_body: int = 4_000_000
     max_context: int | None = None
     max_clients: int = 64
+    cache_memory: int | None = None
     strict: bool = False
     temp: float = 0.0
     top_p: float = 1.0

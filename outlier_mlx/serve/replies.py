@@ -61,6 +61,11 @@ class Reply:
         context = self._job.context
         return max(0, context.prompt_cache_count) if context else 0
 
+    @property
+    def generated(self) -> bool:
+        """Whether nothing more will be generated."""
+        return self._job.ended
+
     def start(self, progress: Progress) -> None:
         """Wait until generation begins.
 
@@ -71,13 +76,12 @@ class Reply:
             Refused: generation failed.
             ConnectionError: the client disconnected.
         """
-        self.generator.replies.add(self)
-        self._responses = self.generator.begin(self._job, self._check, progress)
+        self.generator.enter(self)
+        self._responses = self.generator.begin(self._job, self.check, progress)
 
     def close(self) -> None:
         """End the reply, so that another request can take its place in the batch."""
-        self._job.close()
-        self.generator.replies.discard(self)
+        self.generator.leave(self, self._job)
 
     def pieces(self) -> Iterator[Piece]:
         """What is generated, up to the first stop word. Only the last piece has a finish reason."""
@@ -147,8 +151,13 @@ class Reply:
 
         return text_of
 
-    def _check(self) -> None:
-        """Check that somebody still wants the reply."""
+    def check(self) -> None:
+        """Check that somebody still wants the reply.
+
+        Raises:
+            Refused: 503, the server is shutting down.
+            ConnectionError: the client disconnected.
+        """
         if self._job.prompt.abandoned:
             raise Refused(503, "the server is shutting down")
         readable = select.poll()

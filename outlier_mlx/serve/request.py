@@ -31,7 +31,7 @@ class Request:
     """A request that was checked.
 
     Attributes:
-        prompt: plain text to continue; with `messages`, empty.
+        prompt: plain text to continue, or its tokens; with `messages`, empty.
         messages: a conversation for the chat template, or None.
         tools: functions that the model may call, for the chat template.
         parallel_calls: whether the model may call more than one function.
@@ -49,7 +49,7 @@ class Request:
             them or the chat template does not use them.
     """
 
-    prompt: str = ""
+    prompt: str | list[int] = ""
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     parallel_calls: bool = True

@@ -5,12 +5,13 @@ import fcntl
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.errors import OutlierError, OutputExistsError
+from outlier_mlx.errors import CheckpointWarning, OutlierError, OutputExistsError
 from outlier_mlx.storage.paths import entries, existing, files_below, is_within
 
 _PART = re.compile(r"\..{0,40}\.[0-9a-f]{8}(\..*)?", re.DOTALL)
@@ -40,6 +41,9 @@ def check_writable(path: Path, *, force: bool, sources: Iterable[str | Path | No
             raise OutputExistsError(f"{path}: exists; --force replaces it")
     if not path.absolute().parent.is_dir():
         raise OutlierError(f"{path}: no such folder: {path.parent}")
+    for part in _parts(path):
+        text = f"{path}: {part.name} was left beside it by a run that was killed: delete it"
+        warnings.warn(text, CheckpointWarning, stacklevel=1)
 
 
 def check_folder(
@@ -121,6 +125,13 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def _parts(path: Path) -> list[Path]:
+    """What `whole_file` left of a file when its process was killed."""
+    named = re.compile(f"{re.escape(f'.{path.stem[:40]}.')}[0-9a-f]{{8}}{re.escape(path.suffix)}")
+    beside = entries(path.absolute().parent, hidden=True)
+    return [found for found in beside if named.fullmatch(found.name)]
 
 
 def is_part(name: str) -> bool:

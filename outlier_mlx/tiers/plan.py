@@ -8,12 +8,11 @@ import numpy as np
 
 from outlier_mlx.checkpoints.base import WholeModel
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.config import BASE_TYPE, DEFAULT_BASE
-from outlier_mlx.models.families import family
+from outlier_mlx.models.config import BASE_TYPE
 from outlier_mlx.models.modules import Module, tier_modules
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
-from outlier_mlx.models.rope import TIER_NAMES
 from outlier_mlx.models.summary import kind_of
+from outlier_mlx.models.tier_fields import FOREIGN, MODEL_FILE, base_fields, tier_fields
 from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
 from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.tiers.presets import Recipe
@@ -28,7 +27,7 @@ _DROPPED = frozenset(
     + ["hidden_dim", "intermediate_dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"]
     + ["n_experts", "outlier_num_experts", "top_k", "outlier_num_experts_per_tok"]
     + ["moe_layer_indices", "v3_2_moe_layers", "rope_parameters", "torch_dtype", "dtype"]
-    + ["quantization", "quantization_config"]
+    + ["quantization", "quantization_config", "model_file", *FOREIGN]
 )
 _STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
@@ -162,23 +161,13 @@ def _config(model: WholeModel, recipe: Recipe) -> dict:
     ternary: dict = {"format": experts, "version": EXPERT_FORMAT_VERSION}
     if tq1_0:
         ternary["row_bytes_multiple"] = 4
-    scaling = config.rope_scaling
-    if scaling is not None:
-        kind = scaling["rope_type"]
-        scaling = scaling | {"rope_type": TIER_NAMES.get(kind, kind)}
-    base = {} if config.family == DEFAULT_BASE else {BASE_TYPE: config.family}
+    own = tier_fields(config, model.overlay.expert_intermediate)
     return (
         common_config(model, recipe)
-        | base
+        | own
         | {
-            "model_type": "outlier_moe",
-            "model_file": "outlier_moe.py",
+            "model_file": MODEL_FILE,
             "architectures": ["OutlierMoEForCausalLM"],
-            "rope_scaling": scaling,
-            "moe_layers": list(config.moe_layers),
-            "num_experts": config.experts,
-            "num_experts_per_tok": config.top_k,
-            "moe_intermediate_size": model.overlay.expert_intermediate,
             "ternary": ternary,
         }
     )
@@ -188,21 +177,4 @@ def common_config(model: WholeModel, recipe: Recipe) -> dict:
     """The fields of a `config.json` that do not depend on how experts are stored."""
     config = model.config
     kept = {key: value for key, value in config.raw.items() if key not in _DROPPED}
-    return (
-        kept
-        | family(config.family).config_fields(config)
-        | {
-            "dtype": recipe.dtype,
-            "hidden_size": config.hidden,
-            "intermediate_size": config.intermediate,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.kv_heads,
-            "vocab_size": config.vocab,
-            "max_position_embeddings": config.max_positions,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_theta": config.rope_theta,
-            "rope_scaling": config.rope_scaling,
-            "tie_word_embeddings": config.tied,
-        }
-    )
+    return kept | {"dtype": recipe.dtype} | base_fields(config)

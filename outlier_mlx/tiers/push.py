@@ -5,7 +5,6 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from outlier_mlx.storage.texts import read_bytes, read_json
 from outlier_mlx.tiers.publication import MANIFEST, Publication, Upload
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.licences import CARD
-from outlier_mlx.writing.manifest import LOADED
+from outlier_mlx.writing.manifest import is_loaded
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -189,7 +188,7 @@ def _superfluous(publication: Publication, there: dict, former: dict | None) -> 
 def _check_rest(publication: Publication, there: dict, removed: list[str]) -> None:
     """What stays must not be taken for a part of the tier."""
     for name in set(there) - set(publication.uploads) - set(removed):
-        if not is_hidden(name) and any(fnmatch(name, pattern) for pattern in LOADED):
+        if not is_hidden(name) and is_loaded(name):
             raise OutlierError(
                 f"{publication.repo}: has {name}, which would be loaded with the tier; remove it"
                 " there first"

@@ -3,16 +3,23 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.models.config import is_tier, parse_config
-from outlier_mlx.models.stored import expected_tensors
+from outlier_mlx import __version__
+from outlier_mlx.checkpoints.values import check_values
+from outlier_mlx.engine.loading import load_tokenizer, open_model
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.config import is_overlay, is_tier
+from outlier_mlx.models.fields import short
+from outlier_mlx.models.tier_fields import MODEL_FILE
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.shards import read_shards
-from outlier_mlx.storage.texts import read_json
+from outlier_mlx.storage.texts import read_bytes, read_json
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.writing.bundle import bundle
-from outlier_mlx.writing.manifest import Manifest, check_files, find_manifest
+from outlier_mlx.writing.assets import has_tokenizer
+from outlier_mlx.writing.bundle import is_bundle
+from outlier_mlx.writing.manifest import Manifest, check_files, find_manifest, is_code
 from outlier_mlx.writing.runs import name_leftovers
+
+_ONLY = f"and only a tier's {MODEL_FILE} may be: --trust-remote-code would run it"
 
 
 @dataclass(frozen=True)
@@ -25,14 +32,16 @@ class Verified:
 
 
 def verify_tier(folder: Path, progress: Progress = no_progress) -> Verified:
-    """Check a tier, or a model that was imported or merged, without running or loading it.
+    """Check a tier, or a model that was imported or merged, without running it.
 
-    The manifest proves that files are as they were written, not who wrote them. The model code is
-    therefore compared with what this version of the project writes.
+    The manifest proves that files are as they were written, not who wrote them. What could make
+    other programs run code is therefore refused whatever it says, and the model is held against
+    all that loading it depends on.
 
     Args:
         folder: the tier or model.
-        progress: called with bytes hashed so far, and in all.
+        progress: called with bytes done so far, and in all. Files are read twice, so each pass
+            counts half of them.
 
     Raises:
         CheckpointError: names the first file or tensor that is not as it should be.
@@ -46,42 +55,54 @@ def verify_tier(folder: Path, progress: Progress = no_progress) -> Verified:
     # The first lists of checksums had no version.
     if manifest.name == "tier.json" or "format_version" in manifest.content:
         manifest.check_version()
-    check_files(folder, manifest, progress)
+    check_files(folder, manifest, _part_of(progress, manifest, 0))
     _check_code(folder, manifest)
-    return Verified(len(manifest.files), _check_tensors(folder), manifest.nbytes)
+    tensors = _check_model(folder, _part_of(progress, manifest, 1))
+    progress(manifest.nbytes, manifest.nbytes)
+    return Verified(len(manifest.files), tensors, manifest.nbytes)
+
+
+def _part_of(progress: Progress, manifest: Manifest, number: int) -> Progress:
+    """The progress callback of the first or second half of the work."""
+
+    def advance(done: int, total: int | None) -> None:
+        share = done / total if total else 0
+        progress(int((number + share) / 2 * manifest.nbytes), manifest.nbytes)
+
+    return advance
 
 
 def _check_code(folder: Path, manifest: Manifest) -> None:
-    for name in manifest.files:
-        if not name.endswith(".py"):
-            continue
-        code = inside(folder, name).read_text(encoding="utf-8", errors="replace")
-        if name != "outlier_moe.py" or code != bundle():
-            raise CheckpointError(
-                f"{name}: not what this version of outlier-mlx writes; outlier-mlx never runs it,"
-                " but --trust-remote-code would"
-            )
+    """Check that the only code is a tier's own, and that nothing names any other."""
+    config = read_json(inside(folder, "config.json"))
+    code = [name for name in manifest.files if is_code(name)]
+    own = [MODEL_FILE] if is_tier(config) else []
+    if code != own:
+        name = next((name for name in code if name not in own), None)
+        raise CheckpointError(f"{name}: code, {_ONLY}" if name else f"{MODEL_FILE}: not listed")
+    if config.get("model_file") != (MODEL_FILE if own else None):
+        named = short(config.get("model_file"))
+        raise CheckpointError(f"config.json: model_file is {named}, {_ONLY}")
+    for file in ("config.json", "tokenizer_config.json"):
+        if file in manifest.files and read_json(inside(folder, file)).get("auto_map") is not None:
+            raise CheckpointError(f"{file}: auto_map names code, {_ONLY}")
+    if own and not is_bundle(read_bytes(inside(folder, MODEL_FILE))):
+        writer = manifest.content.get("producer")
+        raise CheckpointError(
+            f"{MODEL_FILE}: not what this version of outlier-mlx writes ({__version__}; the tier is"
+            f" by {short(writer)}). outlier-mlx never runs it, but --trust-remote-code would;"
+            " convert the tier again"
+        )
 
 
-def _check_tensors(folder: Path) -> int:
-    """Every tensor that the config asks for, in its shape and dtype, and no other."""
+def _check_model(folder: Path, progress: Progress) -> int:
+    """Check everything that loading depends on; returns the number of tensors."""
     raw = read_json(inside(folder, "config.json"))
-    # An export as GGUF has no shards.
-    tensors = read_shards(folder, required=is_tier(raw))
-    if not is_tier(raw):  # mlx-lm's own model, or an export: held against its manifest alone
-        return len(tensors)
-    config = parse_config(raw)
-    expected = expected_tensors(config, tensors)
-    for name, (shape, dtypes) in expected.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{name}: missing, expected {shape}")
-        if tensor.shape != shape or tensor.dtype not in dtypes:
-            raise CheckpointError(
-                f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected"
-                f" {listed(dtypes, last='or')} {shape}"
-            )
-    for name, tensor in tensors.items():
-        if name not in expected:
-            raise CheckpointError(f"{tensor.where}: not a tensor of this model")
-    return len(tensors)
+    if is_overlay(raw):  # an export; as GGUF, it has no shards
+        return len(read_shards(folder, required=False))
+    model = open_model(folder)
+    if has_tokenizer(folder):
+        load_tokenizer(folder, model.raw)
+    if model.config is not None:
+        check_values(model, progress)
+    return len(model.tensors)

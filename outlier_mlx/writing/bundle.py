@@ -6,6 +6,9 @@ others are moved to the top.
 """
 
 import ast
+import io
+import re
+import tokenize
 from pathlib import Path
 
 import outlier_mlx.runtime
@@ -19,6 +22,8 @@ Load this folder with mlx-lm and --trust-remote-code, or with outlier-mlx, which
 Licence: Apache-2.0.
 """
 '''
+
+_LITERAL_OR_COMMENT = re.compile(r'"[^"\n]*"|\'[^\'\n]*\'|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
 def bundle() -> str:
@@ -36,6 +41,56 @@ def bundle() -> str:
     others = [line for line in lines if line.split()[1].startswith("mlx")]
     blocks = ["\n".join(sorted(block, key=_import_order)) for block in (standard, others)]
     return _HEADER + "\n" + "\n\n".join(blocks) + "\n\n" + "\n\n\n".join(bodies) + "\n"
+
+
+def is_bundle(data: bytes) -> bool:
+    """Whether code does what `bundle` does: the same statements, whatever comments say.
+
+    So a tier stays valid when only comments, docstrings or line breaks of the project change.
+
+    Args:
+        data: a file's bytes.
+    """
+    text = bundle()
+    if data == text.encode():
+        return True
+    if len(data) > 2 * len(text.encode()):
+        return False
+    try:
+        # With another encoding, Python would read other statements than are compared here.
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return encoding == "utf-8" and _statements(data.decode()) == _statements(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def _statements(text: str) -> str:
+    """The statements of Python code as one text, without docstrings and the kernels' comments."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            for value in node.values:
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    value.value = _without_comments(value.value)
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            first = body[0].value
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                first.value = ""
+    return ast.dump(tree)
+
+
+def _without_comments(metal: str) -> str:
+    """The words of a kernel, line by line; line breaks end directives.
+
+    Where a comment might not be what it seems (spliced lines, trigraphs, raw strings, other line
+    breaks), the text stays as it is.
+    """
+    if not metal.isascii() or any(sign in metal for sign in ("\\", "??/", 'R"', "\r")):
+        return metal
+    code = _LITERAL_OR_COMMENT.sub(lambda m: m[0] if m[0][0] in "\"'" else " ", metal)
+    lines = (" ".join(line.split()) for line in code.split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def _kernels() -> str:

@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 
 import outlier_mlx
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.output import is_part, write_json
-from outlier_mlx.storage.paths import entries, files_below, inside
+from outlier_mlx.storage.paths import files_below, inside
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import is_legal
@@ -27,8 +28,14 @@ FORMAT_VERSIONS = {"tier.json": 1, "checksums.json": 1}
 MEASUREMENTS = "measured.json"
 # Files that systems add: macOS, KDE, and networks for files that are still open.
 _OF_SYSTEMS = re.compile(r"\._.+|\.DS_Store|\.localized|\.directory|\.nfs\w+|\.fuse_hidden\w+")
-#: Files that mlx-lm may load or import from a folder. All of them must be listed.
-LOADED = ("model*.safetensors", "*.safetensors", "*.py", "*.index.json")
+# Names of files that mlx-lm or transformers read from a model's folder, in small letters.
+_LOADED = (
+    *("*.safetensors", "*.index.json", "*config*.json", "*.jinja", "chat_template*"),
+    *("*tokenizer*", "special_tokens_map.json", "added_tokens.json", "merges*"),
+    *("*.model", "*.tiktoken", "*.spm", "bpe.codes", "tekken.json"),
+    *("*vocab*.json", "*vocab*.txt", "normalizer.json", "word_*.json"),
+)
+_CODE = (".py", ".pyw", ".pyc", ".pyo", ".pyd", ".so", ".dylib", ".dll")
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,22 @@ def _is_bytecode(name: str, manifest: Manifest) -> bool:
     return place == "__pycache__" and f"{file.partition('.')[0]}.py" in manifest.files
 
 
+def is_loaded(name: str) -> bool:
+    """Whether mlx-lm, transformers or Python may load a file of a model's folder.
+
+    Code counts wherever it is below the folder; so do templates.
+    """
+    name = name.lower()
+    if is_code(name) or name.endswith(".jinja"):
+        return True
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in _LOADED)
+
+
+def is_code(name: str) -> bool:
+    """Whether Python could run or import a file."""
+    return PurePath(name.lower()).suffix in _CODE
+
+
 def check_files(folder: Path, manifest: Manifest, progress: Progress = no_progress) -> None:
     """Check that every listed file is unchanged, and that no other file would be loaded.
 
@@ -129,10 +152,15 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress = no_progre
     Raises:
         CheckpointError: names the first file that is not as it should be.
     """
-    for pattern in LOADED:
-        for path in entries(folder, pattern):
-            if path.name not in manifest.files:
-                raise CheckpointError(f"{path.name}: not listed in {manifest.name}")
+    for path in files_below(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in manifest.files and is_loaded(name):
+            if path.suffix.lower() in (".pyc", ".pyo"):
+                raise CheckpointError(
+                    f"{name}: compiled code, which Python would run in place of its text; delete it"
+                    " (it is left behind by programs that run a model's own code)"
+                )
+            raise CheckpointError(f"{name}: not listed in {manifest.name}")
     _check_sums(folder, manifest, progress)
 
 

@@ -13,6 +13,7 @@ or removes what the record tells, and nothing else.
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -89,7 +90,6 @@ class Run:
             self._record(replaces=_sizes(self.target), by=_sizes(self.whole))
             self.target.rename(self.former)
         self.whole.rename(self.target)
-        sync(self.folder)
         sync(self.target.parent)
         self._clear()
 
@@ -149,6 +149,9 @@ class Run:
     def _clear(self) -> None:
         """Remove the folder of a run that has ended."""
         if self.former.exists():
+            # Whatever else has its name now must be on the disk.
+            sync(self.folder)
+            sync(self.target.parent)
             # The room that the former folder takes may be needed for this.
             with suppress(OSError):
                 self._record(placed=True)
@@ -222,8 +225,11 @@ def name_leftovers(folder: Path) -> None:
 
 
 def _runs(target: Path) -> list[Run]:
+    """What is named like the folder of a run into `target`, also of earlier versions."""
+    # No dot: the folder of a run into "tier.part-2" is no folder of one into "tier".
+    named = re.compile(re.escape(_prefix(target)) + r"[^.]+(\.replaced)?")
     beside = entries(target.parent, hidden=True)
-    return [Run(target, path) for path in beside if path.name.startswith(_prefix(target))]
+    return [Run(target, path) for path in beside if named.fullmatch(path.name)]
 
 
 def _meaning(run: Run, state: State) -> str:
