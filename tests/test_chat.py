@@ -195,6 +195,7 @@ def test_reset_and_another_system_prompt(loaded: Loaded):
 
 def test_what_no_template_takes(tier: Path):
     model, tokenizer = outlier_mlx.load(tier)
+    tokenizer.eos_token_ids = {1}  # not the template's, too
     conversation = Conversation(model, tokenizer, Options(max_tokens=400))
     with pytest.raises(OutlierError, match=r"has 6\d\d tokens; the context length is 512; /reset"):
         say(conversation, "!" * 600)

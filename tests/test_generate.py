@@ -15,7 +15,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import outlier_mlx
-from outlier_mlx.engine.generate import Options, encode_prompt, generate_text
+from outlier_mlx.engine.generate import Options, encode_prompt, generate_text, prefill_step
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.model import Model
@@ -304,11 +304,46 @@ def test_top_k_of_all_tokens_is_no_limit(loaded: Loaded, more: int):
     assert sampled(top_k=288 + more) == sampled() != sampled(top_k=2)
 
 
-def test_a_prompt_that_is_longer_than_the_context(loaded: Loaded, recwarn: Any):
-    ask = partial(tokens_of, loaded, "word " * 104, max_tokens=1, ignore_chat_template=True)
-    ask(max_kv_size=64)
+def test_the_context_ends_a_prompt_or_a_text(loaded: Loaded, recwarn: Any):
+    """It has 512 tokens, unless the cache may drop some."""
+    _, tokenizer = loaded
+    word = len(tokenizer.encode("word "))
+    fits, full = "word " * (511 // word), "word " * (512 // word + 1)
+    ask = partial(tokens_of, loaded, ignore_chat_template=True)
+    told = f"the prompt has {len(tokenizer.encode(full))} tokens; the context length is 512; --max-"
+    with pytest.raises(OutlierError, match=re.escape(told)):
+        ask(full)
+    assert len(ask(full, max_kv_size=64, max_tokens=3)) == 3
+    room = 512 - len(tokenizer.encode(fits))
+    assert room < 12
+    assert len(ask(fits, max_tokens=room)) == room
     assert not list(recwarn)
-    ask()
+    assert len(ask(fits)) == room
     (warning,) = recwarn
-    told = r"the prompt has 5\d\d tokens, but the model's context length is 512"
-    assert re.fullmatch(told, str(warning.message))
+    assert str(warning.message) == "the text ends where the model's context of 512 tokens does"
+    exact = tokenizer.decode(tokenizer.encode(full)[:512])
+    with pytest.raises(OutlierError, match="the prompt has 512 tokens"):
+        ask(exact)
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "step"),
+    [(10**4, 2048, 2048), (10**7, 2048, 20), (10**7, 3, 3), (7 * 10**9, 2048, 1)],
+)
+def test_steps_of_a_large_model_are_short_on_a_cpu(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, size: int, most: int, step: int
+):
+    """They depend on its size alone."""
+    monkeypatch.setattr("outlier_mlx.engine.generate.get_total_parameters", lambda _: size)
+    assert prefill_step(loaded[0], most) == step
+    seen: list[tuple[int, int | None]] = []
+
+    def progress(done: int, total: int | None) -> None:
+        seen.append((done, total))
+
+    options = Options(max_tokens=1, prefill_step_size=most)
+    list(generate_text(*loaded, PROMPT, options, progress))
+    total = len(encode_prompt(loaded[1], PROMPT, Options()))
+    assert seen == [(n, total) for n in [*range(0, total - 1, step), total - 1, total]]
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert prefill_step(loaded[0], most) == most

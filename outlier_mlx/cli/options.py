@@ -98,7 +98,9 @@ Windows = Annotated[
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate, at most.")
 ]
-PrefillStep = Annotated[int, typer.Option(min=1, help="Prompt tokens processed at a time.")]
+PrefillStep = Annotated[
+    int, typer.Option(min=1, help="Prompt tokens processed at a time, at most.")
+]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from outlier_mlx.engine.generate import Options, described, generate_from_tokens
+from outlier_mlx.engine.generate import Options, context_limit, generate_from_tokens
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress, no_progress
 
 Message = dict[str, str]
@@ -76,8 +75,8 @@ class Conversation:
 
     @property
     def context(self) -> int | None:
-        """The model's context length in tokens, or None if it is not known."""
-        return context_length(described(self.model))
+        """Tokens that the conversation can have; see `context_limit`."""
+        return context_limit(self.model, self.options)
 
     def reply(
         self,

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
+from mlx_lm.utils import get_total_parameters
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
@@ -23,6 +24,8 @@ from outlier_mlx.terminal import Progress, no_progress
 
 # Number of tokens between two checks that the output is finite.
 CHECK_EVERY = 16
+# Number of weights that a CPU multiplies in 0.2 s, if it has nothing else to do.
+_CPU_STEP = 200_000_000
 KV_BITS = (2, 3, 4, 5, 6, 8)
 
 
@@ -124,21 +127,39 @@ def generate_text(
         mlx-lm's responses: `text`, and counts, tokens/s and peak memory so far.
 
     Raises:
-        OutlierError: the model does not support the prompt or an option.
+        OutlierError: the model does not support the prompt or an option, or the prompt is as long
+            as the context or longer and `max_kv_size` is not set.
     """
     if options.seed is not None:
         mx.random.seed(options.seed)
     with quiet_transformers():
         tokens = encode_prompt(tokenizer, prompt, options)
-    limit = context_length(described(model))
-    if limit is not None and len(tokens) > limit and options.max_kv_size is None:
-        warnings.warn(
-            f"the prompt has {len(tokens)} tokens, but the model's context length is {limit}",
-            stacklevel=2,
+    limit = context_limit(model, options)
+    room = options.max_tokens if limit is None else min(options.max_tokens, limit - len(tokens))
+    if room < 1:
+        raise OutlierError(
+            f"the prompt has {len(tokens)} tokens; the context length is {limit};"
+            " --max-kv-size N keeps only N of them in the KV cache"
         )
     if options.prefill_response is not None or not _templated(tokenizer, options):
         tokenizer = tokenizer.after(tokens)
-    yield from generate_from_tokens(model, tokenizer, tokens, options, progress=progress)
+    limited = replace(options, max_tokens=room)
+    for response in generate_from_tokens(model, tokenizer, tokens, limited, progress=progress):
+        yield response
+        if response.finish_reason == "length" and room < options.max_tokens:
+            warnings.warn(
+                f"the text ends where the model's context of {limit} tokens does", stacklevel=2
+            )
+
+
+def context_limit(model: nn.Module, options: Options) -> int | None:
+    """Tokens of prompt and text together, at most.
+
+    Returns:
+        None if the model's context length is not known, or if `max_kv_size` is set: the cache then
+        drops tokens instead.
+    """
+    return None if options.max_kv_size is not None else context_length(described(model))
 
 
 def generate_from_tokens(
@@ -185,7 +206,7 @@ def generate_from_tokens(
         sampler=sampler,
         prompt_cache=cache,
         max_kv_size=options.max_kv_size,
-        prefill_step_size=options.prefill_step_size,
+        prefill_step_size=prefill_step(model, options.prefill_step_size),
         kv_bits=options.kv_bits,
         kv_group_size=options.kv_group_size,
         quantized_kv_start=options.quantized_kv_start,
@@ -204,6 +225,22 @@ def _unaffected(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
     """
     tokens = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
     return [token for token in tokens if 0 <= token < vocabulary(model, tokenizer)]
+
+
+def prefill_step(model: nn.Module, most: int) -> int:
+    """Number of prompt tokens to process at a time.
+
+    Between two steps the progress is shown, and Ctrl-C acts. A GPU needs long steps. MLX's CPU
+    backend is hardly slower with short ones, and there a step takes a fraction of a second unless a
+    single token takes longer. The number depends on the model alone, so that results do.
+
+    Args:
+        model: any model; of its experts, all count.
+        most: tokens of a step, at most.
+    """
+    if mx.default_device() != mx.cpu:
+        return most
+    return max(1, min(most, _CPU_STEP // get_total_parameters(model)))
 
 
 def top_k(wanted: int, model: nn.Module, tokenizer: Tokenizer) -> int:

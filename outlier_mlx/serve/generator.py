@@ -18,7 +18,7 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
-from outlier_mlx.engine.generate import described, vocabulary
+from outlier_mlx.engine.generate import described, prefill_step, vocabulary
 from outlier_mlx.engine.memory import cache_needs
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -87,6 +87,8 @@ class OneModel(ModelProvider):
             self.is_batchable = all(hasattr(c, "merge") for c in make_prompt_cache(self.model))
             self.model_key = (self.service.name, None, None)
             options = self.service.options
+            # Between two steps, the other replies get their next tokens.
+            self.cli_args.prefill_step_size = prefill_step(self.model, options.prefill_step_size)
             self.limits = Limits(
                 options.max_tokens,
                 vocabulary(self.model, self.tokenizer),
