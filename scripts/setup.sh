@@ -21,9 +21,9 @@ install() {
     local what name
     .venv/bin/python -m pip install --disable-pip-version-check --no-compile -e "$1" |
         while read -r what name _; do
-            case $what in
-                Collecting) echo "  ${name%%[<>=!~;[]*}" ;;
-                Installing) echo "  all are here: unpacking them" ;;
+            case "$what $name" in
+                "Collecting "*) echo "  ${name%%[<>=!~;[]*}" ;;
+                "Installing collected") echo "  all are here: unpacking them" ;;
             esac
         done >&2
     return "${PIPESTATUS[0]}"

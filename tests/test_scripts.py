@@ -20,6 +20,7 @@ case "$*" in
         printf '#!/bin/sh\\nexit 9\\n' > .venv/bin/ruff
         chmod +x .venv/bin/outlier-mlx .venv/bin/ruff ;;
     *"pip install"*) echo "Obtaining file:///clone"
+        echo "  Installing build dependencies: started"
         echo "Collecting mlx[cpu]>=0.32.4 (from outlier-mlx==0.1.0)"
         echo "  Using cached mlx.whl (1 kB)"
         echo "Collecting mlx-lm>=0.32.2 (from outlier-mlx==0.1.0)"
