@@ -123,10 +123,6 @@ def _write(model: nn.Module, tokenizer: Tokenizer) -> GenerationResponse | None:
     for response in generate_text(
         model, tokenizer, PROMPT, Options(max_tokens=200, temp=0.7, seed=1)
     ):
-        if response.generation_tokens == 1:
-            # A text that is decoded by itself loses the space that it begins with.
-            both = tokenizer.decode([*tokenizer.encode(PROMPT), response.token])
-            print(" " if both.endswith(" " + response.text.strip()) else "", end="")
         print(response.text, end="", flush=True)
     print("\n")
     return response

@@ -14,13 +14,13 @@ from outlier_mlx.terminal import size
 from outlier_mlx.writing.interrupts import undivided
 from outlier_mlx.writing.manifest import find_manifest, unlisted
 from outlier_mlx.writing.runs import (
-    Run,
     clear_leftovers,
     kept_run,
     lock,
     new_run,
     opened,
     tell,
+    wait_for_lock,
 )
 
 # What is in the way of a run is named up to this number.
@@ -57,8 +57,13 @@ def whole_folder(
     made = False
     try:
         try:
-            with undivided():
-                _begin(run, force=force, sources=sources)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with opened(target.parent) as handle:
+                wait_for_lock(target.parent, handle)  # Ctrl-C ends the wait
+                with undivided():
+                    clear_leftovers(target)
+                    _check_replaceable(target, force=force, sources=sources)
+                    run.begin()
         except OSError as error:
             raise OutlierError(f"cannot write beside {target}: {error.strerror}") from None
         yield run.whole
@@ -78,17 +83,6 @@ def whole_folder(
                 for parent in missing:
                     with suppress(OSError):  # not made, or in use by someone else
                         parent.rmdir()
-
-
-def _begin(run: Run, *, force: bool, sources: Sources) -> None:
-    """Check that a run may begin, and begin it."""
-    target = run.target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with opened(target.parent) as handle:
-        lock(handle, fcntl.LOCK_EX)
-        clear_leftovers(target)
-        _check_replaceable(target, force=force, sources=sources)
-        run.begin()
 
 
 def _discard_unfinished(target: Path) -> None:

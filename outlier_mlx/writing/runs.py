@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,9 @@ FORMER = "former"
 FETCHED = "fetched"
 #: File that lists what a run with `--stream` has done. A folder that has it is kept.
 JOURNAL = "journal.jsonl"
+
+# Seconds that a lock may be held by another program before a line tells of it, as tries and pauses.
+_TRIES, _PAUSE = 10, 0.05
 
 State = Literal["running", "unfinished", "rest", "set aside", "in the way", "unknown"]
 # What a leftover means to the user, by what it is; without an entry, there is nothing to tell.
@@ -265,6 +269,16 @@ def opened(folder: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
+
+
+def wait_for_lock(folder: Path, handle: int) -> None:
+    """Lock a folder. A line tells if another program must unlock it first, and takes its time."""
+    for _ in range(_TRIES):
+        if lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return
+        time.sleep(_PAUSE)  # other runs hold it for an instant
+    tell(f"{folder}: locked by another program: waiting until it is unlocked")
+    lock(handle, fcntl.LOCK_EX)
 
 
 def lock(handle: int, how: int) -> bool:
