@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import outlier_mlx
 from outlier_mlx.cli.options import Generation, KVCache, Sampling, Xtc
 from outlier_mlx.cli.running import generation_options
+from outlier_mlx.cli.values import Reader
 from outlier_mlx.engine.generate import Options
 from tests.builders import write_overlay
-from tests.program import COMMANDS, GROUP, run
+from tests.program import COMMANDS, GROUP, assert_refused, run
 from tests.screen import on_terminal
 
 # Commands that take one model, with what else they need.
@@ -144,6 +146,10 @@ def test_a_prompt_may_look_like_the_option(tmp_path: Path) -> None:
         ),
         ("eval ./tier --tasks x --seed 4294967296", "--seed: 4294967296 is more than 4294967295"),
         ("generate ./tier -p \udcff", "--prompt: not UTF-8 text"),
+        ("serve ./tier --host \udcff", "--host: not UTF-8 text"),
+        ("eval \udcff --tasks x", "MODEL: not UTF-8 text"),
+        ("bench ./tier --num-trials " + "9" * 400, f"--num-trials: {'9' * 30}... is more than"),
+        ("chat ./tier --temp inf", "--temp: 'inf' is not a number"),
         ("generate ./tier -p x extra", "got unexpected extra argument(s) (extra)"),
         ("generate ./tier -p", "option '-p' requires an argument"),
         ("perplexity ./tier --text no.txt", "--text: no such file: no.txt"),
@@ -160,6 +166,29 @@ def test_wrong_usage_is_told_in_one_line(line: str, told: str, columns: str, her
     assert result.err.count("\n") == 1
     command = line.split()[0].replace("genrate", "").strip()
     assert result.err.endswith(f"(see outlier-mlx {command} --help)\n".replace("  ", " "))
+
+
+def test_no_option_takes_a_number_that_is_none_or_huge() -> None:
+    words = ["nan", "inf", "-inf", "1e999", "9" * 400, "-" + "9" * 400, "9" * 5000, str(2**64)]
+    found = 0
+    for command in GROUP.commands.values():
+        for param in command.params:
+            if param.type_descriptor.annotation not in (int, float):
+                continue
+            real = param.type_descriptor.annotation is float
+            for word in words[: 4 if real else None]:
+                with pytest.raises(typer.BadParameter) as told:
+                    Reader().coerce([word] if param.multiple else word, param, None)
+                assert len(told.value.message) < 80
+                found += 1
+    assert found > 200
+
+
+def test_names_of_folders_may_be_any_bytes(here: Path) -> None:
+    refused = run("info", "\udcff", code=2)
+    assert refused.err.startswith("error: MODEL: not UTF-8 text")
+    Path("\udcff").mkdir()
+    assert_refused(run("info", "\udcff", code=1), "config.json")
 
 
 def test_a_program_without_arguments_shows_its_help() -> None:

@@ -99,7 +99,10 @@ def _misused(message: str, error: Any) -> str:
     ctx = getattr(error, "ctx", None)
     message = message.removesuffix(".")
     where = f" (see {ctx.command_path} --help)" if ctx is not None else ""
-    return f"error: {message[:1].lower()}{message[1:]}{where}"
+    # A sentence begins small here, but MODEL and its like do not.
+    if message[1:2].islower():
+        message = message[0].lower() + message[1:]
+    return f"error: {message}{where}"
 
 
 def _message_of(error: BaseException) -> str:

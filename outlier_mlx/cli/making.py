@@ -233,7 +233,9 @@ def merge(
     measure: Annotated[
         bool, typer.Option(help="Run the merged model on prompts to measure its routing.")
     ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random routers and noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**64 - 1, help="Seed of random routers and noise.")
+    ] = 0,
     as_json: Json = False,
     force: Force = False,
     quiet: Quiet = False,

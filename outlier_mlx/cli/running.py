@@ -225,7 +225,9 @@ def serve(
     prompt_cache_bytes: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Bytes that kept KV caches may take. Default: the memory that is left."
+            min=0,
+            max=2**63 - 1,
+            help="Bytes that kept KV caches may take. Default: the memory that is left.",
         ),
     ] = None,
     prefill_step_size: PrefillStep = 2048,

@@ -11,6 +11,11 @@ import typer
 
 from outlier_mlx.errors import did_you_mean
 
+# MLX counts with 32 bits.
+_MOST = 2**31 - 1
+# Characters of a wrong number in a message.
+_SHOWN = 30
+
 
 class Reader:
     """Turns words of a command line into values, in place of typer's `RuntimeParam`."""
@@ -45,7 +50,7 @@ def _read(value: Any, kind: Any, info: Any) -> Any:
         return _number(value, kind, info.min, info.max)
     if kind is Path:
         return _path(Path(value), info)
-    if kind is str and info.metavar is None:
+    if isinstance(value, str) and not (info.metavar and Path(value).exists()):
         _check_text(value)
     choices = {str(choice): choice for choice in get_args(kind)}
     if choices and str(value) not in choices:
@@ -56,16 +61,19 @@ def _read(value: Any, kind: Any, info: Any) -> Any:
 
 
 def _number(value: Any, kind: type, least: float | None, most: float | None) -> Any:
+    shown = value if len(str(value)) <= _SHOWN else f"{str(value)[:_SHOWN]}..."
     try:
         number = kind(value)
     except (ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a {'whole number' if kind is int else 'number'}")
+    if kind is int and most is None:
+        most = _MOST
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"{shown!r} is not a {'whole number' if kind is int else 'number'}")
     if least is not None and number < least:
-        raise ValueError(f"{value} is less than {least}")
+        raise ValueError(f"{shown} is less than {least}")
     if most is not None and number > most:
-        raise ValueError(f"{value} is more than {most}")
+        raise ValueError(f"{shown} is more than {most}")
     return number
 
 
