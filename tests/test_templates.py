@@ -89,6 +89,19 @@ def test_serve(with_template: WithTemplate) -> None:
         assert server.post(body | {"messages": [user]})[0] == 200
 
 
+def test_a_template_sees_only_what_a_request_says(with_template: WithTemplate) -> None:
+    """Not the message without content with which mlx-lm finds the end of the system prompt."""
+    tier = with_template(
+        "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "Brief"}, {"role": "user", "content": "Hi"}]
+    with running(tier) as server:
+        assert server.post({"messages": messages, "max_tokens": 2})[0] == 200
+        messages[1]["content"] = ""
+        assert server.post({"messages": messages, "max_tokens": 2})[0] == 400
+
+
 @pytest.mark.usefixtures("offline")
 def test_eval(with_template: WithTemplate, tmp_path: Path) -> None:
     task = write_task(tmp_path, "asked", [{"question": "Hi", "answer": "x"}], GENERATE % "'a'")
