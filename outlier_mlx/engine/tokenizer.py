@@ -2,6 +2,7 @@
 
 from copy import copy
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def _tool_calls(own: PreTrainedTokenizerBase, defaults: dict[str, Any]) -> dict[
 
 def _mlx_lm_module(package: str, name: object) -> Any:
     """A module of one of mlx-lm's packages; a tokenizer_config.json can name no other."""
-    if not isinstance(name, str) or not name.isidentifier():
+    path = f"mlx_lm.{package}.{name}"
+    if not isinstance(name, str) or not name.isidentifier() or find_spec(path) is None:
         raise ValueError(f"{name!r} is not one of mlx-lm's {package}")
-    return import_module(f"mlx_lm.{package}.{name}")
+    return import_module(path)

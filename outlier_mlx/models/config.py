@@ -17,7 +17,7 @@ from outlier_mlx.models.fields import MAX_COUNT, Fields, short
 from outlier_mlx.models.ignored import ROUTING, refuse
 from outlier_mlx.models.quantization import read_quantization
 from outlier_mlx.models.rope import read_scaling, rope_type, spell_rope
-from outlier_mlx.models.spelling import NESTED, lifted, normalised
+from outlier_mlx.models.spelling import NESTED, lifted, normalised, without_nulls
 from outlier_mlx.models.token_ids import end_ids
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_json
@@ -105,6 +105,7 @@ def parse_config(
     known.check(fields)
     if on_base:
         refuse(fields, ROUTING, "is not how overlays choose experts")
+    fields.flag("rope_traditional")
     _check_layer_types(fields, values)
     _check_heads(fields, known, values, role)
     end_ids(raw.get("eos_token_id"), where)
@@ -189,7 +190,8 @@ def spell_config(config: ModelConfig) -> dict:
 
     Fields about quantization, and about code that the model brings along, are left out.
     """
-    kept = {k: v for k, v in normalised(config.raw).items() if k not in _NOT_SPELLED}
+    spelled = without_nulls(normalised(config.raw))
+    kept = {k: v for k, v in spelled.items() if k not in _NOT_SPELLED}
     return kept | {"num_key_value_heads": config.kv_heads, "tie_word_embeddings": config.tied}
 
 

@@ -4,6 +4,7 @@ from outlier_mlx.models.families import families
 from outlier_mlx.models.rope import agree, spell_rope
 
 NESTED = "text_config"
+_NULLS = (NESTED, "rope_traditional", "quantize_activations")
 
 
 def normalised(config: dict, where: str = "config.json") -> dict:
@@ -32,6 +33,11 @@ def normalised(config: dict, where: str = "config.json") -> dict:
     if isinstance(inner, dict):
         result[NESTED] = normalised(inner, f"{where}: {NESTED}")
     return result
+
+
+def without_nulls(config: dict) -> dict:
+    """A config without fields that are null, where mlx-lm takes null for a value."""
+    return {key: value for key, value in config.items() if value is not None or key not in _NULLS}
 
 
 def lifted(config: dict) -> dict:

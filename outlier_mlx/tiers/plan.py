@@ -11,6 +11,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import BASE_TYPE
 from outlier_mlx.models.modules import Module, tier_modules
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
+from outlier_mlx.models.spelling import without_nulls
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.models.tier_fields import FOREIGN, MODEL_FILE, base_fields, tier_fields
 from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
@@ -176,5 +177,6 @@ def _config(model: WholeModel, recipe: Recipe) -> dict:
 def common_config(model: WholeModel, recipe: Recipe) -> dict:
     """The fields of a `config.json` that do not depend on how experts are stored."""
     config = model.config
-    kept = {key: value for key, value in config.raw.items() if key not in _DROPPED}
+    spelled = without_nulls(config.raw)
+    kept = {key: value for key, value in spelled.items() if key not in _DROPPED}
     return kept | {"dtype": recipe.dtype} | base_fields(config)
