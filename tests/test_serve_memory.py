@@ -113,17 +113,17 @@ def test_the_reply_is_as_long_as_fits(tight: Running):
 def test_a_request_waits_for_memory(tight: Running):
     """Also one that vanishes meanwhile holds up nobody."""
     memory = tight.server.generator.provider.memory
-    chunks = tight.chat(stream=True, max_tokens=150, **ENDLESS)
-    next(chunks)
+    memory.take("another", TOKENS - 50, nothing)
     hasty: Any = tight.new_client(timeout=0.3)
     with pytest.raises(openai.APITimeoutError):
-        hasty.chat.completions.create(model=NAME, messages=said(100), max_tokens=100)
+        hasty.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=12)
+    assert tight.wait(lambda: not memory._line)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(tight.chat, messages=said(100), max_tokens=100)
+        waiting = pool.submit(tight.chat)
         assert tight.wait(lambda: len(memory._line) == 1)
-        assert len(memory._taken) == 1
-        assert len(list(chunks)) > 50
-        assert waiting.result(30).usage.completion_tokens
+        assert list(memory._taken) == ["another"]
+        memory.give_back("another")
+        assert waiting.result(30).usage.completion_tokens == 12
     assert tight.wait(lambda: not memory._taken)
 
 

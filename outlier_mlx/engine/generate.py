@@ -240,7 +240,7 @@ def prefill_step(model: nn.Module, most: int) -> int:
     """
     if mx.default_device() != mx.cpu:
         return most
-    return max(1, min(most, _CPU_STEP // get_total_parameters(model)))
+    return max(1, min(most, _CPU_STEP // max(1, get_total_parameters(model))))
 
 
 def top_k(wanted: int, model: nn.Module, tokenizer: Tokenizer) -> int:
