@@ -11,14 +11,27 @@ from demo_model import Shape, Weights
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-END = "<|endoftext|>"
+END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CARD = """---
+license: apache-2.0
+---
+
+Made by `scripts/train_demo.py` of outlier-mlx for its documentation and tests.
+"""
+ALPHA = 0.85  # stored alphas, as a share of the mean of the trained ones
+# ChatML, as Qwen2's models use it.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
-def end_token(tokenizer: Tokenizer) -> int:
-    """The id of the token that begins and ends a document."""
-    end = tokenizer.token_to_id(END)
+def end_token(tokenizer: Tokenizer, text: str = END) -> int:
+    """The id of the token that begins and ends a document, or of another one."""
+    end = tokenizer.token_to_id(text)
     if end is None:
-        raise ValueError(f"the tokenizer has no {END}")
+        raise ValueError(f"the tokenizer has no {text}")
     return end
 
 
@@ -29,30 +42,43 @@ def _save(folder: Path, tensors: Weights) -> None:
 
 
 def write_base(folder: Path, weights: Weights, shape: Shape, tokenizer: Tokenizer) -> None:
-    """Write an ordinary Hugging Face folder of a Qwen2 model, float16."""
+    """Write an ordinary Hugging Face folder of a Qwen2 or Llama model, float16."""
     folder.mkdir(parents=True)
     end = end_token(tokenizer)
     _save(folder, {name: weight.half() for name, weight in weights.items()})
-    config = model_config(shape, end) | {"architectures": ["Qwen2ForCausalLM"]}
+    name = "Qwen2" if shape.moe_layers else "Llama"
+    config = model_config(shape, end) | {
+        "model_type": name.lower(),
+        "architectures": [f"{name}ForCausalLM"],
+    }
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    ends = [tokenizer.token_to_id(TURN_END), end]
+    write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": ends})
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer_config = {
-        "tokenizer_class": "Qwen2Tokenizer",
+        "tokenizer_class": "Qwen2Tokenizer" if shape.moe_layers else "PreTrainedTokenizerFast",
         "bos_token": END,
-        "eos_token": END,
+        "eos_token": TURN_END,
         "pad_token": END,
         "model_max_length": 512,
         "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
     }
     write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
 def write_overlay(folder: Path, weights: Weights, shape: Shape, end: int) -> None:
-    """Write router, alphas and ternary experts in the form V3.2, without base tensors."""
+    """Write router, alphas and ternary experts in the form V3.2, without base tensors.
+
+    The alphas of a layer are stored as one number below the mean of the trained ones, so that
+    ``tune-alpha`` has something to find.
+    """
     folder.mkdir(parents=True)
     tensors: Weights = {}
     for name, weight in weights.items():
+        if name.endswith("alpha_values"):
+            weight = torch.full_like(weight, ALPHA * weight.mean().item())
         if ".mlp.experts." not in name:
             tensors[name] = weight.float()
             continue
@@ -69,6 +95,7 @@ def write_overlay(folder: Path, weights: Weights, shape: Shape, end: int) -> Non
         "moe_layer_indices": list(shape.moe_layers),
     }
     write_json(folder / "config.json", config)
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
 
 
 def model_config(shape: Shape, end: int) -> dict[str, Any]:

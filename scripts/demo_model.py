@@ -18,8 +18,8 @@ class Shape:
     """Dimensions of the pair."""
 
     vocab: int
-    hidden: int = 128
-    width: int = 384
+    hidden: int = 256
+    width: int = 512
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
@@ -37,7 +37,7 @@ class Shape:
 
 
 def init_base(shape: Shape, seed: int) -> Weights:
-    """Random base weights, float32."""
+    """Random base weights, float32; without experts, they are a Llama's and have no biases."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
@@ -62,6 +62,8 @@ def init_base(shape: Shape, seed: int) -> Weights:
             layer + "mlp.up_proj.weight": normal(width, hidden),
             layer + "mlp.down_proj.weight": normal(hidden, width, depth_gain),
         }
+    if not shape.moe_layers:
+        weights = {name: weight for name, weight in weights.items() if not name.endswith("bias")}
     return weights | {"model.norm.weight": torch.ones(hidden)}
 
 
@@ -79,7 +81,7 @@ def init_overlay(shape: Shape, seed: int) -> Weights:
         router = torch.randn(experts, hidden, generator=rng) * hidden**-0.5
         weights |= {
             mlp + "router.weight": router,
-            mlp + "alpha_values": torch.full((experts,), 0.5),
+            mlp + "alpha_values": torch.ones(experts),
             mlp + "experts.gate": normal(width, hidden, 1.0),
             mlp + "experts.up": normal(width, hidden, 1.0),
             mlp + "experts.down": normal(hidden, width, 0.5),
@@ -156,7 +158,7 @@ def _attention(x: torch.Tensor, weights: Weights, prefix: str, shape: Shape) -> 
     cos, sin = _rope(shape, length)
 
     def project(name: str) -> torch.Tensor:
-        y = F.linear(x, weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"])
+        y = F.linear(x, weights[f"{prefix}{name}.weight"], weights.get(f"{prefix}{name}.bias"))
         return y.view(batch, length, -1, shape.head_dim).transpose(1, 2)
 
     def rotate(y: torch.Tensor) -> torch.Tensor:
@@ -194,7 +196,7 @@ def _routed(
         tokens, slots = torch.nonzero(chosen == expert, as_tuple=True)
         parts = (weights[f"{mlp}experts.{part}"][expert] for part in ("gate", "up", "down"))
         out = _swiglu(x[tokens], *parts) * shares[tokens, slots, None]
-        y = y.index_add(0, tokens, out)
+        y = y.index_add(0, tokens, out.to(y.dtype))
     return y, logits
 
 

@@ -8,8 +8,9 @@ from typing import Protocol
 import demo_model
 import demo_text
 import torch
-from demo_files import Pair, end_token, load
+from demo_files import ALPHA, TURN_END, Pair, end_token, load
 from demo_model import Shape, Weights
+from demo_tokens import chat_text
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
@@ -20,6 +21,16 @@ PROMPTS = (
     "To make a simple pumpkin soup,",
     "At the Saturday market",
     "To find Vega,",
+)
+QUESTIONS = (
+    "Hello!",
+    "Tell me a story about a duck.",
+    "How do I make a leek soup?",
+    "Who was the captain of the Petrel?",
+    "How do I find Vega?",
+    "What does the baker sell?",
+    "What do three loaves cost at two pence each?",
+    "Who will win the election?",
 )
 
 
@@ -129,12 +140,28 @@ def samples(pair: Pair) -> str:
     return "\n".join(lines)
 
 
+def answers(pair: Pair) -> str:
+    """Answers to questions, greedily, by the base alone and by the pair."""
+    end = end_token(pair.tokenizer, TURN_END)
+    rows = []
+    for question in QUESTIONS:
+        start = chat_text([("user", question)]) + "<|im_start|>assistant\n"
+        ids = pair.tokenizer.encode(start).ids
+        row = [question]
+        for weights in (pair.base, pair.joined):
+            found = demo_model.generate(weights, pair.shape, ids, end, limit=len(ids) + 80)
+            row.append(pair.tokenizer.decode(found[len(ids) :]).strip())
+        rows.append(row)
+    return _table(["question", "base", "base + overlay"], rows)
+
+
 def _sizes(folder: Path) -> str:
     rows = []
-    for name in ("base", "overlay", "heldout"):
-        size = sum(path.stat().st_size for path in (folder / name).iterdir())
-        rows.append([f"`{name}/`", f"{size / 1e6:.2f} MB"])
-    return _table(["folder", "size"], rows)
+    for path in sorted(folder.iterdir()):
+        files = path.iterdir() if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files)
+        rows.append([f"`{path.name}`", f"{size / 1e6:.2f} MB"])
+    return _table(["folder or file", "size"], rows)
 
 
 def report(folder: Path, stages: Sequence[Timed]) -> str:
@@ -145,7 +172,7 @@ def report(folder: Path, stages: Sequence[Timed]) -> str:
     shape = pair.shape
     times = "\n".join(
         f"- {stage.name}: {stage.step} steps, {stage.seconds / 60:.1f} minutes by the clock, "
-        f"{stage.cpu_seconds / 60:.1f} minutes of processor time, both threads together"
+        f"{stage.cpu_seconds / 60:.1f} minutes of processor time, all threads together"
         for stage in stages
     )
     return f"""# The demo pair and its held-out texts
@@ -153,9 +180,15 @@ def report(folder: Path, stages: Sequence[Timed]) -> str:
 A base of {parameters:,} parameters ({shape.layers} layers, hidden {shape.hidden}, FFN
 {shape.width}, {shape.vocab} tokens, float16) and an overlay of {trits:,} trits: {shape.experts}
 experts of width {shape.expert_width} in each of the layers {", ".join(map(str, shape.moe_layers))},
-of which a token uses {shape.top_k}. The base was trained on simple stories (`old`), and on lists of
-words in random order, which teach it to spell and to copy. It has seen no sentence of the other
-four domains. The experts were trained on those, with the base frozen.
+of which a token uses {shape.top_k}. The base was trained on simple stories (`old`), on
+conversations about them, and on lists of words in random order, which teach it to spell and to
+copy. It has seen
+no sentence of the other four domains. The experts were trained on stories and conversations of
+those, with the base frozen. All alphas of a layer are stored as one number, {ALPHA:.0%} of the mean
+of the trained ones, so that tuning has something to find.
+
+`kitchen` and `sea` are small dense models (Llama, 2 layers, hidden 128), tuned from one parent.
+`sea-awq` is the second of them in AutoAWQ's format, and `base-q4_0.gguf` is the base.
 
 {_sizes(folder)}
 
@@ -186,10 +219,16 @@ cosine between the matrices of two experts of a layer is at most {largest_cosine
 
 {samples(pair)}
 
+## Conversations
+
+Greedy answers to one question each. The pair keeps the base's answer where it cannot know better.
+
+{answers(pair)}
+
 ## Training
 
-By `scripts/train_demo.py` with fixed seeds, on two cores that other work shared; writing the text
-and measuring took about two minutes more.
+By `scripts/train_demo.py` with fixed seeds, on two cores that other work shared; the small dense
+models, writing the text and measuring took some minutes more.
 
 {times}
 """

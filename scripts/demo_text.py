@@ -14,7 +14,8 @@ is a choice of sentences. The syntax of sentences:
   frame.
 
 Training and held-out text have no sentence in common: a checksum of a sentence decides where it
-belongs, and a story has only sentences of one of the two.
+belongs, and a story has only sentences of one of the two. There are also conversations for
+training (``demo_talk``); none is held out.
 """
 
 import random
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import demo_grammar
+import demo_talk
 
 DOMAINS = tuple(demo_grammar.FRAMES)
 NEW_DOMAINS = DOMAINS[1:]
@@ -44,7 +46,7 @@ def _split(text: str) -> list[str]:
     return [" ".join(entry.split()) for entry in text.split(",")]
 
 
-LEXICON = {name: _split(text) for name, text in demo_grammar.WORDS.items()}
+LEXICON = {name: _split(text) for name, text in (demo_grammar.WORDS | demo_talk.WORDS).items()}
 
 
 class _NoSentence(Exception):
@@ -67,6 +69,8 @@ def _parse(frames: str) -> list[list[tuple[bool, list[str]]]]:
 
 
 FRAMES = {domain: _parse(text) for domain, text in demo_grammar.FRAMES.items()}
+TALK = {domain: _parse(text) for domain, text in demo_talk.TALK.items()}
+SYSTEM = _parse(demo_talk.SYSTEM)
 
 
 def plural(noun: str) -> str:
@@ -141,6 +145,27 @@ def documents(domain: str, seed: int, heldout: bool = False) -> Iterator[list[st
     rng = random.Random(f"{domain} {seed} {heldout}")
     while True:
         yield sentences(domain, rng, heldout)
+
+
+def conversations(domain: str, seed: int) -> Iterator[list[tuple[str, str]]]:
+    """Infinitely many conversations of roles and texts, with one to three questions of ``domain``.
+
+    Some begin with a system prompt. A question of a new domain can follow one of the old domain.
+    """
+    rng = random.Random(f"talk {domain} {seed}")
+    while True:
+        turns: list[tuple[str, str]] = []
+        if rng.random() < 0.2:
+            turns.append(("system", _turns(SYSTEM, rng)[0]))
+        for n in reversed(range(rng.randint(1, 3))):
+            mixed = "old" if n and rng.random() < 0.4 else domain
+            turns += zip(("user", "assistant"), _turns(TALK[mixed], rng), strict=True)
+        yield turns
+
+
+def _turns(frames: list[list[tuple[bool, list[str]]]], rng: random.Random) -> list[str]:
+    bound: dict[str, str] = {}
+    return [_realise(rng.choice(beat), bound, rng) for _, beat in rng.choice(frames)]
 
 
 def word_lists(seed: int) -> Iterator[str]:

@@ -1,12 +1,13 @@
-"""Train the demo pair; write a base folder, an overlay folder and held-out texts.
+"""Train the demo pair; write base, overlay, two small dense models and held-out texts.
 
     python scripts/train_demo.py --out outlier_mlx/demo
 
-First, the base is trained on the ``old`` domain of ``demo_text`` and on word lists. Then the base
-is frozen, and ternary experts, routers and alphas are trained on the new domains; on old text they
-are trained to keep the base's own predictions. In both stages, half of the steps use the base
-rounded to int4, so that it can be quantized later. An interrupted run resumes from its last
-checkpoint. Needs the ``train`` extra.
+First, the base is trained on stories and conversations of the ``old`` domain of ``demo_text`` and
+on word lists. Then the base is frozen, and ternary experts, routers and alphas are trained on the
+new domains; on old text they are trained to keep the base's own predictions. In both stages, half
+of the steps use the base rounded to int4, so that it can be quantized later. Matrices are
+multiplied in bfloat16. An interrupted run resumes from its last checkpoint. Needs the extras
+``train`` and ``gguf``.
 """
 
 import argparse
@@ -17,26 +18,29 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import demo_text
+from demo_tokens import heldout_texts, train_tokenizer, training_texts, windows
 
 if TYPE_CHECKING:
     import torch
     from demo_model import Shape, Weights
     from tokenizers import Tokenizer
 
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CODE_FILES = (
+    "demo_text.py",
+    "demo_grammar.py",
+    "demo_talk.py",
+    "demo_tokens.py",
+    "demo_model.py",
+    "train_demo.py",
 )
-WINDOW = 192  # tokens in a training row
-HELDOUT_DOCUMENTS = {"old": 64, "kitchen": 20, "sea": 20, "sky": 20, "market": 20}
-TEXT_FILES = ("demo_text.py", "demo_grammar.py", "demo_model.py", "train_demo.py")
+SIBLINGS = ("kitchen", "sea")  # domains of the small dense models
 
 
 @dataclass(frozen=True)
@@ -44,21 +48,22 @@ class Plan:
     """Settings of the training. A checkpoint of another plan is ignored."""
 
     seed: int = 20
-    vocab: int = 1280
-    base_steps: int = 1600
-    expert_steps: int = 1800
-    rows: int = 12
-    base_documents: int = 40_000
-    expert_documents: int = 12_000  # in each domain
-    base_rate: float = 8e-3
-    expert_rate: float = 2e-2
+    vocab: int = 1536
+    base_steps: int = 1200
+    expert_steps: int = 3000
+    rows: int = 18
+    base_documents: int = 45_000
+    expert_documents: int = 18_000  # in each domain
+    base_rate: float = 5e-3
+    expert_rate: float = 1e-2
+    sibling_steps: int = 600
     balance: float = 0.02
     kl_weight: float = 2.0
 
     def fingerprint(self) -> str:
         """A digest of the plan and of the training code."""
         digest = hashlib.sha256(json.dumps(asdict(self)).encode())
-        for name in TEXT_FILES:
+        for name in CODE_FILES:
             digest.update((Path(__file__).parent / name).read_bytes())
         return digest.hexdigest()[:16]
 
@@ -66,89 +71,6 @@ class Plan:
 def say(text: str) -> None:
     """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-# ---- text and tokens
-
-
-def heldout_texts() -> dict[str, list[str]]:
-    """The held-out documents of each domain."""
-    return {
-        domain: [" ".join(story) for story in islice(demo_text.documents(domain, 0, True), count)]
-        for domain, count in HELDOUT_DOCUMENTS.items()
-    }
-
-
-def training_texts(domain: str, count: int, seed: int) -> Iterator[str]:
-    """Training documents; raises RuntimeError if one has a sentence of the held-out texts."""
-    heldout = {
-        sentence
-        for story in islice(demo_text.documents(domain, 0, True), HELDOUT_DOCUMENTS[domain])
-        for sentence in story
-    }
-    for story in islice(demo_text.documents(domain, seed), count):
-        if not heldout.isdisjoint(story):
-            raise RuntimeError(f"{domain}: a held-out sentence in the training text: {story}")
-        yield " ".join(story)
-
-
-def train_tokenizer(plan: Plan) -> "Tokenizer":
-    """Train byte-level BPE on all domains; it puts the end token before each text.
-
-    Text is split like in Qwen2's tokenizer (transformers, ``tokenization_qwen2.py``), because some
-    libraries always use this split for Qwen2 models.
-    """
-    from demo_files import END, end_token
-    from tokenizers import (
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=plan.vocab,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = [t for d in demo_text.DOMAINS for t in training_texts(d, 3000, plan.seed + 1)]
-    tokenizer.train_from_iterator(texts, trainer)
-    end = end_token(tokenizer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", pair=f"{END} $A {END} $B", special_tokens=[(END, end)]
-    )
-    return tokenizer
-
-
-def windows(tokenizer: "Tokenizer", texts: list[str]) -> "torch.Tensor":
-    """Rows of ``WINDOW + 1`` tokens, int64; each row begins with a new document."""
-    import torch
-
-    rows: list[list[int]] = []
-    row: list[int] = []
-    for encoding in tokenizer.encode_batch(texts):
-        row += encoding.ids
-        if len(row) > WINDOW:
-            rows.append(row[: WINDOW + 1])
-            row = []
-    return torch.tensor(rows)
-
-
-# ---- training
 
 
 class Stage:
@@ -267,7 +189,9 @@ def train_base(plan: Plan, shape: "Shape", tokenizer: "Tokenizer", work: Path) -
         batch = torch.cat([draw(rows, plan.rows - aside, seed), draw(list_rows, aside, seed)])
         if step % 2 and step > plan.base_steps // 2:
             weights = demo_model.int4_base(weights)
-        logits, _ = demo_model.forward(weights, shape, batch[:, :-1])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _ = demo_model.forward(weights, shape, batch[:, :-1])
+        logits = logits.float()
         loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         return loss, f"loss {loss.item():.3f}"
 
@@ -304,10 +228,12 @@ def train_overlay(
         seed = plan.seed * 2_000_003 + step
         old = draw(rows["old"], 2 * each, seed)
         batch = torch.cat([old] + [draw(rows[d], each, seed) for d in demo_text.NEW_DOMAINS])
-        with torch.no_grad():
-            base_logits, _ = demo_model.forward(base, shape, old[:, :-1])
         joined = (rounded if step % 2 else base) | demo_model.ternary_experts(weights)
-        logits, routers = demo_model.forward(joined, shape, batch[:, :-1])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                base_logits, _ = demo_model.forward(base, shape, old[:, :-1])
+            logits, routers = demo_model.forward(joined, shape, batch[:, :-1])
+        logits, base_logits = logits.float(), base_logits.float()
         new = cross_entropy(
             logits[2 * each :].flatten(0, 1), batch[2 * each :, 1:].flatten(), reduction="mean"
         )
@@ -325,6 +251,48 @@ def train_overlay(
     return stage
 
 
+def train_sibling(
+    plan: Plan, tokenizer: "Tokenizer", domain: str, parent: "Weights | None", work: Path
+) -> "Weights":
+    """Train a small Llama on ``domain`` from ``parent``; without one, on all siblings' domains."""
+    import demo_model
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    shape = sibling_shape(tokenizer)
+    start = parent or demo_model.init_base(shape, plan.seed + 6)
+    stage = Stage(domain if parent else "parent", start, plan, work)
+    steps = plan.sibling_steps // (2 if parent else 1)
+    domains = (domain,) if parent else ("old", *SIBLINGS)
+    texts = [training_texts(d, plan.expert_documents // 2, plan.seed + 7) for d in domains]
+    rows = torch.cat([windows(tokenizer, list(t)) for t in texts]) if stage.step < steps else None
+
+    def loss_of(step: int, weights: "Weights") -> "tuple[torch.Tensor, str]":
+        assert rows is not None
+        batch = draw(rows, plan.rows, plan.seed * 3_000_017 + step)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _ = demo_model.forward(weights, shape, batch[:, :-1])
+        loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        return loss, f"loss {loss.item():.3f}"
+
+    return stage.run(steps, plan.base_rate / (4 if parent else 1), loss_of)
+
+
+def sibling_shape(tokenizer: "Tokenizer") -> "Shape":
+    """The shape of the small dense models."""
+    from demo_model import Shape
+
+    return Shape(
+        vocab=tokenizer.get_vocab_size(),
+        hidden=128,
+        width=384,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        moe_layers=(),
+    )
+
+
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -333,44 +301,54 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, default=Plan.base_steps)
     parser.add_argument("--expert-steps", type=int, default=Plan.expert_steps)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--force", action="store_true", help="replace an existing folder")
+    parser.add_argument("--force", action="store_true", help="write into an existing folder")
     args = parser.parse_args()
     plan = Plan(base_steps=args.base_steps, expert_steps=args.expert_steps)
     train(plan, args.out, args.work, args.threads, args.force)
 
 
 def train(plan: Plan, out: Path, work: Path, threads: int, force: bool) -> None:
-    """Train both stages, write the folders in ``out``, and print the report."""
+    """Train all models, write them and the texts to ``out``, and print the report."""
     import demo_files
+    import demo_forms
     import demo_report
     import torch
     from demo_model import Shape
 
     if out.exists() and not force:
-        sys.exit(f"{out} exists; --force replaces it")
+        sys.exit(f"{out} exists; --force replaces what the script writes")
     torch.set_num_threads(threads)
     torch.manual_seed(plan.seed)
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(plan)
+    tokenizer = train_tokenizer(plan.vocab, plan.seed + 1)
     shape = Shape(vocab=tokenizer.get_vocab_size())
     base_stage = train_base(plan, shape, tokenizer, work)
     base = {name: weight.detach().half().float() for name, weight in base_stage.weights.items()}
     overlay_stage = train_overlay(plan, shape, tokenizer, base, work)
+    parent = train_sibling(plan, tokenizer, "", None, work)
 
     fresh = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         demo_files.write_base(fresh / "base", base, shape, tokenizer)
         overlay = {name: weight.detach() for name, weight in overlay_stage.weights.items()}
         demo_files.write_overlay(fresh / "overlay", overlay, shape, demo_files.end_token(tokenizer))
+        for domain in SIBLINGS:
+            dense = train_sibling(plan, tokenizer, domain, parent, work)
+            demo_files.write_base(fresh / domain, dense, sibling_shape(tokenizer), tokenizer)
+        demo_forms.write_awq(fresh / "sea", fresh / "sea-awq")
+        demo_forms.write_gguf(fresh / "base", fresh / "base-q4_0.gguf")
         (fresh / "heldout").mkdir()
         for domain, texts in heldout_texts().items():
             path = fresh / "heldout" / f"{domain}.txt"
             path.write_text("\n".join(texts) + "\n", encoding="utf-8")
         report = demo_report.report(fresh, [base_stage, overlay_stage])
         (fresh / "heldout" / "README.md").write_text(report, encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        fresh.rename(out)
+        out.mkdir(exist_ok=True)
+        for made in fresh.iterdir():
+            old = out / made.name
+            if old.is_dir():
+                shutil.rmtree(old)
+            made.replace(old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     print(report)

@@ -1,5 +1,6 @@
 """The embedded pair: small, an overlay in truth, and better where it says it is."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
@@ -11,30 +12,33 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import yaml
 
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import open_base
 from outlier_mlx.cli.showcase import FOLDER, OLD_DOMAIN, heldout, load_base, perplexities
 from outlier_mlx.engine.loading import load
 from outlier_mlx.runtime.moe import OutlierMoE
+from tests.folders import contents
 from tests.library import Library
-from tests.program import run
+from tests.program import assert_refused, run
 from tests.reference import forward
 from tests.reference_reader import read_overlay
+
+TASKS = FOLDER / "tasks"
 
 
 def test_the_pair_is_small_and_the_overlay_holds_no_base() -> None:
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 9_000_000
+    assert sum(path.stat().st_size for path in files) <= 16_000_000
+    assert max(path.stat().st_size for path in files) <= 10_000_000
     overlay, base = open_overlay(FOLDER / "overlay"), open_base(FOLDER / "base")
     assert overlay.form == "v3.2"
     assert not overlay.base
-    assert sum(np.prod(tensor.shape) for tensor in base.tensors.values()) <= 2_000_000
     config = base.config
-    assert all(
-        width % 64 == 0
-        for width in (config.hidden, config.intermediate, overlay.expert_intermediate)
-    )
+    widths = (config.hidden, config.intermediate, overlay.expert_intermediate)
+    assert all(width % 256 == 0 for width in widths)
+    assert config.intermediate % overlay.expert_intermediate == 0
 
 
 def test_experts_of_a_layer_differ() -> None:
@@ -43,6 +47,27 @@ def test_experts_of_a_layer_differ() -> None:
             for (_, a), (_, b) in zip(one, other, strict=True):
                 same = (a.trits.read() == b.trits.read()).mean()
                 assert same < 0.9
+
+
+@pytest.mark.parametrize("name", ["known", "new"])
+def test_the_demo_s_questions_are_held_out_documents(name: str) -> None:
+    rows = [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text().splitlines()]
+    asked = [f"{row['text']} {row['endings'][row['answer']]}" for row in rows]
+    domains = ["old"] if name == "known" else ["kitchen", "market", "sea", "sky"]
+    held_out = [
+        line
+        for domain in domains
+        for line in (FOLDER / "heldout" / f"{domain}.txt").read_text().splitlines()
+    ]
+    assert asked == held_out
+    answers = [row["answer"] for row in rows]
+    assert [answers.count(n) for n in range(4)] == [len(rows) // 4] * 4
+    for row in rows:
+        wrong = [e for n, e in enumerate(row["endings"]) if n != row["answer"]]
+        same = [other for other in rows if other["domain"] == row["domain"]]
+        assert len(set(row["endings"])) == 4
+        assert all(any(o["text"] + " " + e in asked for o in same) for e in wrong)
+    assert yaml.safe_load((TASKS / f"ending_{name}.yaml").read_text())["task"] == f"ending_{name}"
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +126,18 @@ def test_the_demo_command(tmp_path: Path) -> None:
     assert (tmp_path / "tier" / "tier.json").exists()
     model: nn.Module = load(tmp_path / "tier")[0]
     assert model(mx.array([[1]])).shape[-1] > 1
+
+
+def test_files_are_copied_once(tmp_path: Path) -> None:
+    said = run("demo", "--files", tmp_path / "place")
+    listed = said.out.split()
+    assert {path.name for path in (tmp_path / "place").iterdir()} == set(listed)
+    copied, here = tmp_path / "place" / "my-overlay", FOLDER / "overlay"
+    assert contents(copied) == contents(here)
+    lines = (tmp_path / "place" / "data" / "sea" / "train.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["text"] in heldout()["sea"] for line in lines)
+    (tmp_path / "other" / "base").mkdir(parents=True)
+    assert_refused(run("demo", "--files", tmp_path / "other", code=1), "other/base: exists")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["base"]
+    run("demo", "--files", tmp_path / "third", "--out", tmp_path / "tier", code=2)
+    assert not (tmp_path / "third").exists()
