@@ -359,10 +359,24 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="Measure on all held-out documents.")
     ] = False,
+    files: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Only copy the embedded overlay, its base and texts into this folder.",
+        ),
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert the embedded pair, measure it, and write a text with it."""
-    from outlier_mlx.cli.showcase import run
+    from outlier_mlx.cli.showcase import put_files, run
 
+    if files is not None:
+        if out is not None or full or force:
+            raise typer.BadParameter(
+                "cannot be used with --out, --full or --force", param_hint="--files"
+            )
+        print(*put_files(files), sep="\n")
+        return
     run(out, full=full, force=force, quiet=quiet)

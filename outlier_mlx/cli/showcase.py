@@ -1,6 +1,8 @@
 """The demo: converts the embedded pair, measures base and tiers on held-out text, and writes."""
 
+import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from outlier_mlx.cli.tables import print_statistics
 from outlier_mlx.engine.generate import Options, generate_text
 from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.engine.tokenizer import Tokenizer
+from outlier_mlx.errors import OutputExistsError
 from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.storage.paths import entries
 from outlier_mlx.terminal import Progress, counting_bar, print_columns, progress_bar, size, stdout
@@ -25,6 +28,11 @@ FOLDER = Path(outlier_mlx.__file__).parent / "demo"
 #: The domain that the base was trained on; all others only the experts have seen.
 OLD_DOMAIN = "old"
 PROMPT = "The schooner Marigold"
+# What `put_files` copies, and the names that it gives.
+COPIES = {"overlay": "my-overlay"} | {
+    name: name
+    for name in ("base", "base-q4_0.gguf", "kitchen", "sea", "sea-awq", "heldout", "tasks")
+}
 # Documents of each domain that are measured unless all are asked for: half a minute on two cores.
 FEW = 6
 
@@ -114,6 +122,37 @@ def run(
                 ' market"',
                 soft_wrap=True,
             )
+
+
+def put_files(folder: Path) -> list[str]:
+    """Copy the embedded pair and its texts into `folder`; the names there.
+
+    The base also comes as a GGUF file. There are two small dense models of one shape, and one of
+    them in AutoAWQ's format. The texts come in `heldout`, and as training data for mlx-lm
+    with a folder for each domain in `data`.
+
+    Raises:
+        OutputExistsError: a file or folder of one of these names exists.
+    """
+    names = [*COPIES.values(), "data"]
+    for name in names:
+        if (folder / name).exists():
+            raise OutputExistsError(f"{folder / name}: exists")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".demo.") as scratch:
+        whole = Path(scratch)
+        for name, copy in COPIES.items():
+            place = shutil.copytree if (FOLDER / name).is_dir() else shutil.copyfile
+            place(FOLDER / name, whole / copy)
+        for domain, texts in heldout().items():
+            lines = [json.dumps({"text": text}) + "\n" for text in texts]
+            (whole / "data" / domain).mkdir(parents=True)
+            for name, part in (("valid", lines[:4]), ("train", lines[4:])):
+                file = whole / "data" / domain / f"{name}.jsonl"
+                file.write_text("".join(part), encoding="utf-8")
+        for name in names:
+            (whole / name).rename(folder / name)
+    return names
 
 
 def _write(model: nn.Module, tokenizer: Tokenizer) -> GenerationResponse | None:
