@@ -1,24 +1,11 @@
-"""Every command in the documentation runs as it stands there."""
+"""The links of the documentation lead somewhere, and every page can be found."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.pages import ROOT, commands, prepare, run_block
-
-PAGES = ("README.md", "docs/measure.md", "docs/bench.md")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
-def test_commands(page: str, tmp_path: Path) -> None:
-    prepare(tmp_path)
-    (tmp_path / "overlay").symlink_to("my-overlay")
-    listed = commands(page)
-    assert listed
-    for command in listed:
-        run_block("sh", command, tmp_path)
+from tests.program import ROOT
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,7 @@ from outlier_mlx.tiers.verify import verify_tier
 from tests.awq_builder import Awq, write_awq
 from tests.damage import edit_config
 from tests.gguf_builder import build as build_gguf
-from tests.gguf_builder import write_page as write_gguf_page
 from tests.hub import Hub, opened
-from tests.pages import commands, run_block
 from tests.program import assert_refused, run
 
 
@@ -178,13 +176,3 @@ def test_a_repository(awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert source["name"] == "owner/Mixtral-2x-AWQ" and source["revision"] == commit
     card = (tmp_path / "mlx" / "README.md").read_text()
     assert "base_model: owner/Mixtral-2x-AWQ" in card and commit in card
-
-
-@pytest.mark.slow
-def test_commands_of_its_page(awq: Path, tmp_path: Path) -> None:
-    shutil.copytree(awq, tmp_path / awq.name)
-    write_gguf_page(tmp_path)
-    listed = commands("docs/import.md")
-    assert len(listed) > 4
-    for command in listed:
-        run_block("sh", command, tmp_path)
