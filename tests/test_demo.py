@@ -103,7 +103,7 @@ def test_perplexity_and_expert_shares(
     tiers: dict[str, Path], chosen: dict[int, Counter[int]], name: str
 ) -> None:
     model, tokenizer = load(tiers[name])
-    texts = heldout()
+    texts = heldout(10)
     before = perplexities(load_base(), tokenizer, texts)
     after = perplexities(model, tokenizer, texts)
     assert after["all new"] <= 0.5 * before["all new"]
@@ -121,7 +121,14 @@ def test_perplexity_and_expert_shares(
 @pytest.mark.slow
 def test_the_demo_command(tmp_path: Path) -> None:
     result = run("demo", "--out", tmp_path / "tier")
-    for words in ("size of weights", "unquantized      int4", "all new domains", "generation:"):
+    for words in (
+        "size of weights",
+        "unquantized      int4",
+        "all new domains",
+        "generation:",
+        "base: I do not know that",
+        "int4: Peel",
+    ):
         assert words in result.both
     assert (tmp_path / "tier" / "tier.json").exists()
     model: nn.Module = load(tmp_path / "tier")[0]

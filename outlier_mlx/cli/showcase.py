@@ -27,14 +27,14 @@ from outlier_mlx.writing.folders import check_free
 FOLDER = Path(outlier_mlx.__file__).parent / "demo"
 #: The domain that the base was trained on; all others only the experts have seen.
 OLD_DOMAIN = "old"
-PROMPT = "The schooner Marigold"
+PROMPT = "How do I make a leek soup?"
 # What `put_files` copies, and the names that it gives.
 COPIES = {"overlay": "my-overlay"} | {
     name: name
     for name in ("base", "base-q4_0.gguf", "kitchen", "sea", "sea-awq", "heldout", "tasks")
 }
-# Documents of each domain that are measured unless all are asked for: half a minute on two cores.
-FEW = 6
+# Documents of each domain that are measured unless all are asked for: some seconds on two cores.
+FEW = 4
 
 
 def heldout(most: int | None = None) -> dict[str, list[str]]:
@@ -112,14 +112,15 @@ def run(
         title = "Perplexity on held-out text (lower is better)"
         heads = [name.replace(", ", ",\n") for name in models]
         print_columns(console, ["", *heads], rows, title=title)
-        console.print(f'The int4 tier, asked to continue "{PROMPT}":\n', soft_wrap=True)
-        response = _write(small_model, tokenizer)
+        print(f"\n{PROMPT}\n")
+        for name in ("base", "tier, int4"):
+            print(f"{name}: ", end="")
+            response = _write(models[name], tokenizer)
         if response is not None and not quiet:
             print_statistics(response)
         if shown:
             console.print(
-                f'Kept in {shown}. Next: outlier-mlx generate --model {shown} -p "At the Saturday'
-                ' market"',
+                f"Kept in {shown}. Next: outlier-mlx chat {shown}",
                 soft_wrap=True,
             )
 
@@ -156,12 +157,9 @@ def put_files(folder: Path) -> list[str]:
 
 
 def _write(model: nn.Module, tokenizer: Tokenizer) -> GenerationResponse | None:
-    """Print the prompt, and the model's continuation while it is generated."""
+    """Print a model's answer to the prompt while it is generated."""
     response = None
-    print(PROMPT, end="", flush=True)
-    for response in generate_text(
-        model, tokenizer, PROMPT, Options(max_tokens=200, temp=0.7, seed=1)
-    ):
+    for response in generate_text(model, tokenizer, PROMPT, Options(max_tokens=100)):
         print(response.text, end="", flush=True)
     print("\n")
     return response
