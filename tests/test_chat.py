@@ -193,6 +193,13 @@ def test_reset_and_another_system_prompt(loaded: Loaded):
     assert say(conversation, "Hello") == first
 
 
+def test_a_message_that_is_too_long_is_told_in_one_line(tier: Path):
+    told = run("chat", tier, "--max-tokens", 2, input="!" * 600 + "\n", code=1)
+    assert_refused(told, "tokens; the context length is 512; /reset starts")
+    long = run("chat", tier, "--max-tokens", 2, "--max-kv-size", 64, input="!" * 600 + "\n")
+    assert long.out and "context length" not in long.err
+
+
 def test_what_no_template_takes(tier: Path):
     model, tokenizer = outlier_mlx.load(tier)
     tokenizer.eos_token_ids = {1}  # not the template's, too

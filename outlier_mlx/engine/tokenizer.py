@@ -69,6 +69,7 @@ class Tokenizer(TokenizerWrapper):
 
         Most tokenizers put one before every text; then one with which the text begins is that one.
         """
+        options = {"verbose": False} | options  # what is too long is told elsewhere
         tokens: list[int] = self._tokenizer.encode(text, **options)
         if len(tokens) < 2 or tokens[0] != tokens[1]:
             return tokens
