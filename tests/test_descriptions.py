@@ -181,7 +181,8 @@ def test_a_nested_config_says_what_ends_a_text(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "nested", NESTED)
     inner = {"text_config": NESTED["text_config"] | {"eos_token_id": [5, 7]}}
     tokenizer = load_tokenizer(folder, inner)
-    own = {tokenizer.eos_token_id}  # counts, too
+    # The tokenizer's own counts, too, and the one with which its template ends a reply.
+    own = {tokenizer.eos_token_id, *tokenizer.encode("<|im_end|>")}
     assert tokenizer.eos_token_ids - own == {5, 7}
     assert load_tokenizer(folder, inner | {"eos_token_id": [9]}).eos_token_ids - own == {9}
 
