@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from outlier_mlx.cli.running import generation_options
 from outlier_mlx.cli.values import Reader
 from outlier_mlx.engine.generate import Options
 from tests.builders import write_overlay
-from tests.program import COMMANDS, GROUP, assert_refused, run
+from tests.program import COMMANDS, GROUP, ROOT, assert_refused, run
 from tests.screen import on_terminal
 
 # Commands that take one model, with what else they need.
@@ -221,3 +222,27 @@ def test_every_option_of_a_group_arrives() -> None:
 def test_commands_may_have_defaults_of_their_own() -> None:
     assert re.search(r"--temp X .*\[default: 0\.7\]", run("chat", "--help").out, re.DOTALL)
     assert re.search(r"--temp X .*\[default: 0\.0\]", run("serve", "--help").out, re.DOTALL)
+
+
+def options_in(path: Path) -> set[str]:
+    """The options that the texts of a module name."""
+    texts = [
+        node.value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    return {option for text in texts for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)}
+
+
+def test_messages_name_options_that_there_are() -> None:
+    options = {
+        name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+        for name, command in GROUP.commands.items()
+    }
+    foreign = {"--trust-remote-code"}  # mlx-lm's
+    every = set().union(*options.values(), *(p.opts for p in GROUP.params), ["--help"], foreign)
+    package = ROOT / "outlier_mlx"
+    for path in sorted(package.rglob("[!.]*.py")):
+        assert options_in(path) <= every, path
+    for path in [package / "checkpoints/tier.py", *package.glob("checkpoints/export*.py")]:
+        assert options_in(path) <= options["export"], path

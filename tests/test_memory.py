@@ -144,7 +144,7 @@ def test_the_tokens_of_a_prompt_are_counted_whatever_its_script(
 ) -> None:
     from outlier_mlx.engine.loading import load_tokenizer
 
-    prompt = text * 30
+    prompt = text * 10
     tokens = len(load_tokenizer(tier, {}).encode(prompt))
     command = ("generate", tier, "-p", prompt, "-m", 2, "--ignore-chat-template", "--quiet")
     # On a GPU for the estimate alone: the model itself takes more on the CPU.

@@ -121,8 +121,10 @@ def _check_fits(
     except OutlierError:
         if not prompt:
             raise
-        from outlier_mlx.engine.loading import load_tokenizer
+        from outlier_mlx.engine.loading import load_tokenizer, quiet_transformers
         from outlier_mlx.models.config import raw_config
 
         tokenizer = load_tokenizer(folder, raw_config(folder))
-        check(tokens + len(tokenizer.encode(prompt)))
+        with quiet_transformers():
+            count = len(tokenizer.encode(prompt))
+        check(tokens + count)
