@@ -14,6 +14,9 @@ import pytest
 
 import outlier_mlx
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
+from outlier_mlx.measure.outliers import measure
+from outlier_mlx.measure.perplexity import compare
+from outlier_mlx.measure.routing import observe_routing
 from outlier_mlx.measure.tune_alpha import tune_alphas
 from outlier_mlx.models.token_ids import check_ids, check_tokenizer
 from tests.damage import edit_json
@@ -113,7 +116,10 @@ def test_a_tier_with_such_a_tokenizer_is_not_loaded(small_tier: Path, tmp_path: 
     tier = shutil.copytree(small_tier, tmp_path / "tier")
     add_token(tier, 288, "<x>")
     result = run("generate", tier, "--prompt", "the", "--quiet", code=None)
-    assert_refused(result, "tier: tokenizer.json: the token '<x>' has id 288", "has 288 rows")
+    assert_refused(result, "tokenizer.json: the token '<x>' has id 288", "has 288 rows")
+    surround(shutil.copytree(small_tier, tmp_path / "other"), 10**6)
+    with pytest.raises(CheckpointError, match=r"'<far>' has id 1000000, but .* 288 rows"):
+        outlier_mlx.load(tmp_path / "other")
 
 
 @pytest.fixture(scope="module")
@@ -152,22 +158,12 @@ def test_no_prompt_with_such_a_token_reaches_the_model(
     assert result.err.splitlines()[-1].startswith("error: ") and REFUSED in result.err
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "perplexity {} --text text.txt --window 16 --windows 2",
-        "routing {} --text text.txt --window 16 --windows 2",
-        "tune-alpha {} --text text.txt --window 16 --windows 2 --out alpha.json",
-    ],
-)
-def test_nor_one_that_the_tokenizer_adds_itself(
-    line: str, small_tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    surround(shutil.copytree(small_tier, tmp_path / "tier"), FAR)
-    Path("text.txt").write_text(TEXT)
-    result = run(*line.format("tier").split(), "--quiet", code=None)
-    assert_refused(result, f"the text has the token {FAR}", "288 rows")
+def test_nor_a_text_of_tokens_from_elsewhere(small_tier: Path):
+    model, _ = outlier_mlx.load(small_tier)
+    texts = [[1, 2], [3, 288], [4, 5]]
+    for measured in (compare, observe_routing, tune_alphas, measure):
+        with pytest.raises(OutlierError, match=r"the text has the token 288, .* has 288 rows"):
+            measured(model, texts)
 
 
 def test_nor_one_of_a_task(foreign: Path):
@@ -223,4 +219,4 @@ def test_a_prompt_of_tokens(prompt: list[Any], server: Running):
     status, _, answer = server.post({"prompt": prompt, "max_tokens": 2}, "/v1/completions")
     assert status == 400 and answer["error"]["message"]
     ids = {"prompt": [1, ROWS - 1], "max_tokens": 2}
-    assert server.status(ids, "/v1/completions") == 200
+    assert server.post(ids, "/v1/completions")[0] == 200, server.post(ids, "/v1/completions")

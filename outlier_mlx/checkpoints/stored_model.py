@@ -23,7 +23,7 @@ from outlier_mlx.models.families import families
 from outlier_mlx.models.fields import short
 from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.quantization import check_quantization
-from outlier_mlx.models.spelling import normalised
+from outlier_mlx.models.spelling import lifted, normalised
 from outlier_mlx.models.stored import check_tensors
 from outlier_mlx.models.tier_fields import check_fields
 from outlier_mlx.models.token_ids import check_tokenizer
@@ -101,13 +101,13 @@ def _open_tier(folder: Path, raw: dict) -> StoredModel:
 def _open_plain(folder: Path, raw: dict) -> StoredModel:
     check_quantization(raw)
     tensors = read_shards(folder)
-    found = describe(raw)
+    layers = lifted(raw).get("num_hidden_layers")
     # Every layer has a tensor. MLX would build any number of layers, whatever the files hold.
-    if found.layers is not None and found.layers > len(tensors):
+    if isinstance(layers, int) and layers > len(tensors):
         raise CheckpointError(
-            f"{folder}: config.json: {found.layers} layers, but only {len(tensors)} tensors"
+            f"{folder}: config.json: {layers} layers, but only {len(tensors)} tensors"
         )
-    if found.family is None:
+    if describe(raw).family is None:
         return StoredModel(raw, None, tensors)
     if any((folder / name).exists() for name in FORMAT_VERSIONS):
         return _open_made(folder, raw)

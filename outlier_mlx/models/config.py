@@ -40,7 +40,10 @@ TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_e
 _EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size")
 # Model types of this project, and the types of mlx-lm that they extend.
 _MADE_OF = {"ternary_mixtral": "mixtral"}
-_NOT_SPELLED = ("quantization_config", "quantization", "auto_map", "model_file")
+_NOT_SPELLED = (
+    *("quantization_config", "quantization", "auto_map", "model_file"),
+    "rope_traditional",  # transformers does not know it
+)
 
 
 def is_tier(raw: dict) -> bool:
