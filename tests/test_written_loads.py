@@ -204,6 +204,8 @@ def test_any_tokenizer_config(case: tuple[Path, Make], changes: dict[str, Any]) 
         {"eos_token_id": "x"},
         {"eos_token_id": [0, True]},
         {"eos_token_id": -1},
+        {"num_labels": 10**30},  # transformers would make a text for each
+        {"num_labels": "x"},
     ],
     ids=str,
 )

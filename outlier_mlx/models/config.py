@@ -40,6 +40,7 @@ TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_e
 _EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size")
 # Model types of this project, and the types of mlx-lm that they extend.
 _MADE_OF = {"ternary_mixtral": "mixtral"}
+MAX_LABELS = 100_000
 _NOT_SPELLED = (
     *("quantization_config", "quantization", "auto_map", "model_file"),
     "rope_traditional",  # transformers does not know it
@@ -109,6 +110,7 @@ def parse_config(
     if on_base:
         refuse(fields, ROUTING, "is not how overlays choose experts")
     fields.flag("rope_traditional")
+    _check_labels(fields)
     _check_layer_types(fields, values)
     _check_heads(fields, known, values, role)
     end_ids(raw.get("eos_token_id"), where)
@@ -145,6 +147,7 @@ def check_plain(raw: dict, where: str) -> list[str]:
     """
     name = str(raw.get("model_type"))
     known = families().get(_MADE_OF.get(name, name))
+    _check_labels(Fields(raw, where, strict=True))
     if known is None:
         return []
     known.check(Fields(raw, where, strict=True))
@@ -154,6 +157,11 @@ def check_plain(raw: dict, where: str) -> list[str]:
         raise CheckpointError(f"{where}: rope_scaling {short(kind)} is ignored by mlx-lm's {name}")
     _refuse_attention_factor(scaling, where)
     return known.notes(describe(raw))
+
+
+def _check_labels(fields: Fields) -> None:
+    """Refuse more labels than a model has: transformers would make a text for each of them."""
+    fields.size("num_labels", required=False, least=0, most=MAX_LABELS)
 
 
 def _refuse_attention_factor(scaling: Any, where: str) -> None:
