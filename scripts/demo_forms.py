@@ -88,7 +88,9 @@ def write_awq(base: Path, out: Path) -> None:
             stem + "qzeros": _packed(zeros),
             stem + "scales": scales,
         }
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    # save_file writes memory as it lies, so a transposed array would be written wrongly.
+    whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    save_file(whole, out / "model.safetensors", {"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
     quantization = {
         "quant_method": "awq",

@@ -17,9 +17,10 @@ import yaml
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import open_base
 from outlier_mlx.cli.showcase import FOLDER, OLD_DOMAIN, heldout, load_base, perplexities
-from outlier_mlx.engine.loading import load
+from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.runtime.moe import OutlierMoE
 from tests.folders import contents
+from tests.importing import stored_weights
 from tests.library import Library
 from tests.program import assert_refused, run
 from tests.reference import forward
@@ -47,6 +48,18 @@ def test_experts_of_a_layer_differ() -> None:
             for (_, a), (_, b) in zip(one, other, strict=True):
                 same = (a.trits.read() == b.trits.read()).mean()
                 assert same < 0.9
+
+
+@pytest.mark.parametrize(("source", "same"), [("sea-awq", "sea"), ("base-q4_0.gguf", "base")])
+def test_quantized_copies_hold_the_model_s_weights(source: str, same: str, tmp_path: Path) -> None:
+    run("import", FOLDER / source, "--out", tmp_path / "imported")
+    quantized, expected = (
+        stored_weights(load_model(folder)[0]) for folder in (tmp_path / "imported", FOLDER / same)
+    )
+    assert set(quantized) == set(expected)
+    for name, weight in expected.items():
+        error = np.linalg.norm(quantized[name] - weight) / np.linalg.norm(weight)
+        assert error < 0.2, name
 
 
 @pytest.mark.parametrize("name", ["known", "new"])
