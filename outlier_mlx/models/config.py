@@ -42,7 +42,8 @@ _EXPERT_WIDTHS = ("moe_intermediate_size", "expert_intermediate_size")
 _MADE_OF = {"ternary_mixtral": "mixtral"}
 MAX_LABELS = 100_000
 _NOT_SPELLED = (
-    *("quantization_config", "quantization", "auto_map", "model_file"),
+    *("quantization_config", "quantization", "quantize_activations", "auto_map", "model_file"),
+    *("ternary", "ternary_switch"),  # of models of this project, whose writers add them
     "rope_traditional",  # transformers does not know it
 )
 

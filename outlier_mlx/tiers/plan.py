@@ -24,7 +24,7 @@ from outlier_mlx.writing.parts import Part, quantization
 # What belongs to the overlay's packaging, or is rewritten under its usual name.
 _DROPPED = frozenset(
     ["auto_map", "base_model_name_or_path", BASE_TYPE, "v3_pipeline", "v3_checkpoint"]
-    + ["pipeline", "notes", "transformers_version"]
+    + ["ternary_switch", "pipeline", "notes", "transformers_version"]
     + ["hidden_dim", "intermediate_dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"]
     + ["n_experts", "outlier_num_experts", "top_k", "outlier_num_experts_per_tok"]
     + ["moe_layer_indices", "v3_2_moe_layers", "rope_parameters", "torch_dtype", "dtype"]
