@@ -106,7 +106,7 @@ def whole_text(folder: Path) -> str:
 
 
 def killed_at_each_step(
-    tmp_path: Path, *, keep: bool = False, former: bool = True, **how: int
+    tmp_path: Path, *, keep: bool = False, former: bool = True, **how: Any
 ) -> Iterator[tuple[Path, list[str]]]:
     """Places in which a run into `tier` was killed one step later each, and what is beside it.
 

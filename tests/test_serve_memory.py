@@ -130,7 +130,7 @@ def test_a_request_waits_for_memory(tight: Running):
 def test_kept_caches_make_room(tight: Running, cache: int):
     generator = tight.server.generator
     seen = []
-    rest = type(generator.provider.memory).rest
+    rest: Any = type(generator.provider.memory).rest
 
     def look(self: Any) -> Any:
         seen.append((generator.prompt_cache.nbytes, rest.fget(self)))

@@ -302,5 +302,5 @@ def test_metadata_of_gguf(tmp_path: Path, key: str, value: float) -> None:
     except OutlierError as error:
         assert "x.gguf" in str(error) and not (tmp_path / "out").exists()
     else:
-        model, _ = load(tmp_path / "out")
-        assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
+        loaded, _ = load(tmp_path / "out")
+        assert mx.isfinite(loaded(mx.array([[1, 2, 3]]))).all()
