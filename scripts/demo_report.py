@@ -182,10 +182,9 @@ A base of {parameters:,} parameters ({shape.layers} layers, hidden {shape.hidden
 experts of width {shape.expert_width} in each of the layers {", ".join(map(str, shape.moe_layers))},
 of which a token uses {shape.top_k}. The base was trained on simple stories (`old`), on
 conversations about them, and on lists of words in random order, which teach it to spell and to
-copy. It has seen
-no sentence of the other four domains. The experts were trained on stories and conversations of
-those, with the base frozen. All alphas of a layer are stored as one number, {ALPHA:.0%} of the mean
-of the trained ones, so that tuning has something to find.
+copy. It has seen no sentence of the other four domains. The experts were trained on
+stories and conversations of those, with the base frozen. All alphas of a layer are stored as one
+number, {ALPHA:.0%} of the mean of the trained ones, so that tuning has something to find.
 
 `kitchen` and `sea` are small dense models (Llama, 2 layers, hidden 128), tuned from one parent.
 `sea-awq` is the second of them in AutoAWQ's format, and `base-q4_0.gguf` is the base.

@@ -138,7 +138,7 @@ def put_files(folder: Path) -> list[str]:
     names = [*COPIES.values(), "data"]
     for name in names:
         if (folder / name).exists():
-            raise OutputExistsError(f"{folder / name}: exists")
+            raise OutputExistsError(f"{folder / name}: exists; name an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".demo.") as scratch:
         whole = Path(scratch)
