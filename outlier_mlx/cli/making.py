@@ -363,13 +363,13 @@ def demo(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Only copy the embedded overlay, its base and texts into this folder.",
+            help="Only copy the embedded models, texts and tasks into this folder.",
         ),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert the embedded pair, measure it, and write a text with it."""
+    """Convert the embedded pair, measure it, and ask it a question."""
     from outlier_mlx.cli.showcase import put_files, run
 
     if files is not None:
