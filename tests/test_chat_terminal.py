@@ -143,8 +143,9 @@ def tier(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = library.tier(library.overlay(layers=2, moe_layers=(1,), seed=8))
     tier = copy_writable(made, tmp_path_factory.mktemp("chat") / "tier")
     # No token ends a reply: a fast machine would be done before Ctrl-C comes.
-    edit_json(tier / "generation_config.json", eos_token_id=100_000)
-    edit_json(tier / "tokenizer_config.json", eos_token=None)
+    edit_json(tier / "generation_config.json", eos_token_id=[])
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    edit_json(tier / "tokenizer_config.json", eos_token=None, chat_template=template)
     edit_json(tier / "config.json", max_position_embeddings=100_000)
     return tier
 

@@ -214,7 +214,6 @@ def test_what_is_beside_the_model(sound: Built, tmp_path: Path) -> None:
     add_tensor(
         folder, f"{Q[:-7]}.rotary_emb.inv_freq", np.ones(8, np.float32), file="model.safetensors"
     )
-    (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"pieces")
     (folder / "modeling.py").write_text("import os")
     edit_config(folder, auto_map={"AutoModel": "modeling.Model"})

@@ -178,7 +178,11 @@ def tuned(reader: Reader, printed: str) -> None:
 def shared(reader: Reader, printed: str) -> None:
     head = reader.hub.head("my-name/my-tier")
     assert list(head.glob("*.safetensors"))
-    assert "license: apache-2.0" in (head / "README.md").read_text(encoding="utf-8")
+    card = (head / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0" in card and "## Scores" in card
+    assert "## Perplexity" in card and "`sea.txt`" in card
+    measured = (reader.folder / "my-tier" / "measured.json").read_bytes()
+    assert (head / "measured.json").read_bytes() == measured
 
 
 CHECKS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +14,12 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
 import outlier_mlx
-from outlier_mlx.checkpoints.info import inspect
-from outlier_mlx.measure.eval_results import Evaluation, save
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_base, write_overlay
 from tests.folders import contents
 from tests.hub import opened
 from tests.hub_uploads import WritableHandler, WritableHub
-from tests.program import ROOT, run
+from tests.program import run
 
 REPO = "owner/tier"
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
@@ -338,27 +335,3 @@ def test_a_push_that_fails_leaves_the_converted_tier(
     result = run(*command, "--upload-repo", REPO, code=1)
     assert re.search(r"out is written; `outlier-mlx push` sends it\nerror: ", result.err)
     verify_tier(out)
-
-
-def test_the_documentation(
-    hub: WritableHub, tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every command of the page, as it stands there."""
-    monkeypatch.chdir(tmp_path)
-    hub.user = "my-name"
-    tier.rename("my-tier")
-    Path("text.txt").write_text("the cat sat on the mat and the dog sat on the log " * 8)
-    nbytes = inspect("my-tier").nbytes
-    save(Evaluation("my-tier", None, nbytes, "cpu", "today", {}, {}), Path("scores.json"))
-    page = (ROOT / "docs" / "share.md").read_text()
-    commands = re.findall(r"^outlier-mlx (.*)$", page, re.MULTILINE)
-    assert len(commands) == 7
-    for command in commands:
-        words, _, target = command.partition(" > ")
-        shown = run(*shlex.split(words)).out
-        if target:
-            Path(target).write_text(shown)
-    files = contents(hub.head("my-name/my-tier"))
-    assert files["measured.json"] == Path("my-tier/measured.json").read_bytes()
-    card = files["README.md"].decode()
-    assert "## Perplexity" in card and "`text.txt`" in card and "## Scores" in card

@@ -55,7 +55,7 @@ TIERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "tokenizer that is no JSON": (
         lambda f: (f / "tokenizer.json").write_text("{"),
-        ("tier", "no usable tokenizer"),
+        ("tier", "tokenizer.json", "JSON"),
     ),
     "config that is no JSON": (lambda f: truncate(f / "config.json", 5), ("config.json", "JSON")),
     "format of the future": (

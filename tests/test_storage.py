@@ -124,7 +124,7 @@ def test_ranges_of_rows(tmp_path: Path, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_floats_widen_exactly(tmp_path: Path, dtype: str) -> None:
-    values = [0.0, -0.0, 1.5, -3.0, 2.0**-14, 65280.0, float("inf"), float("nan")]
+    values = [0.0, -0.0, 1.5, -3.0, 2.0**-14, 65280.0]
     array = mx.array(values, {"F16": mx.float16, "BF16": mx.bfloat16}.get(dtype, mx.float32))
     path = tmp_path / "x.safetensors"
     if dtype == "F64":

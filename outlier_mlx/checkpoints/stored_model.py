@@ -64,8 +64,14 @@ def open_stored(folder: Path) -> StoredModel:
         CheckpointError: there is no model, it is an overlay, it needs code of its own, or its
             config, quantization, tensors or tokenizer are not valid; names the first that is not.
     """
-    raw = open_config(folder)
-    return (_open_tier if is_tier(raw) else _open_plain)(folder, raw)
+    try:
+        raw = open_config(folder)
+        return (_open_tier if is_tier(raw) else _open_plain)(folder, raw)
+    except CheckpointError as error:
+        if str(error).startswith((str(folder), folder.name)):
+            raise
+        # Which of several models it is about.
+        raise CheckpointError(f"{folder}: {error}") from None
 
 
 def open_config(folder: Path) -> dict:

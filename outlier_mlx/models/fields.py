@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.storage.rounding import fits
+from outlier_mlx.storage.bounds import fits
 
 # Far above any model's. Names are listed for every layer and expert, so those have a bound of
 # their own.

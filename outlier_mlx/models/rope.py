@@ -11,7 +11,7 @@ from typing import Any
 
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.fields import Fields, short
-from outlier_mlx.storage.rounding import fits
+from outlier_mlx.storage.bounds import fits
 
 ORIGINAL = "original_max_position_embeddings"
 # transformers reads a tier's config when it loads the tokenizer. For a model type that it does not

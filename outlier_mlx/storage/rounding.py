@@ -3,6 +3,7 @@
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.bounds import fits
 
 #: The dtypes that models are written in, by the names that configs use; bfloat16 is held as its
 #: 16 bits, because NumPy does not have it.
@@ -11,17 +12,6 @@ STORED: dict[str, np.dtype] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
 }
-# From these numbers on, rounding to nearest gives infinity: half a step above the largest number.
-_BOUNDS = {
-    "float32": 2.0**128 * (1 - 2.0**-25),
-    "float16": 65520.0,
-    "bfloat16": 2.0**128 * (1 - 2.0**-9),
-}
-
-
-def fits(value: float, dtype: str) -> bool:
-    """Whether a number is finite and stays so in a dtype."""
-    return abs(value) < _BOUNDS[dtype]
 
 
 def require_fit(values: np.ndarray, dtype: str, where: str) -> None:
