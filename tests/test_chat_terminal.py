@@ -146,7 +146,7 @@ def tier(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
     edit_json(tier / "generation_config.json", eos_token_id=[])
     template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     edit_json(tier / "tokenizer_config.json", eos_token=None, chat_template=template)
-    edit_json(tier / "config.json", max_position_embeddings=100_000)
+    edit_json(tier / "config.json", max_position_embeddings=100_000, eos_token_id=[])
     return tier
 
 
