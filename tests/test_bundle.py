@@ -164,6 +164,7 @@ def test_mlx_lm_alone_generates_the_same_text(
         theirs = [python, "-m", "mlx_lm", "generate", "--trust-remote-code", "--verbose", "False"]
         text = run(*theirs, *flags, cwd=tmp_path)
         ours = run(sys.executable, "-m", "outlier_mlx", "generate", *flags, "--quiet", cwd=ROOT)
-        assert text == ours and len(text) > 20
+        # mlx-lm's detokenizer drops the blank that a text begins with.
+        assert text == ours.removeprefix(" ") and len(text) > 20
         refused = run_command(*theirs[:4], *flags, code=None)
         assert refused.code != 0  # without the flag, nothing of the tier runs

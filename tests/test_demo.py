@@ -136,7 +136,7 @@ def test_the_demo_command(tmp_path: Path) -> None:
     result = run("demo", "--out", tmp_path / "tier")
     for words in (
         "size of weights",
-        "unquantized      int4",
+        "unquantized    int4",
         "all new domains",
         "generation:",
         "base: I do not know that",

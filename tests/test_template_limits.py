@@ -106,7 +106,9 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def assert_ended(template: str, reason: str) -> None:
     with pytest.raises(TemplateError) as told:
         render_within_limits(template, {"messages": []})
-    assert reason in str(told.value)
+    # How fast the machine is decides which of these limits comes first.
+    reasons = (MEMORY, TIME) if reason in (MEMORY, TIME) else (reason,)
+    assert any(words in str(told.value) for words in reasons)
     assert len(str(told.value)) < 500
     assert render_within_limits("{{ n + 1 }}", {"n": 1}) == "2"
 

@@ -45,7 +45,7 @@ def test_contents(wheel: Path):
     assert "outlier-mlx = outlier_mlx.cli:main" in points
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert wheel.stat().st_size < 10e6
+    assert wheel.stat().st_size < 12e6
 
 
 @pytest.mark.slow
@@ -64,4 +64,4 @@ def test_installed_alone(wheel: Path, tmp_path: Path):
     here = [sys.executable, "-m", "outlier_mlx", "generate", "--model", tmp_path / "tier"]
     assert text == run(*here, *flags, cwd=ROOT) and text.strip()
     trusted = ["--trust-remote-code", "--verbose", "False", "--model", "tier", *flags[:-1]]
-    assert run(python, "-m", "mlx_lm", "generate", *trusted, cwd=tmp_path) == text
+    assert run(python, "-m", "mlx_lm", "generate", *trusted, cwd=tmp_path) == text.removeprefix(" ")

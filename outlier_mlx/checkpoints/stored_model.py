@@ -135,7 +135,7 @@ def _open_made(folder: Path, raw: dict) -> StoredModel:
 
 
 def _open_checked(folder: Path, config: ModelConfig) -> StoredModel:
-    _check_ends(folder, config)
+    check_ends(folder, config.raw, config.vocab)
     tensors = read_shards(folder)
     check_tensors(config, tensors)
     check_tokenizer(folder, config.vocab)
@@ -174,19 +174,23 @@ def _check_quantization(raw: dict) -> None:
             raise CheckpointError(f"config.json: quantization: {name[:80]} is {short(how)}")
 
 
-def _check_ends(folder: Path, config: ModelConfig) -> None:
-    """Check the tokens that end a text: in config.json, and in generation_config.json."""
-    said = {"config.json": config.raw}
+def check_ends(folder: Path, raw: dict, vocab: int) -> None:
+    """Check the tokens that end a text: in config.json, and in generation_config.json.
+
+    Raises:
+        CheckpointError: one is not a number of a token below `vocab`.
+    """
+    said = {"config.json": raw}
     if (folder / "generation_config.json").exists():
         path = inside(folder, "generation_config.json")
         said[path.name] = read_json(path)
     for file, fields in said.items():
         value = fields.get("eos_token_id")
         for number in value if isinstance(value, list) else [] if value is None else [value]:
-            if type(number) is not int or not 0 <= number < config.vocab:
+            if type(number) is not int or not 0 <= number < vocab:
                 raise CheckpointError(
                     f"{file}: eos_token_id is {short(value)}, expected numbers of tokens below"
-                    f" {config.vocab}"
+                    f" {vocab}"
                 )
 
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
-from outlier_mlx.checkpoints.stored_model import StoredModel, open_config, open_stored
+from outlier_mlx.checkpoints.stored_model import StoredModel, check_ends, open_config, open_stored
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -180,6 +180,8 @@ def check_loads(folder: Path) -> None:
         with warnings.catch_warnings():  # they were given when the sources were read
             warnings.simplefilter("ignore", CheckpointWarning)
             config = _checked_config(folder)
+        if (vocab := describe(config).vocab) is not None:
+            check_ends(folder, config, vocab)
         _, config = mlx_lm_load_model(
             folder,
             lazy=True,
