@@ -169,11 +169,24 @@ def draw(rows: "torch.Tensor", count: int, seed: int) -> "torch.Tensor":
     return rows[torch.randint(len(rows), (count,), generator=rng)]
 
 
+def next_token_loss(
+    weights: "Weights", shape: "Shape", batch: "torch.Tensor"
+) -> "tuple[torch.Tensor, str]":
+    """Mean next-token loss on rows ``(rows, WINDOW + 1)``, and a text for the progress line."""
+    import demo_model
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, _ = demo_model.forward(weights, shape, batch[:, :-1])
+    loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    return loss, f"loss {loss.item():.3f}"
+
+
 def train_base(plan: Plan, shape: "Shape", tokenizer: "Tokenizer", work: Path) -> Stage:
     """Next-token training on old text, and on word lists so that every token occurs."""
     import demo_model
     import torch
-    from torch.nn.functional import cross_entropy
 
     stage = Stage("base", demo_model.init_base(shape, plan.seed), plan, work)
     if stage.step < plan.base_steps:
@@ -189,11 +202,7 @@ def train_base(plan: Plan, shape: "Shape", tokenizer: "Tokenizer", work: Path) -
         batch = torch.cat([draw(rows, plan.rows - aside, seed), draw(list_rows, aside, seed)])
         if step % 2 and step > plan.base_steps // 2:
             weights = demo_model.int4_base(weights)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, _ = demo_model.forward(weights, shape, batch[:, :-1])
-        logits = logits.float()
-        loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        return loss, f"loss {loss.item():.3f}"
+        return next_token_loss(weights, shape, batch)
 
     stage.run(plan.base_steps, plan.base_rate, loss_of)
     return stage
@@ -257,7 +266,6 @@ def train_sibling(
     """Train a small Llama on ``domain`` from ``parent``; without one, on all siblings' domains."""
     import demo_model
     import torch
-    from torch.nn.functional import cross_entropy
 
     shape = sibling_shape(tokenizer)
     start = parent or demo_model.init_base(shape, plan.seed + 6)
@@ -270,10 +278,7 @@ def train_sibling(
     def loss_of(step: int, weights: "Weights") -> "tuple[torch.Tensor, str]":
         assert rows is not None
         batch = draw(rows, plan.rows, plan.seed * 3_000_017 + step)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, _ = demo_model.forward(weights, shape, batch[:, :-1])
-        loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        return loss, f"loss {loss.item():.3f}"
+        return next_token_loss(weights, shape, batch)
 
     return stage.run(steps, plan.base_rate / (4 if parent else 1), loss_of)
 

@@ -26,7 +26,7 @@ from outlier_mlx.models.quantization import check_quantization
 from outlier_mlx.models.spelling import lifted, normalised
 from outlier_mlx.models.stored import check_tensors
 from outlier_mlx.models.tier_fields import check_fields
-from outlier_mlx.models.token_ids import check_tokenizer
+from outlier_mlx.models.token_ids import check_tokenizer, end_ids
 from outlier_mlx.runtime.affine2 import ROWS, check_experts
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.safetensors import TensorRef
@@ -68,7 +68,9 @@ def open_stored(folder: Path) -> StoredModel:
         raw = open_config(folder)
         return (_open_tier if is_tier(raw) else _open_plain)(folder, raw)
     except CheckpointError as error:
-        if str(error).startswith((str(folder), folder.name)):
+        if str(error).startswith(
+            (f"{folder}: ", f"{folder}/", f"{folder.name}: ", f"{folder.name}/")
+        ):
             raise
         # Which of several models it is about.
         raise CheckpointError(f"{folder}: {error}") from None
@@ -186,12 +188,10 @@ def check_ends(folder: Path, raw: dict, vocab: int) -> None:
         said[path.name] = read_json(path)
     for file, fields in said.items():
         value = fields.get("eos_token_id")
-        for number in value if isinstance(value, list) else [] if value is None else [value]:
-            if type(number) is not int or not 0 <= number < vocab:
-                raise CheckpointError(
-                    f"{file}: eos_token_id is {short(value)}, expected numbers of tokens below"
-                    f" {vocab}"
-                )
+        if any(number >= vocab for number in end_ids(value, file)):
+            raise CheckpointError(
+                f"{file}: eos_token_id is {short(value)}, expected numbers of tokens below {vocab}"
+            )
 
 
 def _is_mlx(raw: dict) -> bool:

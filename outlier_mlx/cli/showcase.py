@@ -119,10 +119,7 @@ def run(
         if response is not None and not quiet:
             print_statistics(response)
         if shown:
-            console.print(
-                f"Kept in {shown}. Next: outlier-mlx chat {shown}",
-                soft_wrap=True,
-            )
+            console.print(f"Kept in {shown}. Next: outlier-mlx chat {shown}", soft_wrap=True)
 
 
 def put_files(folder: Path) -> list[str]:
