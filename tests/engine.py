@@ -140,19 +140,23 @@ def greedy_cached(
 def pack_rows(trits: Array) -> Array:
     """The row layout by its definition: trits (..., in) -> (..., row_bytes) uint8."""
     width = trits.shape[-1]
-    count = -(-width // 5)
-    digits = np.ones((*trits.shape[:-1], count, 5), np.int64)
-    digits.reshape(*trits.shape[:-1], -1)[..., :width] = trits + 1
-    q = digits @ 3 ** np.arange(4, -1, -1)
-    rows = np.full((*trits.shape[:-1], -(-count // 4) * 4), 128, np.uint8)
-    rows[..., :count] = (256 * q + 242) // 243
-    return rows
+    size = -(-width // 80) * 16
+    digits = np.ones((*trits.shape[:-1], 5 * size), np.int64)
+    digits[..., :width] = trits + 1
+    q = 3 ** np.arange(4, -1, -1) @ digits.reshape(*trits.shape[:-1], 5, size)
+    return ((256 * q + 242) // 243).astype(np.uint8)
+
+
+def unpack_rows(rows: Array, width: int) -> Array:
+    """The trits of any bytes: (..., row_bytes) uint8 -> (..., in) int8."""
+    powers = 3 ** np.arange(1, 6)[:, None]
+    digits = rows[..., None, :].astype(np.int64) * powers // 256 % 3
+    return (digits.reshape(*rows.shape[:-1], -1)[..., :width] - 1).astype(np.int8)
 
 
 def rows_to_dense(rows: mx.array, scales: mx.array, in_features: int) -> mx.array:
     """Rows (..., out, row_bytes) times their scales (..., out): (..., out, in) float32."""
-    digits = np.arange(256)[:, None] * 3 ** np.arange(1, 6) // 256 % 3
-    trits = (digits[np.array(rows)] - 1).reshape(*rows.shape[:-1], -1)[..., :in_features]
+    trits = unpack_rows(np.array(rows), in_features)
     return mx.array(trits.astype(np.float32)) * scales[..., None]
 
 

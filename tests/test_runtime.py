@@ -11,19 +11,23 @@ from hypothesis import strategies as st
 from outlier_mlx.runtime import switch
 from outlier_mlx.runtime.affine2 import (
     affine_group,
-    byte_digits,
     padded_width,
     row_bytes,
     rows_to_affine2,
 )
 from outlier_mlx.runtime.switch import TernarySwitchLinear
-from tests.engine import pack_rows, random_experts, rows_to_dense, swiglu_experts
+from tests.engine import (
+    pack_rows,
+    random_experts,
+    rows_to_dense,
+    swiglu_experts,
+    unpack_rows,
+)
 from tests.goldens import require_shared
 from tests.reference import Array
 from tests.tensor_file import read_arrays
 
 # The n-th digit of a byte, as a fraction of 256 in base 3, and the bytes that a packer writes.
-DIGITS = np.arange(256)[:, None] * 3 ** np.arange(1, 6) // 256 % 3
 MEANT = np.array([(256 * q + 242) // 243 for q in range(243)])
 
 
@@ -41,18 +45,22 @@ def dequantized(rows: Array, scales: Array, width: int) -> Array:
 def test_every_byte():
     table = read_arrays(require_shared() / "goldens/codec/gguf_tq1_0_byte_table.safetensors")
     trits, canonical = table["digits"], table["canonical"].astype(bool)
-    assert [byte_digits(b) for b in range(256)] == (trits + 1).tolist() == DIGITS.tolist()
     np.testing.assert_array_equal(np.flatnonzero(canonical), MEANT)
-    rows, ones = np.arange(256, dtype=np.uint8)[:, None], np.ones(256, np.float32)
-    np.testing.assert_array_equal(dequantized(rows, ones, 5), trits)
+    rows, ones = np.arange(256, dtype=np.uint8).reshape(16, 16), np.ones(16, np.float32)
+    expected = trits.reshape(16, 16, 5).swapaxes(1, 2).reshape(16, 80)
+    np.testing.assert_array_equal(unpack_rows(rows, 80), expected)
+    np.testing.assert_array_equal(dequantized(rows, ones, 80), expected)
 
 
 def test_every_byte_that_a_packer_writes():
     digits = np.stack(np.meshgrid(*[[-1, 0, 1]] * 5, indexing="ij"), -1).reshape(-1, 5)
-    rows = pack_rows(digits)
+    trits = np.zeros((243, 80), np.int64)
+    trits[:, ::16] = digits  # byte 0 has the trits 0, 16, 32, 48 and 64
+    rows = pack_rows(trits)
     np.testing.assert_array_equal(rows[:, 0], MEANT)
+    assert (rows[:, 1:] == 128).all()
     ones = np.ones(243, np.float32)
-    np.testing.assert_array_equal(dequantized(rows, ones, 5), digits)
+    np.testing.assert_array_equal(dequantized(rows, ones, 80), trits)
 
 
 @pytest.mark.parametrize("start", range(1, 201, 25))
@@ -73,7 +81,7 @@ def test_any_rows(data: st.DataObject, width: int):
     rows = np.frombuffer(data.draw(st.binary(min_size=2 * size, max_size=2 * size)), np.uint8)
     scale = data.draw(st.floats(0, 2.0**126, width=32))
     scales = np.array([scale, 1], np.float32)
-    trits = DIGITS[rows.reshape(2, size)].reshape(2, -1)[:, :width] - 1
+    trits = unpack_rows(rows.reshape(2, size), width)
     dense = scales[:, None] * trits
     np.testing.assert_array_equal(dequantized(rows.reshape(2, size), scales, width), dense)
 
@@ -88,7 +96,7 @@ def ternary_linear(width: int, out: int, experts: int) -> tuple[TernarySwitchLin
     scales = np.exp(rng.standard_normal((experts, out))).astype(np.float32)
     layer = TernarySwitchLinear(width, out, experts)
     layer.load_weights([("weight", mx.array(rows)), ("scales", mx.array(scales))])
-    trits = DIGITS[rows].reshape(experts, out, -1)[..., :width] - 1
+    trits = unpack_rows(rows, width)
     return layer, scales[..., None].astype(np.float64) * trits
 
 

@@ -1,8 +1,9 @@
-"""Convert ternary rows (`tq1_0_rows`) exactly to MLX's affine 2-bit format.
+"""Convert ternary rows (`tq1_0_strided`) exactly to MLX's affine 2-bit format.
 
 A trit t with digit d = t + 1 and row scale s is the affine 2-bit weight s * d - s. MLX packs
-sixteen 2-bit codes into a 32-bit word, the first in the lowest bits. Rows hold five trits in a
-byte: byte / 256 is a fraction whose base-3 digits are the trits plus 1, most significant first.
+sixteen 2-bit codes into a 32-bit word, the first in the lowest bits. A row of B bytes holds five
+trits in a byte: byte j holds the trits j, B + j, 2B + j, 3B + j and 4B + j. byte / 256 is a
+fraction whose base-3 digits are the trits plus 1, most significant first.
 """
 
 from math import gcd
@@ -10,10 +11,13 @@ from math import gcd
 import mlx.core as mx
 
 # The formats of ternary experts that this code runs: packed rows, and MLX's own 2-bit format.
-ROWS = "tq1_0_rows"
+ROWS = "tq1_0_strided"
 EXPERT_FORMATS = (ROWS, "affine2")
-EXPERT_FORMAT_VERSION = 1
+EXPERT_FORMAT_VERSION = 2
 TRITS_PER_BYTE = 5
+# Bytes of a row are a multiple of this, so that a lane loads 16 bytes, and so that the codes of
+# each digit fill whole words.
+ROW_MULTIPLE = 16
 # The smallest and the largest of MLX's affine group sizes, which are powers of 2.
 SMALLEST_GROUP, LARGEST_GROUP = 32, 128
 
@@ -29,6 +33,11 @@ def check_experts(stored: dict, formats: tuple[str, ...] = EXPERT_FORMATS) -> No
         ValueError: another format or version.
     """
     name, version = stored.get("format"), stored.get("version")
+    if name == "tq1_0_rows" or (name in EXPERT_FORMATS and version == 1):
+        raise ValueError(
+            f"ternary format {name!r} version {version!r} was made by outlier-mlx 0.1:"
+            " convert the overlay again"
+        )
     if name not in formats or version != EXPERT_FORMAT_VERSION:
         raise ValueError(
             f"ternary format {name!r} version {version!r} is not supported: expected"
@@ -37,8 +46,8 @@ def check_experts(stored: dict, formats: tuple[str, ...] = EXPERT_FORMATS) -> No
 
 
 def row_bytes(in_features: int) -> int:
-    """Bytes of a row of `in_features` trits: five trits per byte, padded to a multiple of 4."""
-    return -(-in_features // (4 * TRITS_PER_BYTE)) * 4
+    """Bytes of a row of `in_features` trits: five trits per byte, padded to a multiple of 16."""
+    return -(-in_features // (ROW_MULTIPLE * TRITS_PER_BYTE)) * ROW_MULTIPLE
 
 
 def padded_width(in_features: int) -> int:
@@ -49,16 +58,6 @@ def padded_width(in_features: int) -> int:
 def affine_group(in_features: int) -> int:
     """The largest affine group size that divides the padded width."""
     return gcd(padded_width(in_features), LARGEST_GROUP)
-
-
-def byte_digits(byte: int) -> list[int]:
-    """The five digits (0, 1, 2) of a row byte: each time the byte is tripled, one carries out."""
-    digits = []
-    for _ in range(TRITS_PER_BYTE):
-        byte *= 3
-        digits.append(byte >> 8)
-        byte &= 255
-    return digits
 
 
 def rows_to_affine2(
@@ -76,17 +75,18 @@ def rows_to_affine2(
         the dtype of `scales`; `padded_width` and `affine_group` give the sizes. Columns from
         `in_features` on have no meaning: pad x with zeros.
     """
-    padded = padded_width(in_features)
-    # 16 bytes have 80 digits of 2 bits, which fill 5 words of 32 bits.
-    spare = -rows.shape[-1] % 16
-    rows = mx.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, spare)])
-    table = mx.array(
-        [sum(d << 2 * n for n, d in enumerate(byte_digits(b))) for b in range(256)], mx.uint32
-    )
-    codes = mx.unflatten(table[rows], -1, (-1, 16))  # (..., out, blocks, 16), 10 bits each
-    words = mx.stack([_word(codes, n) for n in range(5)], axis=-1)
-    weight = mx.flatten(words, -2)[..., : padded // 16]
-    missing = padded // 16 - weight.shape[-1]
+    words = padded_width(in_features) // 16
+    # Two registers of 16 bits a byte: multiplying by 3 carries the next digit into bits 8 and 9.
+    four = rows.view(mx.uint32)
+    even, odd = four & 0x00FF00FF, (four >> 8) & 0x00FF00FF
+    planes = []
+    for _ in range(TRITS_PER_BYTE):
+        even, odd = even * 3, odd * 3
+        pairs = ((even >> 8) & 0x00030003) | ((odd >> 6) & 0x000C000C)
+        planes.append((pairs | (pairs >> 12)).astype(mx.uint8).view(mx.uint32))
+        even, odd = even & 0x00FF00FF, odd & 0x00FF00FF
+    weight = mx.concatenate(planes, axis=-1)[..., :words]  # digit n has the columns from n B on
+    missing = words - weight.shape[-1]
     if missing > 0:
         weight = mx.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, missing)])
     return mx.contiguous(weight), *spread_scales(scales, in_features)
@@ -132,13 +132,3 @@ def spread_scales(scales: mx.array, in_features: int) -> tuple[mx.array, mx.arra
     groups = padded_width(in_features) // affine_group(in_features)
     scale = mx.repeat(scales[..., None], groups, axis=-1)
     return scale, -scale
-
-
-def _word(codes: mx.array, n: int) -> mx.array:
-    word = mx.zeros(codes.shape[:-1], mx.uint32)
-    for i in range(16):
-        shift = 10 * i - 32 * n
-        if -10 < shift < 32:
-            code = codes[..., i]
-            word = word | (code << shift if shift >= 0 else code >> -shift)
-    return word

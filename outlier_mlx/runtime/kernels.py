@@ -1,6 +1,6 @@
 """Launchers of the Metal kernels: check the arguments, then choose grid and template arguments.
 
-Rows of trits have the layout `tq1_0_rows` (affine2.py). The text of each kernel in `kernels/`
+Rows of trits have the layout `tq1_0_strided` (affine2.py). The text of each kernel in `kernels/`
 describes its arguments.
 """
 

@@ -32,7 +32,7 @@ class AffineCopy:
 class TernarySwitchLinear(nn.Module):
     """`num_experts` linear layers with ternary weights, five trits in a byte.
 
-    Parameters, both frozen: `weight` (experts, out, row_bytes) uint8 in the layout `tq1_0_rows`,
+    Parameters, both frozen: `weight` (experts, out, row_bytes) uint8 in the layout `tq1_0_strided`,
     and `scales` (experts, out) float32.
     """
 
