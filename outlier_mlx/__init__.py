@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from outlier_mlx.checkpoints import open_overlay
     from outlier_mlx.engine.loading import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["convert", "load", "open_overlay", "ternary"]
 

@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 40,
-    "ternary": {"format": "tq1_0_rows", "version": 1},
+    "ternary": {"format": "tq1_0_strided", "version": 2},
 }
 
 

@@ -107,7 +107,7 @@ def test_names_are_printed_as_they_are(place: Path, tmp_path: Path) -> None:
     stderr = run("convert", place / "overlay", "--out", out).err
     assert stderr.startswith(f"{shown}: q4") and f"[/{shown} from" in stderr
     stdout = run("info", out).out
-    assert stdout.startswith(f"{shown}: tier (tq1_0_rows)\n")
+    assert stdout.startswith(f"{shown}: tier (tq1_0_strided)\n")
     edit_config(out, model_type="\x1b[31mred\nand more")
     assert "\x1b" not in run("info", out).out
     overlay = write_overlay(tmp_path / "overlay", layers=1, moe_layers=(0,)).path

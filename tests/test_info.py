@@ -138,7 +138,7 @@ def test_tiers_have_the_parameters_of_their_overlay(
     tier = outlier_mlx.convert(overlay.path, out=tmp_path / "tier", **options)
     info = inspect(tier)
     assert info.kind == "tier"
-    assert info.form == ("affine2" if "experts" in options else "tq1_0_rows")
+    assert info.form == ("affine2" if "experts" in options else "tq1_0_strided")
     assert params(info) == PARAMS
     assert info.active_params == TOTAL - PARAMS["experts"] * (EXPERTS - TOP_K) // EXPERTS
     assert info.nbytes == stored_bytes(tier)
@@ -167,8 +167,8 @@ def test_bits_per_weight(overlay: Built, tmp_path: Path) -> None:
     rows = {row.kind: row for row in info.rows}
     # 4 bits, and two bfloat16 numbers for 64 weights
     assert rows["head"].bits_per_weight == rows["shared FFN"].bits_per_weight == 4.5
-    # gate and up: 64 trits in 16 bytes; down: 96 in 20; float32 scales
-    packed = 2 * WIDTH * (16 + 4) + HIDDEN * (20 + 4)
+    # gate and up: 64 trits in 16 bytes; down: 96 in 32; float32 scales
+    packed = 2 * WIDTH * (16 + 4) + HIDDEN * (32 + 4)
     assert rows["experts"].nbytes == MOE * EXPERTS * packed
     assert rows["experts"].bits_per_weight == 8 * packed / (3 * HIDDEN * WIDTH)
     assert info.quantization == {"bits": 4, "group_size": 64}
@@ -196,7 +196,7 @@ def test_json_has_numbers_as_numbers(overlay: Built, tmp_path: Path) -> None:
     assert {key: value for key, value in read.items() if not isinstance(value, int)} == {
         "name": "tier",
         "kind": "tier",
-        "form": "tq1_0_rows",
+        "form": "tq1_0_strided",
         "architecture": "outlier_moe",
         "base_architecture": "qwen2",
         "dtype": "bfloat16",
@@ -258,7 +258,7 @@ ODD: dict[str, dict[str, Any]] = {
     "quantization is a list": {"quantization": [4, 64]},
     "bits are text": {"quantization": {"bits": "four", "group_size": 64}},
     "no bits": {"quantization": {"bits": 0, "group_size": 64}},
-    "ternary is text": {"ternary": "tq1_0_rows"},
+    "ternary is text": {"ternary": "tq1_0_strided"},
     "experts are text": {"num_experts": "many"},
     "experts are a list": {"num_experts": [4]},
     "no width": {"moe_intermediate_size": None},

@@ -36,7 +36,7 @@ def layer(
 ) -> OutlierMoE:
     """A MoE layer with random weights of every kind, ready for the CPU, in evaluation mode."""
     mx.random.seed(0)
-    block = OutlierMoE(MLP(hidden, 80), hidden, width, experts, k, "tq1_0_rows")
+    block = OutlierMoE(MLP(hidden, 80), hidden, width, experts, k, "tq1_0_strided")
     block.gate.weight = mx.random.normal((experts, hidden)) / hidden**0.5
     block.alpha = mx.random.normal((experts,))
     for seed, name in enumerate(("gate", "up", "down")):

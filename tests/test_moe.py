@@ -40,7 +40,7 @@ def test_top_experts(data: st.DataObject, experts: int, seed: int):
 def moe_block(experts: int = 5, top_k: int = 2, hidden: int = 64) -> OutlierMoE:
     """A block with random weights of every kind."""
     mx.random.seed(experts)
-    block = OutlierMoE(MLP(hidden, 96), hidden, 64, experts, top_k, "tq1_0_rows")
+    block = OutlierMoE(MLP(hidden, 96), hidden, 64, experts, top_k, "tq1_0_strided")
     block.switch_mlp = swiglu_experts(hidden, 64, experts)
     block.gate.weight = mx.random.normal((experts, hidden)) / hidden**0.5
     block.alpha = mx.random.normal((experts,))

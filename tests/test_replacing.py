@@ -22,6 +22,7 @@ from outlier_mlx.errors import OutputExistsError
 from outlier_mlx.writing.folders import check_free, whole_folder
 from outlier_mlx.writing.interrupts import undivided
 from outlier_mlx.writing.manifest import check_files, find_manifest
+from tests.damage import edit_json
 from tests.folders import names, snapshot, text_of, write_ours
 from tests.program import assert_refused, run
 
@@ -323,8 +324,8 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "empty": (lambda _: {}, "no list of files"),
     "a list": (lambda _: [], "JSON"),
     "scores": (lambda _: {"format": "outlier-mlx evaluation 1"}, "no list of files"),
-    "another version": (lambda m: m | {"format_version": 2}, "format_version 2, expected 1"),
-    "no version": (lambda m: {k: m[k] for k in m if k != "format_version"}, "None, expected 1"),
+    "another version": (lambda m: m | {"format_version": 3}, "format_version 3, expected 2"),
+    "no version": (lambda m: {k: m[k] for k in m if k != "format_version"}, "None, expected 2"),
     "a file less": (
         lambda m: m | {"files": {k: v for k, v in m["files"].items() if k != "tokenizer.json"}},
         "holds tokenizer.json, which tier.json does not list",
@@ -341,6 +342,13 @@ def test_a_manifest_that_is_not_of_this_folder(here: Path, name: str) -> None:
     refused = run("convert", "overlay", "--out", "tier", "--force", code=1)
     assert_refused(refused, "tier: ", reason, "--force replaces only what outlier-mlx wrote")
     assert snapshot(here) == before
+
+
+def test_a_tier_of_version_1_is_replaced(here: Path) -> None:
+    manifest = here / "tier" / "tier.json"
+    edit_json(manifest, format_version=1, producer="outlier-mlx 0.1.0")
+    run("convert", "overlay", "--out", "tier", "--force")
+    assert json.loads(manifest.read_text())["format_version"] == 2
 
 
 def test_files_beside_the_model_are_named(here: Path) -> None:

@@ -69,8 +69,19 @@ def quantization(**changes: Any) -> dict[str, Any]:
 
 AFFINE = {"group_size": 32, "bits": 4, "mode": "affine"}
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "format": ({"ternary": {"format": "tq9", "version": 1}}, "ternary format 'tq9'"),
-    "version": ({"ternary": {"format": "tq1_0_rows", "version": 2}}, "version 2 is not supported"),
+    "format": ({"ternary": {"format": "tq9", "version": 2}}, "ternary format 'tq9'"),
+    "version": (
+        {"ternary": {"format": "tq1_0_strided", "version": 3}},
+        "version 3 is not supported: expected .*, version 2",
+    ),
+    "version-1": (
+        {"ternary": {"format": "tq1_0_rows", "version": 1, "row_bytes_multiple": 4}},
+        "'tq1_0_rows' version 1 was made by outlier-mlx 0.1: convert the overlay again",
+    ),
+    "affine2-version-1": (
+        {"ternary": {"format": "affine2", "version": 1}},
+        "'affine2' version 1 was made by outlier-mlx 0.1: convert the overlay again",
+    ),
     "no-object": ({"ternary": 3}, "ternary is 3, expected an object"),
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected"),
     "many-layers": ({"num_hidden_layers": 999}, r"layers\.2\.input_layernorm.weight: missing"),

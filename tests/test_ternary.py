@@ -31,11 +31,12 @@ def plain_flat(trits: list[int]) -> list[int]:
 
 
 def plain_row(trits: list[int]) -> list[int]:
-    trits = trits + [0] * (-len(trits) % 20)
+    size = -(-len(trits) // 80) * 16
+    trits = trits + [0] * (5 * size - len(trits))
     numbers = []
-    for i in range(0, len(trits), 5):
+    for j in range(size):
         number = 0
-        for trit in trits[i : i + 5]:
+        for trit in trits[j::size]:
             number = number * 3 + trit + 1
         numbers.append(-(-256 * number // 243))
     return numbers
@@ -76,21 +77,22 @@ def test_flat_bytes_that_encode_nothing_are_refused(byte: int) -> None:
 
 
 def test_every_row_byte_decodes() -> None:
-    packed = ALL_BYTES.reshape(64, 4)
+    packed = ALL_BYTES.reshape(16, 16)
     expected = [
-        [digit - 1 for byte in row for digit in carried_digits(byte)] for row in packed.tolist()
+        [digits[n] - 1 for n in range(5) for digits in map(carried_digits, row)]
+        for row in packed.tolist()
     ]
-    assert unpack_rows(packed, 20).tolist() == expected
+    assert unpack_rows(packed, 80).tolist() == expected
 
 
 def test_row_bytes_that_no_encoder_produces_are_refused() -> None:
     encoded = {-(-256 * number // 243) for number in range(243)}
     refused = set()
     for byte in range(256):
-        packed = np.full((2, 3, 8), 128, np.uint8)
+        packed = np.full((2, 3, 16), 128, np.uint8)
         packed[1, 2, 5] = byte
         try:
-            check_rows(packed, 40)
+            check_rows(packed, 80)
         except TernaryError as error:
             assert str(error) == f"byte {byte} at [1, 2, 5] encodes no five trits"
             refused.add(byte)
@@ -98,7 +100,7 @@ def test_row_bytes_that_no_encoder_produces_are_refused() -> None:
     assert refused == set(range(256)) - encoded
 
 
-@pytest.mark.parametrize("size", range(1, 301))
+@pytest.mark.parametrize("size", range(301))
 def test_sizes(size: int) -> None:
     trits = random_trits(3, size, seed=size)
     lines = trits.tolist()
@@ -115,15 +117,19 @@ def test_sizes(size: int) -> None:
     check_rows(packed_rows, size)
 
 
-@pytest.mark.parametrize("shape", [(37, 13824), (130, 5120), (3, 200_003), (2, 9, 20_001)])
+@pytest.mark.parametrize(
+    "shape",
+    [(37, 13824), (130, 5120), (2, 50, 3584), (31, 18944), (3, 200_003), (2, 9, 20_001)],
+)
 def test_real_chunks(shape: tuple[int, ...]) -> None:
     trits = random_trits(*shape)
     digits = np.ones(-(-trits.size // 5) * 5, np.int64)
     digits[: trits.size] = trits.reshape(-1) + 1
-    padded = np.ones((*shape[:-1], row_bytes(shape[-1]), 5), np.int64)
-    padded.reshape(*shape[:-1], -1)[..., : shape[-1]] = trits + 1
+    padded = np.ones((*shape[:-1], 5 * row_bytes(shape[-1])), np.int64)
+    padded[..., : shape[-1]] = trits + 1
     packed = digits.reshape(-1, 5) @ [1, 3, 9, 27, 81]
-    packed_rows = (padded @ [81, 27, 9, 3, 1] * 256 + 242) // 243
+    runs = padded.reshape(*shape[:-1], 5, -1)
+    packed_rows = (np.array([81, 27, 9, 3, 1]) @ runs * 256 + 242) // 243
 
     np.testing.assert_array_equal(pack_tq1_0(trits), packed)
     np.testing.assert_array_equal(pack_rows(trits), packed_rows)
@@ -169,19 +175,41 @@ def test_wrong_trits_are_refused_with_their_position(data: st.DataObject) -> Non
         assert str(caught.value) == message
 
 
-def test_padding_of_rows_is_checked() -> None:
-    packed = pack_rows(random_trits(4, 7))  # 2 trits in the second byte, 2 bytes of padding
-    for column, byte, message in (
-        (2, 129, "byte 129 at [3, 2] has padding other than 0"),
-        (3, 0, "byte 0 at [3, 3] has padding other than 0"),
-        (1, plain_row([1, 1, 0, 0, 1])[0], "at [3, 1] has padding other than 0"),
-    ):
-        damaged = packed.copy()
-        damaged[3, column] = byte
-        for chunk in (1, 3, 100):
+@pytest.mark.parametrize("width", [1, 7, 16, 17, 40, 70, 79, 80, 81, 95, 250])
+def test_padding_of_rows_is_checked(width: int) -> None:
+    """Any digit that no weight has, in any byte; all other bytes are as they were."""
+    trits = random_trits(4, width)
+    packed, size = pack_rows(trits), row_bytes(width)
+    padded = np.zeros(5 * size, np.int8)
+    padded[:width] = trits[3]
+    for place in range(width, 5 * size):
+        for trit in (-1, 1):
+            padded[place] = trit
+            row = plain_row(padded.tolist())
+            padded[place] = 0
+            column = place % size
+            damaged = packed.copy()
+            damaged[3] = row
+            assert (damaged != packed).sum() == 1
+            message = f"byte {row[column]} at [3, {column}] has padding other than 0"
+            with tiny_chunks(1 + place % 40), pytest.raises(TernaryError) as caught:
+                check_rows(damaged, width)
+            assert str(caught.value) == message
+
+
+def test_the_first_wrong_byte_of_rows_is_named() -> None:
+    packed = pack_rows(random_trits(4, 79))  # byte 15 has four trits
+    packed[2, 15] = 3  # the digits 0, 0, 0, 0, 2
+    packed[1, 15] = packed[2, 3] = packed[3, 0] = 1
+    wrong = {(1, 15): "encodes no five trits", (2, 3): "encodes no five trits"}
+    wrong |= {(2, 15): "has padding other than 0", (3, 0): "encodes no five trits"}
+    for (row, column), what in wrong.items():
+        for chunk in (1, 7, 16, 40, 1000):
             with tiny_chunks(chunk), pytest.raises(TernaryError) as caught:
-                check_rows(damaged, 7)
-            assert str(caught.value).endswith(message)
+                check_rows(packed, 79)
+            said = f"byte {packed[row, column]} at [{row}, {column}] {what}"
+            assert str(caught.value) == said
+        packed[row, column] = 128
 
 
 def test_padding_of_flat_bytes_is_worth_a_warning() -> None:

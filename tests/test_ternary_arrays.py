@@ -77,7 +77,9 @@ def test_a_single_number_packs_flat() -> None:
 
 
 def test_row_bytes() -> None:
-    assert [row_bytes(n) for n in (0, 1, 20, 21, 5120, 13824)] == [0, 4, 4, 8, 1024, 2768]
+    widths = {0: 0, 1: 16, 80: 16, 81: 32, 160: 32, 3584: 720, 5120: 1024}
+    widths |= {13824: 2768, 18944: 3792}
+    assert {width: row_bytes(width) for width in widths} == widths
 
 
 TRITS = random_trits(4, 10)
@@ -106,8 +108,8 @@ INT: Any = 40
         (lambda: flat_to_rows(FLAT, ()), r"shape: expected \(\.\.\., out, in\), got \(\)"),
         (lambda: flat_to_rows(FLAT, HUGE), "bytes in one dimension for"),
         (lambda: rows_to_flat(ROWS, (5, 10)), r"rows: expected leading shape \(5,\), got \(4,\)"),
-        (lambda: rows_to_flat(ROWS, HUGE), "rows: expected 219902325556 bytes a row"),
-        (lambda: unpack_rows(ROWS, 21), "rows: expected 8 bytes a row for 21 trits, got 4"),
+        (lambda: rows_to_flat(ROWS, HUGE), "rows: expected 219902325568 bytes a row"),
+        (lambda: unpack_rows(ROWS, 81), "rows: expected 32 bytes a row for 81 trits, got 16"),
         (lambda: unpack_rows(ROWS, -1), "in_features: expected an integer of at least 0, got -1"),
         (lambda: check_rows(ROWS.view(np.int8), 10), "rows: expected uint8, got int8"),
         (lambda: row_bytes(FLOAT), "in_features: expected an integer of at least 0, got 10.0"),

@@ -75,7 +75,7 @@ def test_config(tmp_path: Path):
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 80,
-        "ternary": {"format": "tq1_0_rows", "version": 1, "row_bytes_multiple": 4},
+        "ternary": {"format": "tq1_0_strided", "version": 2},
         "quantization": {"group_size": 64, "bits": 4, "mode": "affine"},
     }
 
@@ -91,7 +91,7 @@ def test_config_of_other_recipes(tmp_path: Path):
     assert plain["num_experts_per_tok"] == 4  # no more than there are
     assert plain["dtype"] == "float32"
     affine = config_of(tier_of(built.path, None, tmp_path / "affine2", experts="affine2"))
-    assert affine["ternary"] == {"format": "affine2", "version": 1}
+    assert affine["ternary"] == {"format": "affine2", "version": 2}
     default = {"group_size": 64, "bits": 2, "mode": "affine"}
     others = {
         f"model.layers.{n}.mlp.switch_mlp.down_proj": default | {"group_size": 32} for n in (1, 3)
@@ -126,7 +126,7 @@ def expected_tensors(built: Built) -> dict[str, tuple[str, tuple[int, ...]]]:
         for part, width in widths.items():
             out = dims.hidden if part == "down" else dims.expert_intermediate
             module = f"{prefix}switch_mlp.{part}_proj"
-            row = -(-width // 20) * 4
+            row = -(-width // 80) * 16
             tensors[f"{module}.weight"] = ("U8", (dims.experts, out, row))
             tensors[f"{module}.scales"] = ("F32", (dims.experts, out))
     return tensors
@@ -221,7 +221,7 @@ def test_manifest(tmp_path: Path):
     stated |= {"experts": "tq1_0", "dtype": "bfloat16"}
     assert recipe == recipe | stated
     assert manifest == {
-        "format_version": 1,
+        "format_version": 2,
         "producer": f"outlier-mlx {outlier_mlx.__version__}",
         "overlay": {"name": "overlay", "revision": None, "form": "v3.2"},
         "base": {"name": "Qwen2.5-0.1B", "revision": None},

@@ -346,7 +346,8 @@ def test_a_config_for_other_shapes_is_refused(tier: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 2}, "format_version 2, expected 1"),
+        ({"format_version": 3}, "format_version 3, expected 2"),
+        ({"format_version": 1}, "^tier.json: .* by outlier-mlx 0.1: convert the overlay again$"),
         ({"files": []}, "no list of files"),
         ({"files": {"config.json": {}}}, "config.json: sha256 and bytes"),
         ({"files": {"../x": {"sha256": "", "bytes": 0}}}, "does not list config.json"),

@@ -20,7 +20,7 @@ _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
 
 @dataclass(frozen=True)
 class RowTrits(Stored):
-    """A matrix in the layout `tq1_0_rows`, stored as (out, row_bytes) uint8."""
+    """A matrix in the layout `tq1_0_strided`, stored as (out, row_bytes) uint8."""
 
     width: int
 

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -47,6 +47,24 @@ def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(require_size("shape", size) for size in shape)
 
 
+def require_trits(
+    lines: np.ndarray, runs: Sequence[np.ndarray], shape: tuple[int, ...], at: int
+) -> None:
+    """Refuse any other trit than -1, 0 or 1 in parts of successive rows.
+
+    Args:
+        lines: (rows, in) int8, whole rows of an array of `shape`.
+        runs: views of all parts of `lines` that are looked at.
+        shape: shape of the array that the trits come from.
+        at: the flat index of the first trit of `lines` in that array.
+    """
+    if all(run.min(initial=0) >= -1 and run.max(initial=0) <= 1 for run in runs):
+        return
+    wrong = (lines < -1) | (lines > 1)
+    line, column = (int(i[0]) for i in wrong.nonzero())
+    raise_wrong_trit(lines[line, column], at + line * lines.shape[1] + column, shape)
+
+
 def write_digits(trits: np.ndarray, digits: np.ndarray, shape: tuple[int, ...], at: int) -> None:
     """Write trits + 1 to `digits`; refuse any other trit than -1, 0 or 1.
 
@@ -60,10 +78,13 @@ def write_digits(trits: np.ndarray, digits: np.ndarray, shape: tuple[int, ...], 
     np.add(trits.view(np.uint8), 1, out=digits)
     if digits.size and digits.max() > 2:
         first = int((digits > 2).argmax())
-        index = [int(i) for i in np.unravel_index(at + first, shape)]
-        raise TernaryError(
-            f"trit {trits.flat[first]} at {index} (flat index {at + first}) is not -1, 0 or 1"
-        )
+        raise_wrong_trit(trits.flat[first], at + first, shape)
+
+
+def raise_wrong_trit(trit: np.int8, at: int, shape: tuple[int, ...]) -> NoReturn:
+    """Refuse a trit at a flat index of an array of `shape`."""
+    index = [int(i) for i in np.unravel_index(at, shape)]
+    raise TernaryError(f"trit {trit} at {index} (flat index {at}) is not -1, 0 or 1")
 
 
 def matrix_views(*arrays: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from outlier_mlx.ternary import rows
 from outlier_mlx.ternary.arrays import (
     TernaryError,
     blocks,
@@ -34,6 +33,8 @@ TQ2_0_BYTES = 66
 _CHUNK = 256  # blocks handled at a time
 _D_BYTES = 2
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+# (256, 5): the digits that multiplications of a byte by 3 carry out.
+_DIGITS = (np.arange(256)[:, None] * 3 ** np.arange(1, 6) // 256 % 3).astype(np.uint8)
 # TQ1_0: first byte, first weight, number of bytes, weights a byte.
 _RUNS = ((0, 0, 32, 5), (32, 160, 16, 5), (48, 240, 4, 4))
 
@@ -81,7 +82,7 @@ def unpack_tq1_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     trits, d = _new_trits(packed, TQ1_0_BYTES)
     for source, target in _unpacking(packed, trits, TQ1_0_BYTES):
         for byte, weight, size, depth in _RUNS:
-            digits = rows.DIGITS[source[..., byte : byte + size], :depth].swapaxes(-1, -2)
+            digits = _DIGITS[source[..., byte : byte + size], :depth].swapaxes(-1, -2)
             run = target[..., weight : weight + size * depth]
             run[:] = digits.reshape(run.shape)
         target -= 1

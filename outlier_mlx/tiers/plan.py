@@ -157,11 +157,7 @@ def _experts(model: WholeModel, recipe: Recipe, module: Module, layer: int) -> P
 
 def _config(model: WholeModel, recipe: Recipe) -> dict:
     config = model.config
-    tq1_0 = recipe.experts == "tq1_0"
-    experts = ROWS if tq1_0 else recipe.experts
-    ternary: dict = {"format": experts, "version": EXPERT_FORMAT_VERSION}
-    if tq1_0:
-        ternary["row_bytes_multiple"] = 4
+    experts = ROWS if recipe.experts == "tq1_0" else recipe.experts
     own = tier_fields(config, model.overlay.expert_intermediate)
     return (
         common_config(model, recipe)
@@ -169,7 +165,7 @@ def _config(model: WholeModel, recipe: Recipe) -> dict:
         | {
             "model_file": MODEL_FILE,
             "architectures": ["OutlierMoEForCausalLM"],
-            "ternary": ternary,
+            "ternary": {"format": experts, "version": EXPERT_FORMAT_VERSION},
         }
     )
 

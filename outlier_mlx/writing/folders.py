@@ -152,7 +152,7 @@ def _check_ours(target: Path) -> None:
                 f"{target}: exists and is not a tier (it holds {listed(found, _NAMED)});"
                 f" {_ONLY_OURS}"
             )
-        manifest.check_version()
+        manifest.check_version(replacing=True)
     except CheckpointError as error:
         raise OutputExistsError(f"{target}: {error}; {_ONLY_OURS}") from None
     if others := unlisted(target, manifest):

@@ -23,7 +23,7 @@ from outlier_mlx.writing.writer import WrittenFile
 # Large enough that hashing lets other threads run, small enough for a smooth bar.
 _BLOCK = 4 << 20
 #: Manifests of the folders that this project writes, tiers and all others, and their version.
-FORMAT_VERSIONS = {"tier.json": 1, "checksums.json": 1}
+FORMAT_VERSIONS = {"tier.json": 2, "checksums.json": 1}
 #: Measurements of a tier, which are added to it later.
 MEASUREMENTS = "measured.json"
 # Files that systems add: macOS, KDE, and networks for files that are still open.
@@ -57,15 +57,25 @@ class Manifest:
         """Bytes of the listed files."""
         return sum(size for _, size in self.files.values())
 
-    def check_version(self) -> None:
+    def check_version(self, *, replacing: bool = False) -> None:
         """Check that it is of the version that this version of the project writes.
+
+        Args:
+            replacing: the folder is only to be replaced, so earlier versions will do.
 
         Raises:
             CheckpointError: it is not.
         """
         version, expected = self.content.get("format_version"), FORMAT_VERSIONS[self.name]
-        if version != expected or isinstance(version, bool):
-            raise CheckpointError(f"{self.name}: format_version {version!r}, expected {expected}")
+        oldest = 1 if replacing else expected
+        if type(version) is int and oldest <= version <= expected:
+            return
+        if self.name == "tier.json" and version == 1:
+            raise CheckpointError(
+                f"{self.name}: format_version 1 was made by outlier-mlx 0.1: convert the overlay"
+                " again"
+            )
+        raise CheckpointError(f"{self.name}: format_version {version!r}, expected {expected}")
 
 
 def find_manifest(folder: Path) -> Manifest | None:
