@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from outlier_mlx import ternary
     from outlier_mlx.checkpoints import open_overlay
+    from outlier_mlx.engine.buffers import use_larger_buffers
     from outlier_mlx.engine.loading import load
 
 __version__ = "0.2.0"
 
-__all__ = ["convert", "load", "open_overlay", "ternary"]
+__all__ = ["convert", "load", "open_overlay", "ternary", "use_larger_buffers"]
 
 # Imported when first used: MLX and transformers take seconds that `--help` should not.
 _LAZY = {
     "load": "outlier_mlx.engine.loading",
     "open_overlay": "outlier_mlx.checkpoints",
     "ternary": "outlier_mlx.ternary",
+    "use_larger_buffers": "outlier_mlx.engine.buffers",
 }
 
 

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from outlier_mlx.cli.values import Reader
+from outlier_mlx.engine.buffers import mlx_is_imported, use_larger_buffers
 
 #: Name of the parameter of `--model`, which stands for the argument MODEL.
 NAMED = "named_model"
@@ -104,7 +105,9 @@ class Command(TyperCommand):
             return super().parse_args(ctx, [*self._named(ctx, args), *args])
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
+        """Run the command, which may import MLX: its settings come before that."""
+        if not mlx_is_imported():
+            use_larger_buffers()
         with _telling(ctx):
             return super().invoke(ctx)
 

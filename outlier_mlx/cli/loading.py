@@ -87,6 +87,12 @@ def load_checked(
     return _load(source, loading, alpha, quiet=quiet)
 
 
+def check_memory(source: Source, loading: Loading, tokens: int) -> None:
+    """Check that a model fits into memory, which another process will load; see `load_checked`."""
+    if not loading.ignore_memory:
+        _check_fits(source.folder, tokens, "", None, None)
+
+
 def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:
     """Load the model that `load_checked` was told of with `beside`."""
     return _load(resolve(model), loading, None, quiet=quiet)

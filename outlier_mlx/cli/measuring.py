@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.loading import load_beside, load_checked
+from outlier_mlx.cli.loading import check_memory, load_beside, load_checked
 from outlier_mlx.cli.options import (
     ActivationDType,
     Force,
@@ -27,6 +27,7 @@ from outlier_mlx.cli.options import (
 from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
+    from outlier_mlx.measure.bench import BenchOptions
     from outlier_mlx.measure.outlier_counts import Hold
 
 Plots = Annotated[Literal["png", "svg", "pdf"], typer.Option(help="File format of the pictures.")]
@@ -80,10 +81,16 @@ def bench(
     save: Annotated[
         bool, typer.Option("--save", help="With --kernels: use the best variants from now on.")
     ] = False,
+    settings: Annotated[
+        bool,
+        typer.Option("--settings", help="Compare sizes of MLX's command buffers on this machine."),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure speed and memory; the flags are those of `mlx_lm.benchmark`."""
+    if settings and kernels:
+        raise typer.BadParameter("compares speeds of a model, not kernels", param_hint="--settings")
     from outlier_mlx.measure.bench import BenchOptions, bench_model
     from outlier_mlx.measure.bench_kernels import bench_kernels, save_best
     from outlier_mlx.measure.bench_tables import print_kernels, print_result
@@ -95,6 +102,12 @@ def bench(
         raise typer.BadParameter(
             "saves what --kernels finds, so it needs --kernels", param_hint="--save"
         )
+    options = BenchOptions(
+        prompt_tokens, generation_tokens, batch_size, num_trials, prefill_step_size, delay
+    )
+    if settings:
+        _bench_settings(model, loading, options, as_json=as_json, quiet=quiet)
+        return
     if kernels and not use_metal():
         if save:
             raise OutlierError("--save: no Metal here, so there are no kernels to choose from")
@@ -106,9 +119,6 @@ def bench(
         if kernels:
             timed = bench_kernels(loaded, num_trials, batch_size, progress)
         else:
-            options = BenchOptions(
-                prompt_tokens, generation_tokens, batch_size, num_trials, prefill_step_size, delay
-            )
             result = bench_model(loaded, tokenizer, options, progress)
     if as_json:
         found = timed.as_json() if kernels else result.as_json()
@@ -124,6 +134,41 @@ def bench(
             say(f"saved the best variants in {save_best(timed)}")
         if timed.errors:
             raise typer.Exit(1)
+
+
+def _bench_settings(
+    model: str, loading: Loading, options: "BenchOptions", *, as_json: bool, quiet: bool
+) -> None:
+    """`bench --settings`."""
+    from functools import partial
+
+    from outlier_mlx.measure.bench_settings import LEAST_ROUNDS, bench_settings, run_apart
+    from outlier_mlx.measure.bench_tables import print_settings
+    from outlier_mlx.runtime.ops import use_metal
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.terminal import counting_bar
+
+    if options.num_trials < LEAST_ROUNDS:
+        raise typer.BadParameter(
+            f"--settings needs at least {LEAST_ROUNDS}: fewer show nothing but noise",
+            param_hint="--num-trials",
+        )
+    if not use_metal():
+        say("no Metal here, so MLX has no command buffers: what differs below is noise")
+    source = resolve(model, loading.revision)
+    tokens = options.batch_size * (options.prompt_tokens + options.generation_tokens)
+    check_memory(source, loading, tokens)
+    run = partial(run_apart, source.folder, options, loading.dtype)
+    with counting_bar("measuring", "runs", quiet=quiet) as progress:
+        found = bench_settings(run, options, progress)
+    if as_json:
+        print(json.dumps({"model": source.name} | found.as_json(), indent=2))
+    else:
+        print_settings(source.name, found)
+    for error in found.errors:
+        say(error)
+    if found.errors:
+        raise typer.Exit(1)
 
 
 @command("Measure", "perplexity ./tier --text book.txt --against ./other")

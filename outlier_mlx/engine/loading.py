@@ -16,6 +16,7 @@ from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.checkpoints.stored_model import StoredModel, check_ends, open_config, open_stored
+from outlier_mlx.engine.memory import wait_within_budget
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -71,6 +72,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
     """Load the model in a local folder; see `load`. Returns the model and its config."""
     config = check_model(folder)
     dtype = dtype or suited_dtype(folder, config)
+    wait_within_budget()
     try:
         own = is_tier(config)
         model, config = mlx_lm_load_model(

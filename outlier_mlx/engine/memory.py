@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from outlier_mlx.engine.buffers import MAX_MB
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.attention import fitting_group
 from outlier_mlx.models.config import Description, describe, raw_config
@@ -60,6 +61,23 @@ def physical_memory() -> int | None:
     except (AttributeError, OSError, ValueError):
         return None
     return pages * nbytes if pages > 0 and nbytes > 0 else None
+
+
+def wait_within_budget() -> None:
+    """Let MLX wait for the GPU before it takes more than the GPU's memory, if buffers are large.
+
+    Intermediate results of a command buffer are freed when the GPU is done with all of it, and MLX
+    prepares up to ten buffers ahead. With MLX's own small buffers this is little; with larger ones
+    it can be gigabytes in a long prompt. MLX waits at its memory limit, which by default is one and
+    a half times what the GPU should use; here it becomes just that. A lower limit stays.
+    """
+    import mlx.core as mx
+
+    limit = mx.device_info().get("max_recommended_working_set_size")
+    if MAX_MB in os.environ and mx.metal.is_available() and limit:
+        before = mx.set_memory_limit(int(limit))
+        if before < int(limit):
+            mx.set_memory_limit(before)
 
 
 @dataclass(frozen=True)

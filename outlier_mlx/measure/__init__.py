@@ -3,7 +3,8 @@
 - `perplexity`: `perplexity`; `measured` keeps the results in a tier, for its card.
 - `routing`: `routing`.
 - `tune-alpha`: `tune_alpha`.
-- `bench`: `bench` times a model, `bench_kernels` the kernels, on the inputs of `bench_cases`.
+- `bench`: `bench` times a model, `bench_settings` compares settings of MLX, `bench_kernels` times
+  the kernels, on the inputs of `bench_cases`.
 - `eval`: `eval_harness` runs the tasks of `eval_tasks` on an `eval_model`, into `eval_results`.
 - `compare`: `eval_charts` joins results, `eval_draw` draws them.
 - `outliers`: `outlier_run` measures models by `outliers`: the inputs of blocks are read at

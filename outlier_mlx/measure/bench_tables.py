@@ -1,10 +1,14 @@
 """The output of `bench`: results on stdout, remarks on stderr."""
 
+import os
+
 from rich.text import Text
 
+from outlier_mlx.engine.buffers import VARIABLES, own_value
 from outlier_mlx.engine.chips import Chip
 from outlier_mlx.measure.bench import BenchResult, Runs
 from outlier_mlx.measure.bench_kernels import FLOOR, Arm, KernelBench, KernelResult
+from outlier_mlx.measure.bench_settings import Setting, SettingsBench
 from outlier_mlx.runtime.variants import DECODES, Variant
 from outlier_mlx.terminal import Output, print_columns, print_heading, size, stderr, stdout
 
@@ -27,6 +31,48 @@ def print_result(name: str, result: BenchResult) -> None:
         console.print(read + _share(result.decode_gb_s, result.chip), soft_wrap=True)
     if result.chip.note:
         stderr().print(result.chip.note, soft_wrap=True)
+
+
+def print_settings(name: str, bench: SettingsBench) -> None:
+    """Print speed and memory with each setting, and which is best."""
+    console, options = stdout(), bench.options
+    _print_heading(console, name, bench.chip, bench.settings[0].trials[0].dtype)
+    heads = ["", f"pp{options.prompt_tokens}", f"tg{options.generation_tokens}", "of MLX's own"]
+    rows = []
+    for one in bench.settings:
+        ratio = _ratio(one, bench.settings[0]) if one.value else ""
+        speeds = [f"{runs.median:.1f}" for runs in (one.prompt_tps, one.generation_tps)]
+        rows.append([one.name, *speeds, ratio, f"{one.peak_memory_gb:.3f} GB"])
+    print_columns(console, [*heads, "peak memory"], rows)
+    console.print(f"rounds: {options.num_trials}, each run in a process of its own", soft_wrap=True)
+    if bench.best is not None:
+        console.print(_verdict(bench.best, bench), soft_wrap=True)
+        if bench.chip.device == "gpu":
+            console.print(_use(bench.best, bench.chip), soft_wrap=True)
+
+
+def _ratio(setting: Setting, own: Setting) -> str:
+    """How many times as fast as MLX's own, with the range over rounds."""
+    runs = setting.over(own)
+    return f"{runs.median:.3f} ({min(runs.values):.3f} to {max(runs.values):.3f})"
+
+
+def _verdict(best: Setting, bench: SettingsBench) -> str:
+    """Which setting is best."""
+    if best.value is None:
+        return "best: MLX's own: no other is faster beyond noise; all results are the same"
+    ratio = best.over(bench.settings[0]).median
+    times = f"{ratio:.3f} times as fast as MLX's own, and faster in each of the rounds"
+    return f"best: {best.name}: {times}; all results are the same"
+
+
+def _use(best: Setting, chip: Chip) -> str:
+    """How the best setting is used; what the commands set has been set in this process, too."""
+    used = [os.environ.get(name) for name in VARIABLES]
+    if used == [None if best.value is None else str(best.value)] * len(used):
+        return "it is in use"
+    value = best.value or own_value(chip.name)
+    return "to use it: export " + " ".join(f"{name}={value}" for name in VARIABLES)
 
 
 def print_kernels(name: str, bench: KernelBench) -> None:
