@@ -6,13 +6,15 @@ import re
 def clang_dialect(text: str) -> str:
     """Rewrites Metal source so that clang accepts it; line numbers stay the same.
 
-    Five things change. The qualifier `thread` of a member function is removed, because in C++ for
-    OpenCL a member function without one works in every address space. Function constants, which a
-    host sets at launch, become true. Threadgroup arrays become references to memory of the runtime.
-    The suffix bf of a literal becomes a conversion. Kernels become static, so that only the called
-    one stays in the IR.
+    Five things change. The qualifier `thread` of a constructor is removed, because in C++ for
+    OpenCL a constructor without one works in every address space. Function constants, which a host
+    sets at launch, become true. Threadgroup arrays become references to memory of the runtime. The
+    suffix bf of a literal becomes a conversion. Kernels become static, so that only the called one
+    stays in the IR.
     """
-    text = re.sub(r"(\)\s*(?:const\s+)?)thread\b", r"\1", text)
+    names = "|".join(re.findall(r"\bstruct\s+(?:alignas\(.*\)\s*)?(\w+)", text))
+    if names:
+        text = re.sub(rf"((?:[;{{}}]|\w)\s+(?:{names})\s*\([^()]*\)\s*)thread\b", r"\1", text)
     constant = r"^constant bool (\w+) \[\[function_constant\(\d+\)\]\];"
     text = re.sub(constant, r"constexpr constant bool \1 = true;", text, flags=re.M)
     text = re.sub(

@@ -23,14 +23,18 @@ _INCLUDES = (
 _TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
 
 
+# Pairs, columns and depth of a tile of `gather_qmm`, and its simdgroups.
+TILE_PAIRS, _TILE_COLUMNS, _TILE_DEPTH, _TILE_SIMDGROUPS = 16, 32, 32, 2
+
+
 @dataclass(frozen=True)
 class Product:
-    """The result of `gather_qmv`, and what it cost.
+    """The result of a product, and what it cost.
 
     Attributes:
-        y: (tokens, k, out), dtype of x.
+        y: (tokens, k, out) or (pairs, out), dtype of x.
         cost: cost of the launch.
-        weights: number of multiplied weights: tokens · k · out · in.
+        weights: number of multiplied weights: pairs · out · in.
     """
 
     y: mx.array
@@ -111,6 +115,68 @@ def gather_qmv(
         as_array(outcome.outputs[6], (tokens, k, out), x.dtype),
         price(kernel, outcome.counts),
         tokens * k * out * wide,
+    )
+
+
+def gather_qmm(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    indices: mx.array,
+    *,
+    group_size: int,
+    bits: int,
+) -> Product:
+    """The gathered quantized matrix product for sorted pairs, by the kernel that MLX launches.
+
+    `mx.gather_qmm` launches `affine_gather_qmm_rhs_nt` for at least 16 sorted pairs and 4 pairs an
+    expert, unless the chip has matrix units of the M5 generation (mlx/backend/metal/quantized.cpp).
+    A tile has up to 16 pairs of one expert. Before, another launch finds where each expert's pairs
+    begin; here this is done on the host, and not counted.
+
+    Args:
+        x: (pairs, in), float32, float16 or bfloat16.
+        weight: (experts, out, in · bits / 32), uint32, as `mx.quantize` packs it.
+        scales: (experts, out, in / group_size), dtype of x.
+        biases: (experts, out, in / group_size), dtype of x.
+        indices: (pairs,), uint32 in ascending order: the expert of each pair.
+        group_size: number of weights in a group.
+        bits: bits of a weight.
+
+    Raises:
+        LaunchError: shapes or dtypes do not match, or sizes that no tile divides.
+    """
+    pairs, wide = x.shape
+    experts, out = weight.shape[:2]
+    if x.dtype not in _TYPES or scales.dtype != x.dtype or biases.dtype != x.dtype:
+        raise LaunchError("gather_qmm: x, scales and biases must share one floating dtype")
+    if indices.shape != (pairs,) or scales.shape != (experts, out, wide // group_size):
+        raise LaunchError(f"gather_qmm: x {x.shape} and scales {scales.shape} do not match")
+    if wide % _TILE_DEPTH or out % _TILE_COLUMNS:  # function constants are true in the emulator
+        raise LaunchError(f"gather_qmm: tiles do not divide {out} x {wide}")
+    sizes = f"{TILE_PAIRS}, {_TILE_COLUMNS}, {_TILE_DEPTH}, 1, {_TILE_SIMDGROUPS}, true"
+    kernel = compiled(
+        "affine_gather_qmm_rhs", f"<{_TYPES[x.dtype]}, {group_size}, {bits}, {sizes}>"
+    )
+    found = np.array(indices)
+    starts = np.searchsorted(found, np.arange(experts)).astype(np.int32)
+    runs = np.diff(np.append(starts, pairs))
+    arrays = [x, weight, scales, biases, mx.array(starts)]
+    buffers = [launch.Buffer(memory(mx.contiguous(a))[0], item=a.dtype.size) for a in arrays]
+    buffers.append(
+        launch.Buffer(filled((pairs, out), x.dtype, None), written=True, item=x.dtype.size)
+    )
+    for size in (pairs, out, wide, experts):
+        buffers.append(launch.Buffer(np.array([size], np.int32).view(np.uint8), item=4))
+    tiles = int((-(-runs // TILE_PAIRS)).sum())
+    grid = (32 * (out // _TILE_COLUMNS), _TILE_SIMDGROUPS * tiles, 1)
+    outcome = launch.run(kernel, buffers, grid, (32, _TILE_SIMDGROUPS, 1), count=True)
+    assert outcome.counts is not None
+    return Product(
+        as_array(outcome.outputs[5], (pairs, out), x.dtype),
+        price(kernel, outcome.counts),
+        pairs * out * wide,
     )
 
 

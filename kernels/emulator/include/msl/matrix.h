@@ -69,7 +69,7 @@ MSL_MATRIX_MEMORY(threadgroup)
 
 template <typename T>
 METAL_FUNC ulong msl_float_pair(vec<T, 2> x) {
-  return ulong(as_type<uint>(float(x.x))) | (ulong(as_type<uint>(float(x.y))) << 32);
+  return as_type<ulong>(float2(x));
 }
 // The eight products are added in float, in order, each with one rounding; the result is then
 // rounded to the accumulator's type. What the hardware does inside is not documented.
@@ -79,7 +79,7 @@ METAL_FUNC void simdgroup_multiply_accumulate(
     thread simdgroup_matrix<B, 8, 8>& b, thread simdgroup_matrix<C, 8, 8>& c) {
   ulong r = emu_matrix_multiply(msl_float_pair(a.elements), msl_float_pair(b.elements),
                                 msl_float_pair(c.elements), 0);
-  d.elements = vec<D, 2>(D(as_type<float>(uint(r))), D(as_type<float>(uint(r >> 32))));
+  d.elements = vec<D, 2>(as_type<float2>(r));
 }
 template <typename D, typename A, typename B>
 METAL_FUNC void simdgroup_multiply(
