@@ -8,7 +8,7 @@ cost.py the prices.
 import re
 from collections import Counter
 
-from . import ir
+from . import addresses, bitops, ir
 from .trace import Origins, accesses
 
 _FREE = {
@@ -60,6 +60,8 @@ class _Rules:
     def __init__(self, function: ir.Function, origins: Origins) -> None:
         self.function = function
         self.origins = origins
+        self.absorbed = bitops.absorbed(function)
+        self.merged = addresses.merged_bytes(function)
 
     def made(self, value: str) -> ir.Instruction | None:
         return self.function.definitions.get(value)
@@ -77,7 +79,7 @@ class _Rules:
             one = method(i)
         elif i.opcode in ("fadd", "fsub", "fmul"):
             one = ["float arithmetic", *self._bfloat_result(i)]
-        elif i.opcode in ("and", "or", "xor"):
+        elif i.opcode in bitops.BITWISE:
             one = self._bitwise(i)
         elif i.opcode in ("zext", "sext", "trunc"):
             one = self._integer_width(i)
@@ -190,6 +192,8 @@ class _Rules:
         return int(found[1]) if found else None
 
     def _bitwise(self, i: ir.Instruction) -> list[str]:
+        if i.result in self.absorbed:
+            return []
         n = 2 if ir.bits(i.type) > 32 else 1
         mask = re.search(r", (\d+)$", i.text)
         amounts = all(u.opcode in ("shl", "lshr", "ashr") for u in self.users(i))
@@ -246,7 +250,7 @@ class _Rules:
         return ["integer compare or select", "branch"] * i.text.count("label")
 
     def _load(self, i: ir.Instruction) -> list[str]:
-        return self._memory(i)
+        return self._memory(i) + ["unpack merged bytes"] * (id(i) in self.merged)
 
     _store = _load
 
@@ -272,49 +276,7 @@ class _Rules:
         return found
 
     def _getelementptr(self, i: ir.Instruction) -> list[str]:
-        return ["address"] * self._address(i)
-
-    def _address(self, i: ir.Instruction) -> int:
-        """Number of additions for a pointer, beyond those that loads and stores do themselves.
-
-        A load or store adds one 32-bit register, or a constant, to a 64-bit base.
-        """
-        indices = i.text.split(", ")[2:]
-        variable = [x for x in indices if "%" in x]
-        users = self.users(i)
-        offsets = [
-            u
-            for u in users
-            if u.opcode == "getelementptr"
-            and "%" not in "".join(u.text.split(", ")[2:])
-            and self._only_memory(u)
-        ]
-        direct = [u for u in users if u.opcode in ("load", "store") and u not in offsets]
-        others = len(users) - len(offsets) - len(direct)
-        if not variable:
-            return 0 if others == 0 and self._only_memory(i) else 3
-        wide = any(self._is_wide(x.split()[-1]) for x in variable)
-        if wide:
-            return 4
-        if others:
-            return 3
-        return min(3, len(offsets))
-
-    def _only_memory(self, i: ir.Instruction) -> bool:
-        return all(
-            u.opcode in ("load", "store", "atomicrmw", "cmpxchg", "call")
-            or (u.opcode == "addrspacecast" and self._only_memory(u))
-            for u in self.users(i)
-        )
-
-    def _is_wide(self, value: str) -> bool:
-        """Whether an index needs more than 32 bits."""
-        made = self.made(value)
-        if made is None:
-            return False
-        if made.opcode in ("zext", "sext"):
-            return ir.bits(made.type) > 32
-        return ir.bits(made.type) > 32
+        return ["address"] * addresses.additions(self.function, i)
 
     def _call(self, i: ir.Instruction) -> list[str]:
         name = i.callee or ""
@@ -348,8 +310,8 @@ def _multiply_by(factor: int) -> list[str]:
     for k in range(1, 5):
         if odd in (2**k + 1, 2**k - 1, 1 - 2**k, -(2**k) - 1):
             extra = ["integer add"] * (odd == -(2**k) - 1)
-            after = [] if zeros == 0 else ["integer add"] if zeros <= 4 else ["shift"]
-            return ["integer add", *extra, *after]
+            after = [] if zeros == 0 else ["integer add"]
+            return ["integer add", *extra, *after] if zeros <= 4 else ["integer multiply"]
     return ["integer multiply"]
 
 

@@ -34,6 +34,7 @@ TABLE: dict[str, Cycles] = {
     "branch": Cycles(main=1),
     "address": Cycles(main=1),
     "move or convert a float": Cycles(main=1),
+    "unpack merged bytes": Cycles(main=3),
     "round to bfloat": Cycles(main=5),
     "integer multiply": Cycles(second=4),
     "integer multiply, 32 x 32 to 64 bits": Cycles(second=8),
