@@ -117,6 +117,9 @@ def _report(cost: Cost, arguments: argparse.Namespace) -> dict[str, Any]:
         "written": cost.written,
         "requested": cost.requested,
         "loads": cost.loads,
+        "registers": cost.registers,
+        "threads": cost.threads,
+        "loop_bytes": cost.loop_bytes,
     }
     if arguments.weights:
         names = tuple(arguments.weight) or None
@@ -133,6 +136,10 @@ def _print(found: dict[str, Any]) -> None:
     print(f"{'all':38} {'':12} {cycles['main']:>12,.0f} {cycles['second']:>12,.0f}")
     for name, n in found["read"].items():
         print(f"{name}: {n:,} bytes read, {found['written'][name]:,} written")
+    print(
+        f"estimated: {found['registers']} registers of 16 bits, so {found['threads']} threads a "
+        f"core; the largest inner loop has {found['loop_bytes']:,} bytes"
+    )
     if "per_weight" in found:
         one = found["per_weight"]
         print(

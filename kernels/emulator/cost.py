@@ -2,13 +2,16 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from . import ir
 from .classify import classify
+from .flow import Flow
 from .kernel import CompiledKernel
 from .launch import Counts
-from .trace import Origins, accesses
+from .registers import registers, threads
+from .trace import Access, Origins, accesses
 
 LANES = 32
 
@@ -72,6 +75,15 @@ TABLE: dict[str, Cycles] = {
     "atomic": Cycles(),
     "unknown": Cycles(main=1),
 }
+# Bytes of an instruction in machine code. Classes that stand for a sequence have more of them.
+BYTES = {"bitwise": 6, "branch": 6, "barrier": 2}
+USUAL_BYTES = 8
+
+
+def code_bytes(kind: str) -> int:
+    """Estimates the bytes of machine code of one instruction of a class."""
+    cycles = TABLE[kind]
+    return BYTES.get(kind, USUAL_BYTES) * max(1, round(cycles.main + cycles.second / 4))
 
 
 class PerWeight(NamedTuple):
@@ -95,6 +107,9 @@ class Cost:
         written: number of different bytes written, by buffer.
         requested: number of bytes that all threads read, including repeats, by buffer.
         loads: number of load instructions that simdgroups issued, by buffer.
+        registers: estimated 16-bit registers of a thread; of several launches, the most.
+        loop_bytes: estimated bytes of machine code of the largest innermost loop, 0 without one;
+            of several launches, the most.
         launches: number of launches.
     """
 
@@ -103,7 +118,14 @@ class Cost:
     written: dict[str, int]
     requested: dict[str, int]
     loads: dict[str, int]
+    registers: int
+    loop_bytes: int
     launches: int = 1
+
+    @property
+    def threads(self) -> int:
+        """How many threads a core holds with that many registers each."""
+        return threads(self.registers)
 
     @property
     def cycles(self) -> Cycles:
@@ -139,34 +161,63 @@ class Cost:
             both(self.written, other.written),
             both(self.requested, other.requested),
             both(self.loads, other.loads),
+            max(self.registers, other.registers),
+            max(self.loop_bytes, other.loop_bytes),
             self.launches + other.launches,
         )
 
 
+@dataclass(frozen=True)
+class _Code:
+    """What is known about a kernel before it runs."""
+
+    kinds: dict[int, Counter[str]]  # by block: its instructions by class
+    accesses: dict[int, list[Access]]  # by block
+    registers: int
+    loop_bytes: int
+
+
+@cache
+def _code(kernel: CompiledKernel) -> _Code:
+    kinds: dict[int, Counter[str]] = {}
+    touched: dict[int, list[Access]] = {}
+    most_registers = loop_bytes = 0
+    for function in ir.Module(kernel.ir).functions:
+        origins = Origins(function)
+        classes = classify(function, origins)
+        for block in function.blocks:
+            counters = (classes[id(i)] for i in block.instructions)
+            kinds[block.number] = sum(counters, Counter[str]())
+            touched[block.number] = [a for i in block.instructions for a in accesses(i, origins)]
+        for loop in Flow(function).innermost_loops():
+            whole = sum((kinds[function.blocks[n].number] for n in loop), Counter[str]())
+            loop_bytes = max(loop_bytes, sum(code_bytes(kind) * n for kind, n in whole.items()))
+        most_registers = max(most_registers, registers(function, origins, classes))
+    return _Code(kinds, touched, most_registers, loop_bytes)
+
+
 def price(kernel: CompiledKernel, counts: Counts) -> Cost:
     """Computes the cost of a launch from its basic blocks and their numbers of runs."""
-    module = ir.Module(kernel.ir)
+    code = _code(kernel)
     names = {p.buffer: p.name for p in kernel.signature.buffers}
     instructions: Counter[str] = Counter()
     requested: Counter[str] = Counter()
     loads: Counter[str] = Counter()
-    for function in module.functions:
-        origins = Origins(function)
-        kinds = classify(function, origins)
-        for block in function.blocks:
-            issued, executed = int(counts.issued[block.number]), int(counts.executed[block.number])
-            for instruction in block.instructions:
-                for kind, n in kinds[id(instruction)].items():
-                    instructions[kind] += n * issued
-                for access in accesses(instruction, origins):
-                    if access.origin and access.origin.kind == "buffer" and not access.write:
-                        name = names[access.origin.index]
-                        requested[name] += access.bytes * executed
-                        loads[name] += issued
+    for number, kinds in code.kinds.items():
+        issued, executed = int(counts.issued[number]), int(counts.executed[number])
+        for kind, n in kinds.items():
+            instructions[kind] += n * issued
+        for access in code.accesses[number]:
+            if access.origin and access.origin.kind == "buffer" and not access.write:
+                name = names[access.origin.index]
+                requested[name] += access.bytes * executed
+                loads[name] += issued
     return Cost(
         instructions={kind: n for kind, n in sorted(instructions.items()) if n},
         read={names[i]: n for i, n in counts.read.items()},
         written={names[i]: n for i, n in counts.written.items()},
         requested=dict(requested),
         loads=dict(loads),
+        registers=code.registers,
+        loop_bytes=code.loop_bytes,
     )

@@ -169,7 +169,8 @@ class Module:
             if not function.blocks:
                 start("")
             if re.match(r"(?:tail call|call|switch)\b.*\[$", code) or code.endswith("["):
-                while not code.rstrip().endswith("]"):  # a switch's cases are lines of their own
+                # A switch's cases are lines of their own, and metadata may follow the bracket.
+                while not re.search(r"\](?:, ![\w.]+ !\d+)*$", code):
                     code += " " + next(lines).strip()
             location = re.search(r", !dbg !(\d+)", code)
             code = re.sub(r"(?:,| )\s*![\w.]+ !\d+", "", code)
@@ -220,3 +221,8 @@ def constant_argument(instruction: Instruction, index: int) -> int | None:
     """The value of a call's argument, if it is a literal."""
     found = re.search(r"(-?\d+)$", call_arguments(instruction)[index])
     return int(found[1]) if found else None
+
+
+def incoming(phi: Instruction) -> list[tuple[str, str]]:
+    """The values of a phi, each with the label of the block that it comes from."""
+    return re.findall(r"\[ ([^\]]+?), %(\"[^\"]*\"|[\w$.-]+) \]", phi.text)

@@ -77,6 +77,25 @@ def test_branches_cost_what_lanes_take(virtual_metal: VirtualMetal) -> None:
     assert counts == {"i == 5": 3, "i % 2 == 0": 6, "i < 32": 3, "i < 64": 6}
 
 
+def test_a_switch_is_a_chain_of_compares_and_branches(virtual_metal: VirtualMetal) -> None:
+    source = (
+        AT
+        + """
+        float v = x[i];
+        switch (n[0]) {
+            case 0: v = sqrt(v + x[1]); break;
+            case 1: v = exp(v); break;
+            case 5: v = x[i + 1] / v; break;
+        }
+        o[i] = v;
+    """
+    )
+    inputs = {"x": mx.ones((64,)), "n": mx.array([5])}
+    found = cost_of(virtual_metal, source, inputs=inputs).instructions
+    assert found["branch"] == found["integer compare or select"] == 4
+    assert found["float divide"] == 1 and "square root" not in found
+
+
 PRICES = {
     # One lane's work beyond one load and one store: expression of u (uint) or v (float).
     "u + (u << 1)": {"integer add": 1},
