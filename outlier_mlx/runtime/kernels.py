@@ -29,6 +29,7 @@ _ARGUMENTS = {
     "tq1_0_down": (["h", "down", "scales", "indices", "weights", "shared"], "y"),
     "tq1_0_qmv": (["x", "rows", "scales", "indices"], "y"),
     "tq1_0_to_affine2": (["rows"], "codes"),
+    "tq1_0_rotate": (["x", "signs"], "y"),
 }
 
 # Default variants, used if the call has none and tuning has chosen none (variants.py).
@@ -216,7 +217,7 @@ def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
             f"{name}: {count} rows of {in_features} trits are too {few_or_many} for one grid"
         )
     threads = _conversion_threads(rows, in_features)
-    return _kernel(name)(
+    return built_kernel(name)(
         inputs=[rows],
         template=[("PITCH", pitch), ("WIDTH", width)],
         grid=(threads, 1, 1),
@@ -247,7 +248,7 @@ def _launch(
     variant = variant.fitted(in_features, out_features)
     width = 32 * variant.simdgroups
     groups = -(-out_features // (variant.rows * variant.simdgroups))
-    return _kernel(name)(
+    return built_kernel(name)(
         inputs=inputs,
         template=[
             ("T", dtype),
@@ -265,7 +266,7 @@ def _launch(
     )[0]
 
 
-def _kernel(name: str) -> Any:
+def built_kernel(name: str) -> Any:
     """Build a kernel with the current `mx.fast.metal_kernel`, or return it if already built."""
     global _built
     make = mx.fast.metal_kernel
