@@ -67,13 +67,14 @@ def rows_to_affine2(
 
     Args:
         rows: (..., out, row_bytes) uint8.
-        scales: (..., out) float32, one per row.
+        scales: (..., out) float32, one per row; or those of groups of 32, 64 or 128 weights, in
+            tiles of eight rows: (..., ceil(out / 8), groups, 8).
         in_features: number of trits in a row, without padding.
 
     Returns:
         weight (..., out, padded / 16) uint32, and scales and biases (..., out, padded / group) of
-        the dtype of `scales`; `padded_width` and `affine_group` give the sizes. Columns from
-        `in_features` on have no meaning: pad x with zeros.
+        the dtype of `scales`; `padded_width` and `affine_group` give the sizes, if there is one
+        scale per row. Columns from `in_features` on have no meaning: pad x with zeros.
     """
     words = padded_width(in_features) // 16
     # Two registers of 16 bits a byte: multiplying by 3 carries the next digit into bits 8 and 9.
@@ -89,7 +90,7 @@ def rows_to_affine2(
     missing = words - weight.shape[-1]
     if missing > 0:
         weight = mx.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, missing)])
-    return mx.contiguous(weight), *spread_scales(scales, in_features)
+    return mx.contiguous(weight), *affine_scales(scales, rows.shape[:-1], in_features)
 
 
 def affine_product(
@@ -110,8 +111,8 @@ def affine_product(
         (..., 1, out) float32.
     """
     weight, scales, biases = affine
-    in_features = x.shape[-1]
-    spare = padded_width(in_features) - in_features
+    columns = weight.shape[-1] * 16
+    spare = columns - x.shape[-1]
     if spare:
         x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)])
     return mx.gather_qmm(
@@ -121,14 +122,29 @@ def affine_product(
         biases,
         rhs_indices=indices,
         transpose=True,
-        group_size=affine_group(in_features),
+        group_size=columns // scales.shape[-1],
         bits=2,
         sorted_indices=sorted_indices,
     )
 
 
-def spread_scales(scales: mx.array, in_features: int) -> tuple[mx.array, mx.array]:
-    """Convert row scales (..., out) to affine scales and biases (..., out, padded / group)."""
-    groups = padded_width(in_features) // affine_group(in_features)
-    scale = mx.repeat(scales[..., None], groups, axis=-1)
+def affine_scales(
+    scales: mx.array, matrix: tuple[int, ...], in_features: int
+) -> tuple[mx.array, mx.array]:
+    """Convert scales of rows or of groups to affine scales and biases.
+
+    Args:
+        scales: see `rows_to_affine2`.
+        matrix: (..., out), shape of the rows without their bytes.
+        in_features: number of trits in a row, without padding.
+
+    Returns:
+        Two arrays (..., out, groups) of the dtype of `scales`.
+    """
+    if scales.shape == matrix:
+        groups = padded_width(in_features) // affine_group(in_features)
+        scale = mx.repeat(scales[..., None], groups, axis=-1)
+    else:
+        rows = mx.flatten(mx.swapaxes(scales, -1, -2), -3, -2)
+        scale = mx.contiguous(rows[..., : matrix[-1], :])
     return scale, -scale

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.activations import swiglu
 
-from .affine2 import affine_product, rows_to_affine2, spread_scales
+from .affine2 import affine_product, affine_scales, rows_to_affine2
 from .kernels import (
     can_convert,
     can_decode,
@@ -123,7 +123,9 @@ def _transcoded_product(
     if not can_convert(rows, x.shape[-1]):
         return _plain_product(x, indices, rows, scales, ordered)
     codes = tq1_0_to_affine2(rows, x.shape[-1])
-    return affine_product(x, (codes, *spread_scales(scales, x.shape[-1])), indices, ordered)
+    return affine_product(
+        x, (codes, *affine_scales(scales, rows.shape[:-1], x.shape[-1])), indices, ordered
+    )
 
 
 def _decoded_product(
