@@ -16,6 +16,7 @@ _FREE = {
     "extractvalue", "insertvalue", "shufflevector", "unreachable", "fence",
 }  # fmt: skip
 _MEMORY = {"load", "store"}  # one instruction moves up to four components
+_VECTORS = {"load", "extractelement", "shufflevector"}  # bytes in registers of their own
 _ALU = {"add", "sub", "mul", "and", "or", "xor", "icmp", "uitofp", "sitofp"}
 _FLOAT_USERS = {"fadd", "fsub", "fmul", "fdiv", "fcmp", "fneg", "fptrunc"}
 _FLOAT_CALLS = ("llvm.fma.", "llvm.fmuladd.", "llvm.maxnum.", "llvm.minnum.", "llvm.fabs.")
@@ -214,7 +215,7 @@ class _Rules:
                 return ["shift"]  # the upper word is the sign
             return []
         made = self.made(i.operands[0]) if i.operands else None
-        if made is None or made.opcode in ("load", "extractelement"):
+        if made is None or made.opcode in _VECTORS:
             return []  # the load itself extends
         return ["bitwise" if i.opcode == "zext" else "shift"]
 

@@ -12,6 +12,7 @@ from .kernel import CompiledKernel
 from .launch import Counts
 from .registers import registers, threads
 from .trace import Access, Origins, accesses
+from .values import Values
 
 LANES = 32
 
@@ -185,6 +186,10 @@ def _code(kernel: CompiledKernel) -> _Code:
     for function in ir.Module(kernel.ir).functions:
         origins = Origins(function)
         classes = classify(function, origins)
+        values = Values(function, origins, classes)
+        for i in function:
+            if i.result in values.uniform:  # computed once, before the launch
+                classes[id(i)] = Counter()
         for block in function.blocks:
             counters = (classes[id(i)] for i in block.instructions)
             kinds[block.number] = sum(counters, Counter[str]())
@@ -192,7 +197,7 @@ def _code(kernel: CompiledKernel) -> _Code:
         for loop in Flow(function).innermost_loops():
             whole = sum((kinds[function.blocks[n].number] for n in loop), Counter[str]())
             loop_bytes = max(loop_bytes, sum(code_bytes(kind) * n for kind, n in whole.items()))
-        most_registers = max(most_registers, registers(function, origins, classes))
+        most_registers = max(most_registers, registers(values))
     return _Code(kinds, touched, most_registers, loop_bytes)
 
 

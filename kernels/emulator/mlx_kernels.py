@@ -22,7 +22,6 @@ _INCLUDES = (
 )
 _TYPES = {mx.float32: "float", mx.float16: "float16_t", mx.bfloat16: "bfloat16_t"}
 
-
 # Pairs, columns and depth of a tile of `gather_qmm`, and its simdgroups.
 TILE_PAIRS, _TILE_COLUMNS, _TILE_DEPTH, _TILE_SIMDGROUPS = 16, 32, 32, 2
 
@@ -32,7 +31,7 @@ class Product:
     """The result of a product, and what it cost.
 
     Attributes:
-        y: (tokens, k, out) or (pairs, out), dtype of x.
+        y: (tokens, out), (tokens, k, out) or (pairs, out), dtype of x.
         cost: cost of the launch.
         weights: number of multiplied weights: pairs · out · in.
     """
@@ -40,6 +39,59 @@ class Product:
     y: mx.array
     cost: Cost
     weights: int
+
+
+def qmv(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int
+) -> Product:
+    """The quantized matrix-vector product, by the kernel that MLX launches for it.
+
+    For few tokens `mx.quantized_matmul` launches `affine_qmv_fast` when `in` is a multiple of 512
+    and `out` of 8, else `affine_qmv`. Two simdgroups of a threadgroup make 8 rows for one token
+    (mlx/backend/metal/quantized.cpp).
+
+    Args:
+        x: (tokens, in), float32, float16 or bfloat16.
+        weight: (out, in · bits / 32), uint32, as `mx.quantize` packs it.
+        scales: (out, in / group_size), dtype of x.
+        biases: (out, in / group_size), dtype of x.
+        group_size: number of weights in a group.
+        bits: bits of a weight.
+
+    Raises:
+        LaunchError: shapes or dtypes do not match.
+    """
+    tokens, wide = x.shape
+    out = weight.shape[0]
+    if x.dtype not in _TYPES or scales.dtype != x.dtype or biases.dtype != x.dtype:
+        raise LaunchError("qmv: x, scales and biases must share one floating dtype")
+    if scales.shape != (out, wide // group_size):
+        raise LaunchError(f"qmv: x {x.shape} and scales {scales.shape} do not match")
+    kernel = compiled(
+        _fast("affine_qmv", wide, out), f"<{_TYPES[x.dtype]}, {group_size}, {bits}, false>"
+    )
+    arrays = [memory(mx.contiguous(a))[0] for a in (weight, scales, biases, x)]
+    buffers = [launch.Buffer(data) for data in arrays]
+    buffers.append(
+        launch.Buffer(filled((tokens, out), x.dtype, None), written=True, item=x.dtype.size)
+    )
+    for size in (wide, out):
+        buffers.append(launch.Buffer(np.array([size], np.int32).view(np.uint8), item=4))
+    unused = len(kernel.signature.buffers) - len(buffers)  # shapes and strides of a batch
+    buffers += [launch.Buffer(np.zeros(8, np.uint8))] * unused
+    grid = (32 * tokens, -(-out // 8) * 2, 1)
+    outcome = launch.run(kernel, buffers, grid, (32, 2, 1), count=True)
+    assert outcome.counts is not None
+    return Product(
+        as_array(outcome.outputs[4], (tokens, out), x.dtype),
+        price(kernel, outcome.counts),
+        tokens * out * wide,
+    )
+
+
+def _fast(name: str, wide: int, out: int) -> str:
+    """The kernel that MLX chooses for a matrix of `out` rows of `wide` elements."""
+    return f"{name}_fast" if wide % 512 == 0 and out % 8 == 0 else name
 
 
 def gather_qmv(
@@ -77,10 +129,8 @@ def gather_qmv(
         raise LaunchError("gather_qmv: x, scales and biases must share one floating dtype")
     if x.shape != (tokens, wide) or scales.shape != (experts, out, wide // group_size):
         raise LaunchError(f"gather_qmv: x {x.shape} and scales {scales.shape} do not match")
-    fast = wide % 512 == 0 and out % 8 == 0
     kernel = compiled(
-        "affine_gather_qmv_fast" if fast else "affine_gather_qmv",
-        f"<{_TYPES[x.dtype]}, {group_size}, {bits}>",
+        _fast("affine_gather_qmv", wide, out), f"<{_TYPES[x.dtype]}, {group_size}, {bits}>"
     )
     lhs = mx.broadcast_to(mx.arange(tokens, dtype=mx.uint32)[:, None], (tokens, k)).flatten()
     arrays = [weight, scales, biases, x, mx.contiguous(lhs), indices.flatten().astype(mx.uint32)]

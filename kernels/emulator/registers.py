@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from . import ir
 from .flow import Flow
-from .trace import Origins
 from .values import Values
 
 # Most 16-bit registers of a thread, and the threads of a core that then fit
@@ -34,15 +33,9 @@ def threads(registers: int) -> int:
     return next((n for most, n in OCCUPANCY if registers <= most), OCCUPANCY[-1][1])
 
 
-def registers(function: ir.Function, origins: Origins, kinds: dict[int, Counter[str]]) -> int:
-    """Estimates the 16-bit registers of a thread.
-
-    Args:
-        function: the kernel.
-        origins: the origins of its pointers.
-        kinds: from `classify`: instructions without a class are not issued.
-    """
-    return _Estimate(function, origins, kinds).widest() + UNSEEN
+def registers(values: Values) -> int:
+    """Estimates the 16-bit registers of a thread from the values of a kernel."""
+    return _Estimate(values).widest() + UNSEEN
 
 
 @dataclass(frozen=True)
@@ -56,21 +49,18 @@ class _Step:
 
 
 class _Estimate:
-    def __init__(
-        self, function: ir.Function, origins: Origins, kinds: dict[int, Counter[str]]
-    ) -> None:
-        self.function = function
-        self.kinds = kinds
-        self.flow = Flow(function)
-        self.values = Values(function, origins, kinds)
-        self.steps = [self._steps(block) for block in function.blocks]
+    def __init__(self, values: Values) -> None:
+        self.values = values
+        self.blocks = values.function.blocks
+        self.flow = Flow(values.function)
+        self.steps = [self._steps(block) for block in self.blocks]
 
     def _steps(self, block: ir.Block) -> list[_Step]:
         found = []
         for i in block.instructions:
             if i.opcode == "phi" or (i.result and i.result not in self.values.issued):
                 continue
-            kinds = self.kinds[id(i)]
+            kinds = self.values.kinds[id(i)]
             ordered = any(word in kind for kind in kinds for word in _ORDERED)
             found.append(_Step(self.values.read(i), self.values.written(i), ordered))
         return found
@@ -84,7 +74,7 @@ class _Estimate:
 
     def _liveness(self) -> list[set[int]]:
         """The registers that are needed after each block."""
-        blocks = self.function.blocks
+        blocks = self.blocks
         phis: list[set[int]] = [set() for _ in blocks]
         passed: list[dict[int, set[int]]] = [{} for _ in blocks]  # by successor
         for n, block in enumerate(blocks):

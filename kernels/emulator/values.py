@@ -43,6 +43,7 @@ class Values:
         self.known: dict[str, list[Part]] = {}
         self.count = 0
         self.issued: set[str] = set()  # values that have registers of their own
+        self.uniform: set[str] = set()  # values that are the same for all threads of a launch
         for i in function:
             if i.opcode == "phi" and i.result:
                 self._own(i)
@@ -91,6 +92,7 @@ class Values:
         if i.opcode == "load" and not self._is_uniform_load(i):
             return None
         kind = result_type(i)
+        self.uniform.add(i.result or "")
         return [(UNIFORM,) * _registers(kind)] * ir.lanes(kind)
 
     def _is_uniform_load(self, i: ir.Instruction) -> bool:

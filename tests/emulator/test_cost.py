@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernels.emulator import VirtualMetal, mlx_kernels
+from kernels.emulator import LaunchError, VirtualMetal, mlx_kernels
 from kernels.emulator.cost import TABLE, Cost
 
 from .tools import fresh, launch, numbers
@@ -175,6 +175,32 @@ def test_mlx_gathered_product(bits: int, group: int, wide: int, rows: int) -> No
         step = {mx.float32: 2.0**-18, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}[dtype]
         error = np.abs(numbers(got.y) - numbers(exact)).max()
         assert error <= step * np.abs(numbers(exact)).max()
+
+
+@pytest.mark.parametrize(("bits", "group", "wide", "rows"), [(2, 128, 1024, 64), (4, 64, 320, 20)])
+def test_mlx_product(bits: int, group: int, wide: int, rows: int) -> None:
+    """MLX's own kernel computes here what `mx.quantized_matmul` does on the CPU."""
+    weight = mx.random.normal((rows, wide), key=mx.random.key(bits))
+    x = mx.random.normal((2, wide), key=mx.random.key(7))
+    packed = mx.quantize(weight, group_size=group, bits=bits)
+    got = mlx_kernels.qmv(x, *packed, group_size=group, bits=bits)
+    exact = numbers(mx.quantized_matmul(x, *packed, group_size=group, bits=bits))
+    assert np.abs(numbers(got.y) - exact).max() <= 2.0**-18 * np.abs(exact).max()
+    with pytest.raises(LaunchError, match="one floating dtype"):
+        mlx_kernels.qmv(x.astype(mx.float16), *packed, group_size=group, bits=bits)
+
+
+def test_mlx_two_bit_needs_what_machine_code_did() -> None:
+    """At best 3.35 main and 4.08 second cycles a weight; 79 registers of 16 bits."""
+    weight = mx.random.normal((64, 5120), key=mx.random.key(1)).astype(mx.float16)
+    x = mx.random.normal((1, 5120), key=mx.random.key(2)).astype(mx.float16)
+    packed = mx.quantize(weight, group_size=128, bits=2)
+    got = mlx_kernels.qmv(x, *packed, group_size=128, bits=2)
+    one = got.cost.per_weight(got.weights)
+    assert one.main == pytest.approx(3.35, rel=0.03)
+    assert one.second == pytest.approx(4.08, rel=0.03)
+    assert got.cost.registers == pytest.approx(79, abs=6)
+    assert got.cost.threads == 1024
 
 
 def test_cost_of_mlx_two_bit() -> None:

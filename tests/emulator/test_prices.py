@@ -96,8 +96,17 @@ def test_bytes_in_registers_of_their_own(virtual_metal: VirtualMetal) -> None:
     assert classes(virtual_metal, times)["integer multiply"] == 1
 
 
+def test_half_of_a_vector_of_bytes(virtual_metal: VirtualMetal) -> None:
+    """LLVM loads two registers of 16 bits instead, so the bytes have to be taken out of these."""
+    source = "uchar4 w = *(const device uchar4*)(b + 4 * i); "
+    source += "o[i] = as_type<uint>(ushort2(w.xy)); o[i + 64] = as_type<uint>(ushort2(w.zw));"
+    assert classes(virtual_metal, source)["bitwise"] == 4
+
+
 @pytest.mark.parametrize(("apart", "merged"), [(4, 2), (8, 0), (128, 0)])
-def test_adjacent_bytes_are_merged(virtual_metal: VirtualMetal, apart: int, merged: int) -> None:
+def test_adjacent_loads_of_bytes_are_merged(
+    virtual_metal: VirtualMetal, apart: int, merged: int
+) -> None:
     source = f"""
         const device uchar4* one = (const device uchar4*)(b + 8 * i);
         const device uchar4* two = (const device uchar4*)(b + 8 * i + {apart});
@@ -117,6 +126,15 @@ def test_times_three(virtual_metal: VirtualMetal) -> None:
     assert classes(virtual_metal, source) == {"bitwise": 1, "integer add": 1}
     # A factor of 3 with a shift that an addition does not do is one multiplication.
     assert classes(virtual_metal, "o[i] = u[i] * 192u;") == {"integer multiply": 1}
+
+
+def test_what_is_the_same_for_all_threads_costs_nothing(virtual_metal: VirtualMetal) -> None:
+    """It is computed once, before the launch."""
+    uniform = "uint n = threads_per_grid.x * 5 / 3; "
+    assert classes(virtual_metal, uniform + "o[i] = u[i] + n;") == {"integer add": 1}
+    assert classes(virtual_metal, uniform + "o[i] = n * n;") == {}
+    group = uniform.replace("threads_per_grid", "threadgroup_position_in_grid")
+    assert "integer divide by a constant" in classes(virtual_metal, group + "o[i] = u[i] + n;")
 
 
 @pytest.mark.parametrize("counted", sign_lanes.COUNTED)
