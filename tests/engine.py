@@ -70,10 +70,12 @@ def recording(hidden: list[mx.array], routed: list[tuple[mx.array, ...]]) -> Ite
 
         return call
 
-    def recorded(self: OutlierMoE, x: mx.array) -> tuple[mx.array, mx.array]:
+    def recorded(
+        self: OutlierMoE, x: mx.array, alpha: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
         indices, weights = route(self, x)
-        routed.append((self.gate(x), indices, weights))
-        return indices, weights
+        routed.append((mx.softmax(self.gate(x), axis=-1), indices, weights))
+        return route(self, x, alpha)
 
     with ExitStack() as patches:
         for module in (llama, qwen2, qwen3):

@@ -224,11 +224,12 @@ def swiglu(h: Array, gate: Array, up: Array, down: Array) -> Array:
     return (silu(h @ gate.T) * (h @ up.T)) @ down.T
 
 
-def route(probs: Array, top_k: int) -> Routing:
-    """The k largest of each row of probs (T, E), ties to the lower index, weights renormalised."""
-    indices = np.argsort(-probs, axis=-1, kind="stable")[:, :top_k]
-    chosen = np.take_along_axis(probs, indices, axis=-1)
-    return Routing(probs, indices, chosen / chosen.sum(axis=-1, keepdims=True))
+def route(logits: Array, top_k: int) -> Routing:
+    """The k largest of each row of logits (T, E), ties to the lower index, NaN last; the weights
+    are softmax over them."""
+    indices = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+    chosen = np.take_along_axis(logits, indices, axis=-1)
+    return Routing(softmax(logits), indices, softmax(chosen))
 
 
 def routed(experts: Experts, h: Array, routing: Routing) -> Array:
@@ -252,8 +253,7 @@ def trace(model: ReferenceModel, tokens: Sequence[int], dtype: Any = np.float32)
         h = rms_norm(x, w["post_attention_layernorm.weight"], model.eps)
         y = feed_forward(w, h)
         if layer.experts is not None:
-            probs = softmax(h @ layer.experts.router.astype(dtype).T)
-            routing[n] = route(probs, model.top_k)
+            routing[n] = route(h @ layer.experts.router.astype(dtype).T, model.top_k)
             y = y + routed(layer.experts, h, routing[n])
         x = x + y
         hidden.append(x)

@@ -101,8 +101,8 @@ def chosen() -> Iterator[dict[int, Counter[int]]]:
     counts: dict[int, Counter[int]] = {}
     route = OutlierMoE.route
 
-    def counting(self: OutlierMoE, x: mx.array) -> Any:
-        indices, weights = route(self, x)
+    def counting(self: OutlierMoE, x: mx.array, alpha: mx.array) -> Any:
+        indices, weights = route(self, x, alpha)
         counts.setdefault(id(self), Counter()).update(np.array(indices).ravel().tolist())
         return indices, weights
 

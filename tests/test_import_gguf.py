@@ -129,7 +129,7 @@ def test_ternary_experts(kind: str, layout: str, tmp_path: Path):
 
 @needs_emulator
 def test_ternary_experts_through_the_kernels(tmp_path: Path):
-    """On Metal, experts stay packed: two kernels a layer decode them, and no copy is made."""
+    """On Metal, experts stay packed: a kernel routes, two decode them, and no copy is made."""
     kinds = {"gate": "TQ1_0", "up": "TQ2_0", "down": "TQ1_0"}
     model = build(experts=3, kinds=kinds, **K_SIZES)
     done, config = imported(model, tmp_path)
@@ -141,7 +141,7 @@ def test_ternary_experts_through_the_kernels(tmp_path: Path):
         assert_logits(
             np.array(found(mx.array([TOKENS]))), unquantized_logits(config, model.weights, TOKENS)
         )
-        assert metal.names == ["tq1_0_swiglu", "tq1_0_down"]
+        assert metal.names == ["tq1_0_route", "tq1_0_swiglu", "tq1_0_down"]
 
 
 def test_ternary_rows_without_one_scale(tmp_path: Path):

@@ -55,9 +55,8 @@ def test_it_is_the_written_model_that_was_measured(trained: Merged) -> None:
             first = logits.argmax(axis=-1)
             right.append((first == owner).sum(axis=1))
             tokens += logits.shape[1]
-            probs = reference.softmax(logits)
-            weights = np.zeros_like(probs)
-            for layer, rows in enumerate(probs):
+            weights = np.zeros_like(logits)
+            for layer, rows in enumerate(logits):
                 routing = reference.route(rows, 2)
                 np.put_along_axis(weights[layer], routing.indices, routing.weights, axis=1)
             prompts_right += int(weights.mean(axis=(0, 1)).argmax() == owner)

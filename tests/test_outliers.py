@@ -249,8 +249,8 @@ def test_a_planted_dimension_of_a_tier_is_found(tmp_path: Path) -> None:
     experts: list[list[int]] = []
     route = model.layers[3].mlp.route
 
-    def noted(x: mx.array) -> tuple[mx.array, mx.array]:
-        indices, weights = route(x)
+    def noted(x: mx.array, alpha: mx.array) -> tuple[mx.array, mx.array]:
+        indices, weights = route(x, alpha)
         experts.extend(np.array(indices[0]).tolist())
         return indices, weights
 

@@ -90,8 +90,8 @@ def alphas_of_json(case: goldens.Golden, default: float) -> Callable[[int, Array
     return lambda n, alpha: np.array([stated.get((n, e), default) for e in range(len(alpha))])
 
 
-def not_renormalised(probs: Array, top_k: int) -> reference.Routing:
-    indices = np.argsort(-probs, axis=-1)[:, :top_k]
+def not_renormalised(logits: Array, top_k: int) -> reference.Routing:
+    indices, probs = np.argsort(-logits, axis=-1)[:, :top_k], reference.softmax(logits)
     return reference.Routing(probs, indices, np.take_along_axis(probs, indices, axis=-1))
 
 
@@ -166,10 +166,10 @@ def test_yarn_by_hand():
 
 
 def test_routing_ties_go_to_the_lower_index():
-    routing = reference.route(np.array([[0.2, 0.3, 0.2, 0.3], [0.25] * 4]), 3)
+    routing = reference.route(np.log([[0.2, 0.3, 0.2, 0.3], [0.25] * 4]), 3)
     assert routing.indices.tolist() == [[1, 3, 0], [0, 1, 2]]
     np.testing.assert_allclose(routing.weights.sum(axis=-1), 1)
-    even = np.tile([0.75, 0.25], (1, 32))  # wide enough for an unstable sort to show
+    even = np.tile(np.log([0.75, 0.25]), (1, 32))  # wide enough for an unstable sort to show
     assert reference.route(even, 6).indices.tolist() == [[0, 2, 4, 6, 8, 10]]
 
 

@@ -87,7 +87,7 @@ def observe_routing(
     seen: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {number: [] for number in layers}
     with ExitStack() as watching:
         for number, block in layers.items():
-            watching.enter_context(watched_calls(block, "route", _noting(seen[number])))
+            watching.enter_context(watched_calls(block, "__call__", _noting(block, seen[number])))
         done, total = 0, sum(map(len, texts))
         for tokens in texts:
             mx.eval(model(mx.array([tokens])))
@@ -96,11 +96,11 @@ def observe_routing(
     return [_count(number, layers[number], found) for number, found in seen.items()]
 
 
-def _noting(found: list[tuple[np.ndarray, np.ndarray]]) -> Told:
-    """A callback that collects what `route` returns: experts and weights, (tokens, k) each."""
+def _noting(block: OutlierMoE, found: list[tuple[np.ndarray, np.ndarray]]) -> Told:
+    """A callback that collects a block's experts and their weights, (tokens, k) each."""
 
-    def note(_: tuple[Any, ...], routed: tuple[mx.array, mx.array]) -> None:
-        indices, weights = routed
+    def note(given: tuple[Any, ...], _: mx.array) -> None:
+        indices, weights = block.route(given[0])
         k = indices.shape[-1]
         found.append((np.array(indices).reshape(-1, k), np.array(weights).reshape(-1, k)))
 

@@ -23,13 +23,15 @@ LIMITS = {
 }
 # MLX passes arrays of fewer elements in constant memory, where kernels do not load whole words.
 SMALLEST_ARRAY = 8
-# Names of each kernel's inputs, and of its output.
+# Names of each kernel's inputs and outputs.
 _ARGUMENTS = {
-    "tq1_0_swiglu": (["x", "gate", "gate_scales", "up", "up_scales", "indices"], "h"),
-    "tq1_0_down": (["h", "down", "scales", "indices", "weights", "shared"], "y"),
-    "tq1_0_qmv": (["x", "rows", "scales", "indices"], "y"),
-    "tq1_0_to_affine2": (["rows"], "codes"),
-    "tq1_0_rotate": (["x", "signs"], "y"),
+    "tq1_0_swiglu": (["x", "gate", "gate_scales", "up", "up_scales", "indices"], ["h"]),
+    "tq1_0_down": (["h", "down", "scales", "indices", "weights", "shared"], ["y"]),
+    "tq1_0_qmv": (["x", "rows", "scales", "indices"], ["y"]),
+    "tq1_0_to_affine2": (["rows"], ["codes"]),
+    "tq1_0_logits": (["x", "router"], ["logits"]),
+    "tq1_0_rotate": (["x", "signs"], ["y"]),
+    "tq1_0_route": (["x", "router", "alpha"], ["indices", "weights"]),
 }
 
 # Default variants, used if the call has none and tuning has chosen none (variants.py).
@@ -266,7 +268,7 @@ def _launch(
     )[0]
 
 
-def built_kernel(name: str) -> Any:
+def built_kernel(name: str, header: str = "tq1_0") -> Any:
     """Build a kernel with the current `mx.fast.metal_kernel`, or return it if already built."""
     global _built
     make = mx.fast.metal_kernel
@@ -274,13 +276,13 @@ def built_kernel(name: str) -> Any:
         _built = (make, {})
     kernels = _built[1]
     if name not in kernels:
-        inputs, output = _ARGUMENTS[name]
+        inputs, outputs = _ARGUMENTS[name]
         kernels[name] = make(
             name=name,
             input_names=inputs,
-            output_names=[output],
+            output_names=outputs,
             source=kernel_text(name),
-            header=kernel_text("tq1_0"),
+            header=kernel_text(header),
         )
     return kernels[name]
 

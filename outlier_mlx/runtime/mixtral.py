@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_lm.models import mixtral
 
 from .affine2 import ROWS, check_experts
-from .moe import choose_experts
+from .routing import route
 from .switch import TernarySwitchGLU, TernarySwitchLinear
 
 
@@ -35,7 +35,8 @@ class TernaryMixtralArgs(mixtral.ModelArgs):
 class TernaryMixtralBlock(mixtral.MixtralSparseMoeBlock):
     """y = sum over the top k experts of softmax(their logits)_e * FFN_e(x), as in Mixtral.
 
-    Router and experts are summed in float32, and y is rounded once.
+    Experts, and the logits of a router that is not quantized, are summed in float32; y is rounded
+    once.
     """
 
     def __init__(self, args: TernaryMixtralArgs) -> None:
@@ -45,8 +46,8 @@ class TernaryMixtralBlock(mixtral.MixtralSparseMoeBlock):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x (batch, tokens, hidden) to the same shape and dtype."""
-        probs = mx.softmax(self.gate(x).astype(mx.float32), axis=-1, precise=True)
-        indices, weights = choose_experts(probs, self.num_experts_per_tok)
+        k = self.num_experts_per_tok
+        indices, weights = route(x, self.gate, k, training=self.training)
         glu: Any = self.switch_mlp
         return glu.mix(x, indices, weights, mx.zeros_like(x)).astype(x.dtype)
 

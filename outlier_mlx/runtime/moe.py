@@ -6,62 +6,15 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from .affine2 import ROWS
 from .ops import weighted_sum
+from .routing import Router, route
 from .switch import TernarySwitchGLU
-
-
-def top_experts(probs: mx.array, k: int) -> mx.array:
-    """The k experts with the largest probabilities, largest first; ties go to the lower number.
-
-    Args:
-        probs: (..., experts) float32, none negative.
-        k: number of experts to choose.
-
-    Returns:
-        (..., k) uint32.
-    """
-    experts = probs.shape[-1]
-    # Floats that are not negative have the same order as their bits. The expert's number in the low
-    # bits makes every key unique, so every sorting algorithm gives the same order.
-    bits = mx.stop_gradient(probs).view(mx.uint32).astype(mx.uint64)
-    keys = (bits << 32) | mx.arange(experts - 1, -1, -1, dtype=mx.uint64)
-    largest = mx.sort(keys, axis=-1)[..., ::-1][..., :k]
-    return experts - 1 - (largest & 0xFFFFFFFF).astype(mx.uint32)
-
-
-def choose_experts(probs: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """The k experts with the largest probabilities, and their renormalised weights.
-
-    Args:
-        probs: (..., experts) float32, none negative.
-        k: number of experts to choose.
-
-    Returns:
-        Experts (..., k) uint32 as `top_experts` orders them, and weights (..., k) float32, which
-        add up to 1.
-    """
-    indices = top_experts(probs, k)
-    chosen = mx.take_along_axis(probs, indices, axis=-1)
-    return indices, chosen / chosen.sum(axis=-1, keepdims=True)
-
-
-class Router(nn.Module):
-    """The routing matrix, float32 for every activation dtype."""
-
-    def __init__(self, input_dims: int, num_experts: int) -> None:
-        super().__init__()
-        self.weight = mx.zeros((num_experts, input_dims))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Routing probabilities (..., experts) float32 of x (..., hidden)."""
-        logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
-        return mx.softmax(logits, axis=-1, precise=True)
 
 
 class OutlierMoE(nn.Module):
     """y = FFN_shared(x) + sum over the top k experts of w_e * alpha_e * FFN_e(x).
 
-    w are the routing probabilities, renormalised over the k. The experts are computed and summed in
-    float32; the shared expert's output is added, and the sum is rounded once.
+    w is softmax over the k largest routing logits. The experts are computed and summed in float32;
+    the shared expert's output is added, and the sum is rounded once.
     """
 
     def __init__(
@@ -82,14 +35,16 @@ class OutlierMoE(nn.Module):
         glu = TernarySwitchGLU if experts_format == ROWS else SwitchGLU
         self.switch_mlp = glu(hidden_size, expert_size, num_experts)
 
-    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Experts for x (..., hidden) and their weights before alpha; see `choose_experts`."""
-        return choose_experts(self.gate(x), self.top_k)
+    def route(self, x: mx.array, alpha: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """Experts for x (..., hidden) and their weights, times `alpha` (experts,) if it is given.
+
+        See the function `route`.
+        """
+        return route(x, self.gate, self.top_k, alpha, training=self.training)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x (batch, tokens, hidden) to the same shape and dtype."""
-        indices, weights = self.route(x)
-        weights = weights * self.alpha.astype(mx.float32)[indices]
+        indices, weights = self.route(x, self.alpha)
         shared = self.shared_expert(x)
         if isinstance(self.switch_mlp, TernarySwitchGLU):
             y = self.switch_mlp.mix(x, indices, weights, shared)

@@ -6,20 +6,19 @@ It is for plain models, and not part of a tier's `outlier_moe.py`.
 import mlx.core as mx
 from mlx_lm.models import qwen2_moe
 
-from .moe import choose_experts
+from .routing import route
 
 
 class RenormalisedMoE(qwen2_moe.Qwen2MoeSparseMoeBlock):
     """y = sum over the top k experts of w_e * FFN_e(x) + sigmoid(g . x) * FFN_shared(x).
 
-    w are the routing probabilities over all experts, divided by the sum of the k chosen ones.
-    If probabilities are equal, the expert with the lower number comes first.
+    w is softmax over the k largest routing logits. If logits are equal, the expert with the lower
+    number comes first.
     """
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Experts for x (..., hidden) and their weights; see `choose_experts`."""
-        probs = mx.softmax(self.gate(x).astype(mx.float32), axis=-1, precise=True)
-        return choose_experts(probs, self.top_k)
+        """Experts for x (..., hidden) and their weights; see the function `route`."""
+        return route(x, self.gate, self.top_k, training=self.training)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x (batch, tokens, hidden) to the same shape and dtype."""

@@ -206,3 +206,13 @@ def test_without_help_from_the_processor() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_choice_among_many_values(virtual_metal: VirtualMetal) -> None:
+    """clang makes a switch of it, whose cases are lines of their own in the IR."""
+    cases = " ".join(f"case {n}: o[i] = {n}.5f * x[31 - i]; break;" for n in range(1, 9))
+    source = AT + f"switch (i) {{ {cases} default: o[i] = x[i] - 2.0f; }}"
+    x = np.arange(32, dtype=np.float32)
+    (found,) = launch(virtual_metal, source, {"x": mx.array(x)})
+    expected = np.where((x >= 1) & (x < 9), (x + 0.5) * (31 - x), x - 2)
+    np.testing.assert_array_equal(found, expected)
