@@ -26,7 +26,7 @@ def planted(
     """
     rng = np.random.default_rng([seed, wide, outliers])
     x = rng.standard_normal(wide)
-    among = 20 * rng.integers(wide // 20) + np.arange(20) if together else np.arange(wide)
+    among = _word(rng, wide) if together else np.arange(wide)
     dims = rng.choice(among, outliers, replace=False)
     x[dims] = size * rng.choice([-1, 1], outliers)
     trits = rng.integers(-1, 2, (rows, wide), dtype=np.int8)
@@ -34,12 +34,20 @@ def planted(
     return x.astype(np.float16), trits, dims
 
 
+def _word(rng: np.random.Generator, wide: int) -> np.ndarray:
+    """The elements of x that four neighbouring bytes of a row belong to: the sum of a lane's step."""
+    pitch = row_bytes(wide)
+    inside = wide - 4 * pitch  # bytes all of whose digits are elements of x
+    first = 4 * rng.integers(inside // 4)
+    return (np.arange(5)[:, None] * pitch + first + np.arange(4)).ravel()
+
+
 def pack(trits: np.ndarray) -> np.ndarray:
-    """Pack trits (..., wide) into the layout `tq1_0_rows`: (..., row_bytes) uint8."""
+    """Pack trits (..., wide) into the layout `tq1_0_strided`: (..., row_bytes) uint8."""
     wide = trits.shape[-1]
     digits = np.ones((*trits.shape[:-1], row_bytes(wide) * 5), np.int64)
     digits[..., :wide] = trits + 1
-    q = digits.reshape(*trits.shape[:-1], -1, 5) @ 3 ** np.arange(4, -1, -1)
+    q = 3 ** np.arange(4, -1, -1) @ digits.reshape(*trits.shape[:-1], 5, -1)
     return ((256 * q + 242) // 243).astype(np.uint8)
 
 

@@ -1,32 +1,45 @@
-// Shared by the tq1_0 kernels: dot products of x with rows of trits, a few rows for each simdgroup.
+// Shared by the tq1_0 kernels: products of vectors with rows of trits, a few rows for each
+// simdgroup.
 //
-// A row byte divided by 256 is a fraction whose five base-3 digits are the trits plus 1, the most
-// significant first. Multiplying the byte by 3 carries the next digit out of its 8 bits. Byte i
-// holds weights 5 i to 5 i + 4, so a 32-bit word holds 20 weights. Lane l of a simdgroup processes
-// words l, l + 32, l + 64 and so on of a row, or pairs of words with 64-bit loads.
+// A row of B bytes holds five weights in a byte: byte j holds weights j, B + j, ... and 4 B + j. A
+// byte divided by 256 is a fraction whose five base-3 digits are the trits plus 1, the most
+// significant first. Multiplying the byte by 3 carries the next digit out of its 8 bits. So digit n
+// of four neighbouring bytes belongs to four neighbouring elements of a vector.
 //
 // All arrays must stay in registers, so only unrolled loops index them.
 
 #define UNROLL _Pragma("clang loop unroll(full)")
 
-// How the digits of a byte are decoded.
 enum Decode : int {
-  // The byte is in bits 2 to 9 of 16 bits. Multiplying by 3 carries digit d into bits 10 and 11,
-  // the lowest bits of the exponent of a half. These two bits alone are the half d * 2^-14. Digits
-  // are trits plus 1, which would add the sum of x; so each word's sum starts at minus that sum.
-  EXPONENT = 0,
-  // The same, but 1 is subtracted from each digit. Every product is exact.
-  EXACT = 1,
-  // With g_n = floor(3^n byte / 256) in floats, digit d_n = g_(n+1) - 3 g_n. So the sum of d x is a
-  // sum of g c, where c depends only on x.
-  TELESCOPED = 2,
+  SIGNS = 0,
   // No decoding: the same loads, but the result is not valid. For measuring the time of the loads.
-  FLOOR = 3
+  FLOOR = 1
 };
 
-constant constexpr float DIGIT = 6.103515625e-05f;  // 2^-14, the half for a digit of 1
+constant constexpr float UNIT = 0.5f;  // the factor for sums: a decoded trit is twice its value
 
-// A half x stays a half in registers: operands of a float fma may be halves.
+// Four successive bytes of a row, in 16 bits each. After `start`, bits 6 to 15 hold 3 * byte: the
+// next digit is in bits 14 and 15, and their complement is, read as a half, exactly -2, -0 or 2 for
+// a digit of 0, 1 or 2.
+struct Bytes {
+  uint pairs[2];  // bytes 0 and 1, bytes 2 and 3
+
+  METAL_FUNC void load(const device uint8_t* from) {
+    const ushort4 bytes = ushort4(*(const device uchar4*)from);
+    pairs[0] = as_type<uint>(bytes.xy);
+    pairs[1] = as_type<uint>(bytes.zw);
+  }
+  METAL_FUNC void start() {
+    UNROLL for (int i = 0; i < 2; i++) pairs[i] *= 3 << 6;
+  }
+  METAL_FUNC half2 trits(int pair) const { return as_type<half2>(~pairs[pair] & 0xC000C000u); }
+  METAL_FUNC void next(int pair) {
+    pairs[pair] &= 0x3FFF3FFFu;
+    pairs[pair] += pairs[pair] << 1;
+  }
+};
+
+// A half stays a half in registers: operands of a float fma may be halves.
 template <typename T>
 struct Register {
   typedef float type;
@@ -36,168 +49,149 @@ struct Register<half> {
   typedef half type;
 };
 
-// Loads the 20 elements of x for one word, from element `at` on, VECTOR (1 or 4) at a time. If
-// WHOLE is false, x (`size` elements) may end inside the word; elements beyond its end are zero.
-template <typename X, int VECTOR, bool WHOLE>
-struct Loader {
-  template <typename P>
-  static METAL_FUNC void load(thread X* c, P x, uint at, uint size) {
+// Loads the four elements of a vector of K elements from index `at` + `offset` on. If not `whole`, the
+// vector may end before them; then the last elements are loaded instead: the trits there are 0.
+template <int K, bool VECTOR>
+struct Four {
+  template <typename X, typename P>
+  static METAL_FUNC void load(thread X* four, P x, uint at, uint offset, bool whole) {
     const P here = x + at;
-    UNROLL for (uint i = 0; i < 20; i++) {
-      const X v = X(WHOLE ? here[i] : x[min(at + i, size - 1)]);
-      c[i] = WHOLE || at + i < size ? v : X(0);
+    UNROLL for (uint i = 0; i < 4; i++) {
+      four[i] = X(whole ? here[offset + i] : x[min(at + offset + i, uint(K - 1))]);
     }
   }
 };
-template <typename X, bool WHOLE>
-struct Loader<X, 4, WHOLE> {
-  template <typename T>
-  static METAL_FUNC void load(thread X* c, const device T* x, uint at, uint size) {
+template <int K>
+struct Four<K, true> {
+  template <typename X, typename T>
+  static METAL_FUNC void load(
+      thread X* four, const device T* x, uint at, uint offset, bool whole) {
     const device T* here = x + at;
-    UNROLL for (uint i = 0; i < 20; i += 4) {
-      const device T* from = WHOLE ? here + i : x + min(at + i, size - 4);
-      const vec<T, 4> v = *(const device vec<T, 4>*)from;
-      UNROLL for (uint j = 0; j < 4; j++) c[i + j] = WHOLE || at + i < size ? X(v[j]) : X(0);
-    }
+    const device T* from = whole ? here + offset : x + min(at + offset, uint(K - 4));
+    const vec<T, 4> v = *(const device vec<T, 4>*)from;
+    UNROLL for (uint i = 0; i < 4; i++) four[i] = X(v[i]);
   }
 };
 
-// The next digit of two bytes of a word (0 and 2, or 1 and 3) as halves times 2^-14. `lanes` holds
-// the two bytes, 16 bits each.
-METAL_FUNC half2 next_digits(thread uint& lanes) {
-  const uint carried = lanes + (lanes << 1);
-  lanes = carried & 0x03FF03FF;
-  return as_type<half2>(carried & 0x0C000C00);
-}
-
-// The elements of x for one word, prepared for its decode method, and the dot product with a word.
-template <int DECODE, typename X>
-struct Word {
-  X x[20];
-  float start[2];  // start values of the sums over bytes 0 and 2, and over bytes 1 and 3
-
-  METAL_FUNC void prepare() {
-    UNROLL for (int i = 0; i < 2; i++) start[i] = -DIGIT * (five(5 * i) + five(5 * i + 10));
-  }
-  METAL_FUNC float five(int at) const {
-    float sum = float(x[at]);
-    UNROLL for (int n = 1; n < 5; n++) sum += float(x[at + n]);
-    return sum;
-  }
-  // Adds the products of bytes 0 and 2 (`at` 0) or 1 and 3 (`at` 5) to a sum.
-  METAL_FUNC float add(float sum, uint lanes, int at) const {
-    UNROLL for (int n = 0; n < 5; n++) {
-      half2 digits = next_digits(lanes);
-      if (DECODE == EXACT) digits = digits - half2(half(DIGIT));
-      sum = fma(float(x[at + n]), float(digits.x), sum);
-      sum = fma(float(x[at + n + 10]), float(digits.y), sum);
-    }
-    return sum;
-  }
-  // The word's sum of trits times x, times DIGIT. If one activation is much larger than the others,
-  // `start` is as large, and products lose precision until that activation's own product is added.
-  // So `start` is added in two parts.
-  METAL_FUNC float dot(uint word) const {
-    float sum = DECODE == EXACT ? 0.0f : start[0];
-    sum = add(sum, (word << 2) & 0x03FC03FC, 0);
-    if (DECODE != EXACT) sum += start[1];
-    return add(sum, (word >> 6) & 0x03FC03FC, 5);
-  }
-};
-template <typename X>
-struct Word<TELESCOPED, X> {
-  X x[20];
-  float c[20];
-  float start;
-
-  METAL_FUNC void prepare() {
-    start = 0.0f;
-    UNROLL for (int i = 0; i < 20; i++) {
-      start -= float(x[i]);
-      c[i] = i % 5 == 4 ? float(x[i]) : fma(-3.0f, float(x[i + 1]), float(x[i]));
-    }
-  }
-  METAL_FUNC float dot(uint word) const {
-    float sum = start;
-    UNROLL for (int i = 0; i < 4; i++) {
-      float power = 0.01171875f;  // 3 / 256
-      const float byte = float((word >> (8 * i)) & 255);
-      UNROLL for (int n = 0; n < 5; n++) {
-        sum = fma(floor(byte * power), c[5 * i + n], sum);
-        power *= 3.0f;
-      }
-    }
-    return sum;
-  }
-};
-template <typename X>
-struct Word<FLOOR, X> {
-  X x[20];
-  float start;
-
-  METAL_FUNC void prepare() {
-    start = 0.0f;
-    UNROLL for (int i = 0; i < 20; i++) start += float(x[i]);
-  }
-  METAL_FUNC float dot(uint word) const { return as_type<float>(word ^ as_type<uint>(start)); }
-};
-
-// One lane's part of the products of x (K elements) with ROWS successive rows.
-template <int DECODE, int ROWS, int WORDS, int K, typename T>
-struct Rows {
+// One lane's part of the products of VECTORS vectors (K elements each) with ROWS successive rows of
+// each of MATRICES matrices. A lane processes four bytes of a row at a time, PIECES times in a step.
+// The order of the additions for an element of the result depends on K alone.
+//
+// P is the type of pointers to vectors: MLX has small arrays in another address space.
+template <int DECODE, int MATRICES, int ROWS, int VECTORS, int PIECES, int K, typename P, typename T>
+struct Product {
   typedef typename Register<T>::type X;
   enum : uint {
-    PITCH = (K + 19) / 20 * 4,    // bytes of a row
-    STEP = 32 * 4 * WORDS,        // bytes of a row that a simdgroup reads in one step
-    WHOLE = K / 5 / STEP * STEP,  // bytes of a row in whole steps
-    LAST = PITCH - 4 * WORDS,
+    PITCH = (K + 79) / 80 * 16,  // bytes of a row
+    PIECE = 4 * 32,              // successive bytes of a row that a simdgroup reads
+    ALL = MATRICES * ROWS,
     // MLX has arrays of fewer than 8 elements in constant memory, which only scalar loads read.
-    VECTOR = K % 4 == 0 && K >= 8 ? 4 : 1
+    VECTOR = K % 4 == 0 && K >= 8
   };
-  static_assert(PITCH % (4 * WORDS) == 0, "a load crosses the end of a row");
 
-  static METAL_FUNC void read(thread uint* words, const device uint8_t* row) {
-    if (WORDS == 2) {
-      const uint2 pair = *(const device uint2*)row;
-      words[0] = pair.x;
-      words[1] = pair.y;
-    } else {
-      words[0] = *(const device uint*)row;
+  const device uint8_t* rows[MATRICES];  // the first row of each matrix
+  P x[VECTORS];
+  // Of vector v and row r of matrix m: sums[(v * MATRICES + m) * ROWS + r]. Times UNIT, it is the
+  // product with the trits.
+  float sums[VECTORS * ALL];
+
+  // Adds the products of whole rows.
+  METAL_FUNC void add(uint lane) {
+    UNROLL for (uint i = 0; i < VECTORS * ALL; i++) sums[i] = 0.0f;
+    uint at = 4 * lane;
+    for (; at + (PIECES - 1) * PIECE < PITCH; at += PIECES * PIECE) step<PIECES>(at);
+    if (PIECES > 1 && PITCH % (PIECES * PIECE) != 0) {
+      for (; at < PITCH; at += PIECE) step<1>(at);
     }
   }
 
-  // Adds the words at byte `at` of ROWS rows of `a` and, if MATRICES is 2, of ROWS rows of `b`.
-  // If INSIDE is false, rows and x may end before these words do.
-  template <int MATRICES, bool INSIDE, typename P>
-  static METAL_FUNC void step(
-      thread float* sums, const device uint8_t* a, const device uint8_t* b, P x, uint at) {
-    uint words[MATRICES * ROWS * WORDS];
-    const uint from = INSIDE ? at : min(at, uint(LAST));
-    // All loads come before the first use of a loaded word.
-    UNROLL for (int r = 0; r < ROWS; r++) read(words + r * WORDS, a + from + r * PITCH);
-    if (MATRICES == 2) {
-      UNROLL for (int r = 0; r < ROWS; r++) read(words + (ROWS + r) * WORDS, b + from + r * PITCH);
+  // Adds the products of COUNT pieces of every row, from byte `at` on.
+  template <int COUNT>
+  METAL_FUNC void step(uint at) {
+    Bytes bytes[COUNT * ALL];
+    float words[COUNT * VECTORS * ALL];  // the sum of each piece
+    // All loads of rows come before the first use of their bytes.
+    UNROLL for (uint m = 0; m < MATRICES; m++) {
+      const device uint8_t* from = rows[m] + at;
+      UNROLL for (uint p = 0; p < COUNT; p++) {
+        UNROLL for (uint r = 0; r < ROWS; r++) {
+          bytes[p * ALL + m * ROWS + r].load(from + r * PITCH + p * PIECE);
+        }
+      }
     }
-    Word<DECODE, X> shared[WORDS];
-    UNROLL for (int i = 0; i < WORDS; i++) {
-      Loader<X, VECTOR, INSIDE>::load(shared[i].x, x, 5 * at + 20 * i, K);
-      shared[i].prepare();
+    UNROLL for (uint i = 0; i < COUNT * VECTORS * ALL; i++) words[i] = 0.0f;
+    if (DECODE == SIGNS) {
+      UNROLL for (uint i = 0; i < COUNT * ALL; i++) bytes[i].start();
     }
-    UNROLL for (int r = 0; r < MATRICES * ROWS; r++) {
-      UNROLL for (int i = 0; i < WORDS; i++) sums[r] += shared[i].dot(words[r * WORDS + i]);
+    UNROLL for (uint n = 0; n < 5; n++) {
+      if (n * PITCH < K) {
+        UNROLL for (uint p = 0; p < COUNT; p++) {
+          X four[VECTORS * 4];
+          UNROLL for (uint v = 0; v < VECTORS; v++) {
+            const uint offset = n * PITCH + p * PIECE;
+            Four<K, VECTOR>::load(four + 4 * v, x[v], at, offset, (n + 1) * PITCH <= K);
+          }
+          multiply(words + p * VECTORS * ALL, bytes + p * ALL, four, (n + 1) * PITCH < K);
+        }
+      }
+    }
+    UNROLL for (uint i = 0; i < COUNT * VECTORS * ALL; i++) {
+      const uint v = i / ALL % VECTORS, p = i / (VECTORS * ALL);
+      const thread Bytes& raw = bytes[p * ALL + i % ALL];
+      const uint mixed = raw.pairs[0] ^ raw.pairs[1] ^ as_type<uint>(words[p * VECTORS * ALL + v * ALL]);
+      sums[i % (VECTORS * ALL)] += DECODE == FLOOR ? as_type<float>(mixed) : words[i];
     }
   }
 
-  template <int MATRICES, typename P>
-  static METAL_FUNC void add(
-      thread float* sums, const device uint8_t* a, const device uint8_t* b, P x, uint lane) {
-    uint at = 4 * WORDS * lane;
-    for (; at < WHOLE; at += STEP) step<MATRICES, true>(sums, a, b, x, at);
-    if (WHOLE * 5 < K) step<MATRICES, false>(sums, a, b, x, at);
+  // Adds the products of a digit of four bytes of all rows with four elements of all vectors. Two
+  // rows take turns, so that an instruction rarely needs the result of the one before it.
+  METAL_FUNC void multiply(
+      thread float* words, thread Bytes* bytes, const thread X* four, bool more) {
+    if (DECODE == FLOOR) {
+      UNROLL for (uint i = 0; i < VECTORS * 4; i++) words[i / 4 * ALL] += float(four[i]);
+      return;
+    }
+    UNROLL for (uint first = 0; first < ALL; first += 2) {
+      UNROLL for (uint pair = 0; pair < 2; pair++) {
+        half2 trits[2];
+        UNROLL for (uint i = 0; i < 2; i++) trits[i] = bytes[first + i].trits(pair);
+        UNROLL for (uint v = 0; v < VECTORS; v++) {
+          const thread X* x = four + 4 * v + 2 * pair;
+          thread float* word = words + v * ALL + first;
+          UNROLL for (uint i = 0; i < 2; i++) word[i] = fma(float(x[0]), float(trits[i].x), word[i]);
+          UNROLL for (uint i = 0; i < 2; i++) word[i] = fma(float(x[1]), float(trits[i].y), word[i]);
+        }
+        if (more) {
+          UNROLL for (uint i = 0; i < 2; i++) bytes[first + i].next(pair);
+        }
+      }
+    }
   }
+};
 
-  // The factor for the sums.
-  static METAL_FUNC float unit() {
-    return DECODE == EXPONENT || DECODE == EXACT ? 1.0f / DIGIT : 1.0f;
+// Sums COUNT values (a power of 2, at most 16) over the lanes of a simdgroup. After each of the
+// first steps, a lane keeps half of the values; lane l returns the sum of value `Sums<COUNT>::of(l)`.
+// The order of the additions is the same for every COUNT and every value.
+template <int COUNT>
+struct Sums {
+  static_assert(COUNT > 0 && COUNT <= 16 && (COUNT & (COUNT - 1)) == 0, "not a power of 2");
+
+  static METAL_FUNC uint of(uint lane) { return lane % 16 / (16 / COUNT); }
+  // Whether this is the lane that writes the sum of its value.
+  static METAL_FUNC bool writes(uint lane) { return lane < 16 && lane % (16 / COUNT) == 0; }
+
+  static METAL_FUNC float over_lanes(thread float* values, uint lane) {
+    UNROLL for (uint bit = 8, left = COUNT / 2; bit > 0; bit /= 2, left /= 2) {
+      if (left > 0) {
+        const bool upper = lane & bit;
+        UNROLL for (uint i = 0; i < left; i++) {
+          const float low = values[i], high = values[i + left];
+          values[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(bit));
+        }
+      } else {
+        values[0] += simd_shuffle_xor(values[0], ushort(bit));
+      }
+    }
+    return values[0] + simd_shuffle_xor(values[0], ushort(16));
   }
 };

@@ -8,11 +8,10 @@
 //   shared   (tokens, N)             T
 //   y        (tokens, N)             T
 //
-// A simdgroup computes ROWS elements of y for all experts of a token. Every lane multiplies its own
-// part of each product by the weight, so there is one sum over the lanes and one rounding to T.
+// A simdgroup computes ROWS elements of y for all experts of a token, in their order, and rounds the
+// sum once. The rows of the last simdgroup end at N. They may overlap those of the simdgroup before
+// it, which writes the overlapping rows.
 // Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over tokens.
-
-typedef Rows<DECODE, ROWS, WORDS, K, float> Product;
 
 const uint token = threadgroup_position_in_grid.y;
 const uint lane = thread_index_in_simdgroup;
@@ -21,23 +20,18 @@ if (group * ROWS >= N) return;
 const uint first = min(group * ROWS, uint(N - ROWS));
 
 const uint k = indices_shape[1];
-float total[ROWS] = {};
+const uint r = Sums<ROWS>::of(lane);  // the row that this lane finishes
+float routed = 0.0f;
 for (uint pair = token * k; pair < (token + 1) * k; pair++) {
   const size_t row = size_t(indices[pair]) * N + first;
-  float sums[ROWS] = {};
-  Product::template add<1>(sums, down + row * Product::PITCH, down, h + size_t(pair) * K, lane);
-  const float weight = weights[pair] * Product::unit();
-  UNROLL for (uint r = 0; r < ROWS; r++) {
-    total[r] = fma(sums[r], weight * scales[row + r], total[r]);
-  }
+  Product<DECODE, 1, ROWS, 1, PIECES, K, decltype(h + K), float> product;
+  product.rows[0] = down + row * product.PITCH;
+  product.x[0] = h + size_t(pair) * K;
+  product.add(lane);
+  const float sum = Sums<ROWS>::over_lanes(product.sums, lane);
+  routed = fma(weights[pair], sum * (scales[row + r] * UNIT), routed);
 }
-
-float routed = 0.0f;  // lane r: sum of row r
-UNROLL for (uint r = 0; r < ROWS; r++) {
-  const float sum = simd_sum(total[r]);
-  routed = lane == r ? sum : routed;
-}
-if (lane < ROWS && first + lane >= group * ROWS) {
-  const size_t at = size_t(token) * N + first + lane;
+if (Sums<ROWS>::writes(lane) && first + r >= group * ROWS) {
+  const size_t at = size_t(token) * N + first + r;
   y[at] = T(float(shared[at]) + routed);
 }

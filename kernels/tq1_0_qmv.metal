@@ -1,14 +1,14 @@
 // y = rows x for every (vector, expert) pair: a gathered matrix-vector product.
 //
-//   x        (vectors, K)            T, each used for `pairs / vectors` successive pairs
+//   x        (vectors, K)            T, each used for SHARE successive pairs
 //   rows     (experts, N, bytes)     rows of trits
 //   scales   (experts, N)            float
 //   indices  (pairs,)                uint
 //   y        (pairs, N)              float
 //
+// A simdgroup computes ROWS elements of y. The rows of the last simdgroup end at N. They may overlap
+// those of the simdgroup before it, which writes the overlapping rows.
 // Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over pairs.
-
-typedef Rows<DECODE, ROWS, WORDS, K, T> Product;
 
 const uint pair = threadgroup_position_in_grid.y;
 const uint lane = thread_index_in_simdgroup;
@@ -17,15 +17,13 @@ if (group * ROWS >= N) return;
 const uint first = min(group * ROWS, uint(N - ROWS));
 
 const size_t row = size_t(indices[pair]) * N + first;
-const uint vector = pair / (uint(indices_shape[0]) / uint(x_shape[0]));
-float sums[ROWS] = {};
-Product::template add<1>(sums, rows + row * Product::PITCH, rows, x + size_t(vector) * K, lane);
+Product<DECODE, 1, ROWS, 1, PIECES, K, decltype(x + K), T> product;
+product.rows[0] = rows + row * product.PITCH;
+product.x[0] = x + size_t(pair / SHARE) * K;
+product.add(lane);
 
-float product = 0.0f;  // lane r: product of row r
-UNROLL for (uint r = 0; r < ROWS; r++) {
-  const float sum = simd_sum(sums[r]);
-  product = lane == r ? sum : product;
-}
-if (lane < ROWS && first + lane >= group * ROWS) {
-  y[size_t(pair) * N + first + lane] = product * (scales[row + lane] * Product::unit());
+const float sum = Sums<ROWS>::over_lanes(product.sums, lane);
+const uint r = Sums<ROWS>::of(lane);
+if (Sums<ROWS>::writes(lane) && first + r >= group * ROWS) {
+  y[size_t(pair) * N + first + r] = sum * (scales[row + r] * UNIT);
 }

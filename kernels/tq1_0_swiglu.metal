@@ -1,6 +1,6 @@
 // h = silu(gate x) * (up x) for every (token, expert) pair.
 //
-//   x        (tokens, K)             T
+//   x        (tokens, K)             T, each used for SHARE successive pairs: SHARE is k
 //   gate, up (experts, N, bytes)     rows of trits
 //   *_scales (experts, N)            float
 //   indices  (tokens, k)             uint
@@ -11,8 +11,6 @@
 // which writes the overlapping rows.
 // Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over pairs.
 
-typedef Rows<DECODE, ROWS, WORDS, K, T> Product;
-
 const uint pair = threadgroup_position_in_grid.y;
 const uint lane = thread_index_in_simdgroup;
 const uint group = threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
@@ -20,20 +18,17 @@ if (group * ROWS >= N) return;
 const uint first = min(group * ROWS, uint(N - ROWS));
 
 const size_t row = size_t(indices[pair]) * N + first;
-float sums[2 * ROWS] = {};
-Product::template add<2>(
-    sums, gate + row * Product::PITCH, up + row * Product::PITCH,
-    x + size_t(pair / indices_shape[1]) * K, lane);
+Product<DECODE, 2, ROWS, 1, PIECES, K, decltype(x + K), T> product;
+product.rows[0] = gate + row * product.PITCH;
+product.rows[1] = up + row * product.PITCH;
+product.x[0] = x + size_t(pair / SHARE) * K;
+product.add(lane);
 
-// Lane r finishes row r.
-float g = 0.0f, u = 0.0f;
-UNROLL for (uint r = 0; r < ROWS; r++) {
-  const float gate_sum = simd_sum(sums[r]), up_sum = simd_sum(sums[ROWS + r]);
-  g = lane == r ? gate_sum : g;
-  u = lane == r ? up_sum : u;
-}
-if (lane < ROWS && first + lane >= group * ROWS) {
-  g *= gate_scales[row + lane] * Product::unit();
-  u *= up_scales[row + lane] * Product::unit();
-  h[size_t(pair) * N + first + lane] = g / (1.0f + exp(-g)) * u;
+float g = Sums<ROWS>::over_lanes(product.sums, lane);
+float u = Sums<ROWS>::over_lanes(product.sums + ROWS, lane);
+const uint r = Sums<ROWS>::of(lane);
+if (Sums<ROWS>::writes(lane) && first + r >= group * ROWS) {
+  g *= gate_scales[row + r] * UNIT;
+  u *= up_scales[row + r] * UNIT;
+  h[size_t(pair) * N + first + r] = g / (1.0f + exp(-g)) * u;
 }

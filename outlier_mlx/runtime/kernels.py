@@ -21,8 +21,8 @@ LIMITS = {
     "in features": (1, 1 << 17),
     "out features": (2, 1 << 18),
 }
-# MLX passes arrays of fewer elements in constant memory, where kernels do not load whole words.
-SMALLEST_ARRAY = 8
+# Bytes of a row that a thread converts to affine 2-bit codes.
+BLOCK_BYTES = 16
 # Names of each kernel's inputs and outputs.
 _ARGUMENTS = {
     "tq1_0_swiglu": (["x", "gate", "gate_scales", "up", "up_scales", "indices"], ["h"]),
@@ -36,7 +36,7 @@ _ARGUMENTS = {
 
 # Default variants, used if the call has none and tuning has chosen none (variants.py).
 # docs/kernels.md has the reasons.
-VARIANTS = {"tq1_0_swiglu": Variant(), "tq1_0_down": Variant(), "tq1_0_qmv": Variant()}
+VARIANTS = {"tq1_0_swiglu": Variant(rows=4), "tq1_0_down": Variant(), "tq1_0_qmv": Variant()}
 
 # The function `mx.fast.metal_kernel` and the kernels that it built. Tests replace the function.
 _built: tuple[Any, dict[str, Any]] = (None, {})
@@ -58,8 +58,7 @@ def can_decode(tokens: int, experts: int, k: int, *widths: int) -> bool:
 
 def can_convert(rows: mx.array, in_features: int) -> bool:
     """Whether `tq1_0_to_affine2` takes rows (..., row_bytes) of this many trits."""
-    fits = _fits("in features", in_features) and rows.size >= SMALLEST_ARRAY
-    return fits and _conversion_threads(rows, in_features) < 1 << 31
+    return _fits("in features", in_features) and _conversion_threads(rows) < 1 << 31
 
 
 def tq1_0_swiglu(
@@ -98,7 +97,7 @@ def tq1_0_swiglu(
     if tokens == 0:
         return mx.zeros((0, k, out_features))
     inputs = [x, gate, gate_scales, up, up_scales, indices]
-    h = _launch(name, inputs, variant, x.dtype, in_features, (tokens * k, out_features))
+    h = _launch(name, inputs, variant, x.dtype, in_features, (tokens * k, out_features), k)
     return h.reshape(tokens, k, out_features)
 
 
@@ -148,7 +147,7 @@ def tq1_0_down(
     if tokens == 0:
         return shared
     inputs = [h, down, scales, indices, weights, shared]
-    return _launch(name, inputs, variant, shared.dtype, in_features, shared.shape, shared.dtype)
+    return _launch(name, inputs, variant, shared.dtype, in_features, shared.shape, k, shared.dtype)
 
 
 def tq1_0_qmv(
@@ -185,7 +184,8 @@ def tq1_0_qmv(
     if pairs == 0:
         return mx.zeros((0, out_features))
     inputs = [x, rows, scales, indices]
-    return _launch(name, inputs, variant, x.dtype, in_features, (pairs, out_features))
+    shape = (pairs, out_features)
+    return _launch(name, inputs, variant, x.dtype, in_features, shape, pairs // vectors)
 
 
 def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
@@ -214,14 +214,11 @@ def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
     if count == 0:
         return mx.zeros(shape, mx.uint32)
     if not can_convert(rows, in_features):
-        few_or_many = "few" if rows.size < SMALLEST_ARRAY else "many"
-        raise ValueError(
-            f"{name}: {count} rows of {in_features} trits are too {few_or_many} for one grid"
-        )
-    threads = _conversion_threads(rows, in_features)
+        raise ValueError(f"{name}: {count} rows of {in_features} trits are too many for one grid")
+    threads = _conversion_threads(rows)
     return built_kernel(name)(
         inputs=[rows],
-        template=[("PITCH", pitch), ("WIDTH", width)],
+        template=[("BLOCKS", pitch // BLOCK_BYTES), ("WIDTH", width)],
         grid=(threads, 1, 1),
         threadgroup=(256, 1, 1),
         output_shapes=[shape],
@@ -229,10 +226,8 @@ def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
     )[0]
 
 
-def _conversion_threads(rows: mx.array, in_features: int) -> int:
-    """Threads that convert rows: each makes five words of codes."""
-    words = padded_width(in_features) // 16
-    return rows.size // row_bytes(in_features) * -(-words // 5)
+def _conversion_threads(rows: mx.array) -> int:
+    return rows.size // BLOCK_BYTES
 
 
 def _launch(
@@ -242,9 +237,21 @@ def _launch(
     dtype: mx.Dtype,
     in_features: int,
     shape: tuple[int, ...],
+    share: int,
     output_dtype: mx.Dtype = mx.float32,
 ) -> mx.array:
-    """Launch a decode kernel. `shape` is that of the output: (tokens or pairs, out)."""
+    """Launch a decode kernel.
+
+    Args:
+        name: the kernel.
+        inputs: its inputs.
+        variant: see `tq1_0_swiglu`.
+        dtype: dtype of x or of the result.
+        in_features: columns of the matrices.
+        shape: shape of the output, (tokens or pairs, out).
+        share: number of successive pairs that use one vector.
+        output_dtype: dtype of the output.
+    """
     columns, out_features = shape
     variant = variant or saved_variant(name) or VARIANTS[name]
     variant = variant.fitted(in_features, out_features)
@@ -256,9 +263,10 @@ def _launch(
             ("T", dtype),
             ("K", in_features),
             ("N", out_features),
+            ("SHARE", share),
             ("DECODE", DECODES.index(variant.decode)),
             ("ROWS", variant.rows),
-            ("WORDS", variant.load_bits // 32),
+            ("PIECES", variant.pieces),
             ("SIMDGROUPS", variant.simdgroups),
         ],
         grid=(width * groups, columns, 1),

@@ -13,44 +13,46 @@ import mlx.core as mx
 
 from .affine2 import row_bytes
 
-DECODES = ("exponent", "exact", "telescoped", "floor")
-# Values that tuning may choose. The other decodes are less accurate, or give no valid result.
+DECODES = ("signs", "floor")
+# Values that tuning may choose. The other way to decode gives no valid result.
 CHOICES: dict[str, tuple[str | int, ...]] = {
-    "decode": ("exponent", "exact"),
+    "decode": ("signs",),
     "rows": (2, 4, 8, 16),
-    "load_bits": (32, 64),
+    "pieces": (1, 2),
     "simdgroups": (1, 2, 4),
 }
+# Bytes of a row that a simdgroup loads as one piece.
+PIECE_BYTES = 128
 # Environment variable with the path of the file of chosen variants; empty: no file.
 VARIANTS_VARIABLE = "OUTLIER_MLX_KERNELS"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of a decode kernel. Variants differ in speed and rounding.
+    """A variant of a decode kernel. All variants that decode give the same bits.
 
     Attributes:
-        decode: method of decoding, see kernels/tq1_0.metal: "exponent", "exact", "telescoped", or
-            "floor", which only loads the bytes and gives no valid result.
-        rows: number of matrix rows that a simdgroup computes, a power of two.
-        load_bits: number of bits that a lane loads from a row at a time, 32 or 64.
+        decode: method of decoding, see kernels/tq1_0.metal: "signs", or "floor", which only loads
+            the bytes and gives no valid result.
+        rows: number of rows of each matrix that a simdgroup computes, a power of two.
+        pieces: number of times that a lane loads four bytes from each row in a step.
         simdgroups: number of simdgroups in a threadgroup.
     """
 
-    decode: str = "exponent"
+    decode: str = "signs"
     rows: int = 8
-    load_bits: int = 32
+    pieces: int = 1
     simdgroups: int = 2
 
     def fitted(self, in_features: int, out_features: int) -> "Variant":
-        """This variant, with fewer rows or smaller loads if the matrix requires it."""
+        """This variant, with fewer rows or pieces if the matrix requires it."""
         rows = self.rows
         while rows > out_features:
             rows //= 2
-        odd = row_bytes(in_features) % (self.load_bits // 8)
-        if rows == self.rows and not odd:
+        pieces = self.pieces if row_bytes(in_features) > PIECE_BYTES else 1
+        if (rows, pieces) == (self.rows, self.pieces):
             return self
-        return replace(self, rows=rows, load_bits=32 if odd else self.load_bits)
+        return replace(self, rows=rows, pieces=pieces)
 
 
 def variants_file() -> Path | None:
@@ -87,7 +89,7 @@ def saved_variant(kernel: str) -> Variant | None:
 def saved_variants(file: Path) -> dict[str, Variant]:
     """Read the variants for this chip from a file, by kernel. Each file is read only once.
 
-    The file holds `{"chips": {CHIP: {KERNEL: {"decode": "exponent", "rows": 8, ...}}}}`. A file
+    The file holds `{"chips": {CHIP: {KERNEL: {"decode": "signs", "rows": 8, ...}}}}`. A file
     with another content is ignored with a warning. If it does not exist, the result is empty.
     """
     try:
