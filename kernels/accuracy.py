@@ -5,7 +5,6 @@ import numpy as np
 
 from outlier_mlx.runtime.affine2 import row_bytes
 from outlier_mlx.runtime.kernels import tq1_0_qmv
-from outlier_mlx.runtime.variants import Variant
 
 
 def planted(
@@ -35,7 +34,7 @@ def planted(
 
 
 def _word(rng: np.random.Generator, wide: int) -> np.ndarray:
-    """The elements of x that four neighbouring bytes of a row belong to: the sum of a lane's step."""
+    """The elements of x that four neighbouring bytes of a row belong to."""
     pitch = row_bytes(wide)
     inside = wide - 4 * pitch  # bytes all of whose digits are elements of x
     first = 4 * rng.integers(inside // 4)
@@ -56,9 +55,7 @@ def half_ulp(typical: float) -> float:
     return float(2.0 ** (np.floor(np.log2(typical)) - 11))
 
 
-def errors(
-    x: np.ndarray, trits: np.ndarray, decode: str, dtype: mx.Dtype = mx.float16
-) -> np.ndarray:
+def errors(x: np.ndarray, trits: np.ndarray, dtype: mx.Dtype = mx.float16) -> np.ndarray:
     """Errors (rows,) of the product `trits x`, in half ulps of a typical float16 output.
 
     The typical output is that for x of variance 1 without outliers, and random trits.
@@ -68,7 +65,6 @@ def errors(
         mx.array(pack(trits)[None]),
         mx.ones((1, len(trits))),
         mx.zeros((1,), mx.uint32),
-        variant=Variant(decode=decode),
     )
     exact = trits.astype(np.float64) @ x.astype(np.float64)
     return np.abs(np.array(y)[0] - exact) / half_ulp((len(x) * 2 / 3) ** 0.5)

@@ -7,14 +7,17 @@ import mlx.core as mx
 import numpy as np
 
 from kernels.emulator import virtual_metal
+from kernels.emulator.cost import Cost
 from kernels.emulator.mlx_kernels import gather_qmv
 from outlier_mlx.runtime.affine2 import row_bytes
-from outlier_mlx.runtime.kernels import tq1_0_down, tq1_0_swiglu
+from outlier_mlx.runtime.kernels import tq1_0_down, tq1_0_qmv, tq1_0_swiglu
 from outlier_mlx.runtime.variants import Variant
 
-# Hidden size and width of an expert.
-SHAPES = {"14B": (5120, 13824), "7B": (3584, 18944)}
-KERNELS = ("swiglu", "down")
+# Columns of the matrices that each kernel reads in a model: its hidden size, or its experts' width.
+SHAPES = {
+    "14B": {"swiglu": 5120, "down": 13824, "qmv": 5120},
+    "7B": {"swiglu": 3584, "down": 18944, "qmv": 3584},
+}
 # Number of matrix rows to run: the cost per weight does not depend on it.
 ROWS = 64
 MLX_GROUP = 128
@@ -22,13 +25,23 @@ MLX_GROUP = 128
 
 @dataclass(frozen=True)
 class Figures:
-    """Cost per weight: cycles of a lane on each pipe, bytes read, load instructions."""
+    """Cost per weight: cycles of a lane on each pipe, bytes read, load instructions; and estimates.
+
+    Attributes:
+        registers: 16-bit registers of a thread.
+        threads: threads that a core holds with that many registers each.
+        loop_bytes: machine code of the largest innermost loop.
+        private: whether a thread keeps an array in memory instead of registers.
+    """
 
     main: float
     second: float
     bytes: float
     loads: float
-    private: bool  # whether a thread keeps an array in memory instead of registers
+    registers: int
+    threads: int
+    loop_bytes: int
+    private: bool
 
     @property
     def cycles(self) -> float:
@@ -75,27 +88,30 @@ def _rows(out: int, wide: int) -> mx.array:
 
 
 @cache
-def ours(
-    kernel: str, hidden: int, width: int, variant: Variant, dtype: mx.Dtype = mx.float16
-) -> Figures:
-    """Cost of a decode kernel of this project for one token with two experts."""
+def ours(kernel: str, wide: int, variant: Variant, dtype: mx.Dtype = mx.float16) -> Figures:
+    """Cost of a decode kernel of this project for one token with two experts.
+
+    Args:
+        kernel: "swiglu", "down" or "qmv".
+        wide: columns of its matrices.
+        variant: variant of the kernel.
+        dtype: dtype of x, or of the result.
+    """
     pair = mx.array([[0, 1]], mx.uint32)
+    packed = _rows(ROWS, wide), mx.ones((2, ROWS))
+    x = mx.random.normal((1, wide)).astype(dtype)
+    names: tuple[str, ...] = ("rows", "scales")
     with virtual_metal() as metal:
         if kernel == "swiglu":
-            x = mx.random.normal((1, hidden)).astype(dtype)
-            gate, scales = _rows(ROWS, hidden), mx.ones((2, ROWS))
-            tq1_0_swiglu(x, gate, scales, gate, scales, pair, variant=variant)
-            names: tuple[str, ...] = ("gate", "gate_scales", "up", "up_scales")
-            weights = 2 * 2 * ROWS * hidden
+            tq1_0_swiglu(x, *packed, *packed, pair, variant=variant)
+            names = ("gate", "gate_scales", "up", "up_scales")
+        elif kernel == "down":
+            h, shared = mx.random.normal((1, 2, wide)), mx.zeros((1, ROWS), dtype)
+            tq1_0_down(h, *packed, pair, mx.ones((1, 2)), shared, variant=variant)
+            names = ("down", "scales")
         else:
-            h, shared = mx.random.normal((1, 2, width)), mx.zeros((1, ROWS), dtype)
-            down, scales = _rows(ROWS, width), mx.ones((2, ROWS))
-            tq1_0_down(h, down, scales, pair, mx.ones((1, 2)), shared, variant=variant)
-            names, weights = ("down", "scales"), 2 * ROWS * width
-    cost = metal.launches[0].cost
-    figures = cost.per_weight(weights, names)
-    private = bool({"private load", "private store"} & set(cost.instructions))
-    return Figures(figures.main, figures.second, figures.bytes, figures.loads, private)
+            tq1_0_qmv(x, *packed, pair.flatten(), variant=variant)
+    return _figures(metal.launches[0].cost, 2 * ROWS * wide * (len(names) // 2), names)
 
 
 @cache
@@ -105,5 +121,10 @@ def mlx_two_bit(wide: int) -> Figures:
     scales = mx.ones((2, ROWS, wide // MLX_GROUP), mx.float16)
     x, pair = mx.random.normal((1, wide)).astype(mx.float16), mx.array([[0, 1]], mx.uint32)
     found = gather_qmv(x, mx.array(codes), scales, -scales, pair, group_size=MLX_GROUP, bits=2)
-    cost = found.cost.per_weight(found.weights, ("w", "scales", "biases"))
-    return Figures(cost.main, cost.second, cost.bytes, cost.loads, False)
+    return _figures(found.cost, found.weights, ("w", "scales", "biases"))
+
+
+def _figures(cost: Cost, weights: int, buffers: tuple[str, ...]) -> Figures:
+    private = bool({"private load", "private store"} & set(cost.instructions))
+    estimates = cost.registers, cost.threads, cost.loop_bytes
+    return Figures(*cost.per_weight(weights, buffers), *estimates, private)

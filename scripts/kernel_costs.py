@@ -6,25 +6,30 @@ measured. With `--check`, the script only fails if the page is out of date.
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from kernels.accuracy import errors, planted
-from kernels.costs import CHIPS, KERNELS, SHAPES, Chip, Figures, mlx_two_bit, ours
+from kernels.costs import CHIPS, SHAPES, Chip, Figures, mlx_two_bit, ours
 from kernels.emulator import virtual_metal
+from outlier_mlx.runtime.kernels import VARIANTS
 from outlier_mlx.runtime.variants import Variant
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
-VARIANTS = {
-    "default": Variant(),
-    "4 rows": Variant(rows=4),
-    "16 rows": Variant(rows=16),
-    "64-bit loads": Variant(load_bits=64),
-    "exact digits": Variant(decode="exact"),
-    "telescoped": Variant(decode="telescoped"),
-    "floor (loads alone)": Variant(decode="floor"),
-}
+
+
+def variants(kernel: str) -> dict[str, Variant]:
+    """The variants in the tables, by name."""
+    default = VARIANTS[f"tq1_0_{kernel}"]
+    return {
+        "default": default,
+        "half the rows": replace(default, rows=default.rows // 2),
+        "twice the rows": replace(default, rows=default.rows * 2),
+        "two pieces": replace(default, pieces=2),
+        "floor (loads alone)": replace(default, decode="floor"),
+    }
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -35,41 +40,43 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def _row(name: str, figures: Figures) -> list[str]:
     numbers = [figures.main, figures.second, figures.cycles]
-    return [name, *(f"{n:.2f}" for n in numbers), f"{figures.bytes:.4f}", f"{figures.loads:.3f}"]
+    estimates = [figures.registers, figures.threads, figures.loop_bytes]
+    per_weight = [*(f"{n:.2f}" for n in numbers), f"{figures.bytes:.4f}", f"{figures.loads:.3f}"]
+    return [name, *per_weight, *map(str, estimates)]
 
 
 def cost_table(shape: str) -> str:
-    """Cycles, bytes and loads of every variant, for float16 and some other dtypes."""
-    hidden, width = SHAPES[shape]
+    """Cycles, bytes, loads and estimates of every variant, for float16 and some other dtypes."""
     head = ["", "main", "second", "main + second / 2", "bytes", "loads"]
+    head += ["registers", "threads", "loop bytes"]
     rows = []
-    for kernel, wide in zip(KERNELS, (hidden, width), strict=True):
-        for name, variant in VARIANTS.items():
-            found = ours(kernel, hidden, width, variant)
-            rows.append(_row(f"`tq1_0_{kernel}`, {name}", found))
+    for kernel, wide in SHAPES[shape].items():
+        named = variants(kernel)
+        for name, variant in named.items():
+            rows.append(_row(f"`tq1_0_{kernel}`, {name}", ours(kernel, wide, variant)))
         if kernel == "swiglu":
             for dtype in (mx.bfloat16, mx.float32):
                 name = str(dtype).removeprefix("mlx.core.")
-                rows.append(
-                    _row(f"`tq1_0_swiglu`, {name}", ours(kernel, hidden, width, Variant(), dtype))
-                )
+                found = ours(kernel, wide, named["default"], dtype)
+                rows.append(_row(f"`tq1_0_swiglu`, {name}", found))
+    for wide in sorted(set(SHAPES[shape].values())):
         rows.append(_row(f"MLX 2-bit, in = {wide}", mlx_two_bit(wide)))
     return table(head, rows)
 
 
 def ratios() -> Iterator[tuple[str, str, Chip, bool, float, float, float]]:
     """Shape, kernel, chip, overlapping, and picoseconds of our kernel, MLX's and the floor."""
-    for shape, (hidden, width) in SHAPES.items():
-        for kernel, wide in zip(KERNELS, (hidden, width), strict=True):
-            arms = (
-                ours(kernel, hidden, width, Variant()),
-                mlx_two_bit(wide),
-                ours(kernel, hidden, width, Variant(decode="floor")),
-            )
+    for shape, kernels in SHAPES.items():
+        for kernel, wide in kernels.items():
+            if kernel == "qmv":
+                continue  # as swiglu
+            named = variants(kernel)
+            floor = ours(kernel, wide, named["floor (loads alone)"])
+            arms = ours(kernel, wide, named["default"]), mlx_two_bit(wide), floor
             for chip in CHIPS:
                 for overlapping in (True, False):
-                    mine, theirs, floor = (chip.picoseconds(a, overlapping) for a in arms)
-                    yield shape, kernel, chip, overlapping, mine, theirs, floor
+                    mine, theirs, least = (chip.picoseconds(a, overlapping) for a in arms)
+                    yield shape, kernel, chip, overlapping, mine, theirs, least
 
 
 def time_table() -> str:
@@ -86,7 +93,7 @@ def time_table() -> str:
 
 def accuracy_table() -> str:
     """The largest errors over four random draws of 1024 rows, K = 5120, 0, 1 or 5 outliers."""
-    head = ["", *(f"{decode}" for decode in ("exponent", "exact", "telescoped"))]
+    head = ["", "trit 0 at the outliers", "other rows"]
     rows = []
     with virtual_metal(count=False):
         for outliers, size, together in (
@@ -97,16 +104,12 @@ def accuracy_table() -> str:
             (5, 1e4, False),
             (5, 1e4, True),
         ):
-            row = [f"{outliers} at {size:g}" if outliers else "none"]
-            row[0] += ", in one word of a row" if together else ""
-            for decode in head[1:]:
-                zero, others = 0.0, 0.0
-                for seed in range(4):
-                    x, trits, _ = planted(seed, 5120, 1024, outliers, size, together)
-                    found = errors(x, trits, decode)
-                    zero, others = max(zero, found[::2].max()), max(others, found[1::2].max())
-                row.append(f"{zero:.3f} / {others:.3f}")
-            rows.append(row)
+            name = f"{outliers} at {size:g}" if outliers else "none"
+            name += ", in one word of a row" if together else ""
+            draws = [planted(seed, 5120, 1024, outliers, size, together) for seed in range(4)]
+            found = [errors(x, trits) for x, trits, _ in draws]
+            worst = [max(one[part::2].max() for one in found) for part in (0, 1)]
+            rows.append([name, *(f"{error:.3f}" for error in worst)])
     return table(head, rows)
 
 

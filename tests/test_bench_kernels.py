@@ -83,38 +83,37 @@ def test_launches_wait_for_one_another():
 
 def test_what_fails_is_said_and_not_timed(tier: Path, monkeypatch: pytest.MonkeyPatch):
     def computed(layer: Layer, indices: mx.array, variant: Variant) -> mx.array:
-        """Sound only as "exponent"."""
-        if variant.decode == "exact":
+        """Sound only as "signs"."""
+        if variant.decode == "fast":
             raise RuntimeError("this GPU has too few\n  registers")
         affine = layer.transcoded("down", mx.float32)
         y = DOWN.plain(layer, [affine], layer.places, mx.float32)
-        return y + (mx.nan if variant.decode == "telescoped" else 0)
+        return y + (mx.nan if variant.decode == "wrong" else 0)
 
     monkeypatch.setattr(bench_kernels, "use_metal", lambda: True)
     monkeypatch.setattr(bench_kernels, "KERNELS", (replace(DOWN, ours=computed),))
+    monkeypatch.setattr(bench_kernels, "DECODES", ("signs", "fast", "wrong", "floor"))
     monkeypatch.setattr(bench_kernels, "ROWS", (8,))
-    monkeypatch.setattr(bench_kernels, "LOAD_BITS", (64,))
+    monkeypatch.setattr(bench_kernels, "PIECES", (1,))
     found = bench_kernels.bench_kernels(load(tier), rounds=2)
     (result,) = found.results
     assert found.errors == [
-        "tq1_0_down, exact, 8 rows, 64-bit loads: not timed: this GPU has too few registers",
-        "tq1_0_down, telescoped, 8 rows, 64-bit loads: not timed: its result is wrong: "
+        "tq1_0_down, fast, 8 rows, 1 piece: not timed: this GPU has too few registers",
+        "tq1_0_down, wrong, 8 rows, 1 piece: not timed: its result is wrong: "
         "inf times the error allowed",
     ]
     timed = [arm.name.split(",")[0] for arm in result.arms if arm.runs]
-    assert timed == ["MLX 2-bit", "exponent", "floor"]
-    assert result.best == Variant("exponent", 8, 64)
+    assert timed == ["MLX 2-bit", "signs", "floor"]
+    assert result.best == Variant("signs", 8, 1)
 
 
 def test_the_table_of_kernels(capsys: pytest.CaptureFixture[str]):
     """The best that may be chosen, beside the floor of its own geometry and MLX's."""
     times = {
         None: 200.0,
-        Variant("exponent"): 110.0,
-        Variant("exact"): 100.0,
-        Variant("telescoped"): 90.0,
+        Variant("signs"): 100.0,
         Variant("floor"): 80.0,
-        Variant("exact", 4): 120.0,
+        Variant("signs", 4, 2): 120.0,
         Variant("floor", 4): 50.0,
     }
     arms = [Arm(variant, 12_000, None, [us / 1e6] * 2) for variant, us in times.items()]
@@ -123,12 +122,12 @@ def test_the_table_of_kernels(capsys: pytest.CaptureFixture[str]):
     bench_tables.print_kernels("tier", KernelBench(chip, "float16", [result]))
     lines = capsys.readouterr().out.splitlines()
     cells = [line.split() for line in lines]
-    assert ["µs", "exponent", "exact", "telescoped", "floor"] in cells
-    assert ["8", "rows,", "32", "bits", "110.0", "100.0", "90.0", "80.0"] in cells
-    assert ["4", "rows,", "32", "bits", "-", "120.0", "-", "50.0"] in cells
+    assert ["µs", "signs", "floor"] in cells
+    assert ["8", "rows,", "1", "piece", "100.0", "80.0"] in cells
+    assert ["4", "rows,", "2", "pieces", "120.0", "-"] in cells
     assert lines[-2:] == [
         "MLX 2-bit: 200.0 µs, spread 0.0%, 0.06 GB/s, 30% of the chip's 0.2 GB/s",
-        "exact, 8 rows, 32-bit loads: 100.0 µs, spread 0.0%, 0.12 GB/s,"
+        "signs, 8 rows, 1 piece: 100.0 µs, spread 0.0%, 0.12 GB/s,"
         " 60% of the chip's 0.2 GB/s, 1.25 of its floor's time, 0.50 of MLX's time",
     ]
 
@@ -136,16 +135,16 @@ def test_the_table_of_kernels(capsys: pytest.CaptureFixture[str]):
 def test_wrong_variants_are_not_timed_and_the_best_is_kept(
     tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The launcher is made to run the floor, which only loads, where it is told "telescoped"."""
+    """The launcher is made to run the floor, which only loads, where it is told "wrong"."""
     file = tmp_path / "settings" / "kernels.json"
     file.parent.mkdir()
     file.write_text('{"chips": {"Apple M1": {"tq1_0_qmv": {"rows": 4}}}}')
     monkeypatch.setenv(variants.VARIANTS_VARIABLE, str(file))
     monkeypatch.setattr(bench_kernels, "KERNELS", (DOWN,))
-    monkeypatch.setattr(bench_kernels, "ROWS", (4,))
-    monkeypatch.setattr(bench_kernels, "LOAD_BITS", (32,))
+    monkeypatch.setattr(bench_kernels, "ROWS", (4, 8))
+    monkeypatch.setattr(bench_kernels, "PIECES", (1,))
     monkeypatch.setattr(bench_kernels, "PASS_SECONDS", 0.0)
-    monkeypatch.setattr(kernels, "DECODES", ("exponent", "exact", "none", "telescoped"))
+    monkeypatch.setattr(kernels, "DECODES", ("signs", "wrong"))
     order = []
     real = bench_kernels._pass
 
@@ -155,7 +154,7 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
 
     monkeypatch.setattr(bench_kernels, "_pass", recorded)
     with virtual_metal(count=False) as metal:
-        monkeypatch.setattr(bench_kernels, "DECODES", ("exponent", "exact", "telescoped"))
+        monkeypatch.setattr(bench_kernels, "DECODES", ("signs", "wrong"))
         assert variants.saved_variant("tq1_0_down") is None
         done = run("bench", "--model", tier, "--kernels", "--save", "-n", 4, "--json", code=1)
         found = done.json
@@ -165,24 +164,25 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
         call = mx.ones((1, 1, 80)), *m.packed, mx.zeros((1, 1), mx.uint32), mx.ones((1, 1))
         kernels.tq1_0_down(*call, mx.zeros((1, 64)))
     (kernel,) = found["kernels"]
-    arms = {arm["arm"]: arm for arm in kernel["arms"]}
-    assert list(arms) == ["mlx", "exponent", "exact", "telescoped"]
+    arms = {(arm["arm"], (arm["variant"] or {}).get("rows")): arm for arm in kernel["arms"]}
+    ours, wrong = [("signs", 4), ("signs", 8)], [("wrong", 4), ("wrong", 8)]
+    assert list(arms) == [("mlx", None), *ours, *wrong]
     assert (kernel["out_features"], kernel["in_features"]) == (64, 80)
-    assert "its result is wrong" in arms["telescoped"]["error"]
-    assert arms["telescoped"]["seconds"] is None
-    assert "tq1_0_down, telescoped, 4 rows, 32-bit loads: not timed" in done.err
-    sound = ("mlx", "exponent", "exact")
-    for name in sound:
+    for name in wrong:
+        assert "its result is wrong" in arms[name]["error"]
+        assert arms[name]["seconds"] is None
+    assert "tq1_0_down, wrong, 4 rows, 1 piece: not timed" in done.err
+    for name in (("mlx", None), *ours):
         assert_summary(arms[name]["seconds"], 4)
         assert arms[name]["error"] is None
     # The sound ones: two layers checked, one launch to see how long it takes, one in each round.
-    # The wrong one: the first layer.
-    assert launched == 2 * (2 + 1 + 4) + 1
+    # The wrong ones: the first layer.
+    assert launched == 2 * (2 + 1 + 4) + 2
     rounds = [order[at : at + 3] for at in range(3, 15, 3)]
     assert all(sorted(turn) == sorted(order[:3]) for turn in rounds)
     assert len(set(map(tuple, rounds))) > 2
 
-    best = min(("exponent", "exact"), key=lambda name: arms[name]["seconds"]["median"])
+    best = min(ours, key=lambda name: arms[name]["seconds"]["median"])
     assert kernel["best"] == arms[best]["variant"]
     chip = variants.chip_name()
     assert json.loads(file.read_text())["chips"] == {
@@ -191,15 +191,14 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
     }
     assert list(file.parent.iterdir()) == [file]
     template = metal.launches[-1].template
-    assert template["ROWS"] == 4
-    assert template["DECODE"] == ("exponent", "exact").index(best)
+    assert (template["DECODE"], template["ROWS"]) == (0, best[1])
 
 
 def test_variants_that_do_not_fit_are_not_timed():
-    """Rows of 60 trits take 12 bytes, no whole number of 64-bit loads; nor do 5 rows hold 8."""
-    fit = bench_kernels.variants_to_time("tq1_0_qmv", 60, 5)
-    assert {(v.rows, v.load_bits) for v in fit} == {(4, 32)} and len(fit) == 4
-    assert len(bench_kernels.variants_to_time("tq1_0_qmv", 80, 16)) == 4 * 3 * 2
+    """Rows of 640 trits are one piece of 128 bytes; 5 rows do not hold 8."""
+    fit = bench_kernels.variants_to_time("tq1_0_qmv", 640, 5)
+    assert {(v.rows, v.pieces) for v in fit} == {(4, 1)} and len(fit) == 2
+    assert len(bench_kernels.variants_to_time("tq1_0_qmv", 641, 16)) == 2 * 3 * 2
 
 
 def test_the_default_is_launched_unless_another_is_kept(
@@ -224,16 +223,21 @@ def test_a_file_that_is_not_sound_is_ignored(tmp_path: Path):
     def of_this_chip(**fields: Any) -> str:
         return json.dumps({"chips": {variants.chip_name(): {"tq1_0_qmv": fields}}})
 
-    sound = of_this_chip(decode="exact", rows=16, load_bits=64, simdgroups=4)
+    sound = of_this_chip(decode="signs", rows=16, pieces=2, simdgroups=4)
     file = tmp_path / "sound.json"
     file.write_text(sound)
-    assert variants.saved_variants(file) == {"tq1_0_qmv": Variant("exact", 16, 64, 4)}
+    assert variants.saved_variants(file) == {"tq1_0_qmv": Variant("signs", 16, 2, 4)}
     for number, text in enumerate(
         (
             *("", "{", "[]", "{}", '{"chips": 3}', "[" * 100_000, "\x00"),
-            *(of_this_chip(decode=decode) for decode in ("floor", "telescoped", "fast", 1, None)),
+            *(of_this_chip(decode=decode) for decode in ("floor", "exponent", "exact", 1, None)),
             *(of_this_chip(rows=rows) for rows in (0, 3, 32, "8", True, 8.0, [8])),
-            *(of_this_chip(load_bits=128), of_this_chip(simdgroups=33), of_this_chip(threads=1)),
+            *(
+                of_this_chip(pieces=3),
+                of_this_chip(load_bits=32),
+                of_this_chip(simdgroups=33),
+                of_this_chip(threads=1),
+            ),
         )
     ):
         file = tmp_path / f"{number}.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +24,6 @@ from tests.kernel_cases import (
     swiglu,
 )
 from tests.metal import Metal, any_metal, needs_emulator
-from tests.reference import Array
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DIGITS = np.arange(256)[:, None] * 3 ** np.arange(1, 6) // 256 % 3

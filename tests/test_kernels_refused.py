@@ -41,11 +41,11 @@ def down_call(**changes: Any) -> Callable[[], mx.array]:
 REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
     "x-dtype": (swiglu_call(x=mx.zeros((2, 20), mx.int32)), "x is (2, 20) int32"),
     "x-shape": (swiglu_call(x=mx.zeros((20,))), "x is (20,) float32"),
-    "width": (swiglu_call(x=mx.zeros((2, 21))), "expected (experts, out, 8) uint8 for rows of 21"),
+    "width": (swiglu_call(x=mx.zeros((2, 81))), "expected (experts, out, 32) uint8 for rows of 81"),
     "rows-dtype": (swiglu_call(gate=mx.zeros((3, 9, 4), mx.uint32)), "gate is (3, 9, 4) uint32"),
     "up-shape": (
         swiglu_call(up=random_matrices(1, 3, 8, 20).rows, up_scales=mx.ones((3, 8))),
-        "gate (3, 9, 4) and up (3, 8, 4) differ",
+        "gate (3, 9, 16) and up (3, 8, 16) differ",
     ),
     "scales": (swiglu_call(gate_scales=mx.ones((3, 9), mx.float16)), "scales of gate are (3, 9)"),
     "indices": (swiglu_call(indices=mx.zeros((2, 2), mx.int32)), "indices are (2, 2) int32"),
@@ -53,11 +53,11 @@ REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
     "k": (swiglu_call(indices=mx.zeros((2, 65), mx.uint32)), "65 experts per token"),
     "no-k": (swiglu_call(indices=mx.zeros((2, 0), mx.uint32)), "0 experts per token"),
     "no-experts": (
-        swiglu_call(gate=mx.zeros((0, 9, 4), mx.uint8), gate_scales=mx.ones((0, 9))),
+        swiglu_call(gate=mx.zeros((0, 9, 16), mx.uint8), gate_scales=mx.ones((0, 9))),
         "0 experts; supported: 1 to 1024",
     ),
     "one-row": (
-        swiglu_call(gate=mx.zeros((3, 1, 4), mx.uint8), gate_scales=mx.ones((3, 1))),
+        swiglu_call(gate=mx.zeros((3, 1, 16), mx.uint8), gate_scales=mx.ones((3, 1))),
         "1 out features; supported: 2 to",
     ),
     "too-wide": (
@@ -83,11 +83,13 @@ REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
     ),
     "transcode": (
         lambda: kernels.tq1_0_to_affine2(mx.zeros((3, 8), mx.uint8), 20),
-        "expected uint8 rows of 4 bytes for 20 trits",
+        "expected uint8 rows of 16 bytes for 20 trits",
     ),
-    "transcode-tiny": (
-        lambda: kernels.tq1_0_to_affine2(mx.zeros((1, 4), mx.uint8), 20),
-        "1 rows of 20 trits are too few",
+    "transcode-many": (
+        lambda: kernels.tq1_0_to_affine2(
+            mx.broadcast_to(mx.zeros((1,), mx.uint8), (1 << 16, 1 << 15, 16)), 20
+        ),
+        "2147483648 rows of 20 trits are too many for one grid",
     ),
 }
 

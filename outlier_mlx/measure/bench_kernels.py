@@ -38,7 +38,7 @@ from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
 
 ROWS = (4, 8, 16)
-LOAD_BITS = (32, 64)
+PIECES = (1, 2)
 FLOOR = "floor"
 # Seconds that a pass of an arm takes, long enough that its start and end hardly count.
 PASS_SECONDS = 0.05
@@ -69,7 +69,7 @@ class Arm:
     def name(self) -> str:
         """Name in tables and messages."""
         v = self.variant
-        return f"{v.decode}, {v.rows} rows, {v.load_bits}-bit loads" if v else "MLX 2-bit"
+        return f"{v.decode}, {geometry(v)}" if v else "MLX 2-bit"
 
     @property
     def runs(self) -> Runs | None:
@@ -187,10 +187,15 @@ def variants_to_time(kernel: str, in_features: int, out_features: int) -> list[V
     """Every way to decode, floor included, in every geometry that the matrix allows."""
     simdgroups = VARIANTS[kernel].simdgroups
     variants = (
-        Variant(decode, rows, load_bits, simdgroups).fitted(in_features, out_features)
-        for decode, rows, load_bits in product(DECODES, ROWS, LOAD_BITS)
+        Variant(decode, rows, pieces, simdgroups).fitted(in_features, out_features)
+        for decode, rows, pieces in product(DECODES, ROWS, PIECES)
     )
     return list(dict.fromkeys(variants))
+
+
+def geometry(variant: Variant) -> str:
+    """Rows and pieces of a variant, in tables and messages."""
+    return f"{variant.rows} rows, {variant.pieces} piece{'s' if variant.pieces > 1 else ''}"
 
 
 def excess(found: mx.array, expected: mx.array, tolerance: tuple[float, float]) -> float:

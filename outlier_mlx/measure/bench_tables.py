@@ -1,15 +1,16 @@
 """The output of `bench`: results on stdout, remarks on stderr."""
 
 import os
+from dataclasses import replace
 
 from rich.text import Text
 
 from outlier_mlx.engine.buffers import VARIABLES, own_value
 from outlier_mlx.engine.chips import Chip
 from outlier_mlx.measure.bench import BenchResult, Runs
-from outlier_mlx.measure.bench_kernels import FLOOR, Arm, KernelBench, KernelResult
+from outlier_mlx.measure.bench_kernels import FLOOR, Arm, KernelBench, KernelResult, geometry
 from outlier_mlx.measure.bench_settings import Setting, SettingsBench
-from outlier_mlx.runtime.variants import DECODES, Variant
+from outlier_mlx.runtime.variants import DECODES
 from outlier_mlx.terminal import Output, print_columns, print_heading, size, stderr, stdout
 
 
@@ -106,7 +107,7 @@ def _print_variants(console: Output, result: KernelResult) -> None:
     for arm in result.arms:
         v = arm.variant
         if v is not None:
-            cells = table.setdefault(f"{v.rows} rows, {v.load_bits} bits", {})
+            cells = table.setdefault(geometry(v), {})
             cells.setdefault(v.decode, _cell(arm.runs, v == result.best))
     rows = [[name, *(cells.get(way, "-") for way in DECODES)] for name, cells in table.items()]
     print_columns(console, ["µs", *DECODES], rows)
@@ -129,7 +130,7 @@ def _describe(arm: Arm, result: KernelResult, chip: Chip) -> str:
     if arm.variant is None:
         return text
     v = arm.variant
-    floor = Variant(FLOOR, v.rows, v.load_bits, v.simdgroups)
+    floor = replace(v, decode=FLOOR)
     for what, other in (
         ("its floor's", next((a for a in result.arms if a.variant == floor), None)),
         ("MLX's", result.arms[0]),
