@@ -49,8 +49,8 @@ struct Register<half> {
   typedef half type;
 };
 
-// Loads the four elements of a vector of K elements from index `at` + `offset` on. If not `whole`, the
-// vector may end before them; then the last elements are loaded instead: the trits there are 0.
+// Loads the four elements of a vector of K from index `at` + `offset` on. If not `whole`, the vector
+// may end before them; then the last elements are loaded instead: the trits there are 0.
 template <int K, bool VECTOR>
 struct Four {
   template <typename X, typename P>
@@ -74,11 +74,12 @@ struct Four<K, true> {
 };
 
 // One lane's part of the products of VECTORS vectors (K elements each) with ROWS successive rows of
-// each of MATRICES matrices. A lane processes four bytes of a row at a time, PIECES times in a step.
-// The order of the additions for an element of the result depends on K alone.
+// each of MATRICES matrices. A lane processes PIECES times four bytes of each row in a step. The
+// order of the additions for an element of the result depends on K alone.
 //
 // P is the type of pointers to vectors: MLX has small arrays in another address space.
-template <int DECODE, int MATRICES, int ROWS, int VECTORS, int PIECES, int K, typename P, typename T>
+template <
+    int DECODE, int MATRICES, int ROWS, int VECTORS, int PIECES, int K, typename P, typename T>
 struct Product {
   typedef typename Register<T>::type X;
   enum : uint {
@@ -109,7 +110,7 @@ struct Product {
   template <int COUNT>
   METAL_FUNC void step(uint at) {
     Bytes bytes[COUNT * ALL];
-    float words[COUNT * VECTORS * ALL];  // the sum of each piece
+    float words[COUNT * VECTORS * ALL];  // sums of a piece, like `sums`
     // All loads of rows come before the first use of their bytes.
     UNROLL for (uint m = 0; m < MATRICES; m++) {
       const device uint8_t* from = rows[m] + at;
@@ -135,11 +136,13 @@ struct Product {
         }
       }
     }
-    UNROLL for (uint i = 0; i < COUNT * VECTORS * ALL; i++) {
-      const uint v = i / ALL % VECTORS, p = i / (VECTORS * ALL);
-      const thread Bytes& raw = bytes[p * ALL + i % ALL];
-      const uint mixed = raw.pairs[0] ^ raw.pairs[1] ^ as_type<uint>(words[p * VECTORS * ALL + v * ALL]);
-      sums[i % (VECTORS * ALL)] += DECODE == FLOOR ? as_type<float>(mixed) : words[i];
+    UNROLL for (uint p = 0; p < COUNT; p++) {
+      UNROLL for (uint i = 0; i < VECTORS * ALL; i++) {
+        const thread float* word = words + p * VECTORS * ALL;
+        const thread Bytes& raw = bytes[p * ALL + i % ALL];
+        const uint mixed = raw.pairs[0] ^ raw.pairs[1] ^ as_type<uint>(word[i / ALL * ALL]);
+        sums[i] += DECODE == FLOOR ? as_type<float>(mixed) : word[i];
+      }
     }
   }
 
@@ -156,10 +159,10 @@ struct Product {
         half2 trits[2];
         UNROLL for (uint i = 0; i < 2; i++) trits[i] = bytes[first + i].trits(pair);
         UNROLL for (uint v = 0; v < VECTORS; v++) {
-          const thread X* x = four + 4 * v + 2 * pair;
           thread float* word = words + v * ALL + first;
-          UNROLL for (uint i = 0; i < 2; i++) word[i] = fma(float(x[0]), float(trits[i].x), word[i]);
-          UNROLL for (uint i = 0; i < 2; i++) word[i] = fma(float(x[1]), float(trits[i].y), word[i]);
+          const float low = four[4 * v + 2 * pair], high = four[4 * v + 2 * pair + 1];
+          UNROLL for (uint i = 0; i < 2; i++) word[i] = fma(low, float(trits[i].x), word[i]);
+          UNROLL for (uint i = 0; i < 2; i++) word[i] = fma(high, float(trits[i].y), word[i]);
         }
         if (more) {
           UNROLL for (uint i = 0; i < 2; i++) bytes[first + i].next(pair);
@@ -170,8 +173,8 @@ struct Product {
 };
 
 // Sums COUNT values (a power of 2, at most 16) over the lanes of a simdgroup. After each of the
-// first steps, a lane keeps half of the values; lane l returns the sum of value `Sums<COUNT>::of(l)`.
-// The order of the additions is the same for every COUNT and every value.
+// first steps, a lane keeps half of the values; lane l returns the sum of value `of(l)`. The order of
+// the additions is the same for every COUNT and every value.
 template <int COUNT>
 struct Sums {
   static_assert(COUNT > 0 && COUNT <= 16 && (COUNT & (COUNT - 1)) == 0, "not a power of 2");

@@ -8,9 +8,9 @@
 //   shared   (tokens, N)             T
 //   y        (tokens, N)             T
 //
-// A simdgroup computes ROWS elements of y for all experts of a token, in their order, and rounds the
-// sum once. The rows of the last simdgroup end at N. They may overlap those of the simdgroup before
-// it, which writes the overlapping rows.
+// A simdgroup computes ROWS elements of y for all experts of a token, in their order, and rounds
+// each sum once. The rows of the last simdgroup end at N. They may overlap those of the simdgroup
+// before it, which writes the overlapping rows.
 // Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over tokens.
 
 const uint token = threadgroup_position_in_grid.y;

@@ -6,8 +6,8 @@
 //   indices  (pairs,)                uint
 //   y        (pairs, N)              float
 //
-// A simdgroup computes ROWS elements of y. The rows of the last simdgroup end at N. They may overlap
-// those of the simdgroup before it, which writes the overlapping rows.
+// A simdgroup computes ROWS elements of y. The rows of the last simdgroup end at N. They may
+// overlap those of the simdgroup before it, which writes the overlapping rows.
 // Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over pairs.
 
 const uint pair = threadgroup_position_in_grid.y;
