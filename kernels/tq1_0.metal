@@ -49,8 +49,8 @@ struct Register<half> {
   typedef half type;
 };
 
-// Loads the four elements of a vector of K from index `at` + `offset` on. If not `whole`, the vector
-// may end before them; then the last elements are loaded instead: the trits there are 0.
+// Loads the four elements of a vector of K from index `at` + `offset` on. If not `whole`, it may end
+// before them; then the last elements are loaded instead: the trits there are 0.
 template <int K, bool VECTOR>
 struct Four {
   template <typename X, typename P>
@@ -173,8 +173,8 @@ struct Product {
 };
 
 // Sums COUNT values (a power of 2, at most 16) over the lanes of a simdgroup. After each of the
-// first steps, a lane keeps half of the values; lane l returns the sum of value `of(l)`. The order of
-// the additions is the same for every COUNT and every value.
+// first steps, a lane keeps half of the values; lane l returns the sum of value `of(l)`. The order
+// of the additions is the same for every COUNT and every value.
 template <int COUNT>
 struct Sums {
   static_assert(COUNT > 0 && COUNT <= 16 && (COUNT & (COUNT - 1)) == 0, "not a power of 2");

@@ -204,9 +204,9 @@ def test_a_tier_stays_whole_when_only_comments_change(tier: Path) -> None:
 FOREIGN_CODE = {
     "statement": ("\nclass Model(", "\nimport os\n\n\nclass Model("),
     "number": ("SORT_FROM_PAIRS = 64", "SORT_FROM_PAIRS = 65"),
-    "text": ('"exponent", "exact"', '"exponent", "exakt"'),
-    "kernel": ("sum += start[1]", "sum -= start[1]"),
-    "kernel-comment": ("sum += start[1]", "// sum += start[1]"),
+    "text": ('"signs", "floor"', '"signs", "flaw"'),
+    "kernel": ("sums[i] += DECODE", "sums[i] -= DECODE"),
+    "kernel-comment": ("sums[i] += DECODE", "// sums[i] += DECODE"),
     "kernel-line": ("// Shared by the tq1_0 kernels", "// \\\\\n// Shared by the tq1_0 kernels"),
     "kernel-quote": ("// Shared by the tq1_0 kernels", "' // ' // Shared by the tq1_0 kernels"),
     "kernel-return": (
