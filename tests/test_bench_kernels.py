@@ -5,67 +5,148 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from kernels.emulator import virtual_metal
 from outlier_mlx.engine.chips import Chip
-from outlier_mlx.measure import bench_cases, bench_kernels, bench_tables
-from outlier_mlx.measure.bench_cases import KERNELS, Layer
-from outlier_mlx.measure.bench_kernels import Arm, KernelBench, KernelResult
+from outlier_mlx.measure import bench_cases, bench_inputs, bench_kernels, bench_tables
+from outlier_mlx.measure.bench_cases import DECODING, Case, Kernel
+from outlier_mlx.measure.bench_inputs import Layer, four_bits
+from outlier_mlx.measure.bench_results import Arm, KernelBench, KernelResult
 from outlier_mlx.runtime import kernels, variants
 from outlier_mlx.runtime.variants import Variant
 from tests.engine import as_array, load
 from tests.kernel_cases import random_matrices
+from tests.library import Library
 from tests.program import run
 from tests.test_bench import assert_summary
 
-DOWN = KERNELS[1]
+DOWN = DECODING[1]
+
+
+def only(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time one kernel for one token, and nothing else."""
+
+    def cases(model: nn.Module, tokens: int, dtype: mx.Dtype) -> list[Case]:
+        return [Case(kernel, "", partial(bench_inputs.decode_layers, model, tokens, dtype))]
+
+    monkeypatch.setattr(bench_kernels, "cases", cases)
 
 
 def test_without_metal_only_the_plain_path_is_timed(tier: Path):
     done = run("bench", "--model", tier, "--kernels", "-n", 2, "-b", 3, "--json")
     assert done.err.startswith("no Metal here, so there are no kernels to time")
     found = done.json
-    assert [k["kernel"] for k in found["kernels"]] == ["tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv"]
-    for kernel in found["kernels"]:
+    names = [kernel["kernel"] for kernel in found["kernels"]]
+    decoding, others = found["kernels"][:3], found["kernels"][3:]
+    assert names[:3] == ["tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv"]
+    assert names[3:] == ["tq1_0_route", "tq1_0_to_affine2"]
+    assert all([arm["arm"] for arm in kernel["arms"]] == ["MLX"] for kernel in others)
+    for kernel in decoding:
         assert kernel["pairs"] == 6 and kernel["best"] is None
-        (arm,) = kernel["arms"]
-        assert arm["arm"] == "mlx" and arm["error"] is None
-        assert_summary(arm["seconds"], 2)
+        assert [arm["arm"] for arm in kernel["arms"]] == ["MLX 2-bit", "MLX 4-bit"]
+        for arm in kernel["arms"]:
+            assert arm["error"] is None
+            assert_summary(arm["seconds"], 2)
 
 
 def test_what_kernels_are_timed_on(tier: Path, monkeypatch: pytest.MonkeyPatch):
     """Layers until enough is read; experts and weights as when decoding."""
     model = load(tier)
-    layers = bench_cases.decode_layers(model, 3, mx.float16)
+    layers = bench_inputs.decode_layers(model, 3, mx.float16)
     assert len(layers) == 2
     for layer in layers:
         assert layer.indices.shape == (3, 2) and layer.x.dtype == layer.shared.dtype == mx.float16
         assert all(len(set(experts)) == 2 for experts in as_array(layer.indices))
-        assert layer.nbytes("gate") == 6 * 80 * (16 + 4)
-        affine = [layer.transcoded("down", mx.float32)]
-        mixed = DOWN.plain(layer, affine, layer.places, mx.float32)
+        chosen = set(as_array(layer.indices).flatten().tolist())
+        assert layer.nbytes("gate") == len(chosen) * 80 * (16 + 4)
+        assert (np.array(layer.chosen)[as_array(layer.places)] == as_array(layer.indices)).all()
+        affine = [layer.affine("down", 2, mx.float32)]
+        mixed = DOWN.plain(layer, affine, mx.float32)
         routed = as_array(mixed) - as_array(layer.shared)
         assert 0.5 < np.sqrt((routed**2).mean()) < 2
     own = {id(model.layers[n].mlp.switch_mlp.gate_proj.weight) for n in (1, 3)}
     assert {id(layer.gate[0]) for layer in layers} == own
-    monkeypatch.setattr(bench_cases, "ENOUGH_BYTES", 1)
-    assert len(bench_cases.decode_layers(model, 1, mx.float32)) == 1
+    monkeypatch.setattr(bench_inputs, "ENOUGH_BYTES", 1)
+    assert len(bench_inputs.decode_layers(model, 1, mx.float32)) == 1
+    (layer,) = bench_inputs.decode_layers(model, 4, mx.float32, alike=True)
+    assert layer.pairs == 8 and len(layer.chosen) == 2
+    assert (as_array(layer.indices) == as_array(layer.indices)[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
+def test_formats_of_mlx_hold_the_same_weights(dtype: mx.Dtype, tier: Path):
+    """In 2 and 4 bits, as MLX itself decodes them; 80 columns are padded to 96."""
+    (layer, _) = bench_inputs.decode_layers(load(tier), 1, dtype)
+    weights = {}
+    for bits in (2, 4):
+        affine = layer.affine("down", bits, dtype)
+        assert affine.nbytes == layer.copied("down", bits, dtype)
+        settings: Any = {"group_size": affine.group_size, "bits": bits}
+        weights[bits] = as_array(mx.dequantize(*affine.arrays, **settings).astype(mx.float32))
+    assert weights[2].shape == (2, 64, 96) and (weights[2] == weights[4]).all()
+    scales = as_array(layer.down[1][mx.array(layer.chosen)].astype(dtype).astype(mx.float32))
+    trits = weights[2][..., :80] / scales[..., None]
+    assert set(np.unique(trits)) == {-1, 0, 1}
+
+
+def test_codes_of_two_bits_as_four():
+    codes = np.random.default_rng(0).integers(0, 4, (3, 64))
+    words = (codes.reshape(3, 4, 16) << (2 * np.arange(16))).sum(-1).astype(np.uint32)
+    found = as_array(four_bits(mx.array(words)))
+    assert ((found[..., None] >> (4 * np.arange(8)) & 15).reshape(3, 64) == codes).all()
+
+
+def test_for_one_token_there_are_also_tokens_that_share_experts(tier: Path):
+    model = load(tier)
+    found = bench_cases.cases(model, 1, mx.float16)
+    forms = [case.form for case in found if case.kernel is DOWN]
+    assert forms == ["", *(f"{m} tokens for the same experts" for m in (2, 4, 8))]
+    assert [case.build()[0].pairs for case in found if case.kernel is DOWN] == [2, 4, 8, 16]
+    assert {case.form for case in bench_cases.cases(model, 3, mx.float16)} == {""}
+
+
+def test_every_kernel_and_form_is_right_in_the_emulator(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+):
+    """Also those that need a hidden size of a real model."""
+    small = {"layers": 1, "moe_layers": (0,), "experts": 2, "expert_intermediate": 48}
+    wide = library.tier(library.overlay(hidden=512, heads=4, intermediate=64, **small))
+    monkeypatch.setattr(bench_kernels, "ROWS", (8,))
+    monkeypatch.setattr(bench_kernels, "PASS_SECONDS", 0.0)
+    monkeypatch.setattr(bench_kernels, "DECODES", bench_kernels.DECODES[:1])
+    with virtual_metal(count=False) as metal:
+        found = bench_kernels.bench_kernels(load(wide, "float16"), rounds=1)
+        launched = set(metal.names)
+    assert found.errors == []
+    timed = {(result.kernel, result.form): result for result in found.results}
+    assert launched == {kernel for kernel, _ in timed}
+    for (kernel, _), result in timed.items():
+        assert result.ours is not None and result.ours.runs is not None, kernel
+        assert all(arm.runs for arm in result.theirs) and result.theirs
+    assert ("tq1_0_rotate", "blocks of 512") in timed
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_in_half_precision_the_plain_path_is_float32_on_the_cpu(dtype: str, tier: Path):
+def test_in_half_precision_the_plain_path_is_float32_on_the_cpu(
+    dtype: str, tier: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench_cases, "TOGETHER", ())
     found = bench_kernels.bench_kernels(load(tier, dtype), rounds=1)
     assert found.dtype == dtype and found.errors == []
     assert [result.arms[0].nbytes for result in found.results] == [
         2 * 2 * 80 * (64 // 4 + 2 * 4),  # two matrices of two experts; one group, in 4 bytes each
         2 * 64 * (96 // 4 + 3 * 2 * 4),
         2 * 80 * (64 // 4 + 2 * 4),
+        4 * 64 * 4,  # the router
+        4 * 80 * (16 + 64 // 4),  # all four experts, read and written
     ]
 
 
@@ -82,16 +163,17 @@ def test_launches_wait_for_one_another():
 
 
 def test_what_fails_is_said_and_not_timed(tier: Path, monkeypatch: pytest.MonkeyPatch):
-    def computed(layer: Layer, indices: mx.array, variant: Variant) -> mx.array:
+    def computed(layer: Layer, variant: Variant) -> mx.array:
         """Sound only as "signs"."""
         if variant.decode == "fast":
             raise RuntimeError("this GPU has too few\n  registers")
-        affine = layer.transcoded("down", mx.float32)
-        y = DOWN.plain(layer, [affine], layer.places, mx.float32)
+        affine = layer.affine("down", 2, mx.float32)
+        y = DOWN.plain(layer, [affine], mx.float32)
+        assert isinstance(y, mx.array)
         return y + (mx.nan if variant.decode == "wrong" else 0)
 
     monkeypatch.setattr(bench_kernels, "use_metal", lambda: True)
-    monkeypatch.setattr(bench_kernels, "KERNELS", (replace(DOWN, ours=computed),))
+    only(replace(DOWN, ours=computed), monkeypatch)
     monkeypatch.setattr(bench_kernels, "DECODES", ("signs", "fast", "wrong", "floor"))
     monkeypatch.setattr(bench_kernels, "ROWS", (8,))
     monkeypatch.setattr(bench_kernels, "PIECES", (1,))
@@ -103,7 +185,7 @@ def test_what_fails_is_said_and_not_timed(tier: Path, monkeypatch: pytest.Monkey
         "inf times the error allowed",
     ]
     timed = [arm.name.split(",")[0] for arm in result.arms if arm.runs]
-    assert timed == ["MLX 2-bit", "signs", "floor"]
+    assert timed == ["MLX 2-bit", "MLX 4-bit", "signs", "floor"]
     assert result.best == Variant("signs", 8, 1)
 
 
@@ -116,7 +198,9 @@ def test_the_table_of_kernels(capsys: pytest.CaptureFixture[str]):
         Variant("signs", 4, 2): 120.0,
         Variant("floor", 4): 50.0,
     }
-    arms = [Arm(variant, 12_000, None, [us / 1e6] * 2) for variant, us in times.items()]
+    arms = [Arm(None, 24_000, None, [400 / 1e6] * 2, "MLX 4-bit")]
+    for variant, us in times.items():
+        arms.append(Arm(variant, 12_000, None, [us / 1e6] * 2, own=variant is not None))
     result = KernelResult("tq1_0_down", 64, 80, 2, 1, arms)
     chip = Chip("Apple M1", "gpu", bandwidth_gb_s=0.2)
     bench_tables.print_kernels("tier", KernelBench(chip, "float16", [result]))
@@ -128,7 +212,8 @@ def test_the_table_of_kernels(capsys: pytest.CaptureFixture[str]):
     assert lines[-2:] == [
         "MLX 2-bit: 200.0 µs, spread 0.0%, 0.06 GB/s, 30% of the chip's 0.2 GB/s",
         "signs, 8 rows, 1 piece: 100.0 µs, spread 0.0%, 0.12 GB/s,"
-        " 60% of the chip's 0.2 GB/s, 1.25 of its floor's time, 0.50 of MLX's time",
+        " 60% of the chip's 0.2 GB/s, 1.25 of its floor's time, 0.25 of MLX 4-bit's time,"
+        " 0.50 of MLX 2-bit's time",
     ]
 
 
@@ -140,7 +225,7 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
     file.parent.mkdir()
     file.write_text('{"chips": {"Apple M1": {"tq1_0_qmv": {"rows": 4}}}}')
     monkeypatch.setenv(variants.VARIANTS_VARIABLE, str(file))
-    monkeypatch.setattr(bench_kernels, "KERNELS", (DOWN,))
+    only(DOWN, monkeypatch)
     monkeypatch.setattr(bench_kernels, "ROWS", (4, 8))
     monkeypatch.setattr(bench_kernels, "PIECES", (1,))
     monkeypatch.setattr(bench_kernels, "PASS_SECONDS", 0.0)
@@ -148,9 +233,9 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
     order = []
     real = bench_kernels._pass
 
-    def recorded(contender: Any, layers: int, launches: int) -> float:
+    def recorded(contender: Any, inputs: Any, launches: int) -> float:
         order.append(contender.arm.name)
-        return real(contender, layers, launches)
+        return real(contender, inputs, launches)
 
     monkeypatch.setattr(bench_kernels, "_pass", recorded)
     with virtual_metal(count=False) as metal:
@@ -165,21 +250,22 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
         kernels.tq1_0_down(*call, mx.zeros((1, 64)))
     (kernel,) = found["kernels"]
     arms = {(arm["arm"], (arm["variant"] or {}).get("rows")): arm for arm in kernel["arms"]}
+    theirs = [("MLX 2-bit", None), ("MLX 4-bit", None)]
     ours, wrong = [("signs", 4), ("signs", 8)], [("wrong", 4), ("wrong", 8)]
-    assert list(arms) == [("mlx", None), *ours, *wrong]
+    assert list(arms) == [*theirs, *ours, *wrong]
     assert (kernel["out_features"], kernel["in_features"]) == (64, 80)
     for name in wrong:
         assert "its result is wrong" in arms[name]["error"]
         assert arms[name]["seconds"] is None
     assert "tq1_0_down, wrong, 4 rows, 1 piece: not timed" in done.err
-    for name in (("mlx", None), *ours):
+    for name in (*theirs, *ours):
         assert_summary(arms[name]["seconds"], 4)
         assert arms[name]["error"] is None
     # The sound ones: two layers checked, one launch to see how long it takes, one in each round.
     # The wrong ones: the first layer.
     assert launched == 2 * (2 + 1 + 4) + 2
-    rounds = [order[at : at + 3] for at in range(3, 15, 3)]
-    assert all(sorted(turn) == sorted(order[:3]) for turn in rounds)
+    rounds = [order[at : at + 4] for at in range(4, 20, 4)]
+    assert all(sorted(turn) == sorted(order[:4]) for turn in rounds)
     assert len(set(map(tuple, rounds))) > 2
 
     best = min(ours, key=lambda name: arms[name]["seconds"]["median"])

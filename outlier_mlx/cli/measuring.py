@@ -92,11 +92,12 @@ def bench(
     if settings and kernels:
         raise typer.BadParameter("compares speeds of a model, not kernels", param_hint="--settings")
     from outlier_mlx.measure.bench import BenchOptions, bench_model
-    from outlier_mlx.measure.bench_kernels import bench_kernels, save_best
+    from outlier_mlx.measure.bench_kernels import bench_kernels, copied_bytes
+    from outlier_mlx.measure.bench_results import save_best
     from outlier_mlx.measure.bench_tables import print_kernels, print_result
     from outlier_mlx.runtime.ops import use_metal
     from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.terminal import counting_bar
+    from outlier_mlx.terminal import counting_bar, size
 
     if save and not kernels:
         raise typer.BadParameter(
@@ -115,6 +116,8 @@ def bench(
     tokens = batch_size * (prompt_tokens + generation_tokens)
     source = resolve(model, loading.revision)
     loaded, tokenizer = load_checked(source, loading, tokens, quiet=quiet)
+    if kernels and not quiet:
+        say(f"copies in MLX's formats take {size(copied_bytes(loaded, batch_size))} at a time")
     with counting_bar("measuring", "runs", quiet=quiet) as progress:
         if kernels:
             timed = bench_kernels(loaded, num_trials, batch_size, progress)

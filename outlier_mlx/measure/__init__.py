@@ -4,7 +4,7 @@
 - `routing`: `routing`.
 - `tune-alpha`: `tune_alpha`.
 - `bench`: `bench` times a model, `bench_settings` compares settings of MLX, `bench_kernels` times
-  the kernels, on the inputs of `bench_cases`.
+  the kernels of the table in `bench_cases`, on `bench_inputs`, into `bench_results`.
 - `eval`: `eval_harness` runs the tasks of `eval_tasks` on an `eval_model`, into `eval_results`.
 - `compare`: `eval_charts` joins results, `eval_draw` draws them.
 - `outliers`: `outlier_run` measures models by `outliers`: the inputs of blocks are read at

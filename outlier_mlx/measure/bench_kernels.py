@@ -1,40 +1,29 @@
-"""Times the decode kernels' variants on a tier's own experts, beside a floor and MLX's kernels.
+"""Times the kernels' variants on a tier's own experts, beside a floor and MLX's kernels.
 
 An arm is one way to compute what a kernel computes. First the result of every arm is checked for
-every layer; an arm with a wrong result is not timed. Then the arms are timed in rounds, in a
+every input; an arm with a wrong result is not timed. Then the arms are timed in rounds, in a
 different order in each round, so that a machine that warms up or slows down affects all of them.
 """
 
 import math
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from outlier_mlx.engine.chips import Chip, this_chip
-from outlier_mlx.errors import CheckpointError, OutlierError, one_line
-from outlier_mlx.measure.bench import Runs
-from outlier_mlx.measure.bench_cases import KERNELS, Kernel, Layer, decode_layers
-from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
+from outlier_mlx.engine.chips import this_chip
+from outlier_mlx.errors import one_line
+from outlier_mlx.measure.bench_cases import DECODING, Case, cases
+from outlier_mlx.measure.bench_inputs import decode_layers
+from outlier_mlx.measure.bench_results import Arm, KernelBench, KernelResult
+from outlier_mlx.measure.environment import activation_dtype, dtype_name
 from outlier_mlx.runtime.kernels import VARIANTS
 from outlier_mlx.runtime.ops import use_metal
-from outlier_mlx.runtime.variants import (
-    CHOICES,
-    DECODES,
-    VARIANTS_VARIABLE,
-    Variant,
-    chip_name,
-    saved_variants,
-    variants_file,
-)
-from outlier_mlx.storage.output import write_json
-from outlier_mlx.storage.texts import read_json
+from outlier_mlx.runtime.variants import DECODES, Variant
 from outlier_mlx.terminal import Progress, no_progress
 
 ROWS = (4, 8, 16)
@@ -49,116 +38,13 @@ TOLERANCE = 2.0**-11
 ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 
 
-@dataclass
-class Arm:
-    """One way to compute a kernel's result, and how long it took.
-
-    Attributes:
-        variant: variant of our kernel; None: MLX's 2-bit kernels.
-        nbytes: bytes of weights that a launch reads.
-        error: why it is not timed.
-        seconds: seconds of one launch, by round.
-    """
-
-    variant: Variant | None
-    nbytes: int
-    error: str | None = None
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """Name in tables and messages."""
-        v = self.variant
-        return f"{v.decode}, {geometry(v)}" if v else "MLX 2-bit"
-
-    @property
-    def runs(self) -> Runs | None:
-        """Seconds of one launch; None if it was not timed."""
-        return Runs(tuple(self.seconds)) if self.seconds else None
-
-    @property
-    def gb_s(self) -> float | None:
-        """Bandwidth in GB/s of weights, from the median."""
-        return self.nbytes / self.runs.median / 1e9 if self.runs else None
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return {
-            "arm": self.variant.decode if self.variant else "mlx",
-            "variant": asdict(self.variant) if self.variant else None,
-            "seconds": self.runs.as_json() if self.runs else None,
-            "gb_per_s": self.gb_s,
-            "error": self.error,
-        }
-
-
-@dataclass
-class KernelResult:
-    """The arms of one kernel, MLX's first.
-
-    Attributes:
-        kernel: its name.
-        out_features: rows of a matrix.
-        in_features: columns of a matrix.
-        pairs: (token, expert) pairs in a launch.
-        launches: number of launches in a pass of an arm.
-        arms: the ways to compute it.
-    """
-
-    kernel: str
-    out_features: int
-    in_features: int
-    pairs: int
-    launches: int
-    arms: list[Arm]
-
-    @property
-    def best(self) -> Variant | None:
-        """The fastest of the variants that are accurate enough to be chosen."""
-        timed = {arm.variant: arm.runs.median for arm in self.arms if arm.variant and arm.runs}
-        offered = [v for v in timed if all(getattr(v, f) in CHOICES[f] for f in CHOICES)]
-        return min(offered, key=timed.__getitem__, default=None)
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        shown = ("kernel", "out_features", "in_features", "pairs", "launches")
-        return {name: getattr(self, name) for name in shown} | {
-            "best": asdict(self.best) if self.best else None,
-            "arms": [arm.as_json() for arm in self.arms],
-        }
-
-
-@dataclass
-class KernelBench:
-    """Results for a tier's kernels; without Metal, MLX's arm is the only one."""
-
-    chip: Chip
-    dtype: str
-    results: list[KernelResult]
-
-    @property
-    def errors(self) -> list[str]:
-        """The arms that were not timed, with reasons."""
-        return [
-            f"{result.kernel}, {arm.name}: not timed: {arm.error}"
-            for result in self.results
-            for arm in result.arms
-            if arm.error
-        ]
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        kernels = [result.as_json() for result in self.results]
-        return {**environment(self.chip), "dtype": self.dtype, "kernels": kernels}
-
-
 def bench_kernels(
     model: nn.Module,
     rounds: int,
     tokens: int = 1,
     progress: Progress = no_progress,
 ) -> KernelBench:
-    """Time every variant of the decode kernels on a tier's experts.
+    """Time every variant of the kernels on a tier's experts.
 
     Args:
         model: a tier that `outlier_mlx.load` returns.
@@ -170,17 +56,42 @@ def bench_kernels(
         OutlierError: the model has no ternary experts.
     """
     dtype = activation_dtype(model)
-    layers = decode_layers(model, tokens, dtype)
-    total = rounds * len(KERNELS)
+    todo = cases(model, tokens, dtype)
+    total = rounds * len(todo)
     results: list[KernelResult] = []
 
     def advance(turn: int) -> None:
         progress(len(results) * rounds + turn, total)
 
-    for kernel in KERNELS:
-        results.append(_bench_kernel(kernel, layers, dtype, rounds, advance))
+    for case in todo:
+        results.append(_bench_case(case, dtype, rounds, advance))
     progress(total, total)
     return KernelBench(this_chip(), dtype_name(dtype), results)
+
+
+def copied_bytes(model: nn.Module, tokens: int) -> int:
+    """Bytes of the copies in MLX's formats that are kept at a time, beside the model.
+
+    Raises:
+        OutlierError: the model has no ternary experts.
+    """
+    dtype = activation_dtype(model)
+    layers, copied = decode_layers(model, tokens, dtype), _copied_dtype(dtype)
+    return max(
+        sum(
+            layer.copied(m, bits, copied)
+            for layer in layers
+            for m in kernel.reads
+            for bits in kernel.bits
+        )
+        for kernel in DECODING
+    )
+
+
+def _copied_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype of MLX's arms: on the CPU, float32, as the runtime's plain path."""
+    # MLX's CPU kernels would sum in halves.
+    return mx.float32 if mx.default_device() == mx.cpu else dtype
 
 
 def variants_to_time(kernel: str, in_features: int, out_features: int) -> list[Variant]:
@@ -193,80 +104,47 @@ def variants_to_time(kernel: str, in_features: int, out_features: int) -> list[V
     return list(dict.fromkeys(variants))
 
 
-def geometry(variant: Variant) -> str:
-    """Rows and pieces of a variant, in tables and messages."""
-    return f"{variant.rows} rows, {variant.pieces} piece{'s' if variant.pieces > 1 else ''}"
-
-
 def excess(found: mx.array, expected: mx.array, tolerance: tuple[float, float]) -> float:
     """The largest error of a result, as a multiple of the allowed error.
 
     Args:
-        found: the result, of any shape and floating dtype.
-        expected: what it should be, of the same shape, float32.
+        found: the result, of any shape and floating dtype; or integers, which have to be equal.
+        expected: what it should be, of the same shape, float32 or integers.
         tolerance: allowed error, as a fraction of the root mean square of `expected`, and as a
             fraction of each value; both are added.
     """
+    if not mx.issubdtype(expected.dtype, mx.floating):
+        return 0.0 if mx.array_equal(found, expected).item() else math.inf
     typical = mx.sqrt(mx.mean(mx.square(expected)))
     allowed = tolerance[0] * typical + tolerance[1] * mx.abs(expected) + 1e-30
     errors = mx.abs(found.astype(mx.float32) - expected) / allowed
     return float(mx.max(mx.where(mx.isnan(errors), math.inf, errors)))
 
 
-def save_best(bench: KernelBench) -> Path:
-    """Save the best variants for this chip where the runtime looks for them.
-
-    Returns:
-        The file, `variants_file()`; its entries for other chips stay.
-
-    Raises:
-        OutlierError: no variant was timed, or there is no place to save it.
-    """
-    best = {result.kernel: asdict(result.best) for result in bench.results if result.best}
-    file = variants_file()
-    if not best:
-        raise OutlierError("--save: no kernel was timed, so there is none to choose")
-    if file is None:
-        raise OutlierError(f"--save: no place to save to: {VARIANTS_VARIABLE} is empty")
-    try:
-        kept = read_json(file)["chips"] if file.exists() else {}
-        kept = {chip: kernels for chip, kernels in kept.items() if isinstance(kernels, dict)}
-    except (AttributeError, CheckpointError, KeyError):
-        warnings.warn(f"{file}: not a file of kernel variants; replaced", stacklevel=2)
-        kept = {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"chips": kept | {chip_name(): best}})
-    saved_variants.cache_clear()
-    return file
-
-
-def _bench_kernel(
-    kernel: Kernel,
-    layers: list[Layer],
-    dtype: mx.Dtype,
-    rounds: int,
-    progress: Callable[[int], None],
+def _bench_case(
+    case: Case, dtype: mx.Dtype, rounds: int, progress: Callable[[int], None]
 ) -> KernelResult:
-    first = layers[0]
-    in_features = first.in_features(kernel.reads[0])
-    out_features = getattr(first, kernel.reads[0])[0].shape[1]
     progress(0)
-    contenders = [_mlx(kernel, layers, dtype)]
+    inputs, kernel = case.build(), case.kernel
+    out_features, in_features = inputs[0].sizes(kernel.reads[0])
+    contenders = _theirs(case, inputs, dtype)
     if use_metal():
-        variants = variants_to_time(kernel.name, in_features, out_features)
-        contenders += [_ours(kernel, layers, dtype, variant) for variant in variants]
-    _check(contenders, kernel, layers)
+        variants: list[Variant | None] = [None]
+        if kernel.tuned:
+            variants = [*variants_to_time(kernel.name, in_features, out_features)]
+        contenders += [_ours(case, inputs, dtype, variant) for variant in variants]
+    _check(contenders, case, inputs)
     sound = [c for c in contenders if c.arm.error is None]
     # As many launches as take PASS_SECONDS for the slowest.
-    slowest = max((_pass(c, len(layers), 1) for c in sound), default=PASS_SECONDS)
+    slowest = max((_pass(c, inputs, 1) for c in sound), default=PASS_SECONDS)
     launches = max(1, min(MOST_LAUNCHES, round(PASS_SECONDS / slowest)))
     for turn in range(rounds):
         progress(turn)
         for contender in _in_turn(sound, turn):
-            contender.arm.seconds.append(_pass(contender, len(layers), launches))
+            contender.arm.seconds.append(_pass(contender, inputs, launches))
     arms = [contender.arm for contender in contenders]
-    pairs = first.indices.size
-    return KernelResult(kernel.name, out_features, in_features, pairs, launches, arms)
+    shape = out_features, in_features, inputs[0].pairs
+    return KernelResult(kernel.name, *shape, launches, arms, case.form)
 
 
 @dataclass
@@ -275,13 +153,28 @@ class _Contender:
 
     Attributes:
         arm: its result.
-        compute: computes the result for a layer, by number, after a previous result.
+        waits: see `Kernel`.
+        compute: computes the result (an array, or several) for inputs, given also their number.
         tolerance: see `excess`; None if the result has no meaning.
     """
 
     arm: Arm
-    compute: Callable[[int, mx.array | None], mx.array]
+    waits: str | None
+    compute: Callable[[Any, int], Any]
     tolerance: tuple[float, float] | None
+
+    def outputs(
+        self, inputs: Sequence[Any], number: int, previous: mx.array | None
+    ) -> list[mx.array]:
+        """The results for inputs, by number, after a previous result."""
+        given = inputs[number]
+        if self.waits is not None:
+            after = _after(previous, getattr(given, self.waits))
+            given = replace(given, **{self.waits: after})
+        found = self.compute(given, number)
+        if self.waits is None and previous is not None:
+            found = mx.depends([found], [previous])
+        return [found] if isinstance(found, mx.array) else list(found)
 
 
 def _in_turn(contenders: list[_Contender], turn: int) -> list[_Contender]:
@@ -291,68 +184,88 @@ def _in_turn(contenders: list[_Contender], turn: int) -> list[_Contender]:
     return order[::-1] if turn % 2 else order
 
 
-def _mlx(kernel: Kernel, layers: list[Layer], dtype: mx.Dtype) -> _Contender:
-    if mx.default_device() == mx.cpu:
-        dtype = mx.float32  # as the runtime's plain path; MLX's CPU kernels would sum in halves
-    copies = [[layer.transcoded(matrix, dtype) for matrix in kernel.reads] for layer in layers]
-    mx.eval(copies)
+def _theirs(case: Case, inputs: Sequence[Any], dtype: mx.Dtype) -> list[_Contender]:
+    """The arms of MLX: a format each, or its operations alone where the kernel has no matrices."""
+    dtype = _copied_dtype(dtype)
+    kernel, rounding = case.kernel, 8 * ROUNDING[dtype]  # of the scales, and of every step
 
-    def compute(number: int, previous: mx.array | None) -> mx.array:
-        layer = layers[number]
-        return kernel.plain(layer, copies[number], _after(previous, layer.places), dtype)
+    def contender(bits: int | None) -> _Contender:
+        copies = [
+            [given.affine(matrix, bits, dtype) for matrix in kernel.reads if bits]
+            for given in inputs
+        ]
+        mx.eval([affine.arrays for one in copies for affine in one])
+        nbytes = sum(affine.nbytes for affine in copies[0])
+        arm = Arm(None, nbytes or _nbytes(case, inputs), label=f"MLX {bits}-bit" if bits else "MLX")
+        return _Contender(
+            arm,
+            kernel.waits,
+            lambda given, number: kernel.plain(given, copies[number], dtype),
+            (TOLERANCE + rounding, rounding),
+        )
 
-    nbytes = sum(array.nbytes for affine in copies[0] for array in affine)
-    rounding = 8 * ROUNDING[dtype]  # of the scales, and of every step
-    return _Contender(Arm(None, nbytes), compute, (TOLERANCE + rounding, rounding))
+    return [contender(bits) for bits in kernel.bits or (None,)]
 
 
-def _ours(kernel: Kernel, layers: list[Layer], dtype: mx.Dtype, variant: Variant) -> _Contender:
-    def compute(number: int, previous: mx.array | None) -> mx.array:
-        layer = layers[number]
-        return kernel.ours(layer, _after(previous, layer.indices), variant)
-
-    nbytes = sum(layers[0].nbytes(matrix) for matrix in kernel.reads)
+def _ours(
+    case: Case, inputs: Sequence[Any], dtype: mx.Dtype, variant: Variant | None
+) -> _Contender:
+    kernel = case.kernel
+    given = {"variant": variant} if variant else {}
     rounding = ROUNDING[dtype if kernel.rounds else mx.float32]
-    tolerance = None if variant.decode == FLOOR else (TOLERANCE, rounding)
-    return _Contender(Arm(variant, nbytes), compute, tolerance)
+    return _Contender(
+        Arm(variant, _nbytes(case, inputs), label=kernel.name, own=True),
+        kernel.waits,
+        lambda one, _: kernel.ours(one, **given),
+        None if variant and variant.decode == FLOOR else (TOLERANCE, rounding),
+    )
 
 
-def _check(contenders: list[_Contender], kernel: Kernel, layers: list[Layer]) -> None:
-    """Compare the result of every arm for every layer with plain MLX in float32."""
-    for number, layer in enumerate(layers):
-        affine = [layer.transcoded(matrix, mx.float32) for matrix in kernel.reads]
-        expected = kernel.plain(layer, affine, layer.places, mx.float32)
+def _nbytes(case: Case, inputs: Sequence[Any]) -> int:
+    return sum(inputs[0].nbytes(matrix) for matrix in case.kernel.reads)
+
+
+def _check(contenders: list[_Contender], case: Case, inputs: Sequence[Any]) -> None:
+    """Compare the result of every arm for every input with plain MLX in float32."""
+    kernel = case.kernel
+    for number, given in enumerate(inputs):
+        affine = [given.affine(matrix, 2, mx.float32) for matrix in kernel.reads if kernel.bits]
+        computed = kernel.plain(given, affine, mx.float32)
+        expected = [computed] if isinstance(computed, mx.array) else list(computed)
         mx.eval(expected)
         for contender in contenders:
             if contender.arm.error is None:
-                contender.arm.error = _error(contender, number, expected)
+                contender.arm.error = _error(contender, inputs, number, expected)
 
 
-def _error(contender: _Contender, number: int, expected: mx.array) -> str | None:
+def _error(
+    contender: _Contender, inputs: Sequence[Any], number: int, expected: list[mx.array]
+) -> str | None:
     try:
-        found = contender.compute(number, None)
+        found = contender.outputs(inputs, number, None)
         mx.eval(found)
     except (RuntimeError, ValueError) as error:  # as when Metal does not compile it
         return one_line(str(error))[:200]
     if contender.tolerance is None:
         return None
-    times = excess(found, expected, contender.tolerance)
+    both = zip(found, expected, strict=True)
+    times = max(excess(one, other, contender.tolerance) for one, other in both)
     return f"its result is wrong: {times:.3g} times the error allowed" if times > 1 else None
 
 
-def _pass(contender: _Contender, layers: int, launches: int) -> float:
+def _pass(contender: _Contender, inputs: Sequence[Any], launches: int) -> float:
     """Seconds per launch, in a chain of launches that depend on each other."""
-    result = None
+    result: list[mx.array | None] = [None]
     for launch in range(launches):
-        result = contender.compute(launch % layers, result)
+        result = [*contender.outputs(inputs, launch % len(inputs), result[0])]
     start = time.perf_counter()
     mx.eval(result)
     return max(time.perf_counter() - start, 1e-9) / launches
 
 
-def _after(previous: mx.array | None, indices: mx.array) -> mx.array:
-    """The same indices, but dependent on `previous`, as layers depend on each other."""
+def _after(previous: mx.array | None, given: mx.array) -> mx.array:
+    """The same array, but dependent on `previous`, as layers depend on each other."""
     if previous is None:
-        return indices
+        return given
     either = previous.flatten()[:1].view(mx.bool_)[:1]
-    return mx.where(either, indices, indices)
+    return mx.where(either, given, given)

@@ -8,7 +8,8 @@ from rich.text import Text
 from outlier_mlx.engine.buffers import VARIABLES, own_value
 from outlier_mlx.engine.chips import Chip
 from outlier_mlx.measure.bench import BenchResult, Runs
-from outlier_mlx.measure.bench_kernels import FLOOR, Arm, KernelBench, KernelResult, geometry
+from outlier_mlx.measure.bench_kernels import FLOOR
+from outlier_mlx.measure.bench_results import Arm, KernelBench, KernelResult, geometry
 from outlier_mlx.measure.bench_settings import Setting, SettingsBench
 from outlier_mlx.runtime.variants import DECODES
 from outlier_mlx.terminal import Output, print_columns, print_heading, size, stderr, stdout
@@ -81,13 +82,13 @@ def print_kernels(name: str, bench: KernelBench) -> None:
     console = stdout()
     _print_heading(console, name, bench.chip, bench.dtype)
     for result in bench.results:
-        pairs = f"{result.pairs} pairs of token and expert"
-        shape = f"{result.out_features} x {result.in_features}"
+        about = f", {result.out_features} x {result.in_features}"
+        about += f", {result.pairs} pairs of token and expert" if result.pairs else ""
         console.print()
-        print_heading(console, result.kernel, f", {shape}, {pairs}")
+        print_heading(console, result.name, about)
         if any(arm.variant for arm in result.arms):
             _print_variants(console, result)
-        for arm in (result.arms[0], _best(result)):
+        for arm in (*result.theirs, result.ours):
             if arm is not None and arm.runs is not None:
                 console.print(_describe(arm, result, bench.chip), soft_wrap=True)
     if bench.chip.note:
@@ -118,25 +119,20 @@ def _cell(runs: Runs | None, best: bool) -> Text:
     return Text(text, style="bold" if best else "")
 
 
-def _best(result: KernelResult) -> Arm | None:
-    return next((arm for arm in result.arms if arm.variant and arm.variant == result.best), None)
-
-
 def _describe(arm: Arm, result: KernelResult, chip: Chip) -> str:
-    """Median, spread and GB/s of an arm; for our variant, also relative to its floor and MLX."""
+    """Median, spread and GB/s of an arm; for ours, also relative to its floor and to MLX's."""
     assert arm.runs is not None and arm.gb_s is not None
     text = f"{arm.name}: {arm.runs.median * 1e6:.1f} µs, spread {arm.runs.spread:.1%}"
     text += f", {arm.gb_s:.3g} GB/s" + _share(arm.gb_s, chip)
-    if arm.variant is None:
+    if arm in result.theirs:
         return text
-    v = arm.variant
-    floor = replace(v, decode=FLOOR)
-    for what, other in (
-        ("its floor's", next((a for a in result.arms if a.variant == floor), None)),
-        ("MLX's", result.arms[0]),
-    ):
-        if other is not None and other.runs is not None:
-            text += f", {arm.runs.median / other.runs.median:.2f} of {what} time"
+    others = [(f"{other.name}'s", other) for other in result.theirs]
+    if arm.variant is not None:
+        floor = replace(arm.variant, decode=FLOOR)
+        others = [("its floor's", a) for a in result.arms if a.variant == floor] + others
+    for whose, other in others:
+        if other.runs is not None:
+            text += f", {arm.runs.median / other.runs.median:.2f} of {whose} time"
     return text
 
 
