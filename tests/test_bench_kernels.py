@@ -70,6 +70,7 @@ def test_what_kernels_are_timed_on(tier: Path, monkeypatch: pytest.MonkeyPatch):
         assert (np.array(layer.chosen)[as_array(layer.places)] == as_array(layer.indices)).all()
         affine = [layer.affine("down", 2, mx.float32)]
         mixed = DOWN.plain(layer, affine, mx.float32)
+        assert isinstance(mixed, mx.array)
         routed = as_array(mixed) - as_array(layer.shared)
         assert 0.5 < np.sqrt((routed**2).mean()) < 2
     own = {id(model.layers[n].mlp.switch_mlp.gate_proj.weight) for n in (1, 3)}
@@ -250,8 +251,9 @@ def test_wrong_variants_are_not_timed_and_the_best_is_kept(
         kernels.tq1_0_down(*call, mx.zeros((1, 64)))
     (kernel,) = found["kernels"]
     arms = {(arm["arm"], (arm["variant"] or {}).get("rows")): arm for arm in kernel["arms"]}
-    theirs = [("MLX 2-bit", None), ("MLX 4-bit", None)]
-    ours, wrong = [("signs", 4), ("signs", 8)], [("wrong", 4), ("wrong", 8)]
+    theirs: list[Any] = [("MLX 2-bit", None), ("MLX 4-bit", None)]
+    ours: list[Any] = [("signs", 4), ("signs", 8)]
+    wrong: list[Any] = [("wrong", 4), ("wrong", 8)]
     assert list(arms) == [*theirs, *ours, *wrong]
     assert (kernel["out_features"], kernel["in_features"]) == (64, 80)
     for name in wrong:
