@@ -29,8 +29,7 @@ from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, Trits, row_ranges
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.ternary import pack_tq1_0, rows_to_flat
-from outlier_mlx.ternary.digits import GROUP
-from outlier_mlx.ternary.flat import packed_bytes
+from outlier_mlx.ternary.flat import GROUP, packed_bytes
 from outlier_mlx.writing.parts import Parts, Tally
 from outlier_mlx.writing.writer import WrittenFile
 

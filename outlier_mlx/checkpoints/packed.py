@@ -26,8 +26,7 @@ from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import Stored
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.ternary import TernaryError, flat_to_rows, pack_rows, unpack_tq1_0
-from outlier_mlx.ternary.digits import GROUP
-from outlier_mlx.ternary.flat import packed_bytes
+from outlier_mlx.ternary.flat import GROUP, packed_bytes
 
 SIGN = "packed_experts/index.json"
 FOLDER = "packed_experts"

@@ -1,8 +1,8 @@
 """Packing of trits (-1, 0, 1) into bytes with NumPy, in every order that files use.
 
 `flat` is what overlays hold, `rows` what tiers hold, `ggml` what GGUF files hold. Scales are kept
-apart everywhere but in `ggml`. Packing validates on the way. Every function is safe to
-call from several threads and needs one or two megabytes of scratch, whatever the tensor's size.
+apart everywhere but in `ggml`. Packing validates on the way. Every function is safe to call from
+several threads; each thread keeps one or two megabytes of buffers, whatever the tensor's size.
 """
 
 from outlier_mlx.ternary.arrays import TernaryError

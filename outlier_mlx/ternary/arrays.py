@@ -1,7 +1,9 @@
 """Shared by all codecs here: check arguments, then go through arrays in small blocks."""
 
 import operator
+import threading
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from math import prod
 from typing import Any, NoReturn
 
@@ -47,42 +49,39 @@ def require_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(require_size("shape", size) for size in shape)
 
 
-def require_trits(
-    lines: np.ndarray, runs: Sequence[np.ndarray], shape: tuple[int, ...], at: int
-) -> None:
-    """Refuse any other trit than -1, 0 or 1 in parts of successive rows.
+_thread = threading.local()
+_ALIGNMENT = 64
 
-    Args:
-        lines: (rows, in) int8, whole rows of an array of `shape`.
-        runs: views of all parts of `lines` that are looked at.
-        shape: shape of the array that the trits come from.
-        at: the flat index of the first trit of `lines` in that array.
+
+def scratch(*sizes: int) -> list[np.ndarray]:
+    """Buffers of this thread: for each size, uint8 of any content. The next call reuses the memory.
+
+    A thread keeps it, because the system clears new memory page by page, which takes about as long
+    as to pack trits into it.
     """
-    if all(run.min(initial=0) >= -1 and run.max(initial=0) <= 1 for run in runs):
-        return
-    wrong = (lines < -1) | (lines > 1)
-    line, column = (int(i[0]) for i in wrong.nonzero())
-    raise_wrong_trit(lines[line, column], at + line * lines.shape[1] + column, shape)
+    starts = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
+    memory: np.ndarray | None = getattr(_thread, "memory", None)
+    if memory is None or memory.size < starts[-1]:
+        memory = _thread.memory = np.empty(starts[-1], np.uint8)
+    return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
-def write_digits(trits: np.ndarray, digits: np.ndarray, shape: tuple[int, ...], at: int) -> None:
-    """Write trits + 1 to `digits`; refuse any other trit than -1, 0 or 1.
+def require_trits(trits: np.ndarray, shape: tuple[int, ...], at: int) -> None:
+    """Refuse any other trit than -1, 0 or 1; see `refuse_trits`."""
+    if trits.min(initial=0) < -1 or trits.max(initial=0) > 1:
+        refuse_trits(trits, shape, at)
+
+
+def refuse_trits(trits: np.ndarray, shape: tuple[int, ...], at: int) -> NoReturn:
+    """Refuse trits by the first that is not -1, 0 or 1.
 
     Args:
         trits: int8, row-major neighbours within an array of `shape`.
-        digits: uint8 of the same shape as `trits`.
         shape: shape of the array that the trits come from.
-        at: the flat index of the first trit in that array.
+        at: the flat index of the first of them in that array.
     """
-    # In uint8 arithmetic -1, 0, 1 become 0, 1, 2 and everything else lands above.
-    np.add(trits.view(np.uint8), 1, out=digits)
-    if digits.size and digits.max() > 2:
-        first = int((digits > 2).argmax())
-        raise_wrong_trit(trits.flat[first], at + first, shape)
-
-
-def raise_wrong_trit(trit: np.int8, at: int, shape: tuple[int, ...]) -> NoReturn:
-    """Refuse a trit at a flat index of an array of `shape`."""
+    first = int(((trits < -1) | (trits > 1)).argmax())
+    trit, at = trits.flat[first], at + first
     index = [int(i) for i in np.unravel_index(at, shape)]
     raise TernaryError(f"trit {trit} at {index} (flat index {at}) is not -1, 0 or 1")
 

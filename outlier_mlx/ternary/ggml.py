@@ -22,19 +22,18 @@ from outlier_mlx.ternary.arrays import (
     matrix_views,
     require_array,
     require_rows,
-    write_digits,
+    require_trits,
 )
-from outlier_mlx.ternary.digits import NUMBERS
+from outlier_mlx.ternary.flat import GROUP
+from outlier_mlx.ternary.rows import write_fractions, write_leading
 
 BLOCK = 256  # weights
 TQ1_0_BYTES = 54
 TQ2_0_BYTES = 66
 
-_CHUNK = 256  # blocks handled at a time
+_CHUNK = 2048  # blocks handled at a time
 _D_BYTES = 2
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-# (256, 5): the digits that multiplications of a byte by 3 carry out.
-_DIGITS = (np.arange(256)[:, None] * 3 ** np.arange(1, 6) // 256 % 3).astype(np.uint8)
 # TQ1_0: first byte, first weight, number of bytes, weights a byte.
 _RUNS = ((0, 0, 32, 5), (32, 160, 16, 5), (48, 240, 4, 4))
 
@@ -54,15 +53,18 @@ def pack_tq1_0_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
             named with its position.
     """
     packed = _new_blocks(trits, d)
-    for digits, scales, target in _packing(trits, d, packed):
+    for weights, scales, target in _packing(trits, d, packed):
         for byte, weight, size, depth in _RUNS:
-            run = digits[..., weight : weight + size * depth].reshape(
-                *digits.shape[:2], depth, size
-            )
-            numbers = np.zeros((*digits.shape[:2], size), np.uint16)
-            for k in range(depth):
-                numbers += run[..., k, :] * np.uint8(3 ** (4 - k))
-            target[..., byte : byte + size] = (256 * numbers + (NUMBERS - 1)) // NUMBERS
+            missing, scaled = np.empty((2, *target.shape[:-1], size), np.uint8)
+            # 243 - q by Horner's rule, as in `rows`; a digit 0 for want of a weight is trit -1.
+            missing[:] = 90 if depth == GROUP else 11  # 81 * 11 is 123 modulo 256
+            for n in range(GROUP):
+                if n:
+                    np.multiply(missing, np.uint8(3), out=missing)
+                if n < depth:
+                    run = weights[..., weight + n * size : weight + (n + 1) * size]
+                    np.subtract(missing, run.view(np.uint8), out=missing)
+            write_fractions(missing, scaled, target[..., byte : byte + size])
         target[..., -_D_BYTES:] = scales
     return packed
 
@@ -82,10 +84,13 @@ def unpack_tq1_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     trits, d = _new_trits(packed, TQ1_0_BYTES)
     for source, target in _unpacking(packed, trits, TQ1_0_BYTES):
         for byte, weight, size, depth in _RUNS:
-            digits = _DIGITS[source[..., byte : byte + size], :depth].swapaxes(-1, -2)
-            run = target[..., weight : weight + size * depth]
-            run[:] = digits.reshape(run.shape)
-        target -= 1
+            rest, above, below = np.empty((3, *source.shape[:-1], size), np.uint8)
+            np.copyto(rest, source[..., byte : byte + size])
+            for n in range(depth):
+                if n:
+                    np.multiply(rest, np.uint8(3), out=rest)
+                run = target[..., weight + n * size : weight + (n + 1) * size]
+                write_leading(rest, above, below, run)
     return trits, d
 
 
@@ -116,17 +121,17 @@ def unpack_tq2_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _packing(
     trits: np.ndarray, d: np.ndarray, packed: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Digits (rows, blocks, 256), scales as bytes and a view of `packed`, a chunk at a time."""
+    """Trits (rows, blocks, 256), scales as bytes and a view of `packed`, a chunk at a time."""
     for first, (source, scales, target) in matrix_views(trits, d, packed):
         target = target.reshape(len(target), -1, TQ1_0_BYTES)
         for lines, groups in blocks(scales, _CHUNK):
             columns = slice(BLOCK * groups.start, BLOCK * groups.stop)
             piece = source[lines, columns]
-            digits = np.empty(piece.shape, np.uint8)
-            at = (first + lines.start) * source.shape[1] + columns.start
-            write_digits(piece, digits, trits.shape, at)
+            require_trits(
+                piece, trits.shape, (first + lines.start) * source.shape[1] + columns.start
+            )
             little = scales[lines, groups].astype("<f2")[..., None].view(np.uint8)
-            yield digits.reshape(len(piece), -1, BLOCK), little, target[lines, groups]
+            yield piece.reshape(len(piece), -1, BLOCK), little, target[lines, groups]
 
 
 def _unpacking(

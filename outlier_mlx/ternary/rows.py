@@ -25,16 +25,14 @@ from outlier_mlx.ternary.arrays import (
     require_shape,
     require_size,
     require_trits,
+    scratch,
 )
-from outlier_mlx.ternary.digits import GROUP, NUMBERS
+from outlier_mlx.ternary.flat import GROUP, NUMBERS
 
 _MULTIPLE = 16
 # Bytes of packed rows at a time. Large, because each NumPy call has a cost and takes the GIL; small
 # enough that the trits (five times as many) and two or three buffers stay in a second-level cache.
-_CHUNK = 65536
-
-# The fractions from which the next digit is 1, and 2.
-_ONE, _TWO = 86, 171
+_CHUNK = 131072
 
 
 def row_bytes(in_features: int) -> int:
@@ -61,13 +59,13 @@ def pack_rows(trits: np.ndarray) -> np.ndarray:
     """
     trits = require_rows("trits", trits, np.int8)
     rows = np.empty((*trits.shape[:-1], row_bytes(trits.shape[-1])), np.uint8)
-    packer = _Packer(min(_CHUNK, rows.size))
+    buffers = scratch(*2 * [min(_CHUNK, rows.size)])
     for first, (source, target) in matrix_views(trits, rows):
         for lines, columns in blocks(target, _CHUNK):
-            runs = list(_runs(source[lines], target.shape[1], columns))
-            at = (first + lines.start) * source.shape[1]
-            require_trits(source[lines], runs, trits.shape, at)
-            packer.pack(runs, target[lines, columns])
+            if columns.start == 0:
+                at = (first + lines.start) * source.shape[1]
+                require_trits(source[lines], trits.shape, at)
+            _pack(source[lines], target[lines, columns], columns, buffers)
     return rows
 
 
@@ -86,11 +84,10 @@ def unpack_rows(rows: np.ndarray, in_features: int) -> np.ndarray:
     """
     rows = _require_packed_rows(rows, in_features)
     trits = np.empty((*rows.shape[:-1], in_features), np.int8)
-    unpacker = _Unpacker(min(_CHUNK, rows.size))
+    buffers = scratch(*3 * [min(_CHUNK, rows.size)])
     for _, (source, target) in matrix_views(rows, trits):
         for lines, columns in blocks(source, _CHUNK):
-            runs = list(_runs(target[lines], source.shape[1], columns))
-            unpacker.unpack(source[lines, columns], runs)
+            _unpack(source[lines, columns], target[lines], columns, buffers)
     return trits
 
 
@@ -106,11 +103,11 @@ def check_rows(rows: np.ndarray, in_features: int) -> None:
             padding other than trit 0; the message has its position.
     """
     rows = _require_packed_rows(rows, in_features)
-    rests = np.empty(min(_CHUNK, rows.size), np.uint8)
+    (rests,) = scratch(min(_CHUNK, rows.size))
     for first, (matrix,) in matrix_views(rows):
         for lines, columns in blocks(matrix, _CHUNK):
             piece = matrix[lines, columns]
-            rest = rests[: piece.size].reshape(piece.shape)
+            rest = _like(piece, rests)
             # Five multiplications by 3: what remains is what rounding up has added.
             np.multiply(piece, np.uint8(NUMBERS), out=rest)
             padding = list(_padding(piece, columns.start, in_features, matrix.shape[1]))
@@ -148,11 +145,12 @@ def flat_to_rows(packed: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     shape = _require_matrix_shape(shape)
     packed = flat.require_packed(packed, prod(shape))
     rows = np.empty((*shape[:-1], row_bytes(shape[-1])), np.uint8)
-    for lines, target in _whole_bytes(rows):
-        begin, end = (shape[-1] * row for row in lines)
-        part = packed[begin // GROUP : flat.packed_bytes(end)]
-        trits = flat.unpack_tq1_0(part, (GROUP * part.size,))[: end - begin]
-        target[:] = pack_rows(trits.reshape(len(target), -1))
+    for part, target in _whole_groups(packed, rows, shape[-1]):
+        words = flat.words_bytes(part.size)
+        trits, *buffers = scratch(GROUP * part.size, words, words, target.size, target.size)
+        flat.spread_trits(part, trits.view(np.int8), *buffers[:2])
+        source = trits[: len(target) * shape[-1]].reshape(len(target), -1)
+        _pack(source.view(np.int8), target, slice(target.shape[1]), buffers[2:])
     return rows
 
 
@@ -174,71 +172,124 @@ def rows_to_flat(rows: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     if rows.shape[:-1] != shape[:-1]:
         raise TernaryError(f"rows: expected leading shape {shape[:-1]}, got {rows.shape[:-1]}")
     packed = np.empty((flat.packed_bytes(prod(shape)),), np.uint8)
-    for lines, source in _whole_bytes(np.ascontiguousarray(rows)):
-        begin, end = (shape[-1] * row for row in lines)
-        part = packed[begin // GROUP : flat.packed_bytes(end)]
-        part[:] = flat.pack_tq1_0(unpack_rows(source, shape[-1]))
+    for part, source in _whole_groups(packed, np.ascontiguousarray(rows), shape[-1]):
+        size = GROUP * part.size + flat.SPILL
+        digits, words, *buffers = scratch(size, flat.words_bytes(part.size), *3 * [source.size])
+        used = digits[: len(source) * shape[-1]]
+        trits = used.reshape(len(source), -1)
+        _unpack(source, trits.view(np.int8), slice(source.shape[1]), buffers)
+        np.add(used, np.uint8(1), out=used)
+        digits[used.size :] = 1
+        flat.gather_digits(digits, words, part)
     return packed
 
 
-class _Packer:
-    """Packs runs of trits, with buffers of its own: do not share it among threads."""
+def _pack(
+    trits: np.ndarray, packed: np.ndarray, columns: slice, buffers: Sequence[np.ndarray]
+) -> None:
+    """Pack trits (rows, in) int8 into `packed`, the bytes `columns` of their rows.
 
-    def __init__(self, size: int) -> None:
-        self._missing, self._scaled = np.empty((2, size), np.uint8)
-
-    def pack(self, runs: Sequence[np.ndarray], target: np.ndarray) -> None:
-        """Pack runs, each (rows, up to columns) int8, into `target` (rows, columns) uint8."""
-        missing = self._missing[: target.size].reshape(target.shape)
-        scaled = self._scaled[: target.size].reshape(target.shape)
-        # 243 - q by Horner's rule: it becomes 122 - (81 t0 + 27 t1 + 9 t2 + 3 t3 + t4).
-        missing[:] = 90  # 81 * 90 is 122 modulo 256
-        for n in range(GROUP):
-            if n:
-                np.multiply(missing, np.uint8(3), out=missing)
-            if n < len(runs):
-                part = missing[:, : runs[n].shape[1]]
-                np.subtract(part, runs[n].view(np.uint8), out=part)
-        # The byte is 256 - m - 13 m // 243 for m = 243 - q, which is in 1 .. 243. There,
-        # 13 m // 243 is (m + m // 60) // 19, which needs no more than 8 bits.
-        np.floor_divide(missing, np.uint8(60), out=scaled)
-        np.add(scaled, missing, out=scaled)
-        np.floor_divide(scaled, np.uint8(19), out=scaled)
-        np.add(scaled, missing, out=scaled)
-        np.negative(scaled, out=target)
-
-
-class _Unpacker:
-    """Unpacks bytes into runs of trits, with buffers of its own."""
-
-    def __init__(self, size: int) -> None:
-        self._rest, self._above, self._below = np.empty((3, size), np.uint8)
-
-    def unpack(self, packed: np.ndarray, runs: Sequence[np.ndarray]) -> None:
-        """Unpack (rows, columns) uint8 into runs, each (rows, up to columns) int8."""
-        rest, above, below = (
-            buffer[: packed.size].reshape(packed.shape)
-            for buffer in (self._rest, self._above, self._below)
-        )
-        np.copyto(rest, packed)
-        for n, run in enumerate(runs):
-            if n:
-                np.multiply(rest, np.uint8(3), out=rest)
-            part = slice(run.shape[1])
-            high = np.greater_equal(rest[:, part], np.uint8(_TWO), out=above[:, part].view(bool))
-            low = np.less(rest[:, part], np.uint8(_ONE), out=below[:, part].view(bool))
-            np.subtract(high.view(np.int8), low.view(np.int8), out=run)
-
-
-def _runs(trits: np.ndarray, size: int, columns: slice) -> Iterator[np.ndarray]:
-    """Views of the trits that are digits 0, 1, ... of the bytes `columns` of rows of `size` bytes.
-
-    Each is (rows, columns), or narrower where the row ends; what is empty is left out.
+    Args:
+        trits: every value -1, 0 or 1.
+        packed: (rows, columns) uint8, written.
+        columns: which bytes of the rows these are.
+        buffers: two, of `packed.size` bytes or more.
     """
+    missing, scaled = (_like(packed, buffer) for buffer in buffers)
+    # 243 - q by Horner's rule: it becomes 122 - (81 t0 + 27 t1 + 9 t2 + 3 t3 + t4).
+    missing[:] = 90  # 81 * 90 is 122 modulo 256
+    for n, run in _runs(trits, columns):
+        if n:
+            np.multiply(missing, np.uint8(3), out=missing)
+        part = missing[:, : run.shape[1]]
+        np.subtract(part, run.view(np.uint8), out=part)
+    write_fractions(missing, scaled, packed)
+
+
+def write_fractions(missing: np.ndarray, scaled: np.ndarray, packed: np.ndarray) -> None:
+    """Write the bytes of numbers q to `packed`, given `missing` = 243 - q.
+
+    Args:
+        missing: uint8.
+        scaled: a buffer of the same shape.
+        packed: uint8 of the same shape, written.
+    """
+    # m = 243 - q is in 1 .. 243, and the byte is 256 - m - 13 m // 243. In this range 13 m // 243
+    # is (m + m // 60) // 19, which needs no more than 8 bits.
+    np.floor_divide(missing, np.uint8(60), out=scaled)
+    np.add(scaled, missing, out=scaled)
+    np.floor_divide(scaled, np.uint8(19), out=scaled)
+    np.add(scaled, missing, out=scaled)
+    np.negative(scaled, out=packed)
+
+
+def _unpack(
+    packed: np.ndarray, trits: np.ndarray, columns: slice, buffers: Sequence[np.ndarray]
+) -> None:
+    """Write the trits in `packed`, the bytes `columns` of rows, to `trits` (rows, in) int8.
+
+    Args:
+        packed: (rows, columns) uint8, any bytes.
+        trits: those of these bytes are written.
+        columns: which bytes of the rows these are.
+        buffers: three, of `packed.size` bytes or more.
+    """
+    rest, above, below = (_like(packed, buffer) for buffer in buffers)
+    np.copyto(rest, packed)
+    for n, run in _runs(trits, columns):
+        if n:
+            np.multiply(rest, np.uint8(3), out=rest)
+        part = slice(run.shape[1])
+        write_leading(rest[:, part], above[:, part], below[:, part], run)
+
+
+def write_leading(
+    rest: np.ndarray, above: np.ndarray, below: np.ndarray, trits: np.ndarray
+) -> None:
+    """Write the trit of the first digit of every byte.
+
+    Args:
+        rest: uint8. Multiplied by 3, modulo 256, it has the next digit as its first.
+        above: uint8, a buffer of the same shape.
+        below: another.
+        trits: int8 of the same shape, written.
+    """
+    # Thirds of 256: the digit is 0 below the first, 2 from the second on.
+    np.greater_equal(rest, np.uint8(171), out=above.view(bool))
+    np.less(rest, np.uint8(86), out=below.view(bool))
+    np.subtract(above.view(np.int8), below.view(np.int8), out=trits)
+
+
+def _runs(trits: np.ndarray, columns: slice) -> Iterator[tuple[int, np.ndarray]]:
+    """Number n and a view of the trits that are digit n of the bytes `columns` of rows.
+
+    The views are (rows, columns), or narrower, or empty, where the rows of `trits` end.
+    """
+    size = row_bytes(trits.shape[1])
     for n in range(GROUP):
-        run = trits[:, n * size + columns.start : n * size + columns.stop]
-        if run.shape[1]:
-            yield run
+        first = n * size + (columns.start or 0)
+        yield n, trits[:, first : n * size + columns.stop]
+
+
+def _like(packed: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+    """The beginning of a buffer in the shape of `packed`."""
+    return buffer[: packed.size].reshape(packed.shape)
+
+
+def _whole_groups(
+    packed: np.ndarray, rows: np.ndarray, width: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cut flat bytes and contiguous rows of the same trits alike, where both begin with a byte.
+
+    Yields views of both, the latter as (rows, row_bytes).
+    """
+    matrix = rows.reshape(prod(rows.shape[:-1]), rows.shape[-1])
+    cycle = 1 if width % GROUP == 0 else GROUP
+    step = max(1, _CHUNK // max(1, cycle * matrix.shape[1])) * cycle
+    for start in range(0, len(matrix), step):
+        lines = matrix[start : start + step]
+        end = (start + len(lines)) * width
+        yield packed[start * width // GROUP : flat.packed_bytes(end)], lines
 
 
 def _padding(
@@ -260,18 +311,6 @@ def _padding(
         most = -(-256 * (powers // 2 + 1) // powers) - 1
         rest = piece[:, at] * np.uint8(3**used)
         yield at, (rest < least) | (rest > most)
-
-
-def _whole_bytes(rows: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """Cut rows into pieces that begin where a flat byte does.
-
-    Yields the numbers of the first row and of the one after the last, with the rows.
-    """
-    matrix = rows.reshape(prod(rows.shape[:-1]), rows.shape[-1])
-    step = max(1, _CHUNK // max(1, GROUP * matrix.shape[1])) * GROUP
-    for start in range(0, len(matrix), step):
-        stop = min(start + step, len(matrix))
-        yield (start, stop), matrix[start:stop]
 
 
 def _require_matrix_shape(shape: Sequence[int]) -> tuple[int, ...]:
