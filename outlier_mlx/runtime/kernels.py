@@ -23,6 +23,7 @@ LIMITS = {
 }
 # Bytes of a row that a thread converts to affine 2-bit codes.
 BLOCK_BYTES = 16
+HEADERS = ("tq1_0",)  # of kernels without others
 # Names of each kernel's inputs and outputs.
 _ARGUMENTS = {
     "tq1_0_swiglu": (["x", "gate", "gate_scales", "up", "up_scales", "indices"], ["h"]),
@@ -30,6 +31,7 @@ _ARGUMENTS = {
     "tq1_0_qmv": (["x", "rows", "scales", "indices"], ["y"]),
     "tq1_0_to_affine2": (["rows"], ["codes"]),
     "tq1_0_logits": (["x", "router"], ["logits"]),
+    "tq1_0_linear": (["x", "rows", "scales"], ["y"]),
     "tq1_0_rotate": (["x", "signs"], ["y"]),
     "tq1_0_route": (["x", "router", "alpha"], ["indices", "weights"]),
 }
@@ -276,7 +278,7 @@ def _launch(
     )[0]
 
 
-def built_kernel(name: str, header: str = "tq1_0") -> Any:
+def built_kernel(name: str, *headers: str) -> Any:
     """Build a kernel with the current `mx.fast.metal_kernel`, or return it if already built."""
     global _built
     make = mx.fast.metal_kernel
@@ -290,7 +292,7 @@ def built_kernel(name: str, header: str = "tq1_0") -> Any:
             input_names=inputs,
             output_names=outputs,
             source=kernel_text(name),
-            header=kernel_text(header),
+            header="".join(map(kernel_text, headers or HEADERS)),
         )
     return kernels[name]
 

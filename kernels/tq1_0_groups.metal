@@ -1,0 +1,106 @@
+// Products of vectors with rows of trits that may have a scale for each group of weights. A second
+// header, after tq1_0.metal.
+
+// The part of one of LANES lanes in the products of VECTORS vectors (K elements each) with ROWS
+// successive rows that have a scale for each GROUP weights, or one for the row if GROUP is 0.
+//
+// Two lanes share a block of 16 bytes of a row: one has bytes 0 to 3 and 8 to 11, the other one the
+// rest. B and GROUP are multiples of 16, so a digit of these bytes has one scale: the scale times
+// the sum of its eight products is added. The order of the additions for an element of the result
+// depends on K and LANES alone.
+//
+// If FULL, there are VECTORS vectors; else the last one stands for those that are missing.
+template <
+    int ROWS, int VECTORS, bool FULL, int LANES, int GROUP, int K, typename T, typename S>
+struct GroupProduct {
+  typedef typename Register<T>::type X;
+  enum : uint {
+    BLOCKS = (K + 79) / 80,  // blocks of a row
+    PITCH = 16 * BLOCKS,
+    GROUP_BLOCKS = GROUP > 0 ? GROUP / 16 : 1,
+    GROUPS = GROUP > 0 ? K / (16 * GROUP_BLOCKS) : 1,
+    WIDTH = ROWS < 4 ? ROWS : 4,  // scales that are loaded at once
+    VECTOR = K % 4 == 0
+  };
+
+  const device uint8_t* rows;  // the first row
+  uint last_row;               // the last of them, counted from 0: it stands for those after it
+  const device T* x;           // the first vector
+  uint last_vector;            // the last of them, counted from 0
+  const device S* scales;      // of the first row and the first group, in tiles of eight rows
+  float sums[VECTORS * ROWS];  // of vector v and row r: sums[v * ROWS + r], which is times UNIT
+
+  METAL_FUNC void add(uint lane) {
+    UNROLL for (uint i = 0; i < VECTORS * ROWS; i++) sums[i] = 0.0f;
+    for (uint block = lane / 2; block < BLOCKS; block += LANES / 2) {
+      step(block, 16 * block + lane % 2 * 4);
+    }
+  }
+
+  // Adds the products of a block, of which the lane's bytes are at `at` and `at` + 8 of a row.
+  METAL_FUNC void step(uint block, uint at) {
+    Bytes bytes[2 * ROWS];
+    UNROLL for (uint i = 0; i < 2 * ROWS; i++) {
+      bytes[i].load(rows + at + min(i / 2, last_row) * PITCH + i % 2 * 8);
+    }
+    UNROLL for (uint i = 0; i < 2 * ROWS; i++) bytes[i].start();
+    UNROLL for (uint n = 0; n < 5; n++) {
+      if (n * PITCH >= K) break;
+      const bool whole = (n + 1) * PITCH <= K;  // else the digits of the last blocks are padding
+      half2 trits[4 * ROWS];
+      UNROLL for (uint i = 0; i < 4 * ROWS; i++) {
+        trits[i] = bytes[i / 2].trits(i % 2);
+        if ((n + 1) * PITCH < K) bytes[i / 2].next(i % 2);
+      }
+      S scale[ROWS];
+      if (GROUP > 0) load_scales(scale, n * BLOCKS + block, whole);
+      UNROLL for (uint v = 0; v < VECTORS; v++) {
+        const device T* vector = x + (FULL ? v : min(v, last_vector)) * K;
+        X eight[8];
+        UNROLL for (uint i = 0; i < 8; i += 4) {
+          Four<K, VECTOR>::load(eight + i, vector, at, n * PITCH + 2 * i, whole);
+        }
+        float products[ROWS];
+        UNROLL for (uint i = 0; i < 8; i++) {
+          UNROLL for (uint r = 0; r < ROWS; r++) {
+            const float element = float(eight[i]), trit = float(trits[4 * r + i / 2][i % 2]);
+            products[r] = i == 0 ? element * trit : fma(element, trit, products[r]);
+          }
+        }
+        UNROLL for (uint r = 0; r < ROWS; r++) {
+          const float sum = sums[v * ROWS + r], product = products[r];
+          sums[v * ROWS + r] = GROUP > 0 ? fma(product, float(scale[r]), sum) : sum + product;
+        }
+      }
+    }
+  }
+
+  // Loads the scales of the rows for a block of weights, if need be of the last one.
+  METAL_FUNC void load_scales(thread S* scale, uint block, bool inside) {
+    uint from = block / GROUP_BLOCKS * 8;
+    if (!inside) from = min(from, uint(8 * (GROUPS - 1)));
+    UNROLL for (uint r = 0; r < ROWS; r += WIDTH) {
+      const vec<S, WIDTH> some = *(const device vec<S, WIDTH>*)(scales + from + r);
+      UNROLL for (uint i = 0; i < WIDTH; i++) scale[r + i] = some[i];
+    }
+  }
+};
+
+// Sums COUNT values (a power of 2) over LANES successive lanes. Lane l then has the sums of values
+// l, l + LANES, ... at the beginning of `values`. After each step, a lane keeps half of the values.
+// The order of the additions is the same for every COUNT and every value.
+template <int COUNT, int LANES>
+METAL_FUNC void sum_over_lanes(thread float* values, uint lane) {
+  static_assert(COUNT > 0 && (COUNT & (COUNT - 1)) == 0, "not a power of 2");
+  UNROLL for (uint bit = 1, left = COUNT / 2; bit < LANES; bit *= 2, left /= 2) {
+    if (left > 0) {
+      const bool upper = lane & bit;
+      UNROLL for (uint i = 0; i < left; i++) {
+        const float low = values[2 * i], high = values[2 * i + 1];
+        values[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(bit));
+      }
+    } else {
+      values[0] += simd_shuffle_xor(values[0], ushort(bit));
+    }
+  }
+}
