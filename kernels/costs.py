@@ -111,7 +111,7 @@ def ours(kernel: str, wide: int, variant: Variant, dtype: mx.Dtype = mx.float16)
             names = ("down", "scales")
         else:
             tq1_0_qmv(x, *packed, pair.flatten(), variant=variant)
-    return _figures(metal.launches[0].cost, 2 * ROWS * wide * (len(names) // 2), names)
+    return figures_of(metal.launches[0].cost, 2 * ROWS * wide * (len(names) // 2), names)
 
 
 @cache
@@ -121,10 +121,11 @@ def mlx_two_bit(wide: int) -> Figures:
     scales = mx.ones((2, ROWS, wide // MLX_GROUP), mx.float16)
     x, pair = mx.random.normal((1, wide)).astype(mx.float16), mx.array([[0, 1]], mx.uint32)
     found = gather_qmv(x, mx.array(codes), scales, -scales, pair, group_size=MLX_GROUP, bits=2)
-    return _figures(found.cost, found.weights, ("w", "scales", "biases"))
+    return figures_of(found.cost, found.weights, ("w", "scales", "biases"))
 
 
-def _figures(cost: Cost, weights: int, buffers: tuple[str, ...]) -> Figures:
+def figures_of(cost: Cost, weights: int, buffers: tuple[str, ...]) -> Figures:
+    """The cost of a launch for each of its weights, whose bytes are in the named buffers."""
     private = bool({"private load", "private store"} & set(cost.instructions))
     estimates = cost.registers, cost.threads, cost.loop_bytes
     return Figures(*cost.per_weight(weights, buffers), *estimates, private)

@@ -2,9 +2,8 @@
 //
 //   x        (vectors, K)            T
 //   rows     (N, bytes)              rows of trits
-//   scales   (N,)                    float, one per row, if GROUP is 0; else half or bfloat, one for
-//                                    each GROUP weights of a row, in tiles of eight rows:
-//                                    (ceil(N / 8), K / GROUP, 8)
+//   scales   (N,)                    float, one per row, if GROUP is 0
+//            (tiles, K / GROUP, 8)   else half or bfloat, one for GROUP weights, in tiles of 8 rows
 //   y        (vectors, N)            T: summed in float, rounded once
 //
 // LANES lanes compute ROWS elements of y for each of M vectors.

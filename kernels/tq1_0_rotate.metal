@@ -13,12 +13,12 @@
 // which come through threadgroup memory.
 // Grid: x over blocks, BLOCKS blocks in a threadgroup; y over tokens.
 
-constexpr uint THREADS = B / 32;                     // threads of a block
+constexpr uint THREADS = B / 32;  // threads of a block
 constexpr uint BLOCKS = THREADS < 32 ? 32 / THREADS : 1;
-constexpr uint STEP = B / 8;                         // distance of the highest three bits
-constexpr uint LOW = B > 1024 ? B / 256 : 4;         // elements below the bits of the second part
+constexpr uint STEP = B / 8;  // distance of the highest three bits
+constexpr uint LOW = B > 1024 ? B / 256 : 4;  // elements below the bits of the second part
 constexpr uint LAST = STEP / LOW < 32 ? STEP / LOW : 32;  // elements of a second transform
-constexpr uint HIGH = LAST / 4;                      // distance, in STEPs, of a thread's two of these
+constexpr uint HIGH = LAST / 4;  // distance, in STEPs, of a thread's two of these
 // Some room, so that the lanes that read neighbours in the second part use different banks.
 constexpr uint ROOM = B < 8192 ? LOW : 0;
 constexpr uint PITCH = 8 * (STEP + ROOM) + (BLOCKS > 1 ? 16 : 0);

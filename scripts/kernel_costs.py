@@ -13,8 +13,10 @@ import mlx.core as mx
 
 from kernels.accuracy import errors, planted
 from kernels.costs import CHIPS, SHAPES, Chip, Figures, mlx_two_bit, ours
+from kernels.costs_dense import linear, rotation
 from kernels.emulator import virtual_metal
 from outlier_mlx.runtime.kernels import VARIANTS
+from outlier_mlx.runtime.rotation import ROTATED_BLOCKS
 from outlier_mlx.runtime.variants import Variant
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -62,6 +64,39 @@ def cost_table(shape: str) -> str:
     for wide in sorted(set(SHAPES[shape].values())):
         rows.append(_row(f"MLX 2-bit, in = {wide}", mlx_two_bit(wide)))
     return table(head, rows)
+
+
+def linear_table() -> str:
+    """Cycles and estimates of ordinary linear layers: widths, groups, vectors and dtypes."""
+    head = ["", "vectors", "main", "second", "main for a vector", "bytes", "loads"]
+    head += ["registers", "threads", "loop bytes"]
+    cases: list[tuple[int, int, int, mx.Dtype]] = []
+    cases += [(wide, 128, 1, mx.float16) for wide in (5120, 17408, 6144, 2048, 1536)]
+    cases += [(5120, 64, 1, mx.float16), (5120, 0, 1, mx.float16), (1536, 0, 1, mx.float16)]
+    cases += [(5120, 128, 1, dtype) for dtype in (mx.bfloat16, mx.float32)]
+    cases += [(5120, group, n, mx.float16) for group in (128, 0) for n in (2, 4, 8)]
+    rows = []
+    for wide, group, vectors, dtype in cases:
+        kind = f"groups of {group}" if group else "one scale a row"
+        name = "" if dtype == mx.float16 else f", {str(dtype).removeprefix('mlx.core.')}"
+        found = linear(wide, group, vectors, dtype)
+        cycles = f"{found.main:.2f}", f"{found.second:.2f}", f"{found.main / vectors:.2f}"
+        rest = [f"{found.bytes:.4f}", f"{found.loads:.3f}"]
+        rest += map(str, (found.registers, found.threads, found.loop_bytes))
+        rows.append([f"in = {wide}, {kind}{name}", str(vectors), *cycles, *rest])
+    return table(head, rows)
+
+
+def rotation_table() -> str:
+    """Cycles and estimates of the rotation for an element of x."""
+    rows = []
+    for block in ROTATED_BLOCKS:
+        for dtype in (mx.float16, mx.float32, mx.bfloat16) if block == 1024 else (mx.float16,):
+            found = rotation(block, dtype)
+            name = f"{block}, {str(dtype).removeprefix('mlx.core.')}"
+            cycles = [f"{found.main:.2f}", f"{found.second:.2f}"]
+            rows.append([name, *cycles, str(found.registers), str(found.threads)])
+    return table(["block", "main", "second", "registers", "threads"], rows)
 
 
 def ratios() -> Iterator[tuple[str, str, Chip, bool, float, float, float]]:
@@ -116,6 +151,7 @@ def accuracy_table() -> str:
 def sections() -> dict[str, str]:
     """The generated tables by the names of their marks in the page."""
     tables = {f"cost {shape}": cost_table(shape) for shape in SHAPES}
+    tables |= {"cost linear": linear_table(), "cost rotation": rotation_table()}
     return tables | {"time": time_table(), "accuracy": accuracy_table()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -162,7 +163,7 @@ def test_costs_of_several_vectors():
 
 
 @pytest.fixture
-def emulated() -> VirtualMetal:
+def emulated() -> Iterator[VirtualMetal]:
     with virtual_metal(count=False) as metal:
         yield metal
 

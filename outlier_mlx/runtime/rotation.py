@@ -52,7 +52,7 @@ def rotate(
         )
     if training or not (use_metal() and can_rotate(x.size // wide, wide, block)):
         return _rotated(x, signs, block, inverse)
-    return _launched(block, inverse)(x.reshape(-1, wide), signs).reshape(x.shape)
+    return _rotation(block, inverse)(x.reshape(-1, wide), signs).reshape(x.shape)
 
 
 def can_rotate(tokens: int, in_features: int, block: int) -> bool:
@@ -89,7 +89,7 @@ def tq1_0_rotate(x: mx.array, signs: mx.array, *, block: int, inverse: bool = Fa
 
 
 @cache
-def _launched(block: int, inverse: bool) -> Callable[[mx.array, mx.array], mx.array]:
+def _rotation(block: int, inverse: bool) -> Callable[[mx.array, mx.array], mx.array]:
     """`tq1_0_rotate` with the gradient of `_rotated`."""
     plain = partial(_rotated, block=block, inverse=inverse)
     return with_gradient_of(plain, partial(tq1_0_rotate, block=block, inverse=inverse), 1)
