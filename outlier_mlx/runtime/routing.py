@@ -50,13 +50,12 @@ def top_experts(logits: mx.array, k: int) -> mx.array:
         (..., k) uint32.
     """
     experts = logits.shape[-1]
-    logits = mx.stop_gradient(logits)
-    # Unsigned integers in the order of the floats. The expert's number in the low bits makes every
-    # key unique, so every sorting algorithm gives the same order.
-    bits = mx.where(logits == 0, 0, logits.view(mx.uint32))
-    ordered = mx.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
-    ordered = mx.where(mx.isnan(logits), 0, ordered).astype(mx.uint64)
-    keys = (ordered << 32) | mx.arange(experts - 1, -1, -1, dtype=mx.uint64)
+    logits = mx.stop_gradient(logits) + 0.0  # -0 becomes 0
+    # Integers in the order of the floats; NaN becomes the smallest. The expert's number in the low
+    # bits makes every key unique, so every sorting algorithm gives the same order.
+    bits = mx.where(logits == logits, logits.view(mx.int32), -1)
+    ordered = mx.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(mx.int64)
+    keys = (ordered << 32) | mx.arange(experts - 1, -1, -1)
     largest = mx.sort(keys, axis=-1)[..., ::-1][..., :k]
     return experts - 1 - (largest & 0xFFFFFFFF).astype(mx.uint32)
 
@@ -93,7 +92,7 @@ def route(
     width = x.shape[-1]
     flat = x.reshape(-1, width)
     if use_metal() and not training and can_route(len(flat), width, experts, k):
-        indices, weights = _launched(flat, router, scales, k, renormalise)
+        indices, weights = _launched_route(flat, router, scales, k, renormalise)
     else:
         logits = flat.astype(mx.float32) if router is None else _plain_logits(flat, router)
         indices = top_experts(logits, k)
@@ -123,7 +122,7 @@ def _weights_of(
     return weights if alpha is None else weights * alpha[indices]
 
 
-def _launched(
+def _launched_route(
     x: mx.array, router: mx.array | None, alpha: mx.array | None, k: int, renormalise: bool
 ) -> tuple[mx.array, mx.array]:
     """Indices from a launch, and weights with the gradients of the same weights in plain MLX."""
