@@ -36,9 +36,10 @@ FREE = {
 # Primitives of one launch. (Some take two if their inputs are large; not so in decoding.)
 SINGLE = {
     "Add", "AddMM", "Arange", "ArgPartition", "ArgSort", "AsType", "BitwiseAnd", "BitwiseInvert",
-    "BitwiseOr", "BitwiseXor", "Divide", "Equal", "Full", "Gather", "GatherAxis", "GatherMM", "GatherQMM",
-    "LeftShift", "Less", "Matmul", "Multiply", "Negative", "NotEqual", "QuantizedMatmul", "RightShift",
-    "Select", "Sigmoid", "SliceUpdate", "Softmax", "Sort", "Subtract", "Sum",
+    "BitwiseOr", "BitwiseXor", "Divide", "Equal", "Full", "Gather", "GatherAxis", "GatherMM",
+    "GatherQMM", "LeftShift", "Less", "Matmul", "Multiply", "Negative", "NotEqual",
+    "QuantizedMatmul", "RightShift", "Select", "Sigmoid", "SliceUpdate", "Softmax", "Sort",
+    "Subtract", "Sum",
 }  # fmt: skip
 FAST = ((mx.fast, ("rms_norm", "rope", "scaled_dot_product_attention")), (mx, ("dequantize",)))
 COMPILED = type(swiglu)

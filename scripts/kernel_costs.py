@@ -11,10 +11,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from kernels import costs_routing, launch_counts
 from kernels.accuracy import errors, planted
 from kernels.costs import CHIPS, SHAPES, Chip, Figures, mlx_two_bit, ours
 from kernels.costs_dense import linear, rotation
 from kernels.emulator import virtual_metal
+from kernels.launch_counts import Shape
 from outlier_mlx.runtime.kernels import VARIANTS
 from outlier_mlx.runtime.rotation import ROTATED_BLOCKS
 from outlier_mlx.runtime.variants import Variant
@@ -148,11 +150,18 @@ def accuracy_table() -> str:
     return table(head, rows)
 
 
+def routing_table() -> str:
+    """Counted and modelled costs of the routing kernels, for hidden size 5120."""
+    head = ["", "threadgroups", "main", "second", "bytes", "registers", "1", "32", "512"]
+    return table(head, list(costs_routing.rows(CHIPS[0], 5120)))
+
+
 def sections() -> dict[str, str]:
     """The generated tables by the names of their marks in the page."""
     tables = {f"cost {shape}": cost_table(shape) for shape in SHAPES}
     tables |= {"cost linear": linear_table(), "cost rotation": rotation_table()}
-    return tables | {"time": time_table(), "accuracy": accuracy_table()}
+    tables |= {"time": time_table(), "accuracy": accuracy_table(), "routing": routing_table()}
+    return tables | {"launches": launch_counts.table([Shape(), Shape(experts=64, top_k=8)])}
 
 
 def filled(page: str, tables: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Print how many launches a decoding step is: of a tier, and of mlx-lm's Qwen2-MoE of its shape.
 
-They are counted from MLX's graph (kernels/launch_counts.py). No GPU is needed, and no weights are made.
+They are counted from MLX's graph (kernels/launch_counts.py): no GPU is needed, and no weights.
 """
 
 import argparse
