@@ -47,8 +47,13 @@ def test_without_metal_only_the_plain_path_is_timed(tier: Path):
     names = [kernel["kernel"] for kernel in found["kernels"]]
     decoding, others = found["kernels"][:3], found["kernels"][3:]
     assert names[:3] == ["tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv"]
-    assert names[3:] == ["tq1_0_route", "tq1_0_to_affine2"]
-    assert all([arm["arm"] for arm in kernel["arms"]] == ["MLX"] for kernel in others)
+    assert names[3:] == ["tq1_0_route", *["tq1_0_linear"] * 2, "tq1_0_to_affine2"]
+    linears = [kernel for kernel in others if kernel["kernel"] == "tq1_0_linear"]
+    forms = [f"scales of {of}, 3 vectors" for of in ("rows", "groups of 64")]
+    assert [kernel["form"] for kernel in linears] == forms
+    for kernel in others:
+        labels = ["MLX 2-bit", "MLX 4-bit"] if kernel in linears else ["MLX"]
+        assert [arm["arm"] for arm in kernel["arms"]] == labels
     for kernel in decoding:
         assert kernel["pairs"] == 6 and kernel["best"] is None
         assert [arm["arm"] for arm in kernel["arms"]] == ["MLX 2-bit", "MLX 4-bit"]
@@ -111,7 +116,21 @@ def test_for_one_token_there_are_also_tokens_that_share_experts(tier: Path):
     forms = [case.form for case in found if case.kernel is DOWN]
     assert forms == ["", *(f"{m} tokens for the same experts" for m in (2, 4, 8))]
     assert [case.build()[0].pairs for case in found if case.kernel is DOWN] == [2, 4, 8, 16]
-    assert {case.form for case in bench_cases.cases(model, 3, mx.float16)} == {""}
+    few = bench_cases.cases(model, 3, mx.float16)
+    assert {case.form for case in few if case.kernel in DECODING} == {""}
+
+
+@pytest.mark.parametrize("group", [0, 64])
+def test_linear_layers_are_experts_matrices(group: int, tier: Path):
+    found = bench_inputs.linears(load(tier), 2, group, mx.float16)
+    assert len(found) == 8  # of two layers with four experts
+    one = found[0]
+    assert one.sizes("rows") == (80, 64) and one.x.shape == (2, 64)
+    assert one.nbytes("rows") == 80 * 16 + (10 * 1 * 8 * 2 if group else 80 * 4)
+    for bits in (2, 4):
+        affine = one.affine("rows", bits, mx.float16)
+        assert affine.group_size == 64
+        assert affine.nbytes == one.copied("rows", bits, mx.float16) == 80 * (8 * bits + 2 * 2)
 
 
 def test_every_kernel_and_form_is_right_in_the_emulator(
@@ -133,6 +152,7 @@ def test_every_kernel_and_form_is_right_in_the_emulator(
         assert result.ours is not None and result.ours.runs is not None, kernel
         assert all(arm.runs for arm in result.theirs) and result.theirs
     assert ("tq1_0_rotate", "blocks of 512") in timed
+    assert ("tq1_0_linear", "scales of groups of 128, 8 vectors") in timed
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -147,6 +167,7 @@ def test_in_half_precision_the_plain_path_is_float32_on_the_cpu(
         2 * 64 * (96 // 4 + 3 * 2 * 4),
         2 * 80 * (64 // 4 + 2 * 4),
         4 * 64 * 4,  # the router
+        *[80 * (64 // 4 + 2 * 4)] * 2,  # a matrix with scales of rows, then of groups
         4 * 80 * (16 + 64 // 4),  # all four experts, read and written
     ]
 

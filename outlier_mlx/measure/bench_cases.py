@@ -19,9 +19,11 @@ from outlier_mlx.measure.bench_inputs import (
     conversions,
     decode_layers,
     first_block,
+    linears,
     rotations,
 )
 from outlier_mlx.runtime.affine2 import rows_to_affine2
+from outlier_mlx.runtime.dense import SCALE_GROUPS, tq1_0_linear
 from outlier_mlx.runtime.kernels import tq1_0_down, tq1_0_qmv, tq1_0_swiglu, tq1_0_to_affine2
 from outlier_mlx.runtime.rotation import ROTATED_BLOCKS, can_rotate, rotate, tq1_0_rotate
 from outlier_mlx.runtime.routing import can_route, route, tq1_0_route
@@ -132,6 +134,15 @@ def _plain_route(layer: Layer, _: list[Affine], dtype: mx.Dtype) -> tuple[mx.arr
 
 
 ROUTING = Kernel("tq1_0_route", ("router",), "x", _ours_route, _plain_route, bits=(), tuned=False)
+LINEAR = Kernel(
+    "tq1_0_linear",
+    ("rows",),
+    "x",
+    lambda given: tq1_0_linear(given.x, given.rows, given.scales),
+    lambda given, affine, dtype: affine[0].product(given.x.astype(dtype)),
+    rounds=True,
+    tuned=False,
+)
 CONVERSION = Kernel(
     "tq1_0_to_affine2",
     ("rows",),
@@ -178,6 +189,11 @@ def cases(model: nn.Module, tokens: int, dtype: mx.Dtype) -> list[Case]:
     experts, columns = block.gate.weight.shape
     if can_route(tokens, columns, experts, block.top_k):
         found.append(Case(ROUTING, "", partial(layers, tokens, dtype)))
+    for group in (0, *(size for size in SCALE_GROUPS if columns % size == 0)):
+        scales = f"scales of groups of {group}" if group else "scales of rows"
+        for vectors in (1, *TOGETHER) if tokens == 1 else (tokens,):
+            form = f"{scales}, {vectors} vector{'s' if vectors > 1 else ''}"
+            found.append(Case(LINEAR, form, partial(linears, model, vectors, group, dtype)))
     found.append(Case(CONVERSION, "", partial(conversions, model)))
     for size in ROTATED_BLOCKS:
         if can_rotate(tokens, columns, size):

@@ -3,12 +3,14 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.affine2 import affine_group, padded_width, rows_to_affine2
+from outlier_mlx.runtime.dense import TILE_ROWS
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.routing import Router
 from outlier_mlx.runtime.switch import TernarySwitchGLU
@@ -39,18 +41,18 @@ class Affine:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays)
 
-    def product(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Multiply x (..., 1, in) by the matrices `indices` (...): (..., 1, out)."""
+    def product(self, x: mx.array, indices: mx.array | None = None) -> mx.array:
+        """Multiply x (..., 1, in) by the matrices `indices` (...): (..., 1, out).
+
+        Without indices, x (..., in) by a matrix (out, in): (..., out).
+        """
         width = self.arrays[1].shape[-1] * self.group_size
         spare = [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]
-        return mx.gather_qmm(
-            mx.pad(x, spare) if spare[-1][1] else x,
-            *self.arrays,
-            rhs_indices=indices,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-        )
+        x = mx.pad(x, spare) if spare[-1][1] else x
+        settings: Any = {"group_size": self.group_size, "bits": self.bits}
+        if indices is None:
+            return mx.quantized_matmul(x, *self.arrays, **settings)
+        return mx.gather_qmm(x, *self.arrays, rhs_indices=indices, transpose=True, **settings)
 
 
 def in_mlx_format(
@@ -70,10 +72,10 @@ def in_mlx_format(
     return Affine((weight if bits == 2 else four_bits(weight), spread, biases), bits, group_size)
 
 
-def bytes_in_mlx_format(in_features: int, bits: int, dtype: mx.Dtype) -> int:
-    """Bytes of a row in a format of MLX."""
+def bytes_in_mlx_format(in_features: int, bits: int, dtype: mx.Dtype, group: int = 0) -> int:
+    """Bytes of a row in a format of MLX; `group`: weights that share a scale, 0 for a whole row."""
     width = padded_width(in_features)
-    return width * bits // 8 + 2 * dtype.size * (width // affine_group(in_features))
+    return width * bits // 8 + 2 * dtype.size * (width // (group or affine_group(in_features)))
 
 
 def four_bits(weight: mx.array) -> mx.array:
@@ -148,6 +150,42 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A matrix of an expert as an ordinary linear layer, and vectors.
+
+    Attributes:
+        x: (vectors, in), activation dtype.
+        rows: (out, row_bytes) uint8.
+        scales: (out,) float32, or float16 of groups, in tiles (ceil(out / 8), groups, 8).
+        group: weights that share a scale, 0 for a whole row.
+        pairs: 0: there are no experts.
+    """
+
+    x: mx.array
+    rows: mx.array
+    scales: mx.array
+    group: int
+    pairs: int = 0
+
+    def sizes(self, _: str) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows.shape[0], self.x.shape[1]
+
+    def nbytes(self, _: str) -> int:
+        """Bytes of rows and scales."""
+        return self.rows.nbytes + self.scales.nbytes
+
+    def affine(self, _: str, bits: int, dtype: mx.Dtype) -> Affine:
+        """The matrix in a format of MLX, with the same groups if there are any."""
+        return in_mlx_format(self.rows, self.scales, self.x.shape[1], bits, dtype)
+
+    def copied(self, _: str, bits: int, dtype: mx.Dtype) -> int:
+        """Bytes of the arrays that `affine` makes."""
+        rows, columns = self.sizes("rows")
+        return rows * bytes_in_mlx_format(columns, bits, dtype, self.group)
+
+
+@dataclass(frozen=True)
 class Conversion:
     """The matrices of all experts of a layer, to convert.
 
@@ -205,10 +243,39 @@ def conversions(model: nn.Module) -> list[Conversion]:
     return found
 
 
+def linears(model: nn.Module, vectors: int, group: int, dtype: mx.Dtype) -> list[Linear]:
+    """The experts' gate matrices, until they have half of `ENOUGH_BYTES`.
+
+    Args:
+        model: the model that `outlier_mlx.load` returns.
+        vectors: number of vectors.
+        group: weights that share a scale, which then is random; 0: the experts' own scales of rows.
+        dtype: activation dtype.
+    """
+    mx.random.seed(0)
+    found: list[Linear] = []
+    for block in routed_blocks(model):
+        gate, columns = block.switch_mlp.gate_proj, block.gate.weight.shape[1]
+        for rows, scales in zip(gate.weight, gate.scales, strict=True):
+            if sum(one.rows.nbytes for one in found) >= ENOUGH_BYTES // 2:
+                return found
+            if group:
+                tiles = -(-rows.shape[0] // TILE_ROWS), columns // group, TILE_ROWS
+                scales = mx.random.uniform(0.01, 0.02, tiles).astype(mx.float16)
+            found.append(Linear(random_vectors(vectors, columns, dtype), rows, scales, group))
+            mx.eval(found[-1].x, scales)
+    return found
+
+
+def random_vectors(vectors: int, columns: int, dtype: mx.Dtype) -> mx.array:
+    """Normal values (vectors, columns)."""
+    return mx.random.normal((vectors, columns)).astype(dtype)
+
+
 def rotations(tokens: int, columns: int, block: int, dtype: mx.Dtype) -> list[Rotation]:
     """Random activations and signs."""
     mx.random.seed(0)
-    x = mx.random.normal((tokens, columns)).astype(dtype)
+    x = random_vectors(tokens, columns, dtype)
     signs = mx.where(mx.random.bernoulli(shape=(columns,)), 1, -1).astype(mx.float16)
     mx.eval(x, signs)
     return [Rotation(x, signs, block)]
@@ -272,7 +339,7 @@ def _decode_layer(
     chosen = sorted({expert for token in drawn for expert in token})
     indices = mx.array(drawn, mx.uint32)
     places = mx.array([[chosen.index(expert) for expert in token] for token in drawn], mx.uint32)
-    x, shared = (mx.random.normal((tokens, hidden)).astype(dtype) for _ in range(2))
+    x, shared = (random_vectors(tokens, hidden, dtype) for _ in range(2))
     h, weights = mx.random.normal((tokens, k, width)), mx.random.uniform(0.5, 1.5, (tokens, k))
     used = (indices, chosen, places, x, h, weights, shared)
     layer = Layer(gate, up, down, router, alpha, *used)

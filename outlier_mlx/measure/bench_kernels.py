@@ -17,8 +17,8 @@ import mlx.nn as nn
 
 from outlier_mlx.engine.chips import this_chip
 from outlier_mlx.errors import one_line
-from outlier_mlx.measure.bench_cases import DECODING, Case, cases
-from outlier_mlx.measure.bench_inputs import decode_layers
+from outlier_mlx.measure.bench_cases import DECODING, LINEAR, Case, cases
+from outlier_mlx.measure.bench_inputs import decode_layers, linears
 from outlier_mlx.measure.bench_results import Arm, KernelBench, KernelResult
 from outlier_mlx.measure.environment import activation_dtype, dtype_name
 from outlier_mlx.runtime.kernels import VARIANTS
@@ -76,16 +76,14 @@ def copied_bytes(model: nn.Module, tokens: int) -> int:
         OutlierError: the model has no ternary experts.
     """
     dtype = activation_dtype(model)
-    layers, copied = decode_layers(model, tokens, dtype), _copied_dtype(dtype)
-    return max(
-        sum(
-            layer.copied(m, bits, copied)
-            for layer in layers
-            for m in kernel.reads
-            for bits in kernel.bits
-        )
-        for kernel in DECODING
-    )
+    copied, most = _copied_dtype(dtype), 0
+    layers: Sequence[Any] = decode_layers(model, tokens, dtype)
+    experts: Sequence[Any] = linears(model, tokens, 0, dtype)
+    for kernel in (*DECODING, LINEAR):
+        inputs = experts if kernel is LINEAR else layers
+        matrices = product(inputs, kernel.reads, kernel.bits)
+        most = max(most, sum(one.copied(name, bits, copied) for one, name, bits in matrices))
+    return most
 
 
 def _copied_dtype(dtype: mx.Dtype) -> mx.Dtype:
