@@ -17,7 +17,7 @@ import pytest
 from kernels.emulator import virtual_metal
 from outlier_mlx.engine.chips import Chip
 from outlier_mlx.measure import bench_cases, bench_inputs, bench_kernels, bench_tables
-from outlier_mlx.measure.bench_cases import DECODING, Case, Kernel
+from outlier_mlx.measure.bench_cases import CONVERSION, DECODING, ROUTING, Case, Kernel
 from outlier_mlx.measure.bench_inputs import Layer, four_bits
 from outlier_mlx.measure.bench_results import Arm, KernelBench, KernelResult
 from outlier_mlx.runtime import kernels, variants
@@ -209,6 +209,35 @@ def test_what_fails_is_said_and_not_timed(tier: Path, monkeypatch: pytest.Monkey
     timed = [arm.name.split(",")[0] for arm in result.arms if arm.runs]
     assert timed == ["MLX 2-bit", "MLX 4-bit", "signs", "floor"]
     assert result.best == Variant("signs", 8, 1)
+
+
+@pytest.mark.parametrize("kernel", [CONVERSION, ROUTING], ids=lambda kernel: kernel.name)
+def test_one_wrong_number_is_found(
+    kernel: Kernel, tier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Codes and experts have to be equal; a kernel without variants is told as ours."""
+    model = load(tier)
+    (case,) = (one for one in bench_cases.cases(model, 3, mx.float32) if one.kernel is kernel)
+
+    def wrong(inputs: Any) -> mx.array | tuple[mx.array, ...]:
+        found = kernel.plain(inputs, [], mx.float32)
+        numbers, *others = [found] if isinstance(found, mx.array) else found
+        flat = numbers.flatten()
+        numbers = mx.concatenate([flat[:-1], flat[-1:] ^ 1]).reshape(numbers.shape)
+        return (numbers, *others) if others else numbers
+
+    monkeypatch.setattr(bench_kernels, "use_metal", lambda: True)
+    monkeypatch.setattr(bench_kernels, "cases", lambda *_: [replace(case, kernel=broken)])
+    broken = replace(kernel, ours=wrong)
+    found = bench_kernels.bench_kernels(model, rounds=2)
+    reason = "not timed: its result is wrong: inf times the error allowed"
+    assert found.errors == [f"{kernel.name}, ours: {reason}"]
+    broken = replace(kernel, ours=lambda inputs: kernel.plain(inputs, [], mx.float32))
+    found = bench_kernels.bench_kernels(model, rounds=2)
+    assert found.errors == []
+    bench_tables.print_kernels("tier", found)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("ours: ") and last.endswith(" of MLX's time")
 
 
 def test_the_table_of_kernels(capsys: pytest.CaptureFixture[str]):

@@ -212,7 +212,7 @@ def _ours(
     given = {"variant": variant} if variant else {}
     rounding = ROUNDING[dtype if kernel.rounds else mx.float32]
     return _Contender(
-        Arm(variant, _nbytes(case, inputs), label=kernel.name, own=True),
+        Arm(variant, _nbytes(case, inputs), label="ours", own=True),
         kernel.waits,
         lambda one, _: kernel.ours(one, **given),
         None if variant and variant.decode == FLOOR else (TOLERANCE, rounding),
