@@ -14,6 +14,7 @@ import pytest
 import outlier_mlx
 from kernels.emulator import virtual_metal
 from outlier_mlx.engine import chips
+from outlier_mlx.engine.buffers import MAX_MB, MAX_OPS
 from outlier_mlx.engine.chips import BANDWIDTHS, Chip, parse_gpu_cores, published_bandwidth
 from outlier_mlx.measure import bench, bench_tables
 from outlier_mlx.measure.bench import BenchOptions, BenchResult, Runs
@@ -37,8 +38,9 @@ def assert_summary(found: dict[str, Any], count: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_json(tier: Path, batch: int):
-    done = run("bench", "--model", tier, "-p", 24, "-g", 8, "-n", 3, "-b", batch, "--json")
-    found = done.json
+    command = "bench", "--model", tier, "-p", 24, "-g", 8, "-n", 3, "-b", batch, "--json"
+    found = run(*command, env={MAX_OPS: "70"}).json
+    assert found["command_buffers"] == {MAX_OPS: "70", MAX_MB: None}
     assert found["model"] == "tier" and found["dtype"] == "float32"
     assert found["options"] == {
         "prompt_tokens": 24,

@@ -1,5 +1,6 @@
 """What a measurement was made with: chip, versions, and the dtype that a model computes in."""
 
+import os
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -9,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from outlier_mlx import __version__
+from outlier_mlx.engine.buffers import VARIABLES
 from outlier_mlx.engine.chips import Chip
 
 
@@ -19,8 +21,9 @@ def versions(*others: str) -> dict[str, str]:
 
 
 def environment(chip: Chip) -> dict[str, Any]:
-    """Chip and versions, for programs."""
-    return {"chip": asdict(chip), "versions": versions()}
+    """Chip, versions, and the settings of MLX's command buffers (None: MLX's own), for programs."""
+    buffers = {name: os.environ.get(name) for name in VARIABLES}
+    return {"chip": asdict(chip), "versions": versions(), "command_buffers": buffers}
 
 
 def activation_dtype(model: nn.Module) -> mx.Dtype:
