@@ -15,7 +15,6 @@
 // experts `lane` and `lane + 32`.
 // Grid: x over tokens.
 
-constexpr uint GROUPS = (EXPERTS + ROWS - 1) / ROWS;
 constexpr uint HELD = (EXPERTS + 31) / 32;
 
 const uint lane = thread_index_in_simdgroup;

@@ -70,7 +70,7 @@ def test_the_order_in_plain_mlx(experts: int, data: st.DataObject, seed: int):
 @pytest.mark.parametrize("experts", [1, 2, 3, 8, 31, 32, 33, 60, 64])
 def test_the_order_in_the_kernel(experts: int, metal: Metal):
     logits = tied_logits(0, 61, experts)
-    for k in sorted({1, min(2, experts), experts // 2 or 1, experts}):
+    for k in range(1, 9) if experts == 8 else {1, min(2, experts), experts // 2 or 1, experts}:
         metal.clear()
         assert_routed(tq1_0_route(mx.array(logits), k=k), logits, k)
         assert metal.names == ["tq1_0_route"]
@@ -79,8 +79,7 @@ def test_the_order_in_the_kernel(experts: int, metal: Metal):
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", range(1, 65))
 def test_every_number_of_experts(experts: int, metal: Metal):
-    """Every k up to 8, and some others."""
-    for k in {*range(1, min(experts, 8) + 1), -(-experts // 3), experts}:
+    for k in {1, min(2, experts), -(-experts // 3), experts}:
         logits = tied_logits(k, 41, experts)
         assert_routed(tq1_0_route(mx.array(logits), k=k), logits, k)
 
