@@ -118,6 +118,16 @@ def test_no_element_of_a_thread_is_in_memory(block: int):
     assert not {"private load", "private store"} & set(metal.launches[0].cost.instructions)
 
 
+@needs_emulator
+def test_costs():
+    with virtual_metal() as metal:
+        rotate(mx.zeros((1, 5120), mx.float16), mx.ones((5120,), mx.float16), 1024)
+        rotate(mx.zeros((1, 5120), mx.float16), mx.ones((5120,), mx.float16), 1024, inverse=True)
+    for launch in metal.launches:
+        element = launch.cost.per_weight(5120)
+        assert element.main < 12.7 and element.second < 1.1
+
+
 # Plain MLX, and gradients
 
 
