@@ -8,7 +8,7 @@ import numpy as np
 from kernels.costs import ROWS, Figures, figures_of
 from kernels.emulator import virtual_metal
 from outlier_mlx.runtime.affine2 import row_bytes
-from outlier_mlx.runtime.dense import tq1_0_linear
+from outlier_mlx.runtime.groups import tq1_0_linear
 from outlier_mlx.runtime.rotation import tq1_0_rotate
 
 

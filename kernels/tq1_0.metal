@@ -49,8 +49,8 @@ struct Register<half> {
   typedef half type;
 };
 
-// Loads the four elements of a vector of K from index `at` + `offset` on. If not `whole`, it may end
-// before them; then the last elements are loaded instead: the trits there are 0.
+// Loads the four elements of a vector of K from index `at` + `offset` on. If not `whole`, it may
+// end before them; then the last elements are loaded instead: the trits there are 0.
 template <int K, bool VECTOR>
 struct Four {
   template <typename X, typename P>

@@ -9,9 +9,9 @@
 // the sum of its eight products is added. The order of the additions for an element of the result
 // depends on K and LANES alone.
 //
-// If FULL, there are VECTORS vectors; else the last one stands for those that are missing.
+// If NEXT, the vectors follow one another; else they may be anywhere.
 template <
-    int ROWS, int VECTORS, bool FULL, int LANES, int GROUP, int K, typename T, typename S>
+    int ROWS, int VECTORS, bool NEXT, int LANES, int GROUP, int K, typename T, typename S>
 struct GroupProduct {
   typedef typename Register<T>::type X;
   enum : uint {
@@ -26,7 +26,7 @@ struct GroupProduct {
   const device uint8_t* rows;  // the first row
   uint last_row;               // the last of them, counted from 0: it stands for those after it
   const device T* x;           // the first vector
-  uint last_vector;            // the last of them, counted from 0
+  uint places[VECTORS];        // if not NEXT: of each vector, in elements after the first one
   const device S* scales;      // of the first row and the first group, in tiles of eight rows
   float sums[VECTORS * ROWS];  // of vector v and row r: sums[v * ROWS + r], which is times UNIT
 
@@ -55,10 +55,9 @@ struct GroupProduct {
       S scale[ROWS];
       if (GROUP > 0) load_scales(scale, n * BLOCKS + block, whole);
       UNROLL for (uint v = 0; v < VECTORS; v++) {
-        const device T* vector = x + (FULL ? v : min(v, last_vector)) * K;
         X eight[8];
         UNROLL for (uint i = 0; i < 8; i += 4) {
-          Four<K, VECTOR>::load(eight + i, vector, at, n * PITCH + 2 * i, whole);
+          load_four(eight + i, v, at, n * PITCH + 2 * i, whole);
         }
         float products[ROWS];
         UNROLL for (uint i = 0; i < 8; i++) {
@@ -72,6 +71,23 @@ struct GroupProduct {
           sums[v * ROWS + r] = GROUP > 0 ? fma(product, float(scale[r]), sum) : sum + product;
         }
       }
+    }
+  }
+
+  // Loads four elements of a vector from `at` + `offset` on. Where all of them are behind its end,
+  // they belong to padding, and it loads others.
+  METAL_FUNC void load_four(thread X* four, uint v, uint at, uint offset, bool whole) {
+    if (offset >= K) {
+      UNROLL for (uint i = 0; i < 4; i++) four[i] = X(0);
+      return;
+    }
+    const device T* base = NEXT ? x : x + places[v];
+    const uint distance = NEXT ? v * K : 0;
+    if (VECTOR && !whole) at = min(at, uint(K - 4 - offset));
+    if (VECTOR || whole) {
+      Four<K, VECTOR>::load(four, base, at, distance + offset, true);
+    } else {
+      Four<K, VECTOR>::load(four, base + distance, at, offset, false);
     }
   }
 

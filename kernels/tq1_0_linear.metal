@@ -20,7 +20,7 @@ GroupProduct<ROWS, M, FULL, LANES, GROUP, K, T, S> product;
 product.rows = rows + size_t(first) * product.PITCH;
 product.last_row = N % ROWS == 0 ? ROWS - 1 : min(uint(ROWS), N - first) - 1;
 product.x = x + size_t(vector) * K;
-product.last_vector = vectors - 1;
+UNROLL for (uint v = 0; v < M; v++) product.places[v] = min(v, vectors - 1) * K;
 product.scales = scales + (GROUP > 0 ? size_t(first / 8) * (8 * product.GROUPS) + first % 8 : 0);
 product.add(lane);
 

@@ -11,9 +11,10 @@ import pytest
 
 from kernels.accuracy import half_ulp, planted
 from kernels.emulator import VirtualMetal, virtual_metal
-from outlier_mlx.runtime import dense
+from outlier_mlx.runtime import groups
 from outlier_mlx.runtime.affine2 import rows_to_affine2
-from outlier_mlx.runtime.dense import ternary_linear, tq1_0_linear
+from outlier_mlx.runtime.dense import ternary_linear
+from outlier_mlx.runtime.groups import tq1_0_linear
 from outlier_mlx.ternary.rows import pack_rows
 from outlier_mlx.ternary.scales import tile_scales
 from tests.engine import as_array
@@ -98,7 +99,7 @@ def test_every_dtype(dtype: mx.Dtype, scale_dtype: mx.Dtype, metal: Metal):
 def test_a_vector_has_the_same_bits_whoever_shares_the_launch(wide: int, group: int, metal: Metal):
     m, x = layer(13, wide, group), random_x(2, (11, wide), mx.float16)
     alone = mx.concatenate([tq1_0_linear(x[i : i + 1], m.rows, m.scales) for i in range(11)])
-    for size in dense.SLICES:
+    for size in groups.SLICES:
         together = tq1_0_linear(x, m.rows, m.scales, size=size)
         np.testing.assert_array_equal(together, alone)
     np.testing.assert_array_equal(tq1_0_linear(x[3:6], m.rows, m.scales), alone[3:6])
@@ -119,7 +120,7 @@ def test_every_byte(metal: Metal):
 def test_slices():
     """The least cycles in all: few vectors are not multiplied in two launches' worth of rows."""
     expected = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8, 9: 4, 16: 8, 32: 8}
-    assert {n: dense.slice_size(n) for n in expected} == expected
+    assert {n: groups.slice_size(n) for n in expected} == expected
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -150,7 +151,7 @@ def test_costs(wide: int, main: float, second: float):
 @needs_emulator
 def test_costs_of_several_vectors():
     m = layer(64, 5120, 128)
-    for size, cycles in dense.SLICES.items():
+    for size, cycles in groups.SLICES.items():
         with virtual_metal() as metal:
             tq1_0_linear(random_x(0, (size, 5120), mx.float16), m.rows, m.scales)
         cost = metal.launches[0].cost
@@ -217,6 +218,7 @@ def test_wrong_arguments():
         ((x.astype(mx.int32), m.rows, m.scales), "x is"),
         ((mx.zeros((1, 64)), m.rows, m.scales), "rows are"),
         ((x, m.rows[None], m.scales), "rows are"),
+        ((x, m.rows.astype(mx.int8), m.scales), "rows are"),
         ((x, m.rows, whole.astype(mx.float16)), "scales are"),
         ((x, m.rows, m.scales.astype(mx.float32)), "scales are"),
         ((x, m.rows, m.scales[:1]), "scales are"),

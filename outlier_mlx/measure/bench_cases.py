@@ -23,7 +23,7 @@ from outlier_mlx.measure.bench_inputs import (
     rotations,
 )
 from outlier_mlx.runtime.affine2 import rows_to_affine2
-from outlier_mlx.runtime.dense import SCALE_GROUPS, tq1_0_linear
+from outlier_mlx.runtime.groups import SCALE_GROUPS, tq1_0_linear
 from outlier_mlx.runtime.kernels import tq1_0_down, tq1_0_qmv, tq1_0_swiglu, tq1_0_to_affine2
 from outlier_mlx.runtime.rotation import ROTATED_BLOCKS, can_rotate, rotate, tq1_0_rotate
 from outlier_mlx.runtime.routing import can_route, route, tq1_0_route

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.affine2 import affine_group, padded_width, rows_to_affine2
-from outlier_mlx.runtime.dense import TILE_ROWS
+from outlier_mlx.runtime.groups import TILE_ROWS
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.routing import Router
 from outlier_mlx.runtime.switch import TernarySwitchGLU

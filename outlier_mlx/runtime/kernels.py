@@ -31,6 +31,7 @@ _ARGUMENTS = {
     "tq1_0_qmv": (["x", "rows", "scales", "indices"], ["y"]),
     "tq1_0_to_affine2": (["rows"], ["codes"]),
     "tq1_0_logits": (["x", "router"], ["logits"]),
+    "tq1_0_qmv_groups": (["x", "rows", "scales", "indices"], ["y"]),
     "tq1_0_linear": (["x", "rows", "scales"], ["y"]),
     "tq1_0_rotate": (["x", "signs"], ["y"]),
     "tq1_0_route": (["x", "router", "alpha"], ["indices", "weights"]),

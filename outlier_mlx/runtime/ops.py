@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.activations import swiglu
 
 from .affine2 import affine_product, affine_scales, rows_to_affine2
+from .groups import tq1_0_qmv_groups
 from .kernels import (
     can_convert,
     can_decode,
@@ -135,7 +136,8 @@ def _decoded_product(
     # The kernel can use one vector for all pairs of a token. Other broadcasts need a copy.
     if x.shape[:-2] not in (batch, (*batch[:-1], 1)):
         x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
-    y = tq1_0_qmv(x.reshape(-1, x.shape[-1]), rows, scales, indices.flatten())
+    multiply = tq1_0_qmv if scales.ndim == 2 else tq1_0_qmv_groups
+    y = multiply(x.reshape(-1, x.shape[-1]), rows, scales, indices.flatten())
     return y.reshape(*batch, 1, -1)
 
 
@@ -162,7 +164,7 @@ def rows_product(
         x: (..., 1, in).
         indices: (...) uint32, numbers of the experts.
         rows: (experts, out, row_bytes) uint8.
-        scales: (experts, out) float32.
+        scales: (experts, out) float32, or those of groups (groups.py).
         sorted_indices: whether `indices` are in ascending order.
         training: use plain MLX only. Converted weights are not kept for the gradient, but made
             again.

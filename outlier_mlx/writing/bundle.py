@@ -14,7 +14,17 @@ from pathlib import Path
 import outlier_mlx.runtime
 from outlier_mlx.runtime.kernel_text import kernel_names, kernel_text
 
-MODULE_ORDER = ("affine2", "variants", "kernels", "ops", "routing", "switch", "moe", "model")
+MODULE_ORDER = (
+    "affine2",
+    "variants",
+    "kernels",
+    "groups",
+    "ops",
+    "routing",
+    "switch",
+    "moe",
+    "model",
+)
 
 _HEADER = '''"""Model code of an Outlier tier, written by outlier-mlx.
 
