@@ -47,12 +47,13 @@ def test_without_metal_only_the_plain_path_is_timed(tier: Path):
     names = [kernel["kernel"] for kernel in found["kernels"]]
     decoding, others = found["kernels"][:3], found["kernels"][3:]
     assert names[:3] == ["tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv"]
-    assert names[3:] == ["tq1_0_route", *["tq1_0_linear"] * 2, "tq1_0_to_affine2"]
+    linear = ["tq1_0_qmv_groups", *["tq1_0_linear"] * 2]
+    assert names[3:] == ["tq1_0_route", *linear, "tq1_0_to_affine2"]
     linears = [kernel for kernel in others if kernel["kernel"] == "tq1_0_linear"]
     forms = [f"scales of {of}, 3 vectors" for of in ("rows", "groups of 64")]
     assert [kernel["form"] for kernel in linears] == forms
     for kernel in others:
-        labels = ["MLX 2-bit", "MLX 4-bit"] if kernel in linears else ["MLX"]
+        labels = ["MLX 2-bit", "MLX 4-bit"] if kernel["kernel"] in linear else ["MLX"]
         assert [arm["arm"] for arm in kernel["arms"]] == labels
     for kernel in decoding:
         assert kernel["pairs"] == 6 and kernel["best"] is None
@@ -133,13 +134,16 @@ def test_linear_layers_are_experts_matrices(group: int, tier: Path):
         assert affine.nbytes == one.copied("rows", bits, mx.float16) == 80 * (8 * bits + 2 * 2)
 
 
+@pytest.mark.parametrize("together", [(2,), pytest.param((4, 8), marks=pytest.mark.slow)], ids=str)
 def test_every_kernel_and_form_is_right_in_the_emulator(
-    library: Library, monkeypatch: pytest.MonkeyPatch
+    together: tuple[int, ...], library: Library, monkeypatch: pytest.MonkeyPatch
 ):
     """Also those that need a hidden size of a real model."""
     small = {"layers": 1, "moe_layers": (0,), "experts": 2, "expert_intermediate": 48}
     wide = library.tier(library.overlay(hidden=512, heads=4, intermediate=64, **small))
+    monkeypatch.setattr(bench_cases, "TOGETHER", together)
     monkeypatch.setattr(bench_kernels, "ROWS", (8,))
+    monkeypatch.setattr(bench_kernels, "PIECES", (1,))
     monkeypatch.setattr(bench_kernels, "PASS_SECONDS", 0.0)
     monkeypatch.setattr(bench_kernels, "DECODES", bench_kernels.DECODES[:1])
     with virtual_metal(count=False) as metal:
@@ -152,7 +156,10 @@ def test_every_kernel_and_form_is_right_in_the_emulator(
         assert result.ours is not None and result.ours.runs is not None, kernel
         assert all(arm.runs for arm in result.theirs) and result.theirs
     assert ("tq1_0_rotate", "blocks of 512") in timed
-    assert ("tq1_0_linear", "scales of groups of 128, 8 vectors") in timed
+    assert ("tq1_0_qmv_groups", "groups of 64") in timed
+    for m in together:
+        assert ("tq1_0_swiglu", f"{m} tokens for the same experts") in timed
+        assert ("tq1_0_linear", f"scales of groups of 128, {m} vectors") in timed
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -167,6 +174,7 @@ def test_in_half_precision_the_plain_path_is_float32_on_the_cpu(
         2 * 64 * (96 // 4 + 3 * 2 * 4),
         2 * 80 * (64 // 4 + 2 * 4),
         4 * 64 * 4,  # the router
+        2 * 80 * (64 // 4 + 2 * 4),
         *[80 * (64 // 4 + 2 * 4)] * 2,  # a matrix with scales of rows, then of groups
         4 * 80 * (16 + 64 // 4),  # all four experts, read and written
     ]

@@ -19,11 +19,12 @@ from outlier_mlx.measure.bench_inputs import (
     conversions,
     decode_layers,
     first_block,
+    grouped_layers,
     linears,
     rotations,
 )
 from outlier_mlx.runtime.affine2 import rows_to_affine2
-from outlier_mlx.runtime.groups import SCALE_GROUPS, tq1_0_linear
+from outlier_mlx.runtime.groups import SCALE_GROUPS, tq1_0_linear, tq1_0_qmv_groups
 from outlier_mlx.runtime.kernels import tq1_0_down, tq1_0_qmv, tq1_0_swiglu, tq1_0_to_affine2
 from outlier_mlx.runtime.rotation import ROTATED_BLOCKS, can_rotate, rotate, tq1_0_rotate
 from outlier_mlx.runtime.routing import can_route, route, tq1_0_route
@@ -134,6 +135,14 @@ def _plain_route(layer: Layer, _: list[Affine], dtype: mx.Dtype) -> tuple[mx.arr
 
 
 ROUTING = Kernel("tq1_0_route", ("router",), "x", _ours_route, _plain_route, bits=(), tuned=False)
+GROUPED = Kernel(
+    "tq1_0_qmv_groups",
+    ("gate",),
+    "x",
+    lambda layer: tq1_0_qmv_groups(layer.x, *layer.gate, layer.indices.flatten()),
+    _plain_qmv,
+    tuned=False,
+)
 LINEAR = Kernel(
     "tq1_0_linear",
     ("rows",),
@@ -189,7 +198,11 @@ def cases(model: nn.Module, tokens: int, dtype: mx.Dtype) -> list[Case]:
     experts, columns = block.gate.weight.shape
     if can_route(tokens, columns, experts, block.top_k):
         found.append(Case(ROUTING, "", partial(layers, tokens, dtype)))
-    for group in (0, *(size for size in SCALE_GROUPS if columns % size == 0)):
+    groups = [size for size in SCALE_GROUPS if columns % size == 0]
+    for group in groups:
+        build_groups = partial(grouped_layers, model, tokens, group, dtype)
+        found.append(Case(GROUPED, f"groups of {group}", build_groups))
+    for group in (0, *groups):
         scales = f"scales of groups of {group}" if group else "scales of rows"
         for vectors in (1, *TOGETHER) if tokens == 1 else (tokens,):
             form = f"{scales}, {vectors} vector{'s' if vectors > 1 else ''}"

@@ -92,7 +92,7 @@ class Layer:
     """Arguments of a launch: the experts of a MoE layer, and inputs as in decoding.
 
     Attributes:
-        gate: rows and scales, (experts, width, ...).
+        gate: rows and scales, (experts, width, ...); scales may be those of groups, in tiles.
         up: like `gate`.
         down: rows and scales, (experts, hidden, ...).
         router: the layer's own.
@@ -260,11 +260,28 @@ def linears(model: nn.Module, vectors: int, group: int, dtype: mx.Dtype) -> list
             if sum(one.rows.nbytes for one in found) >= ENOUGH_BYTES // 2:
                 return found
             if group:
-                tiles = -(-rows.shape[0] // TILE_ROWS), columns // group, TILE_ROWS
-                scales = mx.random.uniform(0.01, 0.02, tiles).astype(mx.float16)
+                scales = group_scales(rows, columns // group)
             found.append(Linear(random_vectors(vectors, columns, dtype), rows, scales, group))
-            mx.eval(found[-1].x, scales)
+            mx.eval(found[-1].x)
     return found
+
+
+def grouped_layers(model: nn.Module, tokens: int, group: int, dtype: mx.Dtype) -> list[Layer]:
+    """`decode_layers` with random scales of groups of the gate matrices."""
+    found = []
+    for layer in decode_layers(model, tokens, dtype):
+        rows = layer.gate[0]
+        found.append(replace(layer, gate=(rows, group_scales(rows, layer.x.shape[1] // group))))
+    return found
+
+
+def group_scales(rows: mx.array, groups: int) -> mx.array:
+    """Random scales for rows (..., out, row_bytes): (..., ceil(out / 8), groups, 8) float16."""
+    *leading, out, _ = rows.shape
+    tiles = (*leading, -(-out // TILE_ROWS), groups, TILE_ROWS)
+    scales = mx.random.uniform(0.01, 0.02, tiles).astype(mx.float16)
+    mx.eval(scales)
+    return scales
 
 
 def random_vectors(vectors: int, columns: int, dtype: mx.Dtype) -> mx.array:
