@@ -234,14 +234,16 @@ def test_one_wrong_number_is_found(
         numbers = mx.concatenate([flat[:-1], flat[-1:] ^ 1]).reshape(numbers.shape)
         return (numbers, *others) if others else numbers
 
+    def timed(ours: Any) -> KernelBench:
+        given = [replace(case, kernel=replace(kernel, ours=ours))]
+        monkeypatch.setattr(bench_kernels, "cases", lambda *_: given)
+        return bench_kernels.bench_kernels(model, rounds=2)
+
     monkeypatch.setattr(bench_kernels, "use_metal", lambda: True)
-    monkeypatch.setattr(bench_kernels, "cases", lambda *_: [replace(case, kernel=broken)])
-    broken = replace(kernel, ours=wrong)
-    found = bench_kernels.bench_kernels(model, rounds=2)
+    found = timed(wrong)
     reason = "not timed: its result is wrong: inf times the error allowed"
     assert found.errors == [f"{kernel.name}, ours: {reason}"]
-    broken = replace(kernel, ours=lambda inputs: kernel.plain(inputs, [], mx.float32))
-    found = bench_kernels.bench_kernels(model, rounds=2)
+    found = timed(lambda inputs: kernel.plain(inputs, [], mx.float32))
     assert found.errors == []
     bench_tables.print_kernels("tier", found)
     last = capsys.readouterr().out.splitlines()[-1]

@@ -135,11 +135,17 @@ def _plain_route(layer: Layer, _: list[Affine], dtype: mx.Dtype) -> tuple[mx.arr
 
 
 ROUTING = Kernel("tq1_0_route", ("router",), "x", _ours_route, _plain_route, bits=(), tuned=False)
+
+
+def _ours_grouped(layer: Layer) -> mx.array:
+    return tq1_0_qmv_groups(layer.x, *layer.gate, layer.indices.flatten())
+
+
 GROUPED = Kernel(
     "tq1_0_qmv_groups",
     ("gate",),
     "x",
-    lambda layer: tq1_0_qmv_groups(layer.x, *layer.gate, layer.indices.flatten()),
+    _ours_grouped,
     _plain_qmv,
     tuned=False,
 )
