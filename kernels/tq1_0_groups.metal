@@ -120,3 +120,52 @@ METAL_FUNC void sum_over_lanes(thread float* values, uint lane) {
     }
   }
 }
+
+// The vectors of a slice: vector v of x is `place(v)`, and its products are those of `result(v)`.
+
+struct NextVectors {
+  uint first, last;  // the first one of the slice, and the last one of all
+
+  METAL_FUNC uint place(uint v) const { return min(first + v, last); }
+  METAL_FUNC uint result(uint v) const { return first + v; }
+};
+
+// Multiplies VECTORS vectors, of which the first `count` are written, with the ROWS rows from
+// `wanted` on of a matrix of N rows. Rows and vectors that do not exist are replaced by others.
+//
+//   x        (vectors, K)
+//   rows     (N, bytes)
+//   scales   (tiles, K / GROUP, 8), or (N,) if GROUP is 0
+//   y        (results, N)
+template <
+    int VECTORS, bool NEXT, int ROWS, int LANES, int GROUP, int N, int K, typename V, typename T,
+    typename S, typename Y>
+METAL_FUNC void multiply_slice(
+    const device T* x, const device uint8_t* rows, const device S* scales, device Y* y, V vectors,
+    uint count, uint wanted, uint lane) {
+  typedef GroupProduct<ROWS, VECTORS, NEXT, LANES, GROUP, K, T, S> Product;
+  const uint first = min(wanted, uint((N - 1) / ROWS * ROWS));  // so all rows are of one tile
+  Product product;
+  product.rows = rows + size_t(first) * Product::PITCH;
+  product.last_row = N % ROWS == 0 ? ROWS - 1 : min(uint(ROWS), N - first) - 1;
+  product.x = NEXT ? x + size_t(vectors.place(0)) * K : x;
+  UNROLL for (uint v = 0; v < VECTORS; v++) product.places[v] = vectors.place(v) * K;
+  product.scales =
+      scales + (GROUP > 0 ? size_t(first / 8) * (8 * Product::GROUPS) + first % 8 : 0);
+  product.add(lane);
+
+  enum : uint {
+    ALL = VECTORS * ROWS,
+    VALUES = ALL > 16 ? 32 : ALL > 8 ? 16 : ALL > 4 ? 8 : ALL > 2 ? 4 : 2
+  };
+  float values[VALUES];
+  UNROLL for (uint i = 0; i < VALUES; i++) values[i] = i < ALL ? product.sums[i] : 0.0f;
+  sum_over_lanes<VALUES, LANES>(values, lane);
+  UNROLL for (uint i = 0; i < VALUES; i += LANES) {
+    const uint row = wanted + (lane + i) % ROWS, v = (lane + i) / ROWS;
+    if (v < count && row < N) {
+      const float scale = GROUP > 0 ? UNIT : float(scales[row]) * UNIT;
+      y[size_t(vectors.result(v)) * N + row] = Y(values[i / LANES] * scale);
+    }
+  }
+}

@@ -17,6 +17,7 @@ from kernels.costs import CHIPS, SHAPES, Chip, Figures, mlx_two_bit, ours
 from kernels.costs_dense import linear, rotation
 from kernels.emulator import virtual_metal
 from kernels.launch_counts import Shape
+from outlier_mlx.runtime.groups import SLICES
 from outlier_mlx.runtime.kernels import VARIANTS
 from outlier_mlx.runtime.rotation import ROTATED_BLOCKS
 from outlier_mlx.runtime.variants import Variant
@@ -76,7 +77,7 @@ def linear_table() -> str:
     cases += [(wide, 128, 1, mx.float16) for wide in (5120, 17408, 6144, 2048, 1536)]
     cases += [(5120, 64, 1, mx.float16), (5120, 0, 1, mx.float16), (1536, 0, 1, mx.float16)]
     cases += [(5120, 128, 1, dtype) for dtype in (mx.bfloat16, mx.float32)]
-    cases += [(5120, group, n, mx.float16) for group in (128, 0) for n in (2, 4, 8)]
+    cases += [(5120, group, n, mx.float16) for group in (128, 0) for n in SLICES[1:]]
     rows = []
     for wide, group, vectors, dtype in cases:
         kind = f"groups of {group}" if group else "one scale a row"

@@ -79,7 +79,7 @@ def test_every_shape(out: int, wide: int, group: int, vectors: int, metal: Metal
     assert metal.names == ["tq1_0_linear"]
 
 
-@pytest.mark.parametrize("vectors", [1, 2, 4, 5, 8, 11])
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13])
 @pytest.mark.parametrize("group", [0, 64, 128])
 def test_every_number_of_vectors(group: int, vectors: int, metal: Metal):
     m, x = layer(21, 640, group), random_x(vectors, (vectors, 640), mx.float32)
@@ -118,8 +118,7 @@ def test_every_byte(metal: Metal):
 
 
 def test_slices():
-    """The least cycles in all: few vectors are not multiplied in two launches' worth of rows."""
-    expected = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8, 9: 4, 16: 8, 32: 8}
+    expected = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 6, 7: 8, 8: 8, 9: 8, 32: 8}
     assert {n: groups.slice_size(n) for n in expected} == expected
 
 
@@ -150,14 +149,19 @@ def test_costs(wide: int, main: float, second: float):
 
 @needs_emulator
 def test_costs_of_several_vectors():
-    m = layer(64, 5120, 128)
-    for size, cycles in groups.SLICES.items():
+    """1.4 cycles and 1.15 for each vector; a last slice costs what its vectors cost."""
+    m, found = layer(64, 5120, 128), {}
+    for vectors in (*groups.SLICES, 9, 11):
         with virtual_metal() as metal:
-            tq1_0_linear(random_x(0, (size, 5120), mx.float16), m.rows, m.scales)
+            tq1_0_linear(random_x(0, (vectors, 5120), mx.float16), m.rows, m.scales)
         cost = metal.launches[0].cost
-        assert cost.per_weight(64 * 5120).main == pytest.approx(cycles, abs=0.02)
+        found[vectors] = cost.per_weight(64 * 5120).main
         assert cost.registers <= 135 and cost.loop_bytes <= 8192
         assert not {"private load", "private store"} & set(cost.instructions)
+    for size in groups.SLICES:
+        assert found[size] < 1.5 + 1.15 * size
+    for rest in (1, 3):
+        assert found[8 + rest] < found[8] + 1.05 * found[rest]
 
 
 # Which way

@@ -12,11 +12,10 @@ from .kernels import ACTIVATIONS, built_kernel, can_decode
 
 SCALE_GROUPS = (64, 128)
 TILE_ROWS = 8
-# Numbers of vectors that `tq1_0_linear` multiplies with a decoded row, and the cycles that it takes
-# for a weight then, with groups of 128 and K = 5120 (docs/kernels.md).
-SLICES = {1: 2.54, 2: 3.67, 4: 6.03, 8: 10.55}
-# Rows that a few lanes compute for so many vectors, so that registers are left for all threads.
-SLICE_ROWS = {1: 4, 2: 4, 4: 2, 8: 2}
+# Numbers of vectors that `tq1_0_linear` can multiply with a decoded row, and how many rows a few
+# lanes compute then, so that registers are left for all threads.
+SLICES = (1, 2, 3, 4, 6, 8)
+SLICE_ROWS = {1: 4, 2: 4, 3: 2, 4: 2, 6: 2, 8: 2}
 # Lanes that share a row, on which results depend, and simdgroups of a threadgroup.
 GROUP_LANES = 8
 GROUP_SIMDGROUPS = 2
@@ -31,8 +30,8 @@ def can_multiply(vectors: int, in_features: int, out_features: int) -> bool:
 
 
 def slice_size(vectors: int) -> int:
-    """How many vectors at a time take the fewest cycles in all."""
-    return min(SLICES, key=lambda size: -(-vectors // size) * SLICES[size])
+    """How many vectors are multiplied with a decoded row: all of them, or 8 at a time."""
+    return next((size for size in SLICES if size >= vectors), SLICES[-1])
 
 
 def scale_group(rows: mx.array, scales: mx.array, in_features: int) -> int:
@@ -76,7 +75,7 @@ def tq1_0_linear(
         x: (vectors, in) float32, float16 or bfloat16.
         rows: (out, row_bytes) uint8.
         scales: see `scale_group`.
-        size: number of vectors that are multiplied with a decoded row, 1, 2, 4 or 8; default:
+        size: number of vectors that are multiplied with a decoded row, one of `SLICES`; default:
             `slice_size`. Results do not depend on it.
 
     Returns:
@@ -103,7 +102,8 @@ def tq1_0_linear(
         template=[
             *_template(x, scales, out, group, SLICE_ROWS[size]),
             ("M", size),
-            ("FULL", vectors % size == 0),
+            ("TAIL", slice_size(vectors % size) if vectors % size else 1),
+            ("EXACT", vectors % size in SLICES),
         ],
         grid=(_threads(out, SLICE_ROWS[size]), -(-vectors // size), 1),
         threadgroup=(width, 1, 1),
