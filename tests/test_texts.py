@@ -187,7 +187,7 @@ ALLOWED |= {("storage/texts.py", "yaml.compose"), ("runtime/variants.py", "json.
 ALLOWED |= {("serve/calls.py", "json.loads"), ("serve/calls.py", "json.JSONDecoder")}
 # What processes of this project say to each other, and how the tokenizers library describes itself.
 ALLOWED |= {("engine/bounded.py", "json.loads"), ("engine/template_process.py", "json.loads")}
-ALLOWED |= {("serve/prompts.py", "json.loads")}
+ALLOWED |= {("serve/prompts.py", "json.loads"), ("measure/bench_settings.py", "json.loads")}
 
 
 def test_nothing_else_parses_json_or_yaml() -> None:
