@@ -108,7 +108,11 @@ def test_ternary_experts(kind: str, layout: str, tmp_path: Path):
     kinds = {"gate": kind, "up": kind, "down": kind, "attn": "Q8_0"}
     model = build(experts=3, layout=layout, kinds=kinds, **K_SIZES | {"layers": 2})
     done, config = imported(model, tmp_path)
-    assert config["ternary_switch"]["layers"] == [0, 1]
+    assert config["ternary_switch"] == {
+        "format": "tq1_0_strided",
+        "version": 2,
+        "layers": [0, 1],
+    }
     assert any("--experts affine2" in note for note in done.notes)
     assert "outlier-mlx generate" in (done.path / "README.md").read_text()
     counted = {row.kind: row.params for row in inspect(done.path).rows}
@@ -125,6 +129,16 @@ def test_ternary_experts(kind: str, layout: str, tmp_path: Path):
     stock = import_model(tmp_path / "model.gguf", tmp_path / "stock", experts="affine2")
     assert "ternary_switch" not in json.loads((stock.path / "config.json").read_text())
     assert_logits(logits(assert_same_weights(stock.path, model.weights)), expected)
+
+
+def test_ternary_experts_of_version_1(tmp_path: Path):
+    kinds = {"gate": "TQ1_0", "up": "TQ1_0", "down": "TQ1_0"}
+    model = build(experts=3, layout="stacked", kinds=kinds, **K_SIZES | {"layers": 1})
+    done, config = imported(model, tmp_path)
+    old = {"format": "tq1_0_rows", "version": 1, "layers": [0]}
+    (done.path / "config.json").write_text(json.dumps(config | {"ternary_switch": old}))
+    with pytest.raises(CheckpointError, match=r"by outlier-mlx 0\.1: .* import the model, again"):
+        load_model(done.path)
 
 
 @needs_emulator

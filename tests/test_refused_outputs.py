@@ -64,7 +64,11 @@ TIERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "format of the past": (
         config(ternary={"format": "tq1_0_rows", "version": 1, "row_bytes_multiple": 4}),
-        ("tier", "config.json", "made by outlier-mlx 0.1: convert the overlay again"),
+        (
+            "tier",
+            "config.json",
+            "made by outlier-mlx 0.1: convert the overlay, or import the model, again",
+        ),
     ),
     "unknown format": (config(ternary={"format": "tq9", "version": 2}), ("tier", "tq9")),
     "format as text": (config(ternary="tq1_0_strided"), ("config.json", "ternary", "an object")),

@@ -76,11 +76,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "version-1": (
         {"ternary": {"format": "tq1_0_rows", "version": 1, "row_bytes_multiple": 4}},
-        "'tq1_0_rows' version 1 was made by outlier-mlx 0.1: convert the overlay again",
+        "'tq1_0_rows' version 1 was made by outlier-mlx 0.1: convert the overlay",
     ),
     "affine2-version-1": (
         {"ternary": {"format": "affine2", "version": 1}},
-        "'affine2' version 1 was made by outlier-mlx 0.1: convert the overlay again",
+        "'affine2' version 1 was made by outlier-mlx 0.1: convert the overlay",
     ),
     "no-object": ({"ternary": 3}, "ternary is 3, expected an object"),
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected"),

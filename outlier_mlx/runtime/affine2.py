@@ -36,7 +36,7 @@ def check_experts(stored: dict, formats: tuple[str, ...] = EXPERT_FORMATS) -> No
     if name == "tq1_0_rows" or (name in EXPERT_FORMATS and version == 1):
         raise ValueError(
             f"ternary format {name!r} version {version!r} was made by outlier-mlx 0.1:"
-            " convert the overlay again"
+            " convert the overlay, or import the model, again"
         )
     if name not in formats or version != EXPERT_FORMAT_VERSION:
         raise ValueError(
