@@ -74,8 +74,9 @@ struct Four<K, true> {
 };
 
 // One lane's part of the products of VECTORS vectors (K elements each) with ROWS successive rows of
-// each of MATRICES matrices. A lane processes PIECES times four bytes of each row in a step. The
-// order of the additions for an element of the result depends on K alone.
+// each of MATRICES matrices. A lane takes four bytes of each row, a piece, and then the next ones; a
+// loop has PIECES of them. The order of the additions for an element of the result depends on K
+// alone.
 //
 // P is the type of pointers to vectors: MLX has small arrays in another address space.
 template <
@@ -84,10 +85,13 @@ struct Product {
   typedef typename Register<T>::type X;
   enum : uint {
     PITCH = (K + 79) / 80 * 16,  // bytes of a row
-    PIECE = 4 * 32,              // successive bytes of a row that a simdgroup reads
+    PIECE = 4 * 32,              // successive bytes of a row that a simdgroup takes
+    STEP = PIECES * PIECE,
     ALL = MATRICES * ROWS,
     // MLX has arrays of fewer than 8 elements in constant memory, which only scalar loads read.
-    VECTOR = K % 4 == 0 && K >= 8
+    VECTOR = K % 4 == 0 && K >= 8,
+    // Rows that take turns, so that an instruction rarely needs the result of the one before it.
+    TURNS = ALL >= 4 && VECTORS > 1 ? 4 : 2
   };
 
   const device uint8_t* rows[MATRICES];  // the first row of each matrix
@@ -100,73 +104,63 @@ struct Product {
   METAL_FUNC void add(uint lane) {
     UNROLL for (uint i = 0; i < VECTORS * ALL; i++) sums[i] = 0.0f;
     uint at = 4 * lane;
-    for (; at + (PIECES - 1) * PIECE < PITCH; at += PIECES * PIECE) step<PIECES>(at);
-    if (PIECES > 1 && PITCH % (PIECES * PIECE) != 0) {
-      for (; at < PITCH; at += PIECE) step<1>(at);
+    for (; at < PITCH / STEP * STEP; at += STEP) {
+      UNROLL for (uint p = 0; p < PIECES; p++) piece(at, p * PIECE);
+    }
+    if (PITCH % STEP != 0) {
+      for (; at < PITCH; at += PIECE) piece(at, 0);
     }
   }
 
-  // Adds the products of COUNT pieces of every row, from byte `at` on.
-  template <int COUNT>
-  METAL_FUNC void step(uint at) {
-    Bytes bytes[COUNT * ALL];
-    float words[COUNT * VECTORS * ALL];  // sums of a piece, like `sums`
+  // Adds the products of bytes `at` + `offset` to `at` + `offset` + 3 of every row.
+  METAL_FUNC void piece(uint at, uint offset) {
+    Bytes bytes[ALL];
     // All loads of rows come before the first use of their bytes.
     UNROLL for (uint m = 0; m < MATRICES; m++) {
       const device uint8_t* from = rows[m] + at;
-      UNROLL for (uint p = 0; p < COUNT; p++) {
-        UNROLL for (uint r = 0; r < ROWS; r++) {
-          bytes[p * ALL + m * ROWS + r].load(from + r * PITCH + p * PIECE);
-        }
-      }
+      UNROLL for (uint r = 0; r < ROWS; r++) bytes[m * ROWS + r].load(from + r * PITCH + offset);
     }
-    UNROLL for (uint i = 0; i < COUNT * VECTORS * ALL; i++) words[i] = 0.0f;
+    float words[VECTORS * ALL];  // the sums of this piece
+    UNROLL for (uint i = 0; i < VECTORS * ALL; i++) words[i] = 0.0f;
     if (DECODE == SIGNS) {
-      UNROLL for (uint i = 0; i < COUNT * ALL; i++) bytes[i].start();
+      UNROLL for (uint i = 0; i < ALL; i++) bytes[i].start();
     }
     UNROLL for (uint n = 0; n < 5; n++) {
-      if (n * PITCH < K) {
-        UNROLL for (uint p = 0; p < COUNT; p++) {
-          X four[VECTORS * 4];
-          UNROLL for (uint v = 0; v < VECTORS; v++) {
-            const uint offset = n * PITCH + p * PIECE;
-            Four<K, VECTOR>::load(four + 4 * v, x[v], at, offset, (n + 1) * PITCH <= K);
-          }
-          multiply(words + p * VECTORS * ALL, bytes + p * ALL, four, (n + 1) * PITCH < K);
-        }
-      }
+      if (n * PITCH < K) digit(words, bytes, at, offset, n);
     }
-    UNROLL for (uint p = 0; p < COUNT; p++) {
-      UNROLL for (uint i = 0; i < VECTORS * ALL; i++) {
-        const thread float* word = words + p * VECTORS * ALL;
-        const thread Bytes& raw = bytes[p * ALL + i % ALL];
-        const uint mixed = raw.pairs[0] ^ raw.pairs[1] ^ as_type<uint>(word[i / ALL * ALL]);
-        sums[i] += DECODE == FLOOR ? as_type<float>(mixed) : word[i];
-      }
+    UNROLL for (uint i = 0; i < VECTORS * ALL; i++) {
+      const thread uint* raw = bytes[i % ALL].pairs;
+      const float mixed = as_type<float>(raw[0] ^ raw[1] ^ as_type<uint>(words[i / ALL * ALL]));
+      sums[i] += DECODE == FLOOR ? mixed : words[i];
     }
   }
 
-  // Adds the products of a digit of four bytes of all rows with four elements of all vectors. Two
-  // rows take turns, so that an instruction rarely needs the result of the one before it.
-  METAL_FUNC void multiply(
-      thread float* words, thread Bytes* bytes, const thread X* four, bool more) {
-    if (DECODE == FLOOR) {
-      UNROLL for (uint i = 0; i < VECTORS * 4; i++) words[i / 4 * ALL] += float(four[i]);
-      return;
+  // Adds the products of digit n of these bytes.
+  METAL_FUNC void digit(thread float* words, thread Bytes* bytes, uint at, uint offset, uint n) {
+    const bool whole = (n + 1) * PITCH <= K, more = (n + 1) * PITCH < K;
+    offset += n * PITCH;
+    // One vector has constant offsets from one address; several share an index.
+    if (VECTORS > 1) {
+      at += offset;
+      offset = 0;
     }
-    UNROLL for (uint first = 0; first < ALL; first += 2) {
-      UNROLL for (uint pair = 0; pair < 2; pair++) {
-        half2 trits[2];
-        UNROLL for (uint i = 0; i < 2; i++) trits[i] = bytes[first + i].trits(pair);
-        UNROLL for (uint v = 0; v < VECTORS; v++) {
-          thread float* word = words + v * ALL + first;
-          const float low = four[4 * v + 2 * pair], high = four[4 * v + 2 * pair + 1];
-          UNROLL for (uint i = 0; i < 2; i++) word[i] = fma(low, float(trits[i].x), word[i]);
-          UNROLL for (uint i = 0; i < 2; i++) word[i] = fma(high, float(trits[i].y), word[i]);
+    UNROLL for (uint first = 0; first < ALL; first += TURNS) {
+      half2 trits[TURNS * 2];
+      UNROLL for (uint i = 0; i < TURNS * 2; i++) {
+        trits[i] = bytes[first + i % TURNS].trits(i / TURNS);
+      }
+      UNROLL for (uint v = 0; v < VECTORS; v++) {
+        X four[4];
+        Four<K, VECTOR>::load(four, x[v], at, offset, whole);
+        UNROLL for (uint i = 0; i < TURNS * 4; i++) {
+          const half2 pair = trits[i / (TURNS * 2) * TURNS + i % TURNS];
+          const float trit = i / TURNS % 2 == 0 ? pair.x : pair.y;
+          thread float& word = words[v * ALL + first + i % TURNS];
+          word = DECODE == FLOOR ? word + float(four[i / TURNS]) : fma(float(four[i / TURNS]), trit, word);
         }
-        if (more) {
-          UNROLL for (uint i = 0; i < 2; i++) bytes[first + i].next(pair);
-        }
+      }
+      UNROLL for (uint i = 0; i < TURNS * 2; i++) {
+        if (more) bytes[first + i % TURNS].next(i / TURNS);
       }
     }
   }
@@ -196,5 +190,69 @@ struct Sums {
       }
     }
     return values[0] + simd_shuffle_xor(values[0], ushort(16));
+  }
+};
+
+// The products of up to M vectors with ROWS rows of each of MATRICES matrices, summed over lanes.
+// Fewer vectors than M cost less, and every product has the same bits.
+template <int DECODE, int MATRICES, int ROWS, int M, int PIECES, int K, typename P, typename T>
+struct Block {
+  enum : uint {
+    PART = M * ROWS < 16 ? M * ROWS : 16,  // sums of a matrix that are added together over lanes
+    PARTS = M * ROWS / PART,
+    PITCH = (K + 79) / 80 * 16
+  };
+
+  const device uint8_t* rows[MATRICES];  // the first row of each matrix
+  P x[M];
+  // The results: with row `row` of matrix m and vector `vector` + i * PART / ROWS, sums[m][i]. If
+  // `writes` is false, another lane has them, too.
+  float sums[MATRICES][PARTS];
+  uint row, vector;
+  bool writes;
+
+  // Multiplies the first `count` vectors; the others have to be valid, too.
+  METAL_FUNC void multiply(uint count, uint lane) {
+    if (count >= M) {
+      run<M>(lane);
+    } else if (count == 1) {
+      run<1>(lane);
+    } else if (M > 2 && count == 2) {
+      run<M < 2 ? M : 2>(lane);
+    } else if (M > 2 && count == 3) {
+      run<M < 3 ? M : 3>(lane);
+    } else if (M > 4 && count == 4) {
+      run<M < 4 ? M : 4>(lane);
+    } else if (M > 4 && count <= 6) {
+      run<M < 6 ? M : 6>(lane);
+    } else if (M > 4) {
+      run<M>(lane);
+    }
+  }
+
+  template <int COUNT>
+  METAL_FUNC void run(uint lane) {
+    // A power of 2 of values that are added together over lanes.
+    enum : uint {
+      FEW = COUNT * ROWS,
+      VALUES = FEW > 8 ? 16 : FEW > 4 ? 8 : FEW > 2 ? 4 : 2,
+    };
+    Product<DECODE, MATRICES, ROWS, COUNT, PIECES, K, P, T> product;
+    UNROLL for (uint m = 0; m < MATRICES; m++) product.rows[m] = rows[m];
+    UNROLL for (uint v = 0; v < COUNT; v++) product.x[v] = x[v];
+    product.add(lane);
+    UNROLL for (uint m = 0; m < MATRICES; m++) {
+      UNROLL for (uint part = 0; part < PARTS; part++) {
+        float values[VALUES];
+        UNROLL for (uint i = 0; i < VALUES; i++) {
+          const uint v = part * PART / ROWS + i / ROWS;
+          values[i] = v < COUNT ? product.sums[(v * MATRICES + m) * ROWS + i % ROWS] : 0.0f;
+        }
+        sums[m][part] = part * PART < FEW ? Sums<VALUES>::over_lanes(values, lane) : 0.0f;
+      }
+    }
+    row = Sums<VALUES>::of(lane) % ROWS;
+    vector = Sums<VALUES>::of(lane) / ROWS;
+    writes = Sums<VALUES>::writes(lane);
   }
 };
