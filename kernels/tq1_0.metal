@@ -74,8 +74,8 @@ struct Four<K, true> {
 };
 
 // One lane's part of the products of VECTORS vectors (K elements each) with ROWS successive rows of
-// each of MATRICES matrices. A lane takes four bytes of each row, a piece, and then the next ones; a
-// loop has PIECES of them. The order of the additions for an element of the result depends on K
+// each of MATRICES matrices. A lane takes a piece of each row, four bytes, and then the next one; a
+// turn of the loop has PIECES. The order of the additions for an element of the result depends on K
 // alone.
 //
 // P is the type of pointers to vectors: MLX has small arrays in another address space.
@@ -145,21 +145,22 @@ struct Product {
       offset = 0;
     }
     UNROLL for (uint first = 0; first < ALL; first += TURNS) {
-      half2 trits[TURNS * 2];
-      UNROLL for (uint i = 0; i < TURNS * 2; i++) {
-        trits[i] = bytes[first + i % TURNS].trits(i / TURNS);
+      half2 trits[2][TURNS];
+      UNROLL for (uint i = 0; i < 2 * TURNS; i++) {
+        const uint pair = i / TURNS, r = i % TURNS;
+        trits[pair][r] = bytes[first + r].trits(pair);
       }
       UNROLL for (uint v = 0; v < VECTORS; v++) {
         X four[4];
         Four<K, VECTOR>::load(four, x[v], at, offset, whole);
-        UNROLL for (uint i = 0; i < TURNS * 4; i++) {
-          const half2 pair = trits[i / (TURNS * 2) * TURNS + i % TURNS];
-          const float trit = i / TURNS % 2 == 0 ? pair.x : pair.y;
-          thread float& word = words[v * ALL + first + i % TURNS];
-          word = DECODE == FLOOR ? word + float(four[i / TURNS]) : fma(float(four[i / TURNS]), trit, word);
+        UNROLL for (uint i = 0; i < 4 * TURNS; i++) {
+          const uint e = i / TURNS, r = i % TURNS;
+          const float element = four[e], trit = trits[e / 2][r][e % 2];
+          const float word = words[v * ALL + first + r];
+          words[v * ALL + first + r] = DECODE == FLOOR ? word + element : fma(element, trit, word);
         }
       }
-      UNROLL for (uint i = 0; i < TURNS * 2; i++) {
+      UNROLL for (uint i = 0; i < 2 * TURNS; i++) {
         if (more) bytes[first + i % TURNS].next(i / TURNS);
       }
     }
@@ -190,6 +191,19 @@ struct Sums {
       }
     }
     return values[0] + simd_shuffle_xor(values[0], ushort(16));
+  }
+};
+
+// The pairs of a threadgroup: those of a block that tq1_0_sort made, or pair `number` if M is 1.
+template <int M>
+struct Pairs {
+  uint number;
+
+  template <typename P>
+  METAL_FUNC uint count(P blocks) const { return M > 1 ? blocks[number * (M + 1)] : 1; }
+  template <typename P>
+  METAL_FUNC uint pair(P blocks, uint m) const {
+    return M > 1 ? blocks[number * (M + 1) + 1 + m] : number;
   }
 };
 

@@ -26,12 +26,12 @@ for (uint pair = token * k; pair < (token + 1) * k; pair++) {
   const size_t row = size_t(indices[pair]) * N + first;
   Product<DECODE, 1, ROWS, 1, PIECES, K, decltype(h + K), float> product;
   product.rows[0] = down + row * product.PITCH;
-  product.x[0] = h + size_t(pair) * K;
+  product.x[0] = h + pair * K;
   product.add(lane);
   const float sum = Sums<ROWS>::over_lanes(product.sums, lane);
   routed = fma(weights[pair], sum * (scales[row + r] * UNIT), routed);
 }
 if (Sums<ROWS>::writes(lane) && first + r >= group * ROWS) {
-  const size_t at = size_t(token) * N + first + r;
+  const uint at = token * N + first + r;
   y[at] = T(float(shared[at]) + routed);
 }

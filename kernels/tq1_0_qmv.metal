@@ -4,40 +4,33 @@
 //   rows     (experts, N, bytes)     rows of trits
 //   scales   (experts, N)            float
 //   indices  (pairs,)                uint
-//   blocks   (blocks, M)             uint, the pairs of each block: see tq1_0_sort; unused if M is 1
+//   blocks   (blocks, M + 1)         uint, see tq1_0_sort; unused if M is 1
 //   y        (pairs, N)              float
 //
 // A simdgroup computes ROWS elements of y for each pair of a block. The rows of the last simdgroup
 // end at N. They may overlap those of the simdgroup before it, which writes the overlapping rows.
 // Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over blocks, or pairs if M is 1.
 
-const uint block = threadgroup_position_in_grid.y;
 const uint lane = thread_index_in_simdgroup;
 const uint group = threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
-if (group * ROWS >= N) return;
 const uint first = min(group * ROWS, uint(N - ROWS));
+const Pairs<M> pairs = {threadgroup_position_in_grid.y};
+const uint count = pairs.count(blocks);
+if (group * ROWS >= N || count == 0) return;
 
-const uint at = block * (M + 1);
-const uint count = M > 1 ? blocks[at] : 1;
-if (count == 0) return;
-
-const size_t row = size_t(indices[M > 1 ? blocks[at + 1] : block]) * N + first;
+const size_t row = size_t(indices[pairs.pair(blocks, 0)]) * N + first;
 Block<DECODE, 1, ROWS, M, PIECES, K, decltype(x + K), T> product;
 product.rows[0] = rows + row * product.PITCH;
-UNROLL for (uint m = 0; m < M; m++) {
-  const uint pair = M > 1 ? blocks[at + 1 + m] : block;
-  product.x[m] = x + pair / SHARE * K;
-}
+UNROLL for (uint m = 0; m < M; m++) product.x[m] = x + pairs.pair(blocks, m) / SHARE * K;
 product.multiply(count, lane);
 
 const uint r = product.row;
 if (product.writes && first + r >= group * ROWS) {
-  const float scale = scales[row + r] * UNIT;
   UNROLL for (uint i = 0; i < product.PARTS; i++) {
     const uint m = product.vector + i * product.PART / ROWS;
     if (m < count) {
-      const uint pair = M > 1 ? blocks[at + 1 + m] : block;
-      y[pair * N + first + r] = product.sums[0][i] * scale;
+      const float scale = scales[row + r] * UNIT;
+      y[pairs.pair(blocks, m) * N + first + r] = product.sums[0][i] * scale;
     }
   }
 }

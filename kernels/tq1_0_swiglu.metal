@@ -4,31 +4,36 @@
 //   gate, up (experts, N, bytes)     rows of trits
 //   *_scales (experts, N)            float
 //   indices  (tokens, k)             uint
+//   blocks   (blocks, M + 1)         uint, see tq1_0_sort; unused if M is 1
 //   h        (tokens, k, N)          float
 //
-// A simdgroup computes ROWS elements of h from the same rows of gate and up, so it reads x once for
-// both. The rows of the last simdgroup end at N. They may overlap those of the simdgroup before it,
-// which writes the overlapping rows.
-// Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over pairs.
+// A simdgroup computes ROWS elements of h, from the same rows of gate and up, for each pair of a
+// block. The rows of the last simdgroup end at N. They may overlap those of the simdgroup before
+// it, which writes the overlapping rows.
+// Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over blocks, or pairs if M is 1.
 
-const uint pair = threadgroup_position_in_grid.y;
 const uint lane = thread_index_in_simdgroup;
 const uint group = threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
-if (group * ROWS >= N) return;
 const uint first = min(group * ROWS, uint(N - ROWS));
+const Pairs<M> pairs = {threadgroup_position_in_grid.y};
+const uint count = pairs.count(blocks);
+if (group * ROWS >= N || count == 0) return;
 
-const size_t row = size_t(indices[pair]) * N + first;
-Product<DECODE, 2, ROWS, 1, PIECES, K, decltype(x + K), T> product;
+const size_t row = size_t(indices[pairs.pair(blocks, 0)]) * N + first;
+Block<DECODE, 2, ROWS, M, PIECES, K, decltype(x + K), T> product;
 product.rows[0] = gate + row * product.PITCH;
 product.rows[1] = up + row * product.PITCH;
-product.x[0] = x + size_t(pair / SHARE) * K;
-product.add(lane);
+UNROLL for (uint m = 0; m < M; m++) product.x[m] = x + pairs.pair(blocks, m) / SHARE * K;
+product.multiply(count, lane);
 
-float g = Sums<ROWS>::over_lanes(product.sums, lane);
-float u = Sums<ROWS>::over_lanes(product.sums + ROWS, lane);
-const uint r = Sums<ROWS>::of(lane);
-if (Sums<ROWS>::writes(lane) && first + r >= group * ROWS) {
-  g *= gate_scales[row + r] * UNIT;
-  u *= up_scales[row + r] * UNIT;
-  h[size_t(pair) * N + first + r] = g / (1.0f + exp(-g)) * u;
+const uint r = product.row;
+if (product.writes && first + r >= group * ROWS) {
+  UNROLL for (uint i = 0; i < product.PARTS; i++) {
+    const uint m = product.vector + i * product.PART / ROWS;
+    if (m < count) {
+      const float g = product.sums[0][i] * (gate_scales[row + r] * UNIT);
+      const float u = product.sums[1][i] * (up_scales[row + r] * UNIT);
+      h[pairs.pair(blocks, m) * N + first + r] = g / (1.0f + exp(-g)) * u;
+    }
+  }
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels.emulator import VirtualMetal, virtual_metal
-from outlier_mlx.runtime import kernels
+from outlier_mlx.runtime import kernels, launching
 from outlier_mlx.runtime.affine2 import padded_width, row_bytes, rows_to_affine2
 from outlier_mlx.runtime.kernels import Variant
 from tests.engine import as_array
@@ -260,7 +260,7 @@ def test_no_tokens(metal: Metal):
 
 def test_the_limits_themselves(metal: Metal):
     """The widest row and the most experts that are allowed work."""
-    experts, wide = kernels.LIMITS["experts"][1], kernels.LIMITS["in features"][1]
+    experts, wide = launching.LIMITS["experts"][1], launching.LIMITS["in features"][1]
     m = random_matrices(1, experts, 2, 5)
     chosen = np.array([[0], [experts - 1]], np.uint32)
     x = random_x(1, (2, 5), mx.float32)
@@ -275,7 +275,7 @@ def test_the_limits_themselves(metal: Metal):
 @pytest.mark.slow
 def test_the_limits_of_a_grid(metal: Metal):
     """The most tokens and the most rows that are allowed work."""
-    tokens, rows = kernels.LIMITS["tokens"][1], kernels.LIMITS["out features"][1]
+    tokens, rows = launching.LIMITS["tokens"][1], launching.LIMITS["out features"][1]
     m = random_matrices(1, 3, 2, 5)
     chosen = (np.arange(tokens, dtype=np.uint32) % 3)[:, None]
     x = random_x(1, (tokens, 5), mx.float32)
@@ -322,9 +322,9 @@ def test_a_kernel_is_built_once_by_each_device():
     for _ in range(2):
         with any_metal() as device:
             launch()
-            built = kernels._built[1]["tq1_0_qmv"]
+            built = launching._built[1]["tq1_0_qmv"]
             launch()
-            assert kernels._built[1]["tq1_0_qmv"] is built
+            assert launching._built[1]["tq1_0_qmv"] is built
             assert device.names == ["tq1_0_qmv"] * 2
         made.append(built)
     assert made[0] is not made[1]

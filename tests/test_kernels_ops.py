@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models.qwen2 import MLP
 
 from kernels.emulator import VirtualMetal, virtual_metal
-from outlier_mlx.runtime import kernels, ops, switch
+from outlier_mlx.runtime import launching, ops, switch
 from outlier_mlx.runtime.affine2 import rows_to_affine2
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.ops import use_matrix_kernels, use_metal
@@ -177,7 +177,7 @@ def test_what_is_too_large_for_a_kernel(
 ):
     """With limits lowered: real ones would take gigabytes."""
     block = layer()
-    monkeypatch.setitem(kernels.LIMITS, limit, (0, 20))
+    monkeypatch.setitem(launching.LIMITS, limit, (0, 20))
     tokens = 21 if limit == "tokens" else 1
     # The conversion has a limit of its own for the width of a row, and plain MLX has none.
     launched = {"tokens": TRANSCODE[1:], "in features": [], "out features": TRANSCODE}[limit]

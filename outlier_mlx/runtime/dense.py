@@ -10,7 +10,8 @@ import mlx.core as mx
 
 from .affine2 import affine_scales, rows_to_affine2
 from .groups import can_multiply, scale_group, tq1_0_linear
-from .kernels import ACTIVATIONS, can_convert, tq1_0_to_affine2
+from .kernels import can_convert, tq1_0_to_affine2
+from .launching import ACTIVATIONS
 from .ops import use_metal, with_gradient_of
 
 # Most vectors for which rows are decoded: more fill the tiles of MLX's matrix kernels.

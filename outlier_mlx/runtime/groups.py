@@ -8,7 +8,8 @@ that a kernel loads those of neighbouring rows together.
 import mlx.core as mx
 
 from .affine2 import row_bytes
-from .kernels import ACTIVATIONS, built_kernel, can_decode
+from .kernels import can_decode
+from .launching import ACTIVATIONS, built_kernel
 
 SCALE_GROUPS = (64, 128)
 TILE_ROWS = 8

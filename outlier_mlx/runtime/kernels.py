@@ -1,48 +1,39 @@
-"""Launchers of the Metal kernels: check the arguments, then choose grid and template arguments.
+"""Launchers of experts' kernels: check the arguments, then choose grid and template arguments.
 
 Rows of trits have the layout `tq1_0_strided` (affine2.py). The text of each kernel in `kernels/`
 describes its arguments.
 """
 
-from typing import Any
-
 import mlx.core as mx
 
 from .affine2 import padded_width, row_bytes
-from .kernel_text import kernel_text
+from .launching import (
+    KERNEL_ARGUMENTS,
+    built_kernel,
+    check_matrix,
+    check_size,
+    described,
+    is_supported,
+)
 from .variants import DECODES, Variant, saved_variant
 
-ACTIVATIONS = (mx.float32, mx.float16, mx.bfloat16)
-# Smallest and largest sizes that the kernels are tested with.
-LIMITS = {
-    "tokens": (0, 1 << 14),
-    "experts": (1, 1 << 10),
-    "experts per token": (1, 64),
-    "in features": (1, 1 << 17),
-    "out features": (2, 1 << 18),
-}
 # Bytes of a row that a thread converts to affine 2-bit codes.
 BLOCK_BYTES = 16
-HEADERS = ("tq1_0",)  # of kernels without others
-# Names of each kernel's inputs and outputs.
-_ARGUMENTS = {
-    "tq1_0_swiglu": (["x", "gate", "gate_scales", "up", "up_scales", "indices"], ["h"]),
-    "tq1_0_down": (["h", "down", "scales", "indices", "weights", "shared"], ["y"]),
-    "tq1_0_qmv": (["x", "rows", "scales", "indices"], ["y"]),
-    "tq1_0_to_affine2": (["rows"], ["codes"]),
-    "tq1_0_logits": (["x", "router"], ["logits"]),
-    "tq1_0_qmv_groups": (["x", "rows", "scales", "indices"], ["y"]),
-    "tq1_0_linear": (["x", "rows", "scales"], ["y"]),
-    "tq1_0_rotate": (["x", "signs"], ["y"]),
-    "tq1_0_route": (["x", "router", "alpha"], ["indices", "weights"]),
+# Default variants, used if the call has none and tuning has chosen none (variants.py), and those
+# for blocks of 2, 4 or 8 pairs. docs/kernels.md has the reasons.
+VARIANTS = {
+    "tq1_0_swiglu": Variant(rows=4, pieces=2),
+    "tq1_0_down": Variant(rows=8),
+    "tq1_0_qmv": Variant(rows=8, pieces=2),
 }
-
-# Default variants, used if the call has none and tuning has chosen none (variants.py).
-# docs/kernels.md has the reasons.
-VARIANTS = {"tq1_0_swiglu": Variant(rows=4), "tq1_0_down": Variant(), "tq1_0_qmv": Variant()}
-
-# The function `mx.fast.metal_kernel` and the kernels that it built. Tests replace the function.
-_built: tuple[Any, dict[str, Any]] = (None, {})
+BLOCK_VARIANTS = {
+    "tq1_0_swiglu": {
+        2: Variant(rows=2, pieces=2),
+        4: Variant(rows=2, pieces=2),
+        8: Variant(rows=2),
+    },
+    "tq1_0_qmv": {2: Variant(rows=4, pieces=2), 4: Variant(rows=4, pieces=2), 8: Variant(rows=4)},
+}
 
 
 def can_decode(tokens: int, experts: int, k: int, *widths: int) -> bool:
@@ -56,12 +47,13 @@ def can_decode(tokens: int, experts: int, k: int, *widths: int) -> bool:
     """
     features = {"in features": widths, "out features": widths}
     sizes = {"tokens": (tokens,), "experts": (experts,), "experts per token": (k,), **features}
-    return all(_fits(what, size) for what, given in sizes.items() for size in given)
+    sizes["elements"] = (tokens * k * max(widths, default=0),)
+    return all(is_supported(what, size) for what, given in sizes.items() for size in given)
 
 
 def can_convert(rows: mx.array, in_features: int) -> bool:
     """Whether `tq1_0_to_affine2` takes rows (..., row_bytes) of this many trits."""
-    return _fits("in features", in_features) and _conversion_threads(rows) < 1 << 31
+    return is_supported("in features", in_features) and _conversion_threads(rows) < 1 << 31
 
 
 def tq1_0_swiglu(
@@ -72,6 +64,7 @@ def tq1_0_swiglu(
     up_scales: mx.array,
     indices: mx.array,
     *,
+    blocks: mx.array | None = None,
     variant: Variant | None = None,
 ) -> mx.array:
     """Compute silu(gate x) * (up x) for each token's experts in one launch.
@@ -83,7 +76,10 @@ def tq1_0_swiglu(
         up: like `gate`.
         up_scales: like `gate_scales`.
         indices: (tokens, k) uint32, each below `experts`.
-        variant: variant of the kernel; default: the one that tuning has chosen, or `VARIANTS`.
+        blocks: `tq1_0_sort` of the indices: pairs of one expert then share the decoding of its
+            rows. Results do not depend on it.
+        variant: variant of the kernel; default: the one that tuning has chosen, or `VARIANTS`. With
+            blocks: `BLOCK_VARIANTS`.
 
     Returns:
         (tokens, k, out) float32.
@@ -92,7 +88,7 @@ def tq1_0_swiglu(
         ValueError: a dtype or shape is not supported.
     """
     name = "tq1_0_swiglu"
-    tokens, in_features = _matrix(name, "x", x)
+    tokens, in_features = check_matrix(name, "x", x)
     experts, out_features = _rows(name, "gate", gate, gate_scales, in_features)
     if _rows(name, "up", up, up_scales, in_features) != (experts, out_features):
         raise ValueError(f"{name}: gate {gate.shape} and up {up.shape} differ")
@@ -100,7 +96,8 @@ def tq1_0_swiglu(
     if tokens == 0:
         return mx.zeros((0, k, out_features))
     inputs = [x, gate, gate_scales, up, up_scales, indices]
-    h = _launch(name, inputs, variant, x.dtype, in_features, (tokens * k, out_features), k)
+    shape = tokens * k, out_features
+    h = _launch(name, inputs, blocks, variant, x.dtype, in_features, shape, k)
     return h.reshape(tokens, k, out_features)
 
 
@@ -112,6 +109,7 @@ def tq1_0_down(
     weights: mx.array,
     shared: mx.array,
     *,
+    blocks: mx.array | None = None,
     variant: Variant | None = None,
 ) -> mx.array:
     """Compute shared + the sum over each token's experts of weight * (down h), rounded once.
@@ -123,7 +121,8 @@ def tq1_0_down(
         indices: (tokens, k) uint32, each below `experts`.
         weights: (tokens, k) float32.
         shared: (tokens, out) float32, float16 or bfloat16.
-        variant: see `tq1_0_swiglu`.
+        blocks: see `tq1_0_swiglu`. With them, `tq1_0_qmv` is launched, and then `tq1_0_mix`.
+        variant: see `tq1_0_swiglu`; with blocks, a variant of `tq1_0_qmv`.
 
     Returns:
         (tokens, out) of the dtype of `shared`.
@@ -133,7 +132,7 @@ def tq1_0_down(
     """
     name = "tq1_0_down"
     if h.ndim != 3 or h.dtype != mx.float32:
-        raise ValueError(f"{name}: h is {_described(h)}; expected (tokens, k, in) float32")
+        raise ValueError(f"{name}: h is {described(h)}; expected (tokens, k, in) float32")
     tokens, k, in_features = h.shape
     out_features = _rows(name, "down", down, scales, in_features)[1]
     if _experts_per_token(name, indices, tokens) != k or weights.shape != (tokens, k):
@@ -142,15 +141,27 @@ def tq1_0_down(
             "differ in tokens or k"
         )
     if weights.dtype != mx.float32:
-        raise ValueError(f"{name}: weights are {_described(weights)}; expected float32")
-    if _matrix(name, "shared", shared) != (tokens, out_features):
+        raise ValueError(f"{name}: weights are {described(weights)}; expected float32")
+    if check_matrix(name, "shared", shared) != (tokens, out_features):
         raise ValueError(
-            f"{name}: shared is {_described(shared)}; expected {(tokens, out_features)}"
+            f"{name}: shared is {described(shared)}; expected {(tokens, out_features)}"
         )
     if tokens == 0:
         return shared
+    if blocks is not None:
+        vectors = h.reshape(tokens * k, in_features)
+        y = tq1_0_qmv(vectors, down, scales, indices.flatten(), blocks=blocks, variant=variant)
+        return built_kernel("tq1_0_mix")(
+            inputs=[y, weights, shared],
+            template=[("T", shared.dtype), ("N", out_features)],
+            grid=(out_features, tokens, 1),
+            threadgroup=(256, 1, 1),
+            output_shapes=[shared.shape],
+            output_dtypes=[shared.dtype],
+        )[0]
     inputs = [h, down, scales, indices, weights, shared]
-    return _launch(name, inputs, variant, shared.dtype, in_features, shared.shape, k, shared.dtype)
+    dtype, shape = shared.dtype, shared.shape
+    return _launch(name, inputs, None, variant, dtype, in_features, shape, k, dtype)
 
 
 def tq1_0_qmv(
@@ -159,6 +170,7 @@ def tq1_0_qmv(
     scales: mx.array,
     indices: mx.array,
     *,
+    blocks: mx.array | None = None,
     variant: Variant | None = None,
 ) -> mx.array:
     """Multiply vectors by experts' matrices, for many (vector, expert) pairs.
@@ -168,6 +180,7 @@ def tq1_0_qmv(
         rows: (experts, out, row_bytes) uint8.
         scales: (experts, out) float32.
         indices: (pairs,) uint32, each below `experts`; the pairs of the first vector come first.
+        blocks: see `tq1_0_swiglu`.
         variant: see `tq1_0_swiglu`.
 
     Returns:
@@ -177,10 +190,10 @@ def tq1_0_qmv(
         ValueError: a dtype or shape is not supported.
     """
     name = "tq1_0_qmv"
-    vectors, in_features = _matrix(name, "x", x)
+    vectors, in_features = check_matrix(name, "x", x)
     _, out_features = _rows(name, "rows", rows, scales, in_features)
     if indices.ndim != 1 or indices.dtype != mx.uint32:
-        raise ValueError(f"{name}: indices are {_described(indices)}; expected (pairs,) uint32")
+        raise ValueError(f"{name}: indices are {described(indices)}; expected (pairs,) uint32")
     pairs = indices.size
     if pairs % max(vectors, 1) or (pairs > 0 and vectors == 0):
         raise ValueError(f"{name}: {pairs} pairs are not a multiple of {vectors} vectors")
@@ -188,7 +201,7 @@ def tq1_0_qmv(
         return mx.zeros((0, out_features))
     inputs = [x, rows, scales, indices]
     shape = (pairs, out_features)
-    return _launch(name, inputs, variant, x.dtype, in_features, shape, pairs // vectors)
+    return _launch(name, inputs, blocks, variant, x.dtype, in_features, shape, pairs // vectors)
 
 
 def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
@@ -205,11 +218,11 @@ def tq1_0_to_affine2(rows: mx.array, in_features: int) -> mx.array:
         ValueError: a dtype or shape is not supported.
     """
     name = "tq1_0_to_affine2"
-    _check_size(name, "in features", in_features)
+    check_size(name, "in features", in_features)
     pitch, width = row_bytes(in_features), padded_width(in_features) // 16
     if rows.dtype != mx.uint8 or rows.ndim < 1 or rows.shape[-1] != pitch:
         raise ValueError(
-            f"{name}: rows are {_described(rows)}; expected uint8 rows of {pitch} bytes"
+            f"{name}: rows are {described(rows)}; expected uint8 rows of {pitch} bytes"
             f" for {in_features} trits"
         )
     shape = (*rows.shape[:-1], width)
@@ -236,6 +249,7 @@ def _conversion_threads(rows: mx.array) -> int:
 def _launch(
     name: str,
     inputs: list[mx.array],
+    blocks: mx.array | None,
     variant: Variant | None,
     dtype: mx.Dtype,
     in_features: int,
@@ -247,7 +261,8 @@ def _launch(
 
     Args:
         name: the kernel.
-        inputs: its inputs.
+        inputs: its inputs but the blocks.
+        blocks: see `tq1_0_swiglu`.
         variant: see `tq1_0_swiglu`.
         dtype: dtype of x or of the result.
         in_features: columns of the matrices.
@@ -256,6 +271,16 @@ def _launch(
         output_dtype: dtype of the output.
     """
     columns, out_features = shape
+    check_size(name, "elements", max(inputs[0].size, columns * out_features))
+    template = [("T", dtype), ("K", in_features), ("N", out_features)]
+    if "blocks" in KERNEL_ARGUMENTS[name][0]:
+        size = 1 if blocks is None else _block_size(name, blocks)
+        # Without blocks, an input takes their place.
+        inputs = [*inputs, inputs[-1] if blocks is None else blocks]
+        template += [("SHARE", share), ("M", size)]
+    if blocks is not None:
+        columns = blocks.shape[0]
+        variant = variant or BLOCK_VARIANTS[name][size]
     variant = variant or saved_variant(name) or VARIANTS[name]
     variant = variant.fitted(in_features, out_features)
     width = 32 * variant.simdgroups
@@ -263,10 +288,7 @@ def _launch(
     return built_kernel(name)(
         inputs=inputs,
         template=[
-            ("T", dtype),
-            ("K", in_features),
-            ("N", out_features),
-            ("SHARE", share),
+            *template,
             ("DECODE", DECODES.index(variant.decode)),
             ("ROWS", variant.rows),
             ("PIECES", variant.pieces),
@@ -279,75 +301,39 @@ def _launch(
     )[0]
 
 
-def built_kernel(name: str, *headers: str) -> Any:
-    """Build a kernel with the current `mx.fast.metal_kernel`, or return it if already built."""
-    global _built
-    make = mx.fast.metal_kernel
-    if _built[0] != make:
-        _built = (make, {})
-    kernels = _built[1]
-    if name not in kernels:
-        inputs, outputs = _ARGUMENTS[name]
-        kernels[name] = make(
-            name=name,
-            input_names=inputs,
-            output_names=outputs,
-            source=kernel_text(name),
-            header="".join(map(kernel_text, headers or HEADERS)),
-        )
-    return kernels[name]
-
-
-def _described(array: mx.array) -> str:
-    return f"{array.shape} {str(array.dtype).removeprefix('mlx.core.')}"
-
-
-def _fits(what: str, size: int) -> bool:
-    smallest, largest = LIMITS[what]
-    return smallest <= size <= largest
-
-
-def _check_size(name: str, what: str, size: int) -> None:
-    if not _fits(what, size):
-        smallest, largest = LIMITS[what]
-        raise ValueError(f"{name}: {size} {what}; supported: {smallest} to {largest}")
-
-
-def _matrix(name: str, argument: str, x: mx.array) -> tuple[int, int]:
-    if x.ndim != 2 or x.dtype not in ACTIVATIONS:
-        names = "float32, float16 or bfloat16"
-        raise ValueError(
-            f"{name}: {argument} is {_described(x)}; expected two dimensions of {names}"
-        )
-    _check_size(name, "tokens", x.shape[0])
-    return x.shape[0], x.shape[1]
-
-
 def _rows(
     name: str, argument: str, rows: mx.array, scales: mx.array, in_features: int
 ) -> tuple[int, int]:
-    _check_size(name, "in features", in_features)
+    check_size(name, "in features", in_features)
     pitch = row_bytes(in_features)
     if rows.ndim != 3 or rows.dtype != mx.uint8 or rows.shape[-1] != pitch:
         raise ValueError(
-            f"{name}: {argument} is {_described(rows)}; expected (experts, out, {pitch}) uint8"
+            f"{name}: {argument} is {described(rows)}; expected (experts, out, {pitch}) uint8"
             f" for rows of {in_features} trits"
         )
     experts, out_features, _ = rows.shape
-    _check_size(name, "experts", experts)
-    _check_size(name, "out features", out_features)
+    check_size(name, "experts", experts)
+    check_size(name, "out features", out_features)
     if scales.shape != (experts, out_features) or scales.dtype != mx.float32:
         raise ValueError(
-            f"{name}: scales of {argument} are {_described(scales)};"
+            f"{name}: scales of {argument} are {described(scales)};"
             f" expected {(experts, out_features)} float32"
         )
     return experts, out_features
 
 
+def _block_size(name: str, blocks: mx.array) -> int:
+    sizes = BLOCK_VARIANTS["tq1_0_qmv"]
+    if blocks.ndim != 2 or blocks.dtype != mx.uint32 or blocks.shape[1] - 1 not in sizes:
+        raise ValueError(
+            f"{name}: blocks are {described(blocks)}; expected (blocks, 1 + pairs) uint32 with"
+            f" {', '.join(map(str, sizes))} pairs"
+        )
+    return blocks.shape[1] - 1
+
+
 def _experts_per_token(name: str, indices: mx.array, tokens: int) -> int:
     if indices.ndim != 2 or indices.dtype != mx.uint32 or indices.shape[0] != tokens:
-        raise ValueError(
-            f"{name}: indices are {_described(indices)}; expected ({tokens}, k) uint32"
-        )
-    _check_size(name, "experts per token", indices.shape[1])
+        raise ValueError(f"{name}: indices are {described(indices)}; expected ({tokens}, k) uint32")
+    check_size(name, "experts per token", indices.shape[1])
     return indices.shape[1]

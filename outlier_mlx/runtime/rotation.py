@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import mlx.core as mx
 
-from .kernels import ACTIVATIONS, LIMITS, built_kernel
+from .launching import ACTIVATIONS, LIMITS, built_kernel
 from .ops import use_metal, with_gradient_of
 
 # Blocks that `tq1_0_rotate` takes.

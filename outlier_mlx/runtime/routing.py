@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .kernels import ACTIVATIONS, _check_size, _described, _fits, _matrix, built_kernel
+from .launching import ACTIVATIONS, built_kernel, check_matrix, check_size, described, is_supported
 from .ops import use_metal, with_gradient_of
 
 # A lane chooses among two experts.
@@ -103,7 +103,7 @@ def route(
 
 def can_route(tokens: int, width: int, experts: int, k: int) -> bool:
     """Whether the kernels take so many tokens of this width, experts, and experts of a token."""
-    fits = tokens > 0 and _fits("tokens", tokens) and _fits("in features", width)
+    fits = tokens > 0 and is_supported("tokens", tokens) and is_supported("in features", width)
     return fits and 1 <= k <= experts <= MOST_ROUTED
 
 
@@ -170,15 +170,15 @@ def tq1_0_route(
         ValueError: a dtype or shape is not supported.
     """
     name = "tq1_0_route"
-    tokens, width = _matrix(name, "x", x)
-    _check_size(name, "in features", width)
+    tokens, width = check_matrix(name, "x", x)
+    check_size(name, "in features", width)
     experts = width if router is None else _router_rows(name, router, width)
     if not 1 <= k <= experts <= MOST_ROUTED:
         raise ValueError(
             f"{name}: {k} of {experts} experts; supported: 1 to all, of at most {MOST_ROUTED}"
         )
     if alpha is not None and (alpha.shape != (experts,) or alpha.dtype != mx.float32):
-        raise ValueError(f"{name}: alpha is {_described(alpha)}; expected ({experts},) float32")
+        raise ValueError(f"{name}: alpha is {described(alpha)}; expected ({experts},) float32")
     if tokens == 0:
         return mx.zeros((0, k), mx.uint32), mx.zeros((0, k))
     if router is not None and router.nbytes > LARGEST_SHARED:
@@ -223,8 +223,8 @@ def tq1_0_logits(x: mx.array, router: mx.array) -> mx.array:
         ValueError: a dtype or shape is not supported.
     """
     name = "tq1_0_logits"
-    tokens, width = _matrix(name, "x", x)
-    _check_size(name, "in features", width)
+    tokens, width = check_matrix(name, "x", x)
+    check_size(name, "in features", width)
     experts = _router_rows(name, router, width)
     if tokens == 0:
         return mx.zeros((0, experts))
@@ -251,8 +251,8 @@ def tq1_0_logits(x: mx.array, router: mx.array) -> mx.array:
 def _router_rows(name: str, router: mx.array, width: int) -> int:
     if router.ndim != 2 or router.shape[1] != width or router.dtype not in ACTIVATIONS:
         raise ValueError(
-            f"{name}: router is {_described(router)}; expected (experts, {width}) of float32,"
+            f"{name}: router is {described(router)}; expected (experts, {width}) of float32,"
             " float16 or bfloat16"
         )
-    _check_size(name, "experts", router.shape[0])
+    check_size(name, "experts", router.shape[0])
     return router.shape[0]

@@ -17,7 +17,9 @@ from outlier_mlx.runtime.kernel_text import kernel_names, kernel_text
 MODULE_ORDER = (
     "affine2",
     "variants",
+    "launching",
     "kernels",
+    "blocks",
     "groups",
     "ops",
     "routing",
