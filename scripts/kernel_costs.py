@@ -14,6 +14,7 @@ import mlx.core as mx
 from kernels import costs_routing, launch_counts
 from kernels.accuracy import errors, planted
 from kernels.costs import CHIPS, SHAPES, Chip, Figures, mlx_two_bit, ours
+from kernels.costs_blocks import LOOPS, SIZES, block_cost
 from kernels.costs_dense import linear, rotation
 from kernels.emulator import virtual_metal
 from kernels.launch_counts import Shape
@@ -32,7 +33,9 @@ def variants(kernel: str) -> dict[str, Variant]:
         "default": default,
         "half the rows": replace(default, rows=default.rows // 2),
         "twice the rows": replace(default, rows=default.rows * 2),
-        "two pieces": replace(default, pieces=2),
+        f"{'one piece' if default.pieces == 2 else 'two pieces'} a turn": replace(
+            default, pieces=3 - default.pieces
+        ),
         "floor (loads alone)": replace(default, decode="floor"),
     }
 
@@ -66,6 +69,24 @@ def cost_table(shape: str) -> str:
                 rows.append(_row(f"`tq1_0_swiglu`, {name}", found))
     for wide in sorted(set(SHAPES[shape].values())):
         rows.append(_row(f"MLX 2-bit, in = {wide}", mlx_two_bit(wide)))
+    return table(head, rows)
+
+
+def block_table(shape: str) -> str:
+    """Cycles and estimates with blocks of several pairs of one expert, full and not."""
+    head = ["", "pairs", "main", "second", "main for a pair", "loads"]
+    head += ["registers", "threads", "loop bytes"]
+    cases = [(kernel, size, size, mx.float16) for kernel in ("swiglu", "qmv") for size in SIZES]
+    cases += [("down", size, size, mx.float32) for size in SIZES]
+    cases += [("qmv", size, n, mx.float16) for size in SIZES for n in LOOPS[size] if n < size]
+    rows = []
+    for kernel, size, pairs, dtype in cases:
+        found = block_cost(kernel, SHAPES[shape][kernel], size, pairs, dtype)
+        name = "`tq1_0_qmv` for down" if kernel == "down" else f"`tq1_0_{kernel}`"
+        cycles = f"{found.main:.2f}", f"{found.second:.2f}", f"{found.main / pairs:.2f}"
+        rest = [f"{found.loads:.3f}"]
+        rest += map(str, (found.registers, found.threads, found.loop_bytes))
+        rows.append([f"{name}, blocks of {size}", str(pairs), *cycles, *rest])
     return table(head, rows)
 
 
@@ -160,6 +181,7 @@ def routing_table() -> str:
 def sections() -> dict[str, str]:
     """The generated tables by the names of their marks in the page."""
     tables = {f"cost {shape}": cost_table(shape) for shape in SHAPES}
+    tables |= {"cost blocks": block_table("14B")}
     tables |= {"cost linear": linear_table(), "cost rotation": rotation_table()}
     tables |= {"time": time_table(), "accuracy": accuracy_table(), "routing": routing_table()}
     return tables | {"launches": launch_counts.table([Shape(), Shape(experts=64, top_k=8)])}
