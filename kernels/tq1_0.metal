@@ -161,7 +161,7 @@ struct Product {
         }
       }
       UNROLL for (uint i = 0; i < 2 * TURNS; i++) {
-        if (more) bytes[first + i % TURNS].next(i / TURNS);
+        if (more && DECODE != FLOOR) bytes[first + i % TURNS].next(i / TURNS);
       }
     }
   }
