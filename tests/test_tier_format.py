@@ -19,7 +19,7 @@ from outlier_mlx.writing import parts as parts_module
 from outlier_mlx.writing.writer import ShardedWriter
 from tests import builders, damage
 from tests.builders import Built, write_base, write_overlay
-from tests.engine import forward, load, pack_rows, tier_name, tier_of
+from tests.engine import forward, load, pack_rows, random_experts, tier_name, tier_of
 from tests.tensor_file import Stored, read_stored
 
 ONE_FILE = "model-00001-of-00001.safetensors"
@@ -157,6 +157,17 @@ def test_tensors(options: dict[str, Any], tmp_path: Path):
         np.testing.assert_array_equal(rows, pack_rows(trits))
         scales = np.broadcast_to(built.scales[n, expert, part].reshape(-1), len(trits))
         np.testing.assert_array_equal(found[f"{module}.scales"].array()[expert], scales)
+
+
+@pytest.mark.parametrize("width", [1, 37, 80, 5120, 13824])
+def test_the_page_decodes_rows(width: int):
+    """The code on the page of the format, run as it stands."""
+    page = (Path(__file__).parents[1] / "docs" / "tier-format.md").read_text()
+    names: dict[str, Any] = {"np": np}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    rows, _ = random_experts((2, width))
+    for packed, trits in zip(pack_rows(rows), rows, strict=True):
+        np.testing.assert_array_equal(names["trits"](packed, width), trits)
 
 
 def test_experts_in_mlx_own_format(tmp_path: Path):
