@@ -17,7 +17,7 @@ import pytest
 from kernels.emulator import virtual_metal
 from outlier_mlx.engine.chips import Chip
 from outlier_mlx.measure import bench_cases, bench_inputs, bench_kernels, bench_tables
-from outlier_mlx.measure.bench_cases import CONVERSION, DECODING, ROUTING, Case, Kernel
+from outlier_mlx.measure.bench_cases import CONVERSION, DECODING, ROUTING, SORTING, Case, Kernel
 from outlier_mlx.measure.bench_inputs import Layer, four_bits
 from outlier_mlx.measure.bench_results import Arm, KernelBench, KernelResult
 from outlier_mlx.runtime import kernels, variants
@@ -48,7 +48,7 @@ def test_without_metal_only_the_plain_path_is_timed(tier: Path):
     decoding, others = found["kernels"][:3], found["kernels"][3:]
     assert names[:3] == ["tq1_0_swiglu", "tq1_0_down", "tq1_0_qmv"]
     linear = ["tq1_0_qmv_groups", *["tq1_0_linear"] * 2]
-    assert names[3:] == ["tq1_0_route", *linear, "tq1_0_to_affine2"]
+    assert names[3:] == ["tq1_0_route", *["tq1_0_sort"] * 2, *linear, "tq1_0_to_affine2"]
     linears = [kernel for kernel in others if kernel["kernel"] == "tq1_0_linear"]
     forms = [f"scales of {of}, 3 vectors" for of in ("rows", "groups of 64")]
     assert [kernel["form"] for kernel in linears] == forms
@@ -149,9 +149,12 @@ def test_every_kernel_and_form_is_right_in_the_emulator(
     with virtual_metal(count=False) as metal:
         found = bench_kernels.bench_kernels(load(wide, "float16"), rounds=1)
         launched = set(metal.names)
+        blocks = {one.template["M"] for one in metal.launches if one.name == "tq1_0_swiglu"}
     assert found.errors == []
+    assert blocks == {1, *together}
     timed = {(result.kernel, result.form): result for result in found.results}
-    assert launched == {kernel for kernel, _ in timed}
+    # With blocks, the products of down are weighted in a launch of their own.
+    assert launched == {kernel for kernel, _ in timed} | {"tq1_0_mix"}
     for (kernel, _), result in timed.items():
         assert result.ours is not None and result.ours.runs is not None, kernel
         assert all(arm.runs for arm in result.theirs) and result.theirs
@@ -174,6 +177,7 @@ def test_in_half_precision_the_plain_path_is_float32_on_the_cpu(
         2 * 64 * (96 // 4 + 3 * 2 * 4),
         2 * 80 * (64 // 4 + 2 * 4),
         4 * 64 * 4,  # the router
+        *(tokens * 2 * 4 for tokens in (8, 32)),  # the numbers of experts, to sort
         2 * 80 * (64 // 4 + 2 * 4),
         *[80 * (64 // 4 + 2 * 4)] * 2,  # a matrix with scales of rows, then of groups
         4 * 80 * (16 + 64 // 4),  # all four experts, read and written
@@ -219,13 +223,13 @@ def test_what_fails_is_said_and_not_timed(tier: Path, monkeypatch: pytest.Monkey
     assert result.best == Variant("signs", 8, 1)
 
 
-@pytest.mark.parametrize("kernel", [CONVERSION, ROUTING], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [CONVERSION, ROUTING, SORTING], ids=lambda kernel: kernel.name)
 def test_one_wrong_number_is_found(
     kernel: Kernel, tier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Codes and experts have to be equal; a kernel without variants is told as ours."""
     model = load(tier)
-    (case,) = (one for one in bench_cases.cases(model, 3, mx.float32) if one.kernel is kernel)
+    case = next(one for one in bench_cases.cases(model, 3, mx.float32) if one.kernel is kernel)
 
     def wrong(inputs: Any) -> mx.array | tuple[mx.array, ...]:
         found = kernel.plain(inputs, [], mx.float32)
@@ -242,7 +246,7 @@ def test_one_wrong_number_is_found(
     monkeypatch.setattr(bench_kernels, "use_metal", lambda: True)
     found = timed(wrong)
     reason = "not timed: its result is wrong: inf times the error allowed"
-    assert found.errors == [f"{kernel.name}, ours: {reason}"]
+    assert found.errors == [f"{case.name}, ours: {reason}"]
     found = timed(lambda inputs: kernel.plain(inputs, [], mx.float32))
     assert found.errors == []
     bench_tables.print_kernels("tier", found)
@@ -347,6 +351,7 @@ def test_variants_that_do_not_fit_are_not_timed():
     fit = bench_kernels.variants_to_time("tq1_0_qmv", 640, 5)
     assert {(v.rows, v.pieces) for v in fit} == {(4, 1)} and len(fit) == 2
     assert len(bench_kernels.variants_to_time("tq1_0_qmv", 641, 16)) == 2 * 3 * 2
+    assert {v.rows for v in bench_kernels.variants_to_time("tq1_0_qmv", 641, 16, 4)} == {2, 4}
 
 
 def test_the_default_is_launched_unless_another_is_kept(

@@ -24,6 +24,7 @@ from outlier_mlx.measure.bench_inputs import (
     rotations,
 )
 from outlier_mlx.runtime.affine2 import rows_to_affine2
+from outlier_mlx.runtime.blocks import block_count, tq1_0_sort
 from outlier_mlx.runtime.groups import SCALE_GROUPS, tq1_0_linear, tq1_0_qmv_groups
 from outlier_mlx.runtime.kernels import tq1_0_down, tq1_0_qmv, tq1_0_swiglu, tq1_0_to_affine2
 from outlier_mlx.runtime.rotation import ROTATED_BLOCKS, can_rotate, rotate, tq1_0_rotate
@@ -35,6 +36,8 @@ Outputs = mx.array | tuple[mx.array, ...]
 
 # Numbers of tokens that use the same experts, beside one.
 TOGETHER = (2, 4, 8)
+# Tokens whose pairs are sorted, with random experts, and pairs of a block then.
+SORTED_TOKENS, SORTED_BLOCK = (8, 32), 4
 # MLX's formats that kernels are compared with, by bits of a weight.
 MLX_BITS = (2, 4)
 
@@ -75,11 +78,13 @@ class Case:
         kernel: the kernel.
         form: what is special about the inputs; "" if nothing.
         build: makes the inputs; launches use them in a cycle.
+        together: pairs of one expert that are multiplied together.
     """
 
     kernel: Kernel
     form: str
     build: Callable[[], Sequence[Any]]
+    together: int = 1
 
     @property
     def name(self) -> str:
@@ -88,7 +93,8 @@ class Case:
 
 
 def _ours_swiglu(layer: Layer, variant: Variant) -> mx.array:
-    return tq1_0_swiglu(layer.x, *layer.gate, *layer.up, layer.indices, variant=variant)
+    given = (layer.x, *layer.gate, *layer.up, layer.indices)
+    return tq1_0_swiglu(*given, blocks=layer.blocks, variant=variant)
 
 
 def _plain_swiglu(layer: Layer, affine: list[Affine], dtype: mx.Dtype) -> mx.array:
@@ -98,8 +104,8 @@ def _plain_swiglu(layer: Layer, affine: list[Affine], dtype: mx.Dtype) -> mx.arr
 
 
 def _ours_down(layer: Layer, variant: Variant) -> mx.array:
-    weights, shared = layer.weights, layer.shared
-    return tq1_0_down(layer.h, *layer.down, layer.indices, weights, shared, variant=variant)
+    given = (layer.h, *layer.down, layer.indices, layer.weights, layer.shared)
+    return tq1_0_down(*given, blocks=layer.blocks, variant=variant)
 
 
 def _plain_down(layer: Layer, affine: list[Affine], dtype: mx.Dtype) -> mx.array:
@@ -109,7 +115,8 @@ def _plain_down(layer: Layer, affine: list[Affine], dtype: mx.Dtype) -> mx.array
 
 
 def _ours_qmv(layer: Layer, variant: Variant) -> mx.array:
-    return tq1_0_qmv(layer.x, *layer.gate, layer.indices.flatten(), variant=variant)
+    given = (layer.x, *layer.gate, layer.indices.flatten())
+    return tq1_0_qmv(*given, blocks=layer.blocks, variant=variant)
 
 
 def _plain_qmv(layer: Layer, affine: list[Affine], dtype: mx.Dtype) -> mx.array:
@@ -121,6 +128,29 @@ DECODING = (
     Kernel("tq1_0_swiglu", ("gate", "up"), "x", _ours_swiglu, _plain_swiglu),
     Kernel("tq1_0_down", ("down",), "weights", _ours_down, _plain_down, rounds=True),
     Kernel("tq1_0_qmv", ("gate",), "x", _ours_qmv, _plain_qmv),
+)
+
+
+def _ours_sort(layer: Layer) -> mx.array:
+    return tq1_0_sort(layer.indices, layer.gate[0].shape[0], SORTED_BLOCK)
+
+
+def _plain_sort(layer: Layer, _: list[Affine], dtype: mx.Dtype) -> mx.array:
+    experts, pairs = layer.gate[0].shape[0], layer.indices.flatten()
+    order = mx.argsort(pairs * pairs.size + mx.arange(pairs.size, dtype=mx.uint32))
+    of = pairs[order]
+    counts = (of[:, None] == mx.arange(experts)).sum(axis=0)
+    before = mx.cumsum(counts, inclusive=False)
+    blocks = -(-counts // SORTED_BLOCK)
+    at = mx.arange(pairs.size) - before[of]
+    block = mx.cumsum(blocks, inclusive=False)[of] + at // SORTED_BLOCK
+    found = mx.zeros((block_count(pairs.size, experts, SORTED_BLOCK), 1 + SORTED_BLOCK), mx.uint32)
+    found[block, 1 + at % SORTED_BLOCK] = order.astype(mx.uint32)
+    return found.at[block, mx.zeros_like(block)].add(mx.ones_like(block).astype(mx.uint32))
+
+
+SORTING = Kernel(
+    "tq1_0_sort", ("indices",), "indices", _ours_sort, _plain_sort, bits=(), tuned=False
 )
 
 
@@ -199,11 +229,14 @@ def cases(model: nn.Module, tokens: int, dtype: mx.Dtype) -> list[Case]:
         found.append(Case(kernel, "", partial(layers, tokens, dtype)))
         for together in TOGETHER if tokens == 1 else ():
             form = f"{together} tokens for the same experts"
-            found.append(Case(kernel, form, partial(layers, together, dtype, alike=True)))
+            build = partial(layers, together, dtype, alike=True)
+            found.append(Case(kernel, form, build, together))
     block = first_block(model)
     experts, columns = block.gate.weight.shape
     if can_route(tokens, columns, experts, block.top_k):
         found.append(Case(ROUTING, "", partial(layers, tokens, dtype)))
+    for many in SORTED_TOKENS:
+        found.append(Case(SORTING, f"{many} tokens", partial(layers, many, dtype)))
     groups = [size for size in SCALE_GROUPS if columns % size == 0]
     for group in groups:
         build_groups = partial(grouped_layers, model, tokens, group, dtype)

@@ -10,8 +10,10 @@ import mlx.nn as nn
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.affine2 import affine_group, padded_width, rows_to_affine2
+from outlier_mlx.runtime.blocks import tq1_0_sort
 from outlier_mlx.runtime.groups import TILE_ROWS
 from outlier_mlx.runtime.moe import OutlierMoE
+from outlier_mlx.runtime.ops import use_metal
 from outlier_mlx.runtime.routing import Router
 from outlier_mlx.runtime.switch import TernarySwitchGLU
 
@@ -104,6 +106,7 @@ class Layer:
         h: (tokens, k, width) float32.
         weights: (tokens, k) float32.
         shared: (tokens, hidden), activation dtype.
+        blocks: `tq1_0_sort` of the indices, if pairs of one expert are multiplied together.
     """
 
     gate: Packed
@@ -118,6 +121,7 @@ class Layer:
     h: mx.array
     weights: mx.array
     shared: mx.array
+    blocks: mx.array | None = None
 
     @property
     def pairs(self) -> int:
@@ -125,7 +129,9 @@ class Layer:
         return self.indices.size
 
     def sizes(self, matrix: str) -> tuple[int, int]:
-        """Rows and columns of "gate", "up", "down" or "router"."""
+        """Rows and columns of "gate", "up", "down", "router" or "indices"."""
+        if matrix == "indices":
+            return self.indices.shape[0], self.indices.shape[1]
         if matrix == "router":
             return self.router.weight.shape[0], self.router.weight.shape[1]
         columns = self.h.shape[-1] if matrix == "down" else self.x.shape[-1]
@@ -133,6 +139,8 @@ class Layer:
 
     def nbytes(self, matrix: str) -> int:
         """Bytes of a matrix; of experts, rows and scales of the chosen ones, each counted once."""
+        if matrix == "indices":
+            return self.indices.nbytes
         if matrix == "router":
             return int(self.router.weight.nbytes)
         packed: Packed = getattr(self, matrix)
@@ -307,7 +315,7 @@ def decode_layers(
         model: the model that `outlier_mlx.load` returns.
         tokens: number of tokens decoded at a time.
         dtype: activation dtype.
-        alike: whether all tokens use the same experts.
+        alike: whether all tokens use the same experts; on a GPU, their pairs are then in blocks.
 
     Raises:
         OutlierError: the model has no ternary experts.
@@ -363,5 +371,6 @@ def _decode_layer(
     # Weights that bring the routed sum to the size of the shared path, whatever the scales are.
     y = layer.affine("down", 2, mx.float32).product(h[..., None, :], layer.places)
     weights = weights / mx.maximum(mx.sqrt(k * mx.mean(mx.square(y))), 1e-20)
-    mx.eval(alpha, indices, places, x, h, weights, shared)
-    return replace(layer, weights=weights)
+    blocks = tq1_0_sort(indices, experts, tokens) if alike and use_metal() else None
+    mx.eval(alpha, indices, places, x, h, weights, shared, blocks)
+    return replace(layer, weights=weights, blocks=blocks)

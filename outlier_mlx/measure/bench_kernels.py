@@ -27,6 +27,7 @@ from outlier_mlx.runtime.variants import DECODES, Variant
 from outlier_mlx.terminal import Progress, no_progress
 
 ROWS = (4, 8, 16)
+BLOCK_ROWS = (2, 4)  # for several pairs, which need more registers
 PIECES = (1, 2)
 FLOOR = "floor"
 # Seconds that a pass of an arm takes, long enough that its start and end hardly count.
@@ -92,12 +93,18 @@ def _copied_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if mx.default_device() == mx.cpu else dtype
 
 
-def variants_to_time(kernel: str, in_features: int, out_features: int) -> list[Variant]:
-    """Every way to decode, floor included, in every geometry that the matrix allows."""
+def variants_to_time(
+    kernel: str, in_features: int, out_features: int, together: int = 1
+) -> list[Variant]:
+    """Every way to decode, floor included, in every geometry that the matrix allows.
+
+    If several pairs are multiplied `together`, these are geometries of fewer rows.
+    """
     simdgroups = VARIANTS[kernel].simdgroups
+    rows_of = ROWS if together == 1 else BLOCK_ROWS
     variants = (
         Variant(decode, rows, pieces, simdgroups).fitted(in_features, out_features)
-        for decode, rows, pieces in product(DECODES, ROWS, PIECES)
+        for decode, rows, pieces in product(DECODES, rows_of, PIECES)
     )
     return list(dict.fromkeys(variants))
 
@@ -129,7 +136,7 @@ def _bench_case(
     if use_metal():
         variants: list[Variant | None] = [None]
         if kernel.tuned:
-            variants = [*variants_to_time(kernel.name, in_features, out_features)]
+            variants = [*variants_to_time(kernel.name, in_features, out_features, case.together)]
         contenders += [_ours(case, inputs, dtype, variant) for variant in variants]
     _check(contenders, case, inputs)
     sound = [c for c in contenders if c.arm.error is None]
