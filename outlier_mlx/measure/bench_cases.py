@@ -4,7 +4,7 @@ An entry says what a kernel computes, twice: by its launcher, and in plain MLX. 
 `bench_kernels` needs, which checks and times.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -217,38 +217,62 @@ def cases(model: nn.Module, tokens: int, dtype: mx.Dtype) -> list[Case]:
     Args:
         model: the model that `outlier_mlx.load` returns.
         tokens: number of tokens decoded at a time, with random experts. For one token, there are
-            also tokens that share experts, `TOGETHER` at a time.
+            also tokens that share experts, and vectors that share a matrix, `TOGETHER` at a time.
         dtype: activation dtype.
 
     Raises:
         OutlierError: the model has no ternary experts.
     """
-    layers = partial(decode_layers, model)
-    found = []
+    given = model, tokens, dtype
+    makers = (_decoding, _routing, _sorting, _grouped, _linear, _others)
+    return [case for make in makers for case in make(*given)]
+
+
+def _decoding(model: nn.Module, tokens: int, dtype: mx.Dtype) -> Iterator[Case]:
     for kernel in DECODING:
-        found.append(Case(kernel, "", partial(layers, tokens, dtype)))
+        yield Case(kernel, "", partial(decode_layers, model, tokens, dtype))
         for together in TOGETHER if tokens == 1 else ():
             form = f"{together} tokens for the same experts"
-            build = partial(layers, together, dtype, alike=True)
-            found.append(Case(kernel, form, build, together))
+            build = partial(decode_layers, model, together, dtype, alike=True)
+            yield Case(kernel, form, build, together)
+
+
+def _routing(model: nn.Module, tokens: int, dtype: mx.Dtype) -> Iterator[Case]:
     block = first_block(model)
     experts, columns = block.gate.weight.shape
     if can_route(tokens, columns, experts, block.top_k):
-        found.append(Case(ROUTING, "", partial(layers, tokens, dtype)))
+        yield Case(ROUTING, "", partial(decode_layers, model, tokens, dtype))
+
+
+def _sorting(model: nn.Module, _: int, dtype: mx.Dtype) -> Iterator[Case]:
     for many in SORTED_TOKENS:
-        found.append(Case(SORTING, f"{many} tokens", partial(layers, many, dtype)))
-    groups = [size for size in SCALE_GROUPS if columns % size == 0]
-    for group in groups:
-        build_groups = partial(grouped_layers, model, tokens, group, dtype)
-        found.append(Case(GROUPED, f"groups of {group}", build_groups))
-    for group in (0, *groups):
+        yield Case(SORTING, f"{many} tokens", partial(decode_layers, model, many, dtype))
+
+
+def _grouped(model: nn.Module, tokens: int, dtype: mx.Dtype) -> Iterator[Case]:
+    for group in _groups(model):
+        build = partial(grouped_layers, model, tokens, group, dtype)
+        yield Case(GROUPED, f"groups of {group}", build)
+
+
+def _linear(model: nn.Module, tokens: int, dtype: mx.Dtype) -> Iterator[Case]:
+    for group in (0, *_groups(model)):
         scales = f"scales of groups of {group}" if group else "scales of rows"
         for vectors in (1, *TOGETHER) if tokens == 1 else (tokens,):
             form = f"{scales}, {vectors} vector{'s' if vectors > 1 else ''}"
-            found.append(Case(LINEAR, form, partial(linears, model, vectors, group, dtype)))
-    found.append(Case(CONVERSION, "", partial(conversions, model)))
-    for size in ROTATED_BLOCKS:
-        if can_rotate(tokens, columns, size):
-            build = partial(rotations, tokens, columns, size, dtype)
-            found.append(Case(ROTATION, f"blocks of {size}", build))
-    return found
+            yield Case(LINEAR, form, partial(linears, model, vectors, group, dtype))
+
+
+def _others(model: nn.Module, tokens: int, dtype: mx.Dtype) -> Iterator[Case]:
+    yield Case(CONVERSION, "", partial(conversions, model))
+    columns = first_block(model).gate.weight.shape[1]
+    for block in ROTATED_BLOCKS:
+        if can_rotate(tokens, columns, block):
+            build = partial(rotations, tokens, columns, block, dtype)
+            yield Case(ROTATION, f"blocks of {block}", build)
+
+
+def _groups(model: nn.Module) -> list[int]:
+    """The groups that divide the hidden size."""
+    columns = first_block(model).gate.weight.shape[1]
+    return [size for size in SCALE_GROUPS if columns % size == 0]
