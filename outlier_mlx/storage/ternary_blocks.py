@@ -1,0 +1,185 @@
+"""Matrices in the ternary blocks of GGUF files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.storage.gguf import GgufTensor
+from outlier_mlx.storage.ternary_matrix import (
+    NotTernary,
+    Scales,
+    Seen,
+    TernarySource,
+    joined,
+    seen,
+    without_sign,
+)
+from outlier_mlx.ternary import TernaryError, ggml, prism
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A type of ternary blocks.
+
+    Attributes:
+        group: weights that share a scale, as they are read.
+        unpack: function from rows of bytes to trits and the scales of blocks.
+        at: byte of a block where its scale is.
+        codes: whether there is a code that is no trit.
+        may_be_rows: see `TernarySource`.
+    """
+
+    group: int
+    unpack: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    at: int
+    codes: bool
+    may_be_rows: bool = False
+
+
+#: ggml's and PrismML's types of blocks that hold trits.
+TYPES = {
+    "TQ1_0": BlockType(128, ggml.unpack_tq1_0_blocks, 52, codes=False, may_be_rows=True),
+    "TQ2_0": BlockType(128, ggml.unpack_tq2_0_blocks, 64, codes=True, may_be_rows=True),
+    "Q2_0": BlockType(64, prism.unpack_q2_0_blocks, 0, codes=True),
+    "PQ2_0": BlockType(128, prism.unpack_pq2_0_blocks, 0, codes=True),
+    "PTQ1_0": BlockType(128, prism.unpack_ptq1_0_blocks, 26, codes=False),
+}
+
+
+class StoredRows(Protocol):
+    """Rows of a GGUF tensor, perhaps in another order than the file's."""
+
+    @property
+    def tensor(self) -> GgufTensor:
+        """The tensor that they are of."""
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+
+    @property
+    def multiple(self) -> int:
+        """Ranges of rows begin and end at multiples of this."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows as they are stored, (rows, row_bytes) uint8."""
+
+
+@dataclass(frozen=True)
+class BlockSource(TernarySource):
+    """A matrix in ternary blocks.
+
+    Attributes:
+        rows: where they are.
+        factor: what the matrix is multiplied by, if there is such a number; each row must then
+            have one scale.
+        head: columns of a head, if the heads are in another order than the file's.
+        order: for each head, its number in the file.
+    """
+
+    rows: StoredRows
+    factor: np.float32 | None = None
+    head: int = 0
+    order: tuple[int, ...] = ()
+
+    @property
+    def type(self) -> BlockType:
+        """The type of its blocks."""
+        return TYPES[self.rows.tensor.kind]
+
+    @property
+    def always(self) -> bool:  # type: ignore[override]
+        """Whether the type has nothing but trits."""
+        return not self.type.codes
+
+    @property
+    def may_be_rows(self) -> bool:  # type: ignore[override]
+        """Whether models are known whose blocks repeat the scale of a row."""
+        return self.type.may_be_rows
+
+    @property
+    def multiple(self) -> int:  # type: ignore[override]
+        """Rows of a slab are a multiple of this."""
+        return self.rows.multiple
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return (self.rows.count, self.rows.tensor.shape[-1])
+
+    @property
+    def where(self) -> str:
+        """File and tensor, for messages."""
+        return self.rows.tensor.where
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk, scales included."""
+        return self.rows.nbytes
+
+    @property
+    def scales(self) -> Scales:
+        """A float16 a group; a float32 a row where there is a factor."""
+        if self.factor is not None:
+            return Scales(0, "float32")
+        return Scales(self._group, "float16")
+
+    @property
+    def _group(self) -> int:
+        # Heads that are narrower than a group split it.
+        return self.type.group if self.head % self.type.group == 0 else 64
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows as trits, and scales; a group of zeros keeps its scale."""
+        trits, d = self._unpacked(self.rows.read(start, stop), start)
+        d = without_sign(trits, d, "float16")
+        group = self._group
+        d = np.repeat(d, trits.shape[1] // d.shape[1] // group, axis=1)
+        if self.order:
+            trits, d = (self._ordered(array) for array in (trits, d))
+        if self.factor is None:
+            return trits, d
+        if not seen(trits, d, group).one_a_row:
+            raise CheckpointError(
+                f"{self.where}: blocks of different scales, and a .scale beside it: float32 holds"
+                " no product of both exactly"
+            )
+        row = joined(trits, d, group, d.shape[1]).reshape(-1).astype(np.float32) * abs(self.factor)
+        if self.factor < 0:
+            np.negative(trits, out=trits)
+        if not np.isfinite(row).all():
+            raise CheckpointError(f"{self.where}: the scale {self.factor} makes weights infinite")
+        return trits, row
+
+    def examine(self, start: int, stop: int) -> Seen:
+        """Like `read`; types that have nothing but trits are not unpacked where scales say enough."""
+        if self.type.codes or self.factor is not None or self.order:
+            return super().examine(start, stop)
+        raw = self.rows.read(start, stop)
+        size, at = self.rows.tensor.block_bytes, self.type.at
+        d = raw.reshape(len(raw), -1, size)[..., at : at + 2].copy().view("<f2")[..., 0]
+        if not np.isfinite(d).all():
+            self._unpacked(raw, start)  # it names the block
+        same = (d == d[:, :1]).all() and self.may_be_rows
+        if same or not self.may_be_rows:
+            return Seen(one_a_row=bool(same))
+        return super().examine(start, stop)
+
+    def _unpacked(self, raw: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return self.type.unpack(raw)
+        except TernaryError as error:
+            kind = NotTernary if "code 3" in str(error) else CheckpointError
+            raise kind(f"{self.where}: from row {start}: {error}") from None
+
+    def _ordered(self, array: np.ndarray) -> np.ndarray:
+        """Columns in the order of `order`: (rows, columns) of trits or scales."""
+        heads = array.reshape(len(array), len(self.order), -1)
+        return np.ascontiguousarray(heads[:, list(self.order)]).reshape(array.shape)

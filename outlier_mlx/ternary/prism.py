@@ -1,0 +1,93 @@
+"""The ternary blocks of PrismML's GGUF files, and ggml's Q2_0, byte for byte.
+
+A weight is d * trit, with a float16 d for each block:
+
+Q2_0 (64 weights, 18 bytes) and PQ2_0 (128 weights, 34 bytes): d, then codes of trit + 1, two bits
+each, four a byte, the first in the lowest bits.
+
+PTQ1_0 (128 weights, 28 bytes): 24 bytes, 2 bytes, d. Byte n of the first 16 holds weights n,
+n + 16, ... n + 64; of the next 8, weights 80 + n, 88 + n, ... 112 + n; of the last 2, weights
+120 + n, 122 + n, 124 + n, 126 + n and a digit 0. Digits are those of ggml's TQ1_0.
+
+Sources: ggml-common.h and ggml-quants.c of ggml-org/llama.cpp (Q2_0) and PrismML-Eng/llama.cpp.
+"""
+
+import numpy as np
+
+from outlier_mlx.ternary.arrays import TernaryError, require_rows
+from outlier_mlx.ternary.two_bits import has_code_3, unpack_twos
+
+Q2_0_BYTES = 18
+PQ2_0_BYTES = 34
+PTQ1_0_BYTES = 28
+
+_D_BYTES = 2
+# PTQ1_0: first byte, first weight, number of bytes, weights a byte.
+_RUNS = ((0, 0, 16, 5), (16, 80, 8, 5), (24, 120, 2, 4))
+
+
+def unpack_q2_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Unpack Q2_0.
+
+    Args:
+        packed: (..., blocks * 18) uint8.
+
+    Returns:
+        Trits (..., blocks * 64) int8 and scales d (..., blocks) float16, as stored.
+
+    Raises:
+        TernaryError: wrong type or length, a scale that is not finite, or the code 3.
+    """
+    return _unpack_two_bits(packed, Q2_0_BYTES)
+
+
+def unpack_pq2_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Unpack PQ2_0: like `unpack_q2_0_blocks`, in blocks of 34 bytes and 128 weights."""
+    return _unpack_two_bits(packed, PQ2_0_BYTES)
+
+
+def unpack_ptq1_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Unpack PTQ1_0: like `unpack_q2_0_blocks`, in blocks of 28 bytes and 128 weights.
+
+    Every byte decodes to trits, as in ggml.
+    """
+    blocks = _blocks(packed, PTQ1_0_BYTES)
+    d = _scales(blocks, PTQ1_0_BYTES - _D_BYTES)
+    trits = np.empty((*blocks.shape[:-1], 128), np.int8)
+    for byte, weight, size, depth in _RUNS:
+        left = blocks[..., byte : byte + size].astype(np.uint16)
+        for n in range(depth):  # multiplying by 3 carries the next digit out of the byte
+            left *= 3
+            start = weight + size * n
+            np.right_shift(left, 8, out=trits[..., start : start + size], casting="unsafe")
+            left &= 255
+    trits -= 1
+    return trits.reshape(*packed.shape[:-1], -1), d
+
+
+def _unpack_two_bits(packed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    blocks = _blocks(packed, size)
+    d = _scales(blocks, 0)
+    codes = np.ascontiguousarray(blocks[..., _D_BYTES:])
+    trits = unpack_twos(codes).reshape(*packed.shape[:-1], -1)
+    if has_code_3(codes):
+        index = [int(i) for i in np.unravel_index(int(trits.argmax()), trits.shape)]
+        raise TernaryError(f"the weight at {index} has code 3, which is not a trit")
+    return trits, d
+
+
+def _blocks(packed: np.ndarray, size: int) -> np.ndarray:
+    packed = require_rows("packed", packed, np.uint8)
+    count, rest = divmod(packed.shape[-1], size)
+    if rest:
+        raise TernaryError(f"packed: rows of {packed.shape[-1]} are not whole blocks of {size}")
+    return packed.reshape(*packed.shape[:-1], count, size)
+
+
+def _scales(blocks: np.ndarray, at: int) -> np.ndarray:
+    d = np.ascontiguousarray(blocks[..., at : at + _D_BYTES]).view("<f2")[..., 0]
+    finite = np.isfinite(d)
+    if not finite.all():
+        index = [int(i) for i in np.argwhere(~finite)[0]]
+        raise TernaryError(f"the scale of block {index} is {d[tuple(index)]}")
+    return d
