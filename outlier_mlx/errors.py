@@ -1,11 +1,15 @@
 """The errors that a user can act on: the command line prints them as one line."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 # Names in files can be as long as the files.
 _MAX_MESSAGE = 900
 _MAX_NAME = 80
+# A layer's number in the path of a module, or in the name of a GGUF tensor.
+_LAYER = re.compile(r"(\.layers\.|^blk\.)[0-9]+\.")
 
 
 class OutlierError(Exception):
@@ -57,6 +61,18 @@ def listed(names: Iterable[object], most: int | None = None, last: str = "and") 
     if len(texts) < 2:
         return texts[0] if texts else "none"
     return f"{', '.join(texts[:-1])} {last} {texts[-1]}"
+
+
+def by_layer(paths: Iterable[str], most: int | None = None) -> str:
+    """Names of modules for people; the same module of several layers is named once."""
+    layers = Counter(_LAYER.sub(r"\1N.", path) for path in dict.fromkeys(paths))
+    return listed(
+        (
+            name if "N." not in name else f"{name} ({count} layer{'s' if count > 1 else ''})"
+            for name, count in layers.items()
+        ),
+        most,
+    )
 
 
 def one_line(text: str) -> str:

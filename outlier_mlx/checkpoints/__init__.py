@@ -9,6 +9,7 @@ from outlier_mlx.checkpoints import expert_files, gguf, packed, single, toy
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.unsupported import refuse_unsupported
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, listed
+from outlier_mlx.models.config import is_ternary_model
 from outlier_mlx.storage.paths import inside, named
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
@@ -43,8 +44,10 @@ def open_overlay(path: str | Path) -> Overlay:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     config = folder / "config.json"
-    if config.exists() and "ternary" in read_json(inside(folder, "config.json")):
-        raise CheckpointError(f"{folder}: this is a tier already; an overlay was expected")
+    raw = read_json(inside(folder, "config.json")) if config.exists() else {}
+    if "ternary" in raw:
+        what = "a ternary model" if is_ternary_model(raw) else "a tier already"
+        raise CheckpointError(f"{folder}: this is {what}; an overlay was expected")
     tensors = read_shards(folder, required=False, every=True)
     refuse_unsupported(folder, tensors)
     for _, open_form in _FORMS:

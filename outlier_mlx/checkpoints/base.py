@@ -13,6 +13,7 @@ from outlier_mlx.models.config import (
     POSITIONS,
     Defaults,
     ModelConfig,
+    is_ternary_model,
     parse_config,
     read_config,
     stated_base,
@@ -69,6 +70,8 @@ def open_base(folder: Path) -> BaseModel:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     config = read_config(folder)
+    if is_ternary_model(config.raw):
+        raise CheckpointError(f"{folder}: a ternary model; no overlay can be put on it")
     if "ternary" in config.raw:
         raise CheckpointError(f"{folder}: this is a tier; a base model was expected")
     for name in ("quantization", "quantization_config"):

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
 from outlier_mlx.checkpoints import Overlay, open_overlay
+from outlier_mlx.checkpoints.gguf_info import holds_gguf, read_gguf_info
 from outlier_mlx.checkpoints.headers import headers
+from outlier_mlx.checkpoints.ternary_info import TernaryInfo, survey_folder
+from outlier_mlx.checkpoints.ternary_model import open_ternary_model
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import (
     Description,
     describe,
     is_overlay,
+    is_ternary_model,
     is_tier,
     parse_config,
     raw_config,
@@ -20,11 +25,14 @@ from outlier_mlx.models.config import (
 from outlier_mlx.models.sizes import add_up, context_length, kv_bytes
 from outlier_mlx.models.stored import stored_params
 from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
+from outlier_mlx.storage.gguf_model import patterns
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.ternary_matrix import settled
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import has_chat_template
 from outlier_mlx.writing.licences import CARD, stated_licence
+from outlier_mlx.writing.parts import ahead, reading_pool
 from outlier_mlx.writing.runs import name_leftovers
 
 # What says something of a model besides its config and tensors.
@@ -57,6 +65,7 @@ class Info:
         quantization: bits and group size of what is quantized, but for a tier's experts.
         chat_template: whether its tokenizer has one.
         licence: as its model card states it.
+        ternary: whether its quantized matrices are ternary; None if none is quantized.
     """
 
     name: str
@@ -79,40 +88,72 @@ class Info:
     quantization: dict[str, int] | None
     chat_template: bool
     licence: str | None
+    ternary: TernaryInfo | None = None
 
     def as_json(self) -> dict:
         """Everything, with the bits per weight of each row."""
         rows = [asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in self.rows]
-        return asdict(self) | {"rows": rows}
+        ternary = None if self.ternary is None else self.ternary.as_json()
+        return asdict(self) | {"rows": rows, "ternary": ternary}
 
 
 def inspect(
     path_or_repo: str | Path,
     revision: str | None = None,
     progress: Progress = no_progress,
+    *,
+    file: str | None = None,
+    deep: bool = False,
 ) -> Info:
-    """Describe a tier, an overlay or a plain model; no weights are read or downloaded.
+    """Describe a tier, an overlay or a plain model; weights are read only with `deep`.
 
     Args:
-        path_or_repo: a folder, or a repository on the hub.
+        path_or_repo: a folder, a `.gguf` file, or a repository on the hub.
         revision: branch, tag or commit on the hub.
+        file: name of a GGUF file in the folder or repository.
+        deep: read the codes of matrices that may be ternary; not for repositories.
         progress: called with how many files on the hub have been asked for, and how many will be.
 
     Raises:
         CheckpointError: there is no model, or its files are not valid.
         OutlierError: the hub cannot be reached.
     """
-    name_leftovers(Path(path_or_repo))
-    with headers(path_or_repo, revision, progress, besides=_ABOUT) as found:
-        return _inspect_folder(found.source.folder, found.source.name)
+    place = Path(path_or_repo)
+    if deep and not place.exists():
+        raise CheckpointError(f"{path_or_repo}: --deep reads weights, which have to be here")
+    if place.is_file() and holds_gguf(place):
+        return _inspect_gguf(place, place.name, None, deep=deep)
+    name_leftovers(place)
+    besides = _ABOUT if file is None else (*_ABOUT, *patterns(file))
+    with headers(path_or_repo, revision, progress, besides=besides) as found:
+        folder, name = found.source.folder, found.source.name
+        if file is not None or (folder.is_dir() and holds_gguf(folder)):
+            return _inspect_gguf(folder, name, file, deep=deep)
+        return _inspect_folder(folder, name, deep=deep)
 
 
-def _inspect_folder(folder: Path, name: str) -> Info:
+def _inspect_gguf(place: Path, name: str, file: str | None, *, deep: bool) -> Info:
+    fields, ternary = read_gguf_info(place, file, deep=deep)
+    others = dict.fromkeys(("kv_bytes_per_token", "base_architecture", "moe_layers", "dtype"))
+    return Info(name=name, quantization=None, ternary=ternary, **others, **fields)
+
+
+def _inspect_folder(folder: Path, name: str, *, deep: bool) -> Info:
     config = _read(name, raw_config(folder))
     if is_overlay(config.raw):
         overlay = open_overlay(folder)
         return _describe(config, folder, name, overlay_sizes(overlay), overlay.form)
-    return _describe(config, folder, name, tensor_sizes(name, config, read_shards(folder)), None)
+    tensors = read_shards(folder)
+    if is_ternary_model(config.raw):
+        model = open_ternary_model(folder, config.raw, tensors)
+        if deep:
+            with reading_pool() as pool:
+                for matrix in model.matrices.values():
+                    settled(matrix.source, partial(ahead, pool))
+    info = _describe(config, folder, name, tensor_sizes(name, config, tensors), None)
+    if is_tier(config.raw):
+        return info
+    return replace(info, ternary=survey_folder(config.raw, tensors, deep=deep))
 
 
 #: Kind of part, parameters and bytes.
@@ -129,6 +170,8 @@ def _describe(config: Description, folder: Path, name: str, sizes: Sizes, form: 
     if is_tier(config.raw):
         kind, base = "tier", config.family
         form = str(config.raw["ternary"].get("format", "?"))
+    elif is_ternary_model(config.raw):
+        form = f"ternary {config.model_type or '?'}"
     return Info(
         name=name,
         kind=kind,

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outlier_mlx.checkpoints.ternary_model import TernaryModel, open_ternary_model
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.models.config import (
     MADE,
     ModelConfig,
     describe,
     is_overlay,
+    is_ternary_model,
     is_tier,
     parse_config,
     raw_config,
@@ -47,11 +49,13 @@ class StoredModel:
         raw: its config.json; of a plain model, with the field names of `normalised`.
         config: what it is, if every tensor was held against it; None for models of others.
         tensors: where its tensors are.
+        ternary: its ternary matrices, if it is a ternary model.
     """
 
     raw: dict
     config: ModelConfig | None
     tensors: Mapping[str, TensorRef]
+    ternary: TernaryModel | None = None
 
 
 def open_stored(folder: Path) -> StoredModel:
@@ -66,6 +70,8 @@ def open_stored(folder: Path) -> StoredModel:
     """
     try:
         raw = open_config(folder)
+        if is_ternary_model(raw):
+            return _open_ternary(folder, raw)
         return (_open_tier if is_tier(raw) else _open_plain)(folder, raw)
     except CheckpointError as error:
         if str(error).startswith(
@@ -104,6 +110,17 @@ def _open_tier(folder: Path, raw: dict) -> StoredModel:
     if (folder / _OTHER_QUANTIZATION).exists():
         raise CheckpointError(f"{folder}: {_OTHER_QUANTIZATION}: not a file of a tier")
     return _open_checked(folder, config)
+
+
+def _open_ternary(folder: Path, raw: dict) -> StoredModel:
+    _check_quantization(raw)
+    tensors = read_shards(folder)
+    ternary = open_ternary_model(folder, raw, tensors)
+    vocab = describe(raw).vocab
+    if vocab is not None:
+        check_ends(folder, raw, vocab)
+        check_tokenizer(folder, vocab)
+    return StoredModel(raw, None, tensors, ternary)
 
 
 def _open_plain(folder: Path, raw: dict) -> StoredModel:

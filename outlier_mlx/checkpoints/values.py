@@ -14,6 +14,7 @@ from outlier_mlx.models.stored import FLOATS, is_packed, stored_modules
 from outlier_mlx.storage.rounding import all_finite
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, PackedTrits, row_ranges
+from outlier_mlx.storage.ternary_matrix import TernarySource, slabs
 from outlier_mlx.terminal import Progress, no_progress
 
 _SLAB_BYTES = 1 << 24
@@ -33,7 +34,7 @@ def check_values(model: StoredModel, progress: Progress = no_progress) -> None:
         CheckpointError: bytes of an expert that no trits are packed into, scales that are no scales
             of ternary weights, or a number that is not finite; names the tensor.
     """
-    checks = [*_experts(model), *_floats(model)]
+    checks = [*_experts(model), *_matrices(model), *_floats(model)]
     total = sum(nbytes for nbytes, _ in checks)
     done = 0
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -51,8 +52,8 @@ def check_values(model: StoredModel, progress: Progress = no_progress) -> None:
 def _experts(model: StoredModel) -> Iterator[_Check]:
     """Checks of ternary experts, an expert's slab of rows at a time."""
     config = model.config
-    assert config is not None
-    for module in stored_modules(config):
+    for module in stored_modules(config) if config is not None else ():
+        assert config is not None
         ternary = "ternary" in config.raw or is_packed(module, config)
         if module.kind != "experts" or not ternary:
             continue
@@ -63,6 +64,19 @@ def _experts(model: StoredModel) -> Iterator[_Check]:
             row = matrix.trits.nbytes // rows
             for start, stop in row_ranges(rows, row, _SLAB_BYTES):
                 yield (stop - start) * row, partial(_check_trits, matrix, start, stop)
+
+
+def _matrices(model: StoredModel) -> Iterator[_Check]:
+    """Checks of the matrices of a ternary model, a slab of rows at a time."""
+    matrices = model.ternary.matrices.values() if model.ternary is not None else ()
+    for source in (matrix.source for matrix in matrices):
+        for start, stop in slabs(source):
+            nbytes = source.nbytes * (stop - start) // source.shape[0]
+            yield nbytes, partial(_examine, source, start, stop)
+
+
+def _examine(source: TernarySource, start: int, stop: int) -> None:
+    source.examine(start, stop)
 
 
 def _check_scales(matrix: ExpertMatrix) -> None:

@@ -133,7 +133,8 @@ def import_(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Folder, .gguf file or hub repository of an AWQ or GGUF model."
+            metavar="MODEL",
+            help="Folder, .gguf file or hub repository of an AWQ, GGUF or ternary model.",
         ),
     ],
     out: Annotated[
@@ -161,13 +162,22 @@ def import_(
     ] = None,
     experts: Annotated[
         Experts | None,
-        typer.Option(help="GGUF: how TQ1_0 and TQ2_0 experts are stored. Default: tq1_0."),
+        typer.Option(
+            help="GGUF: how ternary weights, experts or not, are stored; affine2 is for stock"
+            " mlx-lm. Default: tq1_0."
+        ),
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Ternary models: refuse quantized matrices that are not ternary."
+        ),
+    ] = False,
     revision: Revision = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn an AWQ or GGUF model into an MLX folder."""
+    """Turn an AWQ, GGUF or ternary model into an MLX folder."""
     if bits == 5 and dtype == "float32":
         raise typer.BadParameter(
             "5 is for scales in float16: in float32, 4 bits are exact", param_hint="--bits"
@@ -186,6 +196,7 @@ def import_(
             file=file,
             k_quants=k_quants,
             experts=experts,
+            strict=strict,
             revision=revision,
             force=force,
             progress=progress,

@@ -42,13 +42,27 @@ _HOLDS: "dict[HoldName | None, Hold | None]" = {
 
 
 @command("Measure", "info Qwen/Qwen2.5-7B-Instruct --json")
-def info(model: Model, revision: Revision = None, as_json: Json = False) -> None:
+def info(
+    model: Model,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME.gguf", help="Which GGUF file of the folder or repository to read."
+        ),
+    ] = None,
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Read the weights, too, to tell which are ternary."),
+    ] = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
     """Describe a tier, overlay or model: its parts, its size, and the memory it needs."""
     from outlier_mlx.checkpoints.info import inspect
     from outlier_mlx.terminal import counting_bar
 
     with counting_bar("reading headers", "files", quiet=False, at_once=False) as progress:
-        found = inspect(model, revision, progress)
+        found = inspect(model, revision, progress, file=file, deep=deep)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from outlier_mlx.errors import listed, one_line
+from outlier_mlx.errors import by_layer, listed, one_line
 from outlier_mlx.terminal import (
     count,
     parts_table,
@@ -14,9 +14,12 @@ from outlier_mlx.terminal import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mlx_lm.generate import GenerationResponse
 
     from outlier_mlx.checkpoints.info import Info
+    from outlier_mlx.checkpoints.ternary_info import TernaryInfo
     from outlier_mlx.engine.memory import Budget
     from outlier_mlx.imports import Imported
     from outlier_mlx.tiers.choose import Choice
@@ -78,6 +81,33 @@ def print_info(info: "Info") -> None:
         soft_wrap=True,
     )
     console.print(parts_table(info.rows))
+    if info.ternary is not None:
+        for line in _ternary_lines(info.ternary):
+            console.print(one_line(line), soft_wrap=True)
+
+
+def _ternary_lines(ternary: "TernaryInfo") -> "Iterator[str]":
+    """What is known of a model's quantized matrices: a line for all, and one for each sort."""
+    total, possible = len(ternary.matrices), ternary.possible
+    if not possible:
+        yield f"ternary: none of {total} quantized matrices"
+    else:
+        known = len(ternary.of(True))
+        said = f"{known} of {total} quantized matrices"
+        if known < len(possible):
+            more = f"perhaps {len(possible) - known} more (--deep reads their codes)"
+            said = f"{said}, and {more}" if known else f"of {total} quantized matrices, {more}"
+        now = sum(matrix.nbytes for matrix in possible)
+        packed = sum(matrix.packed_nbytes or 0 for matrix in possible)
+        yield f"ternary: {said}"
+        yield f"as ternary rows: {size(packed)} in place of {size(now)} ({packed / now:.2f})"
+    words = {True: "ternary", False: "not ternary", None: "perhaps ternary"}
+    sorts: dict[tuple[str, str], list[str]] = {}
+    for matrix in ternary.matrices:
+        sort = (matrix.form, words[matrix.ternary])
+        sorts.setdefault(sort, []).append(matrix.name)
+    for (form, word), names in sorts.items():
+        yield f"  {word}: {by_layer(names)} ({form})"
 
 
 def _facts(info: "Info") -> dict[str, object]:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from outlier_mlx.engine.loading import check_loads
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.imports.gguf_file import patterns
 from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
+from outlier_mlx.models.config import raw_config
 from outlier_mlx.models.summary import SummaryRow
+from outlier_mlx.storage.gguf_model import patterns
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
 from outlier_mlx.storage.paths import entries, named
 from outlier_mlx.storage.shards import SHARDS
@@ -49,11 +50,14 @@ def import_model(
     file: str | None = None,
     k_quants: KQuants | None = None,
     experts: TernaryFormat | None = None,
+    strict: bool = False,
     revision: str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Imported:
-    """Write a model of another format as an MLX folder that stock mlx-lm loads.
+    """Write a model of another format as an MLX folder.
+
+    Stock mlx-lm loads it, unless it is ternary.
 
     Args:
         source: a folder, a `.gguf` file, or a hub repository.
@@ -63,8 +67,10 @@ def import_model(
         file: name of the `.gguf` file in a folder or repository.
         k_quants: how to store Q2_K, Q3_K and Q6_K of GGUF: "8bit" (default), "float16" or
             "float32".
-        experts: how to store ternary experts of GGUF: "tq1_0" (default) in this project's layers,
-            "affine2" for stock mlx-lm.
+        experts: how to store ternary weights of GGUF, experts or not: "tq1_0" (default) in this
+            project's layers, "affine2" for stock mlx-lm.
+        strict: refuse a ternary model with quantized matrices that are not ternary, which would
+            otherwise stay as they are.
         revision: branch, tag or commit on the hub.
         force: replace `out` if it is a model that this project wrote.
         progress: progress callback (bytes of the source read, bytes in total).
@@ -77,7 +83,8 @@ def import_model(
     check_free(target, force=force, sources=[source])
     found = _resolve(source, file, revision)
     gguf = {"k_quants": k_quants, "experts": experts}
-    opened = _open(found, dtype, bits, file, {k: v for k, v in gguf.items() if v is not None})
+    given = {k: v for k, v in gguf.items() if v is not None}
+    opened = _open(found, dtype, bits, file, given, strict=strict)
     tensors = Parts(opened.parts)
     origin = {"name": found.name, "revision": found.revision, "form": opened.source_format}
     written = write_model(
@@ -97,7 +104,8 @@ def import_model(
 
 
 def _card(name: str, source: Source, opened: Opened, rows: Sequence[SummaryRow]) -> Card:
-    program = "outlier-mlx generate" if "ternary_switch" in opened.config else "mlx_lm.generate"
+    own = not opened.config.keys().isdisjoint(("ternary", "ternary_switch"))
+    program = "outlier-mlx generate" if own else "mlx_lm.generate"
     origin = origin_of("source", source)
     return Card(
         name=name,
@@ -126,7 +134,13 @@ def _resolve(source: str | Path, file: str | None, revision: str | None) -> Sour
 
 
 def _open(
-    found: Source, dtype: ScaleType | None, bits: int | None, file: str | None, gguf: dict[str, Any]
+    found: Source,
+    dtype: ScaleType | None,
+    bits: int | None,
+    file: str | None,
+    gguf: dict[str, Any],
+    *,
+    strict: bool,
 ) -> Opened:
     """Detect the format from the names of the source's files, and open it."""
     place = found.folder
@@ -135,7 +149,7 @@ def _open(
             raise CheckpointError(f"{found.name}: --bits is for AWQ, not for GGUF")
         from outlier_mlx.imports.gguf import open_gguf_model
 
-        return open_gguf_model(place, file=file, dtype=dtype, **gguf)
+        return open_gguf_model(place, file=file, dtype=dtype, strict=strict, **gguf)
     # GGUF files in a repository are downloaded only with --file.
     hint = "" if found.revision is None else "; name a GGUF file of a repository with --file"
     if entries(place, SHARDS):
@@ -143,6 +157,15 @@ def _open(
             raise CheckpointError(f"{found.name}: no config.json{hint}")
         if gguf:
             raise CheckpointError(f"{found.name}: --k-quants and --experts are for GGUF")
+        raw = raw_config(place)
+        from outlier_mlx.imports.ternary_folder import is_ternary_source, open_ternary_folder
+
+        if is_ternary_source(raw):
+            if dtype is not None or bits is not None:
+                raise CheckpointError(f"{found.name}: --dtype and --bits do not touch trits")
+            return open_ternary_folder(place, raw, strict=strict)
+        if strict:
+            raise CheckpointError(f"{found.name}: --strict is for ternary models; this is none")
         from outlier_mlx.imports.awq import open_awq_model
 
         return open_awq_model(place, dtype=dtype, bits=bits)

@@ -1,36 +1,54 @@
 """Open GGUF models, and choose how each tensor is stored: exactly if MLX has a format for it."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.checkpoints.gguf import BlockScales, BlockTrits
-from outlier_mlx.errors import CheckpointError, listed
+from outlier_mlx.errors import CheckpointError, by_layer, listed
 from outlier_mlx.imports import KQuants, ScaleType, TernaryFormat, gguf_blocks
 from outlier_mlx.imports.gguf_blocks import AFFINE, FLOATS, REGROUPED
 from outlier_mlx.imports.gguf_config import architecture, read_config
-from outlier_mlx.imports.gguf_file import read_model
-from outlier_mlx.imports.gguf_names import Names, Rows
+from outlier_mlx.imports.gguf_names import AnyRows, Names
 from outlier_mlx.imports.gguf_parts import AffineMatrix, PlainTensor, RoundingErrors
-from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
+from outlier_mlx.imports.gguf_qwen35 import (
+    Qwen35Names,
+    is_a_log,
+    read_a_log,
+    read_qwen35,
+)
+from outlier_mlx.imports.gguf_ternary import (
+    Candidate,
+    Matrices,
+    check_rotated,
+    modules_of,
+    ternary_matrices,
+)
+from outlier_mlx.imports.gguf_tokenizer import Vocabulary, read_vocabulary, write_tokenizer
 from outlier_mlx.imports.opened import Opened
+from outlier_mlx.imports.rotation import read_hadamard
 from outlier_mlx.models.config import spell_config
 from outlier_mlx.models.families import family
 from outlier_mlx.models.modules import Module
 from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
+from outlier_mlx.storage.gguf import GgufTensor
+from outlier_mlx.storage.gguf_model import GgufModel, read_model
 from outlier_mlx.storage.rounding import is_rounded
 from outlier_mlx.storage.tensors import ExpertMatrix
+from outlier_mlx.storage.ternary_blocks import TYPES
 from outlier_mlx.writing.expert_parts import TernaryExperts
+from outlier_mlx.writing.float_parts import Constant
 from outlier_mlx.writing.parts import Part, quantization
+from outlier_mlx.writing.ternary_parts import TernaryPart
 
 _TERNARY = ("TQ1_0", "TQ2_0")
+#: Architectures that are read for their ternary weights only.
+NEEDS_ROWS = ("bitnet", "qwen35")
 _REGROUPED_BITS, _GROUP = 8, 32
 # Only float32 tensors of at most this many weights (norms, biases, routers) are checked for whether
 # a 16-bit dtype holds them exactly.
 _MAX_CHECKED = 1 << 22
-_LAYER = re.compile(r"\.layers\.[0-9]+\.")
 
 
 def open_gguf_model(
@@ -40,6 +58,7 @@ def open_gguf_model(
     dtype: ScaleType | None = None,
     k_quants: KQuants = "8bit",
     experts: TernaryFormat = "tq1_0",
+    strict: bool = False,
 ) -> Opened:
     """Open a GGUF model of the architectures in `gguf_config.ARCHITECTURES`.
 
@@ -57,24 +76,77 @@ def open_gguf_model(
     """
     model = read_model(place, file)
     kind = architecture(model)
+    hadamard = read_hadamard(model.fields, model.where)
     vocabulary = read_vocabulary(model.fields, kind, model.where)
-    config, notes = read_config(model, vocabulary)
-    modules = family(config.family).modules(config)
-    sources = _sources(Names(model, config, permuted=kind == "llama"), modules)
-    ternary = _ternary_layers(sources) if experts == "tq1_0" else {}
-    others = [source for source in sources if source.module.path not in ternary]
+    made = _describe(model, kind, vocabulary)
+    if hadamard is not None:
+        check_rotated(hadamard, model, kind, made.names)
+    sources = _sources(made.names, made.modules)
+    as_rows = experts == "tq1_0"
+    layers = _ternary_layers(sources) if as_rows else {}
+    matrices = Matrices()
+    if as_rows and not made.has_experts:
+        matrices = ternary_matrices(
+            [s.candidate for s in sources], made.names, hadamard, strict=strict
+        )
+    elif strict or hadamard is not None:
+        option = "a rotated model" if hadamard is not None else "--strict"
+        raise CheckpointError(f"{model.where}: {option} needs dense ternary rows (--experts tq1_0)")
+    if kind in NEEDS_ROWS and not matrices.found:
+        raise CheckpointError(
+            f"{model.where}: {kind} models are imported if they are ternary; this one has no"
+            f" matrix in {listed(TYPES, last='or')}"
+        )
+    others = [source for source in sources if source.module.path not in layers]
     chosen = dtype or _exact_dtype(others, k_quants)
-    plan = _Plan(chosen, k_quants, RoundingErrors(), ternary)
-    parts = [plan.part(source) for source in sources]
+    plan = _Plan(chosen, k_quants, RoundingErrors(), layers, matrices)
+    parts = [*matrices.rotations.parts(), *(plan.part(source) for source in sources)]
     types = _types(sources)
     return Opened(
         source_format=f"GGUF {'+'.join(types)}",
         parts=parts,
-        config=spell_config(config) | plan.config(parts),
+        config=made.config | plan.config(parts),
         assets=lambda folder: write_tokenizer(vocabulary, folder),
-        notes=lambda: [*vocabulary.notes, *notes, *_notes(parts, plan, dtype)],
+        notes=lambda: [*vocabulary.notes, *made.notes, *_notes(parts, plan, dtype)],
         details={"types": types, "dtype": chosen, "largest_errors": plan.errors.largest},
     )
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A model of any architecture.
+
+    Attributes:
+        config: its config.json, but for how weights are stored.
+        modules: the modules of mlx-lm's model that store weights.
+        names: finds their tensors.
+        notes: on what is ignored.
+        has_experts: whether it is a mixture of experts.
+    """
+
+    config: dict
+    modules: list[Module]
+    names: Names | Qwen35Names
+    notes: list[str]
+    has_experts: bool = False
+
+
+def _describe(model: GgufModel, kind: str, vocabulary: Vocabulary) -> _Described:
+    if kind == "qwen35":
+        config = read_qwen35(model, vocabulary)
+        found = Qwen35Names(model, config)
+        drafts = sorted(found.drafts())
+        notes = [f"ignored: the draft head {listed(drafts, 2)}"] if drafts else []
+        return _Described(config, modules_of(config, len(model.tensors)), found, notes)
+    parsed, notes = read_config(model, vocabulary)
+    names = Names(model, parsed, permuted=kind == "llama")
+    spelled = spell_config(parsed)
+    if kind == "bitnet":
+        # mlx-lm's model has this type, and another activation: the config says which one it is.
+        spelled |= {"model_type": kind, "architectures": ["BitNetForCausalLM"]}
+        return _Described(spelled, modules_of(spelled, len(model.tensors)), names, notes)
+    modules = family(parsed.family).modules(parsed)
+    return _Described(spelled, modules, names, notes, parsed.experts > 0)
 
 
 @dataclass(frozen=True)
@@ -82,12 +154,17 @@ class _Source:
     """A weight or bias of a module, and its source rows."""
 
     module: Module
-    rows: tuple[Rows, ...]
+    rows: tuple[AnyRows, ...]
     bias: bool = False
+    factor: GgufTensor | None = None
 
     @property
     def kinds(self) -> set[str]:
         return {rows.tensor.kind for rows in self.rows}
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(self.module, () if self.bias else self.rows, self.factor)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,9 +181,11 @@ class _Source:
                 )
 
 
-def _sources(names: Names, needed: Sequence[Module]) -> list[_Source]:
+def _sources(names: Names | Qwen35Names, needed: Sequence[Module]) -> list[_Source]:
     """Find the sources of all modules; checks that every tensor is used and its type supported."""
-    sources = [_Source(module, names.weight(module)) for module in needed]
+    sources = [
+        _Source(module, names.weight(module), factor=names.factor(module)) for module in needed
+    ]
     sources += [_Source(module, names.bias(module), bias=True) for module in needed if module.bias]
     names.check_all_used()
     for source in sources:
@@ -122,12 +201,17 @@ class _Plan:
     k_quants: KQuants
     errors: RoundingErrors
     ternary: dict[str, list[ExpertMatrix]]
+    matrices: Matrices
 
     def part(self, source: _Source) -> Part:
         """The part for a source."""
         path, kind = source.module.path, source.module.kind
         if path in self.ternary:
             return TernaryExperts(path, kind, tuple(self.ternary[path]))
+        if path in self.matrices.found and not source.bias:
+            return TernaryPart(path, kind, self.matrices.found[path])
+        if is_a_log(source.module):
+            return Constant(path, kind, f"{path}.A_log", read_a_log(source.rows[0]), "float32")
         kinds = source.kinds
         common = (path, kind, source.shape, source.rows)
         if kinds.isdisjoint(FLOATS):
@@ -141,7 +225,7 @@ class _Plan:
             dtype: str = self.k_quants
         else:
             dtype = self._floats(source)
-        name = f"{path}.{'bias' if source.bias else 'weight'}"
+        name = f"{path}.{'bias' if source.bias else source.module.leaf}"
         return PlainTensor(*common, dtype, self.errors, name)
 
     def config(self, parts: Sequence[Part]) -> dict:
@@ -151,6 +235,8 @@ class _Plan:
             layers = sorted({int(path.split(".")[2]) for path in self.ternary})
             ternary = {"format": ROWS, "version": EXPERT_FORMAT_VERSION, "layers": layers}
             config |= {"model_type": "ternary_mixtral", "ternary_switch": ternary}
+        if self.matrices.found:
+            config["ternary"] = self.matrices.fields().spelled()
         return config
 
     def _floats(self, source: _Source) -> str:
@@ -222,7 +308,7 @@ def _exact_dtype(sources: Sequence[_Source], k_quants: KQuants) -> str:
     return "float32"
 
 
-def _fits(rows: Rows, dtype: str) -> bool:
+def _fits(rows: AnyRows, dtype: str) -> bool:
     """Whether a dtype holds a float32 tensor exactly; True for all other tensors."""
     tensor = rows.tensor
     if tensor.kind != "F32":
@@ -251,7 +337,12 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
     notes = []
     for (kinds, stored_as), paths in found.items():
         error = max(plan.errors.largest[path] for path in paths)
-        notes.append(f"{kinds} as {stored_as}: off by up to {error:.2g} in {_modules(paths)}")
+        notes.append(f"{kinds} as {stored_as}: off by up to {error:.2g} in {by_layer(paths)}")
+    if plan.matrices.found:
+        notes.append(
+            f"{len(plan.matrices.found)} matrices are ternary rows of this project, which stock"
+            " mlx-lm cannot load; --experts affine2 makes a model that it can load"
+        )
     if plan.ternary:
         notes.append(
             "the experts are ternary layers of this project, which stock mlx-lm cannot load; it can"
@@ -267,16 +358,7 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
     halves = [p.path for p in parts if isinstance(p, PlainTensor) and p.dtype != "float32"]
     if halves:
         notes.append(
-            f"{_modules(halves)}: 16-bit weights in a float32 model, which MLX converts at every"
+            f"{by_layer(halves)}: 16-bit weights in a float32 model, which MLX converts at every"
             " use; --dtype float16 stores all in float16"
         )
     return notes
-
-
-def _modules(paths: Iterable[str]) -> str:
-    """Names of modules for messages; the same module of several layers is named once."""
-    layers = Counter(_LAYER.sub(".layers.N.", path) for path in dict.fromkeys(paths))
-    return listed(
-        name if ".N." not in name else f"{name} ({count} layer{'s' if count > 1 else ''})"
-        for name, count in layers.items()
-    )

@@ -17,6 +17,11 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.ternary import TernaryError
 from outlier_mlx.ternary.ggml import unpack_tq1_0_blocks, unpack_tq2_0_blocks
+from outlier_mlx.ternary.prism import (
+    unpack_pq2_0_blocks,
+    unpack_ptq1_0_blocks,
+    unpack_q2_0_blocks,
+)
 
 #: Types that are not quantized.
 FLOATS = ("F32", "F16", "BF16")
@@ -89,6 +94,8 @@ def values(kind: str, raw: np.ndarray) -> np.ndarray:
         result = raw.view("<f2").astype(np.float32)
     elif kind == "BF16":
         result = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    elif kind in ("Q2_0", "PQ2_0", "PTQ1_0"):  # not in the package
+        result = affine_values(codes(kind, raw), *scales(kind, raw))
     else:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
@@ -226,9 +233,14 @@ def _ternary(unpack: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> C
     return codes
 
 
-def _ternary_scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    d = np.repeat(_half(blocks, blocks.shape[-1] - 2), 2, axis=-1)
-    return d, -d
+def _ternary_scales(at: int, groups: int = 1) -> Callable[[Blocks], tuple[np.ndarray, np.ndarray]]:
+    """Scales of ternary types, whose float16 at byte `at` is that of so many groups."""
+
+    def scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+        d = np.repeat(_half(blocks, at), groups, axis=-1)
+        return d, -d
+
+    return scales
 
 
 AFFINE: dict[str, Affine] = {
@@ -241,6 +253,9 @@ AFFINE: dict[str, Affine] = {
     "Q8_0": Affine(8, 32, True, 34, lambda b: b[..., 2:] ^ 128, _offset(128)),
     "Q4_K": Affine(4, 32, False, 144, lambda b: _k_nibbles(b[..., 16:]), _k_scales),
     "Q5_K": Affine(5, 32, False, 176, _q5_k, _k_scales),
-    "TQ1_0": Affine(2, 128, True, 54, _ternary(unpack_tq1_0_blocks), _ternary_scales),
-    "TQ2_0": Affine(2, 128, True, 66, _ternary(unpack_tq2_0_blocks), _ternary_scales),
+    "TQ1_0": Affine(2, 128, True, 54, _ternary(unpack_tq1_0_blocks), _ternary_scales(52, 2)),
+    "TQ2_0": Affine(2, 128, True, 66, _ternary(unpack_tq2_0_blocks), _ternary_scales(64, 2)),
+    "Q2_0": Affine(2, 64, True, 18, _ternary(unpack_q2_0_blocks), _ternary_scales(0)),
+    "PQ2_0": Affine(2, 128, True, 34, _ternary(unpack_pq2_0_blocks), _ternary_scales(0)),
+    "PTQ1_0": Affine(2, 128, True, 28, _ternary(unpack_ptq1_0_blocks), _ternary_scales(26)),
 }

@@ -12,13 +12,15 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.gguf_blocks import FLOATS, values
-from outlier_mlx.imports.gguf_file import GgufModel
 from outlier_mlx.imports.gguf_tokenizer import Vocabulary
 from outlier_mlx.models.config import ModelConfig, parse_config
 from outlier_mlx.models.families import family
+from outlier_mlx.storage.gguf_model import GgufModel
 from outlier_mlx.storage.rounding import fits
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "bitnet", "qwen35")
+# What a model is checked as: mainline's `bitnet` (the 3B of 2024) is a Llama with two more norms.
+_CHECKED_AS = {"bitnet": "llama"}
 ROPE_FREQS = "rope_freqs.weight"
 
 _SIZES = {
@@ -57,13 +59,18 @@ _LLAMA3 = {
 
 
 @dataclass(frozen=True)
-class _Fields:
+class Metadata:
     """Reads metadata of an architecture and checks the types."""
 
     model: GgufModel
     prefix: str
 
     def get(self, name: str, kinds: tuple[type, ...], default: Any = None) -> Any:
+        """The value of a key, of one of the types.
+
+        Raises:
+            CheckpointError: it is of another type.
+        """
         value = self.model.fields.get(f"{self.prefix}.{name}")
         if value is None:
             return default
@@ -71,6 +78,15 @@ class _Fields:
             raise CheckpointError(
                 f"{self.model.where}: {self.prefix}.{name} is {str(value)[:40]!r}, expected"
                 f" {listed((kind.__name__ for kind in kinds), last='or')}"
+            )
+        return value
+
+    def need(self, name: str, kinds: tuple[type, ...] = (int,)) -> Any:
+        """Like `get`; what is missing is refused, and so is a number that is not above 0."""
+        value = self.get(name, kinds)
+        if value is None or not 0 < value < math.inf:
+            raise CheckpointError(
+                f"{self.model.where}: {self.prefix}.{name} is {value}, expected a number above 0"
             )
         return value
 
@@ -97,24 +113,24 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, 
         CheckpointError: the metadata is not consistent or does not match the tensors, or mlx-lm's
             model does not support it.
     """
-    fields = _Fields(model, architecture(model))
+    fields = Metadata(model, architecture(model))
     experts = fields.get("expert_count", (int,), 0)
     names = _SIZES | (_EXPERTS if experts else {}) | _NUMBERS
     config: dict[str, Any] = {}
     for key, name in names.items():
         value = fields.get(key, (int, float) if key in _NUMBERS else (int,))
         if value is not None:
-            config[name] = _short(value)
-    kind = "mixtral" if experts else fields.prefix
+            config[name] = short_float(value)
+    kind = "mixtral" if experts else _CHECKED_AS.get(fields.prefix, fields.prefix)
     known = family(kind)
     config.setdefault("rope_theta", 10000.0)
     config |= {
         "model_type": kind,
         "architectures": [known.architecture],
         "hidden_act": "silu",
-        "vocab_size": _rows_of_embeddings(model),
+        "vocab_size": rows_of_embeddings(model),
         "tie_word_embeddings": "output.weight" not in model.tensors,
-        **_special(vocabulary),
+        **special_ids(vocabulary),
     }
     if kind == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in model.tensors
@@ -134,21 +150,23 @@ def read_config(model: GgufModel, vocabulary: Vocabulary) -> tuple[ModelConfig, 
     return found, known.notes(found) + _ignored(fields)
 
 
-def _short(value: float) -> float:
+def short_float(value: float) -> float:
     """The shortest decimal for a float32 of the metadata: 1e-05, not 9.99999975e-06."""
     if isinstance(value, int) or not fits(value, "float32"):
         return value
     return float(str(np.float32(value)))
 
 
-def _rows_of_embeddings(model: GgufModel) -> int:
+def rows_of_embeddings(model: GgufModel) -> int:
+    """Rows of the embedding: the size of the vocabulary."""
     tensor = model.tensors.get("token_embd.weight")
     if tensor is None or len(tensor.shape) != 2:
         raise CheckpointError(f"{model.where}: the matrix token_embd.weight is missing")
     return tensor.shape[0]
 
 
-def _special(vocabulary: Vocabulary) -> dict[str, Any]:
+def special_ids(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The ids of special tokens, as fields of a config.json."""
     ids: dict[str, Any] = {
         f"{name}_token_id": vocabulary.special[name]
         for name in ("bos", "eos", "pad")
@@ -161,7 +179,7 @@ def _special(vocabulary: Vocabulary) -> dict[str, Any]:
     return ids
 
 
-def _check_rest(fields: _Fields, config: ModelConfig, vocabulary: Vocabulary) -> None:
+def _check_rest(fields: Metadata, config: ModelConfig, vocabulary: Vocabulary) -> None:
     where, rows = fields.model.where, config.vocab
     if len(vocabulary.tokens) != rows:
         raise CheckpointError(
@@ -182,7 +200,7 @@ def _check_rest(fields: _Fields, config: ModelConfig, vocabulary: Vocabulary) ->
         )
 
 
-def _scaling(fields: _Fields) -> dict | None:
+def _scaling(fields: Metadata) -> dict | None:
     """`rope_scaling` from the metadata; the defaults for YaRN are the same as in transformers."""
     kind = fields.get("rope.scaling.type", (str,))
     old = fields.get("rope.scale_linear", (int, float))  # files of 2023
@@ -197,7 +215,7 @@ def _scaling(fields: _Fields) -> dict | None:
             f"{where}: {fields.prefix}.rope.scaling.type {kind!r} with factor {factor}; only linear"
             " and yarn are supported"
         )
-    scaling = {"rope_type": kind, "type": kind, "factor": _short(factor)}
+    scaling = {"rope_type": kind, "type": kind, "factor": short_float(factor)}
     if kind == "yarn":
         context = fields.get("rope.scaling.original_context_length", (int,))
         if context is not None:  # else that of the config, as in llama.cpp
@@ -222,7 +240,7 @@ def _with_frequency_factors(model: GgufModel, config: ModelConfig) -> ModelConfi
     factors = values(tensor.kind, tensor.read())[0]
     if (factors == 1).all():
         return config
-    scaling = {"rope_type": "llama3", "factor": _short(float(factors.max())), **_LLAMA3}
+    scaling = {"rope_type": "llama3", "factor": short_float(float(factors.max())), **_LLAMA3}
     same = np.allclose(factors, _llama3_factors(config, scaling), rtol=1e-5, atol=0)
     if config.family != "llama" or config.rope_scaling is not None or not same:
         raise CheckpointError(
@@ -242,7 +260,7 @@ def _llama3_factors(config: ModelConfig, scaling: dict) -> np.ndarray:
     return np.where(lengths < context / high, 1, np.where(lengths > context / low, factor, between))
 
 
-def _ignored(fields: _Fields) -> list[str]:
+def _ignored(fields: Metadata) -> list[str]:
     known = {*_OTHER, *_SIZES, *_EXPERTS, *_NUMBERS}
     prefix = f"{fields.prefix}."
     names = [

@@ -13,10 +13,10 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.gguf_config import ROPE_FREQS
-from outlier_mlx.imports.gguf_file import GgufModel
 from outlier_mlx.models.config import ModelConfig
 from outlier_mlx.models.modules import Module
 from outlier_mlx.storage.gguf import GgufTensor
+from outlier_mlx.storage.gguf_model import GgufModel
 
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -33,6 +33,8 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.attn_sub_norm": "attn_sub_norm",
+    "mlp.ffn_sub_norm": "ffn_sub_norm",
     "block_sparse_moe.gate": "ffn_gate_inp",
 }
 _LAYER = re.compile(r"model\.layers\.([0-9]+)\.(.+)")
@@ -63,6 +65,11 @@ class Rows:
         """Size of the rows on disk in bytes."""
         return self.count * self.tensor.row_bytes
 
+    @property
+    def multiple(self) -> int:
+        """Ranges begin and end at multiples of this."""
+        return self.head or 1
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Read stored rows: (rows, row_bytes) uint8.
 
@@ -78,6 +85,55 @@ class Rows:
             return raw
         pairs = raw.reshape(-1, self.head // 2, 2, raw.shape[-1])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(raw.shape)
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """Rows of a tensor, some of which are blocks in another order.
+
+    Attributes:
+        tensor: the tensor, as a matrix.
+        fixed: rows at the beginning that stay where they are.
+        unit: rows of a block.
+        order: for each block, its number in the file.
+    """
+
+    tensor: GgufTensor
+    fixed: int
+    unit: int
+    order: tuple[int, ...]
+
+    start = 0
+    head = 0
+    multiple = 1
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.fixed + self.unit * len(self.order)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.count * self.tensor.row_bytes
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows as they are stored, (rows, row_bytes) uint8, in the new order."""
+        pieces = []
+        while start < stop:
+            if start < self.fixed:
+                source, count = start, self.fixed - start
+            else:
+                block, within = divmod(start - self.fixed, self.unit)
+                source = self.fixed + self.order[block] * self.unit + within
+                count = self.unit - within
+            count = min(count, stop - start)
+            pieces.append(self.tensor.read(source, source + count))
+            start += count
+        return np.concatenate(pieces)
+
+
+AnyRows = Rows | Tiled
 
 
 class Names:
@@ -117,6 +173,12 @@ class Names:
         layer, place = _place(module.path)
         tensor = self._tensor(f"{_prefix(layer)}{_NAMES[place]}.bias", module.shape[:1])
         return (self._rows(replace(tensor, shape=(*tensor.shape, 1)), place),)
+
+    def factor(self, module: Module) -> GgufTensor | None:
+        """The tensor with the number that a weight is multiplied by, where there is one."""
+        layer, place = _place(module.path)
+        name = f"{_prefix(layer)}{_NAMES.get(place)}.scale"
+        return self._tensor(name, (1,)) if name in self.model.tensors else None
 
     def check_all_used(self) -> None:
         """Refuse tensors that no module uses.

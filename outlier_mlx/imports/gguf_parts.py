@@ -16,7 +16,7 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import gguf_blocks
 from outlier_mlx.imports.codes import pack_codes
-from outlier_mlx.imports.gguf_names import Rows
+from outlier_mlx.imports.gguf_names import AnyRows
 from outlier_mlx.storage.rounding import narrowed, require_affine, widened
 from outlier_mlx.writing.float_parts import SAFETENSORS_NAMES, affine_specs
 from outlier_mlx.writing.parts import Chunk, Part, ahead
@@ -53,7 +53,7 @@ class GgufPart(Part):
     """
 
     shape: tuple[int, ...]
-    rows: tuple[Rows, ...]
+    rows: tuple[AnyRows, ...]
     dtype: str
     errors: RoundingErrors
 
@@ -73,7 +73,7 @@ class GgufPart(Part):
         return sorted({rows.tensor.kind for rows in self.rows})
 
     def _slabs(
-        self, make: Callable[[Rows, int, int], np.ndarray], pool: ThreadPoolExecutor
+        self, make: Callable[[AnyRows, int, int], np.ndarray], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[memoryview, int]]:
         """Call `make` for one slab of rows after another.
 
@@ -85,7 +85,7 @@ class GgufPart(Part):
             The bytes of each slab, and its size in the source.
         """
 
-        def made(rows: Rows, start: int, stop: int) -> tuple[memoryview, int]:
+        def made(rows: AnyRows, start: int, stop: int) -> tuple[memoryview, int]:
             try:
                 data = make(rows, start, stop)
             except CheckpointError as error:
@@ -124,7 +124,7 @@ class PlainTensor(GgufPart):
         for data, used in self._slabs(self._floats, pool):
             yield self.name, data, used
 
-    def _floats(self, rows: Rows, start: int, stop: int) -> np.ndarray:
+    def _floats(self, rows: AnyRows, start: int, stop: int) -> np.ndarray:
         weights = gguf_blocks.values(rows.tensor.kind, rows.read(start, stop))
         stored = narrowed(weights, self.dtype, "weights")
         if self.dtype != "float32" and SAFETENSORS_NAMES[self.dtype] != rows.tensor.kind:
@@ -167,7 +167,7 @@ class AffineMatrix(GgufPart):
             for data, _ in self._slabs(partial(self._scales, n), pool):
                 yield f"{self.path}.{name}", data, 0
 
-    def _codes(self, rows: Rows, start: int, stop: int) -> np.ndarray:
+    def _codes(self, rows: AnyRows, start: int, stop: int) -> np.ndarray:
         kind, raw = rows.tensor.kind, rows.read(start, stop)
         if kind not in gguf_blocks.AFFINE:
             weights = gguf_blocks.values(kind, raw)
@@ -181,7 +181,7 @@ class AffineMatrix(GgufPart):
             self.errors.count(self.path, weights, found)
         return pack_codes(codes, self.bits)
 
-    def _scales(self, which: int, rows: Rows, start: int, stop: int) -> np.ndarray:
+    def _scales(self, which: int, rows: AnyRows, start: int, stop: int) -> np.ndarray:
         found = self._grid(rows.tensor.kind, rows.read(start, stop))
         return narrowed(found[which], self.dtype, "scales")
 
@@ -197,7 +197,7 @@ class AffineMatrix(GgufPart):
         return scales, biases
 
 
-def _step(rows: Rows) -> int:
+def _step(rows: AnyRows) -> int:
     """Number of rows in a slab. If heads are reordered, a slab has whole heads only."""
     step = max(1, SLAB_WEIGHTS // rows.tensor.shape[-1])
     return max(rows.head, step - step % rows.head) if rows.head else step

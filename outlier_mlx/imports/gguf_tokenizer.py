@@ -53,10 +53,14 @@ class _Rule:
     nfc: bool = False
 
 
-# Architectures whose tokenizer is Qwen2's.
-QWEN = ("qwen2", "qwen3")
+# Architectures whose tokenizer is Qwen2's, but for marks in words of the last.
+QWEN = ("qwen2", "qwen3", "qwen35")
 _LLAMA3 = _Rule((_WORDS % "{1,3}",), whole=True, bos=True)
 _QWEN2 = _Rule((_WORDS % "",), nfc=True)
+_MARKED = _WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r"^\s\p{L}\p{N}", r"^\s\p{L}\p{M}\p{N}"
+)
+_QWEN35 = _Rule((_MARKED % "",), nfc=True)
 _RULES = {
     "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     "gpt-2": _Rule((_GPT2,)),
@@ -67,8 +71,13 @@ _RULES = {
     "smaug-bpe": _Rule(_LLAMA3.splits),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "qwen35": _QWEN35,
     "tekken": _Rule((_TEKKEN,), whole=True, bos=True),
 }
+
+
+# Rules that differ from Qwen2's only in where a few words are split: the same bytes and merges.
+_SPLIT_OTHERWISE = ("gpt-2", "qwen2", "qwen35")
 
 
 @dataclass(frozen=True)
@@ -127,12 +136,15 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
         raise CheckpointError(f"{where}: duplicate token {most[:40]!r} ({times} times)")
     spm = model == "llama"
     rule, notes = ("", ()) if spm else _rule(read, architecture)
-    if architecture in QWEN and _RULES.get(rule) is not _QWEN2:
+    own = _QWEN35 if architecture == "qwen35" else _QWEN2
+    if architecture in QWEN and _RULES.get(rule) is not own:
         # transformers 5 ignores tokenizer.json and its config for models of these types.
-        raise CheckpointError(
-            f"{where}: a {architecture} model with the tokenizer {rule or model!r};"
-            " transformers would use Qwen2's tokenizer for it"
-        )
+        said = f"a {architecture} model with the tokenizer {rule or model!r}"
+        if rule not in _SPLIT_OTHERWISE:
+            raise CheckpointError(
+                f"{where}: {said}; transformers would use Qwen2's tokenizer for it"
+            )
+        notes = (*notes, f"{said}: transformers may split a few words as Qwen2's tokenizer does")
     defaults = {"bos": 1, "eos": 2, "unk": 0} if spm else {}
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
@@ -293,7 +305,9 @@ def _rule(read: "_Reader", architecture: str) -> tuple[str, tuple[str, ...]]:
     """The name of the rule, and a note if it is assumed."""
     name = read.get("pre", str, None)
     if name is None:
-        name = "qwen2" if architecture in QWEN else "default"
+        name = "default"
+        if architecture in QWEN:
+            name = "qwen35" if architecture == "qwen35" else "qwen2"
         return name, (f"tokenizer.ggml.pre is missing; the rule {name} is assumed",)
     if name not in _RULES:
         raise CheckpointError(

@@ -50,7 +50,13 @@ _NOT_SPELLED = (
 
 def is_tier(raw: dict) -> bool:
     """Whether a config is a tier's."""
-    return "ternary" in raw
+    return "ternary" in raw and not is_ternary_model(raw)
+
+
+def is_ternary_model(raw: dict) -> bool:
+    """Whether a config is that of a model whose own matrices are ternary; see `ternary_fields`."""
+    ternary = raw.get("ternary")
+    return isinstance(ternary, dict) and "modules" in ternary
 
 
 def is_overlay(raw: dict) -> bool:

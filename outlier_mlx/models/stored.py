@@ -165,6 +165,14 @@ def stored_params(
         return 8 * prod(shape) if leaf == "qweight" else 0
     weight = tensors.get(f"{module}.weight")
     ternary = "ternary" in config.raw or "ternary_switch" in config.raw
+    listed_modules = config.raw["ternary"].get("modules") if "ternary" in config.raw else None
+    if isinstance(listed_modules, dict):  # a ternary model
+        if key.startswith("rotations."):
+            return 0
+        if module in listed_modules and leaf == "weight":
+            return int(shape[0] * listed_modules[module]["in_features"])
+    if weight is not None and weight.dtype == "U8" and f"{module}.weight_scale" in tensors:
+        return 4 * prod(shape) if leaf == "weight" else 0  # BitNet: four rows a byte
     packed = weight is not None and weight.dtype in (("U8", "U32") if ternary else ("U32",))
     if packed and leaf in ("scales", "biases"):
         return 0

@@ -20,6 +20,8 @@ _SIGNS = (
     (".q_norm.", "norms"),
     (".k_norm.", "norms"),
     ("self_attn", "attention"),
+    (".linear_attn.in_proj", "attention"),
+    (".linear_attn.out_proj", "attention"),
     ("switch_mlp", "experts"),
     (".experts.", "experts"),
     ("shared_expert", "shared FFN"),

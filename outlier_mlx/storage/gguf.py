@@ -10,6 +10,7 @@ import io
 import os
 import stat
 import struct
+from bisect import bisect
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -25,6 +26,12 @@ _MAX_ELEMENTS = 1_000_000
 _MAX_ENTRIES = 100_000
 _MAX_BYTES = 100_000_000
 _MAX_DIMS = 4
+
+# Types that the package does not have, or not yet: PrismML's are not in ggml.
+_MORE_KINDS = {42: ("Q2_0", 64, 18), 142: ("PQ2_0", 128, 34), 143: ("PTQ1_0", 128, 28)}
+_I2_S = 36  # of microsoft/BitNet; a number that ggml does not use any more
+# The number of Q2_0 had another layout before: blocks of PQ2_0.
+_Q2_0, _OLD_Q2_0 = "Q2_0", (128, 34)
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _NUMBERS: dict[int, np.dtype] = {
@@ -152,7 +159,8 @@ def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
         raise CheckpointError(
             f"{path.name}: reading GGUF needs the package gguf: pip install 'outlier-mlx[gguf]'"
         ) from None
-    return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    known = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    return known | _MORE_KINDS
 
 
 class _Cursor:
@@ -213,8 +221,10 @@ def _read(cursor: _Cursor, kinds: dict[int, tuple[str, int, int]]) -> Gguf:
         raise CheckpointError(f"{cursor.path.name}: general.alignment is {alignment!r}")
     begin = -(-cursor.at // alignment) * alignment
     found: dict[str, GgufTensor] = {}
+    ends = sorted({begin + info[3] for info in infos} | {cursor.size})
     for info in infos:
-        tensor = _tensor(cursor, info, begin, kinds)
+        room = ends[min(bisect(ends, begin + info[3]), len(ends) - 1)] - begin - info[3]
+        tensor = _tensor(cursor, info, begin, kinds, room - room % alignment)
         if tensor.name in found:
             raise CheckpointError(f"{tensor.where}: two tensors have this name")
         found[tensor.name] = tensor
@@ -267,9 +277,16 @@ def _tensor(
     info: _Entry,
     begin: int,
     kinds: dict[int, tuple[str, int, int]],
+    room: int,
 ) -> GgufTensor:
+    """A tensor, checked; `room` is the bytes to the next one, in whole steps of the alignment."""
     name, shape, number, offset = info
     place = f"{cursor.path.name}: {name}"
+    if number == _I2_S:
+        raise CheckpointError(
+            f"{place}: type {number}, I2_S of microsoft/BitNet, is not supported; import the"
+            " safetensors of this model"
+        )
     if number not in kinds:
         raise CheckpointError(f"{place}: the unknown type {number}")
     kind, block, block_bytes = kinds[number]
@@ -280,6 +297,18 @@ def _tensor(
             f"{place}: rows of {shape[-1]}, which is not a multiple of {block}, the block of {kind}"
         )
     tensor = GgufTensor(name, cursor.path, kind, shape, begin + offset, block, block_bytes)
+    if kind == _Q2_0 and tensor.nbytes > room and _is_old_q2_0(tensor, room):
+        raise CheckpointError(
+            f"{place}: type {number} in blocks of 128 weights, which Q2_0 had before it was added"
+            " to llama.cpp; take the file of this model that is named PQ2_0 or g64"
+        )
     if tensor.offset + tensor.nbytes > cursor.size:
         raise CheckpointError(f"{place}: the file ends within this tensor")
     return tensor
+
+
+def _is_old_q2_0(tensor: GgufTensor, room: int) -> bool:
+    """Whether blocks of the old layout fit where those of Q2_0 do not."""
+    weights, nbytes = _OLD_Q2_0
+    width = tensor.shape[-1]
+    return width % weights == 0 and tensor.rows * (width // weights) * nbytes <= room

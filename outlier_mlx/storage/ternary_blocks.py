@@ -73,6 +73,29 @@ class StoredRows(Protocol):
 
 
 @dataclass(frozen=True)
+class WholeTensor:
+    """All rows of a tensor, in the file's order."""
+
+    tensor: GgufTensor
+
+    multiple = 1
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.tensor.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.tensor.nbytes
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows as they are stored, (rows, row_bytes) uint8."""
+        return self.tensor.read(start, stop)
+
+
+@dataclass(frozen=True)
 class BlockSource(TernarySource):
     """A matrix in ternary blocks.
 
@@ -159,7 +182,7 @@ class BlockSource(TernarySource):
         return trits, row
 
     def examine(self, start: int, stop: int) -> Seen:
-        """Like `read`; types that have nothing but trits are not unpacked where scales say enough."""
+        """Like `read`; what has nothing but trits is not unpacked where scales say enough."""
         if self.type.codes or self.factor is not None or self.order:
             return super().examine(start, stop)
         raw = self.rows.read(start, stop)

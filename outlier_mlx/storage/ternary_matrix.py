@@ -199,7 +199,7 @@ def seen(trits: np.ndarray, scales: np.ndarray, group: int) -> Seen:
 
 
 def joined(trits: np.ndarray, scales: np.ndarray, group: int, count: int) -> np.ndarray:
-    """One scale in place of `count`: that of the first group with a trit other than 0, or the first.
+    """One scale in place of `count`: that of the first group with a trit that is not 0.
 
     Args:
         trits: (rows, in) int8.
@@ -213,12 +213,14 @@ def joined(trits: np.ndarray, scales: np.ndarray, group: int, count: int) -> np.
     rows = scales.reshape(-1, count)
     if (rows == rows[:, :1]).all():
         return np.ascontiguousarray(rows[:, 0]).reshape(len(scales), -1)
-    return _first_used(rows, _used(trits, scales.shape).reshape(rows.shape)).reshape(len(scales), -1)
+    return _first_used(rows, _used(trits, scales.shape).reshape(rows.shape)).reshape(
+        len(scales), -1
+    )
 
 
 def _used(trits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Which groups have a trit other than 0: booleans of `shape`."""
-    return trits.reshape(*shape, -1).any(axis=-1)
+    return np.asarray(trits.reshape(*shape, -1).any(axis=-1))
 
 
 def _first_used(scales: np.ndarray, used: np.ndarray) -> np.ndarray:

@@ -45,3 +45,19 @@ def has_code_3(packed: np.ndarray) -> bool:
             return True
     rest = flat[whole:]
     return bool((rest & rest >> np.uint8(1) & np.uint8(0x55)).any())
+
+
+def pack_twos(trits: np.ndarray) -> np.ndarray:
+    """Pack trits as codes of trit + 1; the inverse of `unpack_twos`.
+
+    Args:
+        trits: (..., 4 n) int8, each -1, 0 or 1.
+
+    Returns:
+        (..., n) uint8.
+    """
+    codes = np.ascontiguousarray(trits) + np.int8(1)
+    words = codes.view("<u4")
+    words |= words >> np.uint32(6)
+    words |= words >> np.uint32(12)
+    return words.astype(np.uint8)

@@ -103,6 +103,6 @@ def _check_model(folder: Path, progress: Progress) -> int:
     model = open_model(folder)
     if has_tokenizer(folder):
         load_tokenizer(folder, model.raw)
-    if model.config is not None:
+    if model.config is not None or model.ternary is not None:
         check_values(model, progress)
     return len(model.tensors)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
+from outlier_mlx.models.spelling import lifted
 from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.models.token_ids import check_tokenizer
 from outlier_mlx.storage.output import write_json, write_whole
@@ -100,7 +101,7 @@ def write_model(
 
 def _check(source: str, folder: Path, config: dict, check: Callable[[Path], None] | None) -> None:
     try:
-        check_tokenizer(folder, config["vocab_size"])
+        check_tokenizer(folder, lifted(config)["vocab_size"])
         if check is not None:
             check(folder)
     except CheckpointError as error:

@@ -1,0 +1,106 @@
+"""Settings of BitNet b1.58 and Falcon models, and the scale of a packed matrix.
+
+`transformers/integrations/bitnet.py`: a `BitLinear` divides by `weight_scale`, an `AutoBitLinear`
+multiplies. (mlx-lm's own model `bitnet` always multiplies, and its checkpoints are AutoBitLinear.)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.fields import short
+from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.ternary_bitnet import PackedBitnet
+
+MODEL_TYPE = "bitnet"
+_WHERE = "config.json: quantization_config"
+_CLASSES = {"bitlinear": True, "autobitlinear": False}
+_MODES = ("offline", "online")
+
+
+@dataclass(frozen=True)
+class BitnetSettings:
+    """The settings.
+
+    Attributes:
+        divides: whether `weight_scale` divides.
+        online: whether the files must hold master weights.
+        unconverted: modules whose master weights stay as they are, by the end of their names.
+    """
+
+    divides: bool
+    online: bool
+    unconverted: tuple[str, ...]
+
+
+def is_bitnet(raw: Mapping) -> bool:
+    """Whether a config is that of a BitNet model."""
+    given = raw.get("quantization_config")
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    return method == "bitnet" or (raw.get("model_type") == MODEL_TYPE and method is None)
+
+
+def read_settings(raw: Mapping) -> BitnetSettings:
+    """Check and read the settings.
+
+    Raises:
+        CheckpointError: a layer that computes something else than a scaled ternary product.
+    """
+    given = raw.get("quantization_config") or {}
+    if given.get("use_rms_norm"):
+        raise CheckpointError(
+            f"{_WHERE}: use_rms_norm: each linear layer normalises its input first, which no model"
+            " here does"
+        )
+    default = "autobitlinear" if raw.get("model_type") == MODEL_TYPE and not given else "bitlinear"
+    kind = given.get("linear_class", default)
+    if kind not in _CLASSES:
+        raise CheckpointError(
+            f"{_WHERE}: linear_class {short(kind)}, expected 'bitlinear' or 'autobitlinear'"
+        )
+    mode = given.get("quantization_mode", "offline")
+    if mode not in _MODES:
+        raise CheckpointError(f"{_WHERE}: quantization_mode {short(mode)}, expected {_MODES}")
+    skipped = given.get("modules_to_not_convert") or []
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise CheckpointError(f"{_WHERE}: modules_to_not_convert must be a list of names")
+    activation = raw.get("hidden_act")
+    if raw.get("model_type") == MODEL_TYPE and activation not in (None, "relu2"):
+        raise CheckpointError(
+            f"config.json: hidden_act {short(activation)}; mlx-lm's bitnet has 'relu2'"
+        )
+    return BitnetSettings(_CLASSES[kind], mode == "online", tuple(skipped))
+
+
+def packed_source(
+    weight: TensorRef, scale: TensorRef | None, shape: tuple[int, ...], divides: bool
+) -> PackedBitnet:
+    """A packed matrix, checked.
+
+    Args:
+        weight: (out / 4, in) uint8.
+        scale: (1,), or None if there is none.
+        shape: (out, in) of the module.
+        divides: whether the scale divides.
+
+    Raises:
+        CheckpointError: a wrong shape, or a scale that is missing or no positive number.
+    """
+    if scale is None:
+        raise CheckpointError(f"{weight.where}: packed, but there is no weight_scale beside it")
+    if scale.shape not in ((1,), ()):
+        raise CheckpointError(f"{scale.where}: shape {scale.shape}, expected one number: (1,)")
+    out, width = shape
+    if out % 4 or weight.shape != (out // 4, width):
+        raise CheckpointError(
+            f"{weight.where}: shape {weight.shape}, expected {(out // 4, width)} for {shape}, four"
+            " rows a byte"
+        )
+    value = np.float32(scale.read_float32().reshape(-1)[0])
+    with np.errstate(divide="ignore", over="ignore"):
+        factor = np.float32(1) / value if divides else value
+    if not (value > 0 and np.isfinite(value) and np.isfinite(factor)):
+        raise CheckpointError(f"{scale.where}: the scale {value}, expected a positive number")
+    return PackedBitnet(weight, factor)
