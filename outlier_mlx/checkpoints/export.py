@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.checkpoints.export_gguf import gguf_tensors
+from outlier_mlx.checkpoints.export_mlx2 import mlx2_pack
 from outlier_mlx.checkpoints.export_packed import packed_tensors
 from outlier_mlx.checkpoints.export_shared import Origin, overlay_config, write_alphas
 from outlier_mlx.checkpoints.export_v32 import v32_tensors
 from outlier_mlx.checkpoints.overlay import Overlay
+from outlier_mlx.checkpoints.stored_model import open_stored
 from outlier_mlx.checkpoints.tier import open_tier
-from outlier_mlx.errors import OutlierError, did_you_mean
-from outlier_mlx.storage.hub import resolve
+from outlier_mlx.errors import CheckpointError, OutlierError, did_you_mean
+from outlier_mlx.models.config import raw_config
+from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.paths import files_below, inside, named
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
@@ -23,6 +26,8 @@ from outlier_mlx.writing.parts import Parts
 __all__ = ["Exported", "export_tier"]
 
 
+#: The format of ternary models; the others are of tiers.
+MLX2 = "mlx2"
 FORMATS: dict[str, Callable[[Overlay, Origin], Parts]] = {
     "overlay": v32_tensors,
     "packed": packed_tensors,
@@ -36,7 +41,7 @@ class Exported:
 
     Attributes:
         path: the folder.
-        format: "overlay", "packed" or "gguf".
+        format: "overlay", "packed", "gguf" or "mlx2".
         nbytes: bytes of all its files.
         base: the name of the base that readers need, if the export does not contain one.
     """
@@ -64,7 +69,7 @@ def export_tier(
         tier: a tier's folder or hub repository.
         out: the folder to make.
         format: "overlay" (the V3.2 form), "packed" (five trits a byte, and `experts.bin`) or
-            "gguf" (TQ1_0 tensors).
+            "gguf" (TQ1_0 tensors); of a ternary model, "mlx2" (MLX's 2-bit codes).
         revision: branch, tag or commit on the hub.
         force: replace `out` if it is an export or another folder that this project wrote.
         progress: called with bytes written so far, and in all.
@@ -73,12 +78,15 @@ def export_tier(
         OutlierError: no sound tier, something that the format cannot hold exactly, an output that
             exists, or a disk that is too small. Nothing is left behind.
     """
-    if format not in FORMATS:
-        hint = did_you_mean(format, FORMATS)
-        raise OutlierError(f"format {format!r}: expected one of {', '.join(FORMATS)}{hint}")
+    known = (*FORMATS, MLX2)
+    if format not in known:
+        hint = did_you_mean(format, known)
+        raise OutlierError(f"format {format!r}: expected one of {', '.join(known)}{hint}")
     target = named(out)
     check_free(target, force=force, sources=[tier])
     source = resolve(tier, revision)
+    if format == MLX2:
+        return _export_mlx2(source, target, [tier], force=force, progress=progress)
     overlay = open_tier(source.folder)
     origin = _origin(source.folder, contains_base=bool(overlay.base))
 
@@ -102,6 +110,35 @@ def export_tier(
     )
     nbytes = sum(path.stat().st_size for path in files_below(written.path))
     return Exported(written.path, format, nbytes, origin.base)
+
+
+def _export_mlx2(
+    source: Source, target: Path, given: list, *, force: bool, progress: Progress
+) -> Exported:
+    """Write a ternary model as a pack of 2-bit codes."""
+    stored = open_stored(source.folder)
+    if stored.ternary is None:
+        raise CheckpointError(
+            f"{source.folder}: not a ternary model, as `import` writes it; only those are exported"
+            f" as {MLX2}"
+        )
+    parts, config = mlx2_pack(stored.ternary, raw_config(source.folder), source.name)
+    written = write_model(
+        target,
+        Parts(parts),
+        config,
+        source=source.name,
+        inputs=[*given, source.folder],
+        assets=lambda folder: copy_assets([source.folder], folder),
+        manifest={
+            "format": MLX2,
+            "source": {"name": source.name, "revision": source.revision, "form": "ternary rows"},
+        },
+        force=force,
+        progress=progress,
+    )
+    nbytes = sum(path.stat().st_size for path in files_below(written.path))
+    return Exported(written.path, MLX2, nbytes, None)
 
 
 def _origin(folder: Path, *, contains_base: bool) -> Origin:

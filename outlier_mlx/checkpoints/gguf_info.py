@@ -10,8 +10,8 @@ from outlier_mlx.storage.gguf_model import GgufModel, read_model
 from outlier_mlx.storage.paths import entries
 
 _KINDS = (
-    ("token_embd", "embeddings"),
-    ("output.weight", "head"),
+    ("/token_embd", "embeddings"),
+    ("/output.weight", "head"),
     ("_norm", "norms"),
     ("_exps", "experts"),
     ("gate_inp", "router"),
@@ -74,7 +74,7 @@ def read_gguf_info(
 def _rows(model: GgufModel) -> list[SummaryRow]:
     return summarize(
         (
-            next((kind for sign, kind in _KINDS if sign in name), "norms"),
+            next((kind for sign, kind in _KINDS if sign in f"/{name}"), "norms"),
             prod(tensor.shape),
             tensor.nbytes,
         )

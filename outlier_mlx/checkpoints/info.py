@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from outlier_mlx.checkpoints import Overlay, open_overlay
 from outlier_mlx.checkpoints.gguf_info import holds_gguf, read_gguf_info
@@ -93,8 +94,11 @@ class Info:
     def as_json(self) -> dict:
         """Everything, with the bits per weight of each row."""
         rows = [asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in self.rows]
-        ternary = None if self.ternary is None else self.ternary.as_json()
-        return asdict(self) | {"rows": rows, "ternary": ternary}
+        values = asdict(self) | {"rows": rows}
+        if self.ternary is None:
+            del values["ternary"]
+            return values
+        return values | {"ternary": self.ternary.as_json()}
 
 
 def inspect(
@@ -134,7 +138,9 @@ def inspect(
 
 def _inspect_gguf(place: Path, name: str, file: str | None, *, deep: bool) -> Info:
     fields, ternary = read_gguf_info(place, file, deep=deep)
-    others = dict.fromkeys(("kv_bytes_per_token", "base_architecture", "moe_layers", "dtype"))
+    others: dict[str, Any] = dict.fromkeys(
+        ("kv_bytes_per_token", "base_architecture", "moe_layers", "dtype")
+    )
     return Info(name=name, quantization=None, ternary=ternary, **others, **fields)
 
 

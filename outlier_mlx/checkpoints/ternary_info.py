@@ -195,7 +195,8 @@ def _matrix(one: _Candidate, in_order: Any) -> QuantizedMatrix:
         return QuantizedMatrix(*common, False, None, one.nbytes, None, None)
     try:
         if in_order is not None:
-            scales, ternary = settled(source, in_order).scales, True
+            scales = settled(source, in_order).scales
+            ternary: bool | None = True
         else:
             # What headers say: groups as they are, and trits where nothing else has a code.
             scales = with_scales(source, Seen(one_a_row=False, pairs=False)).scales

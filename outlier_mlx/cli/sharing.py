@@ -33,14 +33,17 @@ def export(
     model: TierModel,
     out: OutFolder,
     format: Annotated[
-        Literal["overlay", "packed", "gguf"],
-        typer.Option(help="V3.2 overlay, packed directory, or GGUF tensors."),
+        Literal["overlay", "packed", "gguf", "mlx2"],
+        typer.Option(
+            help="V3.2 overlay, packed directory, or GGUF tensors; of a ternary model, mlx2: a"
+            " 2-bit pack for stock mlx-lm."
+        ),
     ] = "overlay",
     revision: Revision = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a tier's experts, routers and alphas for other tools, exactly as they are."""
+    """Write a tier's experts, routers and alphas, or a ternary model, exactly for other tools."""
     from outlier_mlx.checkpoints.export import export_tier
     from outlier_mlx.terminal import progress_bar, size
 

@@ -96,7 +96,7 @@ def _ternary_lines(ternary: "TernaryInfo") -> "Iterator[str]":
         said = f"{known} of {total} quantized matrices"
         if known < len(possible):
             more = f"perhaps {len(possible) - known} more (--deep reads their codes)"
-            said = f"{said}, and {more}" if known else f"of {total} quantized matrices, {more}"
+            said = f"{said}, and {more}" if known else more.replace("more", f"of {total}", 1)
         now = sum(matrix.nbytes for matrix in possible)
         packed = sum(matrix.packed_nbytes or 0 for matrix in possible)
         yield f"ternary: {said}"

@@ -14,20 +14,12 @@ from outlier_mlx.engine.skeleton import Matrix
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.rotation import PREFIX, sign_vectors
 from outlier_mlx.models.fields import short
+from outlier_mlx.models.prism_pack import BLOCKS, NAMESPACES, QUANTIZATION, ROOT
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.rounding import widened
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.texts import read_json
 
-MODEL_TYPE = "prism_hadamard_qwen35"
-#: The model under it.
-BASE_TYPE = "qwen3_5"
-#: Where mlx-lm's model has the text model that the manifest's paths start from.
-ROOT = "language_model."
-NAMESPACES = {1: "mlx-lm-text", 2: "mlx-vlm-qwen3_5"}
-GROUP = 128
-QUANTIZATION = {"bits": 2, "group_size": GROUP, "mode": "affine"}
-BLOCKS = (0, 512, 1024, 2048, 4096, 8192)
 #: Fields of a pack's config that its text model does not have.
 OWN_FIELDS = (
     *("base_model_type", "schema_version", "tensor_namespace", "gdn_activation_layout"),

@@ -16,6 +16,7 @@ from outlier_mlx.imports import bitnet, prism
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.imports.rotation import Rotations
 from outlier_mlx.imports.ternary_tensors import Modules, by_module, check_rest, kept_parts
+from outlier_mlx.models import prism_pack
 from outlier_mlx.models.fields import short
 from outlier_mlx.models.quantization import Quantization, read_quantization
 from outlier_mlx.models.spelling import normalised, without_nulls
@@ -68,7 +69,7 @@ def is_ternary_source(raw: Mapping[str, Any]) -> bool:
     """
     said = read_quantization(raw)
     _refuse_other_packers(raw)
-    if raw.get("model_type") == prism.MODEL_TYPE or bitnet.is_bitnet(raw):
+    if raw.get("model_type") == prism_pack.MODEL_TYPE or bitnet.is_bitnet(raw):
         return True
     return said is not None and any(
         how is not None and how.bits == _BITS for how in (said.default, *said.by_path.values())
@@ -100,10 +101,10 @@ def open_ternary_folder(folder: Path, raw: dict, *, strict: bool = False) -> Ope
     """
     files = read_shards(folder)
     config, reader = raw, _READERS["mlx"]
-    if raw.get("model_type") == prism.MODEL_TYPE:
+    if raw.get("model_type") == prism_pack.MODEL_TYPE:
         prism.read_modules(raw)  # before a model is made of it
         config = {k: v for k, v in raw.items() if k not in prism.OWN_FIELDS}
-        config["model_type"], reader = prism.BASE_TYPE, _READERS["prism"]
+        config["model_type"], reader = prism_pack.BASE_TYPE, _READERS["prism"]
     elif bitnet.is_bitnet(raw):
         bitnet.read_settings(raw)
         reader = _READERS["bitnet"]
@@ -250,7 +251,7 @@ class _Prism(_Reader):
         found, signs = self.found, {}
         for module in prism.read_modules(self.raw):
             matrix = prism.check_module(module, self.bones.matrices)
-            path, width = f"{prism.ROOT}{module.path}", matrix.shape[1]
+            path, width = f"{prism_pack.ROOT}{module.path}", matrix.shape[1]
             tensors = self.modules.get(path, {})
             stored = tensors.pop("signs", None)
             if module.block:
@@ -260,7 +261,7 @@ class _Prism(_Reader):
                 found.rotated[path] = found.rotations.number(width, module.block, signs[path])
             elif stored is not None:
                 raise CheckpointError(f"{stored.where}: signs of a module that is not rotated")
-            found.matrices[path] = self.affine(path, prism.GROUP)
+            found.matrices[path] = self.affine(path, prism_pack.GROUP)
         for path, tensors in self.modules.items():
             weight = tensors.get("weight")
             if path not in found.matrices and weight is not None and weight.dtype == "U32":

@@ -10,7 +10,7 @@ import numpy as np
 
 from outlier_mlx.models.ternary_fields import module_tensors
 from outlier_mlx.storage.rounding import narrowed, widened
-from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.storage.ternary_matrix import TernaryMatrix, slabs
 from outlier_mlx.ternary import pack_rows
@@ -71,7 +71,7 @@ class AffinePart(Part):
 
     Attributes:
         matrix: the matrix.
-        group: weights that share a scale: 64 or 128, and a divisor of the matrix's own group.
+        group: weights that share a scale, a divisor of the matrix's own group.
         dtype: dtype of scales and biases, which holds all of them.
     """
 
@@ -169,15 +169,17 @@ class Verbatim(Part):
 
 @dataclass(frozen=True)
 class Signs(Part):
-    """The signs of a rotation: int8 (width,), each 1 or -1.
+    """The signs of a rotation: (width,), each 1 or -1.
 
     Attributes:
         name: the tensor's name.
-        signs: the signs.
+        signs: the signs, int8.
+        dtype: "I8" or "F32".
     """
 
     name: str
     signs: np.ndarray
+    dtype: str = "I8"
 
     @property
     def params(self) -> int:
@@ -191,8 +193,8 @@ class Signs(Part):
 
     def specs(self) -> list[TensorSpec]:
         """The vector."""
-        return [TensorSpec(self.name, "I8", self.signs.shape)]
+        return [TensorSpec(self.name, self.dtype, self.signs.shape)]
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The vector."""
-        yield self.name, self.signs.astype(np.int8).data.cast("B"), 0
+        yield self.name, self.signs.astype(NUMPY_DTYPES[self.dtype]).data.cast("B"), 0
