@@ -162,7 +162,8 @@ def prism_pack(schema: int = 2, blocks: tuple[int, ...] = (512, 0), seed: int = 
     """A rotated pack; modules take the blocks in turn."""
     inner = {"model_type": "qwen3_5", "text_config": QWEN35_TEXT, "tie_word_embeddings": False}
     pack = Pack({**inner, "model_type": "prism_hadamard_qwen35", "base_model_type": "qwen3_5"})
-    rng, modules = np.random.default_rng(seed), []
+    modules: list[dict[str, Any]] = []
+    rng = np.random.default_rng(seed)
     signs = {width: rng.choice([-1, 1], width) for width in (256, 512)}
     root = "language_model." if schema == 1 else ""
     for name, value in _parameters(inner, seed).items():
@@ -264,11 +265,19 @@ def encode(kind: str, trits: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 @dataclass
 class GgufFile:
-    """A GGUF file to write: metadata, and tensors by name as type, shape (out, in) and bytes."""
+    """A GGUF file to write.
+
+    Attributes:
+        fields: metadata.
+        tensors: type, shape (out, in) and bytes by name.
+        matrices: ternary matrices by path in mlx-lm's model.
+        others: its other tensors, by name in mlx-lm's model.
+    """
 
     fields: dict[str, Any]
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = field(default_factory=dict)
     matrices: dict[str, Ternary] = field(default_factory=dict)
+    others: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, name: str, values: np.ndarray) -> None:
         """Add a float32 tensor."""
@@ -372,3 +381,120 @@ def dense_gguf(kind: str, *, one_scale: bool = False, pairs: bool = False) -> Gg
         data = encode(kind, matrix.trits, matrix.scales).tobytes()
         made.tensors[f"{to}.weight"] = (kind, value.shape, data)
     return made
+
+
+_QWEN35_NAMES = {
+    **_LLAMA_NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
+_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def qwen35_gguf(kind: str = "PTQ1_0", *, rotated: bool = False) -> GgufFile:
+    """A Qwen3.5 with two value heads to each key head, in llama.cpp's order of them.
+
+    Args:
+        kind: type of its matrices.
+        rotated: say that all of them are rotated, in blocks of 128.
+    """
+    text = QWEN35_TEXT
+    keys, heads = text["linear_num_key_heads"], text["linear_num_value_heads"]
+    width, times = text["linear_value_head_dim"], heads // keys
+    fixed = 2 * keys * text["linear_key_head_dim"]
+    # Head r * keys + k of the file is head k * times + r of MLX.
+    order = [k * times + r for r in range(times) for k in range(keys)]
+
+    def tiled(array: np.ndarray, first: int = 0, size: int = 1) -> np.ndarray:
+        blocks = array[first:].reshape(heads, size, *array.shape[1:])[order]
+        return np.concatenate([array[:first], blocks.reshape(array[first:].shape)])
+
+    made, rng = GgufFile(_qwen35_fields()), np.random.default_rng(9)
+    config = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": False}
+    for name, value in _parameters(config, 9).items():
+        short = name.removeprefix("language_model.")
+        path, _, leaf = short.rpartition(".")
+        if path in _TOP:
+            to = f"{_TOP[path]}.weight"
+        else:
+            _, _, layer, place = path.split(".", 3)
+            to = f"blk.{layer}.{_QWEN35_NAMES.get(place, '')}.{leaf}"
+            to = to.replace("..A_log", ".ssm_a").replace("..dt_bias", ".ssm_dt.bias")
+        sort = to.split(".")[-2] if leaf == "weight" else leaf
+        if value.ndim != 2 or sort in ("ssm_alpha", "ssm_beta"):
+            stored_value = rounded(value, "F16")
+            made.others[name] = stored_value
+            if sort == "A_log":
+                stored_value = -np.exp(stored_value)
+            if sort in ("A_log", "dt_bias", "ssm_alpha", "ssm_beta"):
+                stored_value = tiled(stored_value)
+            if sort == "ssm_conv1d":
+                stored_value = tiled(stored_value[..., 0], fixed, width)
+            made.add(to, stored_value)
+            continue
+        matrix = random_ternary(value.shape, BLOCKS[kind], rng)
+        made.matrices[name.removesuffix(".weight")] = matrix
+        trits, scales = matrix.trits, matrix.scales
+        if sort in ("attn_qkv", "attn_gate"):
+            first = fixed if sort == "attn_qkv" else 0
+            trits, scales = tiled(trits, first, width), tiled(scales, first, width)
+        if sort == "ssm_out" and not rotated:
+            trits = tiled(trits.T, 0, width).T
+            matrix.scales[:] = matrix.scales[:, :1]  # heads are narrower than blocks
+        made.tensors[to] = (kind, value.shape, encode(kind, trits, scales).tobytes())
+    if rotated:
+        names = [name for name in made.tensors if made.tensors[name][0] == kind]
+        made.fields |= rotation_fields([n for n in names if n != "token_embd.weight"], 128)
+        made.fields["prism.hadamard.gdn_v_grouped"] = True
+    return made
+
+
+def rotation_fields(names: list[str], block: int, widths: tuple[int, ...] = (256, 512)) -> dict:
+    """The metadata of a rotation of tensors and of the embedding."""
+    signs = np.random.default_rng(4).choice([-1, 1], sum(widths)).tolist()
+    return {
+        "prism.hadamard.version": 1,
+        "prism.hadamard.block_size": block,
+        "prism.hadamard.transform": "normalized-sylvester-walsh-hadamard",
+        "prism.hadamard.axis": "input-last-dimension",
+        "prism.hadamard.sign_mode": "explicit",
+        "prism.hadamard.sign_widths": list(widths),
+        "prism.hadamard.sign_values": signs,
+        "prism.hadamard.weight_names": names,
+        "prism.hadamard.inverse_weight_names": ["token_embd.weight"],
+    }
+
+
+def _qwen35_fields() -> dict[str, Any]:
+    text = QWEN35_TEXT
+    numbers = {
+        "block_count": text["num_hidden_layers"],
+        "context_length": 512,
+        "embedding_length": text["hidden_size"],
+        "feed_forward_length": text["intermediate_size"],
+        "full_attention_interval": text["full_attention_interval"],
+        "attention.head_count": text["num_attention_heads"],
+        "attention.head_count_kv": text["num_key_value_heads"],
+        "attention.key_length": text["head_dim"],
+        "attention.value_length": text["head_dim"],
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.dimension_count": text["head_dim"] // 4,
+        "rope.freq_base": 1e6,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": text["linear_key_head_dim"],
+        "ssm.group_count": text["linear_num_key_heads"],
+        "ssm.time_step_rank": text["linear_num_value_heads"],
+        "ssm.inner_size": text["linear_num_value_heads"] * text["linear_value_head_dim"],
+    }
+    own = {f"qwen35.{key}": value for key, value in numbers.items()}
+    return {
+        "general.architecture": "qwen35",
+        **own,
+        **gpt2_fields(text["vocab_size"], "qwen35"),
+    }

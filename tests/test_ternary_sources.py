@@ -38,9 +38,11 @@ def settle(source: TernarySource) -> TernaryMatrix:
 def values_of(matrix: TernaryMatrix) -> np.ndarray:
     """The weights, read in two pieces; float64 of trit times scale."""
     rows, width = matrix.shape
-    middle = rows // 2 // 8 * 8
+    middle = rows // 16 * 8
     pieces = []
     for start, stop in ((0, middle), (middle, rows)):
+        if start == stop:
+            continue
         trits, scales = matrix.read(start, stop)
         numbers = widened(scales, matrix.scales.dtype).astype(np.float64)
         assert scales.shape == (matrix.scales.shape((stop - start, width)))
@@ -74,9 +76,8 @@ class Affine:
         }
         write_stored(path, tensors)
         found = read_header(path)
-        return AffineSource.of(
-            *(found[f"x.{n}"] for n in ("weight", "scales", "biases")), self.group
-        )
+        weight, scales, biases = (found[f"x.{leaf}"] for leaf in ("weight", "scales", "biases"))
+        return AffineSource.of(weight, scales, biases, self.group)
 
 
 @pytest.fixture(params=["F16", "BF16"])
@@ -148,7 +149,7 @@ def test_a_scale_that_16_bits_do_not_hold(tmp_path: Path):
     a = Affine(tmp_path)
     a.codes[3, :128] = 1
     a.scales[3, 0], a.biases[3, 0] = 1, 2.0**-12
-    with pytest.raises(NotTernary, match="row 3, group 0 has the scale 1.00024414"):
+    with pytest.raises(NotTernary, match=r"row 3, group 0 has the scale 1\.00024414"):
         settle(a.source())
 
 
@@ -397,12 +398,12 @@ def test_packed_rows_are_read_back(group: int, rows: int, tmp_path: Path):
 
 def test_packed_rows_that_are_damaged(tmp_path: Path):
     rows = pack_rows(random_trits(16, 384))
-    rows[5, 3] = 255
+    rows[5, 3] = min(set(range(256)) - {(256 * q + 242) // 243 for q in range(243)})
     path = tmp_path / "rows.safetensors"
     scales = np.ones(16, np.float32)
     write_stored(path, {"x.weight": stored(rows), "x.scales": stored(scales)})
     found = read_header(path)
-    with pytest.raises(CheckpointError, match=r"x\.weight: from row 0: byte 255 at \[5, 3\]"):
+    with pytest.raises(CheckpointError, match=r"x\.weight: from row 0: byte \d+ at \[5, 3\]"):
         settle(RowsSource(found["x.weight"], found["x.scales"], 384, 0))
 
 

@@ -92,11 +92,12 @@ def _ternary_lines(ternary: "TernaryInfo") -> "Iterator[str]":
     if not possible:
         yield f"ternary: none of {total} quantized matrices"
     else:
-        known = len(ternary.of(True))
-        said = f"{known} of {total} quantized matrices"
-        if known < len(possible):
-            more = f"perhaps {len(possible) - known} more (--deep reads their codes)"
-            said = f"{said}, and {more}" if known else more.replace("more", f"of {total}", 1)
+        known, unknown = len(ternary.of(True)), len(ternary.of(None))
+        of_all, hint = f"of {total} quantized matrices", "(--deep reads their codes)"
+        said = f"{known} {of_all}"
+        if unknown:
+            more = f"perhaps {unknown}"
+            said = f"{said}, and {more} more {hint}" if known else f"{more} {of_all} {hint}"
         now = sum(matrix.nbytes for matrix in possible)
         packed = sum(matrix.packed_nbytes or 0 for matrix in possible)
         yield f"ternary: {said}"

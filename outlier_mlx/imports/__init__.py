@@ -158,9 +158,13 @@ def _open(
         if gguf:
             raise CheckpointError(f"{found.name}: --k-quants and --experts are for GGUF")
         raw = raw_config(place)
-        from outlier_mlx.imports.ternary_folder import is_ternary_source, open_ternary_folder
+        from outlier_mlx.imports.ternary_folder import (
+            holds_ternary_floats,
+            is_ternary_source,
+            open_ternary_folder,
+        )
 
-        if is_ternary_source(raw):
+        if is_ternary_source(raw) or holds_ternary_floats(place, raw):
             if dtype is not None or bits is not None:
                 raise CheckpointError(f"{found.name}: --dtype and --bits do not touch trits")
             return open_ternary_folder(place, raw, strict=strict)

@@ -23,11 +23,11 @@ from outlier_mlx.imports.gguf_ternary import (
     Matrices,
     check_rotated,
     modules_of,
+    rotation_of,
     ternary_matrices,
 )
 from outlier_mlx.imports.gguf_tokenizer import Vocabulary, read_vocabulary, write_tokenizer
 from outlier_mlx.imports.opened import Opened
-from outlier_mlx.imports.rotation import read_hadamard
 from outlier_mlx.models.config import spell_config
 from outlier_mlx.models.families import family
 from outlier_mlx.models.modules import Module
@@ -76,11 +76,11 @@ def open_gguf_model(
     """
     model = read_model(place, file)
     kind = architecture(model)
-    hadamard = read_hadamard(model.fields, model.where)
+    hadamard = rotation_of(model, kind)
     vocabulary = read_vocabulary(model.fields, kind, model.where)
     made = _describe(model, kind, vocabulary)
     if hadamard is not None:
-        check_rotated(hadamard, model, kind, made.names)
+        check_rotated(hadamard, model, made.names)
     sources = _sources(made.names, made.modules)
     as_rows = experts == "tq1_0"
     layers = _ternary_layers(sources) if as_rows else {}

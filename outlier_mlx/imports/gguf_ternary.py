@@ -12,7 +12,7 @@ from outlier_mlx.engine.skeleton import skeleton
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports.gguf_names import AnyRows, Names
 from outlier_mlx.imports.gguf_qwen35 import OUT_PROJ, Qwen35Names
-from outlier_mlx.imports.rotation import EMBEDDING, PREFIX, Hadamard, Rotations
+from outlier_mlx.imports.rotation import EMBEDDING, PREFIX, Hadamard, Rotations, read_hadamard
 from outlier_mlx.models.modules import Module
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.models.ternary_fields import TernaryFields, TernaryModule
@@ -83,17 +83,25 @@ def modules_of(config: dict[str, Any], tensors: int) -> list[Module]:
     return modules
 
 
-def check_rotated(
-    hadamard: Hadamard, model: GgufModel, kind: str, names: Names | Qwen35Names
-) -> None:
+def rotation_of(model: GgufModel, kind: str) -> Hadamard | None:
+    """What metadata says of a rotation; None if there is none.
+
+    Raises:
+        CheckpointError: it is not sound, or no rotated models of this architecture are known.
+    """
+    found = read_hadamard(model.fields, model.where)
+    if found is not None and kind not in _ROTATED_ARCHITECTURES:
+        raise CheckpointError(f"{model.where}: {PREFIX}*: a rotated {kind} model is not supported")
+    return found
+
+
+def check_rotated(hadamard: Hadamard, model: GgufModel, names: Names | Qwen35Names) -> None:
     """Check the tensors that metadata says are rotated.
 
     Raises:
         CheckpointError: names a tensor that is not there, or that is never rotated.
     """
     where = f"{model.where}: {PREFIX}"
-    if kind not in _ROTATED_ARCHITECTURES:
-        raise CheckpointError(f"{where}*: a rotated {kind} model is not supported")
     for name in hadamard.weights:
         if not _ROTATED.fullmatch(name):
             raise CheckpointError(f"{where}weight_names: {name[:80]}: no matrix that is rotated")

@@ -1,7 +1,8 @@
 """Open folders of safetensors whose weights are ternary, for writing them as packed rows.
 
-Three forms: MLX packs of 2-bit codes, tensor by tensor; the rotated packs of PrismML; BitNet and
-Falcon, packed or as master weights. Everything is examined before anything is written.
+Four forms: MLX packs of 2-bit codes, tensor by tensor; the rotated packs of PrismML; BitNet and
+Falcon, packed or as master weights; unpacked floats that are ternary. Everything is examined before
+anything is written.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,9 +25,9 @@ from outlier_mlx.models.summary import kind_of
 from outlier_mlx.models.ternary_fields import TernaryFields, TernaryModule
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.shards import read_shards
-from outlier_mlx.storage.ternary_affine import AffineSource
-from outlier_mlx.storage.ternary_bitnet import MasterWeights, NearHalf
-from outlier_mlx.storage.ternary_matrix import GROUPS, NotTernary, TernaryMatrix, settled
+from outlier_mlx.storage.ternary_affine import HALVES, AffineSource
+from outlier_mlx.storage.ternary_bitnet import FloatSource, MasterWeights, NearHalf
+from outlier_mlx.storage.ternary_matrix import GROUPS, NotTernary, TernaryMatrix, settled, slabs
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.parts import Part, ahead, reading_pool
 from outlier_mlx.writing.ternary_parts import TernaryPart
@@ -76,6 +77,39 @@ def is_ternary_source(raw: Mapping[str, Any]) -> bool:
     )
 
 
+def holds_ternary_floats(folder: Path, raw: Mapping[str, Any]) -> bool:
+    """Whether a model that is not quantized has ternary weights, by the first matrix of a layer.
+
+    Raises:
+        CheckpointError: the files are damaged; or it is a Falcon whose weights were rounded.
+    """
+    if "quantization" in raw or "quantization_config" in raw:
+        return False
+    for name, tensor in read_shards(folder).items():
+        source = _float_source(tensor) if ".layers." in name and "weight" in name else None
+        if source is None:
+            continue
+        try:
+            source.examine(*next(slabs(source)))
+        except NotTernary:
+            if raw.get("is_bitnet_config"):
+                raise CheckpointError(
+                    f"{tensor.where}: not ternary: the weights of this revision were rounded;"
+                    " import the packed model, revision main"
+                ) from None
+            return False
+        return True
+    return False
+
+
+def _float_source(tensor: TensorRef) -> FloatSource | None:
+    """A matrix of 16-bit floats in the largest groups that fit; None if it is no such matrix."""
+    if tensor.dtype not in HALVES or len(tensor.shape) != 2 or not tensor.shape[1]:
+        return None
+    group = next((size for size in reversed(GROUPS) if tensor.shape[1] % size == 0), None)
+    return None if group is None else FloatSource(tensor, group, HALVES[tensor.dtype])
+
+
 def _refuse_other_packers(raw: Mapping[str, Any]) -> None:
     for name in ("quantization", "quantization_config", "format", "weight_format"):
         given = raw.get(name)
@@ -89,7 +123,7 @@ def _refuse_other_packers(raw: Mapping[str, Any]) -> None:
 
 
 def open_ternary_folder(folder: Path, raw: dict, *, strict: bool = False) -> Opened:
-    """Open a folder that `is_ternary_source` knows.
+    """Open a folder for which `is_ternary_source` or `holds_ternary_floats` holds.
 
     Args:
         folder: with config.json and safetensors.
@@ -108,6 +142,8 @@ def open_ternary_folder(folder: Path, raw: dict, *, strict: bool = False) -> Ope
     elif bitnet.is_bitnet(raw):
         bitnet.read_settings(raw)
         reader = _READERS["bitnet"]
+    elif read_quantization(raw) is None:
+        reader = _READERS["floats"]
     config = without_nulls(normalised({k: v for k, v in config.items() if k not in _DROPPED}))
     bones = skeleton(config, len(files))
     modules, ignored = by_module(files, bones)
@@ -317,4 +353,28 @@ class _Bitnet(_Reader):
             found.matrices[path] = settled(source, self.in_order)
 
 
-_READERS: dict[str, type[_Reader]] = {"mlx": _Mlx, "prism": _Prism, "bitnet": _Bitnet}
+class _Floats(_Reader):
+    """Floats that are ternary: unpacked models."""
+
+    def read(self) -> Found:
+        found = self.found
+        for path in self.bones.matrices:
+            weight = self.modules.get(path, {}).get("weight")
+            source = _float_source(weight) if weight is not None else None
+            if weight is None or source is None:
+                continue
+            self.check_shape(weight, path, weight.shape)
+            try:
+                found.matrices[path] = settled(source, self.in_order)
+            except NotTernary as error:
+                found.kept[path] = str(error)
+        found.form = "ternary weights as floats"
+        return found
+
+
+_READERS: dict[str, type[_Reader]] = {
+    "mlx": _Mlx,
+    "prism": _Prism,
+    "bitnet": _Bitnet,
+    "floats": _Floats,
+}

@@ -11,7 +11,15 @@ from typing import Any
 
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models.attention import read_attention
-from outlier_mlx.models.description import PROJECTIONS, Defaults, Description, ModelConfig
+from outlier_mlx.models.description import (
+    PROJECTIONS,
+    Defaults,
+    Description,
+    ModelConfig,
+    is_overlay,
+    is_ternary_model,
+    is_tier,
+)
 from outlier_mlx.models.families import Family, families, family, with_role
 from outlier_mlx.models.fields import MAX_COUNT, Fields, short
 from outlier_mlx.models.ignored import ROUTING, refuse
@@ -23,6 +31,7 @@ from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_json
 
 __all__ = ["PROJECTIONS", "Defaults", "Description", "ModelConfig"]
+__all__ += ["is_overlay", "is_ternary_model", "is_tier"]
 
 POSITIONS = ("max_seq_len", "max_position_embeddings")
 MOE_LISTS = ("moe_layer_indices", "v3_2_moe_layers", "moe_layers")
@@ -46,23 +55,6 @@ _NOT_SPELLED = (
     *("ternary", "ternary_switch"),  # of models of this project, whose writers add them
     "rope_traditional",  # transformers does not know it
 )
-
-
-def is_tier(raw: dict) -> bool:
-    """Whether a config is a tier's."""
-    return "ternary" in raw and not is_ternary_model(raw)
-
-
-def is_ternary_model(raw: dict) -> bool:
-    """Whether a config is that of a model whose own matrices are ternary; see `ternary_fields`."""
-    ternary = raw.get("ternary")
-    return isinstance(ternary, dict) and "modules" in ternary
-
-
-def is_overlay(raw: dict) -> bool:
-    """Whether a config is an overlay's."""
-    experts = raw.get("n_experts") or raw.get("outlier_num_experts")
-    return not is_tier(raw) and bool(experts or raw.get("model_type") == "outlier_moe")
 
 
 def raw_config(folder: Path) -> dict:

@@ -1,11 +1,29 @@
 """What a config.json says of a model, in one spelling."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from outlier_mlx.models.quantization import Quantization
 
 PROJECTIONS = ("gate", "up", "down")
+
+
+def is_ternary_model(raw: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a model whose own matrices are ternary; see `ternary_fields`."""
+    ternary = raw.get("ternary")
+    return isinstance(ternary, dict) and "modules" in ternary
+
+
+def is_tier(raw: Mapping[str, Any]) -> bool:
+    """Whether a config is a tier's."""
+    return "ternary" in raw and not is_ternary_model(raw)
+
+
+def is_overlay(raw: Mapping[str, Any]) -> bool:
+    """Whether a config is an overlay's."""
+    experts = raw.get("n_experts") or raw.get("outlier_num_experts")
+    return not is_tier(raw) and bool(experts or raw.get("model_type") == "outlier_moe")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ class AffineSource(TernarySource):
         zeros = scales.view(np.uint16) == 0
         if zeros.any():
             trits.reshape(*scales.shape, -1)[zeros] = 0
-        scales[_all_trit_0(packed, scales.shape)] = 0
+        empty = _all_trit_0(packed, scales.shape)
+        if empty.any():
+            scales[empty] = 0
         return trits, scales
 
     def examine(self, start: int, stop: int) -> Seen:
@@ -168,4 +170,8 @@ def _usual(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> bool:
 
 def _all_trit_0(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Which groups have no other code than 1: booleans of `shape`."""
-    return (packed.view(np.uint64) == _ONES).reshape(*shape, -1).all(axis=-1)
+    words = packed.view(np.uint64).reshape(*shape, -1)
+    found: np.ndarray = words[..., 0] == _ONES
+    if found.any():
+        found &= (words == _ONES).all(axis=-1)
+    return found

@@ -47,6 +47,8 @@ class PackedBitnet(_RowScales):
     weight: TensorRef
     scale: np.float32
 
+    always = True  # another code is damage
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in)."""

@@ -18,6 +18,10 @@ from outlier_mlx.storage.ternary_matrix import (
     without_sign,
 )
 from outlier_mlx.ternary import TernaryError, ggml, prism
+from outlier_mlx.ternary.two_bits import has_code_3
+
+# Rows that are unpacked at a time where scales leave a question open.
+_FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -182,18 +186,34 @@ class BlockSource(TernarySource):
         return trits, row
 
     def examine(self, start: int, stop: int) -> Seen:
-        """Like `read`; what has nothing but trits is not unpacked where scales say enough."""
-        if self.type.codes or self.factor is not None or self.order:
-            return super().examine(start, stop)
+        """Like `read`; only rows whose scales leave a question open are unpacked."""
         raw = self.rows.read(start, stop)
-        size, at = self.rows.tensor.block_bytes, self.type.at
-        d = raw.reshape(len(raw), -1, size)[..., at : at + 2].copy().view("<f2")[..., 0]
-        if not np.isfinite(d).all():
-            self._unpacked(raw, start)  # it names the block
-        same = (d == d[:, :1]).all() and self.may_be_rows
-        if same or not self.may_be_rows:
-            return Seen(one_a_row=bool(same))
-        return super().examine(start, stop)
+        if self.factor is not None or self.order:
+            return super().examine(start, stop)
+        at, blocks = self.type.at, raw.reshape(len(raw), -1, self.rows.tensor.block_bytes)
+        d = np.abs(np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0])
+        codes = blocks[..., 2:] if at == 0 else blocks[..., :at]
+        if not np.isfinite(d).all() or (self.type.codes and has_code_3(codes)):
+            self._unpacked(raw, start)  # it names the place
+        if self.type.group == 64:
+            even = d.shape[1] // 2 * 2
+            open_rows = (d[:, 0:even:2] != d[:, 1:even:2]).any(axis=1)
+        elif self.may_be_rows:
+            open_rows = (d != d[:, :1]).any(axis=1)
+        else:
+            return Seen(one_a_row=False)
+        found, numbers = Seen(), open_rows.nonzero()[0]
+        # Nearly always the first of them decide.
+        for part in np.split(numbers, range(_FEW_ROWS, len(numbers), _FEW_ROWS)):
+            if not len(part) or not (found.one_a_row if self.may_be_rows else found.pairs):
+                break
+            found &= self._seen(raw[part], start)
+        return found
+
+    def _seen(self, raw: np.ndarray, start: int) -> Seen:
+        trits, d = self._unpacked(raw, start)
+        group = trits.shape[1] // d.shape[1]
+        return seen(trits, np.abs(d), group)
 
     def _unpacked(self, raw: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
         try:

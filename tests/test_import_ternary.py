@@ -1,0 +1,573 @@
+"""Ternary models of every form, imported as packed rows: each weight exactly, and back again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.utils import load_model as stock_load_model
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.imports import Imported, import_model
+from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.ternary import unpack_rows
+from outlier_mlx.ternary.scales import untile_scales
+from tests.damage import edit_config
+from tests.forms import FORMS, build
+from tests.goldens import LOGITS_ATOL, require_shared
+from tests.program import assert_refused, run
+from tests.tensor_file import Stored, from_bfloat16, read_stored, stored
+from tests.ternary_sources import (
+    BLOCKS,
+    QWEN3,
+    Pack,
+    Ternary,
+    affine2,
+    bitnet_pack,
+    dense_gguf,
+    master_pack,
+    mlx_pack,
+    prism_pack,
+    random_ternary,
+    words,
+)
+
+
+class Written:
+    """A folder that was imported: its config, and its ternary matrices as stored."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = json.loads((folder / "config.json").read_text())
+        self.tensors = read_shards(folder)
+        self.fields = self.config["ternary"]
+        self.modules: dict[str, dict[str, Any]] = self.fields["modules"]
+
+    def group(self, path: str) -> int:
+        return int(self.modules[path].get("group_size", self.fields["group_size"]))
+
+    def trits(self, path: str) -> np.ndarray:
+        rows = self.tensors[f"{path}.weight"].read()
+        return unpack_rows(rows, self.modules[path]["in_features"])
+
+    def scales(self, path: str) -> np.ndarray:
+        """As stored, in the shape (out,) or (out, in / group)."""
+        scales = self.tensors[f"{path}.scales"].read()
+        return untile_scales(scales, len(self.trits(path))) if self.group(path) else scales
+
+    def values(self, path: str) -> np.ndarray:
+        scales, trits = self.scales(path), self.trits(path)
+        if self.tensors[f"{path}.scales"].dtype == "BF16":
+            scales = from_bfloat16(scales)
+        numbers = scales.astype(np.float32).reshape(len(trits), -1)
+        return trits * np.repeat(numbers, self.group(path) or trits.shape[1], axis=1)
+
+
+def imported(source: Path, out: Path, **how: Any) -> tuple[Imported, Written]:
+    done = import_model(source, out, **how)
+    return done, Written(done.path)
+
+
+def assert_matrices(found: Written, expected: dict[str, Ternary], root: str = "") -> None:
+    assert set(found.modules) == {f"{root}{path}" for path in expected}
+    for path, matrix in expected.items():
+        np.testing.assert_array_equal(found.values(f"{root}{path}"), matrix.values, err_msg=path)
+
+
+def assert_rest(found: Written, tensors: dict[str, Stored], packed: dict[str, Ternary]) -> None:
+    """Everything that is not ternary is there, byte for byte."""
+    held = {f"{path}.{leaf}" for path in packed for leaf in ("weight", "scales", "biases")}
+    held |= {f"{path}.{leaf}" for path in packed for leaf in ("weight_scale", "signs")}
+    for name in tensors.keys() - held:
+        stored_there = found.tensors[name]
+        assert stored_there.read().tobytes() == tensors[name].data, name
+        assert stored_there.dtype == tensors[name].dtype, name
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("group", [64, 128])
+def test_mlx_pack(group: int, dtype: str, tmp_path: Path):
+    pack = mlx_pack(group=group, dtype=dtype)
+    done, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
+    assert_matrices(found, pack.matrices)
+    assert_rest(found, pack.tensors, pack.matrices)
+    assert found.fields["group_size"] == group
+    assert "quantization" not in found.config and "quantization_config" not in found.config
+    assert found.config["model_type"] == "qwen3"
+    assert found.tensors["model.embed_tokens.scales"].dtype == dtype
+    assert done.notes == [] and done.tokenizer
+    run("verify", done.path)
+
+
+def test_what_is_not_ternary_stays(tmp_path: Path):
+    """One 2-bit matrix on another grid, one of 4 bits, one in groups of 32; and --strict."""
+    pack = mlx_pack()
+    up, down, head = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.norm"
+    rng = np.random.default_rng(0)
+    pack.tensors[f"{up}.biases"] = stored(rng.normal(0, 1, (384, 2)).astype(np.float16))
+    four = mx.quantize(mx.array(rng.normal(0, 1, (256, 384)).astype(np.float16)), 64, 4)
+    for leaf, array in zip(("weight", "scales", "biases"), four, strict=True):
+        pack.tensors[f"{down}.{leaf}"] = stored(np.array(array))
+    own = {"group_size": 64, "bits": 4, "mode": "affine"}
+    for field in ("quantization", "quantization_config"):
+        pack.config[field] = pack.config[field] | {down: own}
+    kept = {path: pack.matrices.pop(path) for path in (up, down)}
+    source = pack.write(tmp_path / "pack")
+    done, found = imported(source, tmp_path / "out")
+    assert_matrices(found, pack.matrices)
+    assert_rest(found, pack.tensors, pack.matrices)
+    assert found.config["quantization"] == {
+        "group_size": 128,
+        "bits": 2,
+        "mode": "affine",
+        down: own,
+    }
+    assert done.notes == [f"not ternary, and kept as they are: {up}"]
+    assert head not in found.modules and kept
+    run("verify", done.path)
+    refused = run("import", source, "--strict", "--out", tmp_path / "strict", code=1)
+    assert_refused(refused, "--strict", f"{up}.weight", "not ternary: row 0")
+    assert not (tmp_path / "strict").exists()
+
+
+def test_mirrored_codes_and_zeros(tmp_path: Path):
+    pack = mlx_pack()
+    path = "model.layers.0.mlp.up_proj"
+    matrix = pack.matrices[path]
+    matrix.trits[:8] = 0
+    pack.tensors |= affine2(path, matrix)
+    other = "model.layers.1.mlp.up_proj"
+    flipped = pack.matrices[other]
+    pack.tensors[f"{other}.weight"] = stored(words(-flipped.trits))
+    pack.tensors[f"{other}.scales"] = stored((-flipped.scales).astype(np.float16))
+    pack.tensors[f"{other}.biases"] = stored(flipped.scales.astype(np.float16))
+    _, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
+    assert_matrices(found, pack.matrices)
+    assert not found.scales(path)[:8].any()
+
+
+def test_nothing_is_ternary(tmp_path: Path):
+    pack = mlx_pack()
+    for path, matrix in pack.matrices.items():
+        matrix.trits[0, 0] = 2
+        pack.tensors |= affine2(path, matrix)
+    source = pack.write(tmp_path / "pack")
+    assert_refused(
+        run("import", source, "--out", tmp_path / "out", code=1), "pack: no matrix is ternary"
+    )
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_rotated_pack(schema: int, tmp_path: Path):
+    pack = prism_pack(schema)
+    pack.tensors["vision_tower.patch.weight"] = stored(np.ones((4, 4), np.float16))
+    pack.tensors["mtp.fc.weight"] = stored(np.ones((4, 4), np.float16))
+    done, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
+    assert_matrices(found, pack.matrices)
+    assert found.config["model_type"] == "qwen3_5"
+    assert found.config["text_config"]["hidden_size"] == 512
+    assert not {"modules", "schema_version", "quantization"} & found.config.keys()
+    assert found.fields["pack_schema_version"] == schema
+    assert found.fields["rotations"] == [{"width": 512, "block": 512, "signed": True}]
+    root = "language_model." if schema == 1 else ""
+    for module in pack.config["modules"]:
+        path = f"language_model.{module['path']}"
+        assert found.modules[path].get("rotation") == (0 if module["block"] else None)
+    signs = next(t for name, t in pack.tensors.items() if name.endswith(".signs"))
+    np.testing.assert_array_equal(found.tensors["rotations.0.signs"].read(), signs.array())
+    norm = "language_model.model.norm.weight"
+    assert found.tensors[norm].read().tobytes() == pack.tensors[norm.removeprefix(root)].data
+    assert done.notes == [
+        "ignored: tensors for images or drafts: vision_tower.patch.weight and mtp.fc.weight"
+    ]
+    run("verify", done.path)
+
+
+def test_norms_of_two_meanings(tmp_path: Path):
+    """In Hugging Face's layout of convolutions, mlx-lm adds 1 to all norms."""
+    pack = prism_pack()
+    pack.config["text_config"] = pack.config["text_config"] | {"full_attention_interval": 3}
+    name = "language_model.model.layers.0.linear_attn.conv1d.weight"
+    old = pack.tensors[name]
+    out, kernel, _ = old.shape
+    turned = old.array().reshape(out, kernel)[:, None]
+    pack.tensors[name] = stored(turned)
+    other = name.replace("layers.0", "layers.1")
+    pack.tensors = {k: tensor for k, tensor in pack.tensors.items() if ".layers.1." not in k}
+    pack.tensors |= {k.replace("layers.0", "layers.1"): v for k, v in pack.tensors.items()}
+    listed = [m for m in pack.config["modules"] if ".layers.1." not in m["path"]]
+    again = [
+        m | {"path": m["path"].replace("layers.0", "layers.1")}
+        for m in listed
+        if ".layers.0." in m["path"]
+    ]
+    pack.config["modules"] = listed + again
+    pack.tensors[other] = old
+    with pytest.raises(CheckpointError, match=r"layers\.0.*conv1d.*layers\.1.*conv1d.*norms"):
+        import_model(pack.write(tmp_path / "mixed"), tmp_path / "out")
+    pack.tensors[other] = pack.tensors[name]
+    _, found = imported(pack.write(tmp_path / "same"), tmp_path / "out")
+    assert found.tensors[other].shape == (out, 1, kernel)
+
+
+def test_signs_beside_a_pack(tmp_path: Path):
+    pack = prism_pack()
+    signs = next(t for name, t in pack.tensors.items() if name.endswith(".signs"))
+    values = signs.array().astype(int).tolist()
+    said = {"prism.hadamard.sign_mode": "explicit", "prism.hadamard.sign_widths": [512]}
+    source = pack.write(tmp_path / "pack")
+    beside = source / "hadamard.json"
+    beside.write_text(json.dumps(said | {"prism.hadamard.sign_values": values}))
+    import_model(source, tmp_path / "out")
+    values[7] *= -1
+    beside.write_text(json.dumps(said | {"prism.hadamard.sign_values": values}))
+    with pytest.raises(CheckpointError, match=r"hadamard\.json: .*sign_values: other signs"):
+        import_model(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("make", [lambda: bitnet_pack(True), lambda: bitnet_pack(False)])
+def test_packed_bitnet(make: Callable[[], Pack], tmp_path: Path):
+    pack = make()
+    _, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
+    assert_matrices(found, pack.matrices)
+    assert_rest(found, pack.tensors, pack.matrices)
+    assert found.fields["group_size"] == 0
+    assert "quantization_config" not in found.config
+
+
+def test_master_weights(tmp_path: Path):
+    pack = master_pack()
+    done, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
+    assert_matrices(found, pack.matrices)
+    assert "lm_head" not in found.modules
+    assert "another order of summation" in done.notes[0]
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_unpacked_floats(by_row: bool, tmp_path: Path):
+    """Ternary weights in float16 are found; what is not ternary stays."""
+    pack = mlx_pack()
+    for name in ("quantization", "quantization_config"):
+        del pack.config[name]
+    for path, matrix in pack.matrices.items():
+        if by_row:
+            matrix.scales[:] = matrix.scales[0, 0]
+        pack.tensors[f"{path}.weight"] = stored(matrix.values.astype(np.float16))
+        del pack.tensors[f"{path}.scales"], pack.tensors[f"{path}.biases"]
+    other = "model.layers.1.mlp.up_proj"
+    pack.matrices.pop(other)
+    noise = np.random.default_rng(0).normal(0, 1, (384, 256)).astype(np.float16)
+    pack.tensors[f"{other}.weight"] = stored(noise)
+    done, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
+    assert_matrices(found, pack.matrices)
+    assert_rest(found, pack.tensors, pack.matrices)
+    assert done.notes == [f"not ternary, and kept as they are: {other}"]
+    assert "quantization" not in found.config
+    assert found.group("model.layers.0.mlp.down_proj") == (0 if by_row else 128)
+
+
+def test_a_falcon_whose_weights_were_rounded(tmp_path: Path):
+    pack = master_pack()
+    pack.config = {k: v for k, v in pack.config.items() if k != "quantization_config"}
+    source = pack.write(tmp_path / "plain")
+    done = import_model(source, tmp_path / "out")  # an ordinary model
+    assert done.source_format == "unquantized safetensors"
+    edit_config(source, is_bitnet_config=True)
+    refused = run("import", source, "--out", tmp_path / "x", code=1)
+    assert_refused(refused, "not ternary", "revision main")
+
+
+def test_a_model_without_linear_class_divides(tmp_path: Path):
+    pack = bitnet_pack(divides=True)
+    del pack.config["quantization_config"]["linear_class"]
+    _, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
+    assert_matrices(found, pack.matrices)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_gguf(kind: str, tmp_path: Path):
+    made = dense_gguf(kind)
+    source = made.write(tmp_path / "model.gguf")
+    done, found = imported(source, tmp_path / "out")
+    assert_matrices(found, made.matrices)
+    assert done.source_format == f"GGUF {kind}"
+    assert found.config["model_type"] == "qwen3" and found.config["torch_dtype"] == "float16"
+    assert found.tensors["model.norm.weight"].dtype == "F16"
+    run("verify", done.path)
+    stock = import_model(source, tmp_path / "stock", experts="affine2")
+    assert "ternary" not in json.loads((stock.path / "config.json").read_text())
+    assert_stock(stock.path, made.matrices)
+
+
+def assert_stock(folder: Path, expected: dict[str, Ternary]) -> None:
+    """Stock mlx-lm loads a folder, and each matrix in it is the expected."""
+    model, _ = stock_load_model(folder)
+    modules = dict(model.named_modules())
+    for path, matrix in expected.items():
+        module: Any = modules[path]
+        arrays = (module.scales.astype(mx.float32), module.biases.astype(mx.float32))
+        found = mx.dequantize(module.weight, *arrays, module.group_size, module.bits)
+        np.testing.assert_array_equal(np.array(found), matrix.values, err_msg=path)
+
+
+def test_gguf_scales(tmp_path: Path):
+    """One scale a row of TQ1_0, and groups of 64 that are groups of 128."""
+    for name, made, group in (
+        ("rows", dense_gguf("TQ1_0", one_scale=True), 0),
+        ("pairs", dense_gguf("Q2_0", pairs=True), 128),
+    ):
+        _, found = imported(made.write(tmp_path / f"{name}.gguf"), tmp_path / name)
+        assert_matrices(found, made.matrices)
+        assert found.group("model.layers.0.mlp.down_proj") == group
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_back_to_a_pack(group: int, tmp_path: Path):
+    """An export has the bytes of the pack."""
+    pack = mlx_pack(group=group)
+    source = pack.write(tmp_path / "pack")
+    done = import_model(source, tmp_path / "rows")
+    run("export", done.path, "--format", "mlx2", "--out", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", source)
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["quantization"] == back["quantization_config"] == pack.config["quantization"]
+    assert_stock(tmp_path / "back", pack.matrices)
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    found, expected = (read_shards(folder) for folder in (one, other))
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert found[name].read().tobytes() == tensor.read().tobytes(), name
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_back_to_a_rotated_pack(schema: int, tmp_path: Path):
+    pack = prism_pack(schema)
+    source = pack.write(tmp_path / "pack")
+    done = import_model(source, tmp_path / "rows")
+    run("export", done.path, "--format", "mlx2", "--out", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", source)
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    for name in ("modules", "schema_version", "tensor_namespace", "quantization", "model_type"):
+        assert back[name] == pack.config[name]
+    stock_load_model(tmp_path / "back", lazy=True)
+
+
+def test_bitnet_as_a_pack(tmp_path: Path):
+    """Scales of rows become groups; in bfloat16 where that holds them."""
+    pack = bitnet_pack(divides=False)
+    done = import_model(pack.write(tmp_path / "pack"), tmp_path / "rows")
+    run("export", done.path, "--format", "mlx2", "--out", tmp_path / "back")
+    assert_stock(tmp_path / "back", pack.matrices)
+    assert read_shards(tmp_path / "back")["model.layers.0.mlp.up_proj.scales"].dtype == "BF16"
+
+
+def test_what_mlx_lm_has_no_pack_for(tmp_path: Path):
+    done = import_model(mlx_pack().write(tmp_path / "pack"), tmp_path / "rows")
+    edit_config(done.path, model_type="bitnet")
+    refused = run("export", done.path, "--format", "mlx2", "--out", tmp_path / "x", code=1)
+    assert_refused(refused, "bitnet has no layers with affine codes")
+    refused = run("export", done.path, "--format", "packed", "--out", tmp_path / "x", code=1)
+    assert_refused(refused, "not a tier")
+    refused = run("export", tmp_path / "pack", "--format", "mlx2", "--out", tmp_path / "x", code=1)
+    assert_refused(refused, "not a ternary model")
+
+
+@pytest.mark.parametrize(
+    "option", [("--dtype", "float16"), ("--bits", "5"), ("--experts", "tq1_0")]
+)
+def test_options_that_are_not_for_packs(option: tuple[str, str], tmp_path: Path):
+    source = mlx_pack().write(tmp_path / "pack")
+    assert_refused(run("import", source, *option, "--out", tmp_path / "x", code=1), option[0])
+
+
+@pytest.mark.parametrize(
+    "said", [{"quant_method": "jang"}, {"format": "ternary_packed_26b"}, {"mode": "pq2_0"}]
+)
+def test_formats_of_other_packers(said: dict[str, str], tmp_path: Path):
+    source = mlx_pack().write(tmp_path / "pack")
+    edit_config(source, quantization_config=said)
+    refused = run("import", source, "--out", tmp_path / "x", code=1)
+    assert_refused(refused, next(iter(said.values())), "another packer")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("missing", lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight (256,)"),
+        ("unknown", lambda tensors: tensors.update({"x.y": tensors["model.norm.weight"]}), "x.y"),
+        (
+            "shape",
+            lambda tensors: tensors.update({"model.norm.weight": stored(np.ones(8, np.float16))}),
+            "model.norm.weight: shape (8,), expected (256,)",
+        ),
+    ],
+)
+def test_other_tensors_are_checked(
+    name: str, change: Callable[[dict[str, Stored]], Any], words: str, tmp_path: Path
+):
+    pack = mlx_pack()
+    change(pack.tensors)
+    source = pack.write(tmp_path / name)
+    assert_refused(run("import", source, "--out", tmp_path / "x", code=1), words)
+
+
+def test_damaged_rows_are_found(tmp_path: Path):
+    """`verify` reads the bytes, whatever the list of checksums says."""
+    done = import_model(mlx_pack().write(tmp_path / "pack"), tmp_path / "rows")
+    file = next(done.path.glob("*.safetensors"))
+    tensors = read_stored(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    data = bytearray(tensors[name].data)
+    data[5] = min(set(range(256)) - {(256 * q + 242) // 243 for q in range(243)})
+    at = file.read_bytes().index(tensors[name].data)
+    blob = bytearray(file.read_bytes())
+    blob[at : at + len(data)] = data
+    file.write_bytes(blob)
+    sums = json.loads((done.path / "checksums.json").read_text())
+    sums["files"][file.name]["sha256"] = hashlib.sha256(blob).hexdigest()
+    (done.path / "checksums.json").write_text(json.dumps(sums))
+    assert_refused(run("verify", done.path, code=1), name, "byte")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "tq1_0_rows"}, "format 'tq1_0_rows'"),
+        ({"group_size": 32}, "group_size is 32"),
+        ({"modules": {}}, "at least one module"),
+        ({"modules": {"model.embed_tokens": {}}}, "in_features is None"),
+        ({"modules": {"model.embed_tokens": {"in_features": 256, "rotation": 0}}}, "no rotation"),
+        ({"modules": {"model.embed_tokens": {"in_features": 256}}}, "ternary does not list it"),
+    ],
+)
+def test_fields_that_are_not_sound(change: dict[str, Any], words: str, tmp_path: Path):
+    done = import_model(mlx_pack().write(tmp_path / "pack"), tmp_path / "rows")
+    fields = json.loads((done.path / "config.json").read_text())["ternary"]
+    edit_config(done.path, ternary=fields | change)
+    assert_refused(run("info", done.path, code=1), words)
+
+
+def test_no_overlay_goes_on_a_ternary_model(tmp_path: Path, overlay_folder: Path):
+    done = import_model(mlx_pack().write(tmp_path / "pack"), tmp_path / "rows")
+    refused = run("convert", overlay_folder, "--base", done.path, "--out", tmp_path / "x", code=1)
+    assert_refused(refused, "ternary model")
+
+
+@pytest.fixture
+def overlay_folder(tmp_path: Path) -> Path:
+    return build(tmp_path / "overlay", next(iter(FORMS))).path
+
+
+GOLDENS = [
+    *("mlx2_qwen3_g128", "mlx2_qwen3_g64_mixed", "mlx2_qwen35"),
+    *("prism_v1_text_tied", "prism_v2_vl"),
+    *("gguf_tq1_llama", "gguf_tq2_qwen3", "gguf_tq1_qwen2", "gguf_tq2_bitnet"),
+    *("gguf_q2_0_qwen3", "gguf_q2_0_merged_qwen3", "gguf_pq2_qwen3"),
+    *("gguf_ptq1_qwen35", "gguf_q2_0_qwen35_tied"),
+    *("bitnet_packed", "bitnet_master_bf16", "falcon_e_packed", "llama_autobitlinear"),
+]
+
+
+def golden_source(name: str) -> tuple[Path, dict[str, Any]]:
+    """The source of a case, and its README."""
+    folder = require_shared() / "goldens/ternary_models" / name
+    file = folder / "model.gguf"
+    return file if file.exists() else folder, json.loads((folder / "README.json").read_text())
+
+
+def sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_reference_cases(name: str, tmp_path: Path):
+    """Trits and scales have the stated hashes; where stock mlx-lm has the model, its logits too."""
+    source, readme = golden_source(name)
+    done, found = imported(source, tmp_path / "out")
+    expected = {
+        path: case for path, case in readme["tensors"].items() if case.get("ternary") is not False
+    }
+    assert len(found.modules) == len(expected)
+    for given, case in expected.items():
+        path = next(
+            root + given
+            for root in ("", "model.", "language_model.")
+            if root + given in found.modules
+        )
+        assert found.group(path) == case["group"]
+        assert sha256(found.trits(path)) == case["trits_sha256"], path
+        assert sha256(found.scales(path)) == case["scales_sha256"], path
+        rotation = found.modules[path].get("rotation")
+        assert (rotation is not None) == bool(case.get("block"))
+        if rotation is not None:
+            assert found.fields["rotations"][rotation]["block"] == case["block"]
+    run("verify", done.path)
+    if "bitnet" in found.config["model_type"] or "rotations" in found.fields:
+        return
+    run("export", done.path, "--format", "mlx2", "--out", tmp_path / "back")
+    model, _ = stock_load_model(tmp_path / "back")
+    model.set_dtype(mx.float32)
+    folder = require_shared() / "goldens/ternary_models" / name
+    reference: Any = mx.load(str(folder / "expected.safetensors"))
+    logits = np.array(model(reference["input_ids"]))
+    np.testing.assert_allclose(logits, np.array(reference["logits"]), atol=LOGITS_ATOL, rtol=1e-4)
+
+
+def test_files_that_are_refused(tmp_path: Path):
+    """Each of the listed bad inputs: one line that names what is wrong, and nothing is written."""
+    here = require_shared() / "goldens/ternary_models/refuse"
+    items = json.loads((here / "refuse.json").read_text())["items"]
+    wrong = []
+    for item in items:
+        source = materialized(item, here, tmp_path / "in")
+        out = tmp_path / "out"
+        result = run("import", source, "--out", out, "--quiet", code=None)
+        line = result.err.lower()
+        named = all(word in line for word in item["message_should_name"])
+        if result.code != 1 or line.count("\n") != 1 or not named or out.exists():
+            wrong.append((item["id"], result))
+    assert len(items) == 65 and not wrong
+
+
+def materialized(item: dict[str, Any], here: Path, out: Path) -> Path:
+    """The path of a bad input; see `refuse/materialize.py`, which makes it from a good one."""
+    if "path" in item:
+        return here / item["path"]
+    folder = out / item["id"]
+    folder.mkdir(parents=True)
+    for path in (here / item["base"]).iterdir():
+        shutil.copyfile(path, folder / path.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "copytree", lambda *_, **__: None)
+        patch.syspath_prepend(str(here))
+        patch.setattr(sys, "dont_write_bytecode", True)
+        import materialize  # type: ignore[import-not-found]
+
+        return Path(materialize.build(item, here, out))
+
+
+def test_llama_with_a_head_of_its_own(tmp_path: Path):
+    """What is quantized otherwise, and what is not quantized, in one model."""
+    pack = mlx_pack(QWEN3 | {"tie_word_embeddings": False})
+    rng = np.random.default_rng(1)
+    head = random_ternary((300, 256), 128, rng)
+    head.trits[0, 0] = 2
+    pack.tensors |= affine2("lm_head", head)
+    del pack.matrices["lm_head"]
+    done, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
+    assert "lm_head" not in found.modules
+    assert found.config["quantization"] == {"group_size": 128, "bits": 2, "mode": "affine"}
+    run("export", done.path, "--format", "mlx2", "--out", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", tmp_path / "pack")
+    stock_load_model(tmp_path / "back")

@@ -1,0 +1,152 @@
+"""What `info` says of quantized matrices: which are ternary, and what they take as packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from outlier_mlx.checkpoints.info import inspect
+from outlier_mlx.imports import import_model
+from outlier_mlx.storage.shards import read_shards
+from tests.hub import Hub, opened
+from tests.program import assert_refused, run
+from tests.tensor_file import stored
+from tests.ternary_sources import (
+    GgufFile,
+    Pack,
+    affine2,
+    bitnet_pack,
+    dense_gguf,
+    master_pack,
+    mlx_pack,
+    prism_pack,
+)
+
+SOURCES: dict[str, Callable[[], Pack | GgufFile]] = {
+    "mlx 128": mlx_pack,
+    "mlx 64": lambda: mlx_pack(group=64),
+    "rotated": prism_pack,
+    "rotated, schema 1": lambda: prism_pack(1),
+    "bitnet": bitnet_pack,
+    "master": master_pack,
+    "TQ1_0": lambda: dense_gguf("TQ1_0"),
+    "one scale a row": lambda: dense_gguf("TQ2_0", one_scale=True),
+    "Q2_0": lambda: dense_gguf("Q2_0"),
+    "Q2_0 in pairs": lambda: dense_gguf("Q2_0", pairs=True),
+    "PQ2_0": lambda: dense_gguf("PQ2_0"),
+    "PTQ1_0": lambda: dense_gguf("PTQ1_0"),
+}
+# Whose headers already say that they are ternary.
+CERTAIN = ("bitnet", "master", "TQ1_0", "PTQ1_0")
+
+
+def written(made: Pack | GgufFile, folder: Path) -> Path:
+    return made.write(folder / ("model.gguf" if isinstance(made, GgufFile) else "model"))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_form(name: str, tmp_path: Path):
+    """With the codes, `info` knows what an import will write, to the byte."""
+    made = SOURCES[name]()
+    source = written(made, tmp_path)
+    shallow, deep = inspect(source).ternary, inspect(source, deep=True).ternary
+    assert shallow is not None and deep is not None
+    certain = name in CERTAIN
+    assert {matrix.ternary for matrix in shallow.matrices} == {True if certain else None}
+    assert {matrix.ternary for matrix in deep.matrices} == {True}
+    assert len(shallow.matrices) == len(deep.matrices) == len(made.matrices)
+    tensors = read_shards(import_model(source, tmp_path / "rows").path)
+    for path, matrix in made.matrices.items():
+        one = next(m for m in deep.matrices if m.shape == matrix.trits.shape)
+        packed = tensors[f"{path}.weight"].nbytes + tensors[f"{path}.scales"].nbytes
+        assert one.packed_nbytes == packed, path
+
+
+def test_what_is_not(tmp_path: Path):
+    pack = mlx_pack()
+    path = "model.layers.0.mlp.up_proj"
+    pack.matrices[path].trits[3, 5] = 2
+    pack.tensors |= affine2(path, pack.matrices[path])
+    source = pack.write(tmp_path / "model")
+    result = run("info", source, "--deep", "--json").json["ternary"]
+    wrong = [matrix for matrix in result["matrices"] if not matrix["ternary"]]
+    assert [matrix["name"] for matrix in wrong] == [path]
+    assert "not ternary: row 3, group 0 holds" in wrong[0]["reason"]
+    assert wrong[0]["packed_nbytes"] is None and result["deep"] is True
+    said = run("info", source, "--deep").out
+    assert f"ternary: {len(pack.matrices) - 1} of {len(pack.matrices)} quantized matrices" in said
+    assert "not ternary: model.layers.N.mlp.up_proj (1 layer) (2-bit codes, groups of 128)" in said
+    said = run("info", source).out
+    count = len(pack.matrices)
+    assert f"ternary: perhaps {count} of {count} quantized matrices (--deep reads" in said
+
+
+def test_models_that_are_quantized_otherwise(tmp_path: Path):
+    pack = mlx_pack()
+    settings = {"group_size": 128, "bits": 4, "mode": "affine"}
+    pack.config |= {"quantization": settings, "quantization_config": settings}
+    for path, matrix in pack.matrices.items():
+        out, width = matrix.trits.shape
+        pack.tensors[f"{path}.weight"] = stored(np.zeros((out, width // 8), np.uint32))
+    said = run("info", pack.write(tmp_path / "model"), "--deep").out
+    assert f"ternary: none of {len(pack.matrices)} quantized matrices" in said
+
+
+def test_an_unquantized_model_says_nothing_of_it(tmp_path: Path):
+    pack = mlx_pack()
+    for field in ("quantization", "quantization_config"):
+        del pack.config[field]
+    for path, matrix in pack.matrices.items():
+        pack.tensors[f"{path}.weight"] = stored(matrix.values.astype(np.float16))
+        del pack.tensors[f"{path}.scales"], pack.tensors[f"{path}.biases"]
+    source = pack.write(tmp_path / "model")
+    assert inspect(source).ternary is None
+    assert "ternary" not in run("info", source).out
+
+
+def test_a_gguf_file(tmp_path: Path):
+    made = dense_gguf("Q2_0")
+    source = made.write(tmp_path / "model.gguf")
+    read = run("info", source, "--json").json
+    params = sum(int(np.prod(shape)) for _, shape, _ in made.tensors.values())
+    assert (read["kind"], read["architecture"], read["params"]) == ("model", "qwen3", params)
+    assert read["nbytes"] == sum(len(data) for _, _, data in made.tensors.values())
+    assert (read["layers"], read["vocab"], read["context_length"]) == (2, 300, 512)
+    kinds = {row["kind"]: row["params"] for row in read["rows"]}
+    assert kinds["embeddings"] == 300 * 256 and "head" not in kinds
+    assert kinds["dense FFN"] == 2 * 3 * 256 * 512
+    assert run("info", tmp_path, "--json").json["params"] == params  # the folder
+    dense_gguf("PQ2_0").write(tmp_path / "other.gguf")
+    assert_refused(run("info", tmp_path, code=1), "2 GGUF models", "--file")
+    assert run("info", tmp_path, "--file", "model.gguf", "--json").json["params"] == params
+
+
+def test_a_ternary_model_that_was_imported(tmp_path: Path):
+    pack = mlx_pack()
+    done = import_model(pack.write(tmp_path / "model"), tmp_path / "rows")
+    read = run("info", done.path, "--deep", "--json").json
+    before = run("info", tmp_path / "model", "--json").json
+    assert read["params"] == before["params"]
+    assert read["form"] == "ternary qwen3" and read["kind"] == "model"
+    assert read["nbytes"] < before["nbytes"]
+
+
+def test_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only headers are fetched."""
+    pack, made = mlx_pack(), dense_gguf("PQ2_0")
+    folder = pack.write(tmp_path / "pack")
+    (tmp_path / "gguf").mkdir()
+    made.write(tmp_path / "gguf" / "model-PQ2_0.gguf")
+    hub = Hub()
+    hub.add("some/pack", folder)
+    hub.add("some/gguf", tmp_path / "gguf")
+    with opened(hub, tmp_path, monkeypatch):
+        found: Any = inspect("some/pack").ternary
+        assert len(found.matrices) == len(pack.matrices)
+        found = inspect("some/gguf", file="model-PQ2_0.gguf").ternary
+        assert len(found.matrices) == len(made.matrices)
+        assert_refused(run("info", "some/pack", "--deep", code=1), "some/pack", "--deep")
