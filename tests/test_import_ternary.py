@@ -402,6 +402,47 @@ def test_formats_of_other_packers(said: dict[str, str], tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization": {"group_size": 128, "bits": [2]}},
+        {"quantization": {"group_size": 0, "bits": 2}},
+        {"quantization_config": 3, "model_type": "bitnet"},
+        {"quantization_config": {"quant_method": "bitnet", "linear_class": []}},
+        {"quantization_config": {"quant_method": "bitnet", "modules_to_not_convert": "all"}},
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": "two"},
+        {"hidden_size": 0},
+        {"vocab_size": None},
+        {"model_type": []},
+        {"model_type": "none such"},
+        {"model_type": "prism_hadamard_qwen35", "modules": [3]},
+        {"text_config": []},
+        {"rope_theta": "a"},
+    ],
+)
+def test_configs_that_are_not_sound(change: dict[str, Any], tmp_path: Path):
+    """One line, and no traceback."""
+    source = mlx_pack().write(tmp_path / "pack")
+    edit_config(source, **change)
+    result = run("import", source, "--out", tmp_path / "x", "--quiet", code=None)
+    if result.code:
+        assert_refused(result)
+        assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [[[1], [1, 2]], ["a"] * 512, [1.5] * 512, {"a": 1}, None, [2**70] * 512]
+)
+def test_signs_beside_a_pack_that_are_none(values: Any, tmp_path: Path):
+    source = prism_pack().write(tmp_path / "pack")
+    said = {"prism.hadamard.sign_mode": "explicit", "prism.hadamard.sign_widths": [512]}
+    text = json.dumps(said | {"prism.hadamard.sign_values": values})
+    (source / "hadamard.json").write_text(text)
+    refused = run("import", source, "--out", tmp_path / "x", code=1)
+    assert_refused(refused, "hadamard.json", "sign_values")
+
+
+@pytest.mark.parametrize(
     ("name", "change", "words"),
     [
         ("missing", lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight (256,)"),

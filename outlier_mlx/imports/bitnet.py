@@ -49,6 +49,8 @@ def read_settings(raw: Mapping) -> BitnetSettings:
         CheckpointError: a layer that computes something else than a scaled ternary product.
     """
     given = raw.get("quantization_config") or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{_WHERE} is {short(given)}, expected an object")
     if given.get("use_rms_norm"):
         raise CheckpointError(
             f"{_WHERE}: use_rms_norm: each linear layer normalises its input first, which no model"
@@ -56,7 +58,7 @@ def read_settings(raw: Mapping) -> BitnetSettings:
         )
     default = "autobitlinear" if raw.get("model_type") == MODEL_TYPE and not given else "bitlinear"
     kind = given.get("linear_class", default)
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise CheckpointError(
             f"{_WHERE}: linear_class {short(kind)}, expected 'bitlinear' or 'autobitlinear'"
         )

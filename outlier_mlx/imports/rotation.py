@@ -133,7 +133,10 @@ def sign_vectors(given: Mapping[str, Any], where: str) -> dict[int, np.ndarray] 
         raise CheckpointError(f"{where}sign_mode {short(mode)}, expected 'explicit' or 'identity'")
     arrays = []
     for key in ("sign_widths", "sign_values"):
-        values = np.asarray(given.get(key, []))
+        try:
+            values = np.asarray(given.get(key, []))
+        except ValueError:  # lists in it, of different lengths
+            values = np.empty((0, 0))
         if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
             raise CheckpointError(f"{where}{key}: expected a list of integers")
         arrays.append(values.astype(np.int64))

@@ -101,7 +101,10 @@ def write_model(
 
 def _check(source: str, folder: Path, config: dict, check: Callable[[Path], None] | None) -> None:
     try:
-        check_tokenizer(folder, lifted(config)["vocab_size"])
+        vocab = lifted(config).get("vocab_size")
+        if not isinstance(vocab, int):
+            raise CheckpointError("config.json: vocab_size is missing")
+        check_tokenizer(folder, vocab)
         if check is not None:
             check(folder)
     except CheckpointError as error:
