@@ -150,3 +150,4 @@ def test_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         found = inspect("some/gguf", file="model-PQ2_0.gguf").ternary
         assert len(found.matrices) == len(made.matrices)
         assert_refused(run("info", "some/pack", "--deep", code=1), "some/pack", "--deep")
+        assert_refused(run("info", "some/gguf", code=1), "some/gguf", "--file")

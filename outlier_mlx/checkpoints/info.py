@@ -133,6 +133,8 @@ def inspect(
         folder, name = found.source.folder, found.source.name
         if file is not None or (folder.is_dir() and holds_gguf(folder)):
             return _inspect_gguf(folder, name, file, deep=deep)
+        if not place.exists() and not (folder / "config.json").exists():
+            raise CheckpointError(f"{name}: no config.json; name a GGUF file with --file")
         return _inspect_folder(folder, name, deep=deep)
 
 
