@@ -161,8 +161,13 @@ def test_a_run_sees_the_value_and_not_the_user_s(monkeypatch: pytest.MonkeyPatch
     assert all(env["PATH"] == os.environ["PATH"] for env in seen)
 
 
-def test_a_run_in_a_process(small_tier: Path) -> None:
-    """Its results are those of this process."""
+def test_a_run_in_a_process(
+    small_tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its results are those of this process; code in the current folder is not run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("hashlib", "mlx_lm"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('ran')")
     apart = run_apart(small_tier, OPTIONS, None, 1000)
     assert apart.dtype == "float32" and apart.generation_tps > 0 and apart.prompt_tps > 0
     assert apart.digest == module.trial(str(small_tier), vars(OPTIONS), None).digest

@@ -198,7 +198,9 @@ def run_apart(folder: Path, options: BenchOptions, dtype: str | None, value: int
         OutlierError: the process failed; the message is the last line that it printed.
     """
     given = {"folder": str(folder), "options": asdict(options), "dtype": dtype}
-    command = [sys.executable, "-m", "outlier_mlx.measure.bench_settings", json.dumps(given)]
+    # -P: nothing of the current folder, which may be a model's, is imported.
+    module = "outlier_mlx.measure.bench_settings"
+    command = [sys.executable, "-P", "-m", module, json.dumps(given)]
     kept = {name: text for name, text in os.environ.items() if name not in VARIABLES}
     set_here = {} if value is None else dict.fromkeys(VARIABLES, str(value))
     done = subprocess.run(
