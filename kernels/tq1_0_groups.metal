@@ -130,6 +130,15 @@ struct NextVectors {
   METAL_FUNC uint result(uint v) const { return first + v; }
 };
 
+template <int M, int SHARE, typename P>
+struct BlockVectors {
+  Pairs<M> pairs;
+  P blocks;
+
+  METAL_FUNC uint place(uint v) const { return pairs.pair(blocks, v) / SHARE; }
+  METAL_FUNC uint result(uint v) const { return pairs.pair(blocks, v); }
+};
+
 // Multiplies VECTORS vectors, of which the first `count` are written, with the ROWS rows from
 // `wanted` on of a matrix of N rows. Rows and vectors that do not exist are replaced by others.
 //
@@ -169,3 +178,36 @@ METAL_FUNC void multiply_slice(
     }
   }
 }
+
+// The same for up to M vectors, which may be anywhere; fewer take less time.
+template <int M, int ROWS, int LANES, int GROUP, int N, int K>
+struct Some {
+  template <typename V, typename T, typename S, typename Y>
+  static METAL_FUNC void multiply(
+      const device T* x, const device uint8_t* rows, const device S* scales, device Y* y,
+      V vectors, uint count, uint wanted, uint lane) {
+    if (count <= 1) {
+      run<1>(x, rows, scales, y, vectors, count, wanted, lane);
+    } else if (M == 2 || count == 2) {
+      run<2>(x, rows, scales, y, vectors, count, wanted, lane);
+    } else if (count == 3) {
+      run<3>(x, rows, scales, y, vectors, count, wanted, lane);
+    } else if (M == 4 || count == 4) {
+      run<4>(x, rows, scales, y, vectors, count, wanted, lane);
+    } else if (count <= 6) {
+      run<6>(x, rows, scales, y, vectors, count, wanted, lane);
+    } else {
+      run<8>(x, rows, scales, y, vectors, count, wanted, lane);
+    }
+  }
+
+  template <int VECTORS, typename V, typename T, typename S, typename Y>
+  static METAL_FUNC void run(
+      const device T* x, const device uint8_t* rows, const device S* scales, device Y* y,
+      V vectors, uint count, uint wanted, uint lane) {
+    if (VECTORS <= M) {
+      multiply_slice<(VECTORS < M ? VECTORS : M), VECTORS == 1, ROWS, LANES, GROUP, N, K>(
+          x, rows, scales, y, vectors, count, wanted, lane);
+    }
+  }
+};

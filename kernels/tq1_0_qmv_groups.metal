@@ -4,26 +4,21 @@
 //   rows     (experts, N, bytes)     rows of trits
 //   scales   (experts, tiles, K / GROUP, 8)   half or bfloat, in tiles of eight rows
 //   indices  (pairs,)                uint
+//   blocks   (blocks, M + 1)         uint, see tq1_0_sort; unused if M is 1
 //   y        (pairs, N)              float
 //
-// LANES lanes compute ROWS elements of y.
-// Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over pairs.
+// LANES lanes compute ROWS elements of y for each pair of a block.
+// Grid: x over rows, SIMDGROUPS simdgroups in a threadgroup; y over blocks, or pairs if M is 1.
 
 const uint lane = thread_index_in_simdgroup % LANES;
 const uint simdgroup = threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
-const uint wanted = (simdgroup * 32 + thread_index_in_simdgroup) / LANES * ROWS;
-const uint first = min(wanted, uint((N - 1) / ROWS * ROWS));  // rows of a tile
-const uint pair = threadgroup_position_in_grid.y;
-const size_t expert = indices[pair];
+const uint row = (simdgroup * 32 + thread_index_in_simdgroup) / LANES * ROWS;
+const BlockVectors<M, SHARE, decltype(blocks + 0)> vectors = {
+    {threadgroup_position_in_grid.y}, blocks};
+const uint count = vectors.pairs.count(blocks);
+if (count == 0) return;
 
-GroupProduct<ROWS, 1, true, LANES, GROUP, K, T, S> product;
-product.rows = rows + (expert * N + first) * product.PITCH;
-product.last_row = N % ROWS == 0 ? ROWS - 1 : min(uint(ROWS), N - first) - 1;
-product.x = x + size_t(pair / SHARE) * K;
-product.scales = scales + (expert * ((N + 7) / 8) + first / 8) * (8 * product.GROUPS) + first % 8;
-product.add(lane);
-
-sum_over_lanes<ROWS, LANES>(product.sums, lane);
-if (lane < ROWS && wanted + lane < N) {
-  y[size_t(pair) * N + wanted + lane] = product.sums[0] * UNIT;
-}
+const size_t expert = indices[vectors.result(0)];
+constexpr size_t PITCH = (K + 79) / 80 * 16, SCALES = (N + 7) / 8 * (K / GROUP) * 8;
+Some<M, ROWS, LANES, GROUP, N, K>::multiply(
+    x, rows + expert * N * PITCH, scales + expert * SCALES, y, vectors, count, row, lane);

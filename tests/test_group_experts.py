@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kernels.emulator import VirtualMetal, virtual_metal
+from outlier_mlx.runtime.blocks import tq1_0_sort
 from outlier_mlx.runtime.groups import tq1_0_linear, tq1_0_qmv_groups
 from outlier_mlx.runtime.ops import rows_product
 from outlier_mlx.ternary.rows import pack_rows
@@ -70,6 +71,40 @@ def test_an_expert_is_a_linear_layer(metal: Metal):
     np.testing.assert_array_equal(y, tq1_0_linear(x, rows[2], scales[2]))
 
 
+@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [1, 2])
+def test_blocks_of_pairs_have_the_same_bits(size: int, share: int, metal: Metal):
+    """Experts with one pair, some pairs, a full block and one that is not."""
+    rows, scales, weights = experts(13, 448, 64)
+    chosen = np.array([2] + [1] * (size + 3) + [0] * 2 + [1] * (2 - size % 2), np.uint32)
+    pairs = len(chosen) - len(chosen) % share
+    x, indices = random_x(4, (pairs // share, 448), mx.float16), mx.array(chosen[:pairs])
+    alone = tq1_0_qmv_groups(x, rows, scales, indices)
+    blocks = tq1_0_sort(indices, EXPERTS, size)
+    found = tq1_0_qmv_groups(x, rows, scales, indices, blocks=blocks)
+    np.testing.assert_array_equal(found, alone)
+    assert_products(found, np.repeat(as_array(x), share, axis=0), weights, chosen[:pairs])
+    assert metal.names == ["tq1_0_qmv_groups", "tq1_0_sort", "tq1_0_qmv_groups"]
+
+
+@needs_emulator
+def test_costs_of_blocks():
+    """Four pairs of one expert; a block of fewer takes the time of few."""
+    rows, scales, _ = experts(64, 5120, 128)
+    found = {}
+    for pairs in (1, 3, 4):
+        indices = mx.array([1] * pairs, mx.uint32)
+        with virtual_metal() as metal:
+            blocks = tq1_0_sort(indices, EXPERTS, 4)
+            x = random_x(0, (pairs, 5120), mx.float16)
+            tq1_0_qmv_groups(x, rows, scales, indices, blocks=blocks)
+        cost = metal.launches[1].cost
+        found[pairs] = cost.per_weight(64 * 5120).main
+        assert cost.registers <= 135
+        assert not {"private load", "private store"} & set(cost.instructions)
+    assert found[1] < 2.8 and found[3] < 5.2 and found[4] < 6.3
+
+
 @pytest.fixture
 def emulated() -> Iterator[VirtualMetal]:
     with virtual_metal(count=False) as metal:
@@ -124,4 +159,6 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             tq1_0_qmv_groups(*arguments)
+    with pytest.raises(ValueError, match="blocks are"):
+        tq1_0_qmv_groups(x, rows, scales, indices, blocks=indices)
     assert tq1_0_qmv_groups(x, rows, scales, indices[:0]).shape == (0, 16)

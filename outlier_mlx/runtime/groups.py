@@ -8,7 +8,7 @@ that a kernel loads those of neighbouring rows together.
 import mlx.core as mx
 
 from .affine2 import row_bytes
-from .kernels import can_decode
+from .kernels import block_size, can_decode
 from .launching import ACTIVATIONS, built_kernel
 
 SCALE_GROUPS = (64, 128)
@@ -113,7 +113,14 @@ def tq1_0_linear(
     )[0]
 
 
-def tq1_0_qmv_groups(x: mx.array, rows: mx.array, scales: mx.array, indices: mx.array) -> mx.array:
+def tq1_0_qmv_groups(
+    x: mx.array,
+    rows: mx.array,
+    scales: mx.array,
+    indices: mx.array,
+    *,
+    blocks: mx.array | None = None,
+) -> mx.array:
     """Multiply vectors by experts' matrices that have scales of groups, for many pairs.
 
     Args:
@@ -121,6 +128,8 @@ def tq1_0_qmv_groups(x: mx.array, rows: mx.array, scales: mx.array, indices: mx.
         rows: (experts, out, row_bytes) uint8.
         scales: (experts, ceil(out / 8), groups, 8) float16 or bfloat16, see `scale_group`.
         indices: (pairs,) uint32, each below `experts`; the pairs of the first vector come first.
+        blocks: `tq1_0_sort` of the indices: pairs of one expert then share the decoding of its
+            rows. Results do not depend on it.
 
     Returns:
         (pairs, out) float32.
@@ -148,10 +157,16 @@ def tq1_0_qmv_groups(x: mx.array, rows: mx.array, scales: mx.array, indices: mx.
         raise ValueError(f"{name}: {pairs} pairs of {wide} for {rows.shape} rows: not supported")
     if pairs == 0:
         return mx.zeros((0, out))
+    size = 1 if blocks is None else block_size(name, blocks)
     return built_kernel(name, "tq1_0", "tq1_0_groups")(
-        inputs=[x, rows, scales, indices],
-        template=[*_template(x, scales, out, group, SLICE_ROWS[1]), ("SHARE", pairs // vectors)],
-        grid=(_threads(out, SLICE_ROWS[1]), pairs, 1),
+        # Without blocks, an input takes their place.
+        inputs=[x, rows, scales, indices, indices if blocks is None else blocks],
+        template=[
+            *_template(x, scales, out, group, SLICE_ROWS[size]),
+            ("SHARE", pairs // vectors),
+            ("M", size),
+        ],
+        grid=(_threads(out, SLICE_ROWS[size]), pairs if blocks is None else blocks.shape[0], 1),
         threadgroup=(32 * GROUP_SIMDGROUPS, 1, 1),
         output_shapes=[(pairs, out)],
         output_dtypes=[mx.float32],

@@ -274,7 +274,7 @@ def _launch(
     check_size(name, "elements", max(inputs[0].size, columns * out_features))
     template = [("T", dtype), ("K", in_features), ("N", out_features)]
     if "blocks" in KERNEL_ARGUMENTS[name][0]:
-        size = 1 if blocks is None else _block_size(name, blocks)
+        size = 1 if blocks is None else block_size(name, blocks)
         # Without blocks, an input takes their place.
         inputs = [*inputs, inputs[-1] if blocks is None else blocks]
         template += [("SHARE", share), ("M", size)]
@@ -322,7 +322,8 @@ def _rows(
     return experts, out_features
 
 
-def _block_size(name: str, blocks: mx.array) -> int:
+def block_size(name: str, blocks: mx.array) -> int:
+    """The most pairs of a block; raises a ValueError that names the kernel if it is unsupported."""
     sizes = BLOCK_VARIANTS["tq1_0_qmv"]
     if blocks.ndim != 2 or blocks.dtype != mx.uint32 or blocks.shape[1] - 1 not in sizes:
         raise ValueError(

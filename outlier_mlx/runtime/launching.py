@@ -26,7 +26,7 @@ KERNEL_ARGUMENTS = {
     "tq1_0_sort": (["indices"], ["blocks"]),
     "tq1_0_to_affine2": (["rows"], ["codes"]),
     "tq1_0_logits": (["x", "router"], ["logits"]),
-    "tq1_0_qmv_groups": (["x", "rows", "scales", "indices"], ["y"]),
+    "tq1_0_qmv_groups": (["x", "rows", "scales", "indices", "blocks"], ["y"]),
     "tq1_0_linear": (["x", "rows", "scales"], ["y"]),
     "tq1_0_rotate": (["x", "signs"], ["y"]),
     "tq1_0_route": (["x", "router", "alpha"], ["indices", "weights"]),
