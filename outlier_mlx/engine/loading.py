@@ -21,7 +21,14 @@ from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, one_line
-from outlier_mlx.models.config import check_plain, describe, describe_args, is_tier, parse_config
+from outlier_mlx.models.config import (
+    check_plain,
+    describe,
+    describe_args,
+    is_ternary_model,
+    is_tier,
+    parse_config,
+)
 from outlier_mlx.models.families import family
 from outlier_mlx.models.token_ids import check_tokenizer, end_ids
 from outlier_mlx.runtime.model import Model, ModelArgs, classes_on
@@ -74,18 +81,20 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
     dtype = dtype or suited_dtype(folder, config)
     wait_within_budget()
     try:
-        own = is_tier(config)
+        tier, ternary = is_tier(config), is_ternary_model(config)
+        own = tier or ternary
         model, config = mlx_lm_load_model(
             folder,
             lazy=not own,
             model_config=_given(config) | ({"activation_dtype": dtype} if own else {}),
-            get_model_classes=_classes if own else checked_classes(_classes),
+            get_model_classes=_classes if tier else checked_classes(_classes),
             trust_remote_code=False,
         )
+        if not tier:
+            unchecked(model)
         if own:
             _check_rounded(folder, model, dtype)
             return model, config
-        unchecked(model)
         if dtype is None and mx.default_device() == mx.cpu:
             dtype = "float32"
         if dtype is not None:
@@ -125,7 +134,8 @@ def _given(config: dict) -> dict:
     if is_tier(config):
         return {"model_file": None}
     # Let mlx-lm take eos_token_id from generation_config.json, if it is there.
-    return {key: value for key, value in config.items() if key != "eos_token_id"}
+    given = {key: value for key, value in config.items() if key != "eos_token_id"}
+    return given | ({"model_file": None} if is_ternary_model(config) else {})
 
 
 def _classes(config: dict) -> tuple[type, type]:
@@ -136,6 +146,14 @@ def _classes(config: dict) -> tuple[type, type]:
     """
     if is_tier(config):
         return Model, ModelArgs
+    if is_ternary_model(config):
+        from outlier_mlx.runtime.ternary_model import TernaryModelArgs, ternary_model_on
+
+        return ternary_model_on(_plain_classes(config)[0]), TernaryModelArgs
+    return _plain_classes(config)
+
+
+def _plain_classes(config: dict) -> tuple[type, type]:
     # Import only here: few models need them.
     if config.get("model_type") == "qwen2_moe" and config.get("norm_topk_prob"):
         from mlx_lm.models.qwen2_moe import ModelArgs as Qwen2MoeArgs

@@ -11,6 +11,8 @@ from outlier_mlx.models.rope import TIER_NAMES
 
 #: The name of the code that mlx-lm runs for a tier: its `model_file`.
 MODEL_FILE = "outlier_moe.py"
+#: The same for a ternary model (`ternary_fields`).
+TERNARY_FILE = "outlier_ternary.py"
 DTYPES = ("bfloat16", "float16", "float32")
 # Fields that mlx-lm would honour, and that this project neither writes nor reads.
 FOREIGN = (

@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx_lm.models import mixtral
 
 from .affine2 import ROWS, check_experts
+from .packed import keeping_fixed
 from .routing import route
 from .switch import TernarySwitchGLU, TernarySwitchLinear
 
@@ -69,10 +70,8 @@ class TernaryMixtral(mixtral.Model):
 
     def set_dtype(self, dtype: mx.Dtype, predicate: Callable | None = None) -> None:
         """Convert floats to a dtype, except the experts' scales, which stay float32."""
-        scales = [(module, module.scales) for module in self._ternary()]
-        super().set_dtype(dtype, *([] if predicate is None else [predicate]))
-        for module, kept in scales:
-            module.scales = kept
+        predicates = [] if predicate is None else [predicate]
+        keeping_fixed(self, lambda: super(TernaryMixtral, self).set_dtype(dtype, *predicates))
 
     def _ternary(self) -> list[TernarySwitchLinear]:
         return [module for module in self.modules() if isinstance(module, TernarySwitchLinear)]

@@ -13,10 +13,10 @@ from mlx_lm.models.rope_utils import YarnRoPE
 from mlx_lm.utils import MODEL_REMAPPING
 
 from .affine2 import check_experts
+from .dtypes import activation_dtype, converted
 from .moe import OutlierMoE
 from .switch import TernarySwitchLinear
 
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 # These are float32 for every activation dtype.
 ALWAYS_FLOAT32 = (".mlp.gate.weight", ".mlp.alpha")
 # mlx-lm treats both as YaRN.
@@ -114,15 +114,9 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Convert floats to the activation dtype; to float32 on the CPU, where halves are slow."""
-        dtype = self._activation_dtype()
         base: Any = super()
-        weights = base.sanitize(weights)
-        if dtype is None:
-            return weights
-        return {
-            name: value.astype(dtype) if value.dtype in FLOATS and not _stays(name) else value
-            for name, value in weights.items()
-        }
+        dtype = activation_dtype(self.args.activation_dtype)
+        return converted(base.sanitize(weights), dtype, _stays)
 
     def load_weights(self, *args: Any, **kwargs: Any) -> "Model":
         """Load weights like any MLX module, then prepare the experts."""
@@ -131,11 +125,6 @@ class Model(nn.Module):
             if isinstance(module, TernarySwitchLinear):
                 module.prepare()
         return self
-
-    def _activation_dtype(self) -> mx.Dtype | None:
-        if self.args.activation_dtype is not None:
-            return getattr(mx, self.args.activation_dtype)
-        return mx.float32 if mx.default_device() == mx.cpu else None
 
 
 @cache

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from .affine2 import affine_product, row_bytes, rows_to_affine2
+from .affine2 import affine_product
 from .ops import (
     SORT_FROM_PAIRS,
     decoded_mix,
@@ -13,23 +13,12 @@ from .ops import (
     use_metal,
     weighted_sum,
 )
+from .packed import PackedModule
 
 FOUR_ZERO_BYTES = 0x80808080  # 20 trits 0
 
 
-class AffineCopy:
-    """A copy of ternary rows in MLX's affine format, and the arrays that it was made from.
-
-    It is not an MLX module, so MLX does not treat its arrays as parameters or state.
-    """
-
-    def __init__(self, rows: mx.array, scales: mx.array, in_features: int) -> None:
-        self.rows = rows
-        self.scales = scales
-        self.arrays = rows_to_affine2(rows, scales, in_features)
-
-
-class TernarySwitchLinear(nn.Module):
+class TernarySwitchLinear(PackedModule):
     """`num_experts` linear layers with ternary weights, five trits in a byte.
 
     Parameters, both frozen: `weight` (experts, out, row_bytes) uint8 in the layout `tq1_0_strided`,
@@ -37,21 +26,8 @@ class TernarySwitchLinear(nn.Module):
     """
 
     def __init__(self, input_dims: int, output_dims: int, num_experts: int) -> None:
-        super().__init__()
-        self.input_dims = input_dims
-        self.weight = mx.full((num_experts, output_dims, row_bytes(input_dims)), 128, mx.uint8)
-        self.scales = mx.zeros((num_experts, output_dims))
-        self.prepared: AffineCopy | None = None
-
-    @property
-    def _no_grad(self) -> set[str]:
-        # MLX stores the names of frozen parameters here, and a parent's `unfreeze` clears the set.
-        # The packed weights have no gradient, so they must always stay in it.
-        return {"weight", "scales"}
-
-    @_no_grad.setter
-    def _no_grad(self, _: set[str]) -> None:
-        pass
+        rows = (num_experts, output_dims)
+        super().__init__(input_dims, rows, mx.zeros(rows))
 
     def prepare(self) -> None:
         """Prepare for multiplication, after the weights are loaded.
@@ -63,23 +39,7 @@ class TernarySwitchLinear(nn.Module):
         self.scales = mx.where(zero, 0.0, self.scales)
         # Evaluate now: a lazy array can only be evaluated in the thread that made it.
         mx.eval(self.scales)
-        if not use_metal():
-            copy = AffineCopy(self.weight, self.scales, self.input_dims)
-            mx.eval(copy.arrays)
-            self.prepared = copy
-
-    def affine(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Weight, scales and biases for `mx.gather_qmm`, from the copy if it is up to date.
-
-        A compiled training step replaces the module's arrays; then the first call after training
-        makes a new copy. While MLX traces a function, no copy is kept.
-        """
-        copy = self.prepared
-        if copy is not None and copy.rows is self.weight and copy.scales is self.scales:
-            return copy.arrays
-        copy = AffineCopy(self.weight, self.scales, self.input_dims)
-        self.prepared = None if self.training or not _evaluated(copy.arrays) else copy
-        return copy.arrays
+        super().prepare()
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Multiply x (..., 1, in) by the experts in `indices` (...): (..., 1, out) float32."""
@@ -87,14 +47,6 @@ class TernarySwitchLinear(nn.Module):
             packed = self.weight, self.scales
             return rows_product(x, indices, *packed, sorted_indices, self.training)
         return affine_product(x.astype(mx.float32), self.affine(), indices, sorted_indices)
-
-
-def _evaluated(arrays: tuple[mx.array, ...]) -> bool:
-    try:
-        mx.eval(arrays)
-    except ValueError:  # placeholders of a function that MLX traces
-        return False
-    return True
 
 
 class TernarySwitchGLU(nn.Module):

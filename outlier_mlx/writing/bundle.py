@@ -1,8 +1,8 @@
-"""The `outlier_moe.py` of a tier: `runtime/` joined into one file that needs only mlx and mlx-lm.
+"""The model code in tiers and ternary models: modules of `runtime/` joined into one file.
 
-mlx-lm runs it (`model_file` in config.json) where this package is not installed, if its user
-passes --trust-remote-code. Joining is textual: imports between the modules are removed, and all
-others are moved to the top.
+It needs only mlx and mlx-lm. mlx-lm runs it (`model_file` in config.json) where this package is not
+installed, if its user passes --trust-remote-code. Joining is textual: imports between the modules
+are removed, and all others are moved to the top.
 """
 
 import ast
@@ -12,23 +12,27 @@ import tokenize
 from pathlib import Path
 
 import outlier_mlx.runtime
+from outlier_mlx.models.tier_fields import MODEL_FILE, TERNARY_FILE
 from outlier_mlx.runtime.kernel_text import kernel_names, kernel_text
 
-MODULE_ORDER = (
-    "affine2",
-    "variants",
-    "launching",
-    "kernels",
-    "blocks",
-    "groups",
-    "ops",
-    "routing",
-    "switch",
-    "moe",
-    "model",
-)
+#: The modules of each file, in an order in which they can run.
+MODULES = {
+    MODEL_FILE: (
+        *("affine2", "variants", "launching", "kernels", "blocks", "groups", "ops", "routing"),
+        *("packed", "switch", "moe", "dtypes", "model"),
+    ),
+    TERNARY_FILE: (
+        *("affine2", "variants", "launching", "kernels", "blocks", "groups", "ops", "packed"),
+        *("rotation", "dense", "ternary_layers", "dtypes", "ternary_model"),
+    ),
+}
+# What mlx-lm looks for has the same names in every file, but not in this package.
+_ALIASES = {
+    MODEL_FILE: "",
+    TERNARY_FILE: "\n\nModel, ModelArgs = TernaryModel, TernaryModelArgs\n",
+}
 
-_HEADER = '''"""Model code of an Outlier tier, written by outlier-mlx.
+_HEADER = '''"""Model code of this folder, written by outlier-mlx.
 
 Load this folder with mlx-lm and --trust-remote-code, or with outlier-mlx, which never runs it.
 Licence: Apache-2.0.
@@ -38,13 +42,13 @@ Licence: Apache-2.0.
 _LITERAL_OR_COMMENT = re.compile(r'"[^"\n]*"|\'[^\'\n]*\'|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
-def bundle() -> str:
-    """The text of `outlier_moe.py`."""
+def bundle(file: str = MODEL_FILE) -> str:
+    """The text of one of the files in `MODULES`."""
     folder = Path(outlier_mlx.runtime.__file__).parent
     plain: set[str] = set()
     froms: dict[str, set[str]] = {}
     bodies = [_kernels()]
-    for name in MODULE_ORDER:
+    for name in MODULES[file]:
         source = (folder / f"{name}.py").read_text(encoding="utf-8")
         bodies.append(_without_imports(source, plain, froms))
     lines = [f"import {name}" for name in plain]
@@ -52,18 +56,27 @@ def bundle() -> str:
     standard = [line for line in lines if not line.split()[1].startswith("mlx")]
     others = [line for line in lines if line.split()[1].startswith("mlx")]
     blocks = ["\n".join(sorted(block, key=_import_order)) for block in (standard, others)]
-    return _HEADER + "\n" + "\n\n".join(blocks) + "\n\n" + "\n\n\n".join(bodies) + "\n"
+    return (
+        _HEADER
+        + "\n"
+        + "\n\n".join(blocks)
+        + "\n\n"
+        + "\n\n\n".join(bodies)
+        + "\n"
+        + _ALIASES[file]
+    )
 
 
-def is_bundle(data: bytes) -> bool:
+def is_bundle(data: bytes, file: str = MODEL_FILE) -> bool:
     """Whether code does what `bundle` does: the same statements, whatever comments say.
 
-    So a tier stays valid when only comments, docstrings or line breaks of the project change.
+    So a folder stays valid when only comments, docstrings or line breaks of the project change.
 
     Args:
         data: a file's bytes.
+        file: its name.
     """
-    text = bundle()
+    text = bundle(file)
     if data == text.encode():
         return True
     if len(data) > 2 * len(text.encode()):

@@ -86,7 +86,7 @@ def write_model(
             assets(folder)  # again: a run that starts over has emptied the folder
             write_json(folder / "config.json", config)
             if "model_file" in config:
-                write_whole(folder / config["model_file"], bundle())
+                write_whole(folder / config["model_file"], bundle(config["model_file"]))
             write_manifest(folder, manifest_name, manifest, files)
             if card is not None:
                 write_whole(folder / CARD, card(folder))
