@@ -27,7 +27,7 @@ from outlier_mlx.models.head import settle_head
 from outlier_mlx.models.quantization import check_quantization
 from outlier_mlx.models.spelling import lifted, normalised
 from outlier_mlx.models.stored import check_tensors
-from outlier_mlx.models.tier_fields import check_fields
+from outlier_mlx.models.tier_fields import TERNARY_FILE, check_fields
 from outlier_mlx.models.token_ids import check_tokenizer, end_ids
 from outlier_mlx.runtime.affine2 import ROWS, check_experts
 from outlier_mlx.storage.paths import inside
@@ -93,7 +93,8 @@ def open_config(folder: Path) -> dict:
         return raw
     if is_overlay(raw):
         raise CheckpointError(f"{folder}: an overlay; `outlier-mlx convert` makes a tier from it")
-    if "model_file" in raw:
+    own = TERNARY_FILE if is_ternary_model(raw) else None
+    if raw.get("model_file", own) != own:
         raise CheckpointError(f"{folder}: needs its own model code, which is never run here")
     if raw.get("model_type") == "mixtral" and not _is_mlx(raw):
         raise CheckpointError(

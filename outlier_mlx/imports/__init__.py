@@ -9,8 +9,9 @@ from outlier_mlx.engine.loading import check_loads
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
-from outlier_mlx.models.config import raw_config
+from outlier_mlx.models.config import is_ternary_model, raw_config
 from outlier_mlx.models.summary import SummaryRow
+from outlier_mlx.models.tier_fields import TERNARY_FILE
 from outlier_mlx.storage.gguf_model import patterns
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
 from outlier_mlx.storage.paths import entries, named
@@ -86,11 +87,12 @@ def import_model(
     given = {k: v for k, v in gguf.items() if v is not None}
     opened = _open(found, dtype, bits, file, given, strict=strict)
     tensors = Parts(opened.parts)
+    code = {"model_file": TERNARY_FILE} if is_ternary_model(opened.config) else {}
     origin = {"name": found.name, "revision": found.revision, "form": opened.source_format}
     written = write_model(
         target,
         tensors,
-        opened.config,
+        opened.config | code,
         source=found.name,
         inputs=[source, found.folder],
         assets=opened.assets,
