@@ -13,6 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.models import bitnet
+from mlx_lm.models.activations import swiglu
 from mlx_lm.models.bitlinear_layers import BitLinear
 from mlx_lm.utils import _get_classes
 
@@ -24,10 +26,10 @@ from .ternary_layers import Rotation, RotationSigns, TernaryEmbedding, TernaryLi
 
 
 class TernaryModelArgs:
-    """Makes the args of mlx-lm's model; those of a ternary model have three fields more.
+    """Makes the args of mlx-lm's model; those of a ternary model have four fields more.
 
-    They are `ternary`; `activation_dtype`, which overrides the dtypes that are stored; and
-    `vector_dtype`, that of an embedding's vectors where nothing else says it.
+    They are `ternary`; `activation_dtype`, which overrides the dtypes that are stored;
+    `vector_dtype`, that of an embedding's vectors where nothing else says it; and `hidden_act`.
     """
 
     @classmethod
@@ -57,6 +59,7 @@ def ternary_args(base: Any, params: dict[str, Any]) -> Any:
     args.ternary = params["ternary"]
     args.activation_dtype = params.get("activation_dtype")
     args.vector_dtype = params.get("dtype") or params.get("torch_dtype") or "float32"
+    args.hidden_act = params.get("hidden_act")
     return args
 
 
@@ -96,6 +99,10 @@ class TernaryModel(nn.Module):
                 (path, _ternary(path, found.get(path), how["in_features"], group, rotation))
             )
         self.update_modules(tree_unflatten(made))
+        if args.hidden_act == "silu":
+            for module in self.modules():
+                if type(module) is bitnet.MLP:
+                    module.__class__ = SiluBitNetMLP
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Convert floats to the activation dtype; to float32 on the CPU, where halves are slow."""
@@ -135,6 +142,15 @@ class TernaryModel(nn.Module):
         for module in self.modules():
             if isinstance(module, TernaryEmbedding):
                 module.dtype = dtype
+
+
+class SiluBitNetMLP(bitnet.MLP):
+    """The FFN of BitNet models before b1.58-2B-4T: down(norm(silu(gate x) * up x))."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map x (..., hidden) to the same shape."""
+        y: mx.array = self.down_proj(self.ffn_sub_norm(swiglu(self.gate_proj(x), self.up_proj(x))))
+        return y
 
 
 @cache
