@@ -108,14 +108,15 @@ def _open_tier(folder: Path, raw: dict) -> StoredModel:
     _check_experts(raw["ternary"])
     check_fields(config)
     _check_quantization(raw)
-    if (folder / _OTHER_QUANTIZATION).exists():
-        raise CheckpointError(f"{folder}: {_OTHER_QUANTIZATION}: not a file of a tier")
+    _check_no_other_quantization(folder, "a tier")
     return _open_checked(folder, config)
 
 
 def _open_ternary(folder: Path, raw: dict) -> StoredModel:
     _check_quantization(raw)
+    _check_no_other_quantization(folder, "a ternary model")
     tensors = read_shards(folder)
+    _check_layer_count(folder, raw, tensors)
     ternary = open_ternary_model(folder, raw, tensors)
     vocab = describe(raw).vocab
     if vocab is not None:
@@ -127,12 +128,7 @@ def _open_ternary(folder: Path, raw: dict) -> StoredModel:
 def _open_plain(folder: Path, raw: dict) -> StoredModel:
     check_quantization(raw)
     tensors = read_shards(folder)
-    layers = lifted(raw).get("num_hidden_layers")
-    # Every layer has a tensor. MLX would build any number of layers, whatever the files hold.
-    if isinstance(layers, int) and layers > len(tensors):
-        raise CheckpointError(
-            f"{folder}: config.json: {layers} layers, but only {len(tensors)} tensors"
-        )
+    _check_layer_count(folder, raw, tensors)
     if describe(raw).family is None:
         return StoredModel(raw, None, tensors)
     if any((folder / name).exists() for name in FORMAT_VERSIONS):
@@ -160,6 +156,20 @@ def _open_checked(folder: Path, config: ModelConfig) -> StoredModel:
     check_tensors(config, tensors)
     check_tokenizer(folder, config.vocab)
     return StoredModel(config.raw, config, tensors)
+
+
+def _check_layer_count(folder: Path, raw: dict, tensors: Mapping[str, TensorRef]) -> None:
+    """Every layer has a tensor. MLX would build any number of layers, whatever the files hold."""
+    layers = lifted(raw).get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(tensors):
+        raise CheckpointError(
+            f"{folder}: config.json: {layers} layers, but only {len(tensors)} tensors"
+        )
+
+
+def _check_no_other_quantization(folder: Path, what: str) -> None:
+    if (folder / _OTHER_QUANTIZATION).exists():
+        raise CheckpointError(f"{folder}: {_OTHER_QUANTIZATION}: not a file of {what}")
 
 
 def _check_experts(stored: object, formats: tuple[str, ...] | None = None) -> None:

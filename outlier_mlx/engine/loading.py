@@ -30,6 +30,7 @@ from outlier_mlx.models.config import (
     parse_config,
 )
 from outlier_mlx.models.families import family
+from outlier_mlx.models.spelling import lifted
 from outlier_mlx.models.token_ids import check_tokenizer, end_ids
 from outlier_mlx.runtime.model import Model, ModelArgs, classes_on
 from outlier_mlx.runtime.variants import chip_name
@@ -78,6 +79,12 @@ def load(
 def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, dict]:
     """Load the model in a local folder; see `load`. Returns the model and its config."""
     config = check_model(folder)
+    if dtype == "float16" and _squares(config):
+        warnings.warn(
+            f"{folder.name}: squared activations may overflow float16",
+            CheckpointWarning,
+            stacklevel=3,
+        )
     dtype = dtype or suited_dtype(folder, config)
     wait_within_budget()
     try:
@@ -174,17 +181,25 @@ def suited_dtype(folder: Path, config: dict) -> str | None:
     The GPUs of M1 and M2 have no bfloat16 arithmetic (Metal's feature set tables list it from
     family Apple9 on, which is M3), so float16 is used there. Exceptions are tiers of V1 and V2
     checkpoints, whose activations overflow float16, and of packed forms, which can hold any
-    version.
+    version; and BitNet models, whose activations are squared.
     """
     if not mx.metal.is_available() or mx.default_device() == mx.cpu:
         return None
     if not re.match(r"Apple M[12]\b", chip_name()) or config.get("dtype") != "bfloat16":
+        return None
+    if _squares(config):
         return None
     manifest = read_json(inside(folder, "tier.json")) if (folder / "tier.json").exists() else {}
     overlay = manifest.get("overlay")
     form = overlay.get("form") if isinstance(overlay, dict) else None
     # With newer alphas, the name of the form has a suffix.
     return None if str(form).split(" + ")[0] in OVERFLOWING else "float16"
+
+
+def _squares(config: dict) -> bool:
+    """Whether a model's activation is the square of ReLU, as BitNet's is unless it says another."""
+    default = "relu2" if config.get("model_type") == "bitnet" else None
+    return lifted(config).get("hidden_act", default) == "relu2"
 
 
 def check_loads(folder: Path) -> None:

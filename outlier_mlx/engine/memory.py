@@ -9,7 +9,7 @@ from pathlib import Path
 from outlier_mlx.engine.buffers import MAX_MB
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.attention import fitting_group
-from outlier_mlx.models.config import Description, describe, raw_config
+from outlier_mlx.models.config import Description, describe, is_ternary_model, raw_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import size
@@ -20,6 +20,9 @@ UNLIMITED = sys.maxsize
 GPU_SHARE = 0.75
 # Without a GPU: the experts once more in MLX's 2-bit format, everything else in float32.
 CPU_FACTOR = 2.0
+# The same for a model whose own matrices are ternary: 1.6 bits, and 2 once more, with scales and
+# biases in float32.
+TERNARY_CPU_FACTOR = 2.5
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,9 @@ class Needs:
 def needs_of(folder: Path, available: Budget) -> Needs:
     """What the model in a folder takes: a tier, or a plain MLX model."""
     weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
-    factor = _factor(available)
-    return Needs(int(weights * factor), describe(raw_config(folder)), factor)
+    config, factor = raw_config(folder), _factor(available)
+    own = TERNARY_CPU_FACTOR if is_ternary_model(config) and factor > 1 else factor
+    return Needs(int(weights * own), describe(config), factor)
 
 
 def cache_needs(config: Description) -> Needs:

@@ -143,6 +143,9 @@ def read_ternary(raw: Mapping[str, Any], where: str = "config.json") -> TernaryF
         path: _module(item, given.get("group_size"), read, f"{where}: {path[:80]}")
         for path, item in modules.items()
     }
+    unused = set(range(len(read))) - {module.rotation for module in found.values()}
+    if unused:
+        raise CheckpointError(f"{where}: rotation {min(unused)}: no module has it")
     return TernaryFields(found, read, given.get("pack_schema_version"))
 
 

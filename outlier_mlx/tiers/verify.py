@@ -7,9 +7,9 @@ from outlier_mlx import __version__
 from outlier_mlx.checkpoints.values import check_values
 from outlier_mlx.engine.loading import load_tokenizer, open_model
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.config import is_overlay, is_tier
+from outlier_mlx.models.config import is_overlay, is_ternary_model, is_tier
 from outlier_mlx.models.fields import short
-from outlier_mlx.models.tier_fields import MODEL_FILE
+from outlier_mlx.models.tier_fields import MODEL_FILE, TERNARY_FILE
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_bytes, read_json
@@ -19,7 +19,10 @@ from outlier_mlx.writing.bundle import is_bundle
 from outlier_mlx.writing.manifest import Manifest, check_files, find_manifest, is_code
 from outlier_mlx.writing.runs import name_leftovers
 
-_ONLY = f"and only a tier's {MODEL_FILE} may be: --trust-remote-code would run it"
+_ONLY = (
+    f"and only a tier's {MODEL_FILE} and a ternary model's {TERNARY_FILE} may be:"
+    " --trust-remote-code would run it"
+)
 
 
 @dataclass(frozen=True)
@@ -76,23 +79,31 @@ def _check_code(folder: Path, manifest: Manifest) -> None:
     """Check that the only code is a tier's own, and that nothing names any other."""
     config = read_json(inside(folder, "config.json"))
     code = [name for name in manifest.files if is_code(name)]
-    own = [MODEL_FILE] if is_tier(config) else []
-    if code != own:
-        name = next((name for name in code if name not in own), None)
-        raise CheckpointError(f"{name}: code, {_ONLY}" if name else f"{MODEL_FILE}: not listed")
-    if config.get("model_file") != (MODEL_FILE if own else None):
+    own = _own_code(config)
+    if code != ([] if own is None else [own]):
+        name = next((name for name in code if name != own), None)
+        raise CheckpointError(f"{name}: code, {_ONLY}" if name else f"{own}: not listed")
+    if config.get("model_file") != own:
         named = short(config.get("model_file"))
         raise CheckpointError(f"config.json: model_file is {named}, {_ONLY}")
     for file in ("config.json", "tokenizer_config.json"):
         if file in manifest.files and read_json(inside(folder, file)).get("auto_map") is not None:
             raise CheckpointError(f"{file}: auto_map names code, {_ONLY}")
-    if own and not is_bundle(read_bytes(inside(folder, MODEL_FILE))):
+    if own and not is_bundle(read_bytes(inside(folder, own)), own):
         writer = manifest.content.get("producer")
+        what, cure = ("tier", "convert the tier") if is_tier(config) else ("model", "import it")
         raise CheckpointError(
-            f"{MODEL_FILE}: not what this version of outlier-mlx writes ({__version__}; the tier is"
-            f" by {short(writer)}). outlier-mlx never runs it, but --trust-remote-code would;"
-            " convert the tier again"
+            f"{own}: not what this version of outlier-mlx writes ({__version__}; the {what} is by"
+            f" {short(writer)}). outlier-mlx never runs it, but --trust-remote-code would; {cure}"
+            " again"
         )
+
+
+def _own_code(config: dict) -> str | None:
+    """The name of the code that this project writes beside a model of this config, if any."""
+    if is_tier(config):
+        return MODEL_FILE
+    return TERNARY_FILE if is_ternary_model(config) else None
 
 
 def _check_model(folder: Path, progress: Progress) -> int:
