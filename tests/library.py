@@ -10,6 +10,7 @@ from outlier_mlx.cli.showcase import FOLDER
 from tests.builders import Built, write_base, write_overlay
 from tests.engine import tier_of
 from tests.folders import snapshot
+from tests.ternary_models import Ternary, write_ternary
 
 TEXT = "the cat sat on the mat and the dog sat on the log " * 16
 
@@ -45,6 +46,10 @@ class Library:
         """A tier of the embedded pair, in the recipe of a name."""
         pair = FOLDER / "overlay", FOLDER / "base"
         return self._once("tier", lambda path: tier_of(*pair, path, tier=name), "demo", name)
+
+    def ternary(self, **how: Any) -> Ternary:
+        """A model with ternary matrices; `how` is as for `write_ternary`."""
+        return self._once("ternary", lambda path: write_ternary(path, **how), how)
 
     def place(self, **how: Any) -> Path:
         """A folder with `overlay`, its int4 `tier` and `text.txt`; `how` is of the overlay."""

@@ -15,11 +15,12 @@ from outlier_mlx.models.config import (
     ModelConfig,
     is_ternary_model,
     parse_config,
-    read_config,
+    raw_config,
     stated_base,
 )
 from outlier_mlx.models.families import family
 from outlier_mlx.models.head import NOTE
+from outlier_mlx.models.prism_pack import MODEL_TYPE as ROTATED_PACK
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.writing.licences import card_metadata
@@ -69,9 +70,11 @@ def open_base(folder: Path) -> BaseModel:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    config = read_config(folder)
-    if is_ternary_model(config.raw):
+    raw = raw_config(folder)
+    if is_ternary_model(raw) or raw.get("model_type") == ROTATED_PACK:
+        # Experts were trained on the base's own activations, in 16 bits and not rotated.
         raise CheckpointError(f"{folder}: a ternary model; no overlay can be put on it")
+    config = parse_config(raw)
     if "ternary" in config.raw:
         raise CheckpointError(f"{folder}: this is a tier; a base model was expected")
     for name in ("quantization", "quantization_config"):

@@ -117,7 +117,7 @@ class TernaryModel(nn.Module):
         fixed = {f"{path}.scales" for path in self.args.ternary["modules"]}
         may_convert: Callable[[str], bool] = getattr(self, "cast_predicate", lambda name: True)
         dtype = activation_dtype(self.args.activation_dtype)
-        stays = dtype != mx.float32
+        stays = dtype is not None and dtype != mx.float32
         return signs | converted(
             weights, dtype, lambda name: name in fixed or (stays and not may_convert(name))
         )
