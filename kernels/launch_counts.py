@@ -36,8 +36,9 @@ FREE = {
 # Primitives of one launch. (Some take two if their inputs are large; not so in decoding.)
 SINGLE = {
     "Add", "AddMM", "Arange", "ArgPartition", "ArgSort", "AsType", "BitwiseAnd", "BitwiseInvert",
-    "BitwiseOr", "BitwiseXor", "Divide", "Equal", "Full", "Gather", "GatherAxis", "GatherMM",
-    "GatherQMM", "LeftShift", "Less", "Matmul", "Multiply", "Negative", "NotEqual",
+    "BitwiseOr", "BitwiseXor", "Concatenate", "Contiguous", "Convolution", "Divide", "Equal",
+    "Full", "Gather", "GatherAxis", "GatherMM", "GatherQMM", "Hadamard", "LeftShift", "Less",
+    "Matmul", "Multiply", "Negative", "NotEqual",
     "QuantizedMatmul", "RightShift", "Select", "Sigmoid", "SliceUpdate", "Softmax", "Sort",
     "Subtract", "Sum",
 }  # fmt: skip
@@ -183,7 +184,7 @@ def mlx_lm_moe(shape: Shape) -> nn.Module:
     return model.eval()
 
 
-def _of(module: nn.Module, call: Callable[..., Any], *inputs: mx.array) -> Counter[str]:
+def launches_of(module: nn.Module, call: Callable[..., Any], *inputs: mx.array) -> Counter[str]:
     """Launches of a call; the module's arrays are inputs, so that none of them is evaluated."""
     names, arrays = zip(*tree_flatten(module.parameters()), strict=True)
 
@@ -216,15 +217,15 @@ def count(model: Any, shape: Shape) -> dict[str, Counter[str]]:
             caches.append(cache)
         return module(x, caches)
 
-    block = _of(layer.mlp, layer.mlp, hidden)
-    shared = _of(layer.mlp.shared_expert, layer.mlp.shared_expert, hidden)
+    block = launches_of(layer.mlp, layer.mlp, hidden)
+    shared = launches_of(layer.mlp.shared_expert, layer.mlp.shared_expert, hidden)
     one = partial(step, lambda x, caches: layer(x, None, caches[0]))
     whole = partial(step, lambda x, caches: model(x, cache=caches))
     return {
         "routed": block - shared,
         "shared FFN": shared,
-        "layer": _of(layer, one, hidden, keys, keys),
-        "token": _of(model, whole, mx.zeros((1, 1), mx.uint32), *[keys] * 2 * shape.layers),
+        "layer": launches_of(layer, one, hidden, keys, keys),
+        "token": launches_of(model, whole, mx.zeros((1, 1), mx.uint32), *[keys] * 2 * shape.layers),
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from kernels import costs_routing, launch_counts
+from kernels import costs_decode, costs_routing, launch_counts, launch_counts_ternary
 from kernels.accuracy import errors, planted
 from kernels.costs import CHIPS, SHAPES, Chip, Figures, mlx_two_bit, ours
 from kernels.costs_blocks import LOOPS, SIZES, block_cost
@@ -150,6 +150,21 @@ def time_table() -> str:
     return table(head, rows)
 
 
+def models_table() -> str:
+    """Modelled time of a decoding step of ternary models, with and without rotations."""
+    head = ["", "chip", "ours, ms", "MLX 2-bit, ms", "ours / MLX", "pipes take turns"]
+    head += ["rotated", "rotated, pipes take turns"]
+    rows = []
+    for model in costs_decode.MODELS:
+        for chip in CHIPS:
+            (mine, theirs), turns = (costs_decode.steps(model, chip, o) for o in (True, False))
+            row = [model.name, chip.name, f"{mine.products:.2f}", f"{theirs.products:.2f}"]
+            row += [f"{a.products / b.products:.2f}" for a, b in ((mine, theirs), turns)]
+            row += [f"{a.total / b.total:.2f}" for a, b in ((mine, theirs), turns)]
+            rows.append(row)
+    return table(head, rows)
+
+
 def accuracy_table() -> str:
     """The largest errors over four random draws of 1024 rows, K = 5120, 0, 1 or 5 outliers."""
     head = ["", "trit 0 at the outliers", "other rows"]
@@ -184,6 +199,8 @@ def sections() -> dict[str, str]:
     tables |= {"cost blocks": block_table("14B")}
     tables |= {"cost linear": linear_table(), "cost rotation": rotation_table()}
     tables |= {"time": time_table(), "accuracy": accuracy_table(), "routing": routing_table()}
+    tables |= {"models": models_table()}
+    tables |= {"launches ternary": launch_counts_ternary.table(costs_decode.MODELS[-1])}
     return tables | {"launches": launch_counts.table([Shape(), Shape(experts=64, top_k=8)])}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,9 +12,11 @@ import pytest
 from mlx_lm.models import activations
 
 from kernels.costs import CHIPS
+from kernels.costs_decode import MODELS
 from kernels.costs_routing import launched, rows
 from kernels.emulator import virtual_metal
 from kernels.launch_counts import Shape, count, launches, mlx_lm_moe, tier
+from kernels.launch_counts_ternary import count_layers, mlx_two_bits, ternary
 from tests.program import ROOT, run_command
 
 SMALL = {"hidden": 64, "width": 128, "heads": 4, "kv_heads": 2, "vocab": 300, "layers": 2}
@@ -92,3 +95,18 @@ def test_costs_of_routing():
     assert max(g.registers for t in (1, 4) for g in launched(5120, 8, 2, t)) <= 104
     times = [float(row[-3]) for row in rows(CHIPS[0], 5120)]
     assert times[2] + times[3] < 0.1 * times[1]  # so another launch is worth it
+
+
+def test_layers_of_ternary_models():
+    """No more than mlx-lm's 2-bit layers; with rotations half of its own, and four more."""
+    shape = replace(MODELS[-1], vocab=512)
+    for rotated in (False, True):
+        ours = count_layers(ternary(shape, rotated=rotated), shape)
+        theirs = count_layers(mlx_two_bits(shape, rotated=rotated), shape)
+        for mine, other, matrices in zip(ours, theirs, (6, 7), strict=True):
+            assert mine["tq1_0_linear"] == other["QuantizedMatmul"] == matrices
+            assert mine["tq1_0_rotate"] == (4 if rotated else 0)
+            assert other["Hadamard"] == (matrices if rotated else 0)
+            assert mine.total() <= other.total() and (
+                not rotated or 1.8 * mine.total() < other.total()
+            )
