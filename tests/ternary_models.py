@@ -77,6 +77,9 @@ QWEN35: dict[str, Any] = {
     },
 }
 
+#: What `write_ternary` makes a rotated model of.
+ROTATED: dict[str, Any] = {"config": QWEN35, "group": 128, "block": 512}
+
 
 @dataclass(frozen=True)
 class Ternary:

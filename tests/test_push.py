@@ -20,6 +20,7 @@ from tests.folders import contents
 from tests.hub import opened
 from tests.hub_uploads import WritableHandler, WritableHub
 from tests.program import run
+from tests.ternary_sources import mlx_pack
 
 REPO = "owner/tier"
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
@@ -324,6 +325,29 @@ def test_converted_pushed_fetched_and_run(hub: WritableHub, folders: Path, tmp_p
     assert run(*generate, REPO).out == run(*generate, out).out
     pulled = huggingface_hub.snapshot_download(REPO)
     assert verify_tier(Path(pulled)) == verify_tier(out)
+
+
+def test_a_ternary_model_imported_pushed_fetched_and_run(hub: WritableHub, tmp_path: Path) -> None:
+    """Under the licence of what it was imported from; it is not mixed with a tier."""
+    source = mlx_pack().write(tmp_path / "pack")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    model = tmp_path / "model"
+    run("import", source, "--out", model)
+    assert "--trust-remote-code" in (model / "README.md").read_text()
+    run("push", model, REPO)
+    files = arrived(hub)
+    assert without_card(files) == without_card(contents(model))
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.get("license") == "apache-2.0" and "ternary" in card.data.get("tags")
+    assert f"mlx_lm.generate --model {REPO} --trust-remote-code" in card.text
+    assert "- source `pack`: `apache-2.0`" in card.text
+    assert hub.messages[-1].startswith("Ternary model, made by outlier-mlx")
+    generate = ["generate", "--prompt", PROMPT, "--max-tokens", "6", "--model"]
+    assert run(*generate, REPO).out == run(*generate, model).out
+    mlx_pack(seed=1).write(tmp_path / "other")
+    run("import", tmp_path / "other", "--out", tmp_path / "b")
+    words = ("holds another model (pack)", "--force replaces it")
+    refused("push", tmp_path / "b", REPO, "--license", "mit", words=words)
 
 
 def test_a_push_that_fails_leaves_the_converted_tier(

@@ -3,52 +3,38 @@ with the package."""
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-import threading
-import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.trainer import TrainingArgs, train
-from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.engine.loading import load_model, suited_dtype
 from outlier_mlx.engine.memory import Budget, needs_of
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
-from outlier_mlx.runtime import ternary_layers
 from outlier_mlx.runtime.ternary_layers import (
-    Rotation,
-    RotationSigns,
     TernaryEmbedding,
     TernaryLinear,
-    looked_up,
 )
 from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.bundle import bundle
 from tests.damage import drop_tensor, edit_config, replace_tensor
-from tests.engine import as_array, forward, greedy_cached, pack_rows
+from tests.engine import as_array, forward, greedy_cached
 from tests.goldens import LOGITS_ATOL, LOGITS_RTOL
 from tests.library import Library
 from tests.metal import Metal
 from tests.program import assert_refused, run
 from tests.reference import Array
-from tests.ternary_models import BITNET, CODE, LLAMA, QWEN2, QWEN3, QWEN35, Ternary, tiled
+from tests.ternary_models import BITNET, CODE, LLAMA, QWEN2, QWEN3, QWEN35, ROTATED, Ternary
 from tests.test_stored_model import refused_by_both, sign_again
-from tests.test_training import loss_of
 
 PROMPT = [5, 17, 101, 3, 64, 220, 9, 77, 41]
-ROTATED: dict[str, Any] = {"config": QWEN35, "group": 128, "block": 512}
 CASES: dict[str, dict[str, Any]] = {
     "qwen3, groups, tied": {"config": QWEN3, "group": 128},
     "qwen3, bfloat16": {"config": QWEN3, "group": 64, "dtype": "BF16"},
@@ -156,244 +142,11 @@ def embedding(model: Any) -> Any:
     return text(model).model.embed_tokens
 
 
-# Layers
-
-
-@pytest.mark.parametrize(("wide", "group"), [(80, 0), (321, 0), (448, 64), (128, 128)])
-@pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
-def test_looking_up(wide: int, group: int, shape: tuple[int, ...]):
-    rng = np.random.default_rng(wide)
-    trits = rng.integers(-1, 2, (13, wide), dtype=np.int8)
-    scales = rng.uniform(0.5, 2, (13, wide // (group or wide))).astype(np.float16)
-    stored = mx.array(tiled(scales)) if group else mx.array(scales[:, 0].astype(np.float32))
-    ids = rng.integers(0, 13, shape)
-    found = looked_up(mx.array(pack_rows(trits)), stored, mx.array(ids), wide)
-    expected = trits * np.repeat(scales.astype(np.float32), group or wide, axis=1)
-    np.testing.assert_array_equal(found, expected[ids])
-
-
-def test_vectors_are_rounded_before_and_after_they_are_rotated_back():
-    rng = np.random.default_rng(0)
-    signs = RotationSigns(512)
-    signs.signs = mx.array(rng.choice([-1.0, 1.0], 512).astype(np.float16))
-    layer = TernaryEmbedding(9, 512, 0, rotation=Rotation(signs, 512))
-    trits = rng.integers(-1, 2, (9, 512), dtype=np.int8)
-    scales = rng.uniform(0.9, 1.1, 9).astype(np.float32)
-    layer.load_weights([("weight", mx.array(pack_rows(trits))), ("scales", mx.array(scales))])
-    layer.dtype = mx.float16
-    rows = (trits * scales[:, None]).astype(np.float16)  # not the float32 products
-    blocks = mx.hadamard_transform(mx.array(rows).astype(mx.float32), scale=512**-0.5)
-    expected = (blocks * signs.signs.astype(mx.float32)).astype(mx.float16)
-    np.testing.assert_array_equal(layer(mx.arange(9)), expected)
-
-
-# The shared input
-
-
-class Counted:
-    """Rotations of an array by its sum, so that a stale one would show."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-
-        def rotate(x: mx.array, *_: Any, **__: Any) -> mx.array:
-            self.count += 1
-            return x + 1000
-
-        monkeypatch.setattr(ternary_layers, "rotate", rotate)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    return Counted(monkeypatch)
-
-
-def rotation_of(readers: int) -> Rotation:
-    rotation = Rotation(RotationSigns(4), 4)
-    assert [rotation.add_reader() for _ in range(readers)] == list(range(readers))
-    return rotation
-
-
-def test_readers_of_one_input_share_it(counted: Counted):
-    rotation, x, other = rotation_of(3), mx.zeros(4), mx.zeros(4)
-    first = [rotation(x, reader, False) for reader in range(3)]
-    assert counted.count == 1 and first[0] is first[1] is first[2]
-    rotation(other, 0, False)
-    rotation(x, 1, False)  # another input
-    assert counted.count == 3
-
-
-def test_an_input_that_was_changed_in_place_is_rotated_again(counted: Counted):
-    rotation, x = rotation_of(2), mx.zeros(4)
-    rotation(x, 0, False)
-    x += 1
-    assert float(rotation(x, 0, False)[0]) == 1001
-    assert float(rotation(x, 1, False)[0]) == 1001
-    assert counted.count == 2
-
-
-def test_nothing_is_kept_once_all_have_read_or_the_input_is_gone(counted: Counted):
-    rotation, x = rotation_of(2), mx.zeros(4)
-    kept = weakref.ref(rotation(x, 0, False))
-    assert kept() is not None
-    rotation(x, 1, False)
-    assert kept() is None
-    kept = weakref.ref(rotation(x, 1, False))
-    del x
-    assert kept() is None
-
-
-def test_threads_do_not_get_each_other_s_inputs(counted: Counted):
-    rotation, wrong = rotation_of(3), []
-
-    def read(value: float) -> None:
-        for _ in range(300):
-            x = mx.full(4, value)
-            wrong.extend(r for r in range(3) if float(rotation(x, r, False)[0]) != value + 1000)
-
-    threads = [threading.Thread(target=read, args=(float(n),)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
 def test_a_model_keeps_no_input(rotated: Ternary):
     model, _ = load_model(rotated.folder)
     forward(model, PROMPT)
     shared = {m.rotation for m in model.modules() if getattr(m, "rotation", None) is not None}
     assert len(shared) == 5 and all(rotation._last is None for rotation in shared)
-
-
-# Training and conversions
-
-
-def test_gradients_are_those_of_the_dense_weights(library: Library):
-    """Also through a rotation that several layers share."""
-    case = library.ternary(**ROTATED)
-    model, _ = load_model(case.folder)
-    mlp, prefix = model.layers[0].mlp, "language_model.model.layers.0.mlp"
-    w = {
-        n: mx.array(case.weights[f"{prefix}.{n}_proj.weight"], mx.float32)
-        for n in ("gate", "up", "down")
-    }
-    mx.random.seed(0)
-    x, against = mx.random.normal((2, 5, 512))
-
-    def dense(x: mx.array) -> mx.array:
-        y = (nn.silu(x @ w["gate"].T) * (x @ w["up"].T)) @ w["down"].T
-        return (y * against).sum()
-
-    expected = mx.grad(dense)(x)
-    for mode in (True, False):
-        mlp.train(mode)
-        found = mx.grad(lambda x: (mlp(x) * against).sum())(x)
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-
-
-def with_lora(folder: Path) -> Any:
-    model, _ = load_model(folder)
-    model.freeze()
-    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0})
-    return model
-
-
-@pytest.fixture
-def attention(library: Library) -> Ternary:
-    """Rotated, and quickly compiled."""
-    return library.ternary(config=QWEN3 | {"num_hidden_layers": 1}, group=64, block=64)
-
-
-def test_lora_trains_under_compile_and_changes_no_trit(attention: Ternary):
-    model = with_lora(attention.folder)
-    before = forward(model, PROMPT)
-    np.testing.assert_array_equal(before, forward(load_model(attention.folder)[0], PROMPT))
-    names = {name for name, _ in tree_flatten(model.trainable_parameters())}
-    assert names and all("lora" in name for name in names)
-    assert "model.layers.0.self_attn.q_proj.lora_b" in names
-    packed = frozen(model)
-    model.train()
-    optimizer = optim.Adam(3e-3)
-    state = [model.state, optimizer.state, mx.random.state]
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(tokens: mx.array) -> mx.array:
-        loss, gradients = nn.value_and_grad(model, loss_of)(model, tokens)
-        optimizer.update(model, gradients)
-        return loss
-
-    tokens, losses = mx.array([PROMPT]), []
-    for _ in range(4):
-        losses.append(float(step(tokens)))
-        mx.eval(state)
-    assert losses[-1] < losses[0] - 0.1
-    model.eval()
-    assert np.abs(forward(model, PROMPT) - before).max() > 0.1
-    for name, value in frozen(model).items():
-        np.testing.assert_array_equal(value, packed[name])
-
-
-def frozen(model: Any) -> dict[str, Array]:
-    flat: Any = tree_flatten(model.parameters())
-    leaves = ("linear.weight", "linear.scales", "signs")
-    return {name: np.array(value) for name, value in flat if name.endswith(leaves)}
-
-
-def test_mlx_lm_trains_adapters_that_load_again(attention: Ternary, tmp_path: Path):
-    model = with_lora(attention.folder)
-    adapters, data = tmp_path / "adapters.safetensors", [(PROMPT, 0)] * 2
-    args = TrainingArgs(
-        batch_size=1,
-        iters=2,
-        val_batches=1,
-        steps_per_report=100,
-        steps_per_eval=100,
-        steps_per_save=100,
-        max_seq_length=64,
-        adapter_file=str(adapters),
-        grad_checkpoint=True,
-    )
-    train(model, optim.Adam(3e-3), data, data, args)
-    model.eval()
-    again = with_lora(attention.folder)
-    again.load_weights(str(adapters), strict=False)
-    np.testing.assert_array_equal(forward(again, PROMPT), forward(model, PROMPT))
-    lora = model.layers[0].mlp.gate_proj
-    with pytest.raises(ValueError, match="cannot be fused"):
-        lora.fuse()
-
-
-def test_who_unfreezes_trains_no_trits(rotated: Ternary):
-    model, _ = load_model(rotated.folder)
-    for module in model.modules():
-        module.unfreeze(recurse=False)
-    model.unfreeze()
-    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    assert names and not any(
-        ".scales" in n or "signs" in n or "_proj.weight" in n
-        for n in names
-        if "in_proj_a" not in n and "in_proj_b" not in n
-    )
-
-
-def test_a_compiled_model_is_the_same(attention: Ternary):
-    model, _ = load_model(attention.folder)
-    before = forward(model, PROMPT)
-    for inputs in ([model.state], None):
-        compiled = mx.compile(lambda tokens: model(tokens), inputs=inputs)
-        for _ in range(2):
-            np.testing.assert_allclose(compiled(mx.array([PROMPT]))[0], before, atol=2e-4)
-    gc.collect()
-    np.testing.assert_array_equal(forward(model, PROMPT), before)
-
-
-def test_scales_and_signs_stay_as_they_are(rotated: Ternary):
-    model, _ = load_model(rotated.folder)
-    model.set_dtype(mx.bfloat16)
-    layer = model.layers[0].mlp.gate_proj
-    assert layer.scales.dtype == mx.float16 and model.rotations[0].signs.dtype == mx.float16
-    assert model(mx.array([PROMPT])).dtype == mx.bfloat16
 
 
 # Elsewhere

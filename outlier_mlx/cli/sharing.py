@@ -104,7 +104,7 @@ def push(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Upload a tier to the hub: verified, with a model card and its licences, in one commit."""
+    """Upload a tier or a ternary model to the hub: verified, with a model card, in one commit."""
     from outlier_mlx.measure.eval_results import read
     from outlier_mlx.storage.paths import named
     from outlier_mlx.storage.texts import read_utf8

@@ -17,8 +17,9 @@ from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
 from outlier_mlx.storage.paths import entries, named
 from outlier_mlx.storage.shards import SHARDS
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.writing.card import Card, origin_of, plain
+from outlier_mlx.writing.card import Card, origin_of, plain, with_own_code
 from outlier_mlx.writing.folders import check_free
+from outlier_mlx.writing.licences import stated_licence
 from outlier_mlx.writing.model_folder import Written, write_model
 from outlier_mlx.writing.parts import Parts
 
@@ -88,7 +89,9 @@ def import_model(
     opened = _open(found, dtype, bits, file, given, strict=strict)
     tensors = Parts(opened.parts)
     code = {"model_file": TERNARY_FILE} if is_ternary_model(opened.config) else {}
+    licence = stated_licence(found.folder) if found.folder.is_dir() else None
     origin = {"name": found.name, "revision": found.revision, "form": opened.source_format}
+    origin |= licence.as_json() if licence else {}
     written = write_model(
         target,
         tensors,
@@ -106,14 +109,18 @@ def import_model(
 
 
 def _card(name: str, source: Source, opened: Opened, rows: Sequence[SummaryRow]) -> Card:
-    own = not opened.config.keys().isdisjoint(("ternary", "ternary_switch"))
+    own = "ternary_switch" in opened.config
     program = "outlier-mlx generate" if own else "mlx_lm.generate"
+    commands, after = [f'{program} --model {name} --prompt "Once upon a time"'], ""
+    if is_ternary_model(opened.config):
+        commands, after = with_own_code(name, TERNARY_FILE)
     origin = origin_of("source", source)
     return Card(
         name=name,
         introduction="Imported by outlier-mlx for MLX from a model in"
         f" {plain(opened.source_format)}.",
-        commands=[f'{program} --model {name} --prompt "Once upon a time"'],
+        commands=commands,
+        after_commands=after,
         origins=[origin],
         based_on=[origin],
         relation="quantized",

@@ -7,10 +7,11 @@ from outlier_mlx.checkpoints.info import Info, inspect
 from outlier_mlx.errors import CheckpointError, OutlierError, one_line
 from outlier_mlx.measure.eval_results import Evaluation
 from outlier_mlx.measure.measured import read_measured
+from outlier_mlx.models.tier_fields import MODEL_FILE
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.tiers.card_tables import as_metadata, memory, perplexities, scores
-from outlier_mlx.writing.card import Card, Origin, code, plain
+from outlier_mlx.writing.card import Card, Origin, code, plain, with_own_code
 from outlier_mlx.writing.licences import licence_of
 
 
@@ -35,18 +36,16 @@ def model_card(
     manifest, config = (read_json(inside(folder, name)) for name in ("tier.json", "config.json"))
     recipe = _mapping(manifest.get("recipe"))
     info, measured, sources = inspect(folder), read_measured(folder), origins(manifest)
-    _check_scores(folder, info, evaluations)
+    check_scores(folder, info, evaluations)
     name = one_line(name)
-    own_code = "model_file" in config
-    flag = " --trust-remote-code" if own_code else ""
+    commands, warning = with_own_code(name, MODEL_FILE)
+    if "model_file" not in config:
+        commands, warning = [each.replace(" --trust-remote-code", "") for each in commands], ""
     return Card(
         name=name,
         introduction=_introduction(manifest, recipe),
-        commands=[
-            f'outlier-mlx generate --model {name} --prompt "Once upon a time"',
-            f'mlx_lm.generate --model {name}{flag} --prompt "Once upon a time"',
-        ],
-        after_commands=_WARNING if own_code else "",
+        commands=commands,
+        after_commands=warning,
         origins=sources,
         contained="base: contained in the overlay" if len(sources) == 1 else "",
         based_on=sources[-1:],
@@ -63,9 +62,6 @@ def model_card(
         given=licence,
         metadata=as_metadata(name.rsplit("/", 1)[-1], measured),
     ).text(folder)
-
-
-_WARNING = "The second command runs `outlier_moe.py` from here; the first never does."
 
 
 def origins(manifest: dict) -> list[Origin]:
@@ -85,11 +81,16 @@ def origins(manifest: dict) -> list[Origin]:
     return found
 
 
-def _check_scores(folder: Path, info: Info, evaluations: Sequence[Evaluation]) -> None:
+def check_scores(folder: Path, info: Info, evaluations: Sequence[Evaluation]) -> None:
+    """Check that scores are of the model in a folder, by the bytes that it takes.
+
+    Raises:
+        OutlierError: an evaluation is of another model.
+    """
     for one in evaluations:
         if one.bytes_in_memory != info.nbytes:
             raise OutlierError(
-                f"{folder}: the scores of {one.model} are not of this tier: it has"
+                f"{folder}: the scores of {one.model} are not of this model: it has"
                 f" {info.nbytes} bytes of tensors, that had {one.bytes_in_memory}"
             )
 

@@ -9,16 +9,19 @@ from pathlib import Path
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, listed
 from outlier_mlx.measure import measured
 from outlier_mlx.measure.eval_results import Evaluation
+from outlier_mlx.models.config import is_ternary_model, raw_config
 from outlier_mlx.storage.paths import entries, inside
 from outlier_mlx.storage.texts import read_bytes, read_json
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.card import model_card, origins
+from outlier_mlx.tiers.ternary_card import imported_origins, ternary_card
 from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.licences import CARD
 from outlier_mlx.writing.manifest import read_manifest
 
-MANIFEST = "tier.json"
+#: The manifests of what may be published: a tier's, and an imported ternary model's.
+MANIFEST, IMPORTED = "tier.json", "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,15 @@ class Publication:
     Attributes:
         repo: OWNER/NAME.
         private: whether a new repository is to be private; an existing one has to be.
-        manifest: the tier's.
+        manifest: the tier's, or the model's.
+        manifest_name: its file.
         uploads: by name, the card among them.
     """
 
     repo: str
     private: bool
     manifest: dict
+    manifest_name: str
     uploads: dict[str, Upload]
 
     @property
@@ -95,13 +100,13 @@ def prepare(
     evaluations: Sequence[Evaluation] = (),
     progress: Progress = no_progress,
 ) -> Publication:
-    """Verify a tier and collect what will be published; the hub is not asked.
+    """Verify a tier or a ternary model, and collect what will be published; the hub is not asked.
 
     That is what the manifest lists, the manifest, a card, licence files, and what was measured:
     nothing else that may lie in the folder.
 
     Args:
-        folder: the tier.
+        folder: the tier, or the ternary model that was imported.
         repo: OWNER/NAME.
         private: whether the repository is private.
         licence: the hub's identifier of the licence of sources whose cards state none.
@@ -114,34 +119,48 @@ def prepare(
         OutlierError: the name is none, or a source's licence is not known and `private` not set.
     """
     check_repo_name(repo)
-    if not (folder / MANIFEST).exists():
-        raise CheckpointError(f"{folder}: not a tier: no {MANIFEST}")
-    _check_licences(folder, private, licence)
+    name = _manifest_of(folder)
+    _check_licences(folder, name, private, licence)
     verify_tier(folder, progress)
-    manifest = read_manifest(folder, MANIFEST)
+    manifest = read_manifest(folder, name)
     uploads = {
         name: Upload(name, inside(folder, name), nbytes, digest)
         for name, (digest, nbytes) in manifest.files.items()
     }
-    beside = [MANIFEST, *(path.name for path in entries(folder) if is_legal(path.name))]
+    beside = [name, *(path.name for path in entries(folder) if is_legal(path.name))]
     if measured.read_measured(folder):
         beside.append(measured.FILE)
     contents = {name: read_bytes(inside(folder, name)) for name in beside}
-    contents[CARD] = (card or model_card(folder, repo, licence, evaluations)).encode("utf-8")
+    made = model_card if name == MANIFEST else ternary_card
+    contents[CARD] = (card or made(folder, repo, licence, evaluations)).encode("utf-8")
     for name, content in contents.items():
         digest = hashlib.sha256(content).hexdigest()
         uploads[name] = Upload(name, content, len(content), digest)
-    return Publication(repo, private, manifest.content, dict(sorted(uploads.items())))
+    return Publication(repo, private, manifest.content, name, dict(sorted(uploads.items())))
 
 
-def _check_licences(folder: Path, private: bool, licence: str | None) -> None:
-    """Refuse to publish a tier if the licence of a source is not known."""
-    sources = origins(read_json(inside(folder, MANIFEST)))
+def _manifest_of(folder: Path) -> str:
+    """The name of the manifest of what is in a folder.
+
+    Raises:
+        CheckpointError: it is neither a tier nor a ternary model that was imported.
+    """
+    if (folder / MANIFEST).exists():
+        return MANIFEST
+    if (folder / IMPORTED).exists() and is_ternary_model(raw_config(folder)):
+        return IMPORTED
+    raise CheckpointError(f"{folder}: not a tier: no {MANIFEST}; nor an imported ternary model")
+
+
+def _check_licences(folder: Path, name: str, private: bool, licence: str | None) -> None:
+    """Refuse to publish if the licence of a source is not known."""
+    manifest = read_json(inside(folder, name))
+    sources = origins(manifest) if name == MANIFEST else imported_origins(manifest)
     silent = [f"the {source.role} {source.name!r}" for source in sources if source.licence is None]
     if licence is not None and not silent:
         stated = listed(value for one in sources if one.licence for value in one.licence.ids)
         raise OutlierError(
-            f"{folder}: the model cards of its sources state their licences ({stated}); the tier's"
+            f"{folder}: the model cards of its sources state their licences ({stated}); the model's"
             " is not another"
         )
     if silent and licence is None:

@@ -13,7 +13,7 @@ from outlier_mlx.measure import measured
 from outlier_mlx.storage.hub_errors import hub_errors
 from outlier_mlx.storage.paths import is_hidden
 from outlier_mlx.storage.texts import read_bytes, read_json
-from outlier_mlx.tiers.publication import MANIFEST, Publication, Upload
+from outlier_mlx.tiers.publication import IMPORTED, MANIFEST, Publication, Upload
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.licences import CARD
 from outlier_mlx.writing.manifest import is_loaded
@@ -89,7 +89,8 @@ def publish(
         info, missing_branch = _open_repo(api, publication, revision)
         assert info.sha is not None
         there = {file.path: file for file in api.list_repo_tree(repo, revision=info.sha)}
-        former = _former_manifest(api, repo, info.sha) if MANIFEST in there else None
+        names = [name for name in (MANIFEST, IMPORTED) if name in there]
+        former = _former_manifest(api, repo, names[0], info.sha) if names else None
         _check_replaceable(publication, there, former, force=force)
         removed = _superfluous(publication, there, former)
         _check_rest(publication, there, removed)
@@ -113,7 +114,9 @@ def publish(
 
 
 def _message(manifest: dict) -> str:
-    return f"Tier {_identity(manifest)[-1]}, made by {manifest.get('producer')}"
+    source, _, recipe, _ = _identity(manifest)
+    made = f"Tier {recipe}" if source is not None else "Ternary model"
+    return f"{made}, made by {manifest.get('producer')}"
 
 
 def _open_repo(
@@ -139,17 +142,17 @@ def _open_repo(
         return info, True
 
 
-def _former_manifest(api: "HfApi", repo: str, commit: str) -> dict:
+def _former_manifest(api: "HfApi", repo: str, name: str, commit: str) -> dict:
     """The manifest in a repository; empty if it is none."""
     try:
-        return read_json(Path(api.hf_hub_download(repo, MANIFEST, revision=commit)))
+        return read_json(Path(api.hf_hub_download(repo, name, revision=commit)))
     except CheckpointError:
         return {}
 
 
 def _identity(manifest: dict) -> tuple:
-    """The names of a tier's sources and recipe, without revisions."""
-    entries = [manifest.get(key) for key in ("overlay", "base", "recipe")]
+    """The names of the sources and the recipe, without revisions: overlay, base, recipe, source."""
+    entries = [manifest.get(key) for key in ("overlay", "base", "recipe", "source")]
     return tuple(entry.get("name") if isinstance(entry, dict) else None for entry in entries)
 
 
@@ -160,11 +163,11 @@ def _check_replaceable(
         return
     if former is not None:
         if _identity(former) != _identity(publication.manifest):
-            overlay, _, recipe = _identity(former)
-            raise OutlierError(
-                f"{publication.repo}: holds another tier ({recipe} of {overlay}); --force replaces"
-                " it"
+            overlay, _, recipe, source = _identity(former)
+            what = (
+                f"another model ({source})" if source else f"another tier ({recipe} of {overlay})"
             )
+            raise OutlierError(f"{publication.repo}: holds {what}; --force replaces it")
         return
     others = [n for n in there if n != CARD and not is_hidden(n) and not is_legal(n)]
     if others:

@@ -149,6 +149,21 @@ class Card:
         return "\n".join(lines)
 
 
+def with_own_code(name: str, file: str) -> tuple[list[str], str]:
+    """Commands that run a model whose folder has the code `file`, and a note about them.
+
+    Args:
+        name: the model in commands.
+        file: the code's name.
+    """
+    prompt = '--prompt "Once upon a time"'
+    commands = [
+        f"outlier-mlx generate --model {name} {prompt}",
+        f"mlx_lm.generate --model {name} --trust-remote-code {prompt}",
+    ]
+    return commands, f"The second command runs `{file}` from here; the first never does."
+
+
 def plain(value: object) -> str:
     """Foreign text for Markdown, without characters of markup."""
     return "".join(c for c in one_line(str(value))[:600] if c not in "`|<>[]*\\")
