@@ -67,8 +67,7 @@ def mlx_two_bits(model: Hybrid, *, rotated: bool) -> nn.Module:
     made = qwen3_5.Model(qwen3_5.ModelArgs.from_dict(config(model)))
     paths = [path for path, _ in _matrices(made)]
     if not rotated:
-        quantized = {"group_size": GROUP, "bits": 2}
-        nn.quantize(made, **quantized, class_predicate=lambda path, _: path in paths)
+        nn.quantize(made, GROUP, 2, class_predicate=lambda path, _: path in paths)
     else:
         modules = [
             {
@@ -79,7 +78,11 @@ def mlx_two_bits(model: Hybrid, *, rotated: bool) -> nn.Module:
             }
             for path in paths
         ]
-        pack = {"schema_version": 2, "tensor_namespace": "mlx-vlm-qwen3_5", "modules": modules}
+        pack: dict[str, Any] = {
+            "schema_version": 2,
+            "tensor_namespace": "mlx-vlm-qwen3_5",
+            "modules": modules,
+        }
         pack["quantization"] = {"bits": 2, "group_size": GROUP, "mode": "affine"}
         args = prism_hadamard_qwen35.ModelArgs.from_dict(config(model) | pack)
         made = prism_hadamard_qwen35.Model(args)
@@ -99,8 +102,8 @@ def count_layers(made: Any, model: Hybrid) -> tuple[Counter[str], Counter[str]]:
     keys = mx.zeros((1, model.kv_heads, 256, 256), mx.float16)
 
     def step_net(x: mx.array, *states: mx.array) -> Any:
-        cache = ArraysCache(size=2)
-        cache.cache = list(states)
+        cache: Any = ArraysCache(size=2)
+        cache.cache = [*states]
         return net(x, None, cache)
 
     def step_full(x: mx.array, keys: mx.array, values: mx.array) -> Any:
@@ -126,7 +129,7 @@ def _delta(
     """`gated_delta_update` as it is on a GPU: a sigmoid, `compute_g`, and a kernel."""
     decays, times, state, *_ = rest
     given = [q, k, v, mx.sigmoid(b), gated_delta.compute_g(decays, a, times), state]
-    kernel = mx.fast.metal_kernel(
+    kernel: Any = mx.fast.metal_kernel(
         name="gated_delta",
         input_names=["q", "k", "v", "beta", "g", "state"],
         output_names=["y", "s"],

@@ -90,7 +90,7 @@ def full_attention(text: Mapping[str, Any], w: dict[str, Array], x: Array) -> Ar
         q, k = (rms_norm(a, w[f"self_attn.{n}_norm.weight"], eps) for a, n in ((q, "q"), (k, "k")))
     rope = text.get("rope_parameters") or {}
     turned = int(width * rope.get("partial_rotary_factor", 1.0))
-    theta = rope.get("rope_theta", text.get("rope_theta"))
+    theta: float = rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"]
     angles = np.arange(tokens)[:, None] * theta ** (-2.0 * np.arange(turned // 2) / turned)
     q, k, v = (a.transpose(1, 0, 2) for a in (q, k, v))
 

@@ -108,7 +108,8 @@ def test_nothing_is_kept_once_all_have_read_or_the_input_is_gone(counted: Counte
 
 
 def test_threads_do_not_get_each_other_s_inputs(counted: Counted):
-    rotation, wrong = rotation_of(3), []
+    rotation = rotation_of(3)
+    wrong: list[int] = []
 
     def read(value: float) -> None:
         for _ in range(300):

@@ -6,12 +6,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from outlier_mlx.engine.loading import load_model
+from outlier_mlx.engine import loading
 from outlier_mlx.errors import CheckpointWarning
 from outlier_mlx.imports import import_model
 from tests.engine import as_array, forward, greedy_cached
@@ -20,6 +21,7 @@ from tests.metal import Metal
 from tests.reference import Array
 from tests.tensor_file import read_arrays
 
+load_model: Any = loading.load_model
 CASES = [
     *("bitnet_master_bf16", "bitnet_packed", "falcon_e_packed", "llama_autobitlinear"),
     *("gguf_pq2_qwen3", "gguf_ptq1_qwen35", "gguf_q2_0_merged_qwen3", "gguf_q2_0_qwen3"),

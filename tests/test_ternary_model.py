@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
-from outlier_mlx.engine.loading import load_model, suited_dtype
+from outlier_mlx.engine import loading
+from outlier_mlx.engine.loading import suited_dtype
 from outlier_mlx.engine.memory import Budget, needs_of
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.runtime.ternary_layers import (
@@ -31,9 +33,11 @@ from tests.library import Library
 from tests.metal import Metal
 from tests.program import assert_refused, run
 from tests.reference import Array
+from tests.serving import running
 from tests.ternary_models import BITNET, CODE, LLAMA, QWEN2, QWEN3, QWEN35, ROTATED, Ternary
 from tests.test_stored_model import refused_by_both, sign_again
 
+load_model: Any = loading.load_model
 PROMPT = [5, 17, 101, 3, 64, 220, 9, 77, 41]
 CASES: dict[str, dict[str, Any]] = {
     "qwen3, groups, tied": {"config": QWEN3, "group": 128},
@@ -174,6 +178,16 @@ def test_commands(rotated: Ternary, tmp_path: Path):
     assert "tg4" in run("bench", where, "-p", 8, "-g", 4, "-n", 1).out
 
 
+def test_the_server_answers_several_at_once(library: Library):
+    """Of one batch: inputs that several layers read belong to one call of their block."""
+    case = library.ternary(**ROTATED)
+    with running(case.folder, max_tokens=8) as server, ThreadPoolExecutor(3) as pool:
+        asked = [{"temperature": 0, "max_tokens": n} for n in (8, 5, 8)]
+        replies = [*pool.map(lambda options: server.chat(**options), asked)]
+    texts = [reply.choices[0].message.content for reply in replies]
+    assert texts[0] == texts[2] and texts[0].startswith(texts[1].rstrip("\ufffd"))
+
+
 # Refused
 
 
@@ -291,7 +305,8 @@ def test_memory_of_a_ternary_model(rotated: Ternary):
     gpu = needs_of(rotated.folder, Budget(1, "this Mac's GPU")).weights
     assert stored - 8192 <= gpu <= stored
     model, _ = load_model(rotated.folder)
-    arrays = [value.nbytes for _, value in tree_flatten(model.parameters())]
+    flat: Any = tree_flatten(model.parameters())
+    arrays = [value.nbytes for _, value in flat]
     copies = [
         a.nbytes for m in model.modules() if getattr(m, "prepared", None) for a in m.prepared.arrays
     ]

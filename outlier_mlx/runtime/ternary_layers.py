@@ -153,10 +153,12 @@ class TernaryLinear(TernaryRows):
         # Only who trains needs these modules.
         from mlx_lm.tuner.lora import LoRALinear
 
-        lora = LoRALinear(self.input_dims, self.weight.shape[0], r=r, dropout=dropout, scale=scale)
+        out = self.weight.shape[0]
+        lora: Any = LoRALinear(self.input_dims, out, r=r, dropout=dropout, scale=scale)
         lora.linear = self
         lora.fuse = _refuse_to_fuse
-        return lora
+        made: nn.Module = lora
+        return made
 
 
 class TernaryEmbedding(TernaryRows):

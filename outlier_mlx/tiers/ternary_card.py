@@ -69,14 +69,12 @@ def imported_origins(manifest: dict) -> list[Origin]:
     Raises:
         CheckpointError: it names none.
     """
-    entry = manifest.get("source")
-    name, revision = (entry.get(key) if isinstance(entry, dict) else None for key in _CITED)
+    found = manifest.get("source")
+    entry = found if isinstance(found, dict) else {}
+    name, revision = (entry.get(key) for key in ("name", "revision"))
     if not isinstance(name, str) or not isinstance(revision, str | None):
         raise CheckpointError("checksums.json: does not name the model that was imported")
     return [Origin("source", name, revision, licence_of(entry))]
-
-
-_CITED = ("name", "revision")
 
 
 def _changes(entry: dict) -> Iterator[str]:
