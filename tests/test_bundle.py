@@ -15,7 +15,7 @@ import pytest
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 import outlier_mlx.runtime
-from outlier_mlx.writing.bundle import bundle
+from outlier_mlx.writing.bundle import MODULES, bundle
 from tests.builders import Built
 from tests.engine import forward, load
 from tests.environments import make_environment, mlx_package, pinned, run
@@ -44,10 +44,11 @@ def tiers(library: Library, built: Built) -> dict[str, Path]:
 # The text
 
 
-def test_the_bundle_is_clean(tmp_path: Path):
+@pytest.mark.parametrize("name", MODULES)
+def test_the_bundle_is_clean(name: str, tmp_path: Path):
     """By the project's own rules; a tier's code is published with it."""
-    file = tmp_path / "outlier_moe.py"
-    file.write_text(bundle())
+    file = tmp_path / name
+    file.write_text(bundle(name))
     ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
     assert ruff, "ruff is one of the development requirements"
     config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", str(file)]
@@ -55,8 +56,9 @@ def test_the_bundle_is_clean(tmp_path: Path):
         run_command(ruff, *command, *config)
 
 
-def test_the_bundle_needs_only_mlx_and_mlx_lm():
-    for node in ast.walk(ast.parse(bundle())):
+@pytest.mark.parametrize("name", MODULES)
+def test_the_bundle_needs_only_mlx_and_mlx_lm(name: str):
+    for node in ast.walk(ast.parse(bundle(name))):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= ALLOWED
         if isinstance(node, ast.ImportFrom):
@@ -85,13 +87,14 @@ def test_top_level_names_are_unique_in_the_runtime():
     assert {"Model", "ModelArgs", "OutlierMoE", "TernarySwitchLinear"} <= joined
 
 
-def test_the_bundle_is_the_same_each_time():
+@pytest.mark.parametrize("name", MODULES)
+def test_the_bundle_is_the_same_each_time(name: str):
     """`verify` compares a tier's with it, whatever the order of sets in that process."""
-    script = "from outlier_mlx.writing.bundle import bundle; print(bundle(), end='')"
+    script = f"from outlier_mlx.writing.bundle import bundle; print(bundle({name!r}), end='')"
     texts = {
         run_python(script, cwd=ROOT, env={"PYTHONHASHSEED": seed}).out for seed in ("1", "2", "3")
     }
-    assert texts == {bundle()}
+    assert texts == {bundle(name)}
 
 
 def test_every_tier_has_it(tiers: dict[str, Path]):

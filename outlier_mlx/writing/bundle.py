@@ -26,13 +26,14 @@ MODULES = {
         *("rotation", "dense", "ternary_layers", "dtypes", "ternary_model"),
     ),
 }
+_OWNERS = {MODEL_FILE: "an Outlier tier", TERNARY_FILE: "a ternary model"}
 # What mlx-lm looks for has the same names in every file, but not in this package.
 _ALIASES = {
     MODEL_FILE: "",
     TERNARY_FILE: "\n\nModel, ModelArgs = TernaryModel, TernaryModelArgs\n",
 }
 
-_HEADER = '''"""Model code of this folder, written by outlier-mlx.
+_HEADER = '''"""Model code of {}, written by outlier-mlx.
 
 Load this folder with mlx-lm and --trust-remote-code, or with outlier-mlx, which never runs it.
 Licence: Apache-2.0.
@@ -56,15 +57,8 @@ def bundle(file: str = MODEL_FILE) -> str:
     standard = [line for line in lines if not line.split()[1].startswith("mlx")]
     others = [line for line in lines if line.split()[1].startswith("mlx")]
     blocks = ["\n".join(sorted(block, key=_import_order)) for block in (standard, others)]
-    return (
-        _HEADER
-        + "\n"
-        + "\n\n".join(blocks)
-        + "\n\n"
-        + "\n\n\n".join(bodies)
-        + "\n"
-        + _ALIASES[file]
-    )
+    head = _HEADER.format(_OWNERS[file]) + "\n" + "\n\n".join(blocks)
+    return head + "\n\n" + "\n\n\n".join(bodies) + "\n" + _ALIASES[file]
 
 
 def is_bundle(data: bytes, file: str = MODEL_FILE) -> bool:
