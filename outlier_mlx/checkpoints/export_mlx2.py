@@ -17,6 +17,8 @@ from outlier_mlx.writing.parts import Part
 from outlier_mlx.writing.ternary_parts import AffinePart, Signs, Verbatim
 
 _BITS = 2
+# Fields of ternary models; a pack has its own, or none.
+_OWN = ("ternary", "quantization", "model_file")
 
 
 def mlx2_pack(model: TernaryModel, raw: Mapping[str, Any], name: str) -> tuple[list[Part], dict]:
@@ -32,7 +34,7 @@ def mlx2_pack(model: TernaryModel, raw: Mapping[str, Any], name: str) -> tuple[l
     """
     if raw.get("model_type") == "bitnet":
         raise CheckpointError(f"{name}: mlx-lm's bitnet has no layers with affine codes")
-    config = {key: value for key, value in raw.items() if key not in ("ternary", "quantization")}
+    config = {key: value for key, value in raw.items() if key not in _OWN}
     root = prism_pack.ROOT if model.fields.schema == 1 else ""
     parts = [_affine(path, matrix, root, name) for path, matrix in model.matrices.items()]
     if model.fields.rotations or model.fields.schema is not None:

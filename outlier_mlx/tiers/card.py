@@ -81,7 +81,9 @@ def origins(manifest: dict) -> list[Origin]:
     return found
 
 
-def check_scores(folder: Path, info: Info, evaluations: Sequence[Evaluation]) -> None:
+def check_scores(
+    folder: Path, info: Info, evaluations: Sequence[Evaluation], what: str = "tier"
+) -> None:
     """Check that scores are of the model in a folder, by the bytes that it takes.
 
     Raises:
@@ -90,7 +92,7 @@ def check_scores(folder: Path, info: Info, evaluations: Sequence[Evaluation]) ->
     for one in evaluations:
         if one.bytes_in_memory != info.nbytes:
             raise OutlierError(
-                f"{folder}: the scores of {one.model} are not of this model: it has"
+                f"{folder}: the scores of {one.model} are not of this {what}: it has"
                 f" {info.nbytes} bytes of tensors, that had {one.bytes_in_memory}"
             )
 

@@ -38,7 +38,7 @@ def ternary_card(
     (source,), entry = imported_origins(manifest), manifest["source"]
     form = entry.get("form")
     info, measured = inspect(folder), read_measured(folder)
-    check_scores(folder, info, evaluations)
+    check_scores(folder, info, evaluations, "model")
     name = one_line(name)
     commands, warning = with_own_code(name, TERNARY_FILE)
     return Card(
