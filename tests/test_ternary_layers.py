@@ -17,8 +17,9 @@ from outlier_mlx.runtime.ternary_layers import (
     TernaryEmbedding,
     looked_up,
 )
+from outlier_mlx.runtime.ternary_model import TernaryModel, TernaryModelArgs
 from tests.engine import pack_rows
-from tests.ternary_models import tiled
+from tests.ternary_models import QWEN3, tiled
 
 # Rows
 
@@ -49,6 +50,33 @@ def test_vectors_are_rounded_before_and_after_they_are_rotated_back():
     blocks = mx.hadamard_transform(mx.array(rows).astype(mx.float32), scale=512**-0.5)
     expected = (blocks * signs.signs.astype(mx.float32)).astype(mx.float16)
     np.testing.assert_array_equal(layer(mx.arange(9)), expected)
+
+
+# The model
+
+ONE = {"in_features": 128, "group_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        ({"model.layers.0.nothing": ONE}, "no linear layer or embedding there"),
+        ({"model.norm": ONE}, "no linear layer or embedding there"),
+        ({"model.embed_tokens": ONE | {"in_features": 64}}, "rows of 64 weights"),
+        ({"model.embed_tokens": ONE | {"group_size": 32}}, "in groups of 32"),
+        ({"model.embed_tokens": ONE | {"rotation": 0}}, "a rotation of another width than 128"),
+    ],
+)
+def test_what_the_model_s_own_code_refuses(modules: dict[str, Any], words: str):
+    """Where only mlx-lm is installed, nothing else looks at the config."""
+    rotations = [{"block": 64, "width": 64, "signed": True}]
+    ternary = {"format": "tq1_0_strided", "version": 2, "rotations": rotations, "modules": modules}
+    with pytest.raises(ValueError, match=words):
+        TernaryModel(TernaryModelArgs.from_dict(QWEN3 | {"ternary": ternary}))
+    with pytest.raises(ValueError, match="version 3"):
+        TernaryModelArgs.from_dict(QWEN3 | {"ternary": ternary | {"version": 3}})
+    with pytest.raises(ValueError, match="mlx-lm has no such model"):
+        TernaryModelArgs.from_dict({"model_type": "../x", "ternary": ternary})
 
 
 # The shared input

@@ -17,6 +17,7 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.checkpoints.stored_model import StoredModel, check_ends, open_config, open_stored
 from outlier_mlx.engine.memory import wait_within_budget
+from outlier_mlx.engine.model_tensors import check_ternary
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -266,7 +267,13 @@ def open_model(folder: Path) -> StoredModel:
         CheckpointError: see `open_stored`; or a text beside it is no JSON.
     """
     _checked_config(folder)
-    return open_stored(folder)
+    stored = open_stored(folder)
+    if stored.ternary is not None:
+        try:
+            check_ternary(stored.raw, stored.ternary, stored.tensors, folder.name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+    return stored
 
 
 def _checked_config(folder: Path) -> dict:

@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from outlier_mlx.engine.model_tensors import Modules, by_module, check_rest
 from outlier_mlx.engine.skeleton import Skeleton, skeleton
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports import bitnet, prism
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.imports.rotation import Rotations
-from outlier_mlx.imports.ternary_tensors import Modules, by_module, check_rest, kept_parts
+from outlier_mlx.imports.ternary_tensors import kept_parts
 from outlier_mlx.models import prism_pack
 from outlier_mlx.models.fields import short
 from outlier_mlx.models.quantization import Quantization, read_quantization
