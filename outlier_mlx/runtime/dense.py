@@ -8,11 +8,10 @@ and MLX's own matrix kernels multiply this temporary copy.
 
 import mlx.core as mx
 
-from .affine2 import affine_scales, rows_to_affine2
+from .affine2 import rows_to_affine2
 from .groups import can_multiply, scale_group, tq1_0_linear
-from .kernels import can_convert, tq1_0_to_affine2
 from .launching import ACTIVATIONS
-from .ops import use_metal, with_gradient_of
+from .ops import transcoded, use_metal, with_gradient_of
 
 # Most vectors for which rows are decoded: more fill the tiles of MLX's matrix kernels.
 MOST_DECODED = 32
@@ -81,12 +80,7 @@ def _plain_linear(x: mx.array, rows: mx.array, scales: mx.array) -> mx.array:
 
 
 def _transcoded_linear(x: mx.array, rows: mx.array, scales: mx.array) -> mx.array:
-    # Make rows depend on x. Otherwise MLX could convert all layers before the first one runs.
-    rows = mx.depends([rows], [x])[0]
-    if not can_convert(rows, x.shape[-1]):
-        return _plain_linear(x, rows, scales)
-    codes = tq1_0_to_affine2(rows, x.shape[-1])
-    return _affine_linear(x, (codes, *affine_scales(scales, rows.shape[:-1], x.shape[-1])))
+    return _affine_linear(x, transcoded(x, rows, scales))
 
 
 _DECODED = with_gradient_of(_plain_linear, tq1_0_linear, 1)

@@ -106,6 +106,18 @@ def with_gradient_of(
     return run
 
 
+def transcoded(
+    x: mx.array, rows: mx.array, scales: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Convert rows on a GPU, like `rows_to_affine2`, for a product with x (..., in)."""
+    # Make rows depend on x. Otherwise MLX could convert all layers before the first one runs.
+    rows, in_features = mx.depends([rows], [x])[0], x.shape[-1]
+    if not can_convert(rows, in_features):
+        return rows_to_affine2(rows, scales, in_features)
+    codes = tq1_0_to_affine2(rows, in_features)
+    return codes, *affine_scales(scales, rows.shape[:-1], in_features)
+
+
 # The following functions multiply x (..., 1, in) by the experts `indices` (...), given rows
 # (experts, out, row_bytes) and scales (experts, out). The result is (..., 1, out) float32.
 
@@ -119,14 +131,7 @@ def _plain_product(
 def _transcoded_product(
     x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array, ordered: bool
 ) -> mx.array:
-    # Make rows depend on x. Otherwise MLX could convert all layers before the first one runs.
-    rows = mx.depends([rows], [x])[0]
-    if not can_convert(rows, x.shape[-1]):
-        return _plain_product(x, indices, rows, scales, ordered)
-    codes = tq1_0_to_affine2(rows, x.shape[-1])
-    return affine_product(
-        x, (codes, *affine_scales(scales, rows.shape[:-1], x.shape[-1])), indices, ordered
-    )
+    return affine_product(x, transcoded(x, rows, scales), indices, ordered)
 
 
 def _decoded_product(
