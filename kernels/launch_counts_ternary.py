@@ -127,7 +127,7 @@ def _delta(
     q: mx.array, k: mx.array, v: mx.array, a: mx.array, b: mx.array, *rest: Any, **_: Any
 ) -> tuple[mx.array, mx.array]:
     """`gated_delta_update` as it is on a GPU: a sigmoid, `compute_g`, and a kernel."""
-    decays, times, state, *_ = rest
+    decays, times, state = rest[:3]
     given = [q, k, v, mx.sigmoid(b), gated_delta.compute_g(decays, a, times), state]
     kernel: Any = mx.fast.metal_kernel(
         name="gated_delta",
