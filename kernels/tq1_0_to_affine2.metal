@@ -10,11 +10,11 @@ const size_t row = thread_position_in_grid.x / BLOCKS;
 const uint block = thread_position_in_grid.x % BLOCKS;
 
 // Bytes i and i + 8, each in the low half of 16 bits.
-const uint4 words = *(const device uint4*)(rows + (row * BLOCKS + block) * 16);
+const device uchar4* from = (const device uchar4*)(rows + (row * BLOCKS + block) * 16);
 uint pairs[8];
-UNROLL for (uint i = 0; i < 8; i++) {
-  const uint low = words[i / 4] >> (i % 4 * 8), high = words[i / 4 + 2] >> (i % 4 * 8);
-  pairs[i] = (low & 255) | (high & 255) << 16;
+UNROLL for (uint i = 0; i < 2; i++) {
+  const ushort4 low = ushort4(from[i]), high = ushort4(from[i + 2]);
+  UNROLL for (uint j = 0; j < 4; j++) pairs[4 * i + j] = as_type<uint>(ushort2(low[j], high[j]));
 }
 
 device uint* out = codes + row * WIDTH + block;
