@@ -73,29 +73,74 @@ struct Four<K, true> {
   }
 };
 
-// One lane's part of the products of VECTORS vectors (K elements each) with ROWS successive rows of
-// each of MATRICES matrices. A lane takes a piece of each row, four bytes, and then the next one; a
-// turn of the loop has PIECES. The order of the additions for an element of the result depends on K
-// alone.
+// The vectors of a product, K elements each. P is the type of pointers to them: MLX has small
+// arrays in constant memory.
 //
-// P is the type of pointers to vectors: MLX has small arrays in another address space.
-template <
-    int DECODE, int MATRICES, int ROWS, int VECTORS, int PIECES, int K, typename P, typename T>
-struct Product {
+// If LOADERS is 1, every lane loads the elements that it needs. Otherwise, the LOADERS simdgroups
+// of a threadgroup first copy those for a piece of the rows to threadgroup memory, as floats if T
+// is bfloat. So a threadgroup loads and converts an element once.
+template <int VECTORS, int LOADERS, int K, typename P, typename T>
+struct Vectors {
   typedef typename Register<T>::type X;
+  enum : uint {
+    COUNT = VECTORS,
+    PITCH = (K + 79) / 80 * 16,
+    OWN = (VECTORS + LOADERS - 1) / LOADERS,
+    TOGETHER = LOADERS > 1,
+    VECTOR = K % 4 == 0 && K >= 8  // constant memory has scalar loads only
+  };
+
+  P own[OWN];  // vectors `loader`, `loader` + LOADERS and so on
+  uint loader;
+  threadgroup vec<X, 4>* copy;  // of this lane: those for digit n of vector v are at (5 v + n) * 32
+
+  // Copies the elements for this lane's piece, if it has one.
+  METAL_FUNC void copy_for(uint at) const {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    UNROLL for (uint i = 0; i < OWN; i++) {
+      if (at < PITCH && (VECTORS % LOADERS == 0 || i * LOADERS + loader < VECTORS)) {
+        UNROLL for (uint n = 0; n * PITCH < K && n < 5; n++) {
+          X four[4];
+          Four<K, VECTOR>::load(four, own[i], at + n * PITCH, 0, (n + 1) * PITCH <= K);
+          threadgroup vec<X, 4>* to = copy + loader * (5 * 32);
+          to[(5 * LOADERS * i + n) * 32] = vec<X, 4>(four[0], four[1], four[2], four[3]);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  // The elements of vector v for digit n of bytes `at` + `offset` to `at` + `offset` + 3.
+  METAL_FUNC void load(thread X* four, uint v, uint n, uint at, uint offset) const {
+    if (LOADERS > 1) {
+      const vec<X, 4> found = copy[(5 * v + n) * 32];
+      UNROLL for (uint e = 0; e < 4; e++) four[e] = found[e];
+    } else {
+      // One vector has constant offsets from one address; several share an index.
+      const uint from = n * PITCH + offset, index = VECTORS > 1 ? at + from : at;
+      const bool whole = (n + 1) * PITCH <= K;
+      Four<K, VECTOR>::load(four, own[v % OWN], index, VECTORS > 1 ? 0 : from, whole);
+    }
+  }
+};
+
+// One lane's part of the products of vectors, a `Vectors` V, with ROWS successive rows of each of
+// MATRICES matrices. A lane takes a piece of each row, four bytes, and then the next one; a turn of
+// the loop has PIECES. The order of the additions for an element of the result depends on K alone.
+template <int DECODE, int MATRICES, int ROWS, int PIECES, int K, typename V>
+struct Product {
   enum : uint {
     PITCH = (K + 79) / 80 * 16,  // bytes of a row
     PIECE = 4 * 32,              // successive bytes of a row that a simdgroup takes
     STEP = PIECES * PIECE,
     ALL = MATRICES * ROWS,
-    // MLX has arrays of fewer than 8 elements in constant memory, which only scalar loads read.
-    VECTOR = K % 4 == 0 && K >= 8,
+    VECTORS = V::COUNT,
     // Rows that take turns, so that an instruction rarely needs the result of the one before it.
     TURNS = ALL >= 4 && VECTORS > 1 ? 4 : 2
   };
 
   const device uint8_t* rows[MATRICES];  // the first row of each matrix
-  P x[VECTORS];
+  V vectors;
   // Of vector v and row r of matrix m: sums[(v * MATRICES + m) * ROWS + r]. Times UNIT, it is the
   // product with the trits.
   float sums[VECTORS * ALL];
@@ -104,6 +149,17 @@ struct Product {
   METAL_FUNC void add(uint lane) {
     UNROLL for (uint i = 0; i < VECTORS * ALL; i++) sums[i] = 0.0f;
     uint at = 4 * lane;
+    if (V::TOGETHER) {
+      for (; at < PITCH / PIECE * PIECE; at += PIECE) {
+        vectors.copy_for(at);
+        piece(at, 0);
+      }
+      if (PITCH % PIECE != 0) {
+        vectors.copy_for(at);
+        if (at < PITCH) piece(at, 0);
+      }
+      return;
+    }
     for (; at < PITCH / STEP * STEP; at += STEP) {
       UNROLL for (uint p = 0; p < PIECES; p++) piece(at, p * PIECE);
     }
@@ -137,13 +193,7 @@ struct Product {
 
   // Adds the products of digit n of these bytes.
   METAL_FUNC void digit(thread float* words, thread Bytes* bytes, uint at, uint offset, uint n) {
-    const bool whole = (n + 1) * PITCH <= K, more = (n + 1) * PITCH < K;
-    offset += n * PITCH;
-    // One vector has constant offsets from one address; several share an index.
-    if (VECTORS > 1) {
-      at += offset;
-      offset = 0;
-    }
+    const bool more = (n + 1) * PITCH < K;
     UNROLL for (uint first = 0; first < ALL; first += TURNS) {
       half2 trits[2][TURNS];
       UNROLL for (uint i = 0; i < 2 * TURNS; i++) {
@@ -151,8 +201,8 @@ struct Product {
         trits[pair][r] = bytes[first + r].trits(pair);
       }
       UNROLL for (uint v = 0; v < VECTORS; v++) {
-        X four[4];
-        Four<K, VECTOR>::load(four, x[v], at, offset, whole);
+        typename V::X four[4];
+        vectors.load(four, v, n, at, offset);
         UNROLL for (uint i = 0; i < 4 * TURNS; i++) {
           const uint e = i / TURNS, r = i % TURNS;
           const float element = four[e], trit = trits[e / 2][r][e % 2];
@@ -209,16 +259,22 @@ struct Pairs {
 
 // The products of up to M vectors with ROWS rows of each of MATRICES matrices, summed over lanes.
 // Fewer vectors than M cost less, and every product has the same bits.
-template <int DECODE, int MATRICES, int ROWS, int M, int PIECES, int K, typename P, typename T>
+template <
+    int DECODE, int MATRICES, int ROWS, int M, int PIECES, int LOADERS, int K, typename P,
+    typename T>
 struct Block {
+  typedef typename Register<T>::type X;
   enum : uint {
     PART = M * ROWS < 16 ? M * ROWS : 16,  // sums of a matrix that are added together over lanes
     PARTS = M * ROWS / PART,
-    PITCH = (K + 79) / 80 * 16
+    PITCH = (K + 79) / 80 * 16,
+    OWN = (M + LOADERS - 1) / LOADERS
   };
 
   const device uint8_t* rows[MATRICES];  // the first row of each matrix
-  P x[M];
+  P own[OWN];  // this and the next two: see Vectors
+  uint loader;
+  threadgroup vec<X, 4>* copy;
   // The results: with row `row` of matrix m and vector `vector` + i * PART / ROWS, sums[m][i]. If
   // `writes` is false, another lane has them, too.
   float sums[MATRICES][PARTS];
@@ -251,9 +307,12 @@ struct Block {
       FEW = COUNT * ROWS,
       VALUES = FEW > 8 ? 16 : FEW > 4 ? 8 : FEW > 2 ? 4 : 2,
     };
-    Product<DECODE, MATRICES, ROWS, COUNT, PIECES, K, P, T> product;
+    typedef Vectors<COUNT, LOADERS, K, P, T> Some;
+    Product<DECODE, MATRICES, ROWS, PIECES, K, Some> product;
     UNROLL for (uint m = 0; m < MATRICES; m++) product.rows[m] = rows[m];
-    UNROLL for (uint v = 0; v < COUNT; v++) product.x[v] = x[v];
+    UNROLL for (uint i = 0; i < Some::OWN; i++) product.vectors.own[i] = own[i];
+    product.vectors.loader = loader;
+    product.vectors.copy = copy + lane;
     product.add(lane);
     UNROLL for (uint m = 0; m < MATRICES; m++) {
       UNROLL for (uint part = 0; part < PARTS; part++) {

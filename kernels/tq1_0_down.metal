@@ -24,9 +24,9 @@ const uint r = Sums<ROWS>::of(lane);  // the row that this lane finishes
 float routed = 0.0f;
 for (uint pair = token * k; pair < (token + 1) * k; pair++) {
   const size_t row = size_t(indices[pair]) * N + first;
-  Product<DECODE, 1, ROWS, 1, PIECES, K, decltype(h + K), float> product;
+  Product<DECODE, 1, ROWS, PIECES, K, Vectors<1, 1, K, decltype(h + K), float>> product;
   product.rows[0] = down + row * product.PITCH;
-  product.x[0] = h + pair * K;
+  product.vectors.own[0] = h + pair * K;
   product.add(lane);
   const float sum = Sums<ROWS>::over_lanes(product.sums, lane);
   routed = fma(weights[pair], sum * (scales[row + r] * UNIT), routed);

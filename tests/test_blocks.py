@@ -136,6 +136,13 @@ def test_a_token_has_the_same_bits_in_any_company(size: int, metal: Metal):
                 np.testing.assert_array_equal(as_array(found), as_array(all_[part]))
 
 
+def test_bfloat_is_converted_once(metal: Metal):
+    """The simdgroups of a threadgroup copy the vectors; some have no rows of their own."""
+    assert_same_bits(made_layer(644, 18, 5, 2, 2, mx.bfloat16), (4,))
+    loaders = [run.template["LOADERS"] for run in metal.launches if "LOADERS" in run.template]
+    assert loaders == [1, 1, 4, 1, 4]  # h of `tq1_0_down` is in float32
+
+
 @pytest.mark.parametrize("size", SLOW_SIZES)
 def test_every_number_of_pairs_in_a_block(size: int, metal: Metal):
     """One expert; every loop, and 5 and 7 pairs, which have none of their own."""
@@ -190,11 +197,11 @@ def test_what_is_refused(metal: Metal):
 
 @needs_emulator
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "main"), [(2, 3.65), (4, 5.75), (8, 10.1)])
+@pytest.mark.parametrize(("size", "main"), [(2, 3.65), (4, 5.75), (8, 10.05)])
 def test_what_full_blocks_cost(size: int, main: float):
     found = block_cost("qmv", SHAPES["14B"]["qmv"], size, size)
     assert 1.3 + size < found.main <= main
-    assert found.second <= 0.65 and not found.private
+    assert found.second <= 0.6 and not found.private
     assert found.loop_bytes <= 8192
 
 

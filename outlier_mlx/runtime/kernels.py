@@ -4,6 +4,8 @@ Rows of trits have the layout `tq1_0_strided` (affine2.py). The text of each ker
 describes its arguments.
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from .affine2 import padded_width, row_bytes
@@ -273,16 +275,17 @@ def _launch(
     columns, out_features = shape
     check_size(name, "elements", max(inputs[0].size, columns * out_features))
     template = [("T", dtype), ("K", in_features), ("N", out_features)]
-    if "blocks" in KERNEL_ARGUMENTS[name][0]:
-        size = 1 if blocks is None else block_size(name, blocks)
-        # Without blocks, an input takes their place.
-        inputs = [*inputs, inputs[-1] if blocks is None else blocks]
-        template += [("SHARE", share), ("M", size)]
+    size = 1 if blocks is None else block_size(name, blocks)
     if blocks is not None:
         columns = blocks.shape[0]
-        variant = variant or BLOCK_VARIANTS[name][size]
+        variant = variant or _block_variant(name, size, dtype)
     variant = variant or saved_variant(name) or VARIANTS[name]
     variant = variant.fitted(in_features, out_features)
+    if "blocks" in KERNEL_ARGUMENTS[name][0]:
+        # Without blocks, an input takes their place.
+        inputs = [*inputs, inputs[-1] if blocks is None else blocks]
+        loaders = variant.simdgroups if _loads_together(size, dtype) else 1
+        template += [("SHARE", share), ("M", size), ("LOADERS", loaders)]
     width = 32 * variant.simdgroups
     groups = -(-out_features // (variant.rows * variant.simdgroups))
     return built_kernel(name)(
@@ -320,6 +323,20 @@ def _rows(
             f" expected {(experts, out_features)} float32"
         )
     return experts, out_features
+
+
+def _block_variant(name: str, size: int, dtype: mx.Dtype) -> Variant:
+    """The default variant for blocks: as many simdgroups as pairs, if they load together."""
+    variant = BLOCK_VARIANTS[name][size]
+    return replace(variant, simdgroups=size) if _loads_together(size, dtype) else variant
+
+
+def _loads_together(size: int, dtype: mx.Dtype) -> bool:
+    """Whether the simdgroups of a threadgroup load a block's vectors for one another.
+
+    They do if the vectors are more than a cache holds, or have to be converted.
+    """
+    return size == 8 or (size > 1 and dtype == mx.bfloat16)
 
 
 def block_size(name: str, blocks: mx.array) -> int:
