@@ -77,12 +77,14 @@ def block_table(shape: str) -> str:
     head = ["", "pairs", "main", "second", "main for a pair", "loads"]
     head += ["registers", "threads", "loop bytes"]
     cases = [(kernel, size, size, mx.float16) for kernel in ("swiglu", "qmv") for size in SIZES]
+    cases += [("qmv", size, size, mx.bfloat16) for size in SIZES]
     cases += [("down", size, size, mx.float32) for size in SIZES]
     cases += [("qmv", size, n, mx.float16) for size in SIZES for n in LOOPS[size] if n < size]
     rows = []
     for kernel, size, pairs, dtype in cases:
         found = block_cost(kernel, SHAPES[shape][kernel], size, pairs, dtype)
         name = "`tq1_0_qmv` for down" if kernel == "down" else f"`tq1_0_{kernel}`"
+        name += ", bfloat16" if dtype == mx.bfloat16 else ""
         cycles = f"{found.main:.2f}", f"{found.second:.2f}", f"{found.main / pairs:.2f}"
         rest = [f"{found.loads:.3f}"]
         rest += map(str, (found.registers, found.threads, found.loop_bytes))
