@@ -171,7 +171,7 @@ def test_more_experts_than_a_decode_kernel_takes(metal: VirtualMetal):
     assert assert_same_on_a_gpu(layer(8, 8, 1024, 2), 1, metal) == DECODE[1:]
 
 
-@pytest.mark.parametrize("limit", ["tokens", "in features", "out features"])
+@pytest.mark.parametrize("limit", ["tokens", "in features", "out features", "elements"])
 def test_what_is_too_large_for_a_kernel(
     limit: str, metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch
 ):
@@ -180,7 +180,8 @@ def test_what_is_too_large_for_a_kernel(
     monkeypatch.setitem(launching.LIMITS, limit, (0, 20))
     tokens = 21 if limit == "tokens" else 1
     # The conversion has a limit of its own for the width of a row, and plain MLX has none.
-    launched = {"tokens": TRANSCODE[1:], "in features": [], "out features": TRANSCODE}[limit]
+    others = {"tokens": TRANSCODE[1:], "in features": []}
+    launched = others.get(limit, TRANSCODE)
     assert assert_same_on_a_gpu(block, tokens, metal) == launched
 
 
