@@ -26,7 +26,8 @@ template <uint COUNT>
 METAL_FUNC float sum_by_lane(thread float* values, uint lane) {
   UNROLL for (uint step = 1, count = COUNT; step < 32; step *= 2, count = (count + 1) / 2) {
     const bool odd = lane & step;
-    UNROLL for (uint i = 0; i < (count + 1) / 2; i++) {
+    UNROLL for (uint i = 0; i < (COUNT + 1) / 2; i++) {
+      if (i >= (count + 1) / 2) continue;
       const float a = values[2 * i];
       const float b = 2 * i + 1 < count ? values[2 * i + 1] : a;
       values[i] = (odd ? b : a) + simd_shuffle_xor(odd ? a : b, ushort(step));

@@ -6,7 +6,10 @@
 // significant first. Multiplying the byte by 3 carries the next digit out of its 8 bits. So digit n
 // of four neighbouring bytes belongs to four neighbouring elements of a vector.
 //
-// All arrays must stay in registers, so only unrolled loops index them.
+// All arrays must stay in registers, so only unrolled loops index them. Bounds of inner loops do
+// not depend on outer ones, so that loops are unrolled whatever order a compiler takes them in.
+//
+// Member functions have the qualifier `thread`, which is implied only before Metal 4.1.
 
 #define UNROLL _Pragma("clang loop unroll(full)")
 
@@ -24,16 +27,18 @@ constant constexpr float UNIT = 0.5f;  // the factor for sums: a decoded trit is
 struct Bytes {
   uint pairs[2];  // bytes 0 and 1, bytes 2 and 3
 
-  METAL_FUNC void load(const device uint8_t* from) {
+  METAL_FUNC void load(const device uint8_t* from) thread {
     const ushort4 bytes = ushort4(*(const device uchar4*)from);
     pairs[0] = as_type<uint>(bytes.xy);
     pairs[1] = as_type<uint>(bytes.zw);
   }
-  METAL_FUNC void start() {
+  METAL_FUNC void start() thread {
     UNROLL for (int i = 0; i < 2; i++) pairs[i] *= 3 << 6;
   }
-  METAL_FUNC half2 trits(int pair) const { return as_type<half2>(~pairs[pair] & 0xC000C000u); }
-  METAL_FUNC void next(int pair) {
+  METAL_FUNC half2 trits(int pair) const thread {
+    return as_type<half2>(~pairs[pair] & 0xC000C000u);
+  }
+  METAL_FUNC void next(int pair) thread {
     pairs[pair] &= 0x3FFF3FFFu;
     pairs[pair] += pairs[pair] << 1;
   }
@@ -95,11 +100,12 @@ struct Vectors {
   threadgroup vec<X, 4>* copy;  // of this lane: those for digit n of vector v are at (5 v + n) * 32
 
   // Copies the elements for this lane's piece, if it has one.
-  METAL_FUNC void copy_for(uint at) const {
+  METAL_FUNC void copy_for(uint at) const thread {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     UNROLL for (uint i = 0; i < OWN; i++) {
       if (at < PITCH && (VECTORS % LOADERS == 0 || i * LOADERS + loader < VECTORS)) {
-        UNROLL for (uint n = 0; n * PITCH < K && n < 5; n++) {
+        UNROLL for (uint n = 0; n < 5; n++) {
+          if (n * PITCH >= K) continue;
           X four[4];
           Four<K, VECTOR>::load(four, own[i], at + n * PITCH, 0, (n + 1) * PITCH <= K);
           threadgroup vec<X, 4>* to = copy + loader * (5 * 32);
@@ -111,7 +117,7 @@ struct Vectors {
   }
 
   // The elements of vector v for digit n of bytes `at` + `offset` to `at` + `offset` + 3.
-  METAL_FUNC void load(thread X* four, uint v, uint n, uint at, uint offset) const {
+  METAL_FUNC void load(thread X* four, uint v, uint n, uint at, uint offset) const thread {
     if (LOADERS > 1) {
       const vec<X, 4> found = copy[(5 * v + n) * 32];
       UNROLL for (uint e = 0; e < 4; e++) four[e] = found[e];
@@ -146,7 +152,7 @@ struct Product {
   float sums[VECTORS * ALL];
 
   // Adds the products of whole rows.
-  METAL_FUNC void add(uint lane) {
+  METAL_FUNC void add(uint lane) thread {
     UNROLL for (uint i = 0; i < VECTORS * ALL; i++) sums[i] = 0.0f;
     uint at = 4 * lane;
     if (V::TOGETHER) {
@@ -169,7 +175,7 @@ struct Product {
   }
 
   // Adds the products of bytes `at` + `offset` to `at` + `offset` + 3 of every row.
-  METAL_FUNC void piece(uint at, uint offset) {
+  METAL_FUNC void piece(uint at, uint offset) thread {
     Bytes bytes[ALL];
     // All loads of rows come before the first use of their bytes.
     UNROLL for (uint m = 0; m < MATRICES; m++) {
@@ -192,7 +198,8 @@ struct Product {
   }
 
   // Adds the products of digit n of these bytes.
-  METAL_FUNC void digit(thread float* words, thread Bytes* bytes, uint at, uint offset, uint n) {
+  METAL_FUNC void digit(
+      thread float* words, thread Bytes* bytes, uint at, uint offset, uint n) thread {
     const bool more = (n + 1) * PITCH < K;
     UNROLL for (uint first = 0; first < ALL; first += TURNS) {
       half2 trits[2][TURNS];
@@ -232,7 +239,8 @@ struct Sums {
     UNROLL for (uint bit = 8, left = COUNT / 2; bit > 0; bit /= 2, left /= 2) {
       if (left > 0) {
         const bool upper = lane & bit;
-        UNROLL for (uint i = 0; i < left; i++) {
+        UNROLL for (uint i = 0; i < COUNT / 2; i++) {
+          if (i >= left) continue;
           const float low = values[i], high = values[i + left];
           values[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(bit));
         }
@@ -250,9 +258,9 @@ struct Pairs {
   uint number;
 
   template <typename P>
-  METAL_FUNC uint count(P blocks) const { return M > 1 ? blocks[number * (M + 1)] : 1; }
+  METAL_FUNC uint count(P blocks) const thread { return M > 1 ? blocks[number * (M + 1)] : 1; }
   template <typename P>
-  METAL_FUNC uint pair(P blocks, uint m) const {
+  METAL_FUNC uint pair(P blocks, uint m) const thread {
     return M > 1 ? blocks[number * (M + 1) + 1 + m] : number;
   }
 };
@@ -282,7 +290,7 @@ struct Block {
   bool writes;
 
   // Multiplies the first `count` vectors; the others have to be valid, too.
-  METAL_FUNC void multiply(uint count, uint lane) {
+  METAL_FUNC void multiply(uint count, uint lane) thread {
     if (count >= M) {
       run<M>(lane);
     } else if (count == 1) {
@@ -301,7 +309,7 @@ struct Block {
   }
 
   template <int COUNT>
-  METAL_FUNC void run(uint lane) {
+  METAL_FUNC void run(uint lane) thread {
     // A power of 2 of values that are added together over lanes.
     enum : uint {
       FEW = COUNT * ROWS,

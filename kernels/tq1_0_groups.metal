@@ -30,7 +30,7 @@ struct GroupProduct {
   const device S* scales;      // of the first row and the first group, in tiles of eight rows
   float sums[VECTORS * ROWS];  // of vector v and row r: sums[v * ROWS + r], which is times UNIT
 
-  METAL_FUNC void add(uint lane) {
+  METAL_FUNC void add(uint lane) thread {
     UNROLL for (uint i = 0; i < VECTORS * ROWS; i++) sums[i] = 0.0f;
     for (uint block = lane / 2; block < BLOCKS; block += LANES / 2) {
       step(block, 16 * block + lane % 2 * 4);
@@ -38,14 +38,14 @@ struct GroupProduct {
   }
 
   // Adds the products of a block, of which the lane's bytes are at `at` and `at` + 8 of a row.
-  METAL_FUNC void step(uint block, uint at) {
+  METAL_FUNC void step(uint block, uint at) thread {
     Bytes bytes[2 * ROWS];
     UNROLL for (uint i = 0; i < 2 * ROWS; i++) {
       bytes[i].load(rows + at + min(i / 2, last_row) * PITCH + i % 2 * 8);
     }
     UNROLL for (uint i = 0; i < 2 * ROWS; i++) bytes[i].start();
     UNROLL for (uint n = 0; n < 5; n++) {
-      if (n * PITCH >= K) break;
+      if (n * PITCH >= K) continue;
       const bool whole = (n + 1) * PITCH <= K;  // else the digits of the last blocks are padding
       half2 trits[4 * ROWS];
       UNROLL for (uint i = 0; i < 4 * ROWS; i++) {
@@ -76,7 +76,7 @@ struct GroupProduct {
 
   // Loads four elements of a vector from `at` + `offset` on. Where all of them are behind its end,
   // they belong to padding, and it loads others.
-  METAL_FUNC void load_four(thread X* four, uint v, uint at, uint offset, bool whole) {
+  METAL_FUNC void load_four(thread X* four, uint v, uint at, uint offset, bool whole) thread {
     if (offset >= K) {
       UNROLL for (uint i = 0; i < 4; i++) four[i] = X(0);
       return;
@@ -92,7 +92,7 @@ struct GroupProduct {
   }
 
   // Loads the scales of the rows for a block of weights, if need be of the last one.
-  METAL_FUNC void load_scales(thread S* scale, uint block, bool inside) {
+  METAL_FUNC void load_scales(thread S* scale, uint block, bool inside) thread {
     uint from = block / GROUP_BLOCKS * 8;
     if (!inside) from = min(from, uint(8 * (GROUPS - 1)));
     UNROLL for (uint r = 0; r < ROWS; r += WIDTH) {
@@ -111,7 +111,8 @@ METAL_FUNC void sum_over_lanes(thread float* values, uint lane) {
   UNROLL for (uint bit = 1, left = COUNT / 2; bit < LANES; bit *= 2, left /= 2) {
     if (left > 0) {
       const bool upper = lane & bit;
-      UNROLL for (uint i = 0; i < left; i++) {
+      UNROLL for (uint i = 0; i < COUNT / 2; i++) {
+        if (i >= left) continue;
         const float low = values[2 * i], high = values[2 * i + 1];
         values[i] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(bit));
       }
@@ -126,8 +127,8 @@ METAL_FUNC void sum_over_lanes(thread float* values, uint lane) {
 struct NextVectors {
   uint first, last;  // the first one of the slice, and the last one of all
 
-  METAL_FUNC uint place(uint v) const { return min(first + v, last); }
-  METAL_FUNC uint result(uint v) const { return first + v; }
+  METAL_FUNC uint place(uint v) const thread { return min(first + v, last); }
+  METAL_FUNC uint result(uint v) const thread { return first + v; }
 };
 
 template <int M, int SHARE, typename P>
@@ -135,8 +136,8 @@ struct BlockVectors {
   Pairs<M> pairs;
   P blocks;
 
-  METAL_FUNC uint place(uint v) const { return pairs.pair(blocks, v) / SHARE; }
-  METAL_FUNC uint result(uint v) const { return pairs.pair(blocks, v); }
+  METAL_FUNC uint place(uint v) const thread { return pairs.pair(blocks, v) / SHARE; }
+  METAL_FUNC uint result(uint v) const thread { return pairs.pair(blocks, v); }
 };
 
 // Multiplies VECTORS vectors, of which the first `count` are written, with the ROWS rows from

@@ -24,14 +24,14 @@ constexpr uint ROOM = B < 8192 ? LOW : 0;
 constexpr uint PITCH = 8 * (STEP + ROOM) + (BLOCKS > 1 ? 16 : 0);
 constexpr float SCALE = (B == 512 || B == 2048 || B == 8192 ? 1.41421356f : 1.0f) /
     (B <= 1024 ? 32.0f : B <= 4096 ? 64.0f : 128.0f);
-threadgroup float exchanged[BLOCKS * PITCH];
+threadgroup float4 exchanged[BLOCKS * PITCH / 4];
 
 const uint thread_of_block = thread_position_in_threadgroup.x % THREADS;
 const uint place = thread_position_in_threadgroup.x / THREADS;
 const uint wanted = threadgroup_position_in_grid.x * BLOCKS + place;
 const uint start = min(wanted, uint(K / B - 1)) * B;  // the last threadgroup may have fewer blocks
 const size_t row = size_t(threadgroup_position_in_grid.y) * K;
-threadgroup float* block = exchanged + place * PITCH;
+threadgroup float* block = (threadgroup float*)exchanged + place * PITCH;
 
 float v[32];
 {

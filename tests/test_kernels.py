@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import pytest
 from kernels.emulator import VirtualMetal, virtual_metal
 from outlier_mlx.runtime import kernels, launching
 from outlier_mlx.runtime.affine2 import padded_width, row_bytes, rows_to_affine2
+from outlier_mlx.runtime.kernel_text import kernel_names, kernel_text
 from outlier_mlx.runtime.kernels import Variant
 from tests.engine import as_array
 from tests.kernel_cases import (
@@ -356,3 +358,11 @@ def test_no_array_of_a_thread_is_in_memory():
         kernels.tq1_0_to_affine2(mx.zeros((2, row_bytes(704)), mx.uint8), 704)
     for launch in metal.launches:
         assert not {"private load", "private store"} & set(launch.cost.instructions), launch.name
+
+
+def test_member_functions_name_their_address_space():
+    """Without it, Metal 4.1 takes objects for generic; see MLX's pull request 3963."""
+    member = re.compile(r"^  METAL_FUNC [^{]*?\)( const)?( thread)? \{", re.MULTILINE)
+    found = [m for name in kernel_names() for m in member.finditer(kernel_text(name))]
+    assert len(found) > 10
+    assert [m[0] for m in found if not m[2]] == []
