@@ -179,6 +179,16 @@ def test_a_run_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(refused.value) and "error: " not in str(refused.value)
 
 
+def test_a_run_that_a_signal_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it printed last may have nothing to do with its end."""
+    for said, told in (("a warning\n", ", after: a warning"), ("", "")):
+        ended = SimpleNamespace(returncode=-9, stdout="", stderr=said)
+        monkeypatch.setattr(subprocess, "run", lambda *_, ended=ended, **__: ended)
+        with pytest.raises(OutlierError) as refused:
+            run_apart(Path("tier"), OPTIONS, None, None)
+        assert str(refused.value) == f"MLX's own: the run failed: ended by signal 9{told}"
+
+
 def test_one_bit_changes_the_digest(small_tier: Path) -> None:
     model, prompts = load(small_tier), mx.array([[5, 6, 7]])
     before = logits_digest(model, prompts)

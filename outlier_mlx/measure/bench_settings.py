@@ -195,7 +195,7 @@ def run_apart(folder: Path, options: BenchOptions, dtype: str | None, value: int
         value: of both variables, or None for MLX's own; what the user has set does not count.
 
     Raises:
-        OutlierError: the process failed; the message is the last line that it printed.
+        OutlierError: the process failed; the message has the last line that it printed.
     """
     given = {"folder": str(folder), "options": asdict(options), "dtype": dtype}
     # -P: nothing of the current folder, which may be a model's, is imported.
@@ -206,9 +206,11 @@ def run_apart(folder: Path, options: BenchOptions, dtype: str | None, value: int
     done = subprocess.run(
         command, env=kept | set_here, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
-    lines = done.stderr.strip().splitlines()
     if done.returncode:
-        why = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
+        last = "".join(done.stderr.strip().splitlines()[-1:]).removeprefix("error: ")
+        why = last or f"exit code {done.returncode}"
+        if done.returncode < 0:  # as when the system ends what takes too much memory
+            why = f"ended by signal {-done.returncode}" + (f", after: {last}" if last else "")
         raise OutlierError(f"{Setting(value).name}: the run failed: {why}")
     return Trial(**json.loads(done.stdout.splitlines()[-1]))
 
