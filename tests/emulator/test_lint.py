@@ -70,11 +70,19 @@ MISTAKES = {
     "a condition that is an assignment": ("int n = 3; if (n = 2) o[0] = 1;", "as a condition"),
     "a result that is not used": ("o[0]; o[1] = 1;", "result unused"),
     "double": ("double d = 1; o[0] = float(d);", "poisoned"),
+    # Before Metal 4.1, such an object was in `thread` without saying so.
+    "an object that may be anywhere": (
+        "Held held; held.value = x[0]; o[0] = held.get();",
+        "binding reference of type 'thread float' to value of type 'float' changes address space",
+    ),
     "function pointer": ("float (*f)(float) = nullptr; o[0] = f(1);", "pointers to functions"),
 }
 HEADERS = {
     "device pointer given as a threadgroup one": "void take(threadgroup float* p) { p[0] = 1; }\n",
     "program scope variable": "static int COUNT = 3;\n",
+    "an object that may be anywhere": (
+        "struct Held { float value; thread float& get() { return value; } };\n"
+    ),
 }
 
 
