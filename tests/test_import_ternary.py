@@ -40,6 +40,8 @@ from tests.ternary_sources import (
     words,
 )
 
+UP = "model.layers.0.mlp.up_proj"
+
 
 class Written:
     """A folder that was imported: its config, and its ternary matrices as stored."""
@@ -452,6 +454,16 @@ def test_signs_beside_a_pack_that_are_none(values: Any, tmp_path: Path):
             lambda tensors: tensors.update({"model.norm.weight": stored(np.ones(8, np.float16))}),
             "model.norm.weight: shape (8,), expected (256,)",
         ),
+        (
+            "bias",
+            lambda tensors: tensors.update({f"{UP}.bias": stored(np.ones(512, np.float16))}),
+            "up_proj.bias: not a tensor of this model",
+        ),
+        (
+            "signs",
+            lambda tensors: tensors.update({f"{UP}.signs": stored(np.ones(256, np.float16))}),
+            "up_proj.signs: not a tensor of this model",
+        ),
     ],
 )
 def test_other_tensors_are_checked(
@@ -461,6 +473,33 @@ def test_other_tensors_are_checked(
     change(pack.tensors)
     source = pack.write(tmp_path / name)
     assert_refused(run("import", source, "--out", tmp_path / "x", code=1), words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"group_size": 96}, "group_size is 96"),
+        ({"group_size": "128"}, "group_size is '128'"),
+        ({"mode": "mxfp4"}, "bits is 2, expected 4"),
+    ],
+)
+def test_quantizations_that_mlx_does_not_have(change: dict[str, Any], words: str, tmp_path: Path):
+    pack = mlx_pack()
+    pack.config["quantization"] = pack.config["quantization"] | change
+    source = pack.write(tmp_path / "pack")
+    assert_refused(run("import", source, "--out", tmp_path / "x", code=1), words)
+
+
+def test_what_is_imported_already(tmp_path: Path):
+    done = import_model(mlx_pack().write(tmp_path / "pack"), tmp_path / "rows")
+    refused = run("import", done.path, "--out", tmp_path / "x", code=1)
+    assert_refused(refused, "rows: config.json has `ternary`", "nothing to import")
+
+
+def test_what_is_printed(tmp_path: Path):
+    """The form stands on one line, however narrow the table is."""
+    said = run("import", mlx_pack().write(tmp_path / "pack"), "--out", tmp_path / "rows").err
+    assert "rows: from MLX 2-bit codes in groups of 128\n" in said
 
 
 def test_damaged_rows_are_found(tmp_path: Path):
@@ -486,7 +525,7 @@ def test_damaged_rows_are_found(tmp_path: Path):
     [
         ({"format": "tq1_0_rows"}, "format 'tq1_0_rows'"),
         ({"group_size": 32}, "group_size is 32"),
-        ({"modules": {}}, "at least one module"),
+        ({"modules": {}}, "1 to 100000 modules"),
         ({"modules": {"model.embed_tokens": {}}}, "in_features is None"),
         ({"modules": {"model.embed_tokens": {"in_features": 256, "rotation": 0}}}, "no rotation"),
         ({"modules": {"model.embed_tokens": {"in_features": 256}}}, "ternary does not list it"),

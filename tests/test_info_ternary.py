@@ -133,6 +133,13 @@ def test_a_ternary_model_that_was_imported(tmp_path: Path):
     assert read["params"] == before["params"]
     assert read["form"] == "ternary qwen3" and read["kind"] == "model"
     assert read["nbytes"] < before["nbytes"]
+    assert read["ternary"]["nbytes"] == before["ternary"]["packed_nbytes"]
+    count = len(pack.matrices)
+    said = run("info", done.path).out
+    assert f"ternary: {count} of {count} quantized matrices\n" in said
+    assert "(packed rows, groups of 128)" in said and "in place of" not in said
+    rotated = import_model(prism_pack().write(tmp_path / "rotated"), tmp_path / "rotated-rows")
+    assert "groups of 128, rotated in blocks of 512)" in run("info", rotated.path).out
 
 
 def test_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -237,7 +237,30 @@ QKV = "language_model.model.layers.0.linear_attn.in_proj_qkv"
             lambda f: edit_ternary(f, "rotations", [{"block": 3, "width": 512, "signed": True}]),
             "block",
         ),
+        (
+            lambda f: edit_ternary(f, "rotations", [ROTATION | {"block": 1}]),
+            "rotation 0: width 512, block 1,",
+        ),
+        (lambda f: edit_ternary(f, "rotations", [ROTATION | {"signed": "yes"}]), "signed 'yes'"),
         (lambda f: edit_ternary(f, "version", 1), "version 1, expected 2"),
+        (lambda f: edit_ternary(f, "version", 2.0), r"version 2\.0, expected 2"),
+        (lambda f: edit_ternary(f, "pack_schema_version", 9), "pack_schema_version 9"),
+        (lambda f: edit_ternary(f, "pack_schema_version", [1]), r"pack_schema_version \[1\]"),
+        (lambda f: add_module(f, "../../x"), r"modules: '\.\./\.\./x' is not the path of a module"),
+        (lambda f: add_module(f, "x" * 5000), r"modules: 'x+\.\.\. is not the path of a module"),
+        (
+            lambda f: edit_ternary(f, "modules", dict.fromkeys(map(str, range(100_001)), 0)),
+            "1 to 100000 modules",
+        ),
+        (lambda f: edit_config(f, model_type="outlier_moe"), "mlx-lm cannot make a model"),
+        (
+            lambda f: add_tensor(f, f"{QKV}.bias", np.ones(512, np.float16)),
+            "in_proj_qkv.bias: not a tensor of this model",
+        ),
+        (
+            lambda f: add_tensor(f, f"{QKV}.biases", np.ones((512, 4), np.float16)),
+            "in_proj_qkv.biases: not a tensor of this model",
+        ),
         (lambda f: edit_text(f, num_hidden_layers=10**9), "layers, but only"),
     ],
 )
@@ -263,6 +286,26 @@ def read(folder: Path) -> dict[str, Any]:
 
 def edit_ternary(folder: Path, name: str, value: object) -> None:
     edit_config(folder, ternary=read(folder)["ternary"] | {name: value})
+
+
+def add_module(folder: Path, path: str) -> None:
+    modules = read(folder)["ternary"]["modules"]
+    edit_ternary(folder, "modules", modules | {path: {"in_features": 512, "group_size": 128}})
+
+
+def test_a_model_that_does_not_load_is_not_exported(folder: Path, tmp_path: Path):
+    drop_tensor(folder, "language_model.model.norm.weight")
+    out = tmp_path / "out"
+    refused = run("export", folder, "--format", "mlx2", "--out", out, code=1)
+    assert_refused(refused, "language_model.model.norm.weight", "is missing")
+    assert not out.exists()
+
+
+def test_the_format_that_a_ternary_model_is_exported_in(rotated: Ternary, tmp_path: Path):
+    refused = run("export", rotated.folder, "--out", tmp_path / "out", code=1)
+    assert_refused(refused, "but a ternary model: --format mlx2")
+    done = run("export", rotated.folder, "--format", "mlx2", "--out", tmp_path / "out")
+    assert "mlx2, " in done.err and "base" not in done.err
 
 
 def edit_text(folder: Path, **fields: object) -> None:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.checkpoints.export_gguf import gguf_tensors
-from outlier_mlx.checkpoints.export_mlx2 import mlx2_pack
+from outlier_mlx.checkpoints.export_mlx2 import check_mlx2, mlx2_pack
 from outlier_mlx.checkpoints.export_packed import packed_tensors
 from outlier_mlx.checkpoints.export_shared import Origin, overlay_config, write_alphas
 from outlier_mlx.checkpoints.export_v32 import v32_tensors
 from outlier_mlx.checkpoints.overlay import Overlay
-from outlier_mlx.checkpoints.stored_model import open_stored
+from outlier_mlx.checkpoints.stored_model import StoredModel, open_stored
 from outlier_mlx.checkpoints.tier import open_tier
-from outlier_mlx.errors import CheckpointError, OutlierError, did_you_mean
+from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.models.config import raw_config
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.paths import files_below, inside, named
@@ -60,6 +60,7 @@ def export_tier(
     revision: str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
+    opened: Callable[[Path], StoredModel] = open_stored,
 ) -> Exported:
     """Write a tier's experts, routers and alphas in a form that other tools read, exactly.
 
@@ -73,6 +74,8 @@ def export_tier(
         revision: branch, tag or commit on the hub.
         force: replace `out` if it is an export or another folder that this project wrote.
         progress: called with bytes written so far, and in all.
+        opened: opens and checks a ternary model; `engine.loading.open_model` holds it against
+            mlx-lm's own, too.
 
     Raises:
         OutlierError: no sound tier, something that the format cannot hold exactly, an output that
@@ -86,7 +89,9 @@ def export_tier(
     check_free(target, force=force, sources=[tier])
     source = resolve(tier, revision)
     if format == MLX2:
-        return _export_mlx2(source, target, [tier], force=force, progress=progress)
+        check_mlx2(raw_config(source.folder), source.folder)
+        stored = opened(source.folder)
+        return _export_mlx2(source, stored, target, [tier], force=force, progress=progress)
     overlay = open_tier(source.folder)
     origin = _origin(source.folder, contains_base=bool(overlay.base))
 
@@ -113,15 +118,16 @@ def export_tier(
 
 
 def _export_mlx2(
-    source: Source, target: Path, given: list, *, force: bool, progress: Progress
+    source: Source,
+    stored: StoredModel,
+    target: Path,
+    given: list,
+    *,
+    force: bool,
+    progress: Progress,
 ) -> Exported:
     """Write a ternary model as a pack of 2-bit codes."""
-    stored = open_stored(source.folder)
-    if stored.ternary is None:
-        raise CheckpointError(
-            f"{source.folder}: not a ternary model, as `import` writes it; only those are exported"
-            f" as {MLX2}"
-        )
+    assert stored.ternary is not None
     parts, config = mlx2_pack(stored.ternary, raw_config(source.folder), source.name)
     written = write_model(
         target,

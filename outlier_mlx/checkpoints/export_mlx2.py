@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from outlier_mlx.checkpoints.ternary_model import RowsSource, TernaryModel
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.models import prism_pack
+from outlier_mlx.models.config import is_ternary_model
 from outlier_mlx.models.quantization import largest_group, read_quantization
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.rounding import is_rounded
@@ -19,6 +21,20 @@ from outlier_mlx.writing.ternary_parts import AffinePart, Signs, Verbatim
 _BITS = 2
 # Fields of ternary models; a pack has its own, or none.
 _OWN = ("ternary", "quantization", "model_file")
+
+
+def check_mlx2(raw: Mapping[str, Any], folder: Path) -> None:
+    """Check from its config that a model could be a pack.
+
+    Raises:
+        CheckpointError: it is not ternary, or mlx-lm's model of its type takes no such weights.
+    """
+    if not is_ternary_model(raw):
+        raise CheckpointError(
+            f"{folder}: not a ternary model, as `import` writes it; only those are exported as mlx2"
+        )
+    if raw.get("model_type") == "bitnet":
+        raise CheckpointError(f"{folder}: mlx-lm's bitnet has no layers with affine codes")
 
 
 def mlx2_pack(model: TernaryModel, raw: Mapping[str, Any], name: str) -> tuple[list[Part], dict]:
@@ -32,8 +48,6 @@ def mlx2_pack(model: TernaryModel, raw: Mapping[str, Any], name: str) -> tuple[l
     Raises:
         CheckpointError: mlx-lm has no model that could hold these weights.
     """
-    if raw.get("model_type") == "bitnet":
-        raise CheckpointError(f"{name}: mlx-lm's bitnet has no layers with affine codes")
     config = {key: value for key, value in raw.items() if key not in _OWN}
     root = prism_pack.ROOT if model.fields.schema == 1 else ""
     parts = [_affine(path, matrix, root, name) for path, matrix in model.matrices.items()]

@@ -152,16 +152,17 @@ def _inspect_folder(folder: Path, name: str, *, deep: bool) -> Info:
         overlay = open_overlay(folder)
         return _describe(config, folder, name, overlay_sizes(overlay), overlay.form)
     tensors = read_shards(folder)
+    rows = None
     if is_ternary_model(config.raw):
-        model = open_ternary_model(folder, config.raw, tensors)
+        rows = open_ternary_model(folder, config.raw, tensors)
         if deep:
             with reading_pool() as pool:
-                for matrix in model.matrices.values():
+                for matrix in rows.matrices.values():
                     settled(matrix.source, partial(ahead, pool))
     info = _describe(config, folder, name, tensor_sizes(name, config, tensors), None)
     if is_tier(config.raw):
         return info
-    return replace(info, ternary=survey_folder(config.raw, tensors, deep=deep))
+    return replace(info, ternary=survey_folder(config.raw, tensors, rows, deep=deep))
 
 
 #: Kind of part, parameters and bytes.

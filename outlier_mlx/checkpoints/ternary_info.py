@@ -9,6 +9,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+from outlier_mlx.checkpoints.ternary_model import TernaryModel
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.quantization import read_quantization
 from outlier_mlx.models.ternary_fields import module_tensors
@@ -96,19 +97,25 @@ class _Candidate:
 
 
 def survey_folder(
-    raw: Mapping[str, Any], tensors: Mapping[str, TensorRef], *, deep: bool = False
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, TensorRef],
+    rows: TernaryModel | None = None,
+    *,
+    deep: bool = False,
 ) -> TernaryInfo | None:
     """Look at a folder of safetensors; None if none of its matrices is quantized.
 
     Args:
         raw: its config.json.
         tensors: its tensors.
+        rows: what it has in packed rows already.
         deep: whether to read the codes.
 
     Raises:
         CheckpointError: a scale is not finite, or a tensor of a matrix is missing.
     """
-    return _survey(_in_folder(raw, tensors), deep=deep)
+    packed = () if rows is None else _in_rows(rows)
+    return _survey(_in_folder(raw, tensors), packed, deep=deep)
 
 
 def survey_gguf(model: GgufModel, *, deep: bool = False) -> TernaryInfo | None:
@@ -121,6 +128,16 @@ def survey_gguf(model: GgufModel, *, deep: bool = False) -> TernaryInfo | None:
         source = BlockSource(WholeTensor(tensor)) if tensor.kind in TYPES else None
         found.append(_Candidate(tensor.name, shape, tensor.kind, tensor.nbytes, source))
     return _survey(found, deep=deep)
+
+
+def _in_rows(model: TernaryModel) -> Iterator[QuantizedMatrix]:
+    for path, module in model.fields.modules.items():
+        source = model.matrices[path].source
+        form = f"packed rows, groups of {module.group}" if module.group else "packed rows"
+        if module.rotation is not None:
+            form += f", rotated in blocks of {model.fields.rotations[module.rotation].block}"
+        nbytes = source.nbytes
+        yield QuantizedMatrix(path, source.shape, form, True, None, nbytes, module.group, nbytes)
 
 
 def _in_folder(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Iterator[_Candidate]:
@@ -179,9 +196,12 @@ def _awq_shape(weight: TensorRef) -> tuple[int, ...]:
     return (8 * weight.shape[-1], weight.shape[0])
 
 
-def _survey(candidates: Iterable[_Candidate], *, deep: bool) -> TernaryInfo | None:
+def _survey(
+    candidates: Iterable[_Candidate], packed: Iterable[QuantizedMatrix] = (), *, deep: bool
+) -> TernaryInfo | None:
     with reading_pool() as pool:
-        found = [_matrix(one, partial(ahead, pool) if deep else None) for one in candidates]
+        found = [*packed]
+        found += [_matrix(one, partial(ahead, pool) if deep else None) for one in candidates]
     return TernaryInfo(found, deep) if found else None
 
 

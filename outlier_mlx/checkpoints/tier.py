@@ -10,7 +10,13 @@ import numpy as np
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
 from outlier_mlx.checkpoints.stored_model import open_stored
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.models.config import PROJECTIONS, ModelConfig, is_tier, raw_config
+from outlier_mlx.models.config import (
+    PROJECTIONS,
+    ModelConfig,
+    is_ternary_model,
+    is_tier,
+    raw_config,
+)
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, Stored
 from outlier_mlx.ternary import TernaryError, check_rows, unpack_rows
@@ -102,7 +108,12 @@ def open_tier(folder: Path) -> Overlay:
     Raises:
         CheckpointError: it is not a tier, has no experts, or is not valid.
     """
-    if not is_tier(raw_config(folder)):
+    raw = raw_config(folder)
+    if is_ternary_model(raw):
+        raise CheckpointError(
+            f"{folder}: not a tier, but a ternary model: --format mlx2 exports it"
+        )
+    if not is_tier(raw):
         raise CheckpointError(f"{folder}: not a tier; only tiers are exported")
     stored = open_stored(folder)
     config, tensors = stored.config, stored.tensors

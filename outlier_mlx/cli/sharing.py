@@ -44,14 +44,24 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a tier's experts, routers and alphas, or a ternary model, exactly for other tools."""
-    from outlier_mlx.checkpoints.export import export_tier
+    from outlier_mlx.checkpoints.export import MLX2, export_tier
+    from outlier_mlx.engine.loading import open_model
     from outlier_mlx.terminal import progress_bar, size
 
     with progress_bar("exporting", quiet=quiet) as progress:
-        written = export_tier(model, out, format, revision=revision, force=force, progress=progress)
+        written = export_tier(
+            model,
+            out,
+            format,
+            revision=revision,
+            force=force,
+            progress=progress,
+            opened=open_model,
+        )
     if not quiet:
-        base = f"without the base ({written.base})" if written.base else "with the base"
-        say(f"{written.path}: {written.format}, {size(written.nbytes)}, {base}")
+        base = f", without the base ({written.base})" if written.base else ", with the base"
+        more = "" if format == MLX2 else base
+        say(f"{written.path}: {written.format}, {size(written.nbytes)}{more}")
 
 
 @command("Share", "push ./tier my-name/my-tier --private")

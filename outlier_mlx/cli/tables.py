@@ -46,9 +46,8 @@ def print_report(report: "Report") -> None:
 def print_imported(written: "Imported") -> None:
     """Print what an import wrote, and what is not exact in it."""
     console = stderr()
-    console.print(
-        parts_table(written.rows, one_line(f"{written.path.name}: from {written.source_format}"))
-    )
+    print_heading(console, written.path.name, f": from {written.source_format}")
+    console.print(parts_table(written.rows))
     for note in written.notes:
         console.print(one_line(note), soft_wrap=True)
     console.print(one_line(f"wrote {written.path}"), soft_wrap=True)
@@ -101,7 +100,8 @@ def _ternary_lines(ternary: "TernaryInfo") -> "Iterator[str]":
         now = sum(matrix.nbytes for matrix in possible)
         packed = sum(matrix.packed_nbytes or 0 for matrix in possible)
         yield f"ternary: {said}"
-        yield f"as ternary rows: {size(packed)} in place of {size(now)} ({packed / now:.2f})"
+        if packed != now:
+            yield f"as ternary rows: {size(packed)} in place of {size(now)} ({packed / now:.2f})"
     words = {True: "ternary", False: "not ternary", None: "perhaps ternary"}
     sorts: dict[tuple[str, str], list[str]] = {}
     for matrix in ternary.matrices:

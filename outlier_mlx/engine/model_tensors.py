@@ -57,6 +57,7 @@ def check_rest(
     bones: Skeleton,
     said: Quantization | None,
     ternary: Collection[str],
+    beside: Collection[str],
     where: str,
 ) -> None:
     """Check that no tensor is missing, unknown or of another shape, but for ternary weights.
@@ -65,7 +66,8 @@ def check_rest(
         modules: the tensors.
         bones: mlx-lm's model.
         said: how matrices are quantized.
-        ternary: paths of the matrices that are written as rows.
+        ternary: paths of the matrices that are ternary.
+        beside: last names of the tensors beside the weights of these.
         where: name of the source in messages.
 
     Raises:
@@ -80,6 +82,7 @@ def check_rest(
         if tensor is None:
             raise CheckpointError(f"{where}: the tensor {name} {shape} is missing")
         if leaf == "weight" and path in ternary:
+            expected[path].update(beside)
             continue
         if leaf == "weight" and "scales" in modules[path]:
             _check_quantized(modules[path], shape, said.of(path) if said else None)
@@ -100,7 +103,7 @@ def check_rest(
         )
     for path, tensors in modules.items():
         for leaf, tensor in tensors.items():
-            if leaf not in expected.get(path, ()) and not (path in ternary and leaf != "signs"):
+            if leaf not in expected.get(path, ()):
                 raise CheckpointError(f"{tensor.where}: not a tensor of this model")
 
 
@@ -158,4 +161,4 @@ def check_ternary(
     own = {f"{path}.{leaf}" for path in model.matrices for leaf in ("weight", "scales")}
     files = {name: tensors[name] for name in tensors if name in own or name in model.rest}
     modules, _ = by_module(files, bones)
-    check_rest(modules, bones, read_quantization(raw), model.matrices, where)
+    check_rest(modules, bones, read_quantization(raw), model.matrices, ("scales",), where)

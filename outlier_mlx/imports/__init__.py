@@ -167,6 +167,11 @@ def _open(
         if gguf:
             raise CheckpointError(f"{found.name}: --k-quants and --experts are for GGUF")
         raw = raw_config(place)
+        if "ternary" in raw:
+            raise CheckpointError(
+                f"{found.name}: config.json has `ternary`: this is a model that outlier-mlx wrote;"
+                " there is nothing to import"
+            )
         from outlier_mlx.imports.ternary_folder import (
             holds_ternary_floats,
             is_ternary_source,
@@ -175,7 +180,10 @@ def _open(
 
         if is_ternary_source(raw) or holds_ternary_floats(place, raw):
             if dtype is not None or bits is not None:
-                raise CheckpointError(f"{found.name}: --dtype and --bits do not touch trits")
+                raise CheckpointError(
+                    f"{found.name}: a ternary model, whose weights stay as they are: no --dtype or"
+                    " --bits"
+                )
             return open_ternary_folder(place, raw, strict=strict)
         if strict:
             raise CheckpointError(f"{found.name}: --strict is for ternary models; this is none")

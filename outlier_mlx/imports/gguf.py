@@ -340,8 +340,8 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
         notes.append(f"{kinds} as {stored_as}: off by up to {error:.2g} in {by_layer(paths)}")
     if plan.matrices.found:
         notes.append(
-            f"{len(plan.matrices.found)} matrices are ternary rows of this project, which stock"
-            " mlx-lm cannot load; --experts affine2 makes a model that it can load"
+            f"{len(plan.matrices.found)} matrices are ternary rows of this project, which mlx-lm"
+            " loads only with --trust-remote-code; --experts affine2 makes a model that needs none"
         )
     if plan.ternary:
         notes.append(

@@ -159,7 +159,7 @@ def check_beside(folder: Path, raw: Mapping, signs: Mapping[str, np.ndarray]) ->
         CheckpointError: it has other signs for the width of a module.
     """
     name = raw.get("hadamard_config", "hadamard.json")
-    if not isinstance(name, str) or not (folder / name).exists():
+    if not isinstance(name, str) or not (folder / name).is_file():
         return
     fields = {k.removeprefix(PREFIX): v for k, v in read_json(inside(folder, name)).items()}
     said = sign_vectors(fields, f"{name}: {PREFIX}")

@@ -20,7 +20,7 @@ from outlier_mlx.imports.rotation import Rotations
 from outlier_mlx.imports.ternary_tensors import kept_parts
 from outlier_mlx.models import prism_pack
 from outlier_mlx.models.fields import short
-from outlier_mlx.models.quantization import Quantization, read_quantization
+from outlier_mlx.models.quantization import Quantization, check_quantization, read_quantization
 from outlier_mlx.models.spelling import normalised, without_nulls
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.models.ternary_fields import TernaryFields, TernaryModule
@@ -69,8 +69,9 @@ def is_ternary_source(raw: Mapping[str, Any]) -> bool:
     Raises:
         CheckpointError: it is that of a form that is known, and not supported.
     """
-    said = read_quantization(raw)
     _refuse_other_packers(raw)
+    check_quantization(raw)
+    said = read_quantization(raw)
     if raw.get("model_type") == prism_pack.MODEL_TYPE or bitnet.is_bitnet(raw):
         return True
     return said is not None and any(
@@ -156,7 +157,7 @@ def open_ternary_folder(folder: Path, raw: dict, *, strict: bool = False) -> Ope
     if strict and found.kept:
         raise CheckpointError(f"--strict: {next(iter(found.kept.values()))}")
     said = None if found.schema else read_quantization(raw)
-    check_rest(modules, bones, said, found.matrices, folder.name)
+    check_rest(modules, bones, said, found.matrices, ("scales", "biases"), folder.name)
     parts: list[Part] = list(found.rotations.parts())
     for path, tensors in modules.items():
         if path in found.matrices:

@@ -23,7 +23,7 @@ def is_tier(raw: Mapping[str, Any]) -> bool:
 def is_overlay(raw: Mapping[str, Any]) -> bool:
     """Whether a config is an overlay's."""
     experts = raw.get("n_experts") or raw.get("outlier_num_experts")
-    return not is_tier(raw) and bool(experts or raw.get("model_type") == "outlier_moe")
+    return "ternary" not in raw and bool(experts or raw.get("model_type") == "outlier_moe")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ other way round). The signs are the tensor `rotations.N.signs`, int8 (width,); w
 are 1.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.fields import short
+from outlier_mlx.models.prism_pack import NAMESPACES
 from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
 from outlier_mlx.storage.ternary_matrix import GROUPS, Scales
 from outlier_mlx.ternary import row_bytes
@@ -29,6 +31,7 @@ from outlier_mlx.ternary.scales import TILE_ROWS
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MAX_WIDTH = 1 << 24
 _MAX_MODULES = 100_000
+_PATH = re.compile(r"(?=.{1,200}\Z)\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -131,22 +134,29 @@ def read_ternary(raw: Mapping[str, Any], where: str = "config.json") -> TernaryF
     given = raw["ternary"]
     where = f"{where}: ternary"
     for name, expected in (("format", ROWS), ("version", EXPERT_FORMAT_VERSION)):
-        if given.get(name) != expected:
-            raise CheckpointError(f"{where}: {name} {short(given.get(name))}, expected {expected}")
+        said = given.get(name)
+        if type(said) is not type(expected) or said != expected:
+            raise CheckpointError(f"{where}: {name} {short(said)}, expected {expected}")
     modules, rotations = given["modules"], given.get("rotations", [])
     if not isinstance(modules, dict) or not 0 < len(modules) <= _MAX_MODULES:
-        raise CheckpointError(f"{where}: modules must be an object with at least one module")
+        raise CheckpointError(f"{where}: modules must be an object of 1 to {_MAX_MODULES} modules")
+    wrong = next((path for path in modules if not _PATH.fullmatch(path)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{where}: modules: {short(wrong)} is not the path of a module")
     if not isinstance(rotations, list):
         raise CheckpointError(f"{where}: rotations must be a list")
+    schema = given.get("pack_schema_version")
+    if schema is not None and (type(schema) is not int or schema not in NAMESPACES):
+        raise CheckpointError(f"{where}: pack_schema_version {short(schema)}, expected 1 or 2")
     read = tuple(_rotation(item, f"{where}: rotation {n}") for n, item in enumerate(rotations))
     found = {
-        path: _module(item, given.get("group_size"), read, f"{where}: {path[:80]}")
+        path: _module(item, given.get("group_size"), read, f"{where}: {path}")
         for path, item in modules.items()
     }
     unused = set(range(len(read))) - {module.rotation for module in found.values()}
     if unused:
         raise CheckpointError(f"{where}: rotation {min(unused)}: no module has it")
-    return TernaryFields(found, read, given.get("pack_schema_version"))
+    return TernaryFields(found, read, schema)
 
 
 def _rotation(item: object, where: str) -> Rotation:
@@ -154,8 +164,11 @@ def _rotation(item: object, where: str) -> Rotation:
     said: list[Any] = [values.get(name) for name in ("width", "block", "signed")]
     width, block, signed = said
     sound = _is_size(width) and _is_size(block) and isinstance(signed, bool)
-    if not sound or block & (block - 1) or width % block:
-        raise CheckpointError(f"{where} is {short(item)}: block must divide width")
+    if not sound or block < 2 or block & (block - 1) or width % block:
+        raise CheckpointError(
+            f"{where}: width {short(width)}, block {short(block)}, signed {short(signed)}; expected"
+            " a power of two above 1 that divides the width, and true or false"
+        )
     return Rotation(width, block, signed)
 
 
