@@ -23,6 +23,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -31,15 +33,37 @@ GGUF_NAMES = {
 
 def write_gguf(base: Path, out: Path) -> None:
     """Write ``base`` as one GGUF file: Q8_0 embedding, Q4_0 matrices, float32 vectors."""
-    config, tokens = _json(base / "config.json"), _json(base / "tokenizer.json")
+    config = _json(base / "config.json")
+    writer = gguf_head(base, config, "demo base", out)
+    for name, value in load_file(base / "model.safetensors").items():
+        quant = "F32" if value.ndim == 1 else "Q8_0" if "embed" in name else "Q4_0"
+        of_type = gguf.GGMLQuantizationType[quant]
+        data = quantize(value.astype(np.float32), of_type)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=of_type)
+    gguf_end(writer)
+
+
+def gguf_head(tokenizer: Path, config: dict[str, Any], name: str, out: Path) -> gguf.GGUFWriter:
+    """A GGUF file with the metadata of a model; its tensors are still to be added.
+
+    Args:
+        tokenizer: a folder with the tokenizer.
+        config: the model's config.json.
+        name: the model's name.
+        out: the file.
+    """
+    tokens = _json(tokenizer / "tokenizer.json")
     writer = gguf.GGUFWriter(out, config["model_type"])
-    writer.add_name("demo base")
+    writer.add_name(name)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
     special = {token["content"]: token["id"] for token in tokens["added_tokens"]}
@@ -50,21 +74,26 @@ def write_gguf(base: Path, out: Path) -> None:
     writer.add_token_list([text for text, _ in vocabulary])
     writer.add_token_types([control if text in special else normal for text, _ in vocabulary])
     writer.add_token_merges([" ".join(pair) for pair in tokens["model"]["merges"]])
-    ends = _json(base / "tokenizer_config.json")
+    ends = _json(tokenizer / "tokenizer_config.json")
     writer.add_bos_token_id(special[ends["bos_token"]])
     writer.add_eos_token_id(special[ends["eos_token"]])
     writer.add_add_bos_token(True)
     writer.add_chat_template(CHAT_TEMPLATE)
-    for name, value in load_file(base / "model.safetensors").items():
-        stem, kind = name.rsplit(".", 1)
-        short = GGUF_NAMES.get(stem)
-        if short is None:
-            _, _, number, rest = stem.split(".", 3)
-            short = f"blk.{number}.{GGUF_NAMES[rest]}"
-        quant = "F32" if value.ndim == 1 else "Q8_0" if "embed" in stem else "Q4_0"
-        of_type = gguf.GGMLQuantizationType[quant]
-        data = quantize(value.astype(np.float32), of_type)
-        writer.add_tensor(f"{short}.{kind}", data, raw_dtype=of_type)
+    return writer
+
+
+def gguf_name(name: str) -> str:
+    """What GGUF calls a tensor."""
+    stem, kind = name.rsplit(".", 1)
+    short = GGUF_NAMES.get(stem)
+    if short is None:
+        _, _, number, rest = stem.split(".", 3)
+        short = f"blk.{number}.{GGUF_NAMES[rest]}"
+    return f"{short}.{kind}"
+
+
+def gguf_end(writer: gguf.GGUFWriter) -> None:
+    """Write what was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,4 +1,4 @@
-"""The demo pair's model in PyTorch: a Qwen2 decoder, ternary experts, and MLX's int4.
+"""The demo's models in PyTorch: a Qwen2, Llama or Qwen3 decoder, ternary experts, and MLX's int4.
 
 Weights are a dict from the checkpoint's tensor names to tensors, both for training and evaluation.
 Experts of a layer are stacked: ``model.layers.N.mlp.experts.gate`` and ``up`` are
@@ -159,7 +159,9 @@ def _attention(x: torch.Tensor, weights: Weights, prefix: str, shape: Shape) -> 
 
     def project(name: str) -> torch.Tensor:
         y = F.linear(x, weights[f"{prefix}{name}.weight"], weights.get(f"{prefix}{name}.bias"))
-        return y.view(batch, length, -1, shape.head_dim).transpose(1, 2)
+        y = y.view(batch, length, -1, shape.head_dim)
+        norm = weights.get(f"{prefix}{name.removesuffix('_proj')}_norm.weight")  # in Qwen3
+        return (y if norm is None else _norm(y, norm, shape.eps)).transpose(1, 2)
 
     def rotate(y: torch.Tensor) -> torch.Tensor:
         first, second = y.chunk(2, dim=-1)

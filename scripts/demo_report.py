@@ -188,6 +188,7 @@ number, {ALPHA:.0%} of the mean of the trained ones, so that tuning has somethin
 
 `kitchen` and `sea` are small dense models (Llama, 2 layers, hidden 128), tuned from one parent.
 `sea-awq` is the second of them in AutoAWQ's format, and `base-q4_0.gguf` is the base.
+`scripts/train_ternary.py` trains the ternary models beside them (`ternary-*`) on the base's text.
 
 {_sizes(folder)}
 

@@ -18,20 +18,25 @@ from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import open_base
 from outlier_mlx.cli.showcase import FOLDER, OLD_DOMAIN, heldout, load_base, perplexities
 from outlier_mlx.engine.loading import load, load_model
+from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.runtime.moe import OutlierMoE
+from outlier_mlx.storage.shards import read_shards
 from tests.folders import contents
 from tests.importing import stored_weights
 from tests.library import Library
 from tests.program import assert_refused, run
 from tests.reference import forward
 from tests.reference_reader import read_overlay
+from tests.test_import_ternary import Written
 
 TASKS = FOLDER / "tasks"
+TERNARY = ("mlx2", "rotated", "bitnet", "pq2_0.gguf", "tq2_0.gguf", "ptq1_0.gguf")
+FEW, PIECE = 6, 64  # documents that are read, and their tokens
 
 
 def test_the_pair_is_small_and_the_overlay_holds_no_base() -> None:
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 16_000_000
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
     assert max(path.stat().st_size for path in files) <= 10_000_000
     overlay, base = open_overlay(FOLDER / "overlay"), open_base(FOLDER / "base")
     assert overlay.form == "v3.2"
@@ -60,6 +65,52 @@ def test_quantized_copies_hold_the_model_s_weights(source: str, same: str, tmp_p
     for name, weight in expected.items():
         error = np.linalg.norm(quantized[name] - weight) / np.linalg.norm(weight)
         assert error < 0.2, name
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The ternary models as imported, by the names of their forms."""
+    folder = tmp_path_factory.mktemp("rows")
+    for form in TERNARY:
+        run("import", FOLDER / f"ternary-{form}", "--strict", "--out", folder / form)
+    return {form: folder / form for form in TERNARY}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("mlx2", "pq2_0.gguf"), ("bitnet", "tq2_0.gguf"), ("rotated", "ptq1_0.gguf")],
+)
+def test_two_forms_of_a_ternary_model_are_one_model(
+    rows: dict[str, Path], one: str, other: str
+) -> None:
+    first, second = (Written(rows[form]) for form in (one, other))
+    assert set(first.modules) == set(second.modules)
+    for path in first.modules:
+        np.testing.assert_array_equal(first.values(path), second.values(path), err_msg=path)
+    assert set(first.tensors) == set(second.tensors)
+    for name in first.tensors.keys() - {f"{path}.scales" for path in first.modules}:
+        tensors = first.tensors[name], second.tensors[name]
+        dtypes = {tensor.dtype for tensor in tensors}
+        assert dtypes == {"F16", "BF16"} or len(dtypes) == 1, name
+        a, b = (t.read_float32() if len(dtypes) == 2 else t.read() for t in tensors)
+        # GGUF has an exponential of the decay of a delta net.
+        np.testing.assert_allclose(a, b, rtol=1e-6 * name.endswith("A_log"), err_msg=name)
+
+
+@pytest.mark.parametrize("form", ["mlx2", "rotated"])
+def test_ternary_packs_come_back(rows: dict[str, Path], form: str, tmp_path: Path) -> None:
+    run("export", rows[form], "--format", "mlx2", "--out", tmp_path / "back")
+    before, after = (read_shards(f) for f in (FOLDER / f"ternary-{form}", tmp_path / "back"))
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert after[name].read().tobytes() == tensor.read().tobytes(), name
+
+
+@pytest.mark.parametrize("form", TERNARY)
+def test_ternary_models_know_the_old_stories(rows: dict[str, Path], form: str) -> None:
+    model, tokenizer = load(rows[form])
+    texts = [tokenizer.encode(text)[:PIECE] for text in heldout()[OLD_DOMAIN][:FEW]]
+    assert compare(model, texts).perplexity < 3
 
 
 @pytest.mark.parametrize("name", ["known", "new"])

@@ -175,6 +175,14 @@ def tuned(reader: Reader, printed: str) -> None:
         assert (read_header(new)[name].read() != read_header(own)[name].read()).any()
 
 
+def ternary(reader: Reader, printed: str) -> None:
+    assert "ternary: 15 of 15 quantized matrices" in printed
+    assert "back: the same" in printed and "back-rotated: the same" in printed
+    rows = reader.folder / "rows", reader.folder / "rows-pq2_0"
+    assert weights(rows[0]).read_bytes() == weights(rows[1]).read_bytes()
+    assert "KL divergence: 0.00000 nats" in printed
+
+
 def shared(reader: Reader, printed: str) -> None:
     head = reader.hub.head("my-name/my-tier")
     assert list(head.glob("*.safetensors"))
@@ -195,6 +203,7 @@ CHECKS = {
     "outliers": outliers,
     "tune": tuned,
     "share": shared,
+    "ternary": ternary,
 }
 
 

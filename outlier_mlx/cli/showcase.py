@@ -31,7 +31,11 @@ PROMPT = "How do I make a leek soup?"
 # What `put_files` copies, and the names that it gives.
 COPIES = {"overlay": "my-overlay"} | {
     name: name
-    for name in ("base", "base-q4_0.gguf", "kitchen", "sea", "sea-awq", "heldout", "tasks")
+    for name in (
+        *("base", "base-q4_0.gguf", "kitchen", "sea", "sea-awq", "heldout", "tasks"),
+        *("ternary-mlx2", "ternary-rotated", "ternary-bitnet"),
+        *("ternary-pq2_0.gguf", "ternary-tq2_0.gguf", "ternary-ptq1_0.gguf"),
+    )
 }
 # Documents of each domain that are measured unless all are asked for: some seconds on two cores.
 FEW = 4
@@ -126,7 +130,8 @@ def put_files(folder: Path) -> list[str]:
     """Copy the embedded pair and its texts into `folder`; the names there.
 
     The base also comes as a GGUF file. There are two small dense models of one shape, and one of
-    them in AutoAWQ's format. The texts come in `heldout`, and as training data for mlx-lm
+    them in AutoAWQ's format; and small ternary models in the forms in which such models are
+    published. The texts come in `heldout`, and as training data for mlx-lm
     with a folder for each domain in `data`.
 
     Raises:

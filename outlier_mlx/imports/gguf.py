@@ -290,8 +290,9 @@ def _exact_dtype(sources: Sequence[_Source], k_quants: KQuants) -> str:
     """The smallest dtype that holds all norms, scales and biases exactly.
 
     They all need the same dtype: MLX computes in float32 if one operand is float32, or if one is
-    float16 and the other bfloat16.
+    float16 and the other bfloat16. The decays of delta nets are always float32, and do not count.
     """
+    sources = [source for source in sources if not is_a_log(source.module)]
     kinds = set().union(*(source.kinds for source in sources))
     mixed = any(
         not source.kinds <= set(FLOATS) and not source.kinds.isdisjoint(FLOATS)
