@@ -651,3 +651,20 @@ def test_llama_with_a_head_of_its_own(tmp_path: Path):
     run("export", done.path, "--format", "mlx2", "--out", tmp_path / "back")
     assert_same_tensors(tmp_path / "back", tmp_path / "pack")
     stock_load_model(tmp_path / "back")
+
+
+@pytest.mark.parametrize("form", ["pack", "gguf"])
+def test_progress_of_both_passes(form: str, tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    if form == "pack":
+        mlx_pack().write(source := tmp_path / "pack")
+    else:
+        dense_gguf("PQ2_0").write(source)
+    steps: list[tuple[int, int | None]] = []
+    import_model(source, tmp_path / "out", progress=lambda *step: steps.append(step))
+    examined = [done for done, total in steps if total is None]
+    written = [done for done, total in steps if total is not None]
+    assert [total is None for _, total in steps] == [True] * len(examined) + [False] * len(written)
+    assert examined == sorted(set(examined)) and written == sorted(set(written))
+    # Norms, which are not examined, are all that is missing.
+    assert 0.9 * written[-1] < examined[-1] < written[-1] == steps[-1][1]

@@ -7,8 +7,8 @@ import pytest
 
 from outlier_mlx.imports import gguf_blocks
 from outlier_mlx.storage.ternary_blocks import TYPES
-from outlier_mlx.ternary import TernaryError
-from outlier_mlx.ternary.two_bits import has_code_3, pack_twos, unpack_twos
+from outlier_mlx.ternary import TernaryError, pack_rows
+from outlier_mlx.ternary.two_bits import has_code_3, pack_twos, twos_to_rows, unpack_twos
 from tests.goldens import require_shared
 from tests.tensor_file import read_arrays
 from tests.ternary_sources import BLOCKS, encode
@@ -17,7 +17,7 @@ from tests.trits import random_trits
 TWO_BITS = ["TQ2_0", "Q2_0", "PQ2_0"]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 15, 16, 17, 1 << 16, (1 << 17) + 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 15, 16, 17, 1 << 16, (1 << 18) + 3])
 def test_two_bits(size: int):
     codes = np.random.default_rng(size).integers(0, 4, (size, 4), np.uint8)
     packed = (codes << np.arange(0, 8, 2, dtype=np.uint8)).sum(axis=1).astype(np.uint8)
@@ -28,6 +28,13 @@ def test_two_bits(size: int):
         without = np.minimum(trits, 1)
         np.testing.assert_array_equal(unpack_twos(pack_twos(without)), without)
         assert not has_code_3(pack_twos(without))
+
+
+@pytest.mark.parametrize("width", [8, 16, 64, 72, 80, 88, 128, 1536, 2048, 2560, 6912, 9728])
+@pytest.mark.parametrize("rows", [0, 1, 3, 700])
+def test_two_bits_to_rows(rows: int, width: int):
+    trits = random_trits(rows, width)
+    assert np.array_equal(twos_to_rows(pack_twos(trits)), pack_rows(trits))
 
 
 def test_one_code_3_is_found_wherever_it_is():

@@ -36,7 +36,7 @@ def settle(source: TernarySource) -> TernaryMatrix:
 
 
 def values_of(matrix: TernaryMatrix) -> np.ndarray:
-    """The weights, read in two pieces; float64 of trit times scale."""
+    """The weights, read in two pieces; float64 of trit times scale. Packed rows have the same."""
     rows, width = matrix.shape
     middle = rows // 16 * 8
     pieces = []
@@ -44,6 +44,9 @@ def values_of(matrix: TernaryMatrix) -> np.ndarray:
         if start == stop:
             continue
         trits, scales = matrix.read(start, stop)
+        rows_of_bytes, packed_scales = matrix.packed(start, stop)
+        assert np.array_equal(rows_of_bytes, pack_rows(trits))
+        assert packed_scales.dtype == scales.dtype and np.array_equal(packed_scales, scales)
         numbers = widened(scales, matrix.scales.dtype).astype(np.float64)
         assert scales.shape == (matrix.scales.shape((stop - start, width)))
         assert np.isin(trits, (-1, 0, 1)).all() and (numbers >= 0).all()

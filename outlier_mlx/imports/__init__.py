@@ -75,7 +75,8 @@ def import_model(
             otherwise stay as they are.
         revision: branch, tag or commit on the hub.
         force: replace `out` if it is a model that this project wrote.
-        progress: progress callback (bytes of the source read, bytes in total).
+        progress: progress callback (bytes of the source read, bytes in total). Ternary matrices are
+            read twice: the total is None while they are examined, before anything is written.
 
     Raises:
         OutlierError: the source is damaged or not supported, the output exists, or the disk is too
@@ -86,7 +87,7 @@ def import_model(
     found = _resolve(source, file, revision)
     gguf = {"k_quants": k_quants, "experts": experts}
     given = {k: v for k, v in gguf.items() if v is not None}
-    opened = _open(found, dtype, bits, file, given, strict=strict)
+    opened = _open(found, dtype, bits, file, given, strict=strict, progress=progress)
     tensors = Parts(opened.parts)
     code = {"model_file": TERNARY_FILE} if is_ternary_model(opened.config) else {}
     licence = stated_licence(found.folder) if found.folder.is_dir() else None
@@ -150,6 +151,7 @@ def _open(
     gguf: dict[str, Any],
     *,
     strict: bool,
+    progress: Progress,
 ) -> Opened:
     """Detect the format from the names of the source's files, and open it."""
     place = found.folder
@@ -158,7 +160,9 @@ def _open(
             raise CheckpointError(f"{found.name}: --bits is for AWQ, not for GGUF")
         from outlier_mlx.imports.gguf import open_gguf_model
 
-        return open_gguf_model(place, file=file, dtype=dtype, strict=strict, **gguf)
+        return open_gguf_model(
+            place, file=file, dtype=dtype, strict=strict, progress=progress, **gguf
+        )
     # GGUF files in a repository are downloaded only with --file.
     hint = "" if found.revision is None else "; name a GGUF file of a repository with --file"
     if entries(place, SHARDS):
@@ -184,7 +188,7 @@ def _open(
                     f"{found.name}: a ternary model, whose weights stay as they are: no --dtype or"
                     " --bits"
                 )
-            return open_ternary_folder(place, raw, strict=strict)
+            return open_ternary_folder(place, raw, strict=strict, progress=progress)
         if strict:
             raise CheckpointError(f"{found.name}: --strict is for ternary models; this is none")
         from outlier_mlx.imports.awq import open_awq_model

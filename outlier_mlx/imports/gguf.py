@@ -37,6 +37,7 @@ from outlier_mlx.storage.gguf_model import GgufModel, read_model
 from outlier_mlx.storage.rounding import is_rounded
 from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.storage.ternary_blocks import TYPES
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.expert_parts import TernaryExperts
 from outlier_mlx.writing.float_parts import Constant
 from outlier_mlx.writing.parts import Part, quantization
@@ -59,6 +60,7 @@ def open_gguf_model(
     k_quants: KQuants = "8bit",
     experts: TernaryFormat = "tq1_0",
     strict: bool = False,
+    progress: Progress = no_progress,
 ) -> Opened:
     """Open a GGUF model of the architectures in `gguf_config.ARCHITECTURES`.
 
@@ -70,6 +72,7 @@ def open_gguf_model(
         k_quants: how to store Q2_K, Q3_K and Q6_K: as affine 8-bit, or as floats.
         experts: how to store ternary experts with one scale per row: "tq1_0" for this project's
             ternary layers, "affine2" for stock mlx-lm.
+        progress: called with bytes of ternary matrices examined so far, and None.
 
     Raises:
         CheckpointError: the files are damaged or not supported.
@@ -87,7 +90,11 @@ def open_gguf_model(
     matrices = Matrices()
     if as_rows and not made.has_experts:
         matrices = ternary_matrices(
-            [s.candidate for s in sources], made.names, hadamard, strict=strict
+            [s.candidate for s in sources],
+            made.names,
+            hadamard,
+            strict=strict,
+            progress=progress,
         )
     elif strict or hadamard is not None:
         option = "a rotated model" if hadamard is not None else "--strict"

@@ -20,6 +20,7 @@ from outlier_mlx.storage.gguf import GgufTensor
 from outlier_mlx.storage.gguf_model import GgufModel
 from outlier_mlx.storage.ternary_blocks import TYPES, BlockSource
 from outlier_mlx.storage.ternary_matrix import NotTernary, TernaryMatrix, settled
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.parts import ahead, reading_pool
 
 # Tensors whose products llama.cpp rotates the input of.
@@ -137,6 +138,7 @@ def ternary_matrices(
     hadamard: Hadamard | None,
     *,
     strict: bool,
+    progress: Progress = no_progress,
 ) -> Matrices:
     """Examine all matrices in ternary blocks.
 
@@ -145,6 +147,7 @@ def ternary_matrices(
         names: what found their tensors.
         hadamard: what metadata says of rotations.
         strict: refuse quantized matrices of other types.
+        progress: called with bytes examined so far, and None.
 
     Raises:
         CheckpointError: a matrix has a code that is no trit, or a scale that is not finite; or a
@@ -153,6 +156,7 @@ def ternary_matrices(
     made = Matrices()
     turned = {*hadamard.weights, *hadamard.inverse} if hadamard is not None else set()
     wrong: dict[str, str] = {}
+    examined = 0
     with reading_pool() as pool:
         for candidate in candidates:
             module, rows, factor = candidate.module, candidate.rows, candidate.factor
@@ -170,6 +174,8 @@ def ternary_matrices(
             except NotTernary as error:
                 wrong[tensor.name] = str(error)
                 continue
+            examined += source.nbytes
+            progress(examined, None)
             if hadamard is not None and tensor.name in turned:
                 width = tensor.shape[-1]
                 signs = hadamard.signs_of(tensor.name, width)

@@ -28,7 +28,15 @@ from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.ternary_affine import HALVES, AffineSource
 from outlier_mlx.storage.ternary_bitnet import FloatSource, MasterWeights, NearHalf
-from outlier_mlx.storage.ternary_matrix import GROUPS, NotTernary, TernaryMatrix, settled, slabs
+from outlier_mlx.storage.ternary_matrix import (
+    GROUPS,
+    NotTernary,
+    TernaryMatrix,
+    TernarySource,
+    settled,
+    slabs,
+)
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.parts import Part, ahead, reading_pool
 from outlier_mlx.writing.ternary_parts import TernaryPart
@@ -124,13 +132,16 @@ def _refuse_other_packers(raw: Mapping[str, Any]) -> None:
                 )
 
 
-def open_ternary_folder(folder: Path, raw: dict, *, strict: bool = False) -> Opened:
+def open_ternary_folder(
+    folder: Path, raw: dict, *, strict: bool = False, progress: Progress = no_progress
+) -> Opened:
     """Open a folder for which `is_ternary_source` or `holds_ternary_floats` holds.
 
     Args:
         folder: with config.json and safetensors.
         raw: the config.
         strict: refuse quantized matrices that are not ternary, rather than keep them.
+        progress: called with bytes examined so far, and None.
 
     Raises:
         CheckpointError: nothing is ternary, or a tensor or field is not as it should be.
@@ -150,7 +161,7 @@ def open_ternary_folder(folder: Path, raw: dict, *, strict: bool = False) -> Ope
     bones = skeleton(config, len(files))
     modules, ignored = by_module(files, bones)
     with reading_pool() as pool:
-        found = reader(folder, raw, modules, bones, partial(ahead, pool)).read()
+        found = reader(folder, raw, modules, bones, partial(ahead, pool), progress).read()
     if not found.matrices:
         reason = next(iter(found.kept.values()), "it has no packed matrix")
         raise CheckpointError(f"{folder.name}: no matrix is ternary: {reason}")
@@ -219,6 +230,7 @@ class _Reader:
         modules: its tensors; those that no other model needs are removed.
         bones: mlx-lm's model.
         in_order: computes calls in several threads.
+        progress: called with `examined`, the bytes examined so far, and None.
         found: what is found.
     """
 
@@ -227,7 +239,9 @@ class _Reader:
     modules: Modules
     bones: Skeleton
     in_order: Callable
+    progress: Progress
     found: Found = field(default_factory=Found)
+    examined: int = 0
 
     def read(self) -> Found:
         """All of it."""
@@ -248,7 +262,14 @@ class _Reader:
         weight, scales, biases = (tensors[leaf] for leaf in leaves)
         source = AffineSource.of(weight, scales, biases, group)
         self.check_shape(tensors["weight"], path, source.shape)
-        return settled(source, self.in_order)
+        return self.settled(source)
+
+    def settled(self, source: TernarySource) -> TernaryMatrix:
+        """A matrix, examined; raises like `ternary_matrix.settled`."""
+        matrix = settled(source, self.in_order)
+        self.examined += source.nbytes
+        self.progress(self.examined, None)
+        return matrix
 
     def check_shape(self, tensor: TensorRef, path: str, shape: tuple[int, ...]) -> None:
         """Refuse a matrix of another shape than the model's."""
@@ -290,8 +311,7 @@ class _Prism(_Reader):
         for module in prism.read_modules(self.raw):
             matrix = prism.check_module(module, self.bones.matrices)
             path, width = f"{prism_pack.ROOT}{module.path}", matrix.shape[1]
-            tensors = self.modules.get(path, {})
-            stored = tensors.pop("signs", None)
+            stored = self.modules.get(path, {}).pop("signs", None)
             if module.block:
                 if stored is None:
                     raise CheckpointError(f"{self.folder.name}: {path}.signs is missing")
@@ -334,7 +354,7 @@ class _Bitnet(_Reader):
                 )
             shape, scale = self.bones.matrices[path].shape, tensors.pop("weight_scale", None)
             source = bitnet.packed_source(tensors["weight"], scale, shape, settings.divides)
-            found.matrices[path] = settled(source, self.in_order)
+            found.matrices[path] = self.settled(source)
         found.form = "packed BitNet"
         if not packed:
             self._read_master(settings)
@@ -352,7 +372,7 @@ class _Bitnet(_Reader):
                 raise CheckpointError(f"{weight.where}: {weight.dtype}, expected floats")
             self.check_shape(weight, path, weight.shape)
             source = MasterWeights.of(weight, found.near_half, self.in_order)
-            found.matrices[path] = settled(source, self.in_order)
+            found.matrices[path] = self.settled(source)
 
 
 class _Floats(_Reader):
@@ -367,7 +387,7 @@ class _Floats(_Reader):
                 continue
             self.check_shape(weight, path, weight.shape)
             try:
-                found.matrices[path] = settled(source, self.in_order)
+                found.matrices[path] = self.settled(source)
             except NotTernary as error:
                 found.kept[path] = str(error)
         found.form = "ternary weights as floats"

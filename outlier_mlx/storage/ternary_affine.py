@@ -22,7 +22,7 @@ from outlier_mlx.storage.ternary_matrix import (
     seen,
     without_sign,
 )
-from outlier_mlx.ternary.two_bits import has_code_3, unpack_twos
+from outlier_mlx.ternary.two_bits import has_code_3, twos_to_rows, unpack_twos
 
 #: The dtypes of scales of 16 bits.
 HALVES = {"F16": "float16", "BF16": "bfloat16"}
@@ -104,6 +104,17 @@ class AffineSource(TernarySource):
         if empty.any():
             scales[empty] = 0
         return trits, scales
+
+    def packed(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Like `read`, but for unusual scales: None."""
+        packed, scales, biases = self._stored(start, stop)
+        # More than 0, as int16 and as a float.
+        if not (scales.view(np.int16) > 0).all() or not _usual(packed, scales, biases):
+            return None
+        empty = _all_trit_0(packed, scales.shape)
+        if empty.any():
+            scales[empty] = 0
+        return twos_to_rows(packed), scales.view(self._numpy)
 
     def examine(self, start: int, stop: int) -> Seen:
         """Like `read`, without unpacking what is usual."""

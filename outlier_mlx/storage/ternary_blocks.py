@@ -18,7 +18,7 @@ from outlier_mlx.storage.ternary_matrix import (
     without_sign,
 )
 from outlier_mlx.ternary import TernaryError, ggml, prism
-from outlier_mlx.ternary.two_bits import has_code_3
+from outlier_mlx.ternary.two_bits import has_code_3, twos_to_rows
 
 # Rows that are unpacked at a time where scales leave a question open.
 _FEW_ROWS = 16
@@ -178,12 +178,20 @@ class BlockSource(TernarySource):
                 f"{self.where}: blocks of different scales, and a .scale beside it: float32 holds"
                 " no product of both exactly"
             )
-        row = joined(trits, d, group, d.shape[1]).reshape(-1).astype(np.float32) * abs(self.factor)
+        row = joined(trits, d, d.shape[1]).reshape(-1).astype(np.float32) * abs(self.factor)
         if self.factor < 0:
             np.negative(trits, out=trits)
         if not np.isfinite(row).all():
             raise CheckpointError(f"{self.where}: the scale {self.factor} makes weights infinite")
         return trits, row
+
+    def packed(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Like `read`, but for other blocks than of two bits and unusual scales: None."""
+        if self.type.at != 0 or self.factor is not None or self.order:
+            return None
+        raw = self.rows.read(start, stop)
+        codes, d = prism.split_two_bits(raw, self.rows.tensor.block_bytes)
+        return None if np.signbit(d).any() or has_code_3(codes) else (twos_to_rows(codes), d)
 
     def examine(self, start: int, stop: int) -> Seen:
         """Like `read`; only rows whose scales leave a question open are unpacked."""

@@ -20,11 +20,12 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.rounding import widened
 from outlier_mlx.storage.tensors import row_ranges
+from outlier_mlx.ternary import pack_rows
 
 #: Groups of weights along a row that kernels have scales for, besides one scale a row.
 GROUPS = (64, 128)
 #: Weights that are examined or read at a time.
-SLAB_WEIGHTS = 1 << 20
+SLAB_WEIGHTS = 1 << 21
 
 T = TypeVar("T")
 #: Computes calls one after the other, or several of them at the same time; results are in order.
@@ -113,6 +114,13 @@ class TernarySource(ABC):
         trits, scales = self.read(start, stop)
         return seen(trits, scales, self.scales.group)
 
+    def packed(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """What `read` returns, with the trits packed as by `pack_rows`; raises like it.
+
+        None where this is not faster.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class TernaryMatrix:
@@ -134,13 +142,31 @@ class TernaryMatrix:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows as trits, (rows, in) int8, and scales of the dtype and group in `scales`."""
         trits, scales = self.source.read(start, stop)
-        have, want = self.source.scales, self.scales
-        if have.group != want.group:
-            width = want.group or trits.shape[1]
-            scales = joined(trits, scales, have.group, width // have.group)
-        if have.dtype != want.dtype:
-            scales = widened(scales, have.dtype)
-        return trits, scales if want.group else scales.reshape(len(trits))
+        if self._joins > 1:
+            scales = joined(trits, scales, self._joins)
+        return trits, self._stored(scales)
+
+    def packed(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Like `read`, with the trits packed: (rows, row_bytes(in)) uint8."""
+        found = self.source.packed(start, stop)
+        if found is not None:
+            rows, scales = found
+            parts = scales.reshape(len(rows), -1, self._joins)
+            if (parts == parts[..., :1]).all():
+                return rows, self._stored(np.ascontiguousarray(parts[..., 0]))
+        trits, scales = self.read(start, stop)
+        return pack_rows(trits), scales
+
+    @property
+    def _joins(self) -> int:
+        """How many scales of the source become one."""
+        have, want = self.source.scales.group, self.scales.group
+        return (want or self.shape[1]) // (have or self.shape[1])
+
+    def _stored(self, scales: np.ndarray) -> np.ndarray:
+        if self.source.scales.dtype != self.scales.dtype:
+            scales = widened(scales, self.source.scales.dtype)
+        return scales if self.scales.group else scales.reshape(len(scales))
 
 
 def settled(source: TernarySource, in_order: InOrder[Seen]) -> TernaryMatrix:
@@ -198,13 +224,12 @@ def seen(trits: np.ndarray, scales: np.ndarray, group: int) -> Seen:
     return Seen(one_a_row, bool(pairs.all()))
 
 
-def joined(trits: np.ndarray, scales: np.ndarray, group: int, count: int) -> np.ndarray:
+def joined(trits: np.ndarray, scales: np.ndarray, count: int) -> np.ndarray:
     """One scale in place of `count`: that of the first group with a trit that is not 0.
 
     Args:
         trits: (rows, in) int8.
         scales: (rows, in / group).
-        group: weights that share a scale.
         count: groups that are joined, a divisor of their number.
 
     Returns:

@@ -66,6 +66,21 @@ def scratch(*sizes: int) -> list[np.ndarray]:
     return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
+def items(array: np.ndarray, start: int, size: int) -> np.ndarray:
+    """Bytes `start` to `start + size` of the last axis as one item each, which copies faster.
+
+    Args:
+        array: (..., n) of bytes, the last axis contiguous.
+        start: the first byte.
+        size: number of bytes.
+
+    Returns:
+        A view of shape (...).
+    """
+    found: np.ndarray = array[..., start : start + size].view(f"V{size}")[..., 0]
+    return found
+
+
 def require_trits(trits: np.ndarray, shape: tuple[int, ...], at: int) -> None:
     """Refuse any other trit than -1, 0 or 1; see `refuse_trits`."""
     if trits.min(initial=0) < -1 or trits.max(initial=0) > 1:

@@ -12,17 +12,20 @@ TQ2_0, 66 bytes: `qs` (64), d. Byte 32 j + n holds weights 128 j + n + 32 k for 
 trit + 1 at bit 2 k.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from math import prod
 
 import numpy as np
 
 from outlier_mlx.ternary.arrays import (
     TernaryError,
     blocks,
+    items,
     matrix_views,
     require_array,
     require_rows,
     require_trits,
+    scratch,
 )
 from outlier_mlx.ternary.flat import GROUP
 from outlier_mlx.ternary.rows import write_fractions, write_leading
@@ -33,7 +36,6 @@ TQ2_0_BYTES = 66
 
 _CHUNK = 2048  # blocks handled at a time
 _D_BYTES = 2
-_SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
 # TQ1_0: first byte, first weight, number of bytes, weights a byte.
 _RUNS = ((0, 0, 32, 5), (32, 160, 16, 5), (48, 240, 4, 4))
 
@@ -82,16 +84,37 @@ def unpack_tq1_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         TernaryError: wrong type or length, or a scale that is not finite, named with its position.
     """
     trits, d = _new_trits(packed, TQ1_0_BYTES)
-    for source, target in _unpacking(packed, trits, TQ1_0_BYTES):
-        for byte, weight, size, depth in _RUNS:
-            rest, above, below = np.empty((3, *source.shape[:-1], size), np.uint8)
-            np.copyto(rest, source[..., byte : byte + size])
+    unpack_digits(packed, trits, TQ1_0_BYTES, BLOCK, _RUNS)
+    return trits, d
+
+
+def unpack_digits(
+    packed: np.ndarray,
+    trits: np.ndarray,
+    nbytes: int,
+    weights: int,
+    runs: Iterable[tuple[int, int, int, int]],
+) -> None:
+    """Unpack blocks of bytes with five or four digits each.
+
+    Args:
+        packed: (..., blocks * nbytes) uint8 of any strides.
+        trits: (..., blocks * weights) int8, written.
+        nbytes: bytes of a block.
+        weights: weights of a block.
+        runs: first byte, first weight, number of bytes and digits of each byte.
+    """
+    for source, target in _unpacking(packed, trits, nbytes, weights):
+        for byte, weight, size, depth in runs:
+            shape = (*source.shape[:-1], size)
+            count = prod(shape)
+            rest, above, below, found = (b.reshape(shape) for b in scratch(*4 * [count]))
+            items(rest, 0, size)[:] = items(source, byte, size)
             for n in range(depth):
                 if n:
                     np.multiply(rest, np.uint8(3), out=rest)
-                run = target[..., weight + n * size : weight + (n + 1) * size]
-                write_leading(rest, above, below, run)
-    return trits, d
+                write_leading(rest, above, below, found.view(np.int8))
+                items(target, weight + n * size, size)[:] = items(found, 0, size)
 
 
 def unpack_tq2_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,10 +131,17 @@ def unpack_tq2_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             with its position.
     """
     trits, d = _new_trits(packed, TQ2_0_BYTES)
-    for source, target in _unpacking(packed, trits, TQ2_0_BYTES):
-        halves = source[..., :-_D_BYTES].reshape(*source.shape[:2], 2, 1, 32)
-        target[:] = (halves >> _SHIFTS & 3).reshape(target.shape)
-        target -= 1
+    for source, target in _unpacking(packed, trits, TQ2_0_BYTES, BLOCK):
+        shape = (*source.shape[:-1], TQ2_0_BYTES - _D_BYTES)
+        count = prod(shape)
+        codes, found = (buffer.reshape(shape) for buffer in scratch(count, count))
+        items(codes, 0, shape[-1])[:] = items(source, 0, shape[-1])
+        for n in range(4):
+            np.right_shift(codes, np.uint8(2 * n), out=found)
+            np.bitwise_and(found, np.uint8(3), out=found)
+            np.subtract(found, np.uint8(1), out=found)
+            for half in (0, 1):
+                items(target, 128 * half + 32 * n, 32)[:] = items(found, 32 * half, 32)
     if trits.size and trits.max() > 1:
         index = [int(i) for i in np.unravel_index(int(trits.argmax()), trits.shape)]
         raise TernaryError(f"the weight at {index} has code 3, which is not a trit")
@@ -135,14 +165,14 @@ def _packing(
 
 
 def _unpacking(
-    packed: np.ndarray, trits: np.ndarray, size: int
+    packed: np.ndarray, trits: np.ndarray, size: int, weights: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Blocks (rows, blocks, size) and a view of their trits, a chunk at a time."""
     for _, (source, target) in matrix_views(packed, trits):
         source = source.reshape(len(source), -1, size)
-        target = target.reshape(len(target), -1, BLOCK)
+        target = target.reshape(len(target), -1, weights)
         for lines, groups in blocks(source[..., 0], _CHUNK):
-            yield source[lines, groups], target[lines, groups]
+            yield np.ascontiguousarray(source[lines, groups]), target[lines, groups]
 
 
 def _new_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ Sources: ggml-common.h and ggml-quants.c of ggml-org/llama.cpp (Q2_0) and PrismM
 
 import numpy as np
 
-from outlier_mlx.ternary.arrays import TernaryError, require_rows
+from outlier_mlx.ternary.arrays import TernaryError, items, require_rows
+from outlier_mlx.ternary.ggml import unpack_digits
 from outlier_mlx.ternary.two_bits import has_code_3, unpack_twos
 
 Q2_0_BYTES = 18
@@ -54,22 +55,32 @@ def unpack_ptq1_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     blocks = _blocks(packed, PTQ1_0_BYTES)
     d = _scales(blocks, PTQ1_0_BYTES - _D_BYTES)
     trits = np.empty((*blocks.shape[:-1], 128), np.int8)
-    for byte, weight, size, depth in _RUNS:
-        left = blocks[..., byte : byte + size].astype(np.uint16)
-        for n in range(depth):  # multiplying by 3 carries the next digit out of the byte
-            left *= 3
-            start = weight + size * n
-            np.right_shift(left, 8, out=trits[..., start : start + size], casting="unsafe")
-            left &= 255
-    trits -= 1
-    return trits.reshape(*packed.shape[:-1], -1), d
+    trits = trits.reshape(*packed.shape[:-1], -1)
+    unpack_digits(packed, trits, PTQ1_0_BYTES, 128, _RUNS)
+    return trits, d
+
+
+def split_two_bits(packed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of blocks that begin with a scale.
+
+    Args:
+        packed: (..., blocks * size) uint8.
+        size: bytes of a block.
+
+    Returns:
+        Codes (..., blocks * (size - 2)) uint8, four a byte, and scales d (..., blocks) float16.
+
+    Raises:
+        TernaryError: wrong type or length, or a scale that is not finite.
+    """
+    blocks = _blocks(packed, size)
+    codes = np.ascontiguousarray(items(blocks, _D_BYTES, size - _D_BYTES))
+    return codes.view(np.uint8).reshape(*packed.shape[:-1], -1), _scales(blocks, 0)
 
 
 def _unpack_two_bits(packed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    blocks = _blocks(packed, size)
-    d = _scales(blocks, 0)
-    codes = np.ascontiguousarray(blocks[..., _D_BYTES:])
-    trits = unpack_twos(codes).reshape(*packed.shape[:-1], -1)
+    codes, d = split_two_bits(packed, size)
+    trits = unpack_twos(codes)
     if has_code_3(codes):
         index = [int(i) for i in np.unravel_index(int(trits.argmax()), trits.shape)]
         raise TernaryError(f"the weight at {index} has code 3, which is not a trit")
@@ -81,7 +92,7 @@ def _blocks(packed: np.ndarray, size: int) -> np.ndarray:
     count, rest = divmod(packed.shape[-1], size)
     if rest:
         raise TernaryError(f"packed: rows of {packed.shape[-1]} are not whole blocks of {size}")
-    return packed.reshape(*packed.shape[:-1], count, size)
+    return np.ascontiguousarray(packed).reshape(*packed.shape[:-1], count, size)
 
 
 def _scales(blocks: np.ndarray, at: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from outlier_mlx.storage.rounding import narrowed, widened
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.storage.ternary_matrix import TernaryMatrix, slabs
-from outlier_mlx.ternary import pack_rows
 from outlier_mlx.ternary.scales import tile_scales
 from outlier_mlx.ternary.two_bits import pack_twos
 from outlier_mlx.writing.float_parts import SLAB_BYTES, affine_specs
@@ -46,8 +45,7 @@ class TernaryPart(Part):
         """The rows slab by slab, then the scales, which are kept until then."""
 
         def packed(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, int]:
-            trits, scales = self.matrix.read(start, stop)
-            return pack_rows(trits), scales, stop - start
+            return *self.matrix.packed(start, stop), stop - start
 
         rows, done = self.matrix.shape[0], 0
         kept = []
