@@ -259,8 +259,7 @@ class _Reader:
         missing = [leaf for leaf in leaves if leaf not in tensors]
         if missing:
             raise CheckpointError(f"{self.folder.name}: {path}.{missing[0]} is missing")
-        weight, scales, biases = (tensors[leaf] for leaf in leaves)
-        source = AffineSource.of(weight, scales, biases, group)
+        source = AffineSource.of(*(tensors[leaf] for leaf in leaves), group)
         self.check_shape(tensors["weight"], path, source.shape)
         return self.settled(source)
 
@@ -282,8 +281,7 @@ class _Mlx(_Reader):
     """MLX's affine format: each 2-bit matrix with groups of 64 or 128 is tested."""
 
     def read(self) -> Found:
-        said, found = read_quantization(self.raw), self.found
-        groups = set()
+        said, found, groups = read_quantization(self.raw), self.found, set[int]()
         for path, tensors in self.modules.items():
             weight = tensors.get("weight")
             if said is None or weight is None or weight.dtype != "U32":
