@@ -82,9 +82,10 @@ CHIPS = (
 )
 
 
-def _rows(out: int, wide: int) -> mx.array:
-    rows = np.random.default_rng(0).integers(0, 243, (2, out, row_bytes(wide)), dtype=np.uint8)
-    return mx.array(rows)
+def random_rows(experts: int, out: int, wide: int) -> mx.array:
+    """Random rows of trits (experts, out, row_bytes)."""
+    shape = experts, out, row_bytes(wide)
+    return mx.array(np.random.default_rng(0).integers(0, 243, shape, dtype=np.uint8))
 
 
 @cache
@@ -98,7 +99,7 @@ def ours(kernel: str, wide: int, variant: Variant, dtype: mx.Dtype = mx.float16)
         dtype: dtype of x, or of the result.
     """
     pair = mx.array([[0, 1]], mx.uint32)
-    packed = _rows(ROWS, wide), mx.ones((2, ROWS))
+    packed = random_rows(2, ROWS, wide), mx.ones((2, ROWS))
     x = mx.random.normal((1, wide)).astype(dtype)
     names: tuple[str, ...] = ("rows", "scales")
     with virtual_metal() as metal:

@@ -11,9 +11,8 @@ from outlier_mlx.runtime.affine2 import row_bytes
 from outlier_mlx.runtime.blocks import tq1_0_sort
 from outlier_mlx.runtime.kernels import tq1_0_qmv, tq1_0_swiglu
 
-# Pairs of a full block, and numbers of pairs for which a block has a loop of its own.
+# Pairs of a full block.
 SIZES = (2, 4, 8)
-LOOPS = {2: (1, 2), 4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 6, 8)}
 
 
 @cache

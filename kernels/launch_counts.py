@@ -37,10 +37,9 @@ FREE = {
 SINGLE = {
     "Add", "AddMM", "Arange", "ArgPartition", "ArgSort", "AsType", "BitwiseAnd", "BitwiseInvert",
     "BitwiseOr", "BitwiseXor", "Concatenate", "Contiguous", "Convolution", "Divide", "Equal",
-    "Full", "Gather", "GatherAxis", "GatherMM", "GatherQMM", "Hadamard", "LeftShift", "Less",
-    "Matmul", "Multiply", "Negative", "NotEqual",
-    "QuantizedMatmul", "RightShift", "Select", "Sigmoid", "SliceUpdate", "Softmax", "Sort",
-    "Subtract", "Sum",
+    "FloorDivide", "Full", "Gather", "GatherAxis", "GatherMM", "GatherQMM", "Hadamard", "LeftShift",
+    "Less", "Matmul", "Multiply", "Negative", "NotEqual", "QuantizedMatmul", "RightShift", "Select",
+    "Sigmoid", "SliceUpdate", "Softmax", "Sort", "Subtract", "Sum",
 }  # fmt: skip
 FAST = ((mx.fast, ("rms_norm", "rope", "scaled_dot_product_attention")), (mx, ("dequantize",)))
 COMPILED = type(swiglu)

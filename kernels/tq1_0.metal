@@ -301,10 +301,12 @@ struct Block {
       run<M < 3 ? M : 3>(lane);
     } else if (M > 4 && count == 4) {
       run<M < 4 ? M : 4>(lane);
-    } else if (M > 4 && count <= 6) {
+    } else if (M > 4 && count == 5) {
+      run<M < 5 ? M : 5>(lane);
+    } else if (M > 4 && count == 6) {
       run<M < 6 ? M : 6>(lane);
     } else if (M > 4) {
-      run<M>(lane);
+      run<M < 7 ? M : 7>(lane);
     }
   }
 

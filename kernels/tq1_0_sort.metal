@@ -1,7 +1,7 @@
 // Makes blocks of up to M (token, expert) pairs of one expert.
 //
 //   indices  (pairs,)              uint, the expert of each pair
-//   blocks   (BLOCKS, M + 1)       uint: the number of pairs of a block, then these pairs
+//   blocks   (blocks, M + 1)       uint: the number of pairs of a block, then these pairs
 //
 // Blocks are in the order of experts, and an expert's pairs in ascending order, all but the last of
 // its blocks full. The blocks after those have no pairs. Where a block has fewer than M, pair 0
@@ -45,6 +45,5 @@ for (uint expert = simdgroup; expert < EXPERTS; expert += SIMDGROUPS) {
 uint used = 0;
 for (uint e = lane; e < EXPERTS; e += 32) used += (counts[e] + M - 1) / M;
 used = simd_sum(used);
-for (uint i = used * (M + 1) + simdgroup * 32 + lane; i < BLOCKS * (M + 1); i += 32 * SIMDGROUPS) {
-  blocks[i] = 0;
-}
+const uint end = (pairs + (M - 1) * min(uint(EXPERTS), pairs)) / M * (M + 1);
+for (uint i = used * (M + 1) + simdgroup * 32 + lane; i < end; i += 32 * SIMDGROUPS) blocks[i] = 0;

@@ -14,10 +14,11 @@ import mlx.core as mx
 from kernels import costs_decode, costs_routing, launch_counts, launch_counts_ternary
 from kernels.accuracy import errors, planted
 from kernels.costs import CHIPS, SHAPES, Chip, Figures, mlx_two_bit, ours
-from kernels.costs_blocks import LOOPS, SIZES, block_cost
+from kernels.costs_blocks import SIZES, block_cost
 from kernels.costs_dense import linear, rotation
 from kernels.emulator import virtual_metal
 from kernels.launch_counts import Shape
+from kernels.several import ROUTINGS, TOKENS, Layer
 from outlier_mlx.runtime.groups import SLICES
 from outlier_mlx.runtime.kernels import VARIANTS
 from outlier_mlx.runtime.rotation import ROTATED_BLOCKS
@@ -79,7 +80,7 @@ def block_table(shape: str) -> str:
     cases = [(kernel, size, size, mx.float16) for kernel in ("swiglu", "qmv") for size in SIZES]
     cases += [("qmv", size, size, mx.bfloat16) for size in SIZES]
     cases += [("down", size, size, mx.float32) for size in SIZES]
-    cases += [("qmv", size, n, mx.float16) for size in SIZES for n in LOOPS[size] if n < size]
+    cases += [("qmv", size, n, mx.float16) for size in SIZES for n in range(1, size)]
     rows = []
     for kernel, size, pairs, dtype in cases:
         found = block_cost(kernel, SHAPES[shape][kernel], size, pairs, dtype)
@@ -152,6 +153,34 @@ def time_table() -> str:
     return table(head, rows)
 
 
+def several_table() -> str:
+    """Modelled times of a layer's routed experts for 1 to 256 tokens, before blocks and now."""
+    head = ["experts, used", "tokens", "M", *(chip.name for chip in CHIPS)]
+    rows = []
+    for experts, k in ROUTINGS:
+        for tokens in TOKENS:
+            layer = Layer("14B", tokens, experts, k)
+            row = [f"{experts}, {k}", str(tokens), str(layer.size)]
+            for chip in CHIPS:
+                first = layer.first(chip)
+                ratios = layer.now(chip) / first, layer.converted(chip) / first
+                row.append(f"{1000 * first:.2f} ms: {ratios[0]:.2f}, {ratios[1]:.2f}")
+            rows.append(row)
+    return table(head, rows)
+
+
+def sharing_table() -> str:
+    """Times now, relative to before, for two numbers of tokens, random and balanced routing."""
+    rows = []
+    for tokens in (4, 32):
+        for balanced in (False, True):
+            layer = Layer("14B", tokens, 8, 2, balanced)
+            ratios = [layer.now(chip) / layer.first(chip) for chip in CHIPS]
+            kind = "as many pairs each" if balanced else "random"
+            rows.append([f"{tokens} tokens, {kind}", *(f"{ratio:.2f}" for ratio in ratios)])
+    return table(["", *(chip.name for chip in CHIPS)], rows)
+
+
 def models_table() -> str:
     """Modelled time of a decoding step of ternary models, with and without rotations."""
     head = ["", "chip", "ours, ms", "MLX 2-bit, ms", "ours / MLX", "pipes take turns"]
@@ -201,6 +230,7 @@ def sections() -> dict[str, str]:
     tables |= {"cost blocks": block_table("14B")}
     tables |= {"cost linear": linear_table(), "cost rotation": rotation_table()}
     tables |= {"time": time_table(), "accuracy": accuracy_table(), "routing": routing_table()}
+    tables |= {"several": several_table(), "sharing": sharing_table()}
     tables |= {"models": models_table()}
     tables |= {"launches ternary": launch_counts_ternary.table(costs_decode.MODELS[-1])}
     return tables | {"launches": launch_counts.table([Shape(), Shape(experts=64, top_k=8)])}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from kernels.costs import SHAPES, ours
-from kernels.costs_blocks import LOOPS, block_cost, sort_cycles
+from kernels.costs_blocks import block_cost, sort_cycles
 from kernels.emulator import virtual_metal
 from outlier_mlx.runtime import blocks, kernels
-from outlier_mlx.runtime.blocks import BLOCK_CYCLES, block_count, block_cycles, tq1_0_sort
+from outlier_mlx.runtime.blocks import block_count, tq1_0_sort
 from tests.engine import as_array
 from tests.kernel_cases import (
     Matrices,
@@ -27,7 +27,7 @@ from tests.metal import Metal, needs_emulator
 from tests.reference import Array
 
 SIZES = (2, 4, 8)
-# Kernels with six loops for blocks of 8 take long to compile.
+# Kernels with eight loops for blocks of 8 take long to compile.
 SLOW_SIZES = [2, 4, pytest.param(8, marks=pytest.mark.slow)]
 
 
@@ -145,7 +145,7 @@ def test_bfloat_is_converted_once(metal: Metal):
 
 @pytest.mark.parametrize("size", SLOW_SIZES)
 def test_every_number_of_pairs_in_a_block(size: int, metal: Metal):
-    """One expert; every loop, and 5 and 7 pairs, which have none of their own."""
+    """One expert, and every loop."""
     for pairs in range(1, size + 1):
         assert_same_bits(made_layer(160, 20, pairs, 1, 1), (size,))
 
@@ -210,14 +210,13 @@ def test_what_full_blocks_cost(size: int, main: float):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kernel", ["swiglu", "qmv", "down"])
 def test_what_blocks_cost(kernel: str, size: int):
-    """A pair alone costs no more than a tenth above a launch without blocks; prices are kept."""
+    """A pair alone costs no more than a tenth above a launch without blocks."""
     wide = SHAPES["14B"][kernel]
     dtype = mx.float32 if kernel == "down" else mx.float16
     alone = ours(kernel, wide, kernels.VARIANTS[f"tq1_0_{kernel}"])
     assert block_cost(kernel, wide, size, 1, dtype).main <= 1.1 * alone.main
-    for pairs in LOOPS[size]:
+    for pairs in range(1, size + 1):
         found = block_cost(kernel, wide, size, pairs, dtype)
-        assert found.main == pytest.approx(BLOCK_CYCLES[pairs], rel=0.06), pairs
         assert not found.private
 
 
@@ -226,14 +225,6 @@ def test_sorting_costs_little():
     """Of 64 pairs over 8 experts, a few hundred cycles of one threadgroup."""
     assert sort_cycles(64, 8, 4) < 500
     assert sort_cycles(256, 64, 4) < 5000
-
-
-def test_the_price_of_blocks():
-    assert block_cycles(8, 8) == BLOCK_CYCLES[8]
-    assert block_cycles(9, 8) == BLOCK_CYCLES[8] + BLOCK_CYCLES[1]
-    assert block_cycles(5, 8) == BLOCK_CYCLES[6] and block_cycles(7, 8) == BLOCK_CYCLES[8]
-    assert block_cycles(3, 1) == 3 * BLOCK_CYCLES[1] and block_cycles(0, 4) == 0
-    assert set(BLOCK_CYCLES) == set(LOOPS[8])
 
 
 @needs_emulator

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kernels.emulator import VirtualMetal, virtual_metal
+from outlier_mlx.runtime import ops
 from outlier_mlx.runtime.blocks import tq1_0_sort
 from outlier_mlx.runtime.groups import tq1_0_linear, tq1_0_qmv_groups
 from outlier_mlx.runtime.ops import rows_product
@@ -112,10 +113,19 @@ def emulated() -> Iterator[VirtualMetal]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "launched"), [(4, "tq1_0_qmv_groups"), (40, "tq1_0_to_affine2")]
+    ("size", "launched"),
+    [
+        (1, ["tq1_0_qmv_groups"]),
+        (4, ["tq1_0_sort", "tq1_0_qmv_groups"]),
+        (0, ["tq1_0_to_affine2"]),
+    ],
 )
-def test_products_of_a_layer(tokens: int, launched: str, emulated: VirtualMetal):
-    """Few pairs are decoded, many converted; training and gradients are in plain MLX."""
+def test_products_of_a_layer(
+    size: int, launched: list[str], emulated: VirtualMetal, monkeypatch: pytest.MonkeyPatch
+):
+    """One by one, in blocks, or with converted experts; training and gradients are in plain MLX."""
+    monkeypatch.setattr(ops, "pairs_in_a_block", lambda *_: size)
+    tokens = 40
     rows, scales, weights = experts(13, 640, 64)
     x = random_x(3, (tokens, 1, 1, 640), mx.float32)
     indices = np.random.default_rng(0).integers(0, EXPERTS, (tokens, 2)).astype(np.uint32)
@@ -131,7 +141,7 @@ def test_products_of_a_layer(tokens: int, launched: str, emulated: VirtualMetal)
         gradient = mx.grad(lambda x, training=training: product(x, training).sum())(x)
         exact = weights[indices].sum((1, 2))
         np.testing.assert_allclose(as_array(gradient)[:, 0, 0], exact, rtol=1e-4, atol=1e-5)
-    assert emulated.names == [launched] * 2
+    assert emulated.names == launched * 2
 
 
 @needs_emulator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -15,14 +15,17 @@ from kernels.emulator import VirtualMetal, virtual_metal
 from outlier_mlx.runtime import launching, ops, switch
 from outlier_mlx.runtime.affine2 import rows_to_affine2
 from outlier_mlx.runtime.moe import OutlierMoE
-from outlier_mlx.runtime.ops import use_matrix_kernels, use_metal
+from outlier_mlx.runtime.ops import matrix_units, use_metal
 from tests.engine import as_array
 from tests.kernel_cases import random_matrices
 
 HIDDEN, WIDTH, EXPERTS, K = 64, 96, 4, 2
 ROUTE = ["tq1_0_route"]
 DECODE = [*ROUTE, "tq1_0_swiglu", "tq1_0_down"]
+BLOCKS = [*ROUTE, "tq1_0_sort", "tq1_0_swiglu", "tq1_0_qmv", "tq1_0_mix"]
 TRANSCODE = [*ROUTE, *["tq1_0_to_affine2"] * 3]
+# What a layer launches, by the number of pairs in a block; 0: experts are converted.
+WAYS = {1: DECODE, 4: BLOCKS, 0: TRANSCODE}
 
 
 @pytest.fixture
@@ -30,6 +33,16 @@ def metal() -> Iterator[VirtualMetal]:
     """The emulator, also where there is a GPU."""
     with virtual_metal(count=False) as device:
         yield device
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the number of pairs in a block. These layers are too small to be sorted or converted."""
+
+    def chosen(size: int) -> None:
+        monkeypatch.setattr(ops, "pairs_in_a_block", lambda *sizes: size)
+
+    return chosen
 
 
 def layer(
@@ -67,22 +80,49 @@ def test_the_device_is_decided_at_call_time(monkeypatch: pytest.MonkeyPatch):
     assert not use_metal()
 
 
-def test_the_switch_to_matrix_kernels():
-    """A tile of pairs for each expert, and enough to be sorted, whatever a token has of them."""
-    for experts in (1, 3, 8, 64):
-        switches = [pairs for pairs in range(2048) if use_matrix_kernels(pairs, experts)]
-        assert switches == list(range(max(64, 16 * experts), 2048))
+@pytest.mark.parametrize(
+    ("architecture", "has"),
+    [("applegpu_g13s", 0), ("applegpu_g16p", 0), ("applegpu_g17s", 1), ("x86_64", 0), (None, 0)],
+)
+def test_chips_with_matrix_units(
+    architecture: str | None, has: bool, monkeypatch: pytest.MonkeyPatch
+):
+    info = {} if architecture is None else {"architecture": architecture}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    assert matrix_units.__wrapped__() == has
 
 
-@pytest.mark.parametrize(("tokens", "launched"), [(1, DECODE), (31, DECODE), (32, TRANSCODE)])
-def test_launches_of_a_layer(tokens: int, launched: list[str], metal: VirtualMetal):
-    """One to route. Then two for few pairs; for many, one a projection, which MLX's own kernels
-    multiply."""
-    block, x = layer(), inputs(tokens)
+def test_what_decides_the_way(metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch):
+    """Numbers of tokens, experts and weights, and nothing that only the GPU knows."""
+    asked = []
+
+    def choose(*sizes: int) -> int:
+        asked.append(sizes)
+        return 1
+
+    monkeypatch.setattr(ops, "pairs_in_a_block", choose)
+    block, x = layer(), inputs(5)
+    block(x.reshape(5, 1, HIDDEN))
+    chosen = mx.zeros((5, K), mx.uint32)
+    block.switch_mlp.gate_proj(x[0][:, None, None], chosen)
+    assert asked == [
+        (5, EXPERTS, K, 3 * HIDDEN * WIDTH, False),
+        (10, EXPERTS, 1, HIDDEN * WIDTH, False),
+    ]
+
+
+@pytest.mark.parametrize(("size", "launched"), WAYS.items())
+def test_launches_of_a_layer(
+    size: int, launched: list[str], choose: Callable[[int], None], metal: VirtualMetal
+):
+    """One to route. Then two, or four with blocks; to convert, one a projection, which MLX's own
+    kernels multiply."""
+    choose(size)
+    block, x = layer(), inputs(33)
     y = block(x)
     assert metal.names == launched
     plain = block.switch_mlp(x, block.route(x)[0])
-    assert plain.shape == (1, tokens, K, HIDDEN)
+    assert plain.shape == (1, 33, K, HIDDEN)
     metal.clear()
     block.train()
     np.testing.assert_allclose(y, block(x), rtol=2e-5, atol=2e-5)
@@ -90,21 +130,35 @@ def test_launches_of_a_layer(tokens: int, launched: list[str], metal: VirtualMet
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
-@pytest.mark.parametrize("tokens", [3, 40])
-def test_a_layer_is_the_same_on_both_devices(dtype: mx.Dtype, tokens: int):
+@pytest.mark.parametrize(("size", "launched"), WAYS.items())
+def test_a_layer_is_the_same_on_both_devices(
+    dtype: mx.Dtype, size: int, launched: list[str], choose: Callable[[int], None]
+):
     """In every dtype: sums in float32 and one rounding, so results differ by one at most."""
-    block, x = layer(), inputs(tokens, dtype)
+    choose(size)
+    block, x = layer(), inputs(7, dtype)
     block.shared_expert.set_dtype(dtype)
     expected = as_array(block(x))
     with virtual_metal(count=False) as metal:
         found = as_array(block(x))
-        assert metal.names == (DECODE if tokens == 3 else TRANSCODE)
+        assert metal.names == launched
     step = {mx.float16: 2**-10, mx.bfloat16: 2**-7, mx.float32: 2e-5}[dtype]
     np.testing.assert_allclose(found, expected, rtol=step, atol=2e-5)
 
 
-@pytest.mark.parametrize(("tokens", "launched"), [(3, ["tq1_0_qmv"]), (40, TRANSCODE[1:2])])
-def test_a_linear_layer_by_itself(tokens: int, launched: list[str], metal: VirtualMetal):
+@pytest.mark.parametrize(
+    ("size", "launched"),
+    [(1, ["tq1_0_qmv"]), (2, ["tq1_0_sort", "tq1_0_qmv"]), (0, TRANSCODE[1:2])],
+)
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_a_linear_layer_by_itself(
+    tokens: int,
+    size: int,
+    launched: list[str],
+    choose: Callable[[int], None],
+    metal: VirtualMetal,
+):
+    choose(size)
     linear = layer().switch_mlp.gate_proj
     x = inputs(tokens)[0][:, None, None]  # (tokens, 1, 1, hidden)
     experts = mx.array(np.random.default_rng(0).integers(0, EXPERTS, (tokens, K)).astype(np.uint32))
@@ -121,11 +175,12 @@ def test_a_linear_layer_by_itself(tokens: int, launched: list[str], metal: Virtu
     assert metal.names == TRANSCODE[1:2]
 
 
-def test_widths_that_no_group_divides(metal: VirtualMetal):
+def test_widths_that_no_group_divides(metal: VirtualMetal, choose: Callable[[int], None]):
     block = layer(44, 37, 3)
-    for tokens, launched in ((2, DECODE), (32, TRANSCODE)):
+    for size, launched in WAYS.items():
+        choose(size)
         metal.clear()
-        x = inputs(tokens, hidden=44)
+        x = inputs(5, hidden=44)
         y = block(x)
         assert metal.names == launched
         block.train()
@@ -150,12 +205,19 @@ def assert_same_on_a_gpu(block: OutlierMoE, tokens: int, metal: VirtualMetal) ->
 
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("width", range(1, 9))
-def test_narrow_experts(width: int, experts: int, metal: VirtualMetal):
+def test_narrow_experts(
+    width: int, experts: int, metal: VirtualMetal, choose: Callable[[int], None]
+):
     """A hidden width of 4, too: MLX has so few activations in another address space."""
     for hidden in (2, 4, 64):
         block = layer(hidden, width, experts, 1)
+        choose(1)
         assert (assert_same_on_a_gpu(block, 1, metal) == DECODE) == (width > 1)
-        assert DECODE[1] not in assert_same_on_a_gpu(block, 64, metal)
+        if hidden == 4:
+            choose(2)
+            assert (assert_same_on_a_gpu(block, 5, metal) == BLOCKS) == (width > 1)
+        choose(0)
+        assert assert_same_on_a_gpu(block, 64, metal) == TRANSCODE
 
 
 def test_more_experts_a_token_than_a_kernel_mixes(metal: VirtualMetal):
@@ -185,7 +247,10 @@ def test_what_is_too_large_for_a_kernel(
     assert assert_same_on_a_gpu(block, tokens, metal) == launched
 
 
-def test_sorting_changes_nothing(metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch):
+def test_sorting_changes_nothing(
+    metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch, choose: Callable[[int], None]
+):
+    choose(0)
     block, x = layer(), inputs(40)
     sorted_pairs = np.array(block(x))
     monkeypatch.setattr(switch, "SORT_FROM_PAIRS", 10**9)
@@ -196,9 +261,12 @@ def test_sorting_changes_nothing(metal: VirtualMetal, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("how", ["alpha", "trits", "down-trits", "gate-trits", "scales"])
-@pytest.mark.parametrize("tokens", [2, 40])
-def test_silent_experts_leave_exactly_the_base(how: str, tokens: int):
-    block, x = layer(), inputs(tokens)
+@pytest.mark.parametrize(("size", "launched"), WAYS.items())
+def test_silent_experts_leave_exactly_the_base(
+    how: str, size: int, launched: list[str], choose: Callable[[int], None]
+):
+    choose(size)
+    block, x = layer(), inputs(5)
     expected = np.array(block.shared_expert(x))
     experts = block.switch_mlp
     if how == "alpha":
@@ -213,7 +281,7 @@ def test_silent_experts_leave_exactly_the_base(how: str, tokens: int):
             experts.up_proj.scales = mx.zeros_like(experts.up_proj.scales)
         metal.clear()
         np.testing.assert_array_equal(block(x), expected)
-        assert metal.names == (DECODE if tokens == 2 else TRANSCODE)
+        assert metal.names == launched
 
 
 def test_only_rows_without_a_trit_lose_their_scale():
@@ -232,10 +300,13 @@ def test_only_rows_without_a_trit_lose_their_scale():
 # Gradients
 
 
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize(("size", "launched"), WAYS.items())
 @pytest.mark.parametrize("training", [False, True])
-def test_gradients_are_those_of_plain_mlx(tokens: int, training: bool):
-    block, x = layer(), inputs(tokens)
+def test_gradients_are_those_of_plain_mlx(
+    size: int, launched: list[str], training: bool, choose: Callable[[int], None]
+):
+    choose(size)
+    block, x = layer(), inputs(7)
     block.train(training)
     mx.random.seed(1)
     weights = mx.random.normal(x.shape)
@@ -250,7 +321,6 @@ def test_gradients_are_those_of_plain_mlx(tokens: int, training: bool):
     expected = [np.array(g) for g in gradient(*arguments)]
     with virtual_metal(count=False) as metal:
         found = [np.array(g) for g in gradient(*arguments)]
-        launched = DECODE if tokens == 3 else TRANSCODE
         assert metal.names == ([] if training else launched)
     for one, other in zip(found, expected, strict=True):
         assert np.abs(other).max() > 0.01
@@ -300,14 +370,15 @@ def resident_layer(hidden: int, width: int, experts: int) -> tuple[OutlierMoE, i
     return block, packed
 
 
-@pytest.mark.parametrize(("tokens", "launched"), [(1, DECODE), (32, TRANSCODE)])
+@pytest.mark.parametrize(("size", "launched"), WAYS.items())
 def test_nothing_but_the_result_stays_in_memory(
-    tokens: int, launched: list[str], metal: VirtualMetal
+    size: int, launched: list[str], metal: VirtualMetal, choose: Callable[[int], None]
 ):
+    choose(size)
     hidden, width, experts = 640, 1280, 4
     block, packed = resident_layer(hidden, width, experts)
     assert packed * 8 / (3 * experts * hidden * width) < 1.7
-    x = inputs(tokens, hidden=hidden)
+    x = inputs(8, hidden=hidden)
     mx.eval(x)
     before = mx.get_active_memory()
     y = block(x)
@@ -318,7 +389,7 @@ def test_nothing_but_the_result_stays_in_memory(
 
 
 def test_the_peak_of_a_long_prompt_does_not_grow_with_layers(
-    metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch
+    metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch, choose: Callable[[int], None]
 ):
     """What MLX evaluates together, it still transcodes in the order of the layers."""
 
@@ -326,6 +397,7 @@ def test_the_peak_of_a_long_prompt_does_not_grow_with_layers(
         # As lazy as a launch is on a GPU; MLX would bring forward as much of it as it can.
         return rows_to_affine2(rows, mx.ones(rows.shape[:-1]), in_features)[0]
 
+    choose(0)
     monkeypatch.setattr(ops, "tq1_0_to_affine2", transcode)
     blocks = [resident_layer(320, 640, 4)[0] for _ in range(6)]
     peaks = []

@@ -15,6 +15,7 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 from kernels.emulator import VirtualMetal, virtual_metal
 from outlier_mlx.cli.showcase import heldout
 from outlier_mlx.engine.loading import load as load_with_tokenizer
+from outlier_mlx.runtime import ops
 from outlier_mlx.runtime.model import Model
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from tests.builders import write_overlay
@@ -31,6 +32,7 @@ MORE_GOLDENS += ["v33_overlay_yarn", "export_per_file", "packed_experts_dir", "p
 MORE_GOLDENS += ["v0_toy_moe", "v0_toy_gqa_bias"]
 
 DECODE = ["tq1_0_route", "tq1_0_swiglu", "tq1_0_down"]
+BLOCKS = ["tq1_0_route", "tq1_0_sort", "tq1_0_swiglu", "tq1_0_qmv", "tq1_0_mix"]
 TRANSCODE = ["tq1_0_route"] + ["tq1_0_to_affine2"] * 3
 
 
@@ -75,13 +77,14 @@ def run_golden(name: str, path: Path, metal: VirtualMetal) -> None:
         assert_logits_close(logits, case.expected["greedy_logits"])
     assert metal.names == DECODE * layers * (len(case.greedy) + 1)
 
-    metal.clear()
-    experts = model.args.num_experts
-    copies = -(-max(64, 16 * experts) // len(case.tokens))
-    batch = np.array(model(mx.array([case.tokens] * copies)))
-    assert metal.names == TRANSCODE * layers
-    for logits in batch:
-        assert_logits_close(logits, case.expected["logits"])
+    with pytest.MonkeyPatch.context() as patch:
+        for size, launched in ((4, BLOCKS), (0, TRANSCODE)):
+            patch.setattr(ops, "pairs_in_a_block", lambda *_, size=size: size)
+            metal.clear()
+            batch = np.array(model(mx.array([case.tokens] * 2)))
+            assert metal.names == launched * layers
+            for logits in batch:
+                assert_logits_close(logits, case.expected["logits"])
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -150,7 +153,7 @@ def test_the_embedded_pair(pair: Path, prompt: list[int], metal: VirtualMetal):
     assert metal.names == DECODE * layers * 4
     metal.clear()
     twice = np.array(model(mx.array([prompt, prompt])))
-    assert metal.names == TRANSCODE * layers  # 96 pairs for 6 experts
+    assert metal.names == BLOCKS * layers  # 96 pairs for 6 experts
     model.train()  # plain MLX
     metal.clear()
     assert_logits_close(logits, forward(model, prompt))

@@ -7,9 +7,6 @@ from .launching import built_kernel, check_size, described
 
 # Most simdgroups of a threadgroup.
 SORT_SIMDGROUPS = 32
-# Cycles of a lane on a GPU's main pipe for a weight that several pairs share, as the emulator
-# counts them (docs/kernels.md), by the number of pairs. With no blocks, a pair takes the first.
-BLOCK_CYCLES = {1: 2.5, 2: 3.6, 3: 4.7, 4: 5.8, 6: 8.0, 8: 10.1}
 
 
 def block_count(pairs: int, experts: int, size: int) -> int:
@@ -21,18 +18,6 @@ def block_count(pairs: int, experts: int, size: int) -> int:
         size: most pairs of a block.
     """
     return (pairs + (size - 1) * min(experts, pairs)) // size
-
-
-def block_cycles(pairs: int, size: int) -> float:
-    """Main-pipe cycles for each weight of an expert that so many pairs use, in blocks.
-
-    Args:
-        pairs: number of pairs of the expert.
-        size: most pairs of a block: 1 (no blocks), 2, 4 or 8.
-    """
-    full, rest = divmod(pairs, size)
-    last = min(n for n in BLOCK_CYCLES if n >= rest) if rest else 0
-    return full * BLOCK_CYCLES[size] + BLOCK_CYCLES.get(last, 0.0)
 
 
 def tq1_0_sort(indices: mx.array, experts: int, size: int) -> mx.array:
@@ -62,7 +47,6 @@ def tq1_0_sort(indices: mx.array, experts: int, size: int) -> mx.array:
         template=[
             ("M", size),
             ("EXPERTS", experts),
-            ("BLOCKS", blocks),
             ("SIMDGROUPS", simdgroups),
         ],
         grid=(32 * simdgroups, 1, 1),

@@ -278,7 +278,7 @@ def _launch(
     size = 1 if blocks is None else block_size(name, blocks)
     if blocks is not None:
         columns = blocks.shape[0]
-        variant = variant or _block_variant(name, size, dtype)
+        variant = variant or block_variant(name, size, dtype)
     variant = variant or saved_variant(name) or VARIANTS[name]
     variant = variant.fitted(in_features, out_features)
     if "blocks" in KERNEL_ARGUMENTS[name][0]:
@@ -325,10 +325,13 @@ def _rows(
     return experts, out_features
 
 
-def _block_variant(name: str, size: int, dtype: mx.Dtype) -> Variant:
-    """The default variant for blocks: as many simdgroups as pairs, if they load together."""
+def block_variant(name: str, size: int, dtype: mx.Dtype) -> Variant:
+    """The default variant for blocks. If simdgroups load together, they are up to 4.
+
+    With 8 of them, the registers of blocks of 8 leave room for a single threadgroup on a core.
+    """
     variant = BLOCK_VARIANTS[name][size]
-    return replace(variant, simdgroups=size) if _loads_together(size, dtype) else variant
+    return replace(variant, simdgroups=min(size, 4)) if _loads_together(size, dtype) else variant
 
 
 def _loads_together(size: int, dtype: mx.Dtype) -> bool:

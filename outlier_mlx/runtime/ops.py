@@ -1,20 +1,24 @@
 """Operations on ternary experts: the choice between Metal kernels and plain MLX, and gradients.
 
-All ways compute the same: a float32 sum of trits times x, times the row's scale. On a GPU, a small
-number of (token, expert) pairs goes through the decode kernels. For many pairs, the experts are
-converted to affine 2-bit, and MLX's own matrix kernels multiply this temporary copy. A custom
-kernel has no gradient, so gradients are those of the same operation in plain MLX.
+All ways compute the same: a float32 sum of trits times x, times the row's scale. On a GPU, decode
+kernels multiply (token, expert) pairs: few of them one by one, more of them sorted by expert and in
+blocks. Where that costs less, the experts are converted to affine 2-bit, and MLX's own matrix
+kernels multiply this temporary copy. Nothing here waits for the GPU. A custom kernel has no
+gradient, so gradients are those of the same operation in plain MLX.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.activations import swiglu
 
 from .affine2 import affine_product, affine_scales, rows_to_affine2
+from .blocks import tq1_0_sort
+from .costs import BLOCK_CYCLES, pairs_in_a_block
 from .groups import tq1_0_qmv_groups
 from .kernels import (
     can_convert,
@@ -25,11 +29,8 @@ from .kernels import (
     tq1_0_to_affine2,
 )
 
-# Least number of (token, expert) pairs that are sorted by expert, so that MLX's matrix kernels read
-# each expert once. mlx-lm uses the same number.
-SORT_FROM_PAIRS = 64
-# Number of pairs of one expert in a tile of these kernels.
-TILE_PAIRS = 16
+# Generation of the GPU from which MLX uses units for products of matrices (M5).
+MATRIX_UNITS_FROM = 17
 
 
 def use_metal() -> bool:
@@ -37,32 +38,37 @@ def use_metal() -> bool:
     return mx.metal.is_available() and (sys.platform != "darwin" or mx.default_device() == mx.gpu)
 
 
-def use_decoding(indices: mx.array, experts: int, *widths: int) -> bool:
-    """Whether the decode kernels multiply now: for few pairs, if they take the sizes.
+@cache
+def matrix_units() -> bool:
+    """Whether MLX multiplies matrices in units of their own: on "applegpu_g17s" and later GPUs."""
+    found = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture", "")))
+    return found is not None and int(found[1]) >= MATRIX_UNITS_FROM
+
+
+def block_pairs(
+    indices: mx.array,
+    experts: int,
+    matrices: int,
+    in_features: int,
+    out_features: int,
+) -> int:
+    """The number of pairs in a block of the decode kernels, or 0 if they are not used.
+
+    Only shapes decide, so the result is known before the routing is.
 
     Args:
         indices: (..., k) numbers of the experts of each token.
         experts: number of experts of the layer.
-        widths: widths of inputs and outputs.
+        matrices: number of matrices of an expert.
+        in_features: width of the input.
+        out_features: width of the output, or of what is between.
     """
     k = indices.shape[-1]
     tokens = indices.size // max(1, k)
-    few = not use_matrix_kernels(indices.size, experts)
-    return use_metal() and few and can_decode(tokens, experts, k, *widths)
-
-
-def use_matrix_kernels(pairs: int, experts: int) -> bool:
-    """Whether to convert all experts once instead of decoding an expert for every pair.
-
-    Conversion reads and writes each expert; then MLX multiplies an expert with a whole tile of
-    pairs in the time of one pair. It is faster from one full tile per expert on, if pairs are
-    sorted.
-
-    Args:
-        pairs: number of (token, expert) pairs.
-        experts: number of experts of the layer.
-    """
-    return pairs >= max(SORT_FROM_PAIRS, TILE_PAIRS * experts)
+    if not (use_metal() and can_decode(tokens, experts, k, in_features, out_features)):
+        return 0
+    weights = matrices * in_features * out_features
+    return pairs_in_a_block(tokens, experts, k, weights, matrix_units())
 
 
 def weighted_sum(shared: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
@@ -135,22 +141,38 @@ def _transcoded_product(
 
 
 def _decoded_product(
-    x: mx.array, indices: mx.array, rows: mx.array, scales: mx.array, ordered: bool
+    x: mx.array,
+    indices: mx.array,
+    rows: mx.array,
+    scales: mx.array,
+    size: int,
 ) -> mx.array:
     batch = indices.shape
     # The kernel can use one vector for all pairs of a token. Other broadcasts need a copy.
     if x.shape[:-2] not in (batch, (*batch[:-1], 1)):
         x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
+    x, pairs = x.reshape(-1, x.shape[-1]), indices.flatten()
     multiply = tq1_0_qmv if scales.ndim == 2 else tq1_0_qmv_groups
-    y = multiply(x.reshape(-1, x.shape[-1]), rows, scales, indices.flatten())
+    y = multiply(x, rows, scales, pairs, blocks=_blocks(pairs, rows, size))
     return y.reshape(*batch, 1, -1)
 
 
+def _blocks(indices: mx.array, rows: mx.array, size: int) -> mx.array | None:
+    return None if size == 1 else tq1_0_sort(indices, rows.shape[0], size)
+
+
+# By the number of pairs in a block, or otherwise by whether pairs are sorted.
+_BLOCK_PRODUCTS = {
+    size: with_gradient_of(
+        partial(_plain_product, ordered=False), partial(_decoded_product, size=size), 1
+    )
+    for size in BLOCK_CYCLES
+}
 _PRODUCTS = {
     (compute, ordered): with_gradient_of(
         partial(_plain_product, ordered=ordered), partial(compute, ordered=ordered), 1
     )
-    for compute in (_plain_product, _transcoded_product, _decoded_product)
+    for compute in (_plain_product, _transcoded_product)
     for ordered in (False, True)
 }
 
@@ -178,20 +200,27 @@ def rows_product(
         (..., 1, out) float32.
     """
     experts, out_features, _ = rows.shape
-    compute = _transcoded_product
-    if training:
-        compute = _plain_product
-    elif x.shape[-2] == 1 and use_decoding(indices[..., None], experts, x.shape[-1], out_features):
-        compute = _decoded_product
+    size = 0
+    if x.shape[-2] == 1 and not training:
+        size = block_pairs(indices[..., None], experts, 1, x.shape[-1], out_features)
+    if size:
+        return _BLOCK_PRODUCTS[size](x, indices, rows, scales)
+    compute = _plain_product if training else _transcoded_product
     return _PRODUCTS[compute, sorted_indices](x, indices, rows, scales)
 
 
 def _decoded_mix(
-    x: mx.array, weights: mx.array, shared: mx.array, indices: mx.array, *packed: mx.array
+    x: mx.array,
+    weights: mx.array,
+    shared: mx.array,
+    indices: mx.array,
+    *packed: mx.array,
+    size: int,
 ) -> mx.array:
     gate, gate_scales, up, up_scales, down, scales = packed
-    h = tq1_0_swiglu(x, gate, gate_scales, up, up_scales, indices)
-    return tq1_0_down(h, down, scales, indices, weights, shared)
+    blocks = _blocks(indices, down, size)
+    h = tq1_0_swiglu(x, gate, gate_scales, up, up_scales, indices, blocks=blocks)
+    return tq1_0_down(h, down, scales, indices, weights, shared, blocks=blocks)
 
 
 def _plain_mix(
@@ -205,7 +234,9 @@ def _plain_mix(
     return weighted_sum(shared, experts, weights)
 
 
-_MIX = with_gradient_of(_plain_mix, _decoded_mix, 3)
+_MIXES = {
+    size: with_gradient_of(_plain_mix, partial(_decoded_mix, size=size), 3) for size in BLOCK_CYCLES
+}
 
 
 def decoded_mix(
@@ -213,19 +244,21 @@ def decoded_mix(
     weights: mx.array,
     shared: mx.array,
     indices: mx.array,
+    size: int,
     *packed: mx.array,
 ) -> mx.array:
-    """Add the weighted sum of each token's experts to `shared`, in two kernel launches.
+    """Add the weighted sum of each token's experts to `shared`, by the decode kernels.
 
     Args:
         x: (..., hidden), any activation dtype.
         weights: (..., k) float32.
         shared: (..., hidden) of the dtype of the result.
         indices: (..., k) uint32.
+        size: number of pairs in a block; if it is 1, pairs are not sorted.
         packed: rows (experts, out, row_bytes) and scales (experts, out) of gate, of up and of down.
 
     Returns:
         (..., hidden) of the dtype of `shared`: summed in float32, rounded once.
     """
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, shared, indices))
-    return _MIX(*flat, *packed).reshape(shared.shape)
+    return _MIXES[size](*flat, *packed).reshape(shared.shape)

@@ -5,15 +5,12 @@ import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
 from .affine2 import affine_product
-from .ops import (
-    SORT_FROM_PAIRS,
-    decoded_mix,
-    rows_product,
-    use_decoding,
-    use_metal,
-    weighted_sum,
-)
+from .ops import block_pairs, decoded_mix, rows_product, use_metal, weighted_sum
 from .packed import PackedModule
+
+# Least number of (token, expert) pairs that are sorted by expert, so that MLX's matrix kernels read
+# each expert once. mlx-lm uses the same number.
+SORT_FROM_PAIRS = 64
 
 FOUR_ZERO_BYTES = 0x80808080  # 20 trits 0
 
@@ -86,11 +83,12 @@ class TernarySwitchGLU(nn.Module):
         """
         indices = mx.stop_gradient(indices)
         experts, width, _ = self.gate_proj.weight.shape
-        if self.training or not use_decoding(indices, experts, x.shape[-1], width):
+        size = 0 if self.training else block_pairs(indices, experts, 3, x.shape[-1], width)
+        if size == 0:
             return weighted_sum(shared, self(x.astype(mx.float32), indices), weights)
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         packed = gate.weight, gate.scales, up.weight, up.scales, down.weight, down.scales
-        return decoded_mix(x, weights, shared, indices, *packed)
+        return decoded_mix(x, weights, shared, indices, size, *packed)
 
 
 def sort_by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:

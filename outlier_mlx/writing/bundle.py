@@ -18,12 +18,12 @@ from outlier_mlx.runtime.kernel_text import kernel_names, kernel_text
 #: The modules of each file, in an order in which they can run.
 MODULES = {
     MODEL_FILE: (
-        *("affine2", "variants", "launching", "kernels", "blocks", "groups", "ops", "routing"),
-        *("packed", "switch", "moe", "dtypes", "model"),
+        *("affine2", "variants", "launching", "kernels", "blocks", "costs", "groups", "ops"),
+        *("routing", "packed", "switch", "moe", "dtypes", "model"),
     ),
     TERNARY_FILE: (
-        *("affine2", "variants", "launching", "kernels", "blocks", "groups", "ops", "packed"),
-        *("rotation", "dense", "ternary_layers", "dtypes", "ternary_model"),
+        *("affine2", "variants", "launching", "kernels", "blocks", "costs", "groups"),
+        *("ops", "packed", "rotation", "dense", "ternary_layers", "dtypes", "ternary_model"),
     ),
 }
 _OWNERS = {MODEL_FILE: "an Outlier tier", TERNARY_FILE: "a ternary model"}
