@@ -197,7 +197,7 @@ def test_what_is_refused(metal: Metal):
 
 @needs_emulator
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "main"), [(2, 3.65), (4, 5.75), (8, 10.05)])
+@pytest.mark.parametrize(("size", "main"), [(2, 3.65), (4, 5.76), (8, 10.08)])
 def test_what_full_blocks_cost(size: int, main: float):
     found = block_cost("qmv", SHAPES["14B"]["qmv"], size, size)
     assert 1.3 + size < found.main <= main
