@@ -498,8 +498,11 @@ def test_what_is_imported_already(tmp_path: Path):
 
 def test_what_is_printed(tmp_path: Path):
     """The form stands on one line, however narrow the table is."""
-    said = run("import", mlx_pack().write(tmp_path / "pack"), "--out", tmp_path / "rows").err
+    pack = mlx_pack()
+    said = run("import", pack.write(tmp_path / "pack"), "--out", tmp_path / "rows").err
     assert "rows: from MLX 2-bit codes in groups of 128\n" in said
+    card = (tmp_path / "rows" / "README.md").read_text()
+    assert f"\n- {len(pack.matrices)} ternary matrices are stored as rows of trits\n" in card
 
 
 def test_damaged_rows_are_found(tmp_path: Path):

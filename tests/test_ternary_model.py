@@ -242,6 +242,14 @@ QKV = "language_model.model.layers.0.linear_attn.in_proj_qkv"
             "rotation 0: width 512, block 1,",
         ),
         (lambda f: edit_ternary(f, "rotations", [ROTATION | {"signed": "yes"}]), "signed 'yes'"),
+        (
+            lambda f: replace_tensor(f, "rotations.0.signs", np.ones(1024, np.int8)),
+            r"rotations\.0\.signs: expected signs, I8 \(512,\)",
+        ),
+        (
+            lambda f: replace_tensor(f, "rotations.0.signs", np.zeros(512, np.int8)),
+            r"rotations\.0\.signs: expected signs, I8 \(512,\), 1 or -1",
+        ),
         (lambda f: edit_ternary(f, "version", 1), "version 1, expected 2"),
         (lambda f: edit_ternary(f, "version", 2.0), r"version 2\.0, expected 2"),
         (lambda f: edit_ternary(f, "pack_schema_version", 9), "pack_schema_version 9"),

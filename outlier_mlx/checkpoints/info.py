@@ -124,7 +124,9 @@ def inspect(
     """
     place = Path(path_or_repo)
     if deep and not place.exists():
-        raise CheckpointError(f"{path_or_repo}: --deep reads weights, which have to be here")
+        raise CheckpointError(
+            f"{path_or_repo}: --deep reads all weights; download the model, and name its folder"
+        )
     if place.is_file() and holds_gguf(place):
         return _inspect_gguf(place, place.name, None, deep=deep)
     name_leftovers(place)

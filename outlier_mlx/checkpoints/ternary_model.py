@@ -147,9 +147,10 @@ def open_ternary_model(
         vector = None
         if rotation.signed:
             tensor = _take(rest, signs_name(number), folder)
-            vector = tensor.read()
             expected = (rotation.width,)
-            if tensor.dtype != "I8" or tensor.shape != expected or (np.abs(vector) != 1).any():
+            sound = tensor.dtype == "I8" and tensor.shape == expected
+            vector = tensor.read() if sound else None
+            if vector is None or (np.abs(vector) != 1).any():
                 raise CheckpointError(f"{tensor.where}: expected signs, I8 {expected}, 1 or -1")
         signs.append(vector)
     packed = next((tensor for tensor in rest.values() if tensor.dtype == "U8"), None)

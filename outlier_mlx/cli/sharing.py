@@ -8,7 +8,7 @@ import typer
 
 from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.command import GENERAL
-from outlier_mlx.cli.options import Force, ModelFolder, OutFolder, Quiet, Revision, TierModel
+from outlier_mlx.cli.options import Force, ModelFolder, OutFolder, Quiet, Revision
 from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
@@ -30,7 +30,12 @@ def verify(model: ModelFolder, quiet: Quiet = False) -> None:
 
 @command("Share", "export ./tier --format packed --out ./packed")
 def export(
-    model: TierModel,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder or hub repository of a tier or a ternary model."
+        ),
+    ],
     out: OutFolder,
     format: Annotated[
         Literal["overlay", "packed", "gguf", "mlx2"],
@@ -66,7 +71,9 @@ def export(
 
 @command("Share", "push ./tier my-name/my-tier --private")
 def push(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a tier.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Folder of a tier or a ternary model.")
+    ],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     private: Annotated[
         bool,

@@ -257,8 +257,9 @@ def _check_finite(response: GenerationResponse) -> None:
     """Fail if activations overflowed: a NaN in the KV cache spoils every later token."""
     if bool(mx.isnan(response.logprobs).any()):
         raise OutlierError(
-            "the model's output is not a number, probably because activations overflowed in"
-            " float16; try --dtype bfloat16 or --dtype float32"
+            "the model's output is not a number: its activations overflowed in float16 (--dtype"
+            " bfloat16 or --dtype float32 prevents it), or its weights are damaged (see"
+            " `outlier-mlx verify`)"
         )
 
 

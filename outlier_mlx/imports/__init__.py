@@ -113,8 +113,11 @@ def _card(name: str, source: Source, opened: Opened, rows: Sequence[SummaryRow])
     own = "ternary_switch" in opened.config
     program = "outlier-mlx generate" if own else "mlx_lm.generate"
     commands, after = [f'{program} --model {name} --prompt "Once upon a time"'], ""
+    changes = [*map(plain, opened.notes()), "`config.json` is new"]
     if is_ternary_model(opened.config):
         commands, after = with_own_code(name, TERNARY_FILE)
+        count = len(opened.config["ternary"]["modules"])
+        changes.insert(0, f"{count} ternary matrices are stored as rows of trits")
     origin = origin_of("source", source)
     return Card(
         name=name,
@@ -127,7 +130,7 @@ def _card(name: str, source: Source, opened: Opened, rows: Sequence[SummaryRow])
         relation="quantized",
         tags=["mlx"],
         rows=rows,
-        changes=[*map(plain, opened.notes()), "`config.json` is new"],
+        changes=changes,
     )
 
 

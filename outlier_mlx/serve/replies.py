@@ -17,8 +17,8 @@ from outlier_mlx.serve.request import Request
 from outlier_mlx.terminal import Progress
 
 NOT_A_NUMBER = (
-    "the model's output is not a number, probably because activations overflowed in float16;"
-    " serve it with --dtype bfloat16 or --dtype float32"
+    "the model's output is not a number: its activations overflowed in float16 (serve it with"
+    " --dtype bfloat16 or --dtype float32), or its weights are damaged (see `outlier-mlx verify`)"
 )
 
 

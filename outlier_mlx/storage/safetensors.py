@@ -72,7 +72,7 @@ class TensorRef:
     @property
     def where(self) -> str:
         """File and key, for messages."""
-        return f"{self.file.name}: {self.name}"
+        return f"{self.file.name}: {self.name[:200]}"
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of the first axis, as stored (bfloat16 as uint16).
