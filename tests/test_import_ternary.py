@@ -140,6 +140,19 @@ def test_what_is_not_ternary_stays(tmp_path: Path):
     assert not (tmp_path / "strict").exists()
 
 
+def test_codes_with_float32_scales_stay(tmp_path: Path):
+    pack = mlx_pack()
+    for leaf in ("scales", "biases"):
+        pack.tensors[f"{UP}.{leaf}"] = stored(pack.tensors[f"{UP}.{leaf}"].array(), "F32")
+    done, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
+    assert UP not in found.modules and len(found.modules) == len(pack.matrices) - 1
+    assert found.tensors[f"{UP}.scales"].dtype == "F32"
+    assert done.notes == [f"not ternary, and kept as they are: {UP}"]
+    run("verify", done.path)
+    refused = run("import", tmp_path / "pack", "--strict", "--out", tmp_path / "x", code=1)
+    assert_refused(refused, f"{UP}.scales: float32")
+
+
 def test_mirrored_codes_and_zeros(tmp_path: Path):
     pack = mlx_pack()
     path = "model.layers.0.mlp.up_proj"

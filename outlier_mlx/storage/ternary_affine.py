@@ -55,11 +55,14 @@ class AffineSource(TernarySource):
 
         Raises:
             CheckpointError: a shape or dtype is wrong; names the tensor.
+            NotTernary: the scales are float32, which no ternary pack has.
         """
         if weight.dtype != "U32" or len(weight.shape) != 2:
             raise CheckpointError(f"{weight.where}: {weight.dtype} {weight.shape}, expected U32")
         out, words = weight.shape
         shape = (out, 16 * words // group)
+        if scales.dtype == biases.dtype == "F32":
+            raise NotTernary(f"{scales.where}: float32; scales of ternary packs have 16 bits")
         dtypes = (scales.dtype,) if scales.dtype in HALVES else tuple(HALVES)
         for tensor in (scales, biases):
             if tensor.shape != shape or 16 * words % group or tensor.dtype not in dtypes:
