@@ -259,7 +259,8 @@ class _Reader:
         missing = [leaf for leaf in leaves if leaf not in tensors]
         if missing:
             raise CheckpointError(f"{self.folder.name}: {path}.{missing[0]} is missing")
-        source = AffineSource.of(*(tensors[leaf] for leaf in leaves), group)
+        weight, scales, biases = (tensors[leaf] for leaf in leaves)
+        source = AffineSource.of(weight, scales, biases, group)
         self.check_shape(tensors["weight"], path, source.shape)
         return self.settled(source)
 
@@ -272,8 +273,7 @@ class _Reader:
 
     def check_shape(self, tensor: TensorRef, path: str, shape: tuple[int, ...]) -> None:
         """Refuse a matrix of another shape than the model's."""
-        expected = self.bones.matrices[path].shape
-        if shape != expected:
+        if shape != (expected := self.bones.matrices[path].shape):
             raise CheckpointError(f"{tensor.where}: holds {shape} weights, expected {expected}")
 
 
