@@ -154,7 +154,7 @@ def _packing(
     """Trits (rows, blocks, 256), scales as bytes and a view of `packed`, a chunk at a time."""
     for first, (source, scales, target) in matrix_views(trits, d, packed):
         target = target.reshape(len(target), -1, TQ1_0_BYTES)
-        for lines, groups in blocks(scales, _CHUNK // BLOCK):
+        for lines, groups in blocks(scales, max(1, _CHUNK // BLOCK)):
             columns = slice(BLOCK * groups.start, BLOCK * groups.stop)
             piece = source[lines, columns]
             require_trits(
@@ -171,7 +171,7 @@ def _unpacking(
     for _, (source, target) in matrix_views(packed, trits):
         source = source.reshape(len(source), -1, size)
         target = target.reshape(len(target), -1, weights)
-        for lines, groups in blocks(source[..., 0], _CHUNK // weights):
+        for lines, groups in blocks(source[..., 0], max(1, _CHUNK // weights)):
             yield np.ascontiguousarray(source[lines, groups]), target[lines, groups]
 
 
