@@ -10,7 +10,7 @@ import numpy as np
 
 from outlier_mlx.models.ternary_fields import module_tensors
 from outlier_mlx.storage.rounding import narrowed, widened
-from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.storage.ternary_matrix import TernaryMatrix, slabs
 from outlier_mlx.ternary.scales import tile_scales
@@ -195,4 +195,5 @@ class Signs(Part):
 
     def chunks(self, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
         """The vector."""
-        yield self.name, self.signs.astype(NUMPY_DTYPES[self.dtype]).data.cast("B"), 0
+        signs = self.signs if self.dtype == "I8" else self.signs.astype(np.float32)
+        yield self.name, signs.data.cast("B"), 0
