@@ -219,7 +219,7 @@ def test_distillation_losses(
         return virtual_metal.metal_kernel(**arguments)
 
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
-    monkeypatch.setattr(fresh("mlx_lm.utils"), "can_run_metal", lambda: True)
+    monkeypatch.setattr("mlx_lm.utils.can_run_metal", lambda: True)
     module = fresh("mlx_lm.tuner.losses")
     q, p = normal(3, 2000, seed=1), normal(3, 2000, seed=2)
     log_q, log_p = (x - mx.logsumexp(x, -1, keepdims=True) for x in (q, p))

@@ -52,7 +52,22 @@ def numbers(array: mx.array) -> np.ndarray:
 
 
 def fresh(name: str) -> ModuleType:
-    """A module imported again, so that kernels it makes on import are made by the emulator."""
-    for known in [n for n in sys.modules if n == name or n.startswith(name + ".")]:
-        del sys.modules[known]
-    return importlib.import_module(name)
+    """A module imported again, so that kernels it makes on import are made by the emulator.
+
+    For all others, the module that was there before stays.
+    """
+    before = _taken_out(name)
+    try:
+        return importlib.import_module(name)
+    finally:
+        _taken_out(name)
+        sys.modules.update(before)
+        parent, _, leaf = name.rpartition(".")
+        if name in before and parent in sys.modules:
+            setattr(sys.modules[parent], leaf, before[name])
+
+
+def _taken_out(name: str) -> dict[str, ModuleType]:
+    """The modules of this name and below, which are not known to Python afterwards."""
+    names = [n for n in sys.modules if n == name or n.startswith(name + ".")]
+    return {n: sys.modules.pop(n) for n in names}
