@@ -5,8 +5,10 @@ measured. With `--check`, the script only fails if the page is out of date.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from difflib import unified_diff
 from pathlib import Path
 
 import mlx.core as mx
@@ -253,8 +255,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only fail if it is out of date")
     check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")
+    mx.random.seed(0)
     made = filled(page, sections())
     if check and made != page:
+        changes = unified_diff(page.splitlines(), made.splitlines(), n=0, lineterm="")
+        print("\n".join(changes), file=sys.stderr)
         raise SystemExit(f"{PAGE} is out of date: run {Path(__file__).name}")
     if not check:
         PAGE.write_text(made, encoding="utf-8")
