@@ -10,7 +10,7 @@ from outlier_mlx.measure.measured import read_measured
 from outlier_mlx.models.tier_fields import MODEL_FILE
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_json
-from outlier_mlx.tiers.card_tables import as_metadata, memory, perplexities, scores
+from outlier_mlx.tiers.card_tables import as_metadata, memory, results
 from outlier_mlx.writing.card import Card, Origin, code, plain, with_own_code
 from outlier_mlx.writing.licences import licence_of
 
@@ -53,10 +53,7 @@ def model_card(
         tags=["mlx", "moe", "ternary"],
         rows=info.rows,
         after_sizes=memory(info),
-        sections=[
-            *([perplexities(measured)] if measured else []),
-            *([scores(evaluations)] if evaluations else []),
-        ],
+        sections=results(measured, evaluations),
         changes=list(_changes(folder, config, recipe)),
         manifest="tier.json",
         given=licence,

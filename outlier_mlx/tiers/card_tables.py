@@ -42,7 +42,15 @@ def as_metadata(title: str, measured: Sequence[Measured]) -> dict[str, Any]:
     return {"model_name": title, "eval_results": results} if results else {}
 
 
-def perplexities(measured: Sequence[Measured]) -> str:
+def results(measured: Sequence[Measured], evaluations: Sequence[Evaluation]) -> list[str]:
+    """The sections on what was found with a model, in the order of the card."""
+    return [
+        *([_perplexities(measured)] if measured else []),
+        *([_scores(evaluations)] if evaluations else []),
+    ]
+
+
+def _perplexities(measured: Sequence[Measured]) -> str:
     """What `perplexity --record` found."""
     head = "| text | SHA-256 | perplexity | loss, ± nats | tokens | windows of | in | on |"
     rows = [
@@ -61,7 +69,7 @@ def perplexities(measured: Sequence[Measured]) -> str:
     return "\n".join([*lines, *([""] if far else []), *far])
 
 
-def scores(evaluations: Sequence[Evaluation]) -> str:
+def _scores(evaluations: Sequence[Evaluation]) -> str:
     """What `eval` found."""
     lines = ["## Scores"]
     for one in evaluations:
