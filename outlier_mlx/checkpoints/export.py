@@ -88,63 +88,56 @@ def export_tier(
     target = named(out)
     check_free(target, force=force, sources=[tier])
     source = resolve(tier, revision)
-    if format == MLX2:
-        check_mlx2(raw_config(source.folder), source.folder)
-        stored = opened(source.folder)
-        return _export_mlx2(source, stored, target, [tier], force=force, progress=progress)
-    overlay = open_tier(source.folder)
-    origin = _origin(source.folder, contains_base=bool(overlay.base))
+    content = _of_ternary(source, opened) if format == MLX2 else _of_tier(source.folder, format)
 
     def assets(folder: Path) -> None:
-        write_alphas(overlay, folder)
+        if content.overlay is not None:
+            write_alphas(content.overlay, folder)
         copy_assets([source.folder], folder)
 
     written = write_model(
         target,
-        FORMATS[format](overlay, origin),
-        overlay_config(overlay, origin),
+        content.tensors,
+        content.config,
         source=source.name,
         inputs=[tier, source.folder],
         assets=assets,
         manifest={
             "format": format,
-            "source": {"name": source.name, "revision": source.revision, "form": "tier"},
+            "source": {"name": source.name, "revision": source.revision, "form": content.form},
         },
         force=force,
         progress=progress,
     )
     nbytes = sum(path.stat().st_size for path in files_below(written.path))
-    return Exported(written.path, format, nbytes, origin.base)
+    return Exported(written.path, format, nbytes, content.base)
 
 
-def _export_mlx2(
-    source: Source,
-    stored: StoredModel,
-    target: Path,
-    given: list,
-    *,
-    force: bool,
-    progress: Progress,
-) -> Exported:
-    """Write a ternary model as a pack of 2-bit codes."""
+@dataclass(frozen=True)
+class _Content:
+    """What an export holds: `form` is that of its source, `base` as in `Exported`."""
+
+    tensors: Parts
+    config: dict
+    form: str
+    overlay: Overlay | None = None
+    base: str | None = None
+
+
+def _of_tier(folder: Path, format: str) -> _Content:
+    overlay = open_tier(folder)
+    origin = _origin(folder, contains_base=bool(overlay.base))
+    tensors = FORMATS[format](overlay, origin)
+    return _Content(tensors, overlay_config(overlay, origin), "tier", overlay, origin.base)
+
+
+def _of_ternary(source: Source, opened: Callable[[Path], StoredModel]) -> _Content:
+    raw = raw_config(source.folder)
+    check_mlx2(raw, source.folder)
+    stored = opened(source.folder)
     assert stored.ternary is not None
-    parts, config = mlx2_pack(stored.ternary, raw_config(source.folder), source.name)
-    written = write_model(
-        target,
-        Parts(parts),
-        config,
-        source=source.name,
-        inputs=[*given, source.folder],
-        assets=lambda folder: copy_assets([source.folder], folder),
-        manifest={
-            "format": MLX2,
-            "source": {"name": source.name, "revision": source.revision, "form": "ternary rows"},
-        },
-        force=force,
-        progress=progress,
-    )
-    nbytes = sum(path.stat().st_size for path in files_below(written.path))
-    return Exported(written.path, MLX2, nbytes, None)
+    parts, config = mlx2_pack(stored.ternary, raw, source.name)
+    return _Content(Parts(parts), config, "ternary rows")
 
 
 def _origin(folder: Path, *, contains_base: bool) -> Origin:
