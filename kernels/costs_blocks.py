@@ -5,9 +5,8 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from kernels.costs import ROWS, Figures, figures_of
+from kernels.costs import ROWS, Figures, figures_of, random_rows
 from kernels.emulator import virtual_metal
-from outlier_mlx.runtime.affine2 import row_bytes
 from outlier_mlx.runtime.blocks import tq1_0_sort
 from outlier_mlx.runtime.kernels import tq1_0_qmv, tq1_0_swiglu
 
@@ -28,8 +27,7 @@ def block_cost(
         pairs: number of pairs, at most `size`.
         dtype: dtype of x.
     """
-    rows = np.random.default_rng(0).integers(0, 243, (1, ROWS, row_bytes(wide)), dtype=np.uint8)
-    packed = mx.array(rows), mx.ones((1, ROWS))
+    packed = random_rows(1, ROWS, wide), mx.ones((1, ROWS))
     x, indices = mx.random.normal((pairs, wide)).astype(dtype), mx.zeros((pairs, 1), mx.uint32)
     with virtual_metal() as metal:
         blocks = tq1_0_sort(indices, 1, size)

@@ -3,11 +3,9 @@
 from functools import cache
 
 import mlx.core as mx
-import numpy as np
 
-from kernels.costs import ROWS, Figures, figures_of
+from kernels.costs import ROWS, Figures, figures_of, random_rows
 from kernels.emulator import virtual_metal
-from outlier_mlx.runtime.affine2 import row_bytes
 from outlier_mlx.runtime.groups import tq1_0_linear
 from outlier_mlx.runtime.rotation import tq1_0_rotate
 
@@ -15,11 +13,11 @@ from outlier_mlx.runtime.rotation import tq1_0_rotate
 @cache
 def linear(wide: int, group: int, vectors: int, dtype: mx.Dtype = mx.float16) -> Figures:
     """Cost of `tq1_0_linear` for a weight, with float16 scales of groups (0: one scale a row)."""
-    bits = np.random.default_rng(0).integers(0, 243, (ROWS, row_bytes(wide)), dtype=np.uint8)
+    rows = random_rows(1, ROWS, wide)[0]
     tiles = (ROWS // 8, wide // group, 8) if group else None
     scales = mx.ones((ROWS,)) if tiles is None else mx.ones(tiles, mx.float16)
     with virtual_metal() as metal:
-        tq1_0_linear(mx.ones((vectors, wide), dtype), mx.array(bits), scales, size=vectors)
+        tq1_0_linear(mx.ones((vectors, wide), dtype), rows, scales, size=vectors)
     return figures_of(metal.launches[0].cost, ROWS * wide, ("rows", "scales"))
 
 
