@@ -63,30 +63,17 @@ def qmv(
     """
     tokens, wide = x.shape
     out = weight.shape[0]
-    if x.dtype not in _TYPES or scales.dtype != x.dtype or biases.dtype != x.dtype:
-        raise LaunchError("qmv: x, scales and biases must share one floating dtype")
+    _check_dtypes("qmv", x, scales, biases)
     if scales.shape != (out, wide // group_size):
         raise LaunchError(f"qmv: x {x.shape} and scales {scales.shape} do not match")
     kernel = compiled(
         _fast("affine_qmv", wide, out), f"<{_TYPES[x.dtype]}, {group_size}, {bits}, false>"
     )
-    arrays = [memory(mx.contiguous(a))[0] for a in (weight, scales, biases, x)]
-    buffers = [launch.Buffer(data) for data in arrays]
-    buffers.append(
-        launch.Buffer(filled((tokens, out), x.dtype, None), written=True, item=x.dtype.size)
-    )
-    for size in (wide, out):
-        buffers.append(launch.Buffer(np.array([size], np.int32).view(np.uint8), item=4))
-    unused = len(kernel.signature.buffers) - len(buffers)  # shapes and strides of a batch
-    buffers += [launch.Buffer(np.zeros(8, np.uint8))] * unused
+    inputs, sizes = [weight, scales, biases, x], [_ints(wide), _ints(out)]
+    unused = len(kernel.signature.buffers) - len(inputs) - 1 - len(sizes)
+    sizes += [launch.Buffer(np.zeros(8, np.uint8))] * unused  # shapes and strides of a batch
     grid = (32 * tokens, -(-out // 8) * 2, 1)
-    outcome = launch.run(kernel, buffers, grid, (32, 2, 1), count=True)
-    assert outcome.counts is not None
-    return Product(
-        as_array(outcome.outputs[4], (tokens, out), x.dtype),
-        price(kernel, outcome.counts),
-        tokens * out * wide,
-    )
+    return _product(kernel, inputs, x, (tokens, out), sizes, grid, 2)
 
 
 def _fast(name: str, wide: int, out: int) -> str:
@@ -125,47 +112,22 @@ def gather_qmv(
     tokens, k = indices.shape
     wide = x.shape[-1]
     experts, out = weight.shape[:2]
-    if x.dtype not in _TYPES or scales.dtype != x.dtype or biases.dtype != x.dtype:
-        raise LaunchError("gather_qmv: x, scales and biases must share one floating dtype")
+    _check_dtypes("gather_qmv", x, scales, biases)
     if x.shape != (tokens, wide) or scales.shape != (experts, out, wide // group_size):
         raise LaunchError(f"gather_qmv: x {x.shape} and scales {scales.shape} do not match")
     kernel = compiled(
         _fast("affine_gather_qmv", wide, out), f"<{_TYPES[x.dtype]}, {group_size}, {bits}>"
     )
     lhs = mx.broadcast_to(mx.arange(tokens, dtype=mx.uint32)[:, None], (tokens, k)).flatten()
-    arrays = [weight, scales, biases, x, mx.contiguous(lhs), indices.flatten().astype(mx.uint32)]
-    buffers = [launch.Buffer(memory(mx.contiguous(a))[0], item=a.dtype.size) for a in arrays]
-    buffers.append(
-        launch.Buffer(filled((tokens, k, out), x.dtype, None), written=True, item=x.dtype.size)
-    )
-
-    def ints(*values: int) -> None:
-        buffers.append(launch.Buffer(np.array(values, np.int32).view(np.uint8), item=4))
-
-    def strides(*values: int) -> None:
-        buffers.append(launch.Buffer(np.array(values, np.int64).view(np.uint8), item=8))
-
-    ints(wide)
-    ints(out)
-    ints(1)  # batch dimensions of x, (tokens, 1, in)
-    ints(tokens, 1, wide)
-    strides(wide, wide, 1)
-    ints(1)  # batch dimensions of the weight
-    ints(*weight.shape)
+    inputs = [weight, scales, biases, x, lhs, indices.flatten().astype(mx.uint32)]
+    sizes = [_ints(wide), _ints(out)]
+    sizes += [_ints(1), _ints(tokens, 1, wide), _strides(wide, wide, 1)]  # x, (tokens, 1, in)
+    sizes += [_ints(1), _ints(*weight.shape)]  # one batch dimension, as of x
     for array in (weight, scales, biases):
-        strides(array.shape[1] * array.shape[2], array.shape[2], 1)
-    ints(1)  # dimensions of the indices, as one
-    ints(tokens * k)
-    strides(1)
-    strides(1)
+        sizes.append(_strides(array.shape[1] * array.shape[2], array.shape[2], 1))
+    sizes += [_ints(1), _ints(tokens * k), _strides(1), _strides(1)]  # the indices, flat
     grid = (32, -(-out // 8) * 2, tokens * k)
-    outcome = launch.run(kernel, buffers, grid, (32, 2, 1), count=True)
-    assert outcome.counts is not None
-    return Product(
-        as_array(outcome.outputs[6], (tokens, k, out), x.dtype),
-        price(kernel, outcome.counts),
-        tokens * k * out * wide,
-    )
+    return _product(kernel, inputs, x, (tokens, k, out), sizes, grid, 2)
 
 
 def gather_qmm(
@@ -199,35 +161,52 @@ def gather_qmm(
     """
     pairs, wide = x.shape
     experts, out = weight.shape[:2]
-    if x.dtype not in _TYPES or scales.dtype != x.dtype or biases.dtype != x.dtype:
-        raise LaunchError("gather_qmm: x, scales and biases must share one floating dtype")
+    _check_dtypes("gather_qmm", x, scales, biases)
     if indices.shape != (pairs,) or scales.shape != (experts, out, wide // group_size):
         raise LaunchError(f"gather_qmm: x {x.shape} and scales {scales.shape} do not match")
     if wide % _TILE_DEPTH or out % _TILE_COLUMNS:  # function constants are true in the emulator
         raise LaunchError(f"gather_qmm: tiles do not divide {out} x {wide}")
-    sizes = f"{TILE_PAIRS}, {_TILE_COLUMNS}, {_TILE_DEPTH}, 1, {_TILE_SIMDGROUPS}, true"
-    kernel = compiled(
-        "affine_gather_qmm_rhs", f"<{_TYPES[x.dtype]}, {group_size}, {bits}, {sizes}>"
-    )
+    tile = f"{TILE_PAIRS}, {_TILE_COLUMNS}, {_TILE_DEPTH}, 1, {_TILE_SIMDGROUPS}, true"
+    kernel = compiled("affine_gather_qmm_rhs", f"<{_TYPES[x.dtype]}, {group_size}, {bits}, {tile}>")
     found = np.array(indices)
     starts = np.searchsorted(found, np.arange(experts)).astype(np.int32)
     runs = np.diff(np.append(starts, pairs))
-    arrays = [x, weight, scales, biases, mx.array(starts)]
-    buffers = [launch.Buffer(memory(mx.contiguous(a))[0], item=a.dtype.size) for a in arrays]
-    buffers.append(
-        launch.Buffer(filled((pairs, out), x.dtype, None), written=True, item=x.dtype.size)
-    )
-    for size in (pairs, out, wide, experts):
-        buffers.append(launch.Buffer(np.array([size], np.int32).view(np.uint8), item=4))
+    inputs = [x, weight, scales, biases, mx.array(starts)]
+    sizes = [_ints(size) for size in (pairs, out, wide, experts)]
     tiles = int((-(-runs // TILE_PAIRS)).sum())
     grid = (32 * (out // _TILE_COLUMNS), _TILE_SIMDGROUPS * tiles, 1)
-    outcome = launch.run(kernel, buffers, grid, (32, _TILE_SIMDGROUPS, 1), count=True)
+    return _product(kernel, inputs, x, (pairs, out), sizes, grid, _TILE_SIMDGROUPS)
+
+
+def _check_dtypes(name: str, x: mx.array, scales: mx.array, biases: mx.array) -> None:
+    if x.dtype not in _TYPES or scales.dtype != x.dtype or biases.dtype != x.dtype:
+        raise LaunchError(f"{name}: x, scales and biases must share one floating dtype")
+
+
+def _ints(*values: int) -> launch.Buffer:
+    return launch.Buffer(np.array(values, np.int32).view(np.uint8), item=4)
+
+
+def _strides(*values: int) -> launch.Buffer:
+    return launch.Buffer(np.array(values, np.int64).view(np.uint8), item=8)
+
+
+def _product(
+    kernel: CompiledKernel,
+    inputs: list[mx.array],
+    x: mx.array,
+    shape: tuple[int, ...],
+    sizes: list[launch.Buffer],
+    grid: launch.Size,
+    simdgroups: int,
+) -> Product:
+    """Launches a kernel whose buffers are inputs, the product of x (of a shape), and sizes."""
+    buffers = [launch.Buffer(memory(mx.contiguous(a))[0], item=a.dtype.size) for a in inputs]
+    buffers.append(launch.Buffer(filled(shape, x.dtype, None), written=True, item=x.dtype.size))
+    outcome = launch.run(kernel, [*buffers, *sizes], grid, (32, simdgroups, 1), count=True)
     assert outcome.counts is not None
-    return Product(
-        as_array(outcome.outputs[5], (pairs, out), x.dtype),
-        price(kernel, outcome.counts),
-        pairs * out * wide,
-    )
+    y = as_array(outcome.outputs[len(inputs)], shape, x.dtype)
+    return Product(y, price(kernel, outcome.counts), y.size * x.shape[-1])
 
 
 def compiled(name: str, arguments: str) -> CompiledKernel:
