@@ -1,0 +1,1 @@
+"""Experts paged from disk: a set of slots in memory, and which experts are in them."""

@@ -1,0 +1,207 @@
+"""Which expert leaves its slot when another one needs it.
+
+A policy knows experts by (layer, expert), and never sees slots or bytes. The store of a running
+model and the replay of a recorded trace use the same classes, and call them in the same order:
+
+1. A layer of a pass needs some experts: `use`, once, with all of them, resident or not.
+2. For each that is missing, in ascending order: if no slot is free, `evict`; then `add`, before it
+   is read. If it cannot be read: `remove`.
+3. An expert that is read early, before its layer is in hand, is also evicted for and added, but not
+   used.
+
+A pass is one run through the layers: a decoded token, a batch of them or a chunk of a prompt.
+Policies see where one begins: layers ascend within a pass.
+
+What is here are plain dictionaries and heaps: no call goes through all slots.
+"""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Container, Iterable
+from heapq import heapify, heappop, heappush
+from math import log2
+from typing import Protocol
+
+Key = tuple[int, int]
+"""A layer's number and an expert's."""
+
+
+class Policy(Protocol):
+    """Keeps account of the experts that have a slot, and names the one to go."""
+
+    def use(self, layer: int, experts: Iterable[int]) -> None:
+        """Note that a layer of the present pass needs these experts, in any order."""
+
+    def add(self, layer: int, expert: int) -> None:
+        """Note that an expert, which had none, was given a slot."""
+
+    def remove(self, layer: int, expert: int) -> None:
+        """Note that an expert lost its slot for another reason than `evict`.
+
+        Raises:
+            KeyError: it had none.
+        """
+
+    def evict(self, layer: int, held: Container[Key] = ()) -> Key | None:
+        """Choose an expert to lose its slot, and forget that it had one.
+
+        Args:
+            layer: the layer in hand, or that an expert is read early for; none of its experts is
+                chosen. -1 if there is none.
+            held: further experts that are not chosen, such as those that are being read.
+
+        Returns:
+            The expert, or None if all may not go.
+        """
+
+
+class Lru:
+    """The expert that was used, or given a slot, the longest ago."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[Key, None] = OrderedDict()  # the next to go comes first
+
+    def use(self, layer: int, experts: Iterable[int]) -> None:
+        """See `Policy`."""
+        for key in ((layer, expert) for expert in sorted(experts)):
+            if key in self._order:
+                self._order.move_to_end(key)
+
+    def add(self, layer: int, expert: int) -> None:
+        """See `Policy`."""
+        self._order[layer, expert] = None
+
+    def remove(self, layer: int, expert: int) -> None:
+        """See `Policy`."""
+        del self._order[layer, expert]
+
+    def evict(self, layer: int, held: Container[Key] = ()) -> Key | None:
+        """See `Policy`."""
+        key = next((key for key in self._order if key[0] != layer and key not in held), None)
+        if key is not None:
+            del self._order[key]
+        return key
+
+
+class Lfu:
+    """The expert that was used least often, where a use counts half after `half_life` passes.
+
+    Uses are counted whether an expert has a slot or not. Of experts that were used equally often,
+    the one used or given a slot the longest ago goes.
+    """
+
+    def __init__(self, half_life: float = 64.0) -> None:
+        """Count a use as half a use after `half_life` passes."""
+        self._half_life = half_life
+        self._pass, self._layer = 0, -1
+        self._events = 0
+        # log2 of the sum over an expert's uses of 2^(number of the pass / half-life). Time passing
+        # takes the same from all, so the order changes only by uses.
+        self._uses: dict[Key, float] = {}
+        self._rank: dict[Key, tuple[float, int]] = {}  # of experts with a slot: uses, last event
+        # May have outdated ranks: those are passed over, and dropped when they are too many.
+        self._heap: list[tuple[tuple[float, int], Key]] = []
+
+    def use(self, layer: int, experts: Iterable[int]) -> None:
+        """See `Policy`."""
+        if layer <= self._layer:
+            self._pass += 1
+        self._layer = layer
+        now = self._pass / self._half_life
+        for key in ((layer, expert) for expert in sorted(experts)):
+            before = self._uses.get(key)
+            # log2(2^before + 2^now), and now is never less.
+            self._uses[key] = now if before is None else now + log2(1 + 2 ** (before - now))
+            if key in self._rank:
+                self._put(key)
+
+    def add(self, layer: int, expert: int) -> None:
+        """See `Policy`."""
+        self._put((layer, expert))
+
+    def remove(self, layer: int, expert: int) -> None:
+        """See `Policy`."""
+        del self._rank[layer, expert]
+
+    def evict(self, layer: int, held: Container[Key] = ()) -> Key | None:
+        """See `Policy`."""
+        kept = []
+        found = None
+        while self._heap and found is None:
+            rank, key = entry = heappop(self._heap)
+            if self._rank.get(key) != rank:
+                continue
+            if key[0] == layer or key in held:
+                kept.append(entry)
+            else:
+                found = key
+                del self._rank[key]
+        for entry in kept:
+            heappush(self._heap, entry)
+        return found
+
+    def _put(self, key: Key) -> None:
+        self._events += 1
+        rank = self._uses.get(key, float("-inf")), self._events
+        self._rank[key] = rank
+        heappush(self._heap, (rank, key))
+        if len(self._heap) > 4 * len(self._rank) + 64:
+            self._heap = [(rank, key) for key, rank in self._rank.items()]
+            heapify(self._heap)
+
+
+class LeastStale:
+    """First what the present pass has gone by: the layers below are needed last.
+
+    Among the experts of layers below the layer in hand, and if there is none among those of layers
+    above, the one that was used, or given a slot, the longest ago goes. After the policy of the
+    same name in SpecMD (arXiv 2602.03921).
+    """
+
+    def __init__(self) -> None:
+        self._events = 0
+        # Of each layer, the last event of experts with a slot; the next to go comes first.
+        self._layers: defaultdict[int, OrderedDict[int, int]] = defaultdict(OrderedDict)
+
+    def use(self, layer: int, experts: Iterable[int]) -> None:
+        """See `Policy`."""
+        resident = self._layers[layer]
+        for expert in sorted(experts):
+            if expert in resident:
+                self._events += 1
+                resident[expert] = self._events
+                resident.move_to_end(expert)
+
+    def add(self, layer: int, expert: int) -> None:
+        """See `Policy`."""
+        self._events += 1
+        self._layers[layer][expert] = self._events
+
+    def remove(self, layer: int, expert: int) -> None:
+        """See `Policy`."""
+        del self._layers[layer][expert]
+
+    def evict(self, layer: int, held: Container[Key] = ()) -> Key | None:
+        """See `Policy`."""
+        first = []
+        for number, resident in self._layers.items():
+            if number == layer:
+                continue
+            expert = next((expert for expert in resident if (number, expert) not in held), None)
+            if expert is not None:
+                first.append((number > layer, resident[expert], (number, expert)))
+        if not first:
+            return None
+        *_, key = min(first)
+        self.remove(*key)
+        return key
+
+
+POLICIES: dict[str, type[Lru] | type[Lfu] | type[LeastStale]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "least-stale": LeastStale,
+}
+"""All policies by their names in commands and reports."""
+
+DEFAULT_POLICY = "least-stale"
+"""The policy of a running model: see the table in `docs/memory.md`."""
