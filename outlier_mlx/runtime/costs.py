@@ -29,8 +29,9 @@ TILE_PAIRS = 16
 BLOCK_BYTES, CONVERSION_BYTES, TILE_BYTES = 0.2, 0.51, 0.3125
 # Cycles in the time of one byte: 13 to 18 on the M1 Max to M4 Max.
 CYCLES_PER_BYTE = 15.0
-# Cycles in the time of a launch, if that is 2 microseconds: an assumption.
-LAUNCH_CYCLES = 2e-6 * 6.5e12
+# Time of a launch, which is an assumption, and cycles of all lanes in that time.
+LAUNCH_SECONDS = 2e-6
+LAUNCH_CYCLES = LAUNCH_SECONDS * 6.5e12
 # Launches for pairs one by one, in blocks, and with converted experts.
 LAUNCHES, BLOCK_LAUNCHES, CONVERTING_LAUNCHES = 2, 4, 28
 # Converting may cost this much more: lanes of MLX's matrix kernel read x for 16 rows at a time, but
