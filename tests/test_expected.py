@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,8 @@ def test_weights_of_a_token(tmp_path: Path):
     built = write_overlay(tmp_path / "overlay")
     dims, routed = built.dims, len(built.dims.routed_layers)
     experts = 3 * dims.hidden * dims.expert_intermediate * dims.top_k * routed
-    for number, how in enumerate(({"base_bits": None}, {"base_bits": 4, "group_size": 32})):
+    recipes: list[dict[str, Any]] = [{"base_bits": None}, {"base_bits": 4, "group_size": 32}]
+    for number, how in enumerate(recipes):
         folder = tier_of(built.path, None, tmp_path / str(number), **how)
         found = work(folder)
         head = dims.hidden * dims.vocab
