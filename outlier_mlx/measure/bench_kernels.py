@@ -70,6 +70,33 @@ def bench_kernels(
     return KernelBench(this_chip(), dtype_name(dtype), results)
 
 
+def check_kernels(
+    model: nn.Module, dtype: mx.Dtype, progress: Progress = no_progress
+) -> dict[str, str | None]:
+    """Compare every kernel with plain MLX, as it is launched without a choice; nothing is timed.
+
+    Args:
+        model: a module with ternary experts.
+        dtype: activation dtype.
+        progress: called with kernels checked so far, and in all.
+
+    Returns:
+        What is wrong with each case, by its name; None: nothing.
+
+    Raises:
+        OutlierError: the model has no ternary experts.
+    """
+    found: dict[str, str | None] = {}
+    todo = cases(model, 1, dtype)
+    for number, case in enumerate(todo):
+        progress(number, len(todo))
+        inputs = case.build()
+        contender = _ours(case, inputs, dtype, None)
+        _check([contender], case, inputs)
+        found[case.name] = contender.arm.error
+    return found
+
+
 def copied_bytes(model: nn.Module, tokens: int) -> int:
     """Bytes of the copies in MLX's formats that are kept at a time, beside the model.
 
@@ -77,7 +104,7 @@ def copied_bytes(model: nn.Module, tokens: int) -> int:
         OutlierError: the model has no ternary experts.
     """
     dtype = activation_dtype(model)
-    copied, most = _copied_dtype(dtype), 0
+    copied, most = mlx_dtype(dtype), 0
     layers: Sequence[Any] = decode_layers(model, tokens, dtype)
     experts: Sequence[Any] = linears(model, tokens, 0, dtype)
     for kernel in (*DECODING, LINEAR):
@@ -87,8 +114,8 @@ def copied_bytes(model: nn.Module, tokens: int) -> int:
     return most
 
 
-def _copied_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """The dtype of MLX's arms: on the CPU, float32, as the runtime's plain path."""
+def mlx_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """The dtype of MLX's own products: on the CPU, float32, as the runtime's plain path."""
     # MLX's CPU kernels would sum in halves.
     return mx.float32 if mx.default_device() == mx.cpu else dtype
 
@@ -191,7 +218,7 @@ def _in_turn(contenders: list[_Contender], turn: int) -> list[_Contender]:
 
 def _theirs(case: Case, inputs: Sequence[Any], dtype: mx.Dtype) -> list[_Contender]:
     """The arms of MLX: a format each, or its operations alone where the kernel has no matrices."""
-    dtype = _copied_dtype(dtype)
+    dtype = mlx_dtype(dtype)
     kernel, rounding = case.kernel, 8 * ROUNDING[dtype]  # of the scales, and of every step
 
     def contender(bits: int | None) -> _Contender:
@@ -216,7 +243,7 @@ def _ours(
     case: Case, inputs: Sequence[Any], dtype: mx.Dtype, variant: Variant | None
 ) -> _Contender:
     kernel = case.kernel
-    given = {"variant": variant} if variant else {}
+    given = {"variant": variant} if kernel.tuned else {}
     rounding = ROUNDING[dtype if kernel.rounds else mx.float32]
     return _Contender(
         Arm(variant, _nbytes(case, inputs), label="ours", own=True),
