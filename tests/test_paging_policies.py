@@ -3,11 +3,20 @@
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outlier_mlx.engine.paging.policies import POLICIES, Key, LeastStale, Lfu, Lru, Policy
+from outlier_mlx.engine.paging.policies import (
+    POLICIES,
+    Key,
+    LeastLikely,
+    LeastStale,
+    Lfu,
+    Lru,
+    Policy,
+)
 
 LAYERS, EXPERTS = 4, 5
 
@@ -20,10 +29,19 @@ class Model:
         self.uses: dict[Key, list[int]] = {}  # the passes in which an expert was used
         self.count = self.number = 0
         self.layer = -1
+        self.turns: dict[int, list[set[int]]] = {}  # what each layer's passes used
+        self.repeats: list[tuple[int, int, float]] = []  # of each: used before, again, expected
+        self.bonus: dict[int, float] = {}
 
     def use(self, layer: int, experts: set[int]) -> None:
         self.number += layer <= self.layer
         self.layer = layer
+        turns = self.turns.setdefault(layer, [])
+        last = turns[-1] if turns else set()
+        expected = sum(self.share((layer, expert)) for expert in sorted(last))
+        self.repeats.append((len(last), len(last & experts), expected))
+        self.bonus[layer] = self.learned()
+        turns.append(experts)
         for key in sorted((layer, expert) for expert in experts):
             self.uses.setdefault(key, []).append(self.number)
             if key in self.events:
@@ -38,6 +56,7 @@ class Model:
             "lru": lambda key: self.events[key],
             "lfu": lambda key: (self.frequency(key), self.events[key]),
             "least-stale": lambda key: (key[0] > layer, self.events[key]),
+            "least-likely": lambda key: (self.chance(key), key[0] > layer, -key[0], key[1]),
         }
         those = [key for key in self.events if key[0] != layer and key not in held]
         return min(those, key=ranks[name], default=None)
@@ -46,9 +65,31 @@ class Model:
         """With a half-life of one pass, exactly."""
         return sum((Fraction(2) ** number for number in self.uses.get(key, [])), Fraction(0))
 
+    def share(self, key: Key) -> float:
+        """Of its layer's turns, the latest counting twice the one before it."""
+        turns = self.turns.get(key[0], [])
+        used = sum(2**number for number, turn in enumerate(turns) if key[1] in turn)
+        return used / (2 ** len(turns) - 1) if used else 0.0
+
+    def learned(self) -> float:
+        """With half of the weight for the latest turn of any layer."""
+        seen = again = expected = 0.0
+        for one in self.repeats:
+            seen, again, expected = (
+                old / 2 + new for old, new in zip((seen, again, expected), one, strict=True)
+            )
+        return max(0.0, (again - expected) / (seen - expected)) if seen > expected else 0.0
+
+    def chance(self, key: Key) -> float:
+        share = self.share(key)
+        used = [*self.turns.get(key[0], []), set()]
+        return share + (1 - share) * self.bonus[key[0]] if key[1] in used[-2:][0] else share
+
 
 def made(name: str) -> Policy:
-    return Lfu(half_life=1) if name == "lfu" else POLICIES[name]()
+    """A policy that forgets so fast that its numbers are exact."""
+    fast: dict[str, Policy] = {"lfu": Lfu(1), "least-likely": LeastLikely(1, 0.5)}
+    return fast.get(name) or POLICIES[name]()
 
 
 keys = st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
@@ -62,7 +103,7 @@ step = st.one_of(
 
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=200, deadline=None)
-@given(steps=st.lists(step, max_size=80))
+@given(steps=st.lists(step, max_size=50))
 def test_a_policy_evicts_what_a_search_through_all_slots_finds(name: str, steps: list) -> None:
     policy, model = made(name), Model()
     for what, where, more in steps:
@@ -119,6 +160,21 @@ def test_least_stale_keeps_what_this_pass_comes_to() -> None:
         for layer in range(3):
             policy.use(layer, [0] if layer < 2 else [1])
     assert (lru.evict(2), least_stale.evict(2)) == ((3, 0), (0, 0))
+
+
+@pytest.mark.parametrize(("length", "last"), [(1, (0, 0)), (8, (0, 1))])
+def test_least_likely_learns_whether_tokens_keep_their_experts(length: int, last: Key) -> None:
+    """Expert 0 is the favourite, but the last token used 1. That stays where experts are kept."""
+    policy, random = LeastLikely(), np.random.default_rng(0)
+    for expert in range(4):
+        policy.add(0, expert)
+    for favour in random.random(500) < 0.6:
+        chosen = 0 if favour else int(random.integers(1, 4))
+        for _ in range(length):
+            policy.use(0, [chosen])
+    policy.use(0, [0])
+    policy.use(0, [1])
+    assert [policy.evict(1) for _ in range(4)][-1] == last
 
 
 def test_lfu_forgets() -> None:

@@ -12,11 +12,11 @@ model and the replay of a recorded trace use the same classes, and call them in 
 A pass is one run through the layers: a decoded token, a batch of them or a chunk of a prompt.
 Policies see where one begins: layers ascend within a pass.
 
-What is here are plain dictionaries and heaps: no call goes through all slots.
+No call goes through all slots: at most through the layers, and the experts of one of them.
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from heapq import heapify, heappop, heappush
 from math import log2
 from typing import Protocol
@@ -196,12 +196,119 @@ class LeastStale:
         return key
 
 
-POLICIES: dict[str, type[Lru] | type[Lfu] | type[LeastStale]] = {
+class LeastLikely:
+    """The expert that its layer will least likely need the next time; it learns from what is used.
+
+    A layer's turns are the passes in which it was used. The chance of an expert is
+
+        f            the share of its layer's turns in which it was used; a turn counts half after
+                     `half_life` turns
+        f + (1-f)d   if it was used in the last of them
+
+    where d is learned from all layers: of the experts used in a turn, r are used in the next one,
+    and f would have said m; d is (r - m) / (1 - m), or 0. Of equal chances, the layer that comes
+    last after the layer in hand goes first, and of its experts the one with the lower number.
+
+    Where routing has favourites, this is LFU; where tokens keep their neighbours' experts, it is
+    least-stale.
+    """
+
+    def __init__(self, half_life: float = 32.0, memory: float = 0.999) -> None:
+        """Count turns half after `half_life`; in d, a use counts `memory` times the next one."""
+        self._decay, self._memory = 2 ** (-1 / half_life), memory
+        self._layers: defaultdict[int, _Turns] = defaultdict(_Turns)
+        # Sums over the experts of all turns: how many, r and m.
+        self._seen = self._again = self._expected = 0.0
+
+    def use(self, layer: int, experts: Iterable[int]) -> None:
+        """See `Policy`."""
+        of, used = self._layers[layer], set(experts)
+        self._seen = self._memory * self._seen + len(of.last)
+        self._again = self._memory * self._again + len(of.last & used)
+        expected = sum(of.share(expert, self._decay) for expert in sorted(of.last))
+        self._expected = self._memory * self._expected + expected
+        rest = self._seen - self._expected
+        of.bonus = max(0.0, (self._again - self._expected) / rest) if rest > 0 else 0.0
+        of.turn(used, self._decay)
+
+    def add(self, layer: int, expert: int) -> None:
+        """See `Policy`."""
+        of = self._layers[layer]
+        of.resident.add(expert)
+        of.least = None
+
+    def remove(self, layer: int, expert: int) -> None:
+        """See `Policy`."""
+        of = self._layers[layer]
+        of.resident.remove(expert)
+        of.least = None
+
+    def evict(self, layer: int, held: Container[Key] = ()) -> Key | None:
+        """See `Policy`."""
+        first = []
+        for number, of in self._layers.items():
+            if number == layer or not of.resident:
+                continue
+            if of.least is None:
+                of.least = of.find(of.resident, self._decay)
+            least: tuple[float, int] | None = of.least
+            if (number, of.least[1]) in held:
+                free = [expert for expert in of.resident if (number, expert) not in held]
+                least = of.find(free, self._decay) if free else None
+            if least is not None:
+                first.append((least[0], number > layer, -number, least[1]))
+        if not first:
+            return None
+        _, _, number, expert = min(first)
+        self.remove(-number, expert)
+        return -number, expert
+
+
+class _Turns:
+    """The turns of one layer, for `LeastLikely`."""
+
+    def __init__(self) -> None:
+        self.turns = 0.0  # how many, decayed
+        self.number = 0
+        # Of each expert, the turns in which it was used, decayed up to the number of a turn.
+        self.uses: dict[int, tuple[float, int]] = {}
+        self.last: set[int] = set()
+        self.bonus = 0.0
+        self.resident: set[int] = set()
+        # Chance and number of the resident expert that is to go first. Chances change by turns.
+        self.least: tuple[float, int] | None = None
+
+    def turn(self, used: set[int], decay: float) -> None:
+        """Count a turn."""
+        self.number += 1
+        self.turns = decay * self.turns + 1
+        for expert in used:
+            before, number = self.uses.get(expert, (0.0, self.number))
+            self.uses[expert] = 1 + before * decay ** (self.number - number), self.number
+        self.last, self.least = used, None
+
+    def share(self, expert: int, decay: float) -> float:
+        """The share of turns in which an expert was used."""
+        uses, number = self.uses.get(expert, (0.0, self.number))
+        return uses * decay ** (self.number - number) / self.turns if uses else 0.0
+
+    def find(self, experts: Iterable[int], decay: float) -> tuple[float, int]:
+        """Chance and number of the expert with the least chance."""
+        chances = []
+        for expert in experts:
+            share = self.share(expert, decay)
+            share += (1 - share) * self.bonus if expert in self.last else 0.0
+            chances.append((share, expert))
+        return min(chances)
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
     "lru": Lru,
     "lfu": Lfu,
     "least-stale": LeastStale,
+    "least-likely": LeastLikely,
 }
 """All policies by their names in commands and reports."""
 
-DEFAULT_POLICY = "least-stale"
+DEFAULT_POLICY = "least-likely"
 """The policy of a running model: see the table in `docs/memory.md`."""
