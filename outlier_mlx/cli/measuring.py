@@ -1,6 +1,7 @@
 """Commands that describe and measure models: info, bench, perplexity, routing, outliers."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -247,6 +248,18 @@ def routing(
     ] = None,
     plots: Plots = "png",
     no_plots: NoPlots = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Record each token's experts, for `bench --trace`."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --trace: tokens of each window that are a prompt, read at once; the others"
+            " are decoded. [default: 0]",
+        ),
+    ] = None,
     window: Window = 512,
     windows: Windows = None,
     as_json: Json = False,
@@ -254,10 +267,15 @@ def routing(
     quiet: Quiet = False,
 ) -> None:
     """Show which experts the tokens of a text use, layer by layer."""
+    if prompt_tokens is not None and trace is None:
+        raise typer.BadParameter("is for --trace alone", param_hint="--prompt-tokens")
     from outlier_mlx.measure import perplexity as compare
+    from outlier_mlx.measure.expert_recorder import recording, trace_about
+    from outlier_mlx.measure.expert_trace import write_trace
     from outlier_mlx.measure.pictures import require_matplotlib
     from outlier_mlx.measure.routing import FILES, draw, observe_routing, print_routing
-    from outlier_mlx.storage.output import check_folder, clear_folder, write_whole
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.storage.output import check_folder, check_writable, clear_folder, write_whole
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar
 
@@ -265,11 +283,18 @@ def routing(
         check_folder(out, FILES, force=force, sources=[model, text])
         if not no_plots:
             require_matplotlib(", or --no-plots")
-    loaded, tokenizer = load_checked(model, loading, window, quiet=quiet)
+    if trace is not None:
+        check_writable(trace, force=force, sources=[model, text])
+    source = resolve(model, loading.revision)
+    loaded, tokenizer = load_checked(source, loading, window, quiet=quiet)
     texts = compare.windows(tokenizer, read_utf8(text), window, windows)
     compare.warn_of_context(loaded, texts)
-    with counting_bar("routing", "tokens", quiet=quiet) as progress:
+    with counting_bar("routing", "tokens", quiet=quiet) as progress, ExitStack() as watching:
+        recorder = None if trace is None else watching.enter_context(recording(loaded))
         layers = observe_routing(loaded, texts, progress)
+    if recorder is not None and trace is not None:
+        described = trace_about(source, loaded, text.name, len(texts[0]) // 2)
+        write_trace(recorder.trace(described).decoded(prompt_tokens or 0), trace)
     report = json.dumps([layer.as_json() for layer in layers], indent=2)
     if out is not None:
         clear_folder(out, FILES)

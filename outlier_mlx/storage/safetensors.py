@@ -152,6 +152,11 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         CheckpointError: the file is truncated, its header is not JSON or is too long, a dtype is
             unknown, or offsets overlap, leave gaps or disagree with shapes.
     """
+    return read_described(path)[0]
+
+
+def read_described(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """The tensors of a safetensors file, as `read_header`, and the texts of its metadata."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path.name}: not a file")
@@ -169,7 +174,8 @@ def read_header(path: Path) -> dict[str, TensorRef]:
                 f"{path.name}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
             )
         header = parse_json_object(file.read(length), path.name)
-    if not _is_metadata(header.pop("__metadata__", None)):
+    metadata = header.pop("__metadata__", None)
+    if not _is_metadata(metadata):
         raise CheckpointError(f"{path.name}: __metadata__ must map text to text")
     begin = 8 + length
     tensors = [_tensor_ref(path, name, entry, begin) for name, entry in header.items()]
@@ -184,7 +190,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             f"{path.name}: truncated or padded: its header describes {end} bytes,"
             f" the file has {size}"
         )
-    return {tensor.name: tensor for tensor in tensors}
+    return {tensor.name: tensor for tensor in tensors}, metadata or {}
 
 
 def _tensor_ref(path: Path, name: str, entry: object, begin: int) -> TensorRef:

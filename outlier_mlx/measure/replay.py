@@ -1,0 +1,171 @@
+"""Replays of a trace: which experts would have been in memory, had there been so many slots.
+
+The policies are those of a running model, called in the same order. Two more know the future:
+Belady's, which evicts what is needed last, is the most that any policy reaches; and look-ahead that
+is never wrong.
+"""
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Literal
+
+import numpy as np
+
+from outlier_mlx.engine.paging.policies import Key, Policy
+from outlier_mlx.measure.expert_trace import About, Trace
+
+LookAhead = Literal["off", "recorded", "perfect"]
+BELADY = "belady"
+"""Name of the bound in reports."""
+
+Needs = list[list[tuple[int, ...]]]
+"""For each pass and MoE layer, the experts that it needs, ascending."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a replay counted, all (passes, layers).
+
+    Attributes:
+        needed: experts that were needed.
+        missed: of those, how many were not in memory, and not being read early.
+        early: experts that were read early for this layer, needed or not.
+    """
+
+    needed: np.ndarray
+    missed: np.ndarray
+    early: np.ndarray
+
+    def hit_rate(self, which: np.ndarray) -> float | None:
+        """Share of the needed experts that were not missed, in these passes; None: none needed."""
+        needed = int(self.needed[which].sum())
+        return 1 - int(self.missed[which].sum()) / needed if needed else None
+
+
+def least_slots(about: About) -> int:
+    """The least number of slots: k a layer, and room for all experts of a layer."""
+    return max(about.top_k * len(about.layers), about.experts)
+
+
+def budget_slots(about: About, percent: int) -> int:
+    """Slots of a budget in percent of all experts; never less than `least_slots`."""
+    return max(least_slots(about), len(about.layers) * about.experts * percent // 100)
+
+
+def needs_of(trace: Trace, chosen: np.ndarray) -> Needs:
+    """The experts that each pass needs; those whose weight is exactly 0 are not.
+
+    Args:
+        trace: a trace.
+        chosen: (tokens, layers, k), its `experts` or its `foreseen`.
+    """
+    needed = trace.weights != 0 if chosen is trace.experts else np.ones(chosen.shape, bool)
+    ends = np.cumsum(trace.passes)
+    kept: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal ones are one object
+    found = []
+    for start, end in zip(ends - trace.passes, ends, strict=True):
+        of_pass = []
+        for layer in range(chosen.shape[1]):
+            some = chosen[start:end, layer][needed[start:end, layer]].tolist()
+            experts = tuple(sorted(set(some)))
+            of_pass.append(kept.setdefault(experts, experts))
+        found.append(of_pass)
+    return found
+
+
+def replay(needs: Needs, slots: int, policy: Policy, guesses: Needs | None = None) -> Counts:
+    """Run a policy over a trace, with all slots empty at first.
+
+    Args:
+        needs: what each pass needs.
+        slots: number of slots; at least as many as `least_slots` says.
+        policy: a new one.
+        guesses: experts of each pass and layer that are read early, when the layer below is in
+            hand; None: no look-ahead.
+    """
+    shape = len(needs), len(needs[0])
+    missed, early = np.zeros(shape, np.uint16), np.zeros(shape, np.uint16)
+    resident: set[Key] = set()
+
+    def read(key: Key, held: Container[Key]) -> bool:
+        if len(resident) == slots:
+            victim = policy.evict(key[0], held)
+            if victim is None:
+                return False
+            resident.discard(victim)
+        policy.add(*key)
+        resident.add(key)
+        return True
+
+    for number, of_pass in enumerate(needs):
+        for layer, experts in enumerate(of_pass):
+            policy.use(layer, experts)
+            for expert in experts:
+                if (layer, expert) not in resident:
+                    read((layer, expert), ())
+                    missed[number, layer] += 1
+            above = layer + 1
+            if guesses is None or above == shape[1]:
+                continue
+            held = {(layer, expert) for expert in experts}
+            for expert in guesses[number][above]:
+                if (above, expert) not in resident and read((above, expert), held):
+                    early[number, above] += 1
+    return Counts(_sizes(needs), missed, early)
+
+
+def _sizes(needs: Needs) -> np.ndarray:
+    return np.array([[len(experts) for experts in of_pass] for of_pass in needs], np.uint16)
+
+
+def replay_belady(needs: Needs, slots: int) -> Counts:
+    """The fewest misses that are possible: what is needed last, or never again, is evicted.
+
+    It may evict experts of the layer in hand, which a running model never does, so that no policy
+    can be better. L. A. Belady, "A study of replacement algorithms for a virtual-storage computer",
+    IBM Systems Journal 5 (1966).
+    """
+    layers = len(needs[0])
+    after = _next_uses(needs)
+    missed = np.zeros((len(needs), layers), np.uint16)
+    resident: dict[Key, int] = {}  # when it is needed next
+    heap: list[tuple[int, Key]] = []  # the last comes first; also outdated times
+    for number, of_pass in enumerate(needs):
+        for layer, experts in enumerate(of_pass):
+            now = number * layers + layer
+            for expert in experts:
+                key = layer, expert
+                if key not in resident:
+                    missed[number, layer] += 1
+                    if len(resident) == slots:
+                        _evict_last(heap, resident, now)
+                    resident[key] = now
+            for expert, then in zip(experts, next(after), strict=True):
+                resident[layer, expert] = then
+                heappush(heap, (-then, (layer, expert)))
+    return Counts(_sizes(needs), missed, np.zeros_like(missed))
+
+
+def _evict_last(heap: list[tuple[int, Key]], resident: dict[Key, int], now: int) -> None:
+    """Evict what is needed last. What is needed now is never that, if slots suffice for it."""
+    while True:
+        then, key = heappop(heap)
+        if resident.get(key) == -then:
+            del resident[key]
+            return
+
+
+def _next_uses(needs: Needs) -> Iterator[list[int]]:
+    """For each layer of each pass, when each of its experts is needed again."""
+    layers = len(needs[0])
+    never = len(needs) * layers
+    following: dict[Key, int] = {}
+    found = []
+    for number in range(len(needs) - 1, -1, -1):
+        for layer in range(layers - 1, -1, -1):
+            experts = needs[number][layer]
+            found.append([following.get((layer, expert), never) for expert in experts])
+            for expert in experts:
+                following[layer, expert] = number * layers + layer
+    return reversed(found)
