@@ -15,7 +15,14 @@ import outlier_mlx
 from kernels.emulator import virtual_metal
 from outlier_mlx.engine import chips
 from outlier_mlx.engine.buffers import MAX_MB, MAX_OPS
-from outlier_mlx.engine.chips import BANDWIDTHS, Chip, parse_gpu_cores, published_bandwidth
+from outlier_mlx.engine.chips import (
+    BANDWIDTHS,
+    Chip,
+    named_chip,
+    parse_gpu_cores,
+    published_bandwidth,
+)
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure import bench, bench_tables
 from outlier_mlx.measure.bench import BenchOptions, BenchResult, Runs
 from outlier_mlx.runtime import variants
@@ -149,6 +156,43 @@ def test_share_of_the_bandwidth(capsys: pytest.CaptureFixture[str]):
     bench_tables.print_result("tier", unknown)
     shown = capsys.readouterr()
     assert "of the chip" not in shown.out and shown.err == note + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "gb_s", "cores", "memory"),
+    [
+        ("M2 Pro", 200, None, None),
+        (" apple  m2 PRO", 200, None, None),
+        ("M3 Max 40", 400, 40, None),
+        ("M3 Max 30-core", 300, 30, None),
+        ("Apple M6 16GB", 153, None, 16),
+    ],
+)
+def test_a_chip_is_named(text: str, gb_s: float, cores: int | None, memory: int | None):
+    chip = named_chip(text)
+    assert (chip.bandwidth_gb_s, chip.gpu_cores, chip.memory_gb) == (gb_s, cores, memory)
+    assert chip.name.startswith("Apple M") and chip.device == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("M9", "no chip 'M9' is known; known: M1, M1 Pro"),
+        ("", "no chip '' is known"),
+        ("M2 4x", "no chip 'M2 4x' is known"),
+        ("M3 Max", "300 or 400 GB/s.* name that, too, such as 'M3 Max 40'"),
+        ("M3 Max 7", "such as 'M3 Max 40'"),
+        ("M6", "153 or 170 GB/s.* such as 'M6 32GB'"),
+    ],
+)
+def test_what_names_no_chip(text: str, reason: str):
+    with pytest.raises(OutlierError, match=reason):
+        named_chip(text)
+
+
+def test_memory_known_otherwise():
+    assert named_chip("M6", 24).bandwidth_gb_s == 170
+    assert named_chip("M6 16GB", 24).bandwidth_gb_s == 153
 
 
 def test_published_bandwidth():

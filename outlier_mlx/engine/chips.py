@@ -1,11 +1,12 @@
 """This machine's chip: its name, and the memory bandwidth that Apple publishes for it."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 
 from outlier_mlx.engine.memory import physical_memory
-from outlier_mlx.errors import listed
+from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.runtime.ops import use_metal
 from outlier_mlx.runtime.variants import chip_name
 from outlier_mlx.storage.texts import decode_json
@@ -90,6 +91,43 @@ def this_chip() -> Chip:
     cores = _gpu_cores() if sys.platform == "darwin" else None
     gb_s, why = published_bandwidth(name, cores, memory)
     return Chip(name, "gpu", cores, memory, gb_s, why)
+
+
+def named_chip(text: str, memory_gb: int | None = None) -> Chip:
+    """The Apple chip that someone names.
+
+    Args:
+        text: "M2 Pro" or "Apple M2 Pro"; where a chip has several bandwidths also the number of GPU
+            cores or the memory that tell which: "M3 Max 40", "M6 16GB".
+        memory_gb: memory in units of 2**30 bytes, if it is known otherwise.
+
+    Raises:
+        OutlierError: no such chip, or one with several bandwidths.
+    """
+    text, cores = " ".join(text.split()), None
+    kept = []
+    for word in text.casefold().removeprefix("apple").split():
+        number = re.fullmatch(r"(\d{1,4})(gb|-?cores?|)", word)
+        if number is None:
+            kept.append(word)
+        elif number[2] == "gb":
+            memory_gb = int(number[1])
+        else:
+            cores = int(number[1])
+    names = {row.name.casefold(): row.name for row in BANDWIDTHS}
+    name = names.get(" ".join(["apple", *kept]))
+    if name is None:
+        shown = [known.removeprefix("Apple ") for known in names.values()]
+        raise OutlierError(f"no chip {text[:40]!r} is known; known: {listed(shown)}")
+    gb_s, why = published_bandwidth(name, cores, memory_gb)
+    if gb_s is None:
+        rows = [row for row in BANDWIDTHS if row.name == name]
+        some = [f"{m}GB" for row in rows for m in row.memory] or [
+            str(row.gpu_cores) for row in rows
+        ]
+        named = f"{name.removeprefix('Apple ')} {some[-1]}"
+        raise OutlierError(f"{why}: name that, too, such as {named!r}")
+    return Chip(name, "gpu", cores, memory_gb, gb_s)
 
 
 def published_bandwidth(
