@@ -23,9 +23,12 @@ from outlier_mlx.engine.chips import (
     published_bandwidth,
 )
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure import bench, bench_tables
+from outlier_mlx.measure import bench, bench_tables, speeds
 from outlier_mlx.measure.bench import BenchOptions, BenchResult, Runs
+from outlier_mlx.measure.expected import Machine, work_of
+from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.runtime import variants
+from outlier_mlx.storage.shards import read_shards
 from tests.builders import Dims, write_overlay
 from tests.engine import load, tier_of
 from tests.program import ROOT, run
@@ -278,3 +281,71 @@ def test_defaults_are_those_of_mlx_lm():
         "generation_tokens": 1024
     }
     assert replace(BenchOptions(), generation_tokens=1024) == BenchOptions(512, 1024, 1, 5, 2048, 0)
+
+
+# What was to be expected
+
+
+def test_expected_beside_measured(tier: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the table and in JSON; here from products that are measured."""
+    monkeypatch.setattr(speeds, "speed_here", lambda chip, quantized: FAST)
+    command = "bench", "--model", tier, "-p", 24, "-g", 8, "-n", 2
+    found = run(*command, "--json").json
+    expected = found["expected"]
+    work = work_of(read_shards(tier), describe(raw_config(tier)), 28, "tier")
+    assert work is not None
+    seconds = {"memory": work.weights / 1e9, "launches": work.launches * 1e-6, "disk": 0.0}
+    assert expected["decode"]["seconds"] == pytest.approx(seconds)
+    per_second = 1 / sum(seconds.values())
+    assert expected["decode"]["tokens_per_s"] == pytest.approx(per_second)
+    steps = found["generation_tokens_per_s"]["median"] * 7 / 8
+    assert expected["of_decode"] == pytest.approx(steps / per_second)
+    assert expected["prompt_tokens_per_s"] == pytest.approx(2e9 / work.prompt_weights)
+    prompt = found["prompt_tokens_per_s"]["median"] / expected["prompt_tokens_per_s"]
+    assert expected["of_prompt"] == pytest.approx(prompt)
+    assert (expected["source"], expected["about"]) == ("given", "as fast as said")
+
+    lines = run(*command).out.splitlines()
+    rows = {words[0]: words for words in map(str.split, lines) if words}
+    assert rows["tokens/s"] == ["tokens/s", "spread", "at", "most", "of", "that"]
+    assert rows["tg8"][3] == f"{per_second:.1f}" and rows["tg8"][4].endswith("%")
+    assert rows["pp24"][3] == f"{2e9 / work.prompt_weights:.1f}"
+    assert "expected: as fast as said (given)" in lines
+
+
+FAST = speeds.Speed(Machine(None, 1e9, 2e9, 1e-6), "given", "as fast as said")
+
+
+def test_expected_of_a_chip(tier: Path):
+    """By the published bandwidth; nothing is known of prompts."""
+    expected = speeds.expectation(tier, Chip("Apple M1", "gpu", 8, 16, 68.25), 100, 1)
+    work = work_of(read_shards(tier), describe(raw_config(tier)), 100, "tier")
+    assert work is not None and expected.decode is not None and expected.prompt_tps is None
+    assert expected.decode.seconds == work.nbytes / 68.25e9 + work.launches * 2e-6
+    assert (expected.source, expected.about) == ("published", "Apple M1 has 68.25 GB/s")
+
+
+def test_nothing_is_expected_of_batches(tier: Path):
+    command = "bench", "--model", tier, "-p", 8, "-g", 4, "-n", 1, "-b", 2
+    found = run(*command, "--json").json["expected"]
+    assert found["decode"] is found["of_decode"] is found["of_prompt"] is None
+    done = run(*command)
+    assert "at most" not in done.out and "no speed is expected of batches" in done.err
+
+
+def test_speeds_here_are_measured(monkeypatch: pytest.MonkeyPatch):
+    """Of a CPU as it multiplies, and of a GPU without a published bandwidth as it reads."""
+    for quantized in (True, False):
+        cpu = speeds.speed_here(Chip("some chip", "cpu"), quantized)
+        assert cpu.source == "measured here" and "multiplies" in cpu.about
+        one, several = cpu.machine.weights_per_s, cpu.machine.prompt_weights_per_s
+        assert one is not None and several is not None
+        assert 1e7 < one < 1e13 and 1e7 < several < 1e14
+        assert 1e-8 < cpu.machine.launch_seconds < 1e-2
+    monkeypatch.setattr(speeds, "READ_MATRIX", (64, 256))
+    monkeypatch.setattr(speeds, "_seconds", lambda compute: 1e-6)
+    gpu = speeds.speed_here(Chip("Apple M99", "gpu"))
+    assert gpu.source == "measured here" and gpu.machine.weights_per_s is None
+    # Half a byte a weight, and a scale and a bias of two bytes for every 64.
+    nbytes = 4 * 64 * 256 * (0.5 + 4 / 64)
+    assert gpu.machine.bandwidth_gb_s == pytest.approx(nbytes / 1e9 / 1e-6)

@@ -137,7 +137,7 @@ def bench(
         if kernels:
             timed = bench_kernels(loaded, num_trials, batch_size, progress)
         else:
-            result = bench_model(loaded, tokenizer, options, progress)
+            result = bench_model(loaded, tokenizer, options, progress, source.folder)
     if as_json:
         found = timed.as_json() if kernels else result.as_json()
         print(json.dumps({"model": source.name} | found, indent=2))

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,7 @@ from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.engine.generate import described, vocabulary
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
+from outlier_mlx.measure.speeds import NO_EXPECTATION, Expectation, expectation
 from outlier_mlx.models.sizes import bytes_read
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.terminal import Progress, no_progress
@@ -70,6 +72,7 @@ class BenchResult:
         generation_tps: generated tokens/s, all texts of the batch together.
         peak_memory_gb: peak of MLX's memory during the runs in GB, weights included.
         bytes_per_token: bytes that decoding one token reads, if known; see `decode_bytes`.
+        expectation: what was to be expected.
     """
 
     chip: Chip
@@ -79,16 +82,21 @@ class BenchResult:
     generation_tps: Runs
     peak_memory_gb: float
     bytes_per_token: int | None
+    expectation: Expectation = NO_EXPECTATION
+
+    @property
+    def steps_per_s(self) -> float:
+        """Decoded tokens/s, from the median speed."""
+        # mlx-lm divides all tokens by the time after the first.
+        tokens = self.options.generation_tokens
+        return self.generation_tps.median * (tokens - 1) / tokens
 
     @property
     def decode_gb_s(self) -> float | None:
         """Bandwidth that decoding used in GB/s, from the median speed."""
         if self.bytes_per_token is None:
             return None
-        # mlx-lm divides all tokens by the time after the first.
-        tokens = self.options.generation_tokens
-        per_second = self.generation_tps.median * (tokens - 1) / tokens
-        return self.bytes_per_token * per_second / 1e9
+        return self.bytes_per_token * self.steps_per_s / 1e9
 
     @property
     def of_bandwidth(self) -> float | None:
@@ -97,8 +105,18 @@ class BenchResult:
             return None
         return self.decode_gb_s / self.chip.bandwidth_gb_s
 
+    @property
+    def of_expected(self) -> tuple[float | None, float | None]:
+        """Prompt speed and decoded tokens/s as fractions of what was to be expected at most."""
+        prompt, decode = self.expectation.prompt_tps, self.expectation.decode
+        return (
+            None if prompt is None else self.prompt_tps.median / prompt,
+            None if decode is None else self.steps_per_s / decode.tokens_per_s,
+        )
+
     def as_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
+        prompt, generation = self.of_expected
         return {
             **environment(self.chip),
             "dtype": self.dtype,
@@ -111,6 +129,11 @@ class BenchResult:
                 "gb_per_s": self.decode_gb_s,
                 "of_bandwidth": self.of_bandwidth,
             },
+            "expected": {
+                **self.expectation.as_json(),
+                "of_prompt": prompt,
+                "of_decode": generation,
+            },
         }
 
 
@@ -119,6 +142,7 @@ def bench_model(
     tokenizer: Tokenizer,
     options: BenchOptions,
     progress: Progress = no_progress,
+    folder: Path | None = None,
 ) -> BenchResult:
     """Time a model on random prompts, after one warm-up run.
 
@@ -127,6 +151,7 @@ def bench_model(
         tokenizer: the tokenizer that `outlier_mlx.load` returns.
         options: lengths of prompt and generated text, and number of runs.
         progress: called with runs done so far, and in all.
+        folder: where the model is, to tell what is to be expected of it.
     """
     mx.random.seed(0)
     size = (options.batch_size, options.prompt_tokens)
@@ -146,14 +171,18 @@ def bench_model(
     progress(options.num_trials + 1, options.num_trials + 1)
     timed = responses[1:]
     context = options.prompt_tokens + options.generation_tokens // 2
+    peak, chip, expected = mx.get_peak_memory(), this_chip(), NO_EXPECTATION
+    if folder is not None:
+        expected = expectation(folder, chip, context, options.batch_size)
     return BenchResult(
-        chip=this_chip(),
+        chip=chip,
         dtype=dtype_name(activation_dtype(model)),
         options=options,
         prompt_tps=Runs(tuple(r.prompt_tps for r in timed)),
         generation_tps=Runs(tuple(r.generation_tps for r in timed)),
-        peak_memory_gb=mx.get_peak_memory() / 1e9,
+        peak_memory_gb=peak / 1e9,
         bytes_per_token=decode_bytes(model, context) if options.batch_size == 1 else None,
+        expectation=expected,
     )
 
 

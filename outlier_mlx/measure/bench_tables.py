@@ -22,8 +22,17 @@ def print_result(name: str, result: BenchResult) -> None:
     batch = f" x {options.batch_size}" if options.batch_size > 1 else ""
     labels = f"pp{options.prompt_tokens}{batch}", f"tg{options.generation_tokens}{batch}"
     measured = zip(labels, (result.prompt_tps, result.generation_tps), strict=True)
-    rows = [(label, f"{runs.median:.1f}", f"{runs.spread:.1%}") for label, runs in measured]
-    print_columns(console, ["", "tokens/s", "spread"], rows)
+    rows = [[label, f"{runs.median:.1f}", f"{runs.spread:.1%}"] for label, runs in measured]
+    heads, expected = ["", "tokens/s", "spread"], result.expectation
+    if expected.decode is not None:
+        heads += ["expected\nat most", "of that"]
+        limits = expected.prompt_tps, expected.decode.tokens_per_s
+        for row, limit, share in zip(rows, limits, result.of_expected, strict=True):
+            row += [
+                "-" if limit is None else f"{limit:.1f}",
+                "-" if share is None else f"{share:.0%}",
+            ]
+    print_columns(console, heads, rows)
     console.print(f"runs: {options.num_trials}, after one warm-up run", soft_wrap=True)
     console.print(f"peak memory: {result.peak_memory_gb:.3f} GB", soft_wrap=True)
     if result.bytes_per_token is not None:
@@ -31,6 +40,10 @@ def print_result(name: str, result: BenchResult) -> None:
             f"decoding reads {size(result.bytes_per_token)} a token: {result.decode_gb_s:.3g} GB/s"
         )
         console.print(read + _share(result.decode_gb_s, result.chip), soft_wrap=True)
+    if expected.decode is not None:
+        console.print(f"expected: {expected.about} ({expected.source})", soft_wrap=True)
+    elif expected.about:
+        stderr().print(expected.about, soft_wrap=True)
     if result.chip.note:
         stderr().print(result.chip.note, soft_wrap=True)
 

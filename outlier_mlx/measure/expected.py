@@ -11,7 +11,7 @@ Nothing else is counted, and bandwidths are used fully, so the speed is the most
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outlier_mlx.models.config import Description
@@ -32,8 +32,9 @@ class Work:
     Attributes:
         nbytes: bytes read from memory to decode a token: weights and KV cache.
         weights: weights that are multiplied to decode a token, and values of the KV cache.
-        prompt_weights: weights that are multiplied for a token of a prompt; without the head, which
-            only the last token needs, and without attention.
+        prompt_weights: weights that are multiplied for a token of a prompt, but for the last one.
+            Of the last layer, these are only keys and values, and the head is left out: mlx-lm
+            evaluates nothing of a prompt but the KV cache.
         launches: launches of a decoded token on a GPU.
         routed_bytes: bytes of the experts that a token uses, all layers together.
         shared_share: the part of `nbytes` that is shared FFNs, beside which experts are read.
@@ -146,26 +147,33 @@ def work_of(
         CheckpointError: the config does not say how a tensor is packed.
     """
     params = {key: stored_params(key, tensors, config, name) for key in tensors}
+    cache = kv_bytes(config, context)
+    if cache is None:
+        return None
     nbytes = _used({key: tensor.nbytes for key, tensor in tensors.items()}, tensors, config)
     weights = _used(params, tensors, config)
-    cache = kv_bytes(config, context)
-    if nbytes is None or weights is None or cache is None:
-        return None
     kinds: dict[str, int] = {}
     for key, tensor in tensors.items():
         kinds[kind_of(key)] = kinds.get(kind_of(key), 0) + tensor.nbytes
-    head = "embeddings" if config.tied else "head"
-    unread = sum(count for key, count in params.items() if kind_of(key) == head)
+    prompt = {key: n for key, n in params.items() if _in_prompt(key, config)}
     routed = len(config.moe_layers or ())
     total = nbytes + cache
     return Work(
         nbytes=total,
         weights=weights + cache // 2,
-        prompt_weights=max(1, weights - unread),
+        prompt_weights=max(1, _used(prompt, tensors, config)),
         launches=(config.layers or 0) * LAYER_LAUNCHES + routed * ROUTED_LAUNCHES + OTHER_LAUNCHES,
         routed_bytes=round(kinds.get("experts", 0) * used_share(config)),
         shared_share=kinds.get("shared FFN", 0) / total,
     )
+
+
+def _in_prompt(key: str, config: Description) -> bool:
+    """Whether a tensor is needed for a token whose logits are not asked for."""
+    last = f"model.layers.{(config.layers or 0) - 1}."
+    if key.startswith(last):
+        return any(f".{name}." in key for name in ("input_layernorm", "k_proj", "v_proj"))
+    return kind_of(key) not in ("embeddings", "head")
 
 
 def used_share(config: Description) -> float:
@@ -173,12 +181,11 @@ def used_share(config: Description) -> float:
     return min(config.top_k or config.experts, config.experts) / max(1, config.experts) or 1.0
 
 
-def _used(
-    sizes: Mapping[str, int], tensors: Mapping[str, TensorRef], config: Description
-) -> int | None:
-    """What a token uses of all sizes; experts may also be stored one by one."""
+def _used(sizes: Mapping[str, int], tensors: Mapping[str, TensorRef], config: Description) -> int:
+    """What a token uses of all sizes, without the KV cache; experts may be stored one by one."""
     rows = (
         (".switch_mlp." if kind_of(key) == "experts" else key, n, (*tensors[key].shape, 1)[0])
         for key, n in sizes.items()
     )
-    return bytes_read(rows, config, 0, 2)
+    empty = replace(config, attention=(), kv_heads=1, head_dim=1)
+    return bytes_read(rows, empty, 0, 2) or 0

@@ -238,4 +238,6 @@ def _layer() -> tuple[OutlierMoE, _Experts]:
     layer.gate.weight = mx.array(router.astype(np.float32))
     layer.alpha = mx.array(alpha.astype(np.float32))
     mx.eval(layer.parameters())
-    return layer.eval(), _Experts(*matrices, router, alpha)
+    layer.eval()
+    gate, up, down = matrices
+    return layer, _Experts(gate, up, down, router, alpha)
