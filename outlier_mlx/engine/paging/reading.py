@@ -4,8 +4,10 @@ A read that fails leaves its buffers half full, and one that never ends may stil
 they may be used again only when `Reading.done`.
 """
 
+import fcntl
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -21,8 +23,9 @@ from outlier_mlx.storage.paths import inside
 TIMEOUT = 30.0
 """Seconds in which no read ends, after which those under way are given up."""
 
-# Where direct reads may begin and end, in a file and in memory: a multiple of every disk's sector.
-ALIGNMENT = 4096
+# Where direct reads may begin and end, in a file and in memory: a multiple of every disk's sector,
+# and of macOS's pages. Its F_NOCACHE reads between pages go through the page cache.
+ALIGNMENT = 16384
 
 
 class OpenFile:
@@ -40,7 +43,7 @@ class OpenFile:
             OutlierError: it cannot be opened.
         """
         self.path = inside(path.parent, path.name).absolute()
-        self.direct = direct and hasattr(os, "O_DIRECT")
+        self.direct = direct
         try:
             self.handle = self._opened()
         except OSError as error:
@@ -48,6 +51,10 @@ class OpenFile:
         self._identity = _identity(os.fstat(self.handle))
 
     def _opened(self) -> int:
+        if self.direct and sys.platform == "darwin":
+            handle = os.open(self.path, os.O_RDONLY)
+            fcntl.fcntl(handle, fcntl.F_NOCACHE, 1)
+            return handle
         if self.direct:
             try:
                 return os.open(self.path, os.O_RDONLY | os.O_DIRECT)
