@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 import outlier_mlx
-from outlier_mlx.engine import buffers, memory
+from outlier_mlx.engine import buffers, limits
 from outlier_mlx.engine.buffers import MAX_MB, MAX_OPS, larger_buffers, sysctl_text
 from outlier_mlx.errors import OutlierError
 from tests.program import run_python
@@ -170,7 +170,7 @@ def test_with_large_buffers_mlx_waits_at_what_the_gpu_may_use(
     monkeypatch.setattr(mx, "device_info", lambda: info)
     usual = mx.set_memory_limit(before << 30)
     try:
-        memory.wait_within_budget()
+        limits.wait_within_budget()
         assert mx.set_memory_limit(usual) == after << 30
     finally:
         mx.set_memory_limit(usual)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlier_mlx.engine import memory
-from outlier_mlx.engine.memory import Budget
+from outlier_mlx.engine.machine import Budget
+from outlier_mlx.engine.needs import Use, needs_of
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import parse_config
 from outlier_mlx.models.sizes import kv_bytes
@@ -20,7 +21,8 @@ from outlier_mlx.serve.capacity import MAX_CONVERSATIONS, Capacity, capacity_for
 from tests.library import Library
 from tests.program import run
 
-TOKENS = 8192
+# Short steps: the test's models take little memory, their activations would take more.
+TOKENS, STEP = 8192, 1
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +30,13 @@ def tier(small_tier: Path) -> Path:
     return small_tier
 
 
-def mac(tier: Path, conversations: float, tokens: int = TOKENS) -> Budget:
-    """Memory for the weights and so many conversations."""
+def mac(tier: Path, conversations: float, tokens: int = TOKENS, prompts: int = 1) -> Budget:
+    """Memory for the weights, so many conversations, and reading so many prompts together."""
     weights = json.loads((tier / "model.safetensors.index.json").read_text())["metadata"]
     config = parse_config(json.loads((tier / "config.json").read_text()))
     cache = int(conversations * kv_bytes(config, tokens))
-    return Budget(weights["total_size"] + cache, "this Mac's GPU")
+    work = needs_of(tier, on_cpu=False).working(Use(tokens, prompts=prompts, step=STEP))
+    return Budget(weights["total_size"] + cache + work, "this Mac's GPU")
 
 
 @given(conversations=st.integers(1, MAX_CONVERSATIONS), prompts=st.none() | st.integers(1, 8))
@@ -51,20 +54,21 @@ def test_the_capacity_never_exceeds_the_memory(conversations: int, prompts: int 
     ("there_is", "expected"), [(1.5, (1, 1, 1)), (8.1, (7, 2, 8)), (10_000, (32, 8, 39))]
 )
 def test_as_many_as_fit(tier: Path, there_is: float, expected: tuple[int, int, int]) -> None:
-    available = mac(tier, there_is)
-    capacity, conversations = find_capacity(tier, TOKENS, available=available)
+    prompts = expected[1]
+    available = mac(tier, there_is, prompts=prompts)
+    capacity, conversations = find_capacity(tier, TOKENS, step=STEP, available=available)
     assert (capacity.decode_concurrency, capacity.prompt_concurrency, conversations) == expected
     # mlx-lm counts the caches in use among these bytes.
-    assert capacity.prompt_cache_bytes == available.nbytes - mac(tier, 0).nbytes
-    capacity, _ = find_capacity(tier, TOKENS, cache_bytes=1000, available=available)
+    assert capacity.prompt_cache_bytes == available.nbytes - mac(tier, 0, prompts=prompts).nbytes
+    capacity, _ = find_capacity(tier, TOKENS, cache_bytes=1000, step=STEP, available=available)
     assert capacity.prompt_cache_bytes == 1000
 
 
 def test_more_than_there_is_is_refused_with_what_fits(tier: Path) -> None:
-    available = mac(tier, 8.1)
-    assert find_capacity(tier, TOKENS, 8, 1, available=available)[1] == 8
+    available = mac(tier, 8.1, prompts=2)
+    assert find_capacity(tier, TOKENS, 8, 1, step=STEP, available=available)[1] == 8
     with pytest.raises(OutlierError) as refused:
-        find_capacity(tier, TOKENS, 32, available=available)
+        find_capacity(tier, TOKENS, 32, step=STEP, available=available)
     for words in (
         "the KV cache of 39 conversations of 8192 tokens",
         "--decode-concurrency 7",
@@ -72,22 +76,23 @@ def test_more_than_there_is_is_refused_with_what_fits(tier: Path) -> None:
         "--ignore-memory",
     ):
         assert words in str(refused.value)
-    assert find_capacity(tier, TOKENS, 7, available=available)[0].decode_concurrency == 7
+    found, _ = find_capacity(tier, TOKENS, 7, step=STEP, available=available)
+    assert found.decode_concurrency == 7
     with pytest.raises(OutlierError, match="What helps: a smaller --max-context, or a smaller re"):
-        find_capacity(tier, TOKENS, available=mac(tier, 0.9))
+        find_capacity(tier, TOKENS, step=STEP, available=mac(tier, 0.9))
 
 
 def test_a_quantized_cache_is_advised(library: Library) -> None:
     tier = library.tier(library.overlay(layers=2, moe_layers=(1,), hidden=128, heads=2))
     with pytest.raises(OutlierError, match="What helps: a smaller --max-context, or --kv-bits 4,"):
-        find_capacity(tier, TOKENS, available=mac(tier, 0.9))
+        find_capacity(tier, TOKENS, step=STEP, available=mac(tier, 0.9))
 
 
 def test_connections_and_quantized_caches_bound_it(tier: Path) -> None:
-    available = mac(tier, 2.2)
-    assert find_capacity(tier, TOKENS, 32, clients=2, available=available)[1] == 2
+    available = mac(tier, 2.2, prompts=8)
+    assert find_capacity(tier, TOKENS, 32, clients=2, step=STEP, available=available)[1] == 2
     # mlx-lm has no batches of quantized caches.
-    assert find_capacity(tier, TOKENS, 32, kv_bits=8, available=available)[1] == 1
+    assert find_capacity(tier, TOKENS, 32, kv_bits=8, step=STEP, available=available)[1] == 1
 
 
 def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +101,7 @@ def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) ->
         "outlier_mlx.serve.serve",
         lambda name, load, options, say, note, quiet: served.append((options, note)),
     )
-    command = ["serve", "--model", str(tier), "--max-context", "1000"]
+    command = ["serve", "--model", str(tier), "--max-context", "1000", "--prefill-step-size", STEP]
     for there_is, options, expected in [
         (4.5, [], Capacity(4, 1)),
         (4.5, ["--decode-concurrency", "2"], Capacity(2, 1)),
@@ -110,7 +115,7 @@ def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert isinstance(found, server.ServeOptions)
         assert found.decode_concurrency == expected.decode_concurrency
         assert found.prompt_concurrency == expected.prompt_concurrency
-        free = available.nbytes - mac(tier, 0).nbytes
+        free = available.nbytes - mac(tier, 0, 1000).nbytes
         assert found.cache_memory == (None if "--ignore-memory" in options else free)
         told = f"memory for {expected.conversations} conversations of 1000 tokens at a time"
         assert note == ("" if options == ["--ignore-memory"] else told)

@@ -16,7 +16,9 @@ import outlier_mlx
 from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.engine.generate import Options, check_kv_cache, described
 from outlier_mlx.engine.loading import load_model, load_tokenizer, suited_dtype
-from outlier_mlx.engine.memory import Budget, check_fits, needs_of
+from outlier_mlx.engine.machine import Budget
+from outlier_mlx.engine.memory import check_fits
+from outlier_mlx.engine.needs import Use, needs_of
 from outlier_mlx.errors import CheckpointWarning, OutlierError
 from outlier_mlx.measure import eval_harness
 from outlier_mlx.models.config import describe
@@ -80,7 +82,7 @@ def test_heads_of_their_own_width(tmp_path: Path) -> None:
     small = write_model(tmp_path / "qwen3", SIZES | {"model_type": "qwen3", "head_dim": 64})
     per_token = 2 * 2 * 2 * 2 * 64  # layers, keys and values, KV heads, bytes
     assert inspect(small).kv_bytes_per_token == per_token
-    assert needs_of(small, Budget(10**9, "this Mac's GPU")).cache(100) == 100 * per_token
+    assert needs_of(small, on_cpu=False).cache(100) == 100 * per_token
 
 
 NOT_PLAIN: dict[str, dict[str, Any]] = {
@@ -324,7 +326,7 @@ def test_a_second_set_of_weights_is_not_counted(tmp_path: Path) -> None:
     other = {f"layers.0.{name}": value for name, value in weights.items()}
     mx.save_safetensors(str(folder / "consolidated.safetensors"), other)
     assert inspect(folder).nbytes == nbytes
-    assert needs_of(folder, Budget(10**9, "this Mac's GPU")).weights == nbytes
+    assert needs_of(folder, on_cpu=False).weights == nbytes
     assert len(read_shards(folder, every=True)) == 2 * len(read_shards(folder))
 
 
@@ -333,7 +335,8 @@ def test_windows_are_those_of_each_conversation(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", SIZES | {"model_type": "llama"} | windows)
     weights = inspect(folder).nbytes
     row = 2 * 2 * 2 * 16
-    enough = weights + 3 * row * (100 + 1000)
+    work = needs_of(folder, on_cpu=False).working(Use(1000, 3))
+    enough = weights + 3 * row * (100 + 1000) + work
     check_fits(folder, 1000, available=Budget(enough, "this Mac's GPU"), conversations=3)
     with pytest.raises(OutlierError, match="3 conversations of 1000 tokens"):
         check_fits(folder, 1000, available=Budget(enough - 1, "this Mac's GPU"), conversations=3)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from outlier_mlx.engine.memory import Budget
+from outlier_mlx.engine.machine import Budget
 from outlier_mlx.errors import OutlierError
 from tests.evaluating import BASE_DIMS, GENERATE, write_task
 from tests.library import Library

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from outlier_mlx.engine.memory import Budget
+from outlier_mlx.engine.machine import Budget
 from tests.library import Library
 from tests.program import assert_refused, run
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from outlier_mlx.engine import memory
-from outlier_mlx.engine.memory import UNLIMITED, Budget, budget, check_fits, needs_of
+from outlier_mlx.engine import machine, memory
+from outlier_mlx.engine.machine import UNLIMITED, Budget, budget
+from outlier_mlx.engine.memory import check_fits
+from outlier_mlx.engine.needs import Use, needs_of
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.shards import read_shards
 from tests.builders import write_base
@@ -17,7 +19,7 @@ from tests.damage import edit_config
 from tests.library import Library
 from tests.program import assert_refused, run
 
-TOKENS = 8192
+TOKENS, STEP = 8192, 4
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +31,18 @@ def tier(library: Library) -> Path:
 def room_for(folder: Path, tokens: int, bits: int | None = None) -> Budget:
     """Memory for the weights and a conversation, on a GPU."""
     weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
-    needs = needs_of(folder, Budget(0, "this Mac's GPU"))
+    needs = needs_of(folder, on_cpu=False)
     assert needs.weights == weights
-    return Budget(weights + needs.cache(tokens, bits, 32), "this Mac's GPU")
+    # With short steps: attention to a quantized cache keeps its scores.
+    taken = weights + needs.working(Use(tokens, step=STEP, kv_bits=bits))
+    taken += needs.cache(tokens, bits, 32)
+    return Budget(taken, "this Mac's GPU")
 
 
 def advice(folder: Path, tokens: int = TOKENS, **how: Any) -> str:
     """What is said where the cache fits in 4 bits, but not in 16."""
     with pytest.raises(OutlierError) as refused:
-        check_fits(folder, tokens, available=room_for(folder, tokens, 4), **how)
+        check_fits(folder, tokens, available=room_for(folder, tokens, 4), step=STEP, **how)
     return str(refused.value)
 
 
@@ -63,7 +68,7 @@ def test_no_advice_that_cannot_be_followed(tmp_path: Path, tier: Path) -> None:
 
 
 def test_a_cache_is_quantized_from_a_token_on(tier: Path) -> None:
-    needs = needs_of(tier, Budget(0, "this Mac's GPU"))
+    needs = needs_of(tier, on_cpu=False)
     whole, quantized = needs.cache(4000), needs.cache(4000, 4)
     assert quantized < whole / 3
     assert needs.cache(4000, 4, start=5000) == whole
@@ -84,18 +89,22 @@ def test_only_commands_with_the_option_advise_it(
         refused = run(command, tier, *text, code=1)
         assert_refused(refused, "of it for the KV cache", "a smaller recipe")
         assert "--kv-bits" not in refused.err
-    refused = run("generate", tier, "-p", "x", "-m", 4096, code=1)
+    steps = ("--prefill-step-size", STEP)
+    refused = run("generate", tier, "-p", "x", "-m", 4096, *steps, code=1)
     assert_refused(refused, "--kv-bits 4 --quantized-kv-start 0")
-    assert "--kv-bits" not in run("generate", tier, "-p", "x", "--max-kv-size", 4096, code=1).err
+    assert (
+        "--kv-bits"
+        not in run("generate", tier, "-p", "x", "--max-kv-size", 4096, *steps, code=1).err
+    )
 
 
 def test_two_models_must_fit_together(
     tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text").write_text("the cat sat " * 50)
-    one = room_for(tier, 64)
-    weights = one.nbytes - room_for(tier, 0).nbytes
-    both = Budget(2 * one.nbytes - weights, one.whose)
+    needs = needs_of(tier, on_cpu=False)
+    work = needs.working(Use(64, logits=64)) + needs.cache(64)
+    both = Budget(2 * needs.weights + work, "this Mac's GPU")
     text = ("--text", tmp_path / "text", "--window", 64, "--windows", 2)
     for available, code in ((both, 0), (Budget(both.nbytes - 1, both.whose), 1)):
         monkeypatch.setattr(memory, "budget", lambda found=available: found)
@@ -106,9 +115,9 @@ def test_two_models_must_fit_together(
 
 
 def test_sizes_have_units_that_fit(tier: Path) -> None:
-    needs = needs_of(tier, Budget(0, "this Mac's GPU"))
+    needs = needs_of(tier, on_cpu=False)
     assert needs.cache(64) == 2 * 2 * 2 * 64 * 64 * 2  # layers, heads, keys and values, 16 bits
-    with pytest.raises(OutlierError, match=r"tier needs 1.3 MB, 65\.5 kB of it .* gives 900 B"):
+    with pytest.raises(OutlierError, match=r"tier needs 3.3 MB, 65\.5 kB of it .* gives 900 B"):
         check_fits(tier, 64, available=Budget(900, "this Mac's GPU"))
 
 
@@ -118,6 +127,7 @@ def test_a_machine_that_does_not_tell_its_memory(
     def unknown(name: str) -> int:
         raise ValueError(f"unrecognized configuration name {name}")
 
+    monkeypatch.setattr(machine, "_ROOT", Path("/nonexistent"))
     monkeypatch.setattr(os, "sysconf", unknown)
     assert budget() == Budget(UNLIMITED, "this machine")
     check_fits(tier, 10**9)
@@ -130,6 +140,7 @@ def test_a_machine_that_does_not_tell_its_memory(
 def test_tiers_on_a_machine_that_does_not_tell_its_memory(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(machine, "_ROOT", Path("/nonexistent"))
     monkeypatch.delattr(os, "sysconf")
     overlay = library.overlay().path
     shown = run("tiers", overlay).out
@@ -147,6 +158,7 @@ def test_the_tokens_of_a_prompt_are_counted_whatever_its_script(
     prompt = text * 10
     tokens = len(load_tokenizer(tier, {}).encode(prompt))
     command = ("generate", tier, "-p", prompt, "-m", 2, "--ignore-chat-template", "--quiet")
+    command += ("--prefill-step-size", STEP)
     # On a GPU for the estimate alone: the model itself takes more on the CPU.
     for there_is, code in ((tokens + 2, 0), (tokens + 1, 1)):
         available = room_for(tier, there_is)
@@ -158,5 +170,6 @@ def test_a_system_prompt_counts(tier: Path, monkeypatch: pytest.MonkeyPatch) -> 
     available = room_for(tier, 200)
     monkeypatch.setattr(memory, "budget", lambda: available)
     command = ("generate", tier, "-p", "the heron", "-m", 2, "--quiet")
+    command += ("--prefill-step-size", STEP)
     run(*command, "--system-prompt", "Be brief.")
     assert_refused(run(*command, "--system-prompt", "Be brief. " * 100, code=1), "KV cache")

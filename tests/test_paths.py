@@ -8,7 +8,7 @@ import pytest
 
 from outlier_mlx import open_overlay
 from outlier_mlx.engine import memory
-from outlier_mlx.engine.memory import Budget
+from outlier_mlx.engine.machine import Budget
 from outlier_mlx.errors import CheckpointWarning
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import named

@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.engine import loading
 from outlier_mlx.engine.loading import suited_dtype
-from outlier_mlx.engine.memory import Budget, needs_of
+from outlier_mlx.engine.needs import needs_of
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.runtime.ternary_layers import (
     TernaryEmbedding,
@@ -361,7 +361,7 @@ def test_squared_activations_are_kept_out_of_float16(library: Library, monkeypat
 
 def test_memory_of_a_ternary_model(rotated: Ternary):
     stored = sum(t.stat().st_size for t in rotated.folder.glob("*.safetensors"))
-    gpu = needs_of(rotated.folder, Budget(1, "this Mac's GPU")).weights
+    gpu = needs_of(rotated.folder, on_cpu=False).weights
     assert stored - 8192 <= gpu <= stored
     model, _ = load_model(rotated.folder)
     flat: Any = tree_flatten(model.parameters())
@@ -369,4 +369,4 @@ def test_memory_of_a_ternary_model(rotated: Ternary):
     copies = [
         a.nbytes for m in model.modules() if getattr(m, "prepared", None) for a in m.prepared.arrays
     ]
-    assert sum(arrays) + sum(copies) <= needs_of(rotated.folder, Budget(1, "this machine")).weights
+    assert sum(arrays) + sum(copies) <= needs_of(rotated.folder, on_cpu=True).weights

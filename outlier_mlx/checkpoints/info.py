@@ -183,6 +183,7 @@ def _describe(config: Description, folder: Path, name: str, sizes: Sizes, form: 
         form = str(config.raw["ternary"].get("format", "?"))
     elif is_ternary_model(config.raw):
         form = f"ternary {config.model_type or '?'}"
+    first = kv_bytes(config, 1)
     return Info(
         name=name,
         kind=kind,
@@ -190,7 +191,7 @@ def _describe(config: Description, folder: Path, name: str, sizes: Sizes, form: 
         params=total.params,
         active_params=counted.active,
         nbytes=total.nbytes,
-        kv_bytes_per_token=kv_bytes(config, 1),
+        kv_bytes_per_token=None if first is None else first - (kv_bytes(config, 0) or 0),
         rows=rows,
         architecture=config.model_type,
         base_architecture=base,

@@ -77,7 +77,9 @@ def evaluate(
         ) from error
     source = resolve(model, loading.revision)
     if not loading.ignore_memory:
-        check_fits(source.folder, 2048 * batch_size, may_quantize=False)
+        check_fits(
+            source.folder, 2048, conversations=batch_size, prompts=batch_size, may_quantize=False
+        )
     options = harness.EvalOptions(
         limit=limit,
         num_fewshot=num_fewshot,

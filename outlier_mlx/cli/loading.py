@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def load_checked(
     cache: KVCache | None = None,
     alpha: Path | None = None,
     beside: str | None = None,
+    step: int = 2048,
+    logits: int = 1,
     quiet: bool,
 ) -> Any:
     """Load a model if it fits into memory; a terminal shows that it takes time.
@@ -75,6 +78,8 @@ def load_checked(
         cache: how the KV cache is quantized; None: the command has no options for that.
         alpha: see `load_model`.
         beside: another model that will be loaded, too.
+        step: tokens of a prompt that are processed at a time, at most.
+        logits: tokens whose logits are in memory at the same time.
         quiet: show nothing.
 
     Raises:
@@ -82,15 +87,26 @@ def load_checked(
     """
     source = model if isinstance(model, Source) else resolve(model, loading.revision)
     if not loading.ignore_memory:
-        other = None if beside is None else resolve(beside).folder
-        _check_fits(source.folder, tokens, prompt, cache, other)
+        kept = cache or KVCache()
+        check = partial(
+            _check_fits,
+            source.folder,
+            kv_bits=kept.kv_bits,
+            kv_group_size=kept.kv_group_size,
+            kv_start=kept.quantized_kv_start,
+            step=step,
+            logits=logits,
+            may_quantize=cache is not None,
+            beside=None if beside is None else resolve(beside).folder,
+        )
+        _fit(source.folder, tokens, prompt, check)
     return _load(source, loading, alpha, quiet=quiet)
 
 
 def check_memory(source: Source, loading: Loading, tokens: int) -> None:
     """Check that a model fits into memory, which another process will load; see `load_checked`."""
     if not loading.ignore_memory:
-        _check_fits(source.folder, tokens, "", None, None)
+        _check_fits(source.folder, tokens, may_quantize=False)
 
 
 def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:
@@ -105,25 +121,18 @@ def _load(source: Source, loading: Loading, alpha: Path | None, *, quiet: bool) 
         return load_model(source.folder, loading.dtype, alpha)
 
 
-def _check_fits(
-    folder: Path, tokens: int, prompt: str, cache: KVCache | None, beside: Path | None
-) -> None:
+def _check_fits(*args: Any, **how: Any) -> Any:
     from outlier_mlx.engine.memory import check_fits
 
-    kept = cache or KVCache()
-    check = partial(
-        check_fits,
-        folder,
-        kv_bits=kept.kv_bits,
-        kv_group_size=kept.kv_group_size,
-        kv_start=kept.quantized_kv_start,
-        may_quantize=cache is not None,
-        beside=beside,
-    )
+    return check_fits(*args, **how)
+
+
+def _fit(folder: Path, tokens: int, prompt: str, check: Callable[[int], Any]) -> Any:
+    """Check that a model fits with a prompt and more tokens; returns what `check` does."""
     try:
         # A tokenizer takes at least a byte for a token. Reading it takes time, so the tokens are
         # counted only where that many would not fit.
-        check(tokens + len(prompt.encode("utf-8", "replace")))
+        return check(tokens + len(prompt.encode("utf-8", "replace")))
     except OutlierError:
         if not prompt:
             raise
@@ -133,4 +142,4 @@ def _check_fits(
         tokenizer = load_tokenizer(folder, raw_config(folder))
         with quiet_transformers():
             count = len(tokenizer.encode(prompt))
-        check(tokens + count)
+        return check(tokens + count)

@@ -311,7 +311,9 @@ def tune_alpha(
     from outlier_mlx.terminal import counting_bar
 
     check_writable(out, force=force, sources=[model, teacher, text])
-    loaded, tokenizer = load_checked(model, loading, window, beside=teacher, quiet=quiet)
+    loaded, tokenizer = load_checked(
+        model, loading, window, beside=teacher, logits=window, quiet=quiet
+    )
     other = None
     if teacher is not None:
         other, _ = load_beside(teacher, loading, quiet=quiet)

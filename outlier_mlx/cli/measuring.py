@@ -214,7 +214,9 @@ def perplexity(
     from outlier_mlx.terminal import counting_bar
 
     folder = measured.require_tier(model) if record else None
-    loaded, tokenizer = load_checked(model, loading, window, beside=against, quiet=quiet)
+    loaded, tokenizer = load_checked(
+        model, loading, window, beside=against, logits=window, quiet=quiet
+    )
     content = read_utf8(text)
     other = None
     if against is not None:
@@ -286,7 +288,7 @@ def routing(
     if trace is not None:
         check_writable(trace, force=force, sources=[model, text])
     source = resolve(model, loading.revision)
-    loaded, tokenizer = load_checked(source, loading, window, quiet=quiet)
+    loaded, tokenizer = load_checked(source, loading, window, logits=window, quiet=quiet)
     texts = compare.windows(tokenizer, read_utf8(text), window, windows)
     compare.warn_of_context(loaded, texts)
     with counting_bar("routing", "tokens", quiet=quiet) as progress, ExitStack() as watching:

@@ -100,6 +100,7 @@ def generate(
         prompt="" if limit else read,
         cache=None if limit else cache,
         alpha=alpha,
+        step=options.prefill_step_size,
         quiet=quiet,
     )
     responses = after_reading(
@@ -156,7 +157,15 @@ def chat(
     source = resolve(model, loading.revision)
     tokens = options.max_kv_size or 4096 + options.max_tokens
     kept = None if options.max_kv_size else cache
-    loaded, tokenizer = load_checked(source, loading, tokens, cache=kept, alpha=alpha, quiet=quiet)
+    loaded, tokenizer = load_checked(
+        source,
+        loading,
+        tokens,
+        cache=kept,
+        alpha=alpha,
+        step=options.prefill_step_size,
+        quiet=quiet,
+    )
     conversation = Conversation(loaded, tokenizer, options)
     named = identity(source.folder, loading.dtype, alpha)
     Chat(conversation, named, prompt_cache, quiet=quiet).run()
@@ -272,6 +281,7 @@ def serve(
             kv_bits=cache.kv_bits,
             kv_group_size=cache.kv_group_size,
             kv_start=cache.quantized_kv_start,
+            step=prefill_step_size,
             clients=max_clients,
         )
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"

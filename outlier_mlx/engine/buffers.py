@@ -94,3 +94,20 @@ def sysctl_text(name: bytes, library: Any) -> str:
     if call(name, text, ctypes.byref(size), None, ctypes.c_size_t(0)):
         return ""
     return text.value.decode("utf-8", "replace")
+
+
+def sysctl_int(name: bytes, library: Any) -> int | None:
+    """A number of 32 bits that the system knows by this name; None if there is none.
+
+    Args:
+        name: the name, as `sysctl` takes it.
+        library: the C library, with `sysctlbyname`.
+    """
+    import ctypes
+
+    value, nbytes = ctypes.c_int32(0), ctypes.c_size_t(4)
+    if library.sysctlbyname(
+        name, ctypes.byref(value), ctypes.byref(nbytes), None, ctypes.c_size_t(0)
+    ):
+        return None
+    return value.value

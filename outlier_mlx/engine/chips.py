@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from outlier_mlx.engine.memory import physical_memory
+from outlier_mlx.engine.machine import physical_memory
 from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.runtime.ops import use_metal
 from outlier_mlx.runtime.variants import chip_name

@@ -13,10 +13,12 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import get_total_parameters
 
 from outlier_mlx.engine.loading import quiet_transformers
+from outlier_mlx.engine.needs import cpu_step
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.attention import has_windows
 from outlier_mlx.models.config import Description, describe_args
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.models.sizes import context_length
@@ -24,8 +26,6 @@ from outlier_mlx.terminal import Progress, no_progress
 
 # Number of tokens between two checks that the output is finite.
 CHECK_EVERY = 16
-# Number of weights that a CPU multiplies in 0.2 s, if it has nothing else to do.
-_CPU_STEP = 200_000_000
 KV_BITS = (2, 3, 4, 5, 6, 8)
 
 
@@ -240,7 +240,7 @@ def prefill_step(model: nn.Module, most: int) -> int:
     """
     if mx.default_device() != mx.cpu:
         return most
-    return max(1, min(most, _CPU_STEP // max(1, get_total_parameters(model))))
+    return cpu_step(most, get_total_parameters(model))
 
 
 def top_k(wanted: int, model: nn.Module, tokenizer: Tokenizer) -> int:
@@ -273,7 +273,7 @@ def check_kv_cache(model: nn.Module, options: Options) -> None:
     if options.kv_bits is None:
         return
     config = described(model)
-    if any(window is not None for window in config.attention or ()):
+    if has_windows(config):
         raise OutlierError("--kv-bits: mlx-lm does not quantize the cache of sliding windows")
     width = config.head_dim
     if width is not None and width % options.kv_group_size:

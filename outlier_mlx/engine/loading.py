@@ -16,7 +16,7 @@ from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.checkpoints.stored_model import StoredModel, check_ends, open_config, open_stored
-from outlier_mlx.engine.memory import wait_within_budget
+from outlier_mlx.engine.limits import wait_within_budget
 from outlier_mlx.engine.model_tensors import check_ternary
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.quantized import checked_classes, unchecked

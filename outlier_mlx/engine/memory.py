@@ -1,135 +1,18 @@
-"""What a model needs, what this machine gives, and what to do when that is not enough."""
+"""Refuse to load what does not fit into memory, and say what helps."""
 
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from outlier_mlx.engine.buffers import MAX_MB
+from outlier_mlx.engine.machine import FREE_ON_MAC, THIS_GPU, Budget, budget
+from outlier_mlx.engine.needs import Needs, Use, needs_of
+from outlier_mlx.engine.paging.budget import ALL, ExpertMemory
+from outlier_mlx.engine.plan import Plan, plan
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.attention import fitting_group
-from outlier_mlx.models.config import Description, describe, is_ternary_model, raw_config
-from outlier_mlx.models.sizes import kv_bytes
-from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import size
 
-#: Bytes of a budget that is not known: everything fits, and swapping is the user's to notice.
-UNLIMITED = sys.maxsize
-# The share of its memory that macOS lets the GPU use by default; docs/sizes.md has the source.
-GPU_SHARE = 0.75
-# Without a GPU: the experts once more in MLX's 2-bit format, everything else in float32.
-CPU_FACTOR = 2.0
-# The same for a model whose own matrices are ternary: 1.6 bits, and 2 once more, with scales and
-# biases in float32.
-TERNARY_CPU_FACTOR = 2.5
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Memory that a model may take.
-
-    Attributes:
-        nbytes: how much; `UNLIMITED` where that is not known.
-        whose: what sets the limit, for messages.
-    """
-
-    nbytes: int
-    whose: str
-
-    def __str__(self) -> str:
-        """What gives how much."""
-        if self.nbytes == UNLIMITED:
-            return f"it is not known how much {self.whose} gives"
-        return f"{self.whose} gives {size(self.nbytes)}"
-
-
-def budget(ram_gb: float | None = None) -> Budget:
-    """What this machine gives a model, or what a Mac with `ram_gb` gigabytes (2^30) would."""
-    if ram_gb is not None:
-        return Budget(int(ram_gb * 2**30 * GPU_SHARE), f"a Mac with {ram_gb:g} GB")
-    import mlx.core as mx
-
-    limit = mx.device_info().get("max_recommended_working_set_size")
-    if mx.metal.is_available() and limit:
-        return Budget(int(limit), "this Mac's GPU")
-    physical = physical_memory()
-    return Budget(UNLIMITED if physical is None else int(physical * GPU_SHARE), "this machine")
-
-
-def physical_memory() -> int | None:
-    """Bytes of memory that the machine has; None where the system does not say."""
-    try:
-        pages, nbytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-    return pages * nbytes if pages > 0 and nbytes > 0 else None
-
-
-def wait_within_budget() -> None:
-    """Let MLX wait for the GPU before it takes more than the GPU's memory, if buffers are large.
-
-    Intermediate results of a command buffer are freed when the GPU is done with all of it, and MLX
-    prepares up to ten buffers ahead. With MLX's own small buffers this is little; with larger ones
-    it can be gigabytes in a long prompt. MLX waits at its memory limit, which by default is one and
-    a half times what the GPU should use; here it becomes just that. A lower limit stays.
-    """
-    import mlx.core as mx
-
-    limit = mx.device_info().get("max_recommended_working_set_size")
-    if MAX_MB in os.environ and mx.metal.is_available() and limit:
-        before = mx.set_memory_limit(int(limit))
-        if before < int(limit):
-            mx.set_memory_limit(before)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a model takes of a budget.
-
-    Attributes:
-        weights: bytes of its weights.
-        config: what is known of it.
-        factor: how many times as large a KV cache is as it would be in 16 bits.
-    """
-
-    weights: int
-    config: Description
-    factor: float
-
-    def cache(
-        self, tokens: int, bits: int | None = None, group_size: int = 64, start: int = 0
-    ) -> int:
-        """Bytes of the KV cache of a conversation at its largest; 0 where that is not known.
-
-        Args:
-            tokens: tokens in the cache.
-            bits: bits of a value in a quantized cache; None: it is not quantized.
-            group_size: values of a quantized cache that share a scale.
-            start: from how many tokens on the cache is quantized.
-        """
-        plain = kv_bytes(self.config, tokens if bits is None else min(tokens, start)) or 0
-        if bits is None or tokens < start:
-            return int(self.factor * plain)
-        quantized = kv_bytes(self.config, tokens, bits, group_size) or 0
-        return int(self.factor * max(plain, quantized))
-
-
-def needs_of(folder: Path, available: Budget) -> Needs:
-    """What the model in a folder takes: a tier, or a plain MLX model."""
-    weights = sum(tensor.nbytes for tensor in read_shards(folder).values())
-    config, factor = raw_config(folder), _factor(available)
-    own = TERNARY_CPU_FACTOR if is_ternary_model(config) and factor > 1 else factor
-    return Needs(int(weights * own), describe(config), factor)
-
-
-def cache_needs(config: Description) -> Needs:
-    """What the KV caches of a loaded model take on this machine, without its weights."""
-    return Needs(0, config, _factor(budget()))
-
-
-def _factor(available: Budget) -> float:
-    return CPU_FACTOR if available.whose == "this machine" else 1.0
+__all__ = ["budget", "check_fits"]
 
 
 def check_fits(
@@ -141,10 +24,14 @@ def check_fits(
     kv_group_size: int = 64,
     kv_start: int = 0,
     conversations: int = 1,
+    prompts: int = 1,
+    step: int = 2048,
+    logits: int = 1,
+    memory: ExpertMemory = ALL,
     cures: Sequence[str] = (),
     may_quantize: bool = True,
     beside: Path | None = None,
-) -> None:
+) -> Plan:
     """Refuse to load a model that does not fit, before the machine swaps.
 
     Args:
@@ -155,46 +42,69 @@ def check_fits(
         kv_group_size: values of a quantized KV cache that share a scale.
         kv_start: from how many tokens on it is quantized.
         conversations: how many have a KV cache at the same time.
+        prompts: how many of them are read at the same time.
+        step: tokens of a prompt that are processed at a time, at most.
+        logits: tokens whose logits are in memory at the same time.
+        memory: how much its experts may take.
         cures: more remedies to name in the message.
         may_quantize: whether the user could have the KV cache quantized.
         beside: another model that will be in memory at the same time, without a KV cache.
 
+    Returns:
+        The plan by which the model is to be loaded.
+
     Raises:
-        OutlierError: it does not fit; the message says what can be done.
+        OutlierError: it does not fit; the message says what can be done. Or see `plan`.
     """
     available = available or budget()
-    needs, names = needs_of(folder, available), f"{folder.name} needs"
-    if beside is not None:
-        other = needs_of(beside, available)
-        needs = replace(needs, weights=needs.weights + other.weights)
-        names = f"{folder.name} and {beside.name} need"
-    cache = conversations * needs.cache(tokens, kv_bits, kv_group_size, kv_start)
-    needed = needs.weights + cache
-    if needed <= available.nbytes:
-        return
+    use = Use(tokens, conversations, prompts, step, logits, kv_bits, kv_group_size, kv_start)
+    other = 0 if beside is None else needs_of(beside, available.on_cpu).weights
+    found = plan(folder, use, memory, available, beside=other)
+    if found.fits:
+        return found
     helps = list(cures)
     if kv_bits is None and may_quantize:
-        room = (available.nbytes - needs.weights) // conversations
-        helps += _quantizing(needs, room, tokens, kv_group_size, kv_start)
+        freed = (found.kv_cache, found.activations, found.mlx_cache)
+        room = available.nbytes - found.needed + sum(part.nbytes for part in freed)
+        helps += _quantizing(needs_of(folder, available.on_cpu), room, use)
     helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
-    if available.whose == "this Mac's GPU":
-        megabytes = -(-needed // 2**20)
+    if available.whose == THIS_GPU:
+        megabytes = -(-found.needed // 2**20)
         helps.append(f"a higher limit (sudo sysctl iogpu.wired_limit_mb={megabytes})")
+    elif available.whose == FREE_ON_MAC:
+        helps.append("ending other programs")
+    names = f"{folder.name} needs"
+    if beside is not None:
+        names = f"{folder.name} and {beside.name} need"
     whose = f" of {conversations} conversations of {tokens} tokens" if conversations > 1 else ""
+    slots, experts = found.slots, ""
+    if slots is not None:
+        experts = f", with only {slots} experts in memory, the least,"
     raise OutlierError(
-        f"{names} {size(needed)}, {size(cache)} of it for the KV cache{whose}; {available}."
+        f"{names} {size(found.needed)}{experts}, {size(found.kv_cache.nbytes)} of it for the KV"
+        f" cache{whose}; {available}."
         f" What helps: {', or '.join(helps)}; --ignore-memory loads it anyway"
     )
 
 
-def _quantizing(needs: Needs, room: int, tokens: int, group_size: int, start: int) -> list[str]:
-    """The options that make a KV cache fit into `room` bytes by quantizing it, if there are any."""
-    group = fitting_group(needs.config, group_size)
-    if group is None or needs.cache(tokens) == 0:
+def _quantizing(needs: Needs, room: int, use: Use) -> list[str]:
+    """The options that make KV caches fit by quantizing them, if there are any.
+
+    Args:
+        needs: what the model takes.
+        room: bytes for KV caches, and for what is computed, beside everything else.
+        use: how the model was to be used.
+    """
+    group = fitting_group(needs.config, use.kv_group_size)
+    if group is None or needs.cache(use.tokens) == 0:
         return []
-    options = "--kv-bits 4" + (f" --kv-group-size {group}" if group != group_size else "")
-    if needs.cache(tokens, 4, group, start) <= room:
-        return [options]
-    if needs.cache(tokens, 4, group) <= room:
-        return [f"{options} --quantized-kv-start 0"]
+    options = "--kv-bits 4" + (f" --kv-group-size {group}" if group != use.kv_group_size else "")
+    for start, more in ((use.kv_start, ""), (0, " --quantized-kv-start 0")):
+        # MLX's attention to a quantized cache keeps its scores, which take less in shorter steps.
+        for step in (use.step, 512, 128, 32):
+            less = replace(use, kv_bits=4, kv_group_size=group, kv_start=start, step=step)
+            cache = use.conversations * needs.cache(use.tokens, 4, group, start)
+            if step <= use.step and cache + needs.working(less) - needs.converted <= room:
+                steps = f" --prefill-step-size {step}" if step < use.step else ""
+                return [options + more + steps]
     return []

@@ -1,6 +1,6 @@
 """The attention window of each layer, as far as a config says it."""
 
-from outlier_mlx.models.description import Description
+from outlier_mlx.models.description import Description, LinearAttention
 from outlier_mlx.models.families import Family
 from outlier_mlx.models.fields import Fields
 from outlier_mlx.models.quantization import largest_group
@@ -14,12 +14,23 @@ _OTHER = (
     *("num_kv_reuse_layers", "loop_num", "state_size", "sliding_window_layers", "global_head_dim"),
 )
 _OTHER_PREFIXES = ("mamba_", "ssm_", "linear_", "conv_", "lru_", "swa_", "rwkv_")
+# mlx-lm's models with plain attention in every n-th layer, and a gated delta net in all others.
+_GATED_DELTA = (
+    *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    "prism_hadamard_qwen35",
+)
+_LINEAR_SIZES = (
+    *("linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim"),
+    *("linear_value_head_dim", "linear_conv_kernel_dim"),
+)
 
 
 def read_attention(
     fields: Fields, known: Family | None, layers: int | None
 ) -> tuple[int | None, ...] | None:
     """The window of each layer in tokens, None for a layer that attends to all tokens.
+
+    A layer of linear attention has the window 0: it keeps no keys, but a state (`read_linear`).
 
     Args:
         fields: the config.
@@ -33,6 +44,11 @@ def read_attention(
         return None
     if known is not None and not known.honours_layer_types:
         return (None,) * layers
+    if read_linear(fields) is not None:
+        interval = fields.raw.get("full_attention_interval", 4)
+        if type(interval) is not int or interval < 1:
+            return None
+        return tuple(0 if (layer + 1) % interval else None for layer in range(layers))
     if known is None and _is_other(fields):
         return None
     types, window = fields.raw.get("layer_types"), fields.raw.get("sliding_window")
@@ -50,6 +66,23 @@ def read_attention(
     return tuple(windows[kind] for kind in types)
 
 
+def read_linear(fields: Fields) -> LinearAttention | None:
+    """The sizes of layers of linear attention; None for other models, or where one is not known.
+
+    They are those of mlx-lm's gated delta net, which keeps the last inputs of its convolution in
+    16 bits, and a matrix for each value head in float32.
+    """
+    if fields.raw.get("model_type") not in _GATED_DELTA:
+        return None
+    values, keys, key_width, value_width, kernel = (fields.raw.get(n) for n in _LINEAR_SIZES)
+    if any(type(n) is not int or n < 1 for n in (values, keys, key_width, value_width, kernel)):
+        return None
+    channels = 2 * keys * key_width + values * value_width
+    return LinearAttention(
+        channels, 2 * (kernel - 1) * channels + 4 * values * value_width * key_width
+    )
+
+
 def fitting_group(config: Description, group_size: int) -> int | None:
     """The group size in which mlx-lm can quantize a model's KV cache.
 
@@ -60,9 +93,14 @@ def fitting_group(config: Description, group_size: int) -> int | None:
     Returns:
         None if no group size fits, a layer has a window, or that is not known.
     """
-    if config.attention is None or any(window is not None for window in config.attention):
+    if config.attention is None or has_windows(config):
         return None
     return largest_group(config.head_dim, group_size) if config.head_dim else None
+
+
+def has_windows(config: Description) -> bool:
+    """Whether a layer attends to the last tokens only; linear attention has no such window."""
+    return any(config.attention or ())
 
 
 def _is_other(fields: Fields) -> bool:

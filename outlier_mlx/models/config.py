@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.models.attention import read_attention
+from outlier_mlx.models.attention import read_attention, read_linear
 from outlier_mlx.models.description import (
     PROJECTIONS,
     Defaults,
@@ -285,6 +285,7 @@ def _values(
         "tied": fields.flag("tie_word_embeddings", False if fields.strict else None),
         **_mixture(fields, known, layers),
         "attention": read_attention(fields, known, layers),
+        "linear": read_linear(fields),
         "dtype": _dtype(raw),
         "eos_ids": _ids(raw.get("eos_token_id")),
         "quantization": read_quantization(raw),

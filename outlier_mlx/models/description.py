@@ -35,6 +35,19 @@ class Defaults:
     max_positions: int = 32768
 
 
+@dataclass(frozen=True)
+class LinearAttention:
+    """What a layer of linear attention computes with.
+
+    Attributes:
+        channels: values of a token that it convolves: queries, keys and values.
+        state_nbytes: bytes that it keeps of a conversation of any length.
+    """
+
+    channels: int
+    state_nbytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """A model of any family; None where the config has no value, or no valid one.
@@ -59,7 +72,9 @@ class Description:
         moe_layers: numbers of the layers that have experts; None: not known which.
         expert_width: width of a routed expert.
         attention: for each layer, how many of the last tokens it attends to, None for all of
-            them; None as a whole where a layer is no plain attention, or that is not known.
+            them, 0 for linear attention; None as a whole where a layer is neither, or that is not
+            known.
+        linear: the layers of linear attention; None if there are none.
         dtype: dtype of activations and unquantized weights.
         eos_ids: tokens that end a text.
         quantization: how matrices are quantized, if they are.
@@ -85,6 +100,7 @@ class Description:
     moe_layers: tuple[int, ...] | None
     expert_width: int | None
     attention: tuple[int | None, ...] | None
+    linear: LinearAttention | None
     dtype: str | None
     eos_ids: tuple[int, ...]
     quantization: Quantization | None

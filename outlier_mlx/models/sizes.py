@@ -50,7 +50,7 @@ def kv_bytes(
 def kv_bytes(
     config: Description, tokens: int, bits: int | None = None, group_size: int = 64
 ) -> int | None:
-    """Bytes of the KV cache of a conversation.
+    """Bytes of the KV cache of a conversation, with the state of layers of linear attention.
 
     Args:
         config: the model.
@@ -59,14 +59,15 @@ def kv_bytes(
         group_size: values of a quantized cache that share a scale and a bias.
 
     Returns:
-        None if a layer has no plain attention, or the model's sizes are not known.
+        None if a layer has another kind of attention, or the model's sizes are not known.
     """
     layers, heads, width = config.attention, config.kv_heads, config.head_dim
     if layers is None or heads is None or width is None:
         return None
     kept = sum(tokens if window is None else min(tokens, window) for window in layers)
     value_bits = 16 if bits is None else bits + _GROUP_BITS / group_size
-    return int(2 * heads * width * kept * value_bits / 8)
+    states = sum(config.linear.state_nbytes for n in layers if n == 0) if config.linear else 0
+    return int(2 * heads * width * kept * value_bits / 8) + states
 
 
 def bytes_read(

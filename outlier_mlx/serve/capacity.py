@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from outlier_mlx.engine.memory import Budget, budget, check_fits, needs_of
+from outlier_mlx.engine.machine import Budget
+from outlier_mlx.engine.memory import budget, check_fits
+from outlier_mlx.engine.needs import Use, needs_of
 
 # The defaults of mlx-lm's server.
 MAX_RESPONSES = 32
@@ -56,10 +58,11 @@ def find_capacity(
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     kv_start: int = 0,
+    step: int = 2048,
     clients: int = MAX_CONVERSATIONS,
     available: Budget | None = None,
 ) -> tuple[Capacity, int]:
-    """Divide the memory that the weights leave free among conversations.
+    """Divide the memory that weights and activations leave free among conversations.
 
     Args:
         folder: the model folder.
@@ -70,6 +73,7 @@ def find_capacity(
         kv_bits: bits of a quantized KV cache; mlx-lm then generates for one request at a time.
         kv_group_size: values of a quantized KV cache that share a scale.
         kv_start: from how many tokens on it is quantized.
+        step: tokens of each prompt that are processed at a time, at most.
         clients: connections at a time; each waits for one response.
         available: memory for weights and caches; None: what this machine has.
 
@@ -80,18 +84,31 @@ def find_capacity(
         OutlierError: the requested number does not fit, or not even one conversation does.
     """
     available = available or budget()
-    needs = needs_of(folder, available)
+    needs = needs_of(folder, available.on_cpu)
     one = needs.cache(tokens, kv_bits, kv_group_size, kv_start)
-    free = max(0, available.nbytes - needs.weights)
-    fit = free // one if one else MAX_CONVERSATIONS
+
+    def divide(prompts: int | None) -> tuple[int, int, int]:
+        """Prompts read together, conversations that fit, and the bytes for their caches."""
+        # The more prompts are read together, the less is left for conversations.
+        for read in (prompts,) if prompts else range(MAX_PROMPTS, 0, -1):
+            use = Use(tokens, prompts=read, step=step, kv_bits=kv_bits)
+            free = max(0, available.nbytes - needs.weights - needs.working(use))
+            fit = min(free // one if one else MAX_CONVERSATIONS, MAX_CONVERSATIONS)
+            if read <= fit // 4:
+                break
+        return read, fit, free
+
     if responses is None:
-        capacity = capacity_for(min(fit, MAX_CONVERSATIONS), prompts)
+        read, fit, free = divide(prompts)
+        capacity = capacity_for(fit, read)
     else:
-        capacity = Capacity(responses, prompts or max(1, min(MAX_PROMPTS, responses // 4)))
+        read, _, free = divide(prompts or max(1, min(MAX_PROMPTS, responses // 4)))
+        capacity = Capacity(responses, read)
+        read, fit, _ = divide(prompts)
     conversations = 1 if kv_bits is not None else min(clients, capacity.conversations)
     cures = ["a smaller --max-context"]
     if conversations > 1 and fit:
-        cures.insert(0, f"--decode-concurrency {capacity_for(fit).decode_concurrency}")
+        cures.insert(0, f"--decode-concurrency {capacity_for(fit, read).decode_concurrency}")
     check_fits(
         folder,
         tokens,
@@ -100,6 +117,8 @@ def find_capacity(
         kv_group_size=kv_group_size,
         kv_start=kv_start,
         conversations=conversations,
+        prompts=capacity.prompt_concurrency,
+        step=step,
         cures=cures,
     )
     if one:

@@ -19,7 +19,8 @@ from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.generate import described, prefill_step, vocabulary
-from outlier_mlx.engine.memory import cache_needs
+from outlier_mlx.engine.machine import budget
+from outlier_mlx.engine.needs import cache_needs
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
@@ -98,7 +99,7 @@ class OneModel(ModelProvider):
                 MessageReader(TemplateProbes(self.tokenizer), self.tokenizer.has_tool_calling),
             )
             self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
-            needs = cache_needs(described(self.model))
+            needs = cache_needs(described(self.model), budget().on_cpu)
             bits, group_size = options.kv_bits, options.kv_group_size
             size = partial(needs.cache, bits=bits, group_size=group_size)
             self.memory = CacheMemory(options.cache_memory, size)

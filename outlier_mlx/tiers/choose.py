@@ -9,7 +9,7 @@ from typing import Any
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import WholeModel, join, open_base
 from outlier_mlx.checkpoints.headers import headers
-from outlier_mlx.engine.memory import UNLIMITED, Budget, budget
+from outlier_mlx.engine.machine import UNLIMITED, Budget, budget
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.storage.remote import fill

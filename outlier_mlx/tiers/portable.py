@@ -17,6 +17,7 @@ import numpy as np
 from outlier_mlx.checkpoints.base import WholeModel
 from outlier_mlx.checkpoints.overlay import base_shapes
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.attention import has_windows
 from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.storage.tensors import Derived
@@ -75,7 +76,7 @@ def _check_expressible(model: WholeModel) -> None:
         reason = f"it scales positions ({'YaRN' if kind == 'yarn' else kind})"
     elif config.qk_norm:
         reason = "its base has norms of queries and keys"
-    elif any(window is not None for window in config.attention or ()):
+    elif has_windows(config):
         reason = "its base attends to a window of tokens in some layers"
     elif config.intermediate % width:
         reason = f"the expert width {width} does not divide the shared width {config.intermediate}"

@@ -1,0 +1,294 @@
+"""What a model takes of memory, from the headers of its files and its config: no tensor is read."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from outlier_mlx.engine.paging.budget import Experts
+from outlier_mlx.models.config import Description, describe, is_ternary_model, is_tier, raw_config
+from outlier_mlx.models.sizes import kv_bytes
+from outlier_mlx.runtime.affine2 import ROWS, affine_group, padded_width
+from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.shards import read_shards
+
+# Number of weights that a CPU multiplies in 0.2 s, if it has nothing else to do.
+_CPU_STEP = 200_000_000
+# Widths of heads for which MLX's GPU kernels keep the scores of attention to themselves.
+FUSED_HEADS = (64, 80, 128)
+# MLX's own limit of its cache on a CPU.
+CPU_CACHE = 32 << 20
+#: In the names of the tensors of routed experts.
+SWITCH = ".switch_mlp."
+_HALVES = ("F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model is going to be used.
+
+    Attributes:
+        tokens: tokens in the KV cache of a conversation.
+        conversations: how many have a KV cache at the same time.
+        prompts: how many of them are read at the same time.
+        step: tokens of a prompt that are processed at a time, at most.
+        logits: tokens whose logits are in memory at the same time.
+        kv_bits: bits of a value in a quantized KV cache; None: it is not quantized.
+        kv_group_size: values of a quantized KV cache that share a scale.
+        kv_start: from how many tokens on it is quantized.
+    """
+
+    tokens: int = 4096
+    conversations: int = 1
+    prompts: int = 1
+    step: int = 2048
+    logits: int = 1
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    kv_start: int = 0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes of memory.
+
+    Attributes:
+        plain: bytes of the weights that are always loaded: on a CPU, what has 16 bits in the files
+            takes 32.
+        copies: bytes of their ternary matrices once more, in MLX's 2-bit format, on a CPU.
+        routed: bytes of the experts that can be paged; those of other models are in `plain`.
+        routed_copies: the copies of these experts, if they are loaded.
+        converted: bytes of the largest such copies that a GPU makes for a prompt, and drops.
+        gathered: bytes that it takes more for that if experts are paged.
+        experts: the experts that can be paged; None if there are none.
+        elements: number of weights, all experts included.
+        config: what is known of the model.
+        on_cpu: whether it runs without a GPU, where activations are float32.
+    """
+
+    plain: int
+    copies: int
+    routed: int
+    routed_copies: int
+    converted: int
+    gathered: int
+    experts: Experts | None
+    elements: int
+    config: Description
+    on_cpu: bool
+
+    @property
+    def weights(self) -> int:
+        """Bytes of everything that is loaded, if nothing is paged."""
+        return self.plain + self.copies + self.routed + self.routed_copies
+
+    @property
+    def value_nbytes(self) -> int:
+        """Bytes of an activation, at most."""
+        return 4 if self.on_cpu or self.config.dtype == "float32" else 2
+
+    def cache(
+        self, tokens: int, bits: int | None = None, group_size: int = 64, start: int = 0
+    ) -> int:
+        """Bytes of the KV cache of a conversation at its largest; 0 where that is not known.
+
+        Args:
+            tokens: tokens in the cache.
+            bits: bits of a value in a quantized cache; None: it is not quantized.
+            group_size: values of a quantized cache that share a scale.
+            start: from how many tokens on the cache is quantized.
+        """
+        factor = 2 if self.on_cpu else 1
+        plain = kv_bytes(self.config, tokens if bits is None else min(tokens, start)) or 0
+        if bits is None or tokens < start:
+            return factor * plain
+        quantized = kv_bytes(self.config, tokens, bits, group_size) or 0
+        return factor * max(plain, quantized)
+
+    def activations(self, use: Use) -> int:
+        """Bytes of what is computed from a chunk of a prompt, at most.
+
+        With T tokens in the chunk, L in the KV cache, hidden size H, FFN width I, k experts of
+        width W a token, and b bytes a value, that is
+
+            residual    3 T H b       the residual stream, its norm, the sum
+            attention   4 T (heads + KV heads) (head width) b, and a layer's keys and values once
+                        more, as the cache grows; 6 T (channels) 4 for a layer of linear attention
+            FFN         T (3 I + H) b + T k (3 W + 4 H) 4 + T H 4
+            scores      2 (heads) T L b, where MLX does not keep them to itself
+            logits      (tokens whose logits are kept) (vocabulary) (b + 12)
+
+        Attention and FFN do not happen together. One layer at a time is counted on a CPU, and two
+        on a GPU, which gets the next one while it works. More may wait for the GPU only as long as
+        MLX is below its memory limit.
+        """
+        layers = 1 if self.on_cpu else 2
+        logits = use.logits * (self.config.vocab or 0) * (self.value_nbytes + 12)
+        return layers * self._layer(use) + self._scores(use) + logits
+
+    def mlx_cache(self, use: Use) -> int:
+        """Bytes of freed memory that MLX keeps: at most what a layer takes, without scores."""
+        layer = self._layer(use)
+        return min(layer, CPU_CACHE) if self.on_cpu else layer
+
+    def working(self, use: Use) -> int:
+        """Bytes beside weights and KV caches, if nothing is paged."""
+        return self.activations(use) + self.mlx_cache(use) + self.converted
+
+    def step(self, most: int) -> int:
+        """Number of prompt tokens to process at a time; see `generate.prefill_step`."""
+        return cpu_step(most, self.elements) if self.on_cpu else most
+
+    def _chunk(self, use: Use) -> int:
+        """Tokens that are processed together: texts whose logits are kept are not divided."""
+        return max(use.logits, use.prompts * min(use.tokens, self.step(use.step)))
+
+    def _layer(self, use: Use) -> int:
+        chunk = self._chunk(use)
+        residual = 3 * chunk * (self.config.hidden or 0) * self.value_nbytes
+        return residual + max(self._attention(use, chunk), self._ffn(chunk))
+
+    def _attention(self, use: Use, chunk: int) -> int:
+        config, nbytes = self.config, self.value_nbytes
+        heads, width = config.heads or 0, config.head_dim or 0
+        kv_heads = config.kv_heads or heads
+        plain = 4 * chunk * (heads + kv_heads) * width * nbytes
+        plain += use.prompts * 2 * kv_heads * width * use.tokens * nbytes
+        linear = 6 * chunk * config.linear.channels * 4 if config.linear else 0
+        return max(plain, linear)
+
+    def _scores(self, use: Use) -> int:
+        config = self.config
+        if not self.on_cpu and config.head_dim in FUSED_HEADS and use.kv_bits is None:
+            return 0
+        windows = [use.tokens if n is None else n for n in config.attention or (None,)]
+        seen = min(use.tokens, max(windows) + self.step(use.step))
+        return 2 * (config.heads or 0) * self._chunk(use) * seen * self.value_nbytes
+
+    def _ffn(self, chunk: int) -> int:
+        config = self.config
+        hidden, used = config.hidden or 0, min(config.top_k or config.experts, config.experts)
+        dense = chunk * (3 * (config.intermediate or 0) + hidden) * self.value_nbytes
+        if not used:
+            return dense
+        routed = used * (3 * (config.expert_width or config.intermediate or 0) + 4 * hidden)
+        return dense + 4 * chunk * (routed + hidden)
+
+
+def cpu_step(most: int, weights: int) -> int:
+    """Number of prompt tokens that a CPU processes at a time, so that a step takes 0.2 s."""
+    return max(1, min(most, _CPU_STEP // max(1, weights)))
+
+
+def needs_of(folder: Path, on_cpu: bool) -> Needs:
+    """What the model in a folder takes: a tier, or a plain MLX model.
+
+    Raises:
+        CheckpointError: the folder has no config.json, or no sound safetensors.
+    """
+    tensors, raw = read_shards(folder), raw_config(folder)
+    return needs_from(tensors, raw, on_cpu)
+
+
+def needs_from(tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool) -> Needs:
+    """What a model takes, by its tensors and its config.json; see `needs_of`."""
+    counter = _Counter(tensors, raw, on_cpu)
+    experts = counter.experts()
+    routed = [name for name in tensors if experts and SWITCH in name]
+    plain = tensors.keys() - set(routed)
+    packed = counter.packed
+    gathered = [tensors[f"{path}.weight"].nbytes for path in packed if SWITCH in f"{path}."]
+    return Needs(
+        plain=counter.stored(plain),
+        copies=counter.copies(plain),
+        routed=counter.stored(routed),
+        routed_copies=counter.copies(routed),
+        # Of gate and up, which have the same input, both may be there.
+        converted=0 if on_cpu else 2 * max(map(counter.copy, packed), default=0),
+        gathered=0 if on_cpu else 2 * max(gathered, default=0),
+        experts=experts,
+        elements=counter.elements(),
+        config=counter.config,
+        on_cpu=on_cpu,
+    )
+
+
+def cache_needs(config: Description, on_cpu: bool) -> Needs:
+    """What the KV caches of a loaded model take, without its weights."""
+    return Needs(0, 0, 0, 0, 0, 0, None, 0, config, on_cpu)
+
+
+class _Counter:
+    """Adds up the tensors of a model."""
+
+    def __init__(self, tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool) -> None:
+        self.tensors, self.raw, self.on_cpu = tensors, raw, on_cpu
+        self.config = describe(raw)
+        own = is_tier(raw) or is_ternary_model(raw) or "ternary_switch" in raw
+        suffix = ".weight"
+        self.packed = [
+            name.removesuffix(suffix)
+            for name, tensor in tensors.items()
+            if own and tensor.dtype == "U8" and name.endswith(suffix)
+        ]
+
+    def stored(self, names: Iterable[str]) -> int:
+        """Bytes of tensors, as they are loaded; scales of packed rows keep their dtype."""
+        packed = {f"{path}.scales" for path in self.packed}
+        total = 0
+        for name in names:
+            tensor = self.tensors[name]
+            doubled = self.on_cpu and tensor.dtype in _HALVES and name not in packed
+            total += tensor.nbytes * (2 if doubled else 1)
+        return total
+
+    def copies(self, names: Iterable[str]) -> int:
+        """Bytes of the affine copies of packed matrices, if they are kept."""
+        found = set(names)
+        kept = [path for path in self.packed if f"{path}.weight" in found]
+        return sum(map(self.copy, kept)) if self.on_cpu else 0
+
+    def copy(self, path: str) -> int:
+        """Bytes of a packed matrix, or of those of all experts, in MLX's 2-bit format."""
+        *rows, row = self.tensors[f"{path}.weight"].shape
+        width = self._width(path) or 5 * row
+        scales = self.tensors.get(f"{path}.scales")
+        if scales is not None and scales.shape == tuple(rows):
+            count = prod(rows) * (padded_width(width) // affine_group(width))
+        else:
+            count = prod(scales.shape) if scales is not None else 0
+        return prod(rows) * padded_width(width) // 4 + 2 * 4 * count
+
+    def _width(self, path: str) -> int | None:
+        """Weights in a row."""
+        if SWITCH in f"{path}.":
+            down = path.endswith("down_proj")
+            return self.config.expert_width if down else self.config.hidden
+        modules = self.raw["ternary"].get("modules") if "ternary" in self.raw else None
+        found = modules.get(path) if isinstance(modules, dict) else None
+        width = found.get("in_features") if isinstance(found, dict) else None
+        return width if type(width) is int and width > 0 else None
+
+    def experts(self) -> Experts | None:
+        """The experts of a tier in packed rows, all of one size."""
+        ternary, layers = self.raw.get("ternary"), self.config.moe_layers
+        count, top_k = self.config.experts, self.config.top_k
+        if not is_tier(self.raw) or not isinstance(ternary, dict) or not layers:
+            return None
+        if ternary.get("format") != ROWS or count < 1 or top_k is None:
+            return None
+        routed = [name for name in self.tensors if SWITCH in name]
+        nbytes = self.copies(routed) if self.on_cpu else self.stored(routed)
+        return Experts(len(layers), count, min(top_k, count), nbytes // (len(layers) * count))
+
+    def elements(self) -> int:
+        """Weights, as mlx-lm counts them in `get_total_parameters`: bytes of packed rows."""
+        how = self.config.quantization
+        total = 0
+        for name, tensor in self.tensors.items():
+            path, _, leaf = name.rpartition(".")
+            if leaf in ("scales", "biases") and f"{path}.weight" in self.tensors:
+                continue
+            bits = how.of(path) if how and tensor.dtype == "U32" else None
+            total += prod(tensor.shape) * (32 // bits.bits if bits else 1)
+        return total

@@ -1,0 +1,205 @@
+"""The plan: what a model will take, part by part; and how much memory its experts get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from outlier_mlx.engine.generate import prefill_step
+from outlier_mlx.engine.loading import load_model
+from outlier_mlx.engine.machine import UNLIMITED, Budget
+from outlier_mlx.engine.memory import check_fits
+from outlier_mlx.engine.needs import Use, needs_of
+from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory, Experts
+from outlier_mlx.engine.plan import HEADROOM, plan
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.config import describe
+from outlier_mlx.models.sizes import kv_bytes
+from tests.library import Library
+from tests.plain_models import SIZES, make_model, write_model
+
+MAC, CPU = "this Mac's GPU", "this machine"
+EXPERTS = Experts(layers=28, count=8, top_k=2, slot_nbytes=42_000_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4GB", ExpertMemory(nbytes=4 * 10**9)),
+        ("4GiB", ExpertMemory(nbytes=4 << 30)),
+        (" 1.5 gb ", ExpertMemory(nbytes=1_500_000_000)),
+        ("512MB", ExpertMemory(nbytes=512 * 10**6)),
+        ("50%", ExpertMemory(share=0.5)),
+        ("100%", ALL),
+        ("all", ALL),
+        ("auto", AUTO),
+    ],
+)
+def test_amounts_of_memory(text: str, expected: ExpertMemory) -> None:
+    assert ExpertMemory.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4", "GB", "-4GB", "0GB", "0%", "101%", "4TB", "1e9MB", "half"]
+)
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(ValueError, match="is no amount of memory: expected one such as 4GB"):
+        ExpertMemory.parse(text)
+
+
+def test_slots_of_an_amount() -> None:
+    assert EXPERTS.total == 224 and EXPERTS.floor == 56
+    assert ExpertMemory.parse("50%").slots_for(EXPERTS) == 112
+    assert ExpertMemory.parse("4.2GB").slots_for(EXPERTS) == 100
+    assert ExpertMemory(slots=60).slots_for(EXPERTS) == 60
+    for text in ("all", "100%", "9.5GB"):
+        assert ExpertMemory.parse(text).slots_for(EXPERTS) is None
+    with pytest.raises(OutlierError) as refused:
+        ExpertMemory.parse("2GB").slots_for(EXPERTS)
+    assert str(refused.value) == (
+        "2.00GB: too little memory for experts: the model needs 56 of its 224 experts in memory at"
+        " least (2 in each of 28 layers): --expert-memory 2352MB"
+    )
+    assert ExpertMemory.parse("2352MB").slots_for(EXPERTS) == 56
+    few = Experts(layers=2, count=8, top_k=2, slot_nbytes=10)
+    with pytest.raises(OutlierError, match=r"at least \(all 8 of a layer\): --expert-memory 1MB"):
+        ExpertMemory(slots=7).slots_for(few)
+
+
+@pytest.fixture(scope="module")
+def tier(library: Library) -> Path:
+    """Four MoE layers of four experts; a token uses two."""
+    return library.tier(
+        library.overlay(hidden=128, heads=2, layers=5, moe_layers=(1, 2, 3, 4), experts=4)
+    )
+
+
+def test_parts_of_a_plan(tier: Path) -> None:
+    found = plan(tier, Use(100), available=Budget(UNLIMITED, MAC))
+    index = json.loads((tier / "model.safetensors.index.json").read_text())
+    assert found.weights.nbytes + found.experts.nbytes == index["metadata"]["total_size"]
+    assert found.copies.nbytes == 0 and found.converted.nbytes > 0
+    assert found.kv_cache.nbytes == 5 * 2 * 2 * 64 * 100 * 2
+    assert found.needed == sum(part.nbytes for part in found.parts.values())
+    assert found.fits and found.slots is None and found.expert_memory == ALL
+    assert found.paged is not None and found.paged.total == 16
+    assert found.experts.nbytes == 16 * found.paged.slot_nbytes
+    assert all(part.source for part in found.parts.values())
+    line = str(found)
+    assert line.startswith("memory: ") and "to compute with; it is not known" in line
+
+
+def test_slots_take_what_is_left_and_headroom_stays(tier: Path) -> None:
+    whole = plan(tier, Use(100), available=Budget(UNLIMITED, MAC))
+    assert whole.paged is not None
+    for missing in (1, 3, 5):
+        there_is = whole.needed - missing * whole.paged.slot_nbytes
+        found = plan(tier, Use(100), available=Budget(there_is, MAC))
+        assert found.slots is not None and 8 <= found.slots < 16
+        assert found.experts.nbytes == found.slots * whole.paged.slot_nbytes
+        assert found.fits == (found.needed <= there_is)
+        if found.slots > 8:
+            assert found.needed <= there_is * (1 - HEADROOM)
+            assert found.needed + whole.paged.slot_nbytes > there_is * (1 - HEADROOM)
+        assert f"{found.slots} of 16 experts" in str(found)
+        assert found.expert_memory == ExpertMemory(slots=found.slots)
+    assert not plan(tier, Use(100), available=Budget(1000, MAC)).fits
+    assert plan(tier, Use(100), ExpertMemory.parse("50%"), Budget(UNLIMITED, MAC)).slots == 8
+
+
+def test_only_experts_in_packed_rows_are_paged(tier: Path, tmp_path: Path) -> None:
+    plain = write_model(tmp_path / "plain", SIZES | {"model_type": "llama"})
+    for text in ("all", "auto"):
+        found = plan(plain, Use(10), ExpertMemory.parse(text), Budget(1000, MAC))
+        assert found.slots is None and not found.fits
+    with pytest.raises(OutlierError, match="--expert-memory 50%: plain has no experts that can be"):
+        plan(plain, Use(10), ExpertMemory.parse("50%"), Budget(1000, MAC))
+    with pytest.raises(OutlierError, match="plain needs"):
+        check_fits(plain, 10, available=Budget(1000, MAC), memory=AUTO)
+
+
+def test_what_is_loaded_on_a_cpu_is_what_was_planned(tier: Path) -> None:
+    from mlx.utils import tree_flatten
+
+    model, _ = load_model(tier)
+    found = plan(tier, Use(100), available=Budget(UNLIMITED, CPU))
+    flat: Any = tree_flatten(model.parameters())
+    copies = sum(
+        array.nbytes
+        for module in model.modules()
+        if getattr(module, "prepared", None)
+        for array in module.prepared.arrays
+    )
+    assert copies == found.copies.nbytes
+    assert sum(a.nbytes for _, a in flat) == found.weights.nbytes + found.experts.nbytes
+    assert found.paged is not None and found.paged.slot_nbytes * 16 == copies
+
+
+HYBRID: dict[str, Any] = SIZES | {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 8,
+    "head_dim": 32,
+    "full_attention_interval": 4,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_next"])
+def test_caches_of_linear_attention(kind: str) -> None:
+    given = HYBRID | {"model_type": kind}
+    if kind == "qwen3_5":
+        given = {"model_type": kind, "text_config": HYBRID}
+    else:
+        given |= {"num_experts": 0, "num_experts_per_tok": 0, "decoder_sparse_step": 1}
+        given |= {"shared_expert_intermediate_size": 0, "moe_intermediate_size": 0}
+        given |= {"mlp_only_layers": [], "partial_rotary_factor": 0.25}
+    model = make_model(given)
+    model.set_dtype(mx.bfloat16)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.arange(256)[None] % 300, cache))
+    assert sum(entry.nbytes for entry in cache) == kv_bytes(describe(given), 256)
+    assert describe(given).attention == (0, 0, 0, None) * 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SIZES | {"model_type": "llama", "intermediate_size": 512},
+        SIZES | {"model_type": "qwen3", "head_dim": 16, "num_attention_heads": 8},
+        HYBRID | {"model_type": "qwen3_5"},
+        "tier",
+    ],
+    ids=["FFN", "attention", "hybrid", "tier"],
+)
+def test_peak_memory_stays_below_the_plan(config: Any, tier: Path, tmp_path: Path) -> None:
+    folder = tier
+    if config != "tier":
+        said = config | {"max_position_embeddings": 4096}
+        if config["model_type"] == "qwen3_5":
+            said = {"model_type": "qwen3_5", "text_config": HYBRID}
+        folder = write_model(tmp_path / "model", said)
+    model, _ = load_model(folder)
+    step, tokens = 256, 768  # the cache grows in steps of 256
+    assert prefill_step(model, step) == needs_of(folder, on_cpu=True).step(step) == step
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    prompt = mx.arange(tokens - 1) % 250
+    for _ in generate_step(prompt, model, max_tokens=1, prefill_step_size=step):
+        pass
+    peak = mx.get_peak_memory() - before
+    found = plan(folder, Use(tokens, step=step), available=Budget(UNLIMITED, CPU))
+    bound = found.kv_cache.nbytes + found.activations.nbytes
+    assert peak <= bound
+    assert bound < 4 * peak
