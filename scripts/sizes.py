@@ -146,7 +146,8 @@ float32 scale and bias; GGUF's TQ1_0 (54 bytes for 256 weights); 4.5 bits.
 
 Each cell has the size of the weights and a 16-bit KV cache, and the smallest memory for which they
 take at most {GPU_SHARE:.0%}: the share that macOS lets the GPU use by default
-([gpustack#1375](https://github.com/gpustack/gpustack/issues/1375)). Prefill needs some more.
+([gpustack#1375](https://github.com/gpustack/gpustack/issues/1375)). Prefill needs some more,
+and [the plan](memory.md#the-plan) says how much.
 
 {table(["", *(f"{tokens // 1024}k of context" for tokens in CONTEXTS)], fits)}
 """

@@ -1,11 +1,42 @@
-"""Limits of MLX's memory: what it keeps, what it waits at, and what macOS may not page out."""
+"""Limits of MLX's memory: what it keeps, what it waits at, and what macOS may not page out.
+
+They are MLX's, so there is one of each in a process: those of the plan of the last model loaded.
+"""
 
 import os
+import sys
 
 import mlx.core as mx
 
 from outlier_mlx.engine.buffers import MAX_MB
-from outlier_mlx.engine.machine import gpu_limit
+from outlier_mlx.engine.machine import UNLIMITED, gpu_limit
+from outlier_mlx.engine.plan import HEADROOM, Plan
+
+# mlx-lm's function that raises the wired limit, and the modules that use it by this name.
+_WIRING = "maybe_set_recommended_wired_limit"
+_WIRING_MODULES = ("mlx_lm.utils", "mlx_lm.generate", "mlx_lm.server")
+_RECOMMENDED = "max_recommended_working_set_size"
+
+
+def keep_to(plan: Plan) -> None:
+    """Let MLX keep to a plan; without a GPU, its own limits stay.
+
+    - Freed memory that it keeps for what comes next: as much as planned; where nothing is paged,
+      also what the plan leaves free, without the headroom.
+    - The wired limit, which mlx-lm raises while it generates: what is planned, and not all that
+      the GPU may use. Other programs, and the page cache, keep the rest.
+    - MLX waits for the GPU rather than take more than the GPU may use, if command buffers are large
+      (`wait_within_budget`); or than was planned, if experts are paged.
+    """
+    limit = gpu_limit()
+    if limit is None:
+        return
+    wait_within_budget()
+    spare = 0 if plan.slots is not None else _spare(plan)
+    mx.set_cache_limit(max(plan.mlx_cache.nbytes, spare))
+    if plan.slots is not None:
+        mx.set_memory_limit(min(limit, plan.needed))
+    _bound_wiring(plan.needed)
 
 
 def wait_within_budget() -> None:
@@ -21,3 +52,26 @@ def wait_within_budget() -> None:
         before = mx.set_memory_limit(limit)
         if before < limit:
             mx.set_memory_limit(before)
+
+
+def _spare(plan: Plan) -> int:
+    """Bytes that MLX may keep where everything is loaded."""
+    if plan.available.nbytes == UNLIMITED:
+        return 0
+    left = int(plan.available.nbytes * (1 - HEADROOM)) - plan.needed
+    return plan.mlx_cache.nbytes + left
+
+
+def _bound_wiring(nbytes: int) -> None:
+    """Let mlx-lm wire so many bytes at most."""
+
+    def wire() -> int | None:
+        recommended = mx.device_info().get(_RECOMMENDED)
+        if recommended is None:
+            return None
+        return int(mx.set_wired_limit(min(int(recommended), nbytes)))
+
+    for name in _WIRING_MODULES:
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, _WIRING):
+            setattr(module, _WIRING, wire)
