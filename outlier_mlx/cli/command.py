@@ -46,7 +46,8 @@ _Debug = Annotated[
 def flattened(function: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter that is a dataclass by its fields, since typer knows no groups.
 
-    An argument `model` or `models` can also be given as `--model`. Every command gets `--debug`.
+    An argument `model` or `models` can also be given as `--model`. It is required, unless its
+    default is the empty text. Every command gets `--debug`.
 
     Args:
         function: its parameters are options and arguments (`Annotated`, as typer wants them), and
@@ -69,7 +70,7 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             for field, hint, own in _fields(kind):
                 add(field, hint, own if default is parameter.empty else getattr(default, field))
         elif name in MODELS:
-            add(name, kind, None)
+            add(name, kind, None if default is parameter.empty else default)
             add(NAMED, _NamedModel, None)
         else:
             add(name, kind, default)
@@ -124,7 +125,13 @@ class Command(TyperCommand):
         if len(named) > 1 and model.nargs == 1:
             ctx.fail("--model is given twice, but there is one model")
         # Eager options, such as --help, are obeyed whatever else is missing.
-        if not named and not given.get(model.name) and not any(p.is_eager for p in order):
+        required = model.default is None
+        if (
+            required
+            and not named
+            and not given.get(model.name)
+            and not any(p.is_eager for p in order)
+        ):
             ctx.fail("no model is given: name one, as argument MODEL or by --model MODEL")
         return named
 
@@ -208,11 +215,18 @@ def placeholder(param: Any) -> str:
     return usual[kind] if kind in usual else "|".join(map(str, get_args(kind)))
 
 
+def _is_required(param: Any) -> bool:
+    """Whether a command cannot do without it; MODEL may be given as `--model`, too."""
+    return param.required or (param.name in MODELS and param.default is None)
+
+
 def _explanation(param: Any) -> str:
     text = param.help or ""
     if param.show_envvar and param.envvar:
         text += f" [{param.envvar}]"
     switch = param.type_descriptor.annotation is bool
-    if param.default is not None and not switch and param.show_default:
+    if param.default not in (None, "") and not switch and param.show_default:
         text += f" [default: {param.default}]"
-    return text + " [required]" * (param.required or param.name in MODELS)
+    return text + " [required]" * (
+        param.required or (param.name in MODELS and param.default is None)
+    )

@@ -1,22 +1,22 @@
-"""Commands that describe and measure models: info, bench, perplexity, routing, outliers."""
+"""Commands that describe and measure models: info, bench, perplexity, routing."""
 
 import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.loading import check_memory, load_beside, load_checked
 from outlier_mlx.cli.options import (
-    ActivationDType,
     Force,
-    IgnoreMemory,
     Json,
     Loading,
     Model,
-    OutFolder,
+    NoPlots,
+    Plots,
     PrefillStep,
     Quiet,
     Revision,
@@ -29,17 +29,9 @@ from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
     from outlier_mlx.measure.bench import BenchOptions
-    from outlier_mlx.measure.outlier_counts import Hold
 
-Plots = Annotated[Literal["png", "svg", "pdf"], typer.Option(help="File format of the pictures.")]
-NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw no pictures.")]
-HoldName = Literal["bf16", "f16", "f32"]
-_HOLDS: "dict[HoldName | None, Hold | None]" = {
-    None: None,
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "f32": "float32",
-}
+
+_replaying = partial(typer.Option, rich_help_panel="Replaying a trace")
 
 
 @command("Measure", "info Qwen/Qwen2.5-7B-Instruct --json")
@@ -74,8 +66,9 @@ def info(
 
 @command("Measure", "bench ./tier -p 512 -g 128")
 def bench(
-    model: Model,
+    ctx: typer.Context,
     loading: Loading,
+    model: Model = "",
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", "-p", min=1, help="Length of the prompt.")
     ] = 512,
@@ -100,10 +93,36 @@ def bench(
         bool,
         typer.Option("--settings", help="Compare sizes of MLX's command buffers on this machine."),
     ] = False,
+    trace: Annotated[
+        Path | None,
+        _replaying(metavar="FILE", help="Replay what `routing --trace` recorded; takes no MODEL."),
+    ] = None,
+    chip: Annotated[
+        str | None,
+        _replaying(metavar="NAME", help="Chip for tokens/s, such as 'M2 Pro'. Default: this one."),
+    ] = None,
+    disk: Annotated[
+        float | None,
+        _replaying(metavar="GB/S", min=1e-3, max=1e3, help="Speed of the disk, for tokens/s."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        _replaying(metavar="FILE", help="Also draw a picture: FILE.png, FILE.svg or FILE.pdf."),
+    ] = None,
     as_json: Json = False,
+    force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure speed and memory; the flags are those of `mlx_lm.benchmark`."""
+    if trace is not None:
+        _check_given(ctx, {"trace", "chip", "disk", "out", "as_json", "force", "quiet"}, "--trace")
+        _replay(trace, chip, disk, out, as_json=as_json, force=force, quiet=quiet)
+        return
+    given = {"--chip": chip, "--disk": disk, "--out": out, "--force": force or None}
+    for option in (name for name, value in given.items() if value is not None):
+        raise typer.BadParameter("is for --trace alone", param_hint=option)
+    if not model:
+        ctx.fail("no model is given: name one, as argument MODEL or by --model MODEL")
     if settings and kernels:
         raise typer.BadParameter("compares speeds of a model, not kernels", param_hint="--settings")
     from outlier_mlx.measure.bench import BenchOptions, bench_model
@@ -154,12 +173,64 @@ def bench(
             raise typer.Exit(1)
 
 
+def _check_given(ctx: typer.Context, allowed: set[str], mode: str) -> None:
+    """Refuse all options but some, and MODEL.
+
+    Raises:
+        BadParameter: another one was given.
+    """
+    for param in ctx.command.params:
+        source = ctx.get_parameter_source(param.name or "")
+        if source is not None and source.name == "COMMANDLINE" and param.name not in allowed:
+            hint = "MODEL" if param.param_type_name == "argument" else max(param.opts, key=len)
+            raise typer.BadParameter(f"does not go with {mode}", param_hint=hint)
+
+
+def _replay(
+    file: Path,
+    chip: str | None,
+    disk: float | None,
+    out: Path | None,
+    *,
+    as_json: bool,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """`bench --trace`."""
+    from outlier_mlx.engine.chips import named_chip, this_chip
+    from outlier_mlx.measure.expert_trace import read_trace
+    from outlier_mlx.measure.pictures import check_picture
+    from outlier_mlx.measure.replay_report import draw_replays, print_replays
+    from outlier_mlx.measure.replay_run import Machine, replay_all
+    from outlier_mlx.terminal import counting_bar
+
+    if out is not None:
+        check_picture(out, force=force, sources=[file])
+    if chip is not None and disk is None:
+        raise typer.BadParameter("is missing: --chip needs the disk's speed", param_hint="--disk")
+    machine = None
+    if disk is not None:
+        known = this_chip() if chip is None else named_chip(chip)
+        if known.bandwidth_gb_s is None:
+            raise OutlierError(f"{known.note}: name a chip with --chip")
+        machine = Machine(known.name, known.bandwidth_gb_s, disk)
+    trace = read_trace(file)
+    with counting_bar("replaying", "replays", quiet=quiet) as progress:
+        found = replay_all(trace, machine, progress)
+    if out is not None:
+        draw_replays(found, out)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    print_replays(found)
+    if machine is None and not quiet:
+        say("--disk GB/S and --chip NAME give tokens/s")
+
+
 def _bench_settings(
     model: str, loading: Loading, options: "BenchOptions", *, as_json: bool, quiet: bool
 ) -> None:
     """`bench --settings`."""
-    from functools import partial
-
     from outlier_mlx.measure.bench_settings import LEAST_ROUNDS, bench_settings, run_apart
     from outlier_mlx.measure.bench_tables import print_settings
     from outlier_mlx.runtime.ops import use_metal
@@ -307,73 +378,3 @@ def routing(
         print(report)
     else:
         print_routing(layers)
-
-
-@command("Measure", "outliers ./tier ./base --text book.txt --out ./found")
-def outliers(
-    models: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL", help="Folders or hub repositories of models."),
-    ],
-    text: TextFile,
-    out: OutFolder,
-    sequences: Annotated[int, typer.Option(min=1, help="Number of windows, at most.")] = 16,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
-    overlap: Annotated[
-        float,
-        typer.Option(min=0, max=0.99, help="Fraction of a window that the next one repeats."),
-    ] = 0.0,
-    threshold: Annotated[
-        float, typer.Option(min=0, max=1e6, help="Magnitude from which a value is an outlier.")
-    ] = 6.0,
-    min_layers: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Fraction of the layers that a feature must occur in."),
-    ] = 0.25,
-    min_seq: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Fraction of the positions that it must occur at."),
-    ] = 0.06,
-    hold: Annotated[
-        HoldName | None,
-        typer.Option(help="Round values to this dtype before comparing. Default: no rounding."),
-    ] = None,
-    per_expert: Annotated[
-        bool, typer.Option("--per-expert", help="Also report which experts get outlier tokens.")
-    ] = False,
-    residual: Annotated[
-        bool, typer.Option("--residual", help="Also describe the residual stream.")
-    ] = False,
-    plots: Plots = "png",
-    no_plots: NoPlots = False,
-    dtype: ActivationDType = None,
-    ignore_memory: IgnoreMemory = False,
-    as_json: Json = False,
-    force: Force = False,
-    quiet: Quiet = False,
-) -> None:
-    """Find outlier features: dimensions with huge values in many layers, at many positions."""
-    from outlier_mlx.measure.outlier_definitions import Thresholds
-    from outlier_mlx.measure.outlier_report import Study
-    from outlier_mlx.measure.outlier_run import study_models
-    from outlier_mlx.measure.outlier_tables import print_outliers
-    from outlier_mlx.measure.outliers import Options
-
-    thresholds = Thresholds(threshold, min_layers, min_seq)
-    study = Study(
-        text=text,
-        sequences=sequences,
-        length=length,
-        overlap=overlap,
-        options=Options(thresholds, _HOLDS[hold], residual=residual, per_expert=per_expert),
-        dtype=dtype,
-        plots=None if no_plots else plots,
-        check_memory=not ignore_memory,
-    )
-    entries = study_models(models, study, out, force=force, quiet=quiet)
-    if as_json:
-        print(json.dumps(entries, indent=2))
-    else:
-        print_outliers(entries)
-    if not quiet:
-        say(f"wrote {out}")

@@ -93,6 +93,11 @@ Windows = Annotated[
     int | None, typer.Option(min=1, help="Number of windows, at most. Default: all of the text.")
 ]
 
+# -- pictures -----------------------------------------------------------------------------------
+
+Plots = Annotated[Literal["png", "svg", "pdf"], typer.Option(help="File format of the pictures.")]
+NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw no pictures.")]
+
 # -- running ------------------------------------------------------------------------------------
 
 MaxTokens = Annotated[

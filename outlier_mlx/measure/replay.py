@@ -53,21 +53,40 @@ def budget_slots(about: About, percent: int) -> int:
     return max(least_slots(about), len(about.layers) * about.experts * percent // 100)
 
 
-def needs_of(trace: Trace, chosen: np.ndarray) -> Needs:
-    """The experts that each pass needs; those whose weight is exactly 0 are not.
+def needs_of(trace: Trace) -> Needs:
+    """The experts that each pass needs; those whose weight is exactly 0 are not."""
+    return _per_pass(trace.experts, trace.weights != 0, trace.passes)
+
+
+def guesses_of(trace: Trace) -> Needs:
+    """The experts that each pass foresees, without those of which some weight is exactly 0.
+
+    Raises:
+        ValueError: none were recorded.
+    """
+    if trace.foreseen is None:
+        raise ValueError("the trace holds nothing that was foreseen")
+    layer = np.arange(len(trace.about.layers))[:, None]
+    idle = np.zeros((len(layer), trace.about.experts), bool)
+    np.logical_or.at(idle, (layer, trace.experts), trace.weights == 0)
+    return _per_pass(trace.foreseen, ~idle[layer, trace.foreseen], trace.passes)
+
+
+def _per_pass(chosen: np.ndarray, wanted: np.ndarray, passes: np.ndarray) -> Needs:
+    """The different experts of each pass and layer, ascending.
 
     Args:
-        trace: a trace.
-        chosen: (tokens, layers, k), its `experts` or its `foreseen`.
+        chosen: (tokens, layers, k), numbers of experts.
+        wanted: (tokens, layers, k), which of them count.
+        passes: (passes,), tokens of each.
     """
-    needed = trace.weights != 0 if chosen is trace.experts else np.ones(chosen.shape, bool)
-    ends = np.cumsum(trace.passes)
+    ends = np.cumsum(passes, dtype=np.int64)
     kept: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal ones are one object
     found = []
-    for start, end in zip(ends - trace.passes, ends, strict=True):
+    for start, end in zip(ends - passes, ends, strict=True):
         of_pass = []
         for layer in range(chosen.shape[1]):
-            some = chosen[start:end, layer][needed[start:end, layer]].tolist()
+            some = chosen[start:end, layer][wanted[start:end, layer]].tolist()
             experts = tuple(sorted(set(some)))
             of_pass.append(kept.setdefault(experts, experts))
         found.append(of_pass)
@@ -112,10 +131,11 @@ def replay(needs: Needs, slots: int, policy: Policy, guesses: Needs | None = Non
             for expert in guesses[number][above]:
                 if (above, expert) not in resident and read((above, expert), held):
                     early[number, above] += 1
-    return Counts(_sizes(needs), missed, early)
+    return Counts(sizes_of(needs), missed, early)
 
 
-def _sizes(needs: Needs) -> np.ndarray:
+def sizes_of(needs: Needs) -> np.ndarray:
+    """How many experts are needed, (passes, layers) uint16."""
     return np.array([[len(experts) for experts in of_pass] for of_pass in needs], np.uint16)
 
 
@@ -144,7 +164,7 @@ def replay_belady(needs: Needs, slots: int) -> Counts:
             for expert, then in zip(experts, next(after), strict=True):
                 resident[layer, expert] = then
                 heappush(heap, (-then, (layer, expert)))
-    return Counts(_sizes(needs), missed, np.zeros_like(missed))
+    return Counts(sizes_of(needs), missed, np.zeros_like(missed))
 
 
 def _evict_last(heap: list[tuple[int, Key]], resident: dict[Key, int], now: int) -> None:

@@ -1,0 +1,380 @@
+"""`bench --trace`: replays against slow models, bounds, times, and the command."""
+
+from dataclasses import replace
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outlier_mlx.engine.paging.policies import DEFAULT_POLICY, POLICIES
+from outlier_mlx.measure.expert_trace import About, Trace, write_trace
+from outlier_mlx.measure.replay import (
+    Counts,
+    Needs,
+    budget_slots,
+    guesses_of,
+    least_slots,
+    needs_of,
+    replay,
+    replay_belady,
+)
+from outlier_mlx.measure.replay_run import Machine, replay_all
+from outlier_mlx.measure.replay_speed import decode_seconds
+from tests.program import assert_refused, run
+from tests.test_expert_trace import ABOUT, random_trace
+from tests.test_paging_policies import Model, made
+
+LAYERS, EXPERTS, K = 3, 4, 2
+
+
+def needs_of_passes(chunks: bool = True) -> st.SearchStrategy[Needs]:
+    """Passes of tokens, and of chunks of a prompt, which may need all experts."""
+    most = EXPERTS if chunks else K
+    experts = st.sets(st.integers(0, EXPERTS - 1), max_size=most)
+    layer = experts.map(sorted).map(tuple)
+    of_pass = st.lists(layer, min_size=LAYERS, max_size=LAYERS)
+    return st.lists(of_pass, min_size=1, max_size=15)
+
+
+slots_there_are = st.integers(max(K * LAYERS, EXPERTS), LAYERS * EXPERTS)
+
+
+class Naive:
+    """Slots in a list, the victim found by going through all of them."""
+
+    def __init__(self, name: str, slots: int) -> None:
+        self.name, self.model = name, Model()
+        self.slots: list[tuple[int, int] | None] = [None] * slots
+
+    def read(self, key: tuple[int, int], held: set[tuple[int, int]]) -> bool:
+        if None not in self.slots:
+            victim = self.model.victim(self.name, key[0], held)
+            if victim is None:
+                return False
+            self.slots[self.slots.index(victim)] = None
+            del self.model.events[victim]
+        self.slots[self.slots.index(None)] = key
+        self.model.event(key)
+        return True
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=80, deadline=None)
+@given(
+    needs=needs_of_passes(), guessed=needs_of_passes(), slots=slots_there_are, ahead=st.booleans()
+)
+def test_a_replay_is_what_a_naive_simulation_counts(
+    name: str, needs: Needs, guessed: Needs, slots: int, ahead: bool
+) -> None:
+    guesses = [guessed[number % len(guessed)] for number in range(len(needs))]
+    found = replay(needs, slots, made(name), guesses if ahead else None)
+    naive = Naive(name, slots)
+    for number, of_pass in enumerate(needs):
+        for layer, experts in enumerate(of_pass):
+            naive.model.use(layer, set(experts))
+            missing = [e for e in experts if (layer, e) not in naive.slots]
+            for expert in missing:
+                assert naive.read((layer, expert), set())
+            assert found.needed[number, layer] == len(experts)
+            assert found.missed[number, layer] == len(missing)
+            early = 0
+            if ahead and layer + 1 < LAYERS:
+                for expert in guesses[number][layer + 1]:
+                    if (layer + 1, expert) not in naive.slots:
+                        early += naive.read((layer + 1, expert), {(layer, e) for e in experts})
+                assert found.early[number, layer + 1] == early
+
+
+def fewest(needs: Needs, slots: int) -> int:
+    """The fewest misses, by trying all sets of experts that could stay."""
+    flat = [
+        frozenset((layer, expert) for expert in experts)
+        for of_pass in needs
+        for layer, experts in enumerate(of_pass)
+    ]
+
+    @cache
+    def least(at: int, resident: frozenset) -> int:
+        if at == len(flat):
+            return 0
+        now = flat[at]
+        others = resident - now
+        keep = min(len(others), slots - len(now))
+        rest = [least(at + 1, now | frozenset(some)) for some in combinations(sorted(others), keep)]
+        return len(now - resident) + min(rest)
+
+    return least(0, frozenset())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    needs=st.lists(
+        st.lists(
+            st.sets(st.integers(0, 2), max_size=2).map(sorted).map(tuple), min_size=2, max_size=2
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    slots=st.integers(3, 4),
+)
+def test_beladys_bound_is_the_fewest_misses_there_can_be(needs: Needs, slots: int) -> None:
+    assert replay_belady(needs, slots).missed.sum() == fewest(needs, slots)
+
+
+@settings(max_examples=150, deadline=None)
+@given(needs=needs_of_passes(), slots=slots_there_are)
+def test_no_policy_reads_less_than_beladys(needs: Needs, slots: int) -> None:
+    bound = int(replay_belady(needs, slots).missed.sum())
+    for make in POLICIES.values():
+        assert replay(needs, slots, make()).missed.sum() >= bound
+        ahead = replay(needs, slots, make(), needs)
+        assert ahead.missed.sum() + ahead.early.sum() >= bound
+        # The first layer is never foreseen. With a slot for each expert, all others are.
+        if slots == LAYERS * EXPERTS:
+            assert ahead.missed[:, 1:].sum() == 0
+
+
+def test_all_in_memory_misses_each_expert_once() -> None:
+    needs = needs_of(random_trace(tokens=60))
+    assert len({(layer, e) for of in needs for layer, some in enumerate(of) for e in some}) == 8
+    for make in POLICIES.values():
+        assert replay(needs, 8, make()).missed.sum() == 8
+
+
+def test_what_has_no_weight_is_not_needed() -> None:
+    trace = random_trace(tokens=4)
+    weights = trace.weights.copy()
+    weights[trace.experts == 3] = 0
+    trace = replace(trace, weights=weights, passes=np.array([3, 1], np.uint32))
+    needs, guesses = needs_of(trace), guesses_of(trace)
+    for number, tokens in enumerate([slice(0, 3), slice(3, 4)]):
+        for layer in range(2):
+            used = set(trace.experts[tokens, layer].ravel().tolist()) - {3}
+            assert needs[number][layer] == tuple(sorted(used))
+            idle = {3} if 3 in trace.experts[:, layer] else set()
+            assert trace.foreseen is not None
+            foreseen = set(trace.foreseen[tokens, layer].ravel().tolist()) - idle
+            assert guesses[number][layer] == tuple(sorted(foreseen))
+    with pytest.raises(ValueError):
+        guesses_of(replace(trace, foreseen=None))
+
+
+def test_budgets() -> None:
+    """k a layer, and room for one whole layer, at least."""
+    large = About("m", "", "t", tuple(range(28)), 8, 2, 1, 1, 0)
+    assert least_slots(large) == 56
+    assert [budget_slots(large, percent) for percent in (10, 25, 30, 50, 100)] == [
+        *(56, 56, 67, 112, 224)
+    ]
+    assert least_slots(replace(large, layers=(3,), experts=64)) == 64
+
+
+# Times
+
+# A 14B overlay at 1.6 bits.
+LARGE = About("m", "", "t", tuple(range(28)), 8, 2, 42_600_000, 7_860_000_000, 0)
+
+
+@pytest.mark.parametrize(
+    ("disk", "expected"), [(5, (0.14, 0.28, 0.44, 0.61)), (17, (0.35, 0.57, 0.73, 0.84))]
+)
+def test_the_share_of_its_speed_that_is_left(disk: float, expected: tuple[float, ...]) -> None:
+    """Without a shared FFN beside which to read, as in the formula's derivation."""
+    layers = 28
+    resident = 1 / 26.6
+    for hit_rate, share in zip((0.5, 0.8, 0.9, 0.95), expected, strict=True):
+        tokens = 20  # in so many tokens, the misses are a whole number
+        missed = np.zeros((tokens, layers), np.uint16)
+        missed.ravel()[: round((1 - hit_rate) * 2 * missed.size)] = 1
+        counts = Counts(np.full_like(missed, 2), missed, np.zeros_like(missed))
+        seconds = decode_seconds(counts, LARGE, 273, disk).mean()
+        assert resident / seconds == pytest.approx(share, abs=0.006)
+
+
+def slow_clock(
+    needed: list[int], missed: list[int], early: list[int], about: About, memory: float, disk: float
+) -> float:
+    """One token, event by event; a read is a list of when it may begin and what waits for it."""
+    byte, read = 1e-9 / memory, about.expert_bytes * 1e-9 / disk
+    layers = len(needed)
+    own = (about.base_bytes - about.shared_bytes) / layers * byte
+    shared = about.shared_bytes / layers * byte
+    now, disk_free = 0.0, 0.0
+    there = [0.0] * layers
+    for layer in range(layers):
+        now += own
+        for of, count in ((layer, missed[layer]), (layer + 1, [*early, 0][layer + 1])):
+            for _ in range(count):
+                disk_free = max(disk_free, now) + read
+                there[of] = disk_free
+        now = max(now + shared, there[layer]) + needed[layer] * about.expert_bytes * byte
+    return now
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=3, max_size=3),
+        min_size=1,
+        max_size=5,
+    ),
+    rates=st.tuples(st.floats(1, 1000), st.floats(0.1, 100)),
+    shared=st.integers(0, 900),
+)
+def test_times_are_those_of_a_slow_clock(
+    rows: list, rates: tuple[float, float], shared: int
+) -> None:
+    about = replace(ABOUT, layers=(0, 1, 2), shared_bytes=shared)
+    counted = np.array(rows, np.uint16)  # (passes, layers, 3)
+    counted[:, 0, 2] = 0  # nothing is read early for the first layer
+    seconds = decode_seconds(Counts(*np.moveaxis(counted, 2, 0)), about, *rates)
+    for one, row in zip(seconds, counted.tolist(), strict=True):
+        needed, missed, early = (list(column) for column in zip(*row, strict=True))
+        assert one == pytest.approx(slow_clock(needed, missed, early, about, *rates), rel=1e-9)
+
+
+def test_perfect_look_ahead_costs_no_time() -> None:
+    """Where the disk is fast enough to read all of it beside the layer before."""
+    about = replace(ABOUT, layers=(0, 1))
+    needed, early = np.array([[2, 2]], np.uint16), np.array([[0, 2]], np.uint16)
+    none = np.zeros_like(needed)
+    resident = decode_seconds(Counts(needed, none, none), about, 100, 1)
+    foreseen = decode_seconds(Counts(needed, none, early), about, 100, 40)
+    demanded = decode_seconds(Counts(needed, early, none), about, 100, 40)
+    assert foreseen == pytest.approx(resident)
+    assert demanded > resident
+
+
+# The command
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    write_trace(random_trace(tokens=50), tmp_path / "x.trace")
+    return tmp_path / "x.trace"
+
+
+def test_json(file: Path) -> None:
+    found = run("bench", "--trace", file, "--chip", "M2 Pro", "--disk", 3, "--json").json
+    assert found["machine"] == {"name": "Apple M2 Pro", "bandwidth_gb_s": 200, "disk_gb_s": 3}
+    assert found["default_policy"] == DEFAULT_POLICY
+    trace = random_trace(tokens=50)
+    assert found["trace"]["tokens"] == 50 and found["trace"]["look_ahead_recall"] == trace.recall
+    arms = found["replays"]
+    assert {arm["slots"] for arm in arms} == {4, 5, 6, 7, 8}
+    kinds = {(arm["policy"], arm["look_ahead"]) for arm in arms}
+    looks = {(name, look) for name in POLICIES for look in ("off", "recorded", "perfect")}
+    assert kinds == looks | {("belady", "off")}
+    needs = needs_of(trace)
+    for arm in arms:
+        if arm["look_ahead"] != "off" or arm["policy"] == "belady":
+            continue
+        counts = replay(needs, arm["slots"], POLICIES[arm["policy"]]())
+        missed = int(counts.missed.sum())
+        assert arm["hit_rate"] == pytest.approx(1 - missed / 200)
+        assert arm["prompt_hit_rate"] is None
+        assert arm["read_bytes"] == pytest.approx(missed * 100 / 50)
+        seconds = decode_seconds(counts, ABOUT, 200, 3).mean()
+        assert arm["tokens_per_s"] == pytest.approx(1 / seconds)
+        assert arm["expert_memory_bytes"] == arm["slots"] * 100
+    assert found["resident_tokens_per_s"] == pytest.approx(200e9 / (900 + 4 * 100))
+
+
+def test_how_much_the_next_token_keeps() -> None:
+    experts = np.array([[[0, 1], [2, 3]], [[1, 0], [2, 1]], [[2, 3], [0, 3]]], np.uint8)
+    ones = np.ones(experts.shape, np.float16)
+    trace = Trace(ABOUT, experts, ones, np.ones(3, np.uint32))
+    assert replay_all(trace).kept == (2 + 1 + 0 + 0) / 8
+    chunks = replace(trace, passes=np.array([2, 1], np.uint32))
+    assert replay_all(chunks).kept is None
+    assert [arm.look_ahead for arm in replay_all(trace).arms].count("recorded") == 0
+
+
+def test_prompts_alone(file: Path, tmp_path: Path) -> None:
+    """No token is decoded, so there are no tokens/s."""
+    trace = replace(random_trace(tokens=50), passes=np.array([20, 30], np.uint32))
+    write_trace(trace, file)
+    shown = run("bench", "--trace", file, "--chip", "M1", "--disk", 3, "--out", tmp_path / "x.png")
+    assert "Hit rate of prompts, %" in shown.out and "Tokens/s" not in shown.out
+    arms = run("bench", "--trace", file, "--json").json["replays"]
+    assert all(arm["hit_rate"] is None and arm["tokens_per_s"] is None for arm in arms)
+    assert all(0 <= arm["prompt_hit_rate"] < 1 for arm in arms)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_table_and_picture(file: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"x.{suffix}"
+    command = ["bench", "--trace", file, "--out", out]
+    shown = run(*command, "--disk", 3, "--chip", "M3 Max 30")
+    assert "m on t: 50 tokens, 2 MoE layers of 4 experts, 100 B each" in shown.out
+    assert "Tokens/s at most on Apple M3 Max, 300 GB/s, disk 3 GB/s" in shown.out
+    rows = [line.split() for line in shown.out.splitlines() if line.startswith("800 B (100%)")]
+    assert len(rows) >= 3 and rows[0][3:7] == [f"{100 * (1 - 8 / 200):.1f}"] * 4
+    assert out.stat().st_size > 5000
+    assert_refused(run(*command, code=1), f"x.{suffix}: exists; --force replaces it")
+    shown = run(*command, "--force")
+    assert "Tokens/s" not in shown.out
+    assert shown.err == "--disk GB/S and --chip NAME give tokens/s\n"
+
+
+def test_no_model_is_loaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("outlier_mlx.cli.measuring.load_checked", fail)
+    run("bench", "--trace", file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["MODEL"], ["MODEL: does not go with --trace"]),
+        (["--model", "M"], ["MODEL: does not go with --trace"]),
+        (["-p", 512], ["--prompt-tokens: does not go with --trace"]),
+        (["--kernels"], ["--kernels: does not go with --trace"]),
+        (["--settings"], ["--settings: does not go with --trace"]),
+        (["--dtype", "float32"], ["--dtype: does not go with --trace"]),
+        (["--chip", "M1"], ["--disk: is missing"]),
+        (["--disk", 0], ["--disk"]),
+    ],
+)
+def test_options_that_make_no_sense_with_a_trace(
+    file: Path, arguments: list, words: list[str]
+) -> None:
+    done = run("bench", *arguments, "--trace", file, code=2)
+    assert done.err.count("\n") == 1 and all(word in done.err for word in words), done.err
+
+
+@pytest.mark.parametrize(
+    "option", [["--chip", "M1"], ["--disk", 3], ["--out", "x.png"], ["--force"]]
+)
+def test_options_that_make_no_sense_without_one(option: list) -> None:
+    assert f"{option[0]}: is for --trace alone" in run("bench", "model", *option, code=2).err
+
+
+def test_neither_model_nor_trace() -> None:
+    assert "no model is given" in run("bench", code=2).err
+    assert "no model is given" in run("routing", "--text", __file__, code=2).err
+
+
+def test_what_cannot_be_replayed(file: Path, tmp_path: Path) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert_refused(run("bench", "--trace", file, code=1), "x.trace: ")
+    assert_refused(run("bench", "--trace", tmp_path / "none", code=1), "none: No such file")
+    file.write_bytes(whole)
+    assert_refused(run("bench", "--trace", file, "--disk", 3, code=1), "name a chip with --chip")
+    refused = run("bench", "--trace", file, "--disk", 3, "--chip", "M9", code=1)
+    assert_refused(refused, "no chip 'M9' is known")
+    out = run("bench", "--trace", file, "--out", tmp_path / "x.gif", code=1)
+    assert_refused(out, "x.gif: a picture's name must end in .png, .svg or .pdf")
+
+
+def test_a_machine_is_not_needed() -> None:
+    found = replay_all(random_trace(), Machine("chip", 100, 3))
+    assert all(arm.tokens_per_s for arm in found.arms)
+    assert all(arm.tokens_per_s is None for arm in replay_all(random_trace()).arms)
