@@ -412,7 +412,7 @@ def test_packed_rows_that_are_damaged(tmp_path: Path):
 
 def test_slabs_see_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A group that does not merge in the last of several slabs is seen."""
-    monkeypatch.setattr(ternary_matrix, "SLAB_WEIGHTS", 512)
+    monkeypatch.setattr(ternary_matrix, "SLAB_BYTES", 512)
     a = Affine(tmp_path, group=64)
     pairs_merge(a)
     assert settle(a.source()).scales.group == 128

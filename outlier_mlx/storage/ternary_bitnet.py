@@ -18,7 +18,7 @@ from outlier_mlx.storage.rounding import narrowed, widened
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.storage.ternary_matrix import (
-    SLAB_WEIGHTS,
+    SLAB_BYTES,
     InOrder,
     NotTernary,
     Scales,
@@ -134,9 +134,8 @@ class MasterWeights(_RowScales):
             CheckpointError: it holds NaN or infinity.
         """
         out, width = weight.shape
-        calls = (
-            partial(_sum_of_sizes, weight, *rows) for rows in row_ranges(out, width, SLAB_WEIGHTS)
-        )
+        ranges = row_ranges(out, weight.nbytes // max(1, out), SLAB_BYTES)
+        calls = (partial(_sum_of_sizes, weight, *rows) for rows in ranges)
         mean = sum(in_order(calls)) / (out * width)
         return cls(weight, np.float32(1) / np.float32(max(mean, _LEAST_MEAN)), near_half)
 

@@ -24,8 +24,9 @@ from outlier_mlx.ternary import pack_rows
 
 #: Groups of weights along a row that kernels have scales for, besides one scale a row.
 GROUPS = (64, 128)
-#: Weights that are examined or read at a time.
-SLAB_WEIGHTS = 1 << 21
+#: Bytes of a source that are examined or read at a time: enough that threads seldom wait for each
+#: other, little enough that the trits of a few slabs take some tens of megabytes.
+SLAB_BYTES = 1 << 21
 
 T = TypeVar("T")
 #: Computes calls one after the other, or several of them at the same time; results are in order.
@@ -199,8 +200,8 @@ def with_scales(source: TernarySource, found: Seen) -> TernaryMatrix:
 
 def slabs(source: TernarySource) -> Iterator[tuple[int, int]]:
     """Row numbers (start, stop) of a source's slabs."""
-    out, width = source.shape
-    return row_ranges(out, width, SLAB_WEIGHTS, source.multiple)
+    rows = source.shape[0]
+    return row_ranges(rows, source.nbytes // max(1, rows), SLAB_BYTES, source.multiple)
 
 
 def seen(trits: np.ndarray, scales: np.ndarray, group: int) -> Seen:

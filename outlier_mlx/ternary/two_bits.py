@@ -58,14 +58,19 @@ def twos_to_rows(packed: np.ndarray) -> np.ndarray:
         target = rows[start : start + step]
         buffers = [buffer.view(np.uint64) for buffer in scratch(*3 * [target.size])]
         numbers = buffers[0].reshape(len(target), -1)
-        numbers[:] = 0
         # Horner's rule for eight bytes at once: all are below 243, so that none carries.
         for n in range(GROUP):
             part = pairs[start : start + step, n * size // 8 : (n + 1) * size // 8]
             indices, digits = (buffer[: part.size].reshape(part.shape) for buffer in buffers[1:])
             np.copyto(indices, part)
+            if n == 0 and part.shape == numbers.shape:
+                _EIGHT.take(indices.view(np.intp), out=numbers, mode="clip")
+                continue
             _EIGHT.take(indices.view(np.intp), out=digits, mode="clip")
-            numbers *= np.uint64(3)
+            if n == 0:
+                numbers[:] = 0
+            else:
+                numbers *= np.uint64(3)
             numbers[:, : part.shape[1]] += digits
             numbers[:, part.shape[1] :] += _ONES
         missing = numbers.view(np.uint8)

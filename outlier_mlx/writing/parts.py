@@ -6,6 +6,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -122,14 +123,20 @@ class Parts:
             return []
         with (
             ShardedWriter(folder, self.specs) as writer,
-            # Left early (an error, Ctrl-C), the pool drops what it has not begun.
+            # Left early (an error, Ctrl-C), the pools drop what they have not begun.
             reading_pool() as pool,
+            # A thread of its own hashes and writes: the pool goes on with the next part meanwhile.
+            reading_pool(threads=1) as writing,
             small_cache(),
         ):
-            for part in self.parts:
-                for name, chunk, used in part.chunks(pool):
-                    writer.write(name, chunk)
-                    tally.add(used)
+
+            def write(name: str, chunk: memoryview, used: int) -> int:
+                writer.write(name, chunk)
+                return used
+
+            chunks = (partial(write, *c) for part in self.parts for c in part.chunks(pool))
+            for used in ahead(writing, chunks):
+                tally.add(used)
             return writer.finish()
 
 
@@ -193,10 +200,13 @@ def ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterato
 
 
 class reading_pool:
-    """Threads for `Part.chunks`, as many as cores."""
+    """Threads for `Part.chunks` or `ShardedWriter.write`: by default as many as cores."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads or os.cpu_count() or 1
 
     def __enter__(self) -> ThreadPoolExecutor:
-        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(max_workers=self._threads)
         return self._pool
 
     def __exit__(self, *_: object) -> None:
