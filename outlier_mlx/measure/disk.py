@@ -46,6 +46,10 @@ LEAST_PIECE = 1 << 20
 CACHED = 0.05
 
 
+class NotMeasuredError(OutlierError):
+    """The disk may be sound, but cannot be measured."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Bytes of a file that are read at once."""
@@ -110,7 +114,8 @@ def measure_pieces(
         progress: called with bytes read so far, and at most.
 
     Raises:
-        OutlierError: a file cannot be read, or all of them stay in the page cache.
+        NotMeasuredError: all of them stay in the page cache.
+        OutlierError: a file cannot be read.
     """
     with ExitStack() as opened:
         files = {piece.file for piece in pieces}
@@ -126,7 +131,7 @@ def measure_folder(folder: Path, progress: Progress = no_progress) -> DiskSpeed:
         progress: called with bytes written and read so far, and at most.
 
     Raises:
-        OutlierError: there is no room for the file, or the disk cannot be measured.
+        NotMeasuredError: there is no room for the file, or it stays in the page cache.
         OSError: no file can be written there.
     """
     free = shutil.disk_usage(folder).free
@@ -148,8 +153,8 @@ def measure_folder(folder: Path, progress: Progress = no_progress) -> DiskSpeed:
         )
 
 
-def _no_room(folder: Path, free: int) -> OutlierError:
-    return OutlierError(
+def _no_room(folder: Path, free: int) -> NotMeasuredError:
+    return NotMeasuredError(
         f"{folder}: {size(free)} free; measuring the disk takes a file of {size(FILE_BYTES)} and"
         " leaves as much; make room, or name its speed with --disk GB/s"
     )
@@ -198,7 +203,7 @@ def _measure(
             rates = [depth * nbytes / seconds / 1e9 for nbytes, seconds in full]
             found[depth] = float(np.quantile(rates, 0.25))
     if not found:
-        raise OutlierError(
+        raise NotMeasuredError(
             f"{pieces[0].file.parent}: what was read there stays in the page cache, so the disk"
             " itself cannot be measured; name its speed with --disk GB/s"
         )

@@ -51,7 +51,10 @@ def speed_here(chip: Chip, quantized: bool = True) -> Speed:
     """
     if chip.device == "cpu":
         one, several = (_multiplying(vectors, quantized) for vectors in (1, VECTORS))
-        about = f"this CPU multiplies {one / 1e9:.3g} billion weights a second with one vector"
+        about = (
+            f"this CPU multiplies {one / 1e9:.3g} billion weights a second with one vector, and"
+            f" {several / 1e9:.3g} for each of many"
+        )
         return Speed(Machine(None, one, several, _operation()), "measured here", about)
     if chip.bandwidth_gb_s is not None:
         about = f"{chip.name} has {chip.bandwidth_gb_s:g} GB/s"

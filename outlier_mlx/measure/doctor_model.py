@@ -1,0 +1,161 @@
+"""What `doctor` finds of a model: the plan of its memory, and the speed to expect."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlier_mlx.engine.machine import Budget
+from outlier_mlx.engine.memory import check_fits
+from outlier_mlx.engine.needs import Use
+from outlier_mlx.engine.paging.budget import AUTO
+from outlier_mlx.engine.plan import Plan, plan
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.measure.expected import Expected, Work, decoding, reading, work_of
+from outlier_mlx.measure.findings import COMPUTED, Finding, unknown
+from outlier_mlx.measure.speeds import Speed
+from outlier_mlx.models.config import describe, raw_config
+from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.terminal import count, size
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and how it is going to be used.
+
+    Attributes:
+        name: the model's.
+        folder: has its config and headers.
+        use: how it is going to be used.
+    """
+
+    name: str
+    folder: Path
+    use: Use
+
+    def work(self) -> Work | None:
+        """What it has to do for a token; None if that is not known."""
+        config = describe(raw_config(self.folder))
+        return work_of(read_shards(self.folder), config, self.use.tokens, self.name)
+
+
+def model_findings(model: Model, available: Budget, speed: Speed) -> Iterator[Finding]:
+    """The plan of a model, resident or paged, and the speed to expect.
+
+    Args:
+        model: the model.
+        available: memory that it may take.
+        speed: what the machine does in a second.
+
+    Raises:
+        CheckpointError: the model is not sound.
+    """
+    planned = plan(model.folder, model.use, AUTO, available)
+    yield from _memory(model, planned)
+    work = model.work()
+    if work is None:
+        why = "it is not known how large the model's KV cache is"
+        yield unknown("tokens_per_s", "speed", why)
+        return
+    missing = 0.0
+    if planned.slots is not None and planned.paged is not None:
+        missing = work.routed_bytes * (1 - planned.slots / planned.paged.total)
+    yield from _reads(work, missing)
+    yield from _speeds(work, speed, missing)
+
+
+def _memory(model: Model, planned: Plan) -> Iterator[Finding]:
+    for name, part in planned.parts.items():
+        if part.nbytes:
+            key = f"{name.replace(' ', '_').replace(chr(39), '').lower()}_bytes"
+            yield Finding(key, name, part.nbytes, size(part.nbytes), COMPUTED, part.source)
+    needed, available = planned.needed, planned.available
+    about = f"the sum, with {model.use.tokens} tokens in the KV cache; {available}"
+    yield Finding(
+        "needed_bytes", "in all", needed, size(needed), COMPUTED, about, _refusal(model, planned)
+    )
+    if planned.slots is not None and planned.paged is not None:
+        total = planned.paged.total
+        about = f"{planned.slots} of {total} experts have a slot; the others are read when needed"
+        yield Finding("experts", "experts", "paged", "paged", COMPUTED, about)
+        share = planned.slots / total
+        yield Finding("resident_share", "in memory", share, f"{share:.0%}", COMPUTED, "of experts")
+    elif planned.paged is not None:
+        yield Finding("experts", "experts", "resident", "all in memory", COMPUTED)
+
+
+def _refusal(model: Model, planned: Plan) -> str | None:
+    """What the commands say that run a model which does not fit."""
+    if planned.fits:
+        return None
+    use = model.use
+    try:
+        check_fits(
+            model.folder,
+            use.tokens,
+            use.kv_bits,
+            planned.available,
+            kv_group_size=use.kv_group_size,
+            kv_start=use.kv_start,
+            step=use.step,
+            memory=AUTO,
+        )
+    except OutlierError as error:
+        return str(error)
+    return None
+
+
+def _reads(work: Work, missing: float) -> Iterator[Finding]:
+    about = "weights and KV cache; of experts, those that a token uses"
+    shown = f"{size(work.nbytes)} a token"
+    yield Finding("bytes_per_token", "memory reads", work.nbytes, shown, COMPUTED, about)
+    if missing:
+        about = (
+            "of experts, if all are used equally often; a text with favourites needs less:"
+            " `outlier-mlx routing --trace`, then `bench --trace`"
+        )
+        nbytes = round(missing)
+        shown = f"{size(nbytes)} a token"
+        yield Finding("missing_bytes_per_token", "disk reads", nbytes, shown, COMPUTED, about)
+
+
+def _speeds(work: Work, speed: Speed, missing: float) -> Iterator[Finding]:
+    key, name = "tokens_per_s", "speed, at most"
+    expected = decoding(work, speed.machine, missing)
+    resident = decoding(work, speed.machine)
+    if expected is None:
+        why = speed.about if resident is None else "the disk's speed is not known: give --disk GB/s"
+        yield unknown(key, name, why)
+    else:
+        yield _tokens(key, name, expected, _sum(work, speed, expected, missing))
+    if missing and resident is not None:
+        about = _sum(work, speed, resident, 0)
+        yield _tokens("resident_tokens_per_s", "with all in memory", resident, about)
+    prompt, key, name = reading(work, speed.machine), "prompt_tokens_per_s", "prompts, at most"
+    if prompt is None:
+        why = "a prompt is limited by arithmetic, of which there are no published figures"
+        yield unknown(key, name, why)
+    else:
+        about = f"{count(work.prompt_weights)} weights a token; {speed.about}"
+        yield Finding(key, name, prompt, f"{prompt:.3g} tokens/s", COMPUTED, about)
+
+
+def _tokens(key: str, name: str, expected: Expected, about: str) -> Finding:
+    found = expected.tokens_per_s
+    return Finding(key, name, found, f"{found:.3g} tokens/s", COMPUTED, about)
+
+
+def _sum(work: Work, speed: Speed, expected: Expected, missing: float) -> str:
+    """The parts of a token's time, and the speed that they are computed from."""
+    each = f"of {1e6 * speed.machine.launch_seconds:.2g} µs"
+    if speed.machine.weights_per_s is None:
+        what, calls = size(work.nbytes), f"{work.launches} launches {each}"
+    else:
+        what, calls = f"{count(work.weights)} weights", f"{work.launches} operations {each}"
+    parts = [f"{_ms(expected.memory)} for {what}", f"{_ms(expected.launches)} for {calls}"]
+    if missing:
+        parts.append(f"{_ms(expected.disk)} of waiting for the disk")
+    return f"{' + '.join(parts)}; {speed.about}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"

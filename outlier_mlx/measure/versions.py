@@ -1,0 +1,54 @@
+"""Versions of mlx and mlx-lm, against those that this package was tested with."""
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+PACKAGE, NAMES = "outlier-mlx", ("mlx", "mlx-lm")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A package that is installed.
+
+    Attributes:
+        name: its name.
+        installed: its version; None: it is not installed.
+        tested: the version that this package was tested with; None: not known.
+    """
+
+    name: str
+    installed: str | None
+    tested: str | None
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it is older than what was tested."""
+        known = self.installed is not None and self.tested is not None
+        return known and _numbers(str(self.installed)) < _numbers(str(self.tested))
+
+
+def installed_versions() -> list[Version]:
+    """The versions of mlx and mlx-lm; lower bounds in the metadata are those that were tested."""
+    try:
+        needed = requires(PACKAGE) or []
+    except PackageNotFoundError:  # run from a folder, without an installation
+        needed = []
+    bounds = {}
+    for line in needed:
+        if found := re.match(r"([\w.-]+?)(?:\[[\w,-]+\])?\s*>=\s*([\w.]+)", line):
+            bounds[found[1].lower()] = found[2]
+    return [Version(name, _installed(name), bounds.get(name)) for name in NAMES]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The release of a version: "0.32.4.dev1" as (0, 32, 4)."""
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
