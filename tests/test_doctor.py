@@ -17,7 +17,9 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure import disk, doctor, doctor_model, versions
 from outlier_mlx.measure.disk import DiskSpeed, Piece
 from outlier_mlx.measure.doctor import Given
+from outlier_mlx.measure.expected import Machine
 from outlier_mlx.measure.self_test import Check, SelfTest
+from outlier_mlx.measure.speeds import Speed, speed_here
 from outlier_mlx.measure.versions import Version, installed_versions
 from tests.large import write_large
 from tests.program import assert_refused, run
@@ -27,8 +29,12 @@ DISK = DiskSpeed({1: 1.5, 2: 2.75, 4: 2.5}, 8_000_000, 96_000_000, "a file in a 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A disk that is known and a self-test that passes; the folders that were measured."""
+    """A known disk and CPU, and a self-test that passes; what of a disk was measured."""
     measured: list[Any] = []
+    speed = Speed(Machine(None, 1e9, 2e9, 1e-6), "measured here", "this CPU is fast")
+    monkeypatch.setattr(
+        doctor, "speed_here", lambda chip, q: speed if chip.device == "cpu" else speed_here(chip, q)
+    )
 
     def measure(what: Any, *_: Any) -> DiskSpeed:
         measured.append(what)
@@ -74,7 +80,7 @@ def test_this_machine(quick: list[Any]):
         one = found["machine"][name.replace("-", "_")]
         assert one["value"] == importlib.metadata.version(name)
     assert machine["memory_gb"] > 0 and source["memory_gb"] == "reported by the system"
-    assert machine["weights_per_s"] > 1e6 and source["weights_per_s"] == "measured here"
+    assert machine["weights_per_s"] == 1e9 and source["weights_per_s"] == "measured here"
     assert "bandwidth_gb_s" not in machine  # a CPU
 
 
@@ -137,7 +143,7 @@ def test_a_wrong_result(quick: list[Any], monkeypatch: pytest.MonkeyPatch):
     ("installed", "problem"),
     [
         ("0.1.5", "mlx 0.1.5 is older than 99.1, which was tested: pip install --upgrade 'mlx>="),
-        (None, "mlx: not installed: pip install 'mlx>=99.1'"),
+        (None, "mlx is not installed: pip install 'mlx>=99.1'"),
         ("99.1", None),
         ("99.2.1rc1", None),
     ],
@@ -233,8 +239,19 @@ def test_all_in_memory(large: Path):
 
 
 def test_paged(large: Path):
-    how = "--ram", 18, "--chip", "m2 pro", "--prefill-step-size", 128, "--kv-bits", 4
-    how = *how, "--quantized-kv-start", 0
+    how = [
+        "--ram",
+        "18",
+        "--chip",
+        "M2",
+        "--bandwidth",
+        "200",
+        "--prefill-step-size",
+        "128",
+        "--kv-bits",
+        "4",
+    ]
+    how += ["--quantized-kv-start", "0"]
     found = run("doctor", large, *how, "--disk", 3, "--json").json
     model = values(found["model"])
     share = model["resident_share"]
@@ -247,6 +264,7 @@ def test_paged(large: Path):
     seconds = memory + 1050 * 2e-6 + missing / 3e9 - hidden
     assert model["tokens_per_s"] == pytest.approx(1 / seconds, rel=1e-3)
     assert model["resident_tokens_per_s"] == pytest.approx(1 / (memory + 1050 * 2e-6), rel=1e-6)
+    assert model["prompt_tokens_per_s"] == pytest.approx(128 * 3e9 / (4 * missing), rel=1e-3)
     assert model["needed_bytes"] <= 0.75 * 18 * 2**30
 
     found = run("doctor", large, *how, "--json").json["model"]
@@ -331,7 +349,12 @@ def test_wrong_usage(words: str, told: str):
     assert done.err.startswith(f"error: {told}") and done.out == ""
 
 
+def test_the_model_in_either_spelling(quick: list[Any]):
+    assert_refused(run("doctor", "--model", "./nothing", code=1), "nothing")
+    told = run("doctor", "a", "--model", "b", code=2).err
+    assert told.startswith("error: the model is given twice: as argument MODEL and by --model")
+
+
 def test_no_such_model(quick: list[Any]):
     assert_refused(run("doctor", "./nothing", code=1), "nothing", "no such folder")
     assert quick == []
-

@@ -29,7 +29,7 @@ from tests.engine import load, tier_of
 SMALL = {"hidden": 64, "width": 128, "heads": 4, "kv_heads": 2, "vocab": 300, "layers": 2}
 
 # Outlier's 14B with 28 MoE layers: 10.3 GB a token, 2.4 of them experts.
-OUTLIER = Work(10_263_000_000, 1, 1, 0, 2_386_500_000, 0.0)
+OUTLIER = Work(10_263_000_000, 1, 1, 0, 2_386_500_000, 9_546_000_000, 0.0)
 
 
 def work(folder: Path, context: int = 0) -> Work:
@@ -56,7 +56,7 @@ def test_paged_experts_of_the_14b(disk: float, shares: list[float]):
 
 def test_the_disk_reads_beside_shared_ffns():
     """What they take of the token's time is not waited for; no more than that."""
-    token = Work(10_000_000_000, 1, 1, 100, 4_000_000_000, 0.3)
+    token = Work(10_000_000_000, 1, 1, 100, 4_000_000_000, 8_000_000_000, 0.3)
     machine = Machine(bandwidth_gb_s=100, launch_seconds=1e-5, disk_gb_s=5)
     some, few = decoding(token, machine, 400_000_000), decoding(token, machine, 100_000_000)
     assert some is not None and few is not None
@@ -70,18 +70,27 @@ def test_the_disk_reads_beside_shared_ffns():
 
 
 def test_what_is_not_known_is_not_guessed():
-    token = Work(1000, 1000, 1000, 1, 100, 0.0)
+    token = Work(1000, 1000, 1000, 1, 100, 400, 0.0)
     assert decoding(token, Machine()) is None
     assert decoding(token, Machine(bandwidth_gb_s=100), 10) is None
     assert reading(token, Machine(bandwidth_gb_s=100)) is None
 
 
 def test_a_cpu_multiplies():
-    token = Work(1000, 2_000, 1_000, 4, 0, 0.0)
+    token = Work(1000, 2_000, 1_000, 4, 0, 0, 0.0)
     cpu = Machine(weights_per_s=1e4, prompt_weights_per_s=2e4, launch_seconds=0.01)
     found = decoding(token, cpu)
     assert found is not None and found.seconds == pytest.approx(0.2 + 0.04)
     assert reading(token, cpu) == 20
+
+
+def test_a_prompt_waits_for_the_slower_of_products_and_disk():
+    """A chunk reads its missing experts once, while others multiply."""
+    token = Work(1, 1, 1_000, 0, 0, 1, 0.0)
+    both = Machine(prompt_weights_per_s=1e6, disk_gb_s=2)
+    assert reading(token, both, 4e9, 512) == 256
+    assert reading(token, both, 1e6, 512) == reading(token, both) == 1000
+    assert reading(token, Machine(disk_gb_s=2), 4e9, 512) == 256
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -118,6 +127,7 @@ def test_weights_of_a_token(tmp_path: Path):
         assert prompt < found.prompt_weights < 1.02 * prompt
         packed = 2 * dims.expert_intermediate * (16 + 4) + dims.hidden * (16 + 4)
         assert found.routed_bytes == packed * dims.top_k * routed
+        assert found.expert_bytes == packed * dims.experts * routed
         shared = sum(t.nbytes for name, t in read_shards(folder).items() if "shared_expert" in name)
         assert found.shared_share == shared / found.nbytes
         assert found.launches == 4 * 20 + routed * 3 + 6

@@ -235,7 +235,7 @@ def _versions() -> Iterator[Finding]:
         key = one.name.replace("-", "_")
         wanted = f"{one.name}>={one.tested}" if one.tested else one.name
         if one.installed is None:
-            yield unknown(key, one.name, "", f"not installed: pip install '{wanted}'")
+            yield unknown(key, one.name, "", f"{one.name} is not installed: pip install '{wanted}'")
             continue
         about = f"tested with {one.tested}" if one.tested else f"{PACKAGE} is not installed"
         problem = None

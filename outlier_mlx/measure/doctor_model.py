@@ -56,11 +56,12 @@ def model_findings(model: Model, available: Budget, speed: Speed) -> Iterator[Fi
         why = "it is not known how large the model's KV cache is"
         yield unknown("tokens_per_s", "speed", why)
         return
-    missing = 0.0
+    absent = 0.0
     if planned.slots is not None and planned.paged is not None:
-        missing = work.routed_bytes * (1 - planned.slots / planned.paged.total)
-    yield from _reads(work, missing)
-    yield from _speeds(work, speed, missing)
+        absent = 1 - planned.slots / planned.paged.total
+    yield from _reads(work, absent * work.routed_bytes)
+    yield from _decoding(work, speed, absent * work.routed_bytes)
+    yield _reading(work, speed, absent * work.expert_bytes, model.use.step)
 
 
 def _memory(model: Model, planned: Plan) -> Iterator[Finding]:
@@ -118,7 +119,7 @@ def _reads(work: Work, missing: float) -> Iterator[Finding]:
         yield Finding("missing_bytes_per_token", "disk reads", nbytes, shown, COMPUTED, about)
 
 
-def _speeds(work: Work, speed: Speed, missing: float) -> Iterator[Finding]:
+def _decoding(work: Work, speed: Speed, missing: float) -> Iterator[Finding]:
     key, name = "tokens_per_s", "speed, at most"
     expected = decoding(work, speed.machine, missing)
     resident = decoding(work, speed.machine)
@@ -130,13 +131,18 @@ def _speeds(work: Work, speed: Speed, missing: float) -> Iterator[Finding]:
     if missing and resident is not None:
         about = _sum(work, speed, resident, 0)
         yield _tokens("resident_tokens_per_s", "with all in memory", resident, about)
-    prompt, key, name = reading(work, speed.machine), "prompt_tokens_per_s", "prompts, at most"
-    if prompt is None:
+
+
+def _reading(work: Work, speed: Speed, missing: float, step: int) -> Finding:
+    found, key = reading(work, speed.machine, missing, step), "prompt_tokens_per_s"
+    name = "prompts, at most"
+    if found is None:
         why = "a prompt is limited by arithmetic, of which there are no published figures"
-        yield unknown(key, name, why)
-    else:
-        about = f"{count(work.prompt_weights)} weights a token; {speed.about}"
-        yield Finding(key, name, prompt, f"{prompt:.3g} tokens/s", COMPUTED, about)
+        return unknown(key, name, why)
+    about = f"{count(work.prompt_weights)} weights a token; {speed.about}"
+    if missing:
+        about = f"{size(round(missing))} of experts are read for {step} tokens; {about}"
+    return Finding(key, name, found, f"{found:.3g} tokens/s", COMPUTED, about)
 
 
 def _tokens(key: str, name: str, expected: Expected, about: str) -> Finding:

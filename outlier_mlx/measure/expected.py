@@ -37,6 +37,7 @@ class Work:
             evaluates nothing of a prompt but the KV cache.
         launches: launches of a decoded token on a GPU.
         routed_bytes: bytes of the experts that a token uses, all layers together.
+        expert_bytes: bytes of all experts.
         shared_share: the part of `nbytes` that is shared FFNs, beside which experts are read.
     """
 
@@ -45,6 +46,7 @@ class Work:
     prompt_weights: int
     launches: int
     routed_bytes: int
+    expert_bytes: int
     shared_share: float
 
 
@@ -122,11 +124,26 @@ def decoding(work: Work, machine: Machine, missing_bytes: float = 0.0) -> Expect
     return Expected(memory, work.launches * machine.launch_seconds, disk)
 
 
-def reading(work: Work, machine: Machine) -> float | None:
-    """Prompt tokens/s, at most; None if it is not known how fast the machine multiplies."""
-    if machine.prompt_weights_per_s is None:
-        return None
-    return machine.prompt_weights_per_s / work.prompt_weights
+def reading(
+    work: Work, machine: Machine, missing_bytes: float = 0.0, step: int = 1
+) -> float | None:
+    """Prompt tokens/s, at most: as fast as the machine multiplies, and as its disk reads meanwhile.
+
+    Args:
+        work: what the model has to do.
+        machine: what does it.
+        missing_bytes: bytes of experts that a chunk of the prompt reads from the disk.
+        step: tokens of a chunk.
+
+    Returns:
+        None if nothing of that is known.
+    """
+    limits = []
+    if machine.prompt_weights_per_s is not None:
+        limits.append(machine.prompt_weights_per_s / work.prompt_weights)
+    if missing_bytes and machine.disk_gb_s is not None:
+        limits.append(step * machine.disk_gb_s * 1e9 / missing_bytes)
+    return min(limits, default=None)
 
 
 def work_of(
@@ -164,6 +181,7 @@ def work_of(
         prompt_weights=max(1, _used(prompt, tensors, config)),
         launches=(config.layers or 0) * LAYER_LAUNCHES + routed * ROUTED_LAUNCHES + OTHER_LAUNCHES,
         routed_bytes=round(kinds.get("experts", 0) * used_share(config)),
+        expert_bytes=kinds.get("experts", 0),
         shared_share=kinds.get("shared FFN", 0) / total,
     )
 
