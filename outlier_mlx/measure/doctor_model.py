@@ -6,7 +6,7 @@ from pathlib import Path
 
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.memory import check_fits
-from outlier_mlx.engine.needs import Use
+from outlier_mlx.engine.needs import Use, needs_of
 from outlier_mlx.engine.paging.budget import AUTO
 from outlier_mlx.engine.plan import Plan, plan
 from outlier_mlx.errors import OutlierError
@@ -61,14 +61,17 @@ def model_findings(model: Model, available: Budget, speed: Speed) -> Iterator[Fi
         absent = 1 - planned.slots / planned.paged.total
     yield from _reads(work, absent * work.routed_bytes)
     yield from _decoding(work, speed, absent * work.routed_bytes)
-    yield _reading(work, speed, absent * work.expert_bytes, model.use.step)
+    step = needs_of(model.folder, available.on_cpu).step(model.use.step)
+    yield _reading(work, speed, absent * work.expert_bytes, step)
 
 
 def _memory(model: Model, planned: Plan) -> Iterator[Finding]:
     for name, part in planned.parts.items():
+        key = f"{name.replace(' ', '_').replace(chr(39), '').lower()}_bytes"
         if part.nbytes:
-            key = f"{name.replace(' ', '_').replace(chr(39), '').lower()}_bytes"
             yield Finding(key, name, part.nbytes, size(part.nbytes), COMPUTED, part.source)
+        elif part is planned.kv_cache:  # of some kinds of attention, nothing is known
+            yield unknown(key, name, part.source)
     needed, available = planned.needed, planned.available
     about = f"the sum, with {model.use.tokens} tokens in the KV cache; {available}"
     yield Finding(
@@ -141,7 +144,8 @@ def _reading(work: Work, speed: Speed, missing: float, step: int) -> Finding:
         return unknown(key, name, why)
     about = f"{count(work.prompt_weights)} weights a token; {speed.about}"
     if missing:
-        about = f"{size(round(missing))} of experts are read for {step} tokens; {about}"
+        chunk = f"{step} token{'s' if step > 1 else ''}"
+        about = f"{size(round(missing))} of experts are read for {chunk}; {about}"
     return Finding(key, name, found, f"{found:.3g} tokens/s", COMPUTED, about)
 
 
