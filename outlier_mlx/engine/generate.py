@@ -10,10 +10,10 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
-from mlx_lm.utils import get_total_parameters
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.needs import cpu_step
+from outlier_mlx.engine.paging.paged import total_parameters
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -240,7 +240,7 @@ def prefill_step(model: nn.Module, most: int) -> int:
     """
     if mx.default_device() != mx.cpu:
         return most
-    return cpu_step(most, get_total_parameters(model))
+    return cpu_step(most, total_parameters(model))
 
 
 def top_k(wanted: int, model: nn.Module, tokenizer: Tokenizer) -> int:

@@ -18,10 +18,11 @@ from mlx_lm.utils import load_model as mlx_lm_load_model
 from outlier_mlx.checkpoints.stored_model import StoredModel, check_ends, open_config, open_stored
 from outlier_mlx.engine.limits import wait_within_budget
 from outlier_mlx.engine.model_tensors import check_ternary
+from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
-from outlier_mlx.errors import CheckpointError, CheckpointWarning, one_line
+from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, one_line
 from outlier_mlx.models.config import (
     check_plain,
     describe,
@@ -51,7 +52,11 @@ _TEXTS = (
 
 
 def load(
-    path_or_repo: str | Path, revision: str | None = None, *, dtype: str | None = None
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    *,
+    dtype: str | None = None,
+    expert_memory: str | ExpertMemory | None = None,
 ) -> tuple[nn.Module, Tokenizer]:
     """Load a tier, or any model that stock mlx-lm loads.
 
@@ -61,6 +66,9 @@ def load(
         dtype: "bfloat16", "float16" or "float32" for activations and unquantized weights. Default:
             on a GPU, the model's own dtype (float16 instead of bfloat16 if the chip has no
             bfloat16; see `suited_dtype`); on the CPU, float32, because halves are slow there.
+        expert_memory: memory for routed experts, such as "4GB", "4GiB" or "50%"; those that are not
+            in it are read from the model's files when they are needed, and results are the same.
+            Default, and "all": all are loaded. "auto": as many as memory allows.
 
     Returns:
         The model, called as `model(tokens, cache=None)` with tokens (batch, length) for logits
@@ -69,17 +77,34 @@ def load(
     Raises:
         CheckpointError: there is no model, it is damaged, or its embedding has no row for a token
             of the tokenizer.
+        OutlierError: experts need more memory, or the model has none that could be paged.
     """
     folder = resolve(path_or_repo, revision).folder
-    model, config = load_model(folder, dtype=dtype)
+    if isinstance(expert_memory, str):
+        expert_memory = ExpertMemory.parse(expert_memory)
+    model, config = load_model(folder, dtype=dtype, expert_memory=expert_memory)
     tokenizer = load_tokenizer(folder, config)
     _check_tokenizer(folder, tokenizer, model)
     return model, tokenizer
 
 
-def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, dict]:
-    """Load the model in a local folder; see `load`. Returns the model and its config."""
+def load_model(
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    expert_memory: ExpertMemory | None = None,
+    always_page: bool = False,
+) -> tuple[nn.Module, dict]:
+    """Load the model in a local folder; see `load`. Returns the model and its config.
+
+    With `always_page`, experts are kept in slots even if all of them fit into `expert_memory`.
+    """
     config = check_model(folder)
+    classes = _classes
+    if expert_memory not in (None, AUTO) and (always_page or expert_memory != ALL):
+        from outlier_mlx.engine.paging.paged import paged_classes
+
+        classes = paged_classes(_concrete_classes, folder, expert_memory, always=always_page)
     if dtype == "float16" and _squares(config):
         warnings.warn(
             f"{folder.name}: squared activations may overflow float16",
@@ -95,7 +120,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
             folder,
             lazy=not own,
             model_config=_given(config) | ({"activation_dtype": dtype} if own else {}),
-            get_model_classes=_classes if tier else checked_classes(_classes),
+            get_model_classes=classes if tier else checked_classes(classes),
             trust_remote_code=False,
         )
         if not tier:
@@ -110,7 +135,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> tuple[nn.Module, di
         mx.eval(model.parameters())
         _check_rounded(folder, model, dtype)
         return model, config
-    except (OSError, MemoryError, CheckpointError):
+    except (OSError, MemoryError, OutlierError):
         raise
     except Exception as error:
         # mlx-lm and MLX raise many types of errors for a bad config or tensor.
@@ -240,11 +265,17 @@ def check_loads(folder: Path) -> None:
         warnings.warn(message, CheckpointWarning, stacklevel=3)
 
 
+def _concrete_classes(config: dict) -> tuple[type, type]:
+    """The classes of a model that others can inherit from."""
+    model, args = _classes(config)
+    return (
+        classes_on(str(config.get("base_model_type", "qwen2"))) if model is Model else (model, args)
+    )
+
+
 def _empty_classes(config: dict) -> tuple[type, type]:
     """The classes of a model that is made, and whose weights are never used."""
-    model, args = _classes(config)
-    if model is Model:
-        model, args = classes_on(str(config.get("base_model_type", "qwen2")))
+    model, args = _concrete_classes(config)
     return type(model.__name__, (model,), {"load_weights": lambda self, *_, **__: self}), args
 
 

@@ -153,12 +153,12 @@ def _decoded_product(
         x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
     x, pairs = x.reshape(-1, x.shape[-1]), indices.flatten()
     multiply = tq1_0_qmv if scales.ndim == 2 else tq1_0_qmv_groups
-    y = multiply(x, rows, scales, pairs, blocks=_blocks(pairs, rows, size))
+    y = multiply(x, rows, scales, pairs, blocks=_blocks(pairs, rows.shape[0], size))
     return y.reshape(*batch, 1, -1)
 
 
-def _blocks(indices: mx.array, rows: mx.array, size: int) -> mx.array | None:
-    return None if size == 1 else tq1_0_sort(indices, rows.shape[0], size)
+def _blocks(indices: mx.array, experts: int, size: int) -> mx.array | None:
+    return None if size == 1 else tq1_0_sort(indices, experts, size)
 
 
 # By the number of pairs in a block, or otherwise by whether pairs are sorted.
@@ -217,8 +217,19 @@ def _decoded_mix(
     *packed: mx.array,
     size: int,
 ) -> mx.array:
+    blocks = _blocks(indices, packed[0].shape[0], size)
+    return _launched_mix(x, weights, shared, indices, blocks, *packed)
+
+
+def _launched_mix(
+    x: mx.array,
+    weights: mx.array,
+    shared: mx.array,
+    indices: mx.array,
+    blocks: mx.array | None,
+    *packed: mx.array,
+) -> mx.array:
     gate, gate_scales, up, up_scales, down, scales = packed
-    blocks = _blocks(indices, down, size)
     h = tq1_0_swiglu(x, gate, gate_scales, up, up_scales, indices, blocks=blocks)
     return tq1_0_down(h, down, scales, indices, weights, shared, blocks=blocks)
 
@@ -246,6 +257,7 @@ def decoded_mix(
     indices: mx.array,
     size: int,
     *packed: mx.array,
+    slots: mx.array | None = None,
 ) -> mx.array:
     """Add the weighted sum of each token's experts to `shared`, by the decode kernels.
 
@@ -256,9 +268,14 @@ def decoded_mix(
         indices: (..., k) uint32.
         size: number of pairs in a block; if it is 1, pairs are not sorted.
         packed: rows (experts, out, row_bytes) and scales (experts, out) of gate, of up and of down.
+        slots: (experts,) uint32, where each expert is in `packed`, which then may hold any number
+            of them; None: at its number. With it, there are no gradients.
 
     Returns:
         (..., hidden) of the dtype of `shared`: summed in float32, rounded once.
     """
-    flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, shared, indices))
-    return _MIXES[size](*flat, *packed).reshape(shared.shape)
+    flat = [a.reshape(-1, a.shape[-1]) for a in (x, weights, shared, indices)]
+    if slots is None:
+        return _MIXES[size](*flat, *packed).reshape(shared.shape)
+    blocks = _blocks(flat[3], slots.size, size)
+    return _launched_mix(*flat[:3], slots[flat[3]], blocks, *packed).reshape(shared.shape)

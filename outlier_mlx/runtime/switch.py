@@ -51,6 +51,7 @@ class TernarySwitchGLU(nn.Module):
 
     def __init__(self, input_dims: int, hidden_dims: int, num_experts: int) -> None:
         super().__init__()
+        self.hidden_dims, self.num_experts = hidden_dims, num_experts
         self.gate_proj = TernarySwitchLinear(input_dims, hidden_dims, num_experts)
         self.up_proj = TernarySwitchLinear(input_dims, hidden_dims, num_experts)
         self.down_proj = TernarySwitchLinear(hidden_dims, input_dims, num_experts)
@@ -82,13 +83,21 @@ class TernarySwitchGLU(nn.Module):
             (..., hidden) of the dtype of `shared`: summed in float32, rounded once.
         """
         indices = mx.stop_gradient(indices)
-        experts, width, _ = self.gate_proj.weight.shape
-        size = 0 if self.training else block_pairs(indices, experts, 3, x.shape[-1], width)
+        sizes = self.num_experts, 3, x.shape[-1], self.hidden_dims
+        size = 0 if self.training else block_pairs(indices, *sizes)
         if size == 0:
             return weighted_sum(shared, self(x.astype(mx.float32), indices), weights)
+        return decoded_mix(x, weights, shared, indices, size, *self.packed(), slots=self.slots)
+
+    @property
+    def slots(self) -> mx.array | None:
+        """Where each expert is in `packed`, (experts,) uint32; None: at its number."""
+        return None
+
+    def packed(self) -> tuple[mx.array, ...]:
+        """Rows and scales of gate, of up and of down."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        packed = gate.weight, gate.scales, up.weight, up.scales, down.weight, down.scales
-        return decoded_mix(x, weights, shared, indices, size, *packed)
+        return gate.weight, gate.scales, up.weight, up.scales, down.weight, down.scales
 
 
 def sort_by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:

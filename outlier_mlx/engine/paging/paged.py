@@ -1,0 +1,205 @@
+"""A model's MoE layers with experts in slots, in the place of those with all experts in memory."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import get_total_parameters
+
+from outlier_mlx.engine.paging.budget import ExpertMemory, Experts
+from outlier_mlx.engine.paging.policies import DEFAULT_POLICY, POLICIES
+from outlier_mlx.engine.paging.reads import ExpertFiles
+from outlier_mlx.engine.paging.slots import MATRICES, Pool, slot_nbytes
+from outlier_mlx.engine.paging.store import ExpertStore, needed
+from outlier_mlx.engine.quantized import Classes
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.runtime.affine2 import affine_product, row_bytes
+from outlier_mlx.runtime.ops import rows_product, use_metal
+from outlier_mlx.runtime.switch import TernarySwitchGLU
+from outlier_mlx.storage.shards import read_shards
+
+NOT_PAGED = "the model has no experts that could be paged"
+# A prompt is what routes so many (token, expert) pairs for each expert of a layer: it needs nearly
+# all of them.
+_PROMPT_PAIRS = 4
+
+
+class PagedSwitchLinear(nn.Module):
+    """One matrix of each expert of a layer, in the slots of a store."""
+
+    def __init__(self, store: ExpertStore, layer: int, matrix: str, shape: tuple[int, int]) -> None:
+        """Matrices (out, in) called `matrix` of a layer's experts."""
+        super().__init__()
+        self._store, self._layer, self._matrix = store, layer, matrix
+        self.output_dims, self.input_dims = shape
+
+    @property
+    def stored(self) -> tuple[mx.array, ...]:
+        """The arrays of all slots; see `Pool`."""
+        return self._store.pool.arrays[self._matrix]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer, in slots or not."""
+        return self._store.experts
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Multiply x (..., 1, in) by the experts in `indices` (...): (..., 1, out) float32."""
+        slots = self._store.table(self._layer)
+        if not self._store.pool.packed:
+            weight, scales, biases = self.stored
+            affine = weight, scales, biases
+            return affine_product(x.astype(mx.float32), affine, slots[indices])
+        # Shapes, and so the way of multiplying, are those of a layer with all experts in memory.
+        # Depending on x, rows are not taken before they are multiplied with.
+        slots = mx.depends([slots], [x])[0]
+        rows, scales = (array[slots] for array in self.stored)
+        return rows_product(x, indices, rows, scales, sorted_indices)
+
+
+class PagedSwitchGLU(TernarySwitchGLU):
+    """The routed experts of a layer, of which those that a token needs are brought into slots."""
+
+    def __init__(self, glu: TernarySwitchGLU, store: ExpertStore, layer: int, block: Any) -> None:
+        """The experts of `glu`, whose own arrays are not used.
+
+        Args:
+            glu: the experts as they would be in memory.
+            store: keeps some of them.
+            layer: number of the layer.
+            block: the MoE block; if it has alphas, experts with alpha 0 are never read.
+        """
+        nn.Module.__init__(self)
+        self.num_experts, self.hidden_dims = glu.num_experts, glu.hidden_dims
+        self.store, self.layer = store, layer
+        self._block = weakref.ref(block)
+        for name in MATRICES:
+            rows = glu[name].weight.shape[1]
+            setattr(self, name, PagedSwitchLinear(store, layer, name, (rows, glu[name].input_dims)))
+
+    @property
+    def slots(self) -> mx.array:
+        """The slot of each expert, (experts,) uint32."""
+        return self.store.table(self.layer)
+
+    def packed(self) -> tuple[mx.array, ...]:
+        """Rows and scales of all slots, of gate, of up and of down."""
+        return tuple(array for name in MATRICES for array in self[name].stored)
+
+    def mix(self, x: mx.array, indices: mx.array, weights: mx.array, shared: mx.array) -> mx.array:
+        """Bring the experts that are needed into slots, and mix them; see `TernarySwitchGLU.mix`.
+
+        Raises:
+            OutlierError: an expert cannot be read, or the model is being trained.
+        """
+        if self.training:
+            raise OutlierError("paged experts cannot be trained: load the model without paging")
+        store, layer = self.store, self.layer
+        store.use_alphas(layer, getattr(self._block(), "alpha", None))
+        store.enter(layer)
+        following = self._following(indices)
+        if following is None and store.resident(layer):
+            store.note(layer, indices, weights)
+            y = super().mix(x, indices, weights, shared)
+        else:
+            mx.async_eval(indices, weights)
+            # What to do while the host looks up slots, and disks read.
+            mx.async_eval(shared)
+            experts = needed(indices, weights)
+            store.ensure(layer, experts)
+            # Without any, slots may hold anything, and 0 times that need not be 0.
+            y = super().mix(x, indices, weights, shared) if experts else shared + 0
+        store.leave(y)
+        if following is not None:
+            mx.async_eval(y)
+            store.read_early(following, sorted(store.needable(following)), layer)
+        return y
+
+    def _following(self, indices: mx.array) -> int | None:
+        """The next MoE layer, if experts for it should be read while this one multiplies."""
+        if indices.size < _PROMPT_PAIRS * self.num_experts:
+            return None
+        layers = self.store.layers
+        after = layers.index(self.layer) + 1
+        if after == len(layers) or self.store.resident(layers[after]):
+            return None
+        return layers[after]
+
+
+def paged_classes(
+    get_model_classes: Classes, folder: Path, memory: ExpertMemory, *, always: bool = False
+) -> Classes:
+    """The same classes for `mlx_lm.utils.load_model`, whose models page their ternary experts.
+
+    Where all experts fit into `memory`, they are loaded like everything else.
+
+    Args:
+        get_model_classes: the classes of a model with all experts in memory.
+        folder: the model's, from whose files experts are read.
+        memory: what experts may take; not `AUTO`.
+        always: keep them in slots even if all fit.
+    """
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        model: Any
+        model, args = get_model_classes(config)
+
+        def load_weights(
+            self: Any, weights: list[tuple[str, mx.array]], strict: bool = True
+        ) -> Any:
+            paged = _page(self, folder, memory, always)
+            kept = [(name, array) for name, array in weights if not name.startswith(paged)]
+            return model.load_weights(self, kept, strict)
+
+        made = {"load_weights": load_weights, "__module__": model.__module__}
+        return type(model.__name__, (model,), made | {"__doc__": model.__doc__}), args
+
+    return classes
+
+
+def _page(model: nn.Module, folder: Path, memory: ExpertMemory, always: bool) -> tuple[str, ...]:
+    """Put paged experts in the place of ternary ones; returns what names of theirs begin with."""
+    blocks: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module.get("switch_mlp"), TernarySwitchGLU)
+    }
+    if not blocks:
+        raise OutlierError(f"{folder.name}: {NOT_PAGED}")
+    first = next(iter(blocks.values()))
+    glu, top_k = first.switch_mlp, getattr(first, "top_k", 0) or first.num_experts_per_tok
+    hidden, packed = glu.gate_proj.input_dims, use_metal()
+    nbytes = slot_nbytes(hidden, glu.hidden_dims, packed=packed)
+    experts = Experts(len(blocks), glu.num_experts, top_k, nbytes)
+    slots = memory.slots_for(experts)
+    if slots is None and not always:
+        return ()
+    prefixes = tuple(f"{name}.switch_mlp." for name in blocks)
+    tensors = read_shards(folder)
+    files = ExpertFiles({n: tensor for n, tensor in tensors.items() if n.startswith(prefixes)})
+    pool = Pool(slots or experts.total, hidden, glu.hidden_dims, packed=packed)
+    store = ExpertStore(pool, files, POLICIES[DEFAULT_POLICY])
+    for name, block in blocks.items():
+        layer = int(name.split("layers.")[1].split(".")[0])
+        paged = PagedSwitchGLU(block.switch_mlp, store, layer, block)
+        paged.train(block.training)
+        block.switch_mlp = paged
+    return prefixes
+
+
+def store_of(model: nn.Module) -> ExpertStore | None:
+    """The store of a model's experts; None if they are not paged."""
+    paged = (m.store for m in model.modules() if isinstance(m, PagedSwitchGLU))
+    return next(paged, None)
+
+
+def total_parameters(model: nn.Module) -> int:
+    """The number of a model's parameters as mlx-lm counts them, experts that are paged included."""
+    paged = [module for module in model.modules() if isinstance(module, PagedSwitchLinear)]
+    of_experts = sum(
+        module.num_experts * module.output_dims * (row_bytes(module.input_dims) + 1)
+        for module in paged
+    )
+    return int(get_total_parameters(model)) + of_experts

@@ -1,0 +1,388 @@
+"""Which experts are in which slots, and how those that are needed get there.
+
+One thread uses a store: the one that runs the model. Others only read files into slots.
+
+An array that MLX has not computed yet may still have to read a slot when another expert is due in
+it. When a layer's routing is known, everything that the layer depends on is computed, so only what
+was built in other passes can be left: the last outputs of those are kept, and computed before a
+slot is first overwritten.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from outlier_mlx.engine.paging.policies import Key, Policy
+from outlier_mlx.engine.paging.reading import Reading
+from outlier_mlx.engine.paging.reads import ExpertFiles
+from outlier_mlx.engine.paging.slots import Pool
+from outlier_mlx.errors import OutlierError
+
+# Outputs of passes that are kept until they are computed: at most so many, and so many numbers.
+_MOST_TAILS, _MOST_KEPT = 8, 1 << 23
+# Routings of resident layers that are kept until the policy is told.
+_MOST_NOTES = 4096
+# Experts that are read at a time, if they have to be converted: each takes memory of its own.
+CONVERTED_TOGETHER = 2
+
+
+@dataclass
+class PagingStatistics:
+    """What a model's experts cost so far.
+
+    Attributes:
+        hits: experts that were needed, and in a slot or on the way there.
+        misses: experts that were needed, and had to be read.
+        early: experts that were read before it was known that they are needed.
+        bytes_read: bytes of all experts that were read.
+        waited: seconds for which the model waited for experts.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    early: int = 0
+    bytes_read: int = 0
+    waited: float = 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the needed experts that did not have to be read; None: none was needed."""
+        needed = self.hits + self.misses
+        return self.hits / needed if needed else None
+
+
+@dataclass
+class _Entry:
+    """A slot that has an expert, or will have it when it is read."""
+
+    slot: int
+    known_as: Key  # what the policy calls it: of equal experts, the one that was used last
+    buffers: list[memoryview]
+    reading: Reading | None
+
+
+@dataclass
+class _Layer:
+    """What the launches of a layer are made from."""
+
+    needable: frozenset[int]
+    alpha: mx.array | None = None
+    table: mx.array | None = None  # None: something has changed
+    resident: bool = False
+
+
+class ExpertStore:
+    """The experts of all MoE layers of a model that are in memory.
+
+    Attributes:
+        pool: the slots.
+        layers: numbers of the MoE layers, in order.
+        experts: experts of each of them.
+        statistics: what they cost so far; a user may put new ones in their place.
+    """
+
+    def __init__(self, pool: Pool, files: ExpertFiles, policy: Callable[[], Policy]) -> None:
+        """Nothing is in a slot at first.
+
+        Args:
+            pool: slots, at least as many as a layer has experts.
+            files: where experts are read from.
+            policy: makes what decides which expert leaves its slot.
+        """
+        self.pool, self._files, self._make_policy = pool, files, policy
+        self.layers, self.experts = tuple(files.layers), files.experts
+        self.statistics = PagingStatistics()
+        self._states = {n: _Layer(frozenset(range(self.experts))) for n in self.layers}
+        self._equal = files.equal
+        self._sharing: dict[Key, set[int]] = {}  # other layers that have an equal expert
+        for (layer, _), first in self._equal.items():
+            self._sharing.setdefault(first, set()).add(layer)
+        self._tails: list[mx.array] = []
+        self._open: mx.array | None = None
+        self._last_layer = -1
+        self._noted: list[tuple[int, mx.array, mx.array]] = []
+        # Slots that something may still be written to, though nobody waits for it.
+        self._abandoned: list[tuple[Reading, int]] = []
+        self._starting: int | None = None
+        self._lost: set[int] = set()
+        self._entries: dict[Key, _Entry] = {}  # by what was read; of equal experts, the first
+        self._whole = True
+        self._forget()
+
+    # -- what a layer asks ----------------------------------------------------------------------
+
+    def needable(self, layer: int) -> frozenset[int]:
+        """The experts of a layer that can have another weight than 0."""
+        return self._states[layer].needable
+
+    def use_alphas(self, layer: int, alpha: mx.array | None) -> None:
+        """Take note of a layer's factors (experts,) of weights, of which some may be 0."""
+        state = self._states[layer]
+        if alpha is None or alpha is state.alpha:
+            return
+        values: Any = alpha.tolist()
+        used = (number for number, value in enumerate(values) if value != 0)
+        state.alpha, state.needable = alpha, frozenset(used)
+        self._changed(layer)
+
+    def resident(self, layer: int) -> bool:
+        """Whether all experts that a layer can need are in slots, whatever its routing is."""
+        self.table(layer)
+        return self._states[layer].resident
+
+    def table(self, layer: int) -> mx.array:
+        """The slot of each expert of a layer, (experts,) uint32, evaluated.
+
+        If an expert is in none, it is that of another one.
+        """
+        state = self._states[layer]
+        if state.table is None:
+            slots = [self._slot_of((layer, expert)) for expert in range(self.experts)]
+            state.resident = all(slots[expert] is not None for expert in state.needable)
+            spare = next((slot for slot in slots if slot is not None), 0)
+            state.table = mx.array([spare if s is None else s for s in slots], mx.uint32)
+        return state.table
+
+    def enter(self, layer: int) -> None:
+        """Begin with a layer; if it is not above the last one, a new pass begins."""
+        if layer <= self._last_layer and self._open is not None:
+            self._tails.append(self._open)
+            self._open = None
+            if len(self._tails) > _MOST_TAILS or sum(t.size for t in self._tails) > _MOST_KEPT:
+                self._compute_tails()
+        self._last_layer = layer
+
+    def leave(self, output: mx.array) -> None:
+        """Note the output of the layer that was entered; it need not be computed yet."""
+        self._open = output
+
+    def ensure(self, layer: int, experts: Collection[int]) -> None:
+        """Bring experts of the layer that was entered into slots.
+
+        All that its routing depends on must be computed.
+
+        Raises:
+            OutlierError: one cannot be read. All others stay usable.
+        """
+        self._settle_what_is_read()
+        wanted = self._wanted(layer, sorted(experts))
+        with self._changing():
+            self._tell_policy()
+            self._policy.use(layer, experts)
+            for key, known in wanted.items():
+                if key in self._entries:
+                    self._rename(self._entries[key], known, key)
+        missing = [key for key in wanted if key not in self._entries]
+        self.statistics.hits += len(wanted) - len(missing)
+        self.statistics.misses += len(missing)
+        if not missing and not self._under_way:
+            return
+        begun = time.perf_counter()
+        together = len(missing) if self.pool.packed else CONVERTED_TOGETHER
+        for key in missing[:together]:
+            self._start(key, wanted[key])
+        for number, key in enumerate(missing):
+            self._finish(key)
+            if number + together < len(missing):
+                later = missing[number + together]
+                self._start(later, wanted[later])
+        for key in wanted:
+            self._finish(key)
+        self.statistics.waited += time.perf_counter() - begun
+
+    def note(self, layer: int, indices: mx.array, weights: mx.array) -> None:
+        """Note the routing of a resident layer for the policy, without waiting for it."""
+        if self.complete:
+            self._noted.clear()
+            return
+        self._noted.append((layer, indices, weights))
+        if len(self._noted) > _MOST_NOTES:
+            self._tell_policy()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers are resident, so that nothing will be read."""
+        return all(s.table is not None and s.resident for s in self._states.values())
+
+    def read_early(self, layer: int, experts: Iterable[int], in_hand: int) -> None:
+        """Begin to read experts that a later layer may need, as far as there is room.
+
+        Args:
+            layer: the later layer.
+            experts: its experts, the likeliest first.
+            in_hand: the layer that was entered, whose routing is computed; its slots are left
+                alone.
+        """
+        found = (self._entries.get(key) for key in self._wanted(in_hand, range(self.experts)))
+        held = {entry.known_as for entry in found if entry is not None}
+        for key, known in self._wanted(layer, experts).items():
+            if key in self._entries:
+                continue
+            full = not self.pool.packed and len(self._under_way) >= CONVERTED_TOGETHER
+            if full or not self._start(key, known, held, early=True):
+                return
+
+    # -- slots ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Tables are being changed: if this is interrupted, all that is in slots is forgotten."""
+        if not self._whole:
+            self._forget()
+        self._whole = False
+        yield
+        self._whole = True
+
+    def _forget(self) -> None:
+        """Begin with empty slots, but for those that something is being written to."""
+        if self._starting is not None:
+            self._lost.add(self._starting)
+        for entry in self._entries.values():
+            if entry.reading is not None:
+                self._abandoned.append((entry.reading, entry.slot))
+        self._starting = None
+        self._policy = self._make_policy()
+        self._entries, self._known = {}, dict[Key, Key]()
+        self._under_way: dict[Key, _Entry] = {}
+        taken = self._lost | {slot for _, slot in self._abandoned}
+        self._free = [slot for slot in reversed(range(self.pool.slots)) if slot not in taken]
+        self._noted.clear()
+        for layer in self.layers:
+            self._changed(layer)
+        self._whole = True
+
+    def _changed(self, layer: int) -> None:
+        self._states[layer].table = None
+
+    def _wanted(self, layer: int, experts: Iterable[int]) -> dict[Key, Key]:
+        """What is read for experts of a layer, of equal ones the first; and what they are here."""
+        found: dict[Key, Key] = {}
+        for expert in experts:
+            found.setdefault(self._equal.get((layer, expert), (layer, expert)), (layer, expert))
+        return found
+
+    def _slot_of(self, known: Key) -> int | None:
+        entry = self._entries.get(self._equal.get(known, known))
+        return None if entry is None or entry.reading is not None else entry.slot
+
+    def _rename(self, entry: _Entry, known: Key, key: Key) -> None:
+        """Let the policy know an expert that is equal to another layer's as one of this layer."""
+        if entry.known_as[0] != known[0]:
+            self._policy.remove(*entry.known_as)
+            del self._known[entry.known_as]
+            self._policy.add(*known)
+            self._known[known] = key
+            entry.known_as = known
+
+    def _start(
+        self, key: Key, known: Key, held: Collection[Key] = (), *, early: bool = False
+    ) -> bool:
+        """Begin to read an expert; returns whether there was a slot, which there is if not early.
+
+        Raises:
+            OutlierError: no slot gets free.
+        """
+        self._compute_tails()
+        if self._started(key, known, held, early):
+            return True
+        if early:
+            return False
+        # What is read early for other layers has taken too many.
+        for other in list(self._under_way):
+            if self._under_way[other].known_as[0] != known[0]:
+                with suppress(OutlierError):
+                    self._finish(other)
+        self._settle_what_is_read()
+        if not self._started(key, known, held, early):
+            raise OutlierError("no slot for an expert is free: earlier reads of others do not end")
+        return True
+
+    def _started(self, key: Key, known: Key, held: Collection[Key], early: bool) -> bool:
+        with self._changing():
+            slot = self._free_slot(known[0], held)
+            if slot is None:
+                return False
+            buffers = self.pool.buffers(slot)
+            self._starting = slot
+            reading = self._files.start(*key, buffers, early=early)
+            self._entries[key] = self._under_way[key] = _Entry(slot, known, buffers, reading)
+            self._starting = None
+            self._policy.add(*known)
+            self._known[known] = key
+            self.statistics.bytes_read += self._files.nbytes
+            self.statistics.early += early
+        return True
+
+    def _free_slot(self, layer: int, held: Collection[Key]) -> int | None:
+        if self._free:
+            return self._free.pop()
+        gone = self._policy.evict(
+            layer, {entry.known_as for entry in self._under_way.values()}.union(held)
+        )
+        if gone is None:
+            return None
+        key = self._known.pop(gone)
+        self._moved(key)
+        return self._entries.pop(key).slot
+
+    def _finish(self, key: Key) -> None:
+        """Wait until an expert is in its slot; if it cannot be read, it has none."""
+        entry = self._under_way.get(key)
+        if entry is None or entry.reading is None:
+            return
+        try:
+            entry.reading.wait()
+            self.pool.settle(entry.slot, entry.buffers)
+        except BaseException:
+            with self._changing():
+                del self._entries[key], self._under_way[key], self._known[entry.known_as]
+                self._policy.remove(*entry.known_as)
+                self._abandoned.append((entry.reading, entry.slot))
+            raise
+        with self._changing():
+            del self._under_way[key]
+            entry.reading, entry.buffers = None, []
+            self._moved(key)
+
+    def _settle_what_is_read(self) -> None:
+        """Settle what was read early, and use slots again that nothing is written to any more."""
+        for key in [key for key, e in self._under_way.items() if e.reading and e.reading.done]:
+            with suppress(OutlierError):  # it is read again if it is needed
+                self._finish(key)
+        if self._abandoned:
+            with self._changing():
+                self._free += [slot for reading, slot in self._abandoned if reading.done]
+                self._abandoned = [pair for pair in self._abandoned if not pair[0].done]
+
+    def _moved(self, key: Key) -> None:
+        """Make tables anew of layers that have an expert."""
+        for layer in (key[0], *self._sharing.get(key, ())):
+            self._changed(layer)
+
+    def _tell_policy(self) -> None:
+        for layer, indices, weights in self._noted:
+            experts = needed(indices, weights)
+            self.statistics.hits += len(experts)
+            self._policy.use(layer, experts)
+        self._noted.clear()
+
+    def _compute_tails(self) -> None:
+        tails, self._tails = self._tails, []
+        if tails:
+            mx.eval(tails)
+
+
+def needed(indices: mx.array, weights: mx.array) -> set[int]:
+    """The experts of a routing whose weight is not 0; waits for it.
+
+    Args:
+        indices: (..., k) uint32.
+        weights: (..., k) float32.
+    """
+    chosen, of = np.array(indices, copy=False), np.array(weights, copy=False)
+    return set(chosen[of != 0].tolist())
