@@ -10,7 +10,7 @@ from pathlib import Path
 
 from outlier_mlx.checkpoints.base import WholeModel
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, base_shapes
-from outlier_mlx.engine.memory import GPU_SHARE
+from outlier_mlx.engine.machine import GPU_SHARE
 from outlier_mlx.models.config import Defaults, parse_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.models.summary import SummaryRow
