@@ -15,8 +15,8 @@ from typing import Any
 import openai
 
 import outlier_mlx
-from outlier_mlx.serve.generator import Load
 from outlier_mlx.serve.options import ServeOptions
+from outlier_mlx.serve.provider import Load
 from outlier_mlx.serve.server import Server
 
 NAME = "tiny"

@@ -240,6 +240,14 @@ def serve(
         ),
     ] = None,
     prefill_step_size: PrefillStep = 2048,
+    idle_unload: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            min=0.01,
+            help="Unload the model after so long without a request; the next one loads it again.",
+        ),
+    ] = None,
     alpha: Alpha = None,
     quiet: Quiet = False,
 ) -> None:
@@ -263,6 +271,7 @@ def serve(
         max_context=max_context,
         max_clients=max_clients,
         strict=strict,
+        idle_unload=idle_unload,
         prefill_step_size=prefill_step_size,
         prompt_cache_size=prompt_cache_size,
         **vars(sampling),

@@ -1,135 +1,32 @@
-"""Generation for all requests in one thread: the one model, its prompt cache, and the thread."""
+"""Generation for all requests in one thread: the prompt cache, and the thread."""
 
-import copy
 import gc
-import inspect
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
-from transformers import PreTrainedTokenizerBase
+from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from outlier_mlx.engine.generate import described, prefill_step, vocabulary
-from outlier_mlx.engine.machine import budget
-from outlier_mlx.engine.needs import cache_needs
-from outlier_mlx.engine.prompts import check_tokens
-from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.models.sizes import context_length
+from outlier_mlx.models.token_ids import check_ids
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.jobs import Job
-from outlier_mlx.serve.limits import Limits
-from outlier_mlx.serve.memory import CacheMemory
-from outlier_mlx.serve.messages import MessageReader
-from outlier_mlx.serve.mlxlm_server import ModelProvider, Response, ResponseGenerator, as_mlx_lm
-from outlier_mlx.serve.probes import TemplateProbes
-from outlier_mlx.serve.prompts import BoundedTokenizer
-from outlier_mlx.serve.request import Request, Sampling
+from outlier_mlx.serve.mlxlm_server import Response, ResponseGenerator, as_mlx_lm
+from outlier_mlx.serve.provider import OneModel
+from outlier_mlx.serve.request import Request
 from outlier_mlx.terminal import Progress
 
 if TYPE_CHECKING:
     from outlier_mlx.serve.replies import Reply
 
-Load = Callable[[], tuple[nn.Module, Tokenizer]]
-
 FAILED = "generation failed; try again"
+NOT_LOADED = "the model could not be loaded again; try again later"
 OUT_OF_MEMORY = "generation failed; try again, later or with a shorter prompt: memory ran out"
-TEMPLATE_NAMES = frozenset(
-    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-)
-
-
-class OneModel(ModelProvider):
-    """Provides the same model for every request, whatever model the request names.
-
-    The thread that generates also loads: MLX evaluates a lazy array only in the thread that made
-    it, and a model has lazy arrays besides its parameters.
-
-    Attributes:
-        loaded: set when loading has ended.
-        failure: the exception that ended loading, or None.
-        limits: limits for the parameters of requests; set once the model is loaded.
-        prompts: the tokenizer for the prompts of requests; set once the model is loaded.
-        memory: memory for KV caches; set once the model is loaded.
-    """
-
-    model: Any
-    tokenizer: Any
-    model_key: Any
-    limits: Limits
-    prompts: BoundedTokenizer
-    memory: CacheMemory
-
-    def __init__(self, service: Service, load: Load) -> None:
-        super().__init__(service.options.arguments())
-        self.service = service
-        self.loaded = threading.Event()
-        self.failure: BaseException | None = None
-        self._load_model = load
-
-    def load_default(self) -> None:
-        """Load the model if it is not loaded yet."""
-        if self.loaded.is_set():
-            return
-        try:
-            self.model, self.tokenizer = self._load_model()
-            self._without_text = copy.copy(self.tokenizer)
-            self._without_text._detokenizer = _NoText()
-            self.is_batchable = all(hasattr(c, "merge") for c in make_prompt_cache(self.model))
-            self.model_key = (self.service.name, None, None)
-            options = self.service.options
-            # Between two steps, the other replies get their next tokens.
-            self.cli_args.prefill_step_size = prefill_step(self.model, options.prefill_step_size)
-            self.limits = Limits(
-                options.max_tokens,
-                vocabulary(self.model, self.tokenizer),
-                options.max_context or context_length(described(self.model)),
-                TEMPLATE_NAMES,
-                Sampling(options.temp, options.top_p, options.top_k, options.min_p),
-                MessageReader(TemplateProbes(self.tokenizer), self.tokenizer.has_tool_calling),
-            )
-            self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
-            needs = cache_needs(described(self.model), budget().on_cpu)
-            bits, group_size = options.kv_bits, options.kv_group_size
-            size = partial(needs.cache, bits=bits, group_size=group_size)
-            self.memory = CacheMemory(options.cache_memory, size)
-        except BaseException as error:
-            self.failure = error
-        finally:
-            self.loaded.set()
-
-    def load(self, *_: Any) -> tuple[nn.Module, TokenizerWrapper]:
-        """The loaded model and its tokenizer; the arguments are ignored.
-
-        The tokenizer gives no text, because mlx-lm would ask for it in the thread that generates,
-        where an error ends all replies. Each `Reply` makes its own.
-        """
-        return self.model, self._without_text
-
-
-class _NoText(StreamingDetokenizer):
-    """A detokenizer whose text is always empty."""
-
-    last_segment = ""
-
-    def reset(self) -> None:
-        pass
-
-    def add_token(self, token: int) -> None:
-        pass
-
-    def finalize(self) -> None:
-        pass
 
 
 class PromptCache(LRUPromptCache):
@@ -169,6 +66,10 @@ class PromptCache(LRUPromptCache):
         self.trim_to(n_bytes=self._rest())
 
 
+class _Idle(Exception):
+    """There was no request for so long that the model is to be unloaded."""
+
+
 class Generator(ResponseGenerator):
     """Generates for all requests in one thread, which continues after an error.
 
@@ -195,13 +96,59 @@ class Generator(ResponseGenerator):
     def _run_generate(self) -> None:
         self.provider.load_default()
         while not self._stop and self.provider.failure is None:
+            idle = False
             try:
                 self._generate()
                 return
+            except _Idle:
+                idle = True
             except Exception as error:
                 self._reason = self._explain(error)
             # Not in the block above: the error's traceback holds on to what fills the memory.
+            if not idle:
+                self._start_over()
+                continue
+            self._unload()
+            while not self._stop and self.provider.state != "loaded":
+                self._reload_for_a_request()
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        """Called by mlx-lm for the next request; with a time-out if it does nothing else.
+
+        Raises:
+            _Idle: there was none for so long that the model is to be unloaded.
+        """
+        request = super()._next_request(timeout)
+        minutes = self.provider.service.options.idle_unload
+        if request is not None or timeout is None or minutes is None or self.replies:
+            return request
+        if time.monotonic() - self._stepped < 60 * minutes or not self.requests.empty():
+            return None
+        raise _Idle
+
+    def _unload(self) -> None:
+        self.provider.unload()
+        self.prompt_cache = self._new_cache()
+        gc.collect()
+        mx.clear_cache()
+        self.provider.service.log("the model is unloaded, until the next request")
+
+    def _reload_for_a_request(self) -> None:
+        """Wait a little for a request, and load the model for it, which takes no request away."""
+        with self.requests.not_empty:
+            if not self.requests.queue and not self.requests.not_empty.wait(0.1):
+                return
+        begun = time.monotonic()
+        try:
+            self.provider.reload()
+        except Exception as error:
+            self.provider.service.warn(f"the model could not be loaded again: {error}")
+            self._reason = NOT_LOADED
+        if self.provider.state != "loaded":
             self._start_over()
+            return
+        self._stepped = time.monotonic()
+        self.provider.service.log(f"the model is loaded again: {self._stepped - begun:.1f} s")
 
     def _explain(self, error: Exception) -> str:
         """Log why generation failed; returns what to tell clients."""
@@ -239,6 +186,8 @@ class Generator(ResponseGenerator):
         job.close()
         self.provider.memory.give_back(job)
         self.replies.discard(reply)
+        if not self.replies:
+            self._stepped = time.monotonic()
 
     def _told(self, job: Job) -> None:
         """Called in the thread that generates for whatever a job gets."""
@@ -322,7 +271,7 @@ class Generator(ResponseGenerator):
         if not isinstance(prompt, list) or not prompt:
             raise Refused(400, "the prompt is empty")
         try:
-            check_tokens(self.provider.model, prompt)
+            check_ids(prompt, self.provider.rows, "the prompt")
         except OutlierError as error:
             raise Refused(400, str(error)) from None
         self._bound(prompt, args)

@@ -49,9 +49,14 @@ class Handler(CheckedHandler):
         elif idle > STUCK_SECONDS:
             reason = f"generation has made no step for {idle:.0f} seconds"
         else:
-            self.send_json(200, {"status": "ok"})
+            self.send_json(200, {"status": "ok"} | self._state())
             return
         self.send_json(503, {"status": "unavailable", "reason": reason})
+
+    def _state(self) -> dict[str, str]:
+        """Whether the model is loaded, where it need not be."""
+        idle = self.service.options.idle_unload
+        return {} if idle is None else {"state": self.generator.provider.state}
 
     def _models(self) -> None:
         """List the model, or describe it."""
@@ -60,7 +65,7 @@ class Handler(CheckedHandler):
             "object": "model",
             "created": int(time.time()),
             "owned_by": "outlier-mlx",
-        }
+        } | self._state()
         name = unquote(self.path.removeprefix("/v1/models").strip("/"))
         if name not in ("", self.service.name):
             raise Refused(404, f"there is no model {name[:80]!r}", "model_not_found")

@@ -25,6 +25,7 @@ class ServeOptions:
             context length.
         max_clients: requests answered at a time; further ones get status 503.
         cache_memory: memory for all KV caches, in bytes; requests wait for it. None: no limit.
+        idle_unload: minutes without a request after which the model is unloaded; None: never.
         strict: refuse requests with parameters that would have no effect.
 
     Raises:
@@ -41,6 +42,7 @@ class ServeOptions:
     max_context: int | None = None
     max_clients: int = 64
     cache_memory: int | None = None
+    idle_unload: float | None = None
     strict: bool = False
     temp: float = 0.0
     top_p: float = 1.0

@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.connections import Connections
-from outlier_mlx.serve.generator import Generator, Load, OneModel
+from outlier_mlx.serve.generator import Generator
 from outlier_mlx.serve.handler import Handler
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.options import ServeOptions
+from outlier_mlx.serve.provider import Load, OneModel
 from outlier_mlx.terminal import working
 
 # Time limit for replies that are still being generated when the server shuts down.
