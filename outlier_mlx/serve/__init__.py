@@ -4,8 +4,9 @@
 there are, and how slow; `http` reads requests from them, and `handler` answers them: `limits` turns
 a body into a `request`, by the table in `fields`; `prompts` bounds and tokenizes its text;
 `provider` loads the model; `generator` generates for all requests in one thread, with what
-`mlxlm_server` imports from mlx-lm, and answers each of its `jobs`; `replies` follows one reply, which `pieces` and `calls` divide into
-text, reasoning and tool calls; `together` follows several; `openai` is the format of what is sent.
+`mlxlm_server` imports from mlx-lm, and answers each of its `jobs`; `replies` follows one reply,
+which `pieces` and `calls` divide into text, reasoning and tool calls; `together` follows several;
+`openai` is the format of what is sent.
 `capacity` divides the memory, and `memory` shares it out to requests. `server` starts and stops
 everything.
 """
