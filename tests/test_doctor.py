@@ -21,6 +21,8 @@ from outlier_mlx.measure.expected import Machine
 from outlier_mlx.measure.self_test import Check, SelfTest
 from outlier_mlx.measure.speeds import Speed, speed_here
 from outlier_mlx.measure.versions import Version, installed_versions
+from tests.builders import Built
+from tests.hub import Hub, opened
 from tests.large import write_large
 from tests.program import assert_refused, run
 
@@ -358,3 +360,23 @@ def test_the_model_in_either_spelling(quick: list[Any]):
 def test_no_such_model(quick: list[Any]):
     assert_refused(run("doctor", "./nothing", code=1), "nothing", "no such folder")
     assert quick == []
+
+
+def test_an_overlay_is_no_model(overlay: Built, quick: list[Any]):
+    done = run("doctor", overlay.path, "--quiet", code=1)
+    assert_refused(done, "an overlay; `outlier-mlx convert` makes a tier from it")
+
+
+def test_a_repository_need_not_be_there(
+    tier: Path, tmp_path: Path, quick: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its headers are enough; the disk is that of the current folder."""
+    monkeypatch.chdir(tmp_path)
+    hub = Hub()
+    hub.add("someone/tier", tier)
+    here = run("doctor", tier, "--ram", 16, "--json").json["model"]
+    with opened(hub, tmp_path, monkeypatch):
+        there = run("doctor", "someone/tier", "--ram", 16, "--json").json["model"]
+        run("doctor", "someone/tier", "--json")
+    assert there == here | {"name": "someone/tier"}
+    assert quick == [Path()]

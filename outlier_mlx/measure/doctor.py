@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from outlier_mlx.checkpoints.headers import headers
+from outlier_mlx.checkpoints.stored_model import open_config
 from outlier_mlx.engine.chips import Chip, named_chip, this_chip
 from outlier_mlx.engine.machine import GPU_SHARE, budget, free, gpu_limit
 from outlier_mlx.engine.needs import Use
@@ -37,7 +38,7 @@ from outlier_mlx.measure.findings import (
 from outlier_mlx.measure.self_test import self_test
 from outlier_mlx.measure.speeds import Speed, speed_here
 from outlier_mlx.measure.versions import PACKAGE, installed_versions
-from outlier_mlx.models.config import describe, raw_config
+from outlier_mlx.models.config import describe
 from outlier_mlx.runtime.ops import use_metal
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import Stages, size
@@ -114,7 +115,7 @@ def examine(
         stages: shows progress.
 
     Raises:
-        OutlierError: the chip is not known, or there is no sound model.
+        OutlierError: the chip is not known, or there is no sound model that can be run.
     """
     chip, where = _chip(given), "another Mac" if given.elsewhere else "this machine"
     with ExitStack() as opened:
@@ -123,8 +124,9 @@ def examine(
         if model is not None:
             with stages("reading headers", "files") as progress:
                 found = opened.enter_context(headers(model, revision, progress))
+            config = describe(open_config(found.source.folder))
             tensors = read_shards(found.source.folder)
-            quantized = describe(raw_config(found.source.folder)).quantization is not None
+            quantized = config.quantization is not None
             name = found.source.name
             if Path(model).exists():
                 folder, pieces = found.source.folder, expert_pieces(tensors)

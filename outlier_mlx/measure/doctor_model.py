@@ -146,12 +146,12 @@ def _reading(work: Work, speed: Speed, missing: float, step: int) -> Finding:
     if missing:
         chunk = f"{step} token{'s' if step > 1 else ''}"
         about = f"{size(round(missing))} of experts are read for {chunk}; {about}"
-    return Finding(key, name, found, f"{found:.3g} tokens/s", COMPUTED, about)
+    return Finding(key, name, found, _rate(found), COMPUTED, about)
 
 
 def _tokens(key: str, name: str, expected: Expected, about: str) -> Finding:
     found = expected.tokens_per_s
-    return Finding(key, name, found, f"{found:.3g} tokens/s", COMPUTED, about)
+    return Finding(key, name, found, _rate(found), COMPUTED, about)
 
 
 def _sum(work: Work, speed: Speed, expected: Expected, missing: float) -> str:
@@ -167,5 +167,11 @@ def _sum(work: Work, speed: Speed, expected: Expected, missing: float) -> str:
     return f"{' + '.join(parts)}; {speed.about}"
 
 
+def _rate(tokens_per_s: float) -> str:
+    number = f"{tokens_per_s:.3g}" if tokens_per_s < 1000 else f"{tokens_per_s:.0f}"
+    return f"{number} tokens/s"
+
+
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{seconds:.3g} s"
