@@ -1,5 +1,6 @@
 """Which expert is evicted: each policy against a slow model that goes through all slots."""
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -32,6 +33,7 @@ class Model:
         self.turns: dict[int, list[set[int]]] = {}  # what each layer's passes used
         self.repeats: list[tuple[int, int, float]] = []  # of each: used before, again, expected
         self.bonus: dict[int, float] = {}
+        self.seen: set[Key] = set()
 
     def use(self, layer: int, experts: set[int]) -> None:
         self.number += layer <= self.layer
@@ -50,13 +52,14 @@ class Model:
     def event(self, key: Key) -> None:
         self.count += 1
         self.events[key] = self.count
+        self.seen.add(key)
 
     def victim(self, name: str, layer: int, held: set[Key]) -> Key | None:
         ranks: dict[str, Any] = {
             "lru": lambda key: self.events[key],
             "lfu": lambda key: (self.frequency(key), self.events[key]),
             "least-stale": lambda key: (key[0] > layer, self.events[key]),
-            "least-likely": lambda key: (self.chance(key), key[0] > layer, -key[0], key[1]),
+            "least-likely": lambda key: (-self.wait(key, layer), -key[0], key[1]),
         }
         those = [key for key in self.events if key[0] != layer and key not in held]
         return min(those, key=ranks[name], default=None)
@@ -79,6 +82,13 @@ class Model:
                 old / 2 + new for old, new in zip((seen, again, expected), one, strict=True)
             )
         return max(0.0, (again - expected) / (seen - expected)) if seen > expected else 0.0
+
+    def wait(self, key: Key, layer: int) -> float:
+        """Passes until an expert is used, if its chance stays the same."""
+        chance = self.chance(key)
+        known = max({*self.turns, *(number for number, _ in self.seen)}) + 1
+        passed = next(n for n in range(known + 1) if (layer + n) % known == key[0])
+        return 1 / chance + passed / known if chance else math.inf
 
     def chance(self, key: Key) -> float:
         share = self.share(key)
@@ -144,8 +154,8 @@ def test_removing_what_has_no_slot_is_an_error(name: str) -> None:
 
 
 def full() -> list[Policy]:
-    """LRU and least-stale, after a pass over four layers of one expert each."""
-    policies: list[Policy] = [Lru(), LeastStale()]
+    """LRU and two others, after a pass over four layers of one expert each."""
+    policies: list[Policy] = [Lru(), LeastStale(), LeastLikely()]
     for policy in policies:
         for layer in range(LAYERS):
             policy.use(layer, [0])
@@ -153,13 +163,14 @@ def full() -> list[Policy]:
     return policies
 
 
-def test_least_stale_keeps_what_this_pass_comes_to() -> None:
-    """In the next pass at layer 2: LRU takes layer 3, which comes next; least-stale takes 0."""
-    lru, least_stale = full()
-    for policy in (lru, least_stale):
+def test_what_this_pass_comes_to_stays() -> None:
+    """In the next pass at layer 2, LRU takes layer 3, which comes next; least-stale takes 0, and
+    least-likely 1, which comes last."""
+    policies = full()
+    for policy in policies:
         for layer in range(3):
             policy.use(layer, [0] if layer < 2 else [1])
-    assert (lru.evict(2), least_stale.evict(2)) == ((3, 0), (0, 0))
+    assert [policy.evict(2) for policy in policies] == [(3, 0), (0, 0), (1, 0)]
 
 
 @pytest.mark.parametrize(("length", "last"), [(1, (0, 0)), (8, (0, 1))])

@@ -5,7 +5,7 @@ Belady's, which evicts what is needed last, is the most that any policy reaches;
 is never wrong.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Literal
@@ -21,6 +21,10 @@ BELADY = "belady"
 
 Needs = list[list[tuple[int, ...]]]
 """For each pass and MoE layer, the experts that it needs, ascending."""
+Guesses = list[list[tuple[int, ...]] | None]
+"""For each pass and MoE layer, the experts that are read early, if there are any such."""
+# Pairs of token and expert, for each expert of a layer, from which on a pass is taken for a prompt.
+_PROMPT_PAIRS = 4
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Counts:
         needed: experts that were needed.
         missed: of those, how many were not in memory, and not being read early.
         early: experts that were read early for this layer, needed or not.
+        useful: of those, how many were needed.
     """
 
     needed: np.ndarray
     missed: np.ndarray
     early: np.ndarray
+    useful: np.ndarray
 
     def hit_rate(self, which: np.ndarray) -> float | None:
         """Share of the needed experts that were not missed, in these passes; None: none needed."""
@@ -58,18 +64,29 @@ def needs_of(trace: Trace) -> Needs:
     return _per_pass(trace.experts, trace.weights != 0, trace.passes)
 
 
-def guesses_of(trace: Trace) -> Needs:
-    """The experts that each pass foresees, without those of which some weight is exactly 0.
+def guesses_of(trace: Trace, look_ahead: LookAhead) -> Guesses:
+    """The experts that are read early, when the MoE layer before theirs is in hand.
+
+    For a prompt these are all of a layer, but for those of which a weight was exactly 0, as their
+    alpha is 0. For other passes, it depends on the look-ahead.
 
     Raises:
-        ValueError: none were recorded.
+        ValueError: the trace holds nothing that was foreseen.
     """
-    if trace.foreseen is None:
-        raise ValueError("the trace holds nothing that was foreseen")
-    layer = np.arange(len(trace.about.layers))[:, None]
-    idle = np.zeros((len(layer), trace.about.experts), bool)
+    about = trace.about
+    layer = np.arange(len(about.layers))[:, None]
+    idle = np.zeros((len(layer), about.experts), bool)
     np.logical_or.at(idle, (layer, trace.experts), trace.weights == 0)
-    return _per_pass(trace.foreseen, ~idle[layer, trace.foreseen], trace.passes)
+    whole = [tuple(np.flatnonzero(~row).tolist()) for row in idle]
+    others: Guesses = [None] * len(trace.passes)
+    if look_ahead == "perfect":
+        others = list(needs_of(trace))
+    elif look_ahead == "recorded":
+        if trace.foreseen is None:
+            raise ValueError("the trace holds nothing that was foreseen")
+        others = list(_per_pass(trace.foreseen, ~idle[layer, trace.foreseen], trace.passes))
+    prompts = trace.passes * about.top_k >= _PROMPT_PAIRS * about.experts
+    return [whole if prompt else o for prompt, o in zip(prompts.tolist(), others, strict=True)]
 
 
 def _per_pass(chosen: np.ndarray, wanted: np.ndarray, passes: np.ndarray) -> Needs:
@@ -93,18 +110,36 @@ def _per_pass(chosen: np.ndarray, wanted: np.ndarray, passes: np.ndarray) -> Nee
     return found
 
 
-def replay(needs: Needs, slots: int, policy: Policy, guesses: Needs | None = None) -> Counts:
+class _OfLayer:
+    """All experts of a layer."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, tuple) and key[0] == self._layer
+
+
+def replay(
+    needs: Needs,
+    slots: int,
+    policy: Policy,
+    guesses: Guesses | None = None,
+    layers: Sequence[int] | None = None,
+) -> Counts:
     """Run a policy over a trace, with all slots empty at first.
 
     Args:
         needs: what each pass needs.
         slots: number of slots; at least as many as `least_slots` says.
         policy: a new one.
-        guesses: experts of each pass and layer that are read early, when the layer below is in
-            hand; None: no look-ahead.
+        guesses: what each pass reads early, in place of no expert of the layer in hand; None:
+            nothing.
+        layers: the numbers by which the policy knows the layers; default: from 0 on.
     """
     shape = len(needs), len(needs[0])
-    missed, early = np.zeros(shape, np.uint16), np.zeros(shape, np.uint16)
+    names = range(shape[1]) if layers is None else layers
+    missed, early, useful = (np.zeros(shape, np.uint16) for _ in range(3))
     resident: set[Key] = set()
 
     def read(key: Key, held: Container[Key]) -> bool:
@@ -118,20 +153,22 @@ def replay(needs: Needs, slots: int, policy: Policy, guesses: Needs | None = Non
         return True
 
     for number, of_pass in enumerate(needs):
-        for layer, experts in enumerate(of_pass):
+        guessed = None if guesses is None else guesses[number]
+        for at, experts in enumerate(of_pass):
+            layer, above = names[at], at + 1
             policy.use(layer, experts)
             for expert in experts:
                 if (layer, expert) not in resident:
                     read((layer, expert), ())
-                    missed[number, layer] += 1
-            above = layer + 1
-            if guesses is None or above == shape[1]:
-                continue
-            held = {(layer, expert) for expert in experts}
-            for expert in guesses[number][above]:
-                if (above, expert) not in resident and read((above, expert), held):
+                    missed[number, at] += 1
+            for expert in guessed[above] if guessed and above < shape[1] else ():
+                key = names[above], expert
+                if key not in resident:
+                    if not read(key, _OfLayer(layer)):
+                        break
                     early[number, above] += 1
-    return Counts(sizes_of(needs), missed, early)
+                    useful[number, above] += expert in of_pass[above]
+    return Counts(sizes_of(needs), missed, early, useful)
 
 
 def sizes_of(needs: Needs) -> np.ndarray:
@@ -164,7 +201,8 @@ def replay_belady(needs: Needs, slots: int) -> Counts:
             for expert, then in zip(experts, next(after), strict=True):
                 resident[layer, expert] = then
                 heappush(heap, (-then, (layer, expert)))
-    return Counts(sizes_of(needs), missed, np.zeros_like(missed))
+    none = np.zeros_like(missed)
+    return Counts(sizes_of(needs), missed, none, none)
 
 
 def _evict_last(heap: list[tuple[int, Key]], resident: dict[Key, int], now: int) -> None:

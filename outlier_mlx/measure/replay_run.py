@@ -136,10 +136,10 @@ def replay_all(
         progress: called with replays done so far, and in all.
     """
     needs = needs_of(trace)
-    guesses: dict[LookAhead, Needs | None] = {"off": None}
+    looks: list[LookAhead] = ["off", "perfect"]
     if trace.foreseen is not None:
-        guesses["recorded"] = guesses_of(trace)
-    guesses["perfect"] = needs
+        looks.insert(1, "recorded")
+    guesses = {look_ahead: guesses_of(trace, look_ahead) for look_ahead in looks}
     budgets = sorted({budget_slots(trace.about, percent) for percent in PERCENTS})
     jobs: list[tuple[str, LookAhead, int]] = [
         (policy, look_ahead, slots)
@@ -153,11 +153,12 @@ def replay_all(
         if policy == BELADY:
             counts = replay_belady(needs, slots)
         else:
-            counts = replay(needs, slots, POLICIES[policy](), guesses[look_ahead])
+            made, layers = POLICIES[policy](), trace.about.layers
+            counts = replay(needs, slots, made, guesses[look_ahead], layers)
         arms.append(_arm(trace, counts, machine, policy, look_ahead, slots))
     progress(len(jobs), len(jobs))
     none = np.zeros((len(needs), len(needs[0])), np.uint16)
-    resident = Counts(sizes_of(needs), none, none)
+    resident = Counts(sizes_of(needs), none, none, none)
     speed = _tokens_per_s(trace, resident, machine)
     return Replays(trace, machine, arms, _kept(trace, needs), speed)
 

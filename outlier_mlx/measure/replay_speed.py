@@ -9,9 +9,11 @@ A token goes through the MoE layers one after the other. Of a layer, the time li
     4  wait       until the disk has read what is needed
     5  experts    bytes of the needed experts / bandwidth
 
-With look-ahead, experts for the next MoE layer are read from 2 on, after the missing ones of this
-layer, in the order of the layers; so the disk also reads during 5 and the next layer's 1. Without
-it, nothing but 3 overlaps with the disk:
+With look-ahead, experts for the next MoE layer are queued at 2, and the disk also reads during 5
+and the next layer's 1. What is missing is read first, then what is queued, in its order. Of a
+layer's queue, what proves to be needed is taken to come first, since that is the likeliest. What is
+read in vain delays what is queued behind it. Without look-ahead, nothing but 3 overlaps with the
+disk:
 
     seconds = (base + experts) / bandwidth + sum over layers of max(0, missing / disk - shared FFN)
 
@@ -43,16 +45,26 @@ def decode_seconds(
     compute, disk = (about.expert_bytes / rate / 1e9 for rate in (bandwidth_gb_s, disk_gb_s))
     own = (about.base_bytes - about.shared_bytes) / layers / bandwidth_gb_s / 1e9
     shared = about.shared_bytes / layers / bandwidth_gb_s / 1e9
-    now, free = np.zeros(passes), np.zeros(passes)  # and when the disk has nothing to do
-    ahead = np.zeros(passes)  # when the experts of the layer in hand that were read early are there
+    missed = disk * counts.missed.astype(np.float64)
+    useful = disk * counts.useful.astype(np.float64)
+    in_vain = disk * counts.early.astype(np.float64) - useful
+    now = np.zeros(passes)
+    stale = np.zeros(
+        passes
+    )  # seconds of reading in vain that are queued before the present layer's
+    free = np.zeros(passes)  # when the disk begins with the queue
     for layer in range(layers):
         now = now + own
-        ready = np.where(counts.early[:, layer] > 0, ahead, 0.0)
-        free = np.maximum(free, now)
-        free = free + disk * counts.missed[:, layer]
-        ready = np.where(counts.missed[:, layer] > 0, free, ready)
-        if layer + 1 < layers:
-            free = free + disk * counts.early[:, layer + 1]
-            ahead = free
-        now = np.maximum(now + shared, ready) + compute * counts.needed[:, layer]
+        done = np.maximum(0.0, now - free)
+        ahead, done = np.maximum(0.0, stale - done), np.maximum(0.0, done - stale)
+        wanted = np.maximum(0.0, useful[:, layer] - done)
+        done = np.maximum(0.0, done - useful[:, layer])
+        behind = np.maximum(0.0, in_vain[:, layer] - done)
+        # Nothing waits for what is in vain, unless something that is wanted is queued behind it.
+        free = np.maximum(free, now) + missed[:, layer]
+        free = np.where(wanted > 0, free + ahead + wanted, free)
+        waits = (wanted > 0) | (missed[:, layer] > 0)
+        stale = np.where(wanted > 0, 0.0, ahead) + behind
+        now = np.maximum(now + shared, np.where(waits, free, 0.0))
+        now = now + compute * counts.needed[:, layer]
     return now

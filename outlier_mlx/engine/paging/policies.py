@@ -18,7 +18,7 @@ No call goes through all slots: at most through the layers, and the experts of o
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Container, Iterable
 from heapq import heapify, heappop, heappush
-from math import log2
+from math import inf, log2
 from typing import Protocol
 
 Key = tuple[int, int]
@@ -197,24 +197,26 @@ class LeastStale:
 
 
 class LeastLikely:
-    """The expert that its layer will least likely need the next time; it learns from what is used.
+    """The expert that is likely to be needed last; what is likely is learned from what is used.
 
-    A layer's turns are the passes in which it was used. The chance of an expert is
+    A layer's turns are the passes in which it was used. An expert's chance p to be used in one is
 
         f            the share of its layer's turns in which it was used; a turn counts half after
                      `half_life` turns
-        f + (1-f)d   if it was used in the last of them
+        f + (1-f)b   if it was used in the last of them
 
-    where d is learned from all layers: of the experts used in a turn, r are used in the next one,
-    and f would have said m; d is (r - m) / (1 - m), or 0. Of equal chances, the layer that comes
-    last after the layer in hand goes first, and of its experts the one with the lower number.
+    where b is learned from all layers: of the experts used in a turn, r are used in the next one,
+    and f would have said m; b is (r - m) / (1 - m), or 0. If p is the same in all turns, 1/p of
+    them are needed on average, and the first one comes when d layers have passed: the expert goes
+    for which 1/p + d / (number of layers) is largest. Of equal ones, the layer with the largest
+    number goes first, and of its experts the one with the lowest.
 
-    Where routing has favourites, this is LFU; where tokens keep their neighbours' experts, it is
-    least-stale.
+    Where routing has favourites, this is near to LFU; where tokens keep their neighbours' experts,
+    to least-stale.
     """
 
     def __init__(self, half_life: float = 32.0, memory: float = 0.999) -> None:
-        """Count turns half after `half_life`; in d, a use counts `memory` times the next one."""
+        """Count turns half after `half_life`; in b, a use counts `memory` times the next one."""
         self._decay, self._memory = 2 ** (-1 / half_life), memory
         self._layers: defaultdict[int, _Turns] = defaultdict(_Turns)
         # Sums over the experts of all turns: how many, r and m.
@@ -246,6 +248,7 @@ class LeastLikely:
     def evict(self, layer: int, held: Container[Key] = ()) -> Key | None:
         """See `Policy`."""
         first = []
+        layers = max(self._layers, default=0) + 1
         for number, of in self._layers.items():
             if number == layer or not of.resident:
                 continue
@@ -256,10 +259,13 @@ class LeastLikely:
                 free = [expert for expert in of.resident if (number, expert) not in held]
                 least = of.find(free, self._decay) if free else None
             if least is not None:
-                first.append((least[0], number > layer, -number, least[1]))
+                chance, expert = least
+                away = (number - layer) % layers / layers
+                wait = 1 / chance + away if chance else inf
+                first.append((-wait, -number, expert))
         if not first:
             return None
-        _, _, number, expert = min(first)
+        _, number, expert = min(first)
         self.remove(-number, expert)
         return -number, expert
 
