@@ -18,7 +18,6 @@ from outlier_mlx.engine.needs import Use
 from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.measure.disk import (
     NotMeasuredError,
-    Piece,
     are_enough,
     expert_pieces,
     measure_folder,
@@ -117,30 +116,31 @@ def examine(
     Raises:
         OutlierError: the chip is not known, or there is no sound model that can be run.
     """
-    chip, where = _chip(given), "another Mac" if given.elsewhere else "this machine"
+    where = "another Mac" if given.elsewhere else "this machine"
     with ExitStack() as opened:
-        folder, pieces, name = Path(), list[Piece](), None
-        quantized = True
+        of = None
         if model is not None:
             with stages("reading headers", "files") as progress:
-                found = opened.enter_context(headers(model, revision, progress))
-            config = describe(open_config(found.source.folder))
-            tensors = read_shards(found.source.folder)
-            quantized = config.quantization is not None
-            name = found.source.name
-            if Path(model).exists():
-                folder, pieces = found.source.folder, expert_pieces(tensors)
-        speed = _speed(chip, given, quantized, stages)
-        machine = [*_chip_findings(chip, given, speed), *_memory(chip, given)]
-        disk = _disk(given, pieces, folder, stages)
-        machine.append(disk)
-        if not given.elsewhere:
-            machine += [*_versions(), *_tested(stages)]
-        if model is None or name is None:
+                source = opened.enter_context(headers(model, revision, progress)).source
+            config = describe(open_config(source.folder))
+            tensors, local = read_shards(source.folder), Path(model).exists()
+            of = Model(source.name, source.folder, config, tensors, use, local)
+        machine, speed = _machine(given, of, stages)
+        if of is None:
             return Report(where, machine)
-        speed = replace(speed, machine=replace(speed.machine, disk_gb_s=disk.value))
-        of = Model(name, found.source.folder, use)
-        return Report(where, machine, name, [*model_findings(of, budget(given.ram_gb), speed)])
+        about = model_findings(of, budget(given.ram_gb), speed)
+        return Report(where, machine, of.name, [*about])
+
+
+def _machine(given: Given, model: Model | None, stages: Stages) -> tuple[list[Finding], Speed]:
+    """Findings about the machine, and what it does in a second."""
+    chip = _chip(given)
+    speed = _speed(chip, given, model, stages)
+    disk = _disk(given, model, stages)
+    found = [*_chip_findings(chip, given, speed), *_memory(chip, given), disk]
+    if not given.elsewhere:
+        found += [*_versions(), *_tested(stages)]
+    return found, replace(speed, machine=replace(speed.machine, disk_gb_s=disk.value))
 
 
 def _chip(given: Given) -> Chip:
@@ -151,15 +151,14 @@ def _chip(given: Given) -> Chip:
     return this_chip()
 
 
-def _speed(chip: Chip, given: Given, quantized: bool, stages: Stages) -> Speed:
-    """What the machine does in a second."""
+def _speed(chip: Chip, given: Given, model: Model | None, stages: Stages) -> Speed:
     if given.bandwidth_gb_s is not None:
         gb_s = given.bandwidth_gb_s
         return Speed(Machine(gb_s), GIVEN, f"memory of {gb_s:g} GB/s")
     if given.elsewhere and chip.bandwidth_gb_s is None:
         return Speed(Machine(), "", chip.note or "")
     with stages("measuring products", ""):
-        return speed_here(chip, quantized)
+        return speed_here(chip, model is None or model.config.quantization is not None)
 
 
 def _chip_findings(chip: Chip, given: Given, speed: Speed) -> Iterator[Finding]:
@@ -207,19 +206,22 @@ def _memory(chip: Chip, given: Given) -> Iterator[Finding]:
         yield Finding("free_bytes", "free now", left.nbytes, size(left.nbytes), REPORTED, about)
 
 
-def _disk(given: Given, pieces: Sequence[Piece], folder: Path, stages: Stages) -> Finding:
+def _disk(given: Given, model: Model | None, stages: Stages) -> Finding:
     """The disk's speed: of the model's own experts, or of a file written beside it."""
     key, name = "disk_gb_s", "disk"
     if given.disk_gb_s is not None:
         return Finding(key, name, given.disk_gb_s, f"{given.disk_gb_s:g} GB/s", GIVEN)
     if given.elsewhere:
         return unknown(key, name, "give --disk GB/s")
+    pieces, folder = [], Path()
+    if model is not None and model.local:
+        pieces, folder = expert_pieces(model.tensors), model.folder.resolve().parent
     try:
         with stages("measuring the disk", "") as progress:
             if are_enough(pieces):
                 found = measure_pieces(pieces, "the model's own experts", progress)
             else:
-                found = measure_folder(folder.resolve().parent if pieces else folder, progress)
+                found = measure_folder(folder, progress)
     except (NotMeasuredError, PermissionError) as error:
         return unknown(key, name, str(error))
     except (OutlierError, OSError) as error:

@@ -1,6 +1,6 @@
 """What `doctor` finds of a model: the plan of its memory, and the speed to expect."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.expected import Expected, Work, decoding, reading, work_of
 from outlier_mlx.measure.findings import COMPUTED, Finding, unknown
 from outlier_mlx.measure.speeds import Speed
-from outlier_mlx.models.config import describe, raw_config
-from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.models.config import Description
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.terminal import count, size
 
 
@@ -25,17 +25,18 @@ class Model:
     Attributes:
         name: the model's.
         folder: has its config and headers.
+        config: what its config says.
+        tensors: its tensors.
         use: how it is going to be used.
+        local: whether the tensors are in the folder, too, rather than only their headers.
     """
 
     name: str
     folder: Path
+    config: Description
+    tensors: Mapping[str, TensorRef]
     use: Use
-
-    def work(self) -> Work | None:
-        """What it has to do for a token; None if that is not known."""
-        config = describe(raw_config(self.folder))
-        return work_of(read_shards(self.folder), config, self.use.tokens, self.name)
+    local: bool
 
 
 def model_findings(model: Model, available: Budget, speed: Speed) -> Iterator[Finding]:
@@ -51,7 +52,7 @@ def model_findings(model: Model, available: Budget, speed: Speed) -> Iterator[Fi
     """
     planned = plan(model.folder, model.use, AUTO, available)
     yield from _memory(model, planned)
-    work = model.work()
+    work = work_of(model.tensors, model.config, model.use.tokens, model.name)
     if work is None:
         why = "it is not known how large the model's KV cache is"
         yield unknown("tokens_per_s", "speed", why)
