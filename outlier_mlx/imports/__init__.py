@@ -75,8 +75,8 @@ def import_model(
             otherwise stay as they are.
         revision: branch, tag or commit on the hub.
         force: replace `out` if it is a model that this project wrote.
-        progress: progress callback (bytes of the source read, bytes in total). Ternary matrices are
-            read twice: the total is None while they are examined, before anything is written.
+        progress: progress callback (bytes of the source read, bytes in total). The total is None
+            while ternary matrices are examined, before anything is written.
 
     Raises:
         OutlierError: the source is damaged or not supported, the output exists, or the disk is too
@@ -87,7 +87,32 @@ def import_model(
     found = _resolve(source, file, revision)
     gguf = {"k_quants": k_quants, "experts": experts}
     given = {k: v for k, v in gguf.items() if v is not None}
-    opened = _open(found, dtype, bits, file, given, strict=strict, progress=progress)
+
+    def opened(*, quick: bool) -> Opened:
+        return _open(found, dtype, bits, file, given, strict=strict, quick=quick, progress=progress)
+
+    def written(model: Opened) -> Imported:
+        inputs = [source, found.folder]
+        return _write(target, found, model, inputs, force=force, progress=progress)
+
+    first = opened(quick=True)
+    try:
+        return written(first)
+    except CheckpointError:
+        if not first.glanced:
+            raise
+    return written(opened(quick=False))
+
+
+def _write(
+    target: Path,
+    found: Source,
+    opened: Opened,
+    inputs: list[str | Path],
+    *,
+    force: bool,
+    progress: Progress,
+) -> Imported:
     tensors = Parts(opened.parts)
     code = {"model_file": TERNARY_FILE} if is_ternary_model(opened.config) else {}
     licence = stated_licence(found.folder) if found.folder.is_dir() else None
@@ -98,7 +123,7 @@ def import_model(
         tensors,
         opened.config | code,
         source=found.name,
-        inputs=[source, found.folder],
+        inputs=inputs,
         assets=opened.assets,
         manifest={"source": origin | opened.details},
         check=check_loads,
@@ -154,6 +179,7 @@ def _open(
     gguf: dict[str, Any],
     *,
     strict: bool,
+    quick: bool,
     progress: Progress,
 ) -> Opened:
     """Detect the format from the names of the source's files, and open it."""
@@ -164,7 +190,7 @@ def _open(
         from outlier_mlx.imports.gguf import open_gguf_model
 
         return open_gguf_model(
-            place, file=file, dtype=dtype, strict=strict, progress=progress, **gguf
+            place, file=file, dtype=dtype, strict=strict, quick=quick, progress=progress, **gguf
         )
     # GGUF files in a repository are downloaded only with --file.
     hint = "" if found.revision is None else "; name a GGUF file of a repository with --file"
@@ -191,7 +217,7 @@ def _open(
                     f"{found.name}: a ternary model, whose weights stay as they are: no --dtype or"
                     " --bits"
                 )
-            return open_ternary_folder(place, raw, strict=strict, progress=progress)
+            return open_ternary_folder(place, raw, strict=strict, quick=quick, progress=progress)
         if strict:
             raise CheckpointError(f"{found.name}: --strict is for ternary models; this is none")
         from outlier_mlx.imports.awq import open_awq_model

@@ -60,6 +60,7 @@ def open_gguf_model(
     k_quants: KQuants = "8bit",
     experts: TernaryFormat = "tq1_0",
     strict: bool = False,
+    quick: bool = False,
     progress: Progress = no_progress,
 ) -> Opened:
     """Open a GGUF model of the architectures in `gguf_config.ARCHITECTURES`.
@@ -72,6 +73,7 @@ def open_gguf_model(
         k_quants: how to store Q2_K, Q3_K and Q6_K: as affine 8-bit, or as floats.
         experts: how to store ternary experts with one scale per row: "tq1_0" for this project's
             ternary layers, "affine2" for stock mlx-lm.
+        quick: see `Opened.glanced`.
         progress: called with bytes of ternary matrices examined so far, and None.
 
     Raises:
@@ -94,6 +96,7 @@ def open_gguf_model(
             made.names,
             hadamard,
             strict=strict,
+            quick=quick,
             progress=progress,
         )
     elif strict or hadamard is not None:
@@ -116,6 +119,7 @@ def open_gguf_model(
         assets=lambda folder: write_tokenizer(vocabulary, folder),
         notes=lambda: [*vocabulary.notes, *made.notes, *_notes(parts, plan, dtype)],
         details={"types": types, "dtype": chosen, "largest_errors": plan.errors.largest},
+        glanced=any(matrix.glanced for matrix in matrices.found.values()),
     )
 
 

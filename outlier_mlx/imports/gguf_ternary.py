@@ -138,6 +138,7 @@ def ternary_matrices(
     hadamard: Hadamard | None,
     *,
     strict: bool,
+    quick: bool = False,
     progress: Progress = no_progress,
 ) -> Matrices:
     """Examine all matrices in ternary blocks.
@@ -147,6 +148,7 @@ def ternary_matrices(
         names: what found their tensors.
         hadamard: what metadata says of rotations.
         strict: refuse quantized matrices of other types.
+        quick: as for `settled`.
         progress: called with bytes examined so far, and None.
 
     Raises:
@@ -170,7 +172,7 @@ def ternary_matrices(
                 continue
             source = _source(module, rows[0], factor, names, tensor.name in turned)
             try:
-                made.found[module.path] = settled(source, partial(ahead, pool))
+                made.found[module.path] = settled(source, partial(ahead, pool), quick=quick)
             except NotTernary as error:
                 wrong[tensor.name] = str(error)
                 continue

@@ -18,6 +18,8 @@ class Opened:
         assets: writes tokenizer and other small files to a folder.
         notes: returns notes on what is not exact or is ignored; called after parts are written.
         details: how the model was made, for the manifest.
+        glanced: whether writing may still find codes that are no trits: if it is refused, the
+            model is to be opened again without `quick`, which then names the first fault.
     """
 
     source_format: str
@@ -26,3 +28,4 @@ class Opened:
     assets: Callable[[Path], None]
     notes: Callable[[], list[str]]
     details: dict
+    glanced: bool = False

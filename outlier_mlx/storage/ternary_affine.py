@@ -6,7 +6,7 @@ each group are read as well. The test is exact: codes are integers and scales ha
 float64 holds every weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,12 +40,15 @@ class AffineSource(TernarySource):
         stored_scales: (out, in / group) float16 or bfloat16.
         biases: of the same shape and dtype.
         group: weights that share a scale and a bias, 64 or 128.
+        trusted: whether nothing but scales of the usual form was seen, so that only the codes
+            0 to 2 agree with it.
     """
 
     weight: TensorRef
     stored_scales: TensorRef
     biases: TensorRef
     group: int
+    trusted: bool = False
 
     @classmethod
     def of(
@@ -97,6 +100,8 @@ class AffineSource(TernarySource):
         """Rows as trits, and the scales of their groups; 0 is the scale of a group of zeros."""
         packed, scales, biases = self._stored(start, stop)
         if not _usual(packed, scales, biases):
+            if self.trusted:
+                raise NotTernary(f"{self.where}: from row {start}: other codes than of trits")
             return self._general(packed, scales, biases, start)
         trits = unpack_twos(packed)
         scales = without_sign(trits, scales.view(self._numpy), self.scales.dtype)
@@ -124,10 +129,24 @@ class AffineSource(TernarySource):
         packed, scales, biases = self._stored(start, stop)
         if not _usual(packed, scales, biases):
             return seen(*self._general(packed, scales, biases, start), self.group)
+        return self._pairs(scales) or seen(*self.read(start, stop), self.group)
+
+    def glance(self, start: int, stop: int) -> Seen | None:
+        """Read scales and biases, and no codes."""
+        scales, biases = self._scale_bits(start, stop)
+        usual = (scales.view(np.int16) > 0).all() and (biases == scales ^ _SIGN).all()
+        return self._pairs(scales) if usual else None
+
+    def trusting(self) -> TernarySource:
+        """The same matrix, `trusted`."""
+        return replace(self, trusted=True)
+
+    def _pairs(self, scales: np.ndarray) -> Seen | None:
+        """What scales (bits) alone say; None if it depends on which groups are zeros."""
         even = scales.shape[1] // 2 * 2
         if self.group == 128 or (scales[:, 0:even:2] == scales[:, 1:even:2]).all():
             return Seen(one_a_row=False)
-        return seen(*self.read(start, stop), self.group)
+        return None
 
     @property
     def _numpy(self) -> type[np.generic]:
@@ -135,13 +154,17 @@ class AffineSource(TernarySource):
 
     def _stored(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Codes as bytes, and the bits (uint16) of scales and biases."""
+        scales, biases = self._scale_bits(start, stop)
+        return self.weight.read(start, stop).view(np.uint8), scales, biases
+
+    def _scale_bits(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         bits = []
         for tensor in (self.stored_scales, self.biases):
             values = tensor.read(start, stop).view(np.uint16)
             if not all_finite(values, self.scales.dtype):
                 raise CheckpointError(f"{tensor.where}: holds NaN or infinity")
             bits.append(values)
-        return self.weight.read(start, stop).view(np.uint8), bits[0], bits[1]
+        return bits[0], bits[1]
 
     def _general(
         self, packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, start: int

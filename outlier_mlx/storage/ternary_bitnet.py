@@ -87,6 +87,10 @@ class PackedBitnet(_RowScales):
                 self.read(n * quarter + start, n * quarter + min(stop, quarter))
         return Seen()
 
+    def glance(self, start: int, stop: int) -> Seen | None:
+        """Nothing to choose: one number scales all."""
+        return Seen()
+
     def _refuse(self, codes: np.ndarray, first: int) -> None:
         row, column = (int(i[0]) for i in (codes > 2).nonzero())
         raise NotTernary(
@@ -109,7 +113,29 @@ class NearHalf:
 
 
 @dataclass(frozen=True)
-class MasterWeights(_RowScales):
+class _OneTensor(TernarySource):
+    """A source that is one tensor of floats, (out, in)."""
+
+    weight: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.weight.shape
+
+    @property
+    def where(self) -> str:
+        """File and tensor, for messages."""
+        return self.weight.where
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the floats."""
+        return self.weight.nbytes
+
+
+@dataclass(frozen=True)
+class MasterWeights(_RowScales, _OneTensor):
     """Floats that become ternary when the model is loaded; see the module.
 
     Attributes:
@@ -118,7 +144,6 @@ class MasterWeights(_RowScales):
         near_half: counts what is read.
     """
 
-    weight: TensorRef
     inverse: np.float32
     near_half: NearHalf
 
@@ -138,21 +163,6 @@ class MasterWeights(_RowScales):
         calls = (partial(_sum_of_sizes, weight, *rows) for rows in ranges)
         mean = sum(in_order(calls)) / (out * width)
         return cls(weight, np.float32(1) / np.float32(max(mean, _LEAST_MEAN)), near_half)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.weight.shape
-
-    @property
-    def where(self) -> str:
-        """File and tensor, for messages."""
-        return self.weight.where
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the floats."""
-        return self.weight.nbytes
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows as trits, and the scale 1 / inverse, rounded to bfloat16, for each."""
@@ -180,7 +190,7 @@ def _sum_of_sizes(weight: TensorRef, start: int, stop: int) -> float:
 
 
 @dataclass(frozen=True)
-class FloatSource(TernarySource):
+class FloatSource(_OneTensor):
     """Floats of 16 bits that are ternary already: unpacked models.
 
     Attributes:
@@ -189,26 +199,10 @@ class FloatSource(TernarySource):
         dtype: that of the weights, and of the scales.
     """
 
-    weight: TensorRef
     group: int
     dtype: str
 
     may_be_rows = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.weight.shape
-
-    @property
-    def where(self) -> str:
-        """File and tensor, for messages."""
-        return self.weight.where
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the floats."""
-        return self.weight.nbytes
 
     @property
     def scales(self) -> Scales:

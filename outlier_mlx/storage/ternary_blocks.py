@@ -218,6 +218,11 @@ class BlockSource(TernarySource):
             found &= self._seen(raw[part], start)
         return found
 
+    def glance(self, start: int, stop: int) -> Seen | None:
+        """Nothing is read: groups of 128 with a scale each stay as they are."""
+        open_scales = self.may_be_rows or self.factor is not None or self._group != 128
+        return None if open_scales else Seen(one_a_row=False)
+
     def _seen(self, raw: np.ndarray, start: int) -> Seen:
         trits, d = self._unpacked(raw, start)
         group = trits.shape[1] // d.shape[1]

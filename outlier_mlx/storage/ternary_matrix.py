@@ -11,7 +11,7 @@ or more, since trits carry the sign.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import TypeVar
 
@@ -115,6 +115,14 @@ class TernarySource(ABC):
         trits, scales = self.read(start, stop)
         return seen(trits, scales, self.scales.group)
 
+    def glance(self, start: int, stop: int) -> Seen | None:
+        """What `examine` finds, if all codes are trits, which is not looked at; None: unknown."""
+        return None
+
+    def trusting(self) -> "TernarySource":
+        """The same matrix for use after `glance`: it refuses codes that are no trits."""
+        return self
+
     def packed(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray] | None:
         """What `read` returns, with the trits packed as by `pack_rows`; raises like it.
 
@@ -130,10 +138,12 @@ class TernaryMatrix:
     Attributes:
         source: what is read.
         scales: how scales are written; those of the source, or fewer of them.
+        glanced: whether reading it may still find codes that are no trits.
     """
 
     source: TernarySource
     scales: Scales
+    glanced: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,7 +180,9 @@ class TernaryMatrix:
         return scales if self.scales.group else scales.reshape(len(scales))
 
 
-def settled(source: TernarySource, in_order: InOrder[Seen]) -> TernaryMatrix:
+def settled(
+    source: TernarySource, in_order: InOrder[Seen], *, quick: bool = False
+) -> TernaryMatrix:
     """Examine all of a source, and choose the scales that are written.
 
     Groups of 64 become groups of 128 where this changes no weight; one scale a row is taken where
@@ -179,13 +191,25 @@ def settled(source: TernarySource, in_order: InOrder[Seen]) -> TernaryMatrix:
     Args:
         source: the matrix.
         in_order: computes the calls that it is given, perhaps in several threads.
+        quick: only glance at it, where this is enough to choose the scales.
 
     Raises:
         NotTernary: it holds other values.
         CheckpointError: it is damaged.
     """
+    if quick and (found := _glanced(source)) is not None:
+        return replace(with_scales(source.trusting(), found), glanced=True)
     calls = (partial(source.examine, *rows) for rows in slabs(source))
     return with_scales(source, reduce(Seen.__and__, in_order(calls), Seen()))
+
+
+def _glanced(source: TernarySource) -> Seen | None:
+    found = Seen()
+    for rows in slabs(source):
+        if (more := source.glance(*rows)) is None:
+            return None
+        found &= more
+    return found
 
 
 def with_scales(source: TernarySource, found: Seen) -> TernaryMatrix:
