@@ -334,7 +334,7 @@ def test_steps_of_a_large_model_are_short_on_a_cpu(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, size: int, most: int, step: int
 ):
     """They depend on its size alone."""
-    monkeypatch.setattr("outlier_mlx.engine.generate.get_total_parameters", lambda _: size)
+    monkeypatch.setattr("outlier_mlx.engine.generate.total_parameters", lambda _: size)
     assert prefill_step(loaded[0], most) == step
     seen: list[tuple[int, int | None]] = []
 

@@ -12,6 +12,7 @@ from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.paged import store_of
 from tests.library import Library
+from tests.metal import Metal
 
 #: From two experts in each of three layers, or all six of one, to all.
 SLOTS = (6, 7, 9, 12, 17, 18)
@@ -47,3 +48,16 @@ def test_the_same_logits_with_any_number_of_slots(demo: Path, slots: int) -> Non
     store = store_of(model)
     assert store is not None
     assert store.statistics.misses > 0
+
+
+@pytest.mark.parametrize("slots", [6, 9, 18])
+def test_the_same_logits_from_the_kernels(demo: Path, metal: Metal, slots: int) -> None:
+    whole, model = load_model(demo)[0], paged(demo, slots)
+    for tokens in (1, 3, 40):
+        metal.clear()
+        expected = logits(whole, tokens, 2)
+        launched = metal.names
+        metal.clear()
+        found = logits(model, tokens, 2)
+        assert all(map(np.array_equal, found, expected)), tokens
+        assert metal.names == launched

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.loading import expert_memory, keep_to_plan
 from outlier_mlx.cli.options import Force, Json, Loading, Model, Quiet
 from outlier_mlx.errors import OutlierError
 
@@ -76,10 +77,17 @@ def evaluate(
             f"eval needs lm-evaluation-harness: pip install 'outlier-mlx[eval]' ({error})"
         ) from error
     source = resolve(model, loading.revision)
+    memory = expert_memory(loading)
     if not loading.ignore_memory:
-        check_fits(
-            source.folder, 2048, conversations=batch_size, prompts=batch_size, may_quantize=False
+        planned = check_fits(
+            source.folder,
+            2048,
+            conversations=batch_size,
+            prompts=batch_size,
+            memory=memory,
+            may_quantize=False,
         )
+        memory = keep_to_plan(planned, quiet=quiet)
     options = harness.EvalOptions(
         limit=limit,
         num_fewshot=num_fewshot,
@@ -97,6 +105,7 @@ def evaluate(
         partial(working, quiet=quiet),
         trust_tasks=trust_tasks,
         run_generated_code=run_generated_code,
+        memory=memory,
     )
     for text in noted if not quiet else ():
         say(f"warning: {text}")

@@ -3,13 +3,18 @@
 import gc
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outlier_mlx.cli.options import KVCache, Loading
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.hub import Source, local_source, resolve
+
+if TYPE_CHECKING:
+    from outlier_mlx.engine.paging.budget import ExpertMemory
+    from outlier_mlx.engine.plan import Plan
 
 
 def import_engine() -> None:
@@ -38,8 +43,19 @@ def prepare(model: str, revision: str | None) -> None:
     import_engine()
 
 
-def load_model(folder: Path, dtype: str | None = None, alpha: Path | None = None) -> Any:
-    """A model and its tokenizer; `alpha` is an alpha.json to use instead of a tier's own alphas.
+def load_model(
+    folder: Path,
+    dtype: str | None = None,
+    alpha: Path | None = None,
+    memory: "ExpertMemory | None" = None,
+) -> Any:
+    """A model and its tokenizer.
+
+    Args:
+        folder: the model's.
+        dtype: see `engine.loading.load`.
+        alpha: an alpha.json to use instead of a tier's own alphas.
+        memory: what the experts may take; default: all are loaded.
 
     Raises:
         OutlierError: there is no sound model, or the alphas do not suit it.
@@ -47,7 +63,7 @@ def load_model(folder: Path, dtype: str | None = None, alpha: Path | None = None
     import_engine()
     from outlier_mlx.engine.loading import load
 
-    model, tokenizer = load(folder, dtype=dtype)
+    model, tokenizer = load(folder, dtype=dtype, expert_memory=memory)
     if alpha is not None:
         from outlier_mlx.measure.tune_alpha import apply_alphas
 
@@ -86,6 +102,7 @@ def load_checked(
         OutlierError: it does not fit, or is not valid.
     """
     source = model if isinstance(model, Source) else resolve(model, loading.revision)
+    memory = expert_memory(loading)
     if not loading.ignore_memory:
         kept = cache or KVCache()
         check = partial(
@@ -96,11 +113,49 @@ def load_checked(
             kv_start=kept.quantized_kv_start,
             step=step,
             logits=logits,
+            memory=memory,
             may_quantize=cache is not None,
             beside=None if beside is None else resolve(beside).folder,
         )
-        _fit(source.folder, tokens, prompt, check)
-    return _load(source, loading, alpha, quiet=quiet)
+        planned = _fit(source.folder, tokens, prompt, check)
+        memory = keep_to_plan(planned, quiet=quiet)
+    return _load(source, loading, alpha, memory, quiet=quiet)
+
+
+def expert_memory(loading: Loading) -> "ExpertMemory":
+    """What `--expert-memory` says."""
+    from outlier_mlx.engine.paging.budget import ExpertMemory
+
+    return ExpertMemory.parse(loading.expert_memory)
+
+
+def keep_to_plan(planned: "Plan", *, quiet: bool) -> "ExpertMemory":
+    """Let MLX keep to a plan, and tell the user what it is if experts are paged.
+
+    Returns:
+        What `load_model` is to be told.
+    """
+    import_engine()
+    from outlier_mlx.cli.app import say
+    from outlier_mlx.engine.limits import keep_to
+
+    keep_to(planned)
+    if planned.slots is not None and not quiet:
+        say(str(planned))
+    return planned.expert_memory
+
+
+def refuse_paging(loading: Loading, why: str) -> Loading:
+    """The same, with all experts loaded.
+
+    Raises:
+        OutlierError: `--expert-memory` asks for something else; the message says why not.
+    """
+    from outlier_mlx.engine.paging.budget import ALL, AUTO
+
+    if expert_memory(loading) not in (ALL, AUTO):
+        raise OutlierError(f"--expert-memory {loading.expert_memory}: {why}")
+    return replace(loading, expert_memory="all")
 
 
 def check_memory(source: Source, loading: Loading, tokens: int) -> None:
@@ -111,14 +166,21 @@ def check_memory(source: Source, loading: Loading, tokens: int) -> None:
 
 def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:
     """Load the model that `load_checked` was told of with `beside`."""
-    return _load(resolve(model), loading, None, quiet=quiet)
+    return _load(resolve(model), loading, quiet=quiet)
 
 
-def _load(source: Source, loading: Loading, alpha: Path | None, *, quiet: bool) -> Any:
+def _load(
+    source: Source,
+    loading: Loading,
+    alpha: Path | None = None,
+    memory: "ExpertMemory | None" = None,
+    *,
+    quiet: bool,
+) -> Any:
     from outlier_mlx.terminal import working
 
     with working(f"loading {source.name}", quiet=quiet):
-        return load_model(source.folder, loading.dtype, alpha)
+        return load_model(source.folder, loading.dtype, alpha, memory)
 
 
 def _check_fits(*args: Any, **how: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from outlier_mlx.cli.app import command
-from outlier_mlx.cli.loading import load_beside, load_checked
+from outlier_mlx.cli.loading import load_beside, load_checked, refuse_paging
 from outlier_mlx.cli.options import (
     Base,
     BaseBits,
@@ -311,6 +311,7 @@ def tune_alpha(
     from outlier_mlx.terminal import counting_bar
 
     check_writable(out, force=force, sources=[model, teacher, text])
+    loading = refuse_paging(loading, "alphas are trained through all experts")
     loaded, tokenizer = load_checked(
         model, loading, window, beside=teacher, logits=window, quiet=quiet
     )

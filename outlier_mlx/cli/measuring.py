@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.loading import check_memory, load_beside, load_checked
+from outlier_mlx.cli.loading import check_memory, load_beside, load_checked, refuse_paging
 from outlier_mlx.cli.options import (
     Force,
     Json,
@@ -149,6 +149,8 @@ def bench(
         say("no Metal here, so there are no kernels to time: this is the plain path in MLX alone")
     tokens = batch_size * (prompt_tokens + generation_tokens)
     source = resolve(model, loading.revision)
+    if kernels:
+        loading = refuse_paging(loading, "--kernels times kernels on all experts")
     loaded, tokenizer = load_checked(source, loading, tokens, quiet=quiet)
     if kernels and not quiet:
         say(f"copies in MLX's formats take {size(copied_bytes(loaded, batch_size))} at a time")
@@ -242,6 +244,7 @@ def _bench_settings(
             f"--settings needs at least {LEAST_ROUNDS}: fewer show nothing but noise",
             param_hint="--num-trials",
         )
+    loading = refuse_paging(loading, "--settings compares speeds with all experts loaded")
     if not use_metal():
         say("no Metal here, so MLX has no command buffers: what differs below is noise")
     source = resolve(model, loading.revision)

@@ -31,6 +31,16 @@ def _set_quiet(value: bool) -> bool:
     return value
 
 
+def _check_expert_memory(value: str) -> str:
+    from outlier_mlx.engine.paging.budget import ExpertMemory as Parsed
+
+    try:
+        Parsed.parse(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return value
+
+
 # -- what every command may have ----------------------------------------------------------------
 
 Model = Annotated[
@@ -54,6 +64,16 @@ Alpha = Annotated[
 ]
 IgnoreMemory = Annotated[
     bool, _loading("--ignore-memory", help="Load the model even if it does not fit into memory.")
+]
+ExpertMemory = Annotated[
+    str,
+    _loading(
+        "--expert-memory",
+        metavar="SIZE",
+        help="Memory for routed experts, such as 4GB or 50%; the others are read when a token needs"
+        " them. all: load all; auto: as many as fit.",
+        callback=_check_expert_memory,
+    ),
 ]
 Force = Annotated[bool, _general("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, _general("--json", help="Print JSON.")]
@@ -189,3 +209,4 @@ class Loading:
     revision: Revision = None
     dtype: ActivationDType = None
     ignore_memory: IgnoreMemory = False
+    expert_memory: ExpertMemory = "auto"

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.loading import load_checked, load_model, prepare
+from outlier_mlx.cli.loading import (
+    expert_memory,
+    keep_to_plan,
+    load_checked,
+    load_model,
+    prepare,
+)
 from outlier_mlx.cli.options import (
     Alpha,
     Generation,
@@ -79,6 +85,7 @@ def generate(
     from outlier_mlx.cli.tables import print_statistics
     from outlier_mlx.cli.writers import PlainWriter
     from outlier_mlx.engine.generate import generate_text
+    from outlier_mlx.engine.paging.paged import statistics_of
     from outlier_mlx.terminal import after_reading, stdout
 
     options = generation_options(
@@ -116,7 +123,7 @@ def generate(
         if response is not None:
             print()
     if response is not None and not quiet:
-        print_statistics(response)
+        print_statistics(response, statistics_of(loaded))
 
 
 def _read_stdin() -> str:
@@ -257,6 +264,8 @@ def serve(
     from functools import partial
 
     from outlier_mlx import serve as server
+    from outlier_mlx.engine.needs import Use
+    from outlier_mlx.engine.plan import plan
     from outlier_mlx.serve.capacity import Capacity, find_capacity
     from outlier_mlx.storage.hub import resolve
 
@@ -280,13 +289,22 @@ def serve(
     source = resolve(model, loading.revision)
     requested = decode_concurrency, prompt_concurrency, prompt_cache_bytes
     capacity = Capacity(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes)
-    note = ""
+    note, memory = "", expert_memory(loading)
     if not loading.ignore_memory:
         tokens = max_context or 4096 + max_tokens
+        use = Use(
+            tokens,
+            step=prefill_step_size,
+            kv_bits=cache.kv_bits,
+            kv_group_size=cache.kv_group_size,
+            kv_start=cache.quantized_kv_start,
+        )
+        memory = keep_to_plan(plan(source.folder, use, memory), quiet=quiet)
         capacity, conversations = find_capacity(
             source.folder,
             tokens,
             *requested,
+            memory=memory,
             kv_bits=cache.kv_bits,
             kv_group_size=cache.kv_group_size,
             kv_start=cache.quantized_kv_start,
@@ -294,6 +312,6 @@ def serve(
             clients=max_clients,
         )
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"
-    load = partial(load_model, source.folder, loading.dtype, alpha)
+    load = partial(load_model, source.folder, loading.dtype, alpha, memory)
     options = replace(options, **asdict(capacity))
     server.serve(source.name, load, options, say, note=note, quiet=quiet)

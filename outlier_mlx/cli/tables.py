@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from outlier_mlx.checkpoints.info import Info
     from outlier_mlx.checkpoints.ternary_info import TernaryInfo
     from outlier_mlx.engine.machine import Budget
+    from outlier_mlx.engine.paging.store import PagingStatistics
     from outlier_mlx.imports import Imported
     from outlier_mlx.tiers.choose import Choice
     from outlier_mlx.tiers.convert import Report
@@ -53,14 +54,18 @@ def print_imported(written: "Imported") -> None:
     console.print(one_line(f"wrote {written.path}"), soft_wrap=True)
 
 
-def print_statistics(response: "GenerationResponse") -> None:
-    """Print speed and memory of a finished generation."""
+def print_statistics(
+    response: "GenerationResponse", paging: "PagingStatistics | None" = None
+) -> None:
+    """Print speed and memory of a finished generation, and what paged experts cost."""
     stderr().print(
         f"prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
         f"generation: {response.generation_tokens} tokens,"
         f" {response.generation_tps:.1f} tokens/s\n"
         f"peak memory: {response.peak_memory:.3f} GB"
     )
+    if paging is not None:
+        stderr().print(str(paging), soft_wrap=True)
 
 
 def print_info(info: "Info") -> None:

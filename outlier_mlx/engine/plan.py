@@ -80,6 +80,11 @@ class Plan:
         return sum(part.nbytes for part in self.parts.values())
 
     @property
+    def loaded(self) -> int:
+        """Bytes that are taken before anything is computed."""
+        return self.weights.nbytes + self.experts.nbytes + self.copies.nbytes
+
+    @property
     def fits(self) -> bool:
         """Whether the machine gives that much."""
         return self.needed <= self.available.nbytes

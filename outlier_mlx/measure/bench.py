@@ -15,6 +15,8 @@ from mlx_lm import batch_generate, stream_generate
 
 from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.engine.generate import described, vocabulary
+from outlier_mlx.engine.paging.paged import PagedSwitchLinear, statistics_of, store_of
+from outlier_mlx.engine.paging.store import PagingStatistics
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
 from outlier_mlx.measure.speeds import NO_EXPECTATION, Expectation, expectation
@@ -73,6 +75,7 @@ class BenchResult:
         peak_memory_gb: peak of MLX's memory during the runs in GB, weights included.
         bytes_per_token: bytes that decoding one token reads, if known; see `decode_bytes`.
         expectation: what was to be expected.
+        paging: what paged experts cost in all timed runs; None: they are not paged.
     """
 
     chip: Chip
@@ -83,6 +86,7 @@ class BenchResult:
     peak_memory_gb: float
     bytes_per_token: int | None
     expectation: Expectation = NO_EXPECTATION
+    paging: PagingStatistics | None = None
 
     @property
     def steps_per_s(self) -> float:
@@ -134,6 +138,7 @@ class BenchResult:
                 "of_prompt": prompt,
                 "of_decode": generation,
             },
+            "paging": self.paging and self.paging.as_json(),
         }
 
 
@@ -157,7 +162,7 @@ def bench_model(
     size = (options.batch_size, options.prompt_tokens)
     prompts: Any = mx.random.randint(0, vocabulary(model, tokenizer), size).tolist()
     ends, tokenizer.eos_token_ids = tokenizer.eos_token_ids, []  # none ends a text
-    responses = []
+    responses, store = [], store_of(model)
     try:
         for run in range(options.num_trials + 1):
             progress(run, options.num_trials + 1)
@@ -165,6 +170,8 @@ def bench_model(
                 time.sleep(options.delay)
             if run == 1:
                 mx.reset_peak_memory()
+                if store is not None:
+                    store.statistics = PagingStatistics()
             responses.append(_generate(model, tokenizer, prompts, options))
     finally:
         tokenizer.eos_token_ids = ends
@@ -183,6 +190,7 @@ def bench_model(
         peak_memory_gb=peak / 1e9,
         bytes_per_token=decode_bytes(model, context) if options.batch_size == 1 else None,
         expectation=expected,
+        paging=statistics_of(model),
     )
 
 
@@ -219,7 +227,7 @@ def decode_bytes(model: nn.Module, context: int) -> int | None:
     if config.family is None:
         return None
     weights = _weights(model).items()
-    sizes = [(name, array.nbytes, array.shape[0]) for name, array in weights]
+    sizes = [(name, array.nbytes, array.shape[0]) for name, array in weights] + _paged(model)
     return bytes_read(sizes, config, context, activation_dtype(model).size)
 
 
@@ -232,3 +240,17 @@ def _weights(model: nn.Module) -> dict[str, mx.array]:
             for number, array in enumerate(module.prepared.arrays):
                 weights[f"{name}.{number}"] = array
     return weights
+
+
+def _paged(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Names of paged experts' arrays, and the bytes and the number of all experts of a layer."""
+    return [
+        (
+            f"{name}.{number}",
+            array.nbytes // array.shape[0] * module.num_experts,
+            module.num_experts,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, PagedSwitchLinear)
+        for number, array in enumerate(module.stored)
+    ]

@@ -35,6 +35,8 @@ def print_result(name: str, result: BenchResult) -> None:
     print_columns(console, heads, rows)
     console.print(f"runs: {options.num_trials}, after one warm-up run", soft_wrap=True)
     console.print(f"peak memory: {result.peak_memory_gb:.3f} GB", soft_wrap=True)
+    if result.paging is not None:
+        console.print(str(result.paging), soft_wrap=True)
     if result.bytes_per_token is not None:
         read = (
             f"decoding reads {size(result.bytes_per_token)} a token: {result.decode_gb_s:.3g} GB/s"

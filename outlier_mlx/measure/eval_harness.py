@@ -21,6 +21,7 @@ from lm_eval.tasks.manager import TaskDict
 
 from outlier_mlx.engine.generate import described
 from outlier_mlx.engine.loading import load, quiet_transformers
+from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, versions
 from outlier_mlx.measure.eval_model import HarnessModel
@@ -89,6 +90,7 @@ def evaluate(
     *,
     trust_tasks: bool = False,
     run_generated_code: bool = False,
+    memory: ExpertMemory | None = None,
 ) -> tuple[Evaluation, list[str]]:
     """Load a model and evaluate it; tasks are loaded first, since they may be wrong.
 
@@ -100,6 +102,7 @@ def evaluate(
         working: shows a text while something runs.
         trust_tasks: run Python that task files bring along.
         run_generated_code: run tasks that execute what the model writes.
+        memory: what routed experts may take; default: all are loaded. Scores do not depend on it.
 
     Returns:
         The scores, and the harness's warnings.
@@ -114,7 +117,7 @@ def evaluate(
             loaded = load_tasks(tasks, working, trust=trust_tasks)
         _prepare(loaded, options, noted)
         with working(f"loading {source.name}"):
-            model, tokenizer = load(source.folder, dtype=options.dtype)
+            model, tokenizer = load(source.folder, dtype=options.dtype, expert_memory=memory)
         if options.apply_chat_template and not tokenizer.chat_template:
             raise OutlierError(f"{source.name}: its tokenizer has no chat template to apply")
         with _silenced(stages) as shown:

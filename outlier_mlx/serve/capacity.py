@@ -6,6 +6,8 @@ from pathlib import Path
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.memory import budget, check_fits
 from outlier_mlx.engine.needs import Use, needs_of
+from outlier_mlx.engine.paging.budget import ALL, ExpertMemory
+from outlier_mlx.engine.plan import plan
 
 # The defaults of mlx-lm's server.
 MAX_RESPONSES = 32
@@ -60,6 +62,7 @@ def find_capacity(
     kv_start: int = 0,
     step: int = 2048,
     clients: int = MAX_CONVERSATIONS,
+    memory: ExpertMemory = ALL,
     available: Budget | None = None,
 ) -> tuple[Capacity, int]:
     """Divide the memory that weights and activations leave free among conversations.
@@ -75,6 +78,7 @@ def find_capacity(
         kv_start: from how many tokens on it is quantized.
         step: tokens of each prompt that are processed at a time, at most.
         clients: connections at a time; each waits for one response.
+        memory: what routed experts may take. `AUTO`: what is best for one conversation.
         available: memory for weights and caches; None: what this machine has.
 
     Returns:
@@ -86,13 +90,16 @@ def find_capacity(
     available = available or budget()
     needs = needs_of(folder, available.on_cpu)
     one = needs.cache(tokens, kv_bits, kv_group_size, kv_start)
+    use = Use(tokens, 1, 1, step, 1, kv_bits, kv_group_size, kv_start)
+    alone = plan(folder, use, memory, available)
+    weights = alone.loaded
 
     def divide(prompts: int | None) -> tuple[int, int, int]:
         """Prompts read together, conversations that fit, and the bytes for their caches."""
         # The more prompts are read together, the less is left for conversations.
         for read in (prompts,) if prompts else range(MAX_PROMPTS, 0, -1):
             use = Use(tokens, prompts=read, step=step, kv_bits=kv_bits)
-            free = max(0, available.nbytes - needs.weights - needs.working(use))
+            free = max(0, available.nbytes - weights - needs.working(use))
             fit = min(free // one if one else MAX_CONVERSATIONS, MAX_CONVERSATIONS)
             if read <= fit // 4:
                 break
@@ -119,6 +126,7 @@ def find_capacity(
         conversations=conversations,
         prompts=capacity.prompt_concurrency,
         step=step,
+        memory=alone.expert_memory,
         cures=cures,
     )
     if one:

@@ -12,7 +12,7 @@ from outlier_mlx.engine.paging.budget import ExpertMemory, Experts
 from outlier_mlx.engine.paging.policies import DEFAULT_POLICY, POLICIES
 from outlier_mlx.engine.paging.reads import ExpertFiles
 from outlier_mlx.engine.paging.slots import MATRICES, Pool, slot_nbytes
-from outlier_mlx.engine.paging.store import ExpertStore, needed
+from outlier_mlx.engine.paging.store import ExpertStore, PagingStatistics, needed
 from outlier_mlx.engine.quantized import Classes
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.affine2 import affine_product, row_bytes
@@ -193,6 +193,12 @@ def store_of(model: nn.Module) -> ExpertStore | None:
     """The store of a model's experts; None if they are not paged."""
     paged = (m.store for m in model.modules() if isinstance(m, PagedSwitchGLU))
     return next(paged, None)
+
+
+def statistics_of(model: nn.Module) -> PagingStatistics | None:
+    """What a model's experts cost so far; None if they are not paged."""
+    store = store_of(model)
+    return None if store is None else store.statistics
 
 
 def total_parameters(model: nn.Module) -> int:

@@ -11,7 +11,7 @@ slot is first overwritten.
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from outlier_mlx.engine.paging.reading import Reading
 from outlier_mlx.engine.paging.reads import ExpertFiles
 from outlier_mlx.engine.paging.slots import Pool
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.terminal import size
 
 # Outputs of passes that are kept until they are computed: at most so many, and so many numbers.
 _MOST_TAILS, _MOST_KEPT = 8, 1 << 23
@@ -54,6 +55,19 @@ class PagingStatistics:
         """Share of the needed experts that did not have to be read; None: none was needed."""
         needed = self.hits + self.misses
         return self.hits / needed if needed else None
+
+    def __str__(self) -> str:
+        """All counts in a line."""
+        needed, early = self.hits + self.misses, f", {self.early} of them early" * bool(self.early)
+        reads = self.misses + self.early
+        return (
+            f"experts: {self.hits} of {needed} were in memory; {reads} read{early}:"
+            f" {size(self.bytes_read)}, {self.waited:.2f} s waited"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """All counts as JSON values."""
+        return asdict(self) | {"hit_rate": self.hit_rate}
 
 
 @dataclass
