@@ -10,6 +10,7 @@ from mlx_lm.utils import get_total_parameters
 
 from outlier_mlx.engine.paging.budget import ExpertMemory, Experts
 from outlier_mlx.engine.paging.policies import DEFAULT_POLICY, POLICIES
+from outlier_mlx.engine.paging.pressure import Pressure
 from outlier_mlx.engine.paging.reads import ExpertFiles
 from outlier_mlx.engine.paging.slots import MATRICES, Pool, slot_nbytes
 from outlier_mlx.engine.paging.store import ExpertStore, PagingStatistics, needed
@@ -181,6 +182,7 @@ def _page(model: nn.Module, folder: Path, memory: ExpertMemory, always: bool) ->
     files = ExpertFiles({n: tensor for n, tensor in tensors.items() if n.startswith(prefixes)})
     pool = Pool(slots or experts.total, hidden, glu.hidden_dims, packed=packed)
     store = ExpertStore(pool, files, POLICIES[DEFAULT_POLICY])
+    store.pressure = Pressure(experts.floor)
     for name, block in blocks.items():
         layer = int(name.split("layers.")[1].split(".")[0])
         paged = PagedSwitchGLU(block.switch_mlp, store, layer, block)

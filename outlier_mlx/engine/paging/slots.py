@@ -27,8 +27,8 @@ class Pool:
         slots: number of slots.
         packed: whether they hold rows.
         arrays: the arrays of each of `MATRICES`: rows (slots, out, row_bytes) uint8 and scales
-            (slots, out) float32, or affine weight, scales and biases. They are evaluated, always
-            the same, and written in place.
+            (slots, out) float32, or affine weight, scales and biases. They are evaluated, and
+            written in place; only `resize` makes others.
     """
 
     def __init__(self, slots: int, hidden: int, width: int, *, packed: bool) -> None:
@@ -40,17 +40,24 @@ class Pool:
             width: width of an expert.
             packed: keep rows rather than the affine form.
         """
-        self.slots, self.packed = slots, packed
-        self._shapes = _shapes(hidden, width)
-        self.arrays = {
+        self.packed = packed
+        self._shapes, self._pieces = _shapes(hidden, width), _pieces(hidden, width, packed)
+        self.resize(slots)
+
+    def resize(self, slots: int) -> None:
+        """Have another number of slots, all of them zero; memory of the old ones is freed first."""
+        self.slots = slots
+        self.arrays: dict[str, tuple[mx.array, ...]] = {}
+        self._views: list[list[np.ndarray]] = []
+        mx.clear_cache()
+        arrays = {
             name: tuple(mx.zeros((slots, *shape), dtype) for shape, dtype in pieces)
-            for name, pieces in zip(MATRICES, _pieces(hidden, width, packed), strict=True)
+            for name, pieces in zip(MATRICES, self._pieces, strict=True)
         }
-        mx.eval(self.arrays)
+        mx.eval(arrays)
         # NumPy's views of arrays are their own memory, and can be written.
-        self._views = [
-            [np.array(array, copy=False) for array in self.arrays[name]] for name in MATRICES
-        ]
+        self._views = [[np.array(array, copy=False) for array in arrays[name]] for name in MATRICES]
+        self.arrays = arrays
 
     def buffers(self, slot: int) -> list[memoryview]:
         """Where an expert is read to: its rows and scales, matrix by matrix.

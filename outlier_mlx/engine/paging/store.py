@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.engine.paging.policies import Key, Policy
+from outlier_mlx.engine.paging.pressure import Pressure
 from outlier_mlx.engine.paging.reading import Reading
 from outlier_mlx.engine.paging.reads import ExpertFiles
 from outlier_mlx.engine.paging.slots import Pool
@@ -98,6 +99,7 @@ class ExpertStore:
         layers: numbers of the MoE layers, in order.
         experts: experts of each of them.
         statistics: what they cost so far; a user may put new ones in their place.
+        pressure: the rule by which slots are given back if memory is short; None: never.
     """
 
     def __init__(self, pool: Pool, files: ExpertFiles, policy: Callable[[], Policy]) -> None:
@@ -111,6 +113,7 @@ class ExpertStore:
         self.pool, self._files, self._make_policy = pool, files, policy
         self.layers, self.experts = tuple(files.layers), files.experts
         self.statistics = PagingStatistics()
+        self.pressure: Pressure | None = None
         self._states = {n: _Layer(frozenset(range(self.experts))) for n in self.layers}
         self._equal = files.equal
         self._sharing: dict[Key, set[int]] = {}  # other layers that have an equal expert
@@ -169,6 +172,7 @@ class ExpertStore:
             self._open = None
             if len(self._tails) > _MOST_TAILS or sum(t.size for t in self._tails) > _MOST_KEPT:
                 self._compute_tails()
+            self._yield_to_pressure()
         self._last_layer = layer
 
     def leave(self, output: mx.array) -> None:
@@ -242,6 +246,35 @@ class ExpertStore:
                 return
 
     # -- slots ----------------------------------------------------------------------------------
+
+    def shrink(self, slots: int) -> None:
+        """Have fewer slots, all of them empty: nothing is copied, so memory has no peak.
+
+        Call it between passes.
+        """
+        if self._open is not None:
+            self._tails.append(self._open)
+            self._open = None
+        self._compute_tails()
+        for key in list(self._under_way):
+            with suppress(OutlierError):  # it is read again if it is needed
+                self._finish(key)
+        with self._changing():
+            self._forget()
+            # What nobody waits for writes to the old slots, which live as long as it does.
+            self._abandoned, self._lost = [], set()
+            try:
+                self.pool.resize(slots)
+            except BaseException:  # such as Ctrl-C: without slots, nothing could go on
+                self.pool.resize(slots)
+                raise
+            finally:
+                self._forget()
+
+    def _yield_to_pressure(self) -> None:
+        fewer = None if self.pressure is None else self.pressure.fewer(self.pool.slots)
+        if fewer is not None:
+            self.shrink(fewer)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
