@@ -35,7 +35,7 @@ from outlier_mlx.measure.findings import (
     unknown,
 )
 from outlier_mlx.measure.self_test import self_test
-from outlier_mlx.measure.speeds import Speed, speed_here
+from outlier_mlx.measure.speeds import Speed, products_gb_s, speed_here
 from outlier_mlx.measure.versions import PACKAGE, installed_versions
 from outlier_mlx.models.config import describe
 from outlier_mlx.runtime.ops import use_metal
@@ -158,7 +158,10 @@ def _speed(chip: Chip, given: Given, model: Model | None, stages: Stages) -> Spe
     if given.elsewhere and chip.bandwidth_gb_s is None:
         return Speed(Machine(), "", chip.note or "")
     with stages("measuring products", ""):
-        return speed_here(chip, model is None or model.config.quantization is not None)
+        found = speed_here(chip, model is None or model.config.quantization is not None)
+        if found.source == PUBLISHED and not given.elsewhere:
+            found = replace(found, products_gb_s=products_gb_s())
+        return found
 
 
 def _chip_findings(chip: Chip, given: Given, speed: Speed) -> Iterator[Finding]:
@@ -173,6 +176,10 @@ def _chip_findings(chip: Chip, given: Given, speed: Speed) -> Iterator[Finding]:
         about = "docs/bench.md has the pages" if speed.source == PUBLISHED else ""
         about = speed.about if speed.source == MEASURED else about
         yield Finding(key, name, gb_s, f"{gb_s:.4g} GB/s", speed.source, about)
+        if speed.source == PUBLISHED and (read := speed.products_gb_s) is not None:
+            about = f"{read / gb_s:.0%} of that; with 4-bit weights that no cache holds"
+            name = "products read"
+            yield Finding("products_gb_s", name, read, f"{read:.4g} GB/s", MEASURED, about)
     elif rate is not None:
         shown = f"{rate / 1e9:.3g} billion weights/s"
         yield Finding(

@@ -1,7 +1,7 @@
 """What `doctor` finds of a model: the plan of its memory, and the speed to expect."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outlier_mlx.engine.machine import Budget
@@ -132,6 +132,13 @@ def _decoding(work: Work, speed: Speed, missing: float) -> Iterator[Finding]:
         yield unknown(key, name, why)
     else:
         yield _tokens(key, name, expected, _sum(work, speed, expected, missing))
+    if speed.products_gb_s not in (None, speed.machine.bandwidth_gb_s):
+        about = f"{speed.products_gb_s:.4g} GB/s, which products read"
+        here = replace(speed, machine=replace(speed.machine, bandwidth_gb_s=speed.products_gb_s))
+        likely = decoding(work, here.machine, missing)
+        if likely is not None:
+            about = _sum(work, replace(here, about=about), likely, missing)
+            yield _tokens("measured_tokens_per_s", "by what products read", likely, about)
     if missing and resident is not None:
         about = _sum(work, speed, resident, 0)
         yield _tokens("resident_tokens_per_s", "with all in memory", resident, about)

@@ -32,11 +32,13 @@ class Speed:
         machine: its speeds.
         source: "published", "measured here" or "given"; "unknown" if there is no speed.
         about: the speed in words; or why it is not known.
+        products_gb_s: GB/s that MLX's products read on a GPU, measured here; None: not measured.
     """
 
     machine: Machine
     source: str
     about: str
+    products_gb_s: float | None = None
 
 
 def speed_here(chip: Chip, quantized: bool = True) -> Speed:
@@ -59,9 +61,9 @@ def speed_here(chip: Chip, quantized: bool = True) -> Speed:
     if chip.bandwidth_gb_s is not None:
         about = f"{chip.name} has {chip.bandwidth_gb_s:g} GB/s"
         return Speed(Machine(chip.bandwidth_gb_s), "published", about)
-    gb_s = _reading()
+    gb_s = products_gb_s()
     about = f"MLX's 4-bit products read {gb_s:.3g} GB/s here"
-    return Speed(Machine(gb_s), "measured here", about)
+    return Speed(Machine(gb_s), "measured here", about, gb_s)
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ def _multiplying(vectors: int, quantized: bool) -> float:
     return rows * columns * vectors / _seconds(lambda: x @ plain.T)
 
 
-def _reading() -> float:
-    """GB/s that MLX's products read of matrices that no cache holds."""
+def products_gb_s() -> float:
+    """GB/s that MLX's 4-bit products read on a GPU, of matrices that no cache holds."""
     matrices = [_random_matrix(READ_MATRIX, mx.float16) for _ in range(READ_MATRICES)]
     x = mx.random.normal((1, READ_MATRIX[1])).astype(mx.float16)
     nbytes = sum(array.nbytes for matrix in matrices for array in matrix)
