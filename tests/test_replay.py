@@ -5,12 +5,18 @@ from functools import cache
 from itertools import combinations
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.cache import make_prompt_cache
 
+from outlier_mlx.engine.loading import load_model
+from outlier_mlx.engine.paging.budget import ExpertMemory
+from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.paging.policies import DEFAULT_POLICY, POLICIES, Lru
+from outlier_mlx.measure.expert_recorder import recording, trace_about
 from outlier_mlx.measure.expert_trace import About, Trace, write_trace
 from outlier_mlx.measure.replay import (
     Counts,
@@ -26,6 +32,8 @@ from outlier_mlx.measure.replay import (
 )
 from outlier_mlx.measure.replay_run import Machine, replay_all
 from outlier_mlx.measure.replay_speed import decode_seconds
+from outlier_mlx.storage.hub import resolve
+from tests.library import Library
 from tests.program import assert_refused, run
 from tests.test_expert_trace import ABOUT, random_trace
 from tests.test_paging_policies import Model, made
@@ -407,3 +415,35 @@ def test_a_machine_is_not_needed() -> None:
     found = replay_all(random_trace(), Machine("chip", 100, 3))
     assert all(arm.tokens_per_s for arm in found.arms)
     assert all(arm.tokens_per_s is None for arm in replay_all(random_trace()).arms)
+
+
+# A running model
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("slots", [6, 14])
+def test_a_replay_counts_what_the_running_model_counted(
+    policy: str, slots: int, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short prompt, then tokens; with 14 slots, some layers have all of their experts."""
+    monkeypatch.setattr("outlier_mlx.engine.paging.paged.DEFAULT_POLICY", policy)
+    tier = library.demo_tier("q4")
+    model, _ = load_model(tier, expert_memory=ExpertMemory(slots=slots), always_page=True)
+    with recording(model) as recorder:
+        cache = make_prompt_cache(model)
+        x = mx.array([[7 * number % 200 + 5 for number in range(11)]])
+        for _ in range(30):
+            x = mx.argmax(model(x, cache=cache)[:, -1:], axis=-1)
+            mx.eval(x)
+    trace = recorder.trace(trace_about(resolve(tier), model, "t", 1))
+    assert trace.passes.tolist() == [11, *[1] * 29]
+    layers, guesses = trace.about.layers, guesses_of(trace, "off")
+    found = replay(needs_of(trace), slots, POLICIES[policy](), guesses, layers)
+    store = store_of(model)
+    assert store is not None
+    store._tell_policy()  # of layers that did not have to wait
+    counted = store.statistics
+    assert counted.hits + counted.misses == found.needed.sum()
+    assert (counted.misses, counted.early) == (found.missed.sum(), 0)
+    assert counted.misses > 20
+    assert counted.hit_rate == found.hit_rate(np.ones(30, bool))

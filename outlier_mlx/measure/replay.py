@@ -45,8 +45,8 @@ class Counts:
 
     def hit_rate(self, which: np.ndarray) -> float | None:
         """Share of the needed experts that were not missed, in these passes; None: none needed."""
-        needed = int(self.needed[which].sum())
-        return 1 - int(self.missed[which].sum()) / needed if needed else None
+        needed, missed = int(self.needed[which].sum()), int(self.missed[which].sum())
+        return (needed - missed) / needed if needed else None
 
 
 def least_slots(about: About) -> int:
@@ -67,8 +67,8 @@ def needs_of(trace: Trace) -> Needs:
 def guesses_of(trace: Trace, look_ahead: LookAhead) -> Guesses:
     """The experts that are read early, when the MoE layer before theirs is in hand.
 
-    For a prompt these are all of a layer, but for those of which a weight was exactly 0, as their
-    alpha is 0. For other passes, it depends on the look-ahead.
+    For a prompt these are all of a layer, as on a GPU (a CPU reads fewer), but for those of which a
+    weight was exactly 0, as their alpha is 0. For other passes, it depends on the look-ahead.
 
     Raises:
         ValueError: the trace holds nothing that was foreseen.
