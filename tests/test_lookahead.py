@@ -1,0 +1,108 @@
+"""Guessing the next MoE layer's experts, and deciding whether that pays."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from outlier_mlx.engine.paging.lookahead import Probe, next_router
+
+HIDDEN, EXPERTS = 64, 6
+
+
+def decoder_layer(seed: int, norm: Any = None) -> nn.Module:
+    """What `next_router` looks at, with random weights."""
+    draw = np.random.default_rng(seed)
+    layer, block = nn.Module(), nn.Module()
+    layer.post_attention_layernorm = norm or nn.RMSNorm(HIDDEN, 1e-6)
+    layer.post_attention_layernorm.weight = mx.array(draw.uniform(0.2, 3, HIDDEN).astype("f4"))
+    block.switch_mlp, block.gate = nn.Module(), nn.Module()
+    block.gate.weight = mx.array(draw.standard_normal((EXPERTS, HIDDEN)).astype("f4"))
+    layer.mlp = block
+    return layer
+
+
+def test_next_router_gives_the_logits_of_the_next_layer_for_the_same_residual() -> None:
+    below, above = decoder_layer(1), decoder_layer(2)
+    residual = mx.array(np.random.default_rng(3).standard_normal((5, HIDDEN)).astype("f4"))
+    router = next_router(below, above)
+    assert router is not None
+    got = np.array(router(below.post_attention_layernorm(residual)))
+    normed = np.array(residual) / np.sqrt((np.array(residual) ** 2).mean(-1, keepdims=True) + 1e-6)
+    weight = np.array(above.post_attention_layernorm.weight)
+    expected = (normed * weight) @ np.array(above.mlp.gate.weight).T
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_norm_says_nothing_the_next_router_has_zeros() -> None:
+    below, above = decoder_layer(1), decoder_layer(2)
+    weight = np.array(below.post_attention_layernorm.weight)
+    weight[[3, 7]] = 0, 1e-45
+    below.post_attention_layernorm.weight = mx.array(weight)
+    router = next_router(below, above)
+    assert router is not None
+    matrix = np.array(router.weight)
+    assert not matrix[:, [3, 7]].any()
+    assert np.isfinite(matrix).all()
+    assert matrix[:, [0, 1, 2]].all()
+
+
+class OtherNorm(nn.RMSNorm):
+    """A norm that may compute anything."""
+
+
+@pytest.mark.parametrize("odd", ["norm", "eps", "quantized", "missing"])
+def test_no_guess_where_norms_or_routers_are_others(odd: str) -> None:
+    below, above = decoder_layer(1), decoder_layer(2)
+    if odd == "norm":
+        above = decoder_layer(2, OtherNorm(HIDDEN, 1e-6))
+    elif odd == "eps":
+        above = decoder_layer(2, nn.RMSNorm(HIDDEN, 1e-5))
+    elif odd == "quantized":
+        above.mlp.gate = nn.QuantizedLinear(HIDDEN, EXPERTS, bias=False)
+    else:
+        del below.post_attention_layernorm
+    assert next_router(below, above) is None
+
+
+def run_passes(probe: Probe, seconds: Any, *, read: bool = True, count: int = 500) -> None:
+    for number in range(count):
+        if probe.decided:
+            break
+        probe.end_pass(seconds(probe.on, number), read=read)
+
+
+@pytest.mark.parametrize(("early", "pays"), [(0.5, True), (1.0, False), (2.0, False)])
+def test_reading_early_stays_on_only_where_passes_wait_less(early: float, pays: bool) -> None:
+    probe = Probe()
+    run_passes(probe, lambda on, number: (early if on else 1.0) + 0.01 * (number % 3))
+    assert probe.decided
+    assert probe.on == pays
+    assert probe.waited is not None
+    assert probe.waited == pytest.approx((1.01, early + 0.01), abs=0.01)
+    before = probe.on
+    run_passes(probe, lambda *_: 100.0)
+    assert probe.on == before
+
+
+def test_passes_that_read_nothing_decide_nothing() -> None:
+    probe = Probe()
+    run_passes(probe, lambda *_: 0.0, read=False)
+    assert not probe.decided
+    assert probe.waited is None
+
+
+def test_the_first_pass_after_a_change_does_not_count() -> None:
+    probe, last = Probe(), SimpleNamespace(on=None)
+
+    def seconds(on: bool, _: int) -> float:
+        changed, last.on = on != last.on, on
+        return 1000.0 if changed else 1.0
+
+    run_passes(probe, seconds)
+    assert probe.waited == (1.0, 1.0)
