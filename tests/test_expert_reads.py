@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outlier_mlx.engine.paging import reading
-from outlier_mlx.engine.paging.reads import ExpertFiles
+from outlier_mlx.engine.paging.reads import ExpertFiles, beyond_the_cache
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.safetensors import read_header
 from outlier_mlx.storage.shards import read_shards
@@ -353,6 +354,17 @@ def test_a_model_without_experts_or_with_odd_ones_is_refused(experts: Experts) -
     del tensors["model.layers.3.mlp.switch_mlp.up_proj.scales"]
     with pytest.raises(CheckpointError, match="not of one shape"):
         ExpertFiles(tensors)
+
+
+@pytest.mark.parametrize(
+    ("platform", "free", "beyond"),
+    [("linux", 99, True), ("linux", 100, False), ("linux", None, False), ("darwin", 99, False)],
+)
+def test_the_page_cache_is_left_out_only_where_it_cannot_hold_all_experts(
+    monkeypatch: pytest.MonkeyPatch, platform: str, free: int | None, beyond: bool
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert beyond_the_cache(100, free) == beyond
 
 
 # -- equal experts --------------------------------------------------------------------------------

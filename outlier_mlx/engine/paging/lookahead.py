@@ -94,7 +94,7 @@ class Lookahead:
         self._layers, self._top_k = layers, top_k
         self._routers: dict[int, Router] | None = None
         self._guess: tuple[int, set[int]] | None = None
-        self._waited, self._read = 0.0, False
+        self._decodes, self._read, self._seconds = False, 0, 0.0
 
     @property
     def possible(self) -> bool:
@@ -106,11 +106,19 @@ class Lookahead:
         """Of the experts that were needed, the share that was foreseen; None: not known."""
         return self.foreseen / self.needed if self.needed else None
 
-    def begin(self, layer: int) -> None:
-        """Note that a layer of a decoded token is in hand."""
-        if layer == self._layers[0]:
-            self.probe.end_pass(self._waited, read=self._read)
-            self._waited, self._read, self._guess = 0.0, False, None
+    def begin(self, layer: int, read: int, *, decodes: bool) -> None:
+        """Note that a layer is in hand.
+
+        Args:
+            layer: its number.
+            read: bytes of experts that were read so far.
+            decodes: whether the pass decodes tokens, rather than reads a prompt.
+        """
+        if layer != self._layers[0]:
+            return
+        if self._decodes:
+            self.probe.end_pass(self._seconds, read=read != self._read)
+        self._decodes, self._read, self._seconds, self._guess = decodes, read, 0.0, None
 
     def guess(self, layer: int, x: mx.array) -> mx.array | None:
         """The experts that the next MoE layer will probably choose; None: not to be guessed.
@@ -126,17 +134,16 @@ class Lookahead:
             return None
         return route(x, router, self._top_k)[0]
 
-    def note_guess(self, layer: int, guess: mx.array) -> list[int]:
-        """Remember a guess that was made in a layer; returns its experts, the likeliest first."""
+    def note_guess(self, layer: int, guess: mx.array) -> tuple[int, list[int]]:
+        """The next layer, and its experts in a guess that is computed, the likeliest first."""
         columns = np.array(guess).reshape(-1, guess.shape[-1]).T
         experts = list(dict.fromkeys(columns.flatten().tolist()))
         self._guess = self._after(layer), set(experts)
-        return experts
+        return self._after(layer), experts
 
-    def note_needed(self, layer: int, experts: set[int], seconds: float, *, read: bool) -> None:
-        """Note what a layer needed, how long it waited for that, and whether it read anything."""
-        self._waited += seconds
-        self._read |= read
+    def note_needed(self, layer: int, experts: set[int], seconds: float) -> None:
+        """Note what a layer needed, and how long it waited for that."""
+        self._seconds += seconds
         if self._guess is not None and self._guess[0] == layer:
             self.needed += len(experts)
             self.foreseen += len(experts & self._guess[1])

@@ -6,6 +6,7 @@ read-ahead is asked for: `docs/memory.md` has measurements.
 """
 
 import re
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,17 @@ class Piece:
     def nbytes(self) -> int:
         """Bytes of the array."""
         return prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+
+
+def beyond_the_cache(nbytes: int, free: int | None) -> bool:
+    """Whether experts are read past the page cache: where it would help too little.
+
+    Args:
+        nbytes: bytes of all experts in the files.
+        free: what memory is free beside the slots, with the page cache; None: not known.
+    """
+    # Not on macOS, where it was not measured.
+    return sys.platform == "linux" and free is not None and nbytes > free
 
 
 class ExpertFiles:
