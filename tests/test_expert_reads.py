@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outlier_mlx.engine.paging import reading
+from outlier_mlx.engine.machine import Budget
+from outlier_mlx.engine.paging import reading, reads
 from outlier_mlx.engine.paging.reads import ExpertFiles, beyond_the_cache
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.safetensors import read_header
@@ -357,14 +358,15 @@ def test_a_model_without_experts_or_with_odd_ones_is_refused(experts: Experts) -
 
 
 @pytest.mark.parametrize(
-    ("platform", "free", "beyond"),
-    [("linux", 99, True), ("linux", 100, False), ("linux", None, False), ("darwin", 99, False)],
+    ("platform", "room", "beyond"),
+    [("linux", 149, True), ("linux", 150, False), ("linux", None, False), ("darwin", 99, False)],
 )
 def test_the_page_cache_is_left_out_only_where_it_cannot_hold_all_experts(
-    monkeypatch: pytest.MonkeyPatch, platform: str, free: int | None, beyond: bool
+    monkeypatch: pytest.MonkeyPatch, platform: str, room: int | None, beyond: bool
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
-    assert beyond_the_cache(100, free) == beyond
+    monkeypatch.setattr(reads, "free", lambda: None if room is None else Budget(room, "this test"))
+    assert beyond_the_cache(100, taken=50) == beyond
 
 
 # -- equal experts --------------------------------------------------------------------------------

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx_lm.models.cache import make_prompt_cache
 
+from outlier_mlx.cli.showcase import FOLDER
+from outlier_mlx.engine.loading import load
+from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.paging.skip import leave_out
+from outlier_mlx.errors import OutlierError
+from tests.library import Library
 
 INDICES = mx.array([[2, 0], [1, 2]], mx.uint32)
 WEIGHTS = mx.array([[0.9, -0.1], [0.8, 0.2]])
@@ -50,3 +59,51 @@ def test_no_token_loses_what_its_share_keeps(data: st.DataObject) -> None:
     np.testing.assert_array_equal(got[stay], of[stay])
     limit = share * np.abs(of).sum(-1, keepdims=True)
     assert (np.abs(of) < limit)[(got == 0) & (of != 0)].all()
+
+
+# -- in a model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(library: Library) -> Path:
+    """A tier with six experts in each of three layers; a token uses two."""
+    return library.demo_tier("q4")
+
+
+def decoded(model: Any) -> np.ndarray:
+    """Logits of some tokens, decoded one by one."""
+    cache = make_prompt_cache(model)
+    given = (mx.array([[7 * number % 200 + 5]]) for number in range(30))
+    return np.stack([np.array(model(x, cache=cache)) for x in given])
+
+
+def test_leaving_out_saves_reads_and_is_counted(demo: Path) -> None:
+    found = {}
+    for share in (0, 0.2, 0.4):
+        model, _ = load(demo, expert_memory="40%", expert_skip=share)
+        logits, store = decoded(model), store_of(model)
+        assert store is not None
+        found[share] = logits, store.statistics
+    whole = decoded(load(demo)[0])
+    assert np.array_equal(found[0][0], whole)
+    assert found[0][1].skipped == 0
+    assert 0 < found[0.2][1].skipped < found[0.4][1].skipped
+    assert found[0][1].misses > found[0.2][1].misses > found[0.4][1].misses
+    assert not np.array_equal(found[0.4][0], whole)
+    assert np.isfinite(found[0.4][0]).all()
+
+
+def test_with_all_experts_in_memory_nothing_is_left_out(demo: Path) -> None:
+    model, _ = load(demo, expert_memory="all", expert_skip=0.9)
+    assert np.array_equal(decoded(model), decoded(load(demo)[0]))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 2.5, float("nan")])
+def test_other_shares_are_refused(demo: Path, share: float) -> None:
+    with pytest.raises(OutlierError, match="expected 0 or more, and less than 1"):
+        load(demo, expert_memory="40%", expert_skip=share)
+
+
+def test_models_without_experts_are_refused() -> None:
+    with pytest.raises(OutlierError, match="no experts that could be paged"):
+        load(FOLDER / "base", expert_skip=0.1)

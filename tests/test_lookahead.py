@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
-from outlier_mlx.engine.paging.lookahead import Probe, next_router
+from outlier_mlx.engine.loading import load_model
+from outlier_mlx.engine.paging.budget import ExpertMemory
+from outlier_mlx.engine.paging.lookahead import Lookahead, Probe, next_router
+from outlier_mlx.engine.paging.paged import store_of
+from tests.library import Library
 
 HIDDEN, EXPERTS = 64, 6
 
@@ -106,3 +112,58 @@ def test_the_first_pass_after_a_change_does_not_count() -> None:
 
     run_passes(probe, seconds)
     assert probe.waited == (1.0, 1.0)
+
+
+# -- in a model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(library: Library) -> Path:
+    """A tier with six experts in each of three layers; a token uses two."""
+    return library.demo_tier("q4")
+
+
+def decoded(model: Any, tokens: int = 40) -> list[np.ndarray]:
+    """Logits of some tokens, decoded one by one."""
+    cache = make_prompt_cache(model)
+    given = (mx.array([[7 * number % 200 + 5]]) for number in range(tokens))
+    return [np.array(model(x, cache=cache)) for x in given]
+
+
+def paged(tier: Path, slots: int) -> tuple[Any, Lookahead]:
+    model: Any = load_model(tier, expert_memory=ExpertMemory(slots=slots))[0]
+    return model, model.layers[1].mlp.switch_mlp.lookahead
+
+
+def test_reading_early_changes_no_bit(demo: Path) -> None:
+    expected = decoded(load_model(demo)[0])
+    for slots in (6, 8, 12):
+        model, lookahead = paged(demo, slots)
+        lookahead.probe.on = lookahead.probe.decided = True
+        assert all(map(np.array_equal, decoded(model), expected))
+        store = store_of(model)
+        assert store is not None
+        assert store.statistics.early > 0
+        # Layers above the first MoE layer need two experts for each token.
+        assert 0 < lookahead.needed <= 40 * 2 * 2
+        assert lookahead.recall is not None
+        assert lookahead.recall > 2 / 6  # of guesses at random
+
+
+def test_the_probe_decides_while_a_model_decodes(demo: Path) -> None:
+    model, lookahead = paged(demo, 6)
+    assert lookahead.possible
+    decoded(model, 100)
+    assert lookahead.probe.decided
+    assert lookahead.probe.waited is not None
+    assert min(lookahead.probe.waited) > 0
+    assert lookahead.recall is not None
+
+
+def test_a_prompt_is_no_pass_of_the_probe(demo: Path) -> None:
+    model, lookahead = paged(demo, 6)
+    prompt = mx.array([[7 * number % 200 + 5 for number in range(40)]])
+    for _ in range(10):
+        mx.eval(model(prompt))
+    assert lookahead.probe.waited is None
+    assert lookahead.needed == 0

@@ -57,6 +57,7 @@ def load(
     *,
     dtype: str | None = None,
     expert_memory: str | ExpertMemory | None = None,
+    expert_skip: float = 0.0,
 ) -> tuple[nn.Module, Tokenizer]:
     """Load a tier, or any model that stock mlx-lm loads.
 
@@ -69,6 +70,8 @@ def load(
         expert_memory: memory for routed experts, such as "4GB", "4GiB" or "50%"; those that are not
             in it are read from the model's files when they are needed, and results are the same.
             Default, and "all": all are loaded. "auto": as many as memory allows.
+        expert_skip: leave out an expert that would have to be read if its share of the weight of a
+            token's experts is below this. With more than 0, results depend on what is in memory.
 
     Returns:
         The model, called as `model(tokens, cache=None)` with tokens (batch, length) for logits
@@ -77,12 +80,17 @@ def load(
     Raises:
         CheckpointError: there is no model, it is damaged, or its embedding has no row for a token
             of the tokenizer.
-        OutlierError: experts need more memory, or the model has none that could be paged.
+        OutlierError: experts need more memory, or the model has none that could be paged; or
+            `expert_skip` is not at least 0 and less than 1.
     """
     folder = resolve(path_or_repo, revision).folder
     if isinstance(expert_memory, str):
         expert_memory = ExpertMemory.parse(expert_memory)
     model, config = load_model(folder, dtype=dtype, expert_memory=expert_memory)
+    if expert_skip:
+        from outlier_mlx.engine.paging.paged import skip_experts
+
+        skip_experts(model, expert_skip)
     tokenizer = load_tokenizer(folder, config)
     _check_tokenizer(folder, tokenizer, model)
     return model, tokenizer

@@ -24,7 +24,7 @@ from outlier_mlx.runtime.routing import Router, route
 # block is not counted, because slots are still as the block before left them.
 _BLOCK = 4
 # Counted passes of each kind, after which it is decided.
-_ENOUGH = 24
+_ENOUGH = 16
 # Seconds waited with reading early, in those waited without, from which it does not pay.
 _PAYS_BELOW = 0.95
 
@@ -93,7 +93,7 @@ class Lookahead:
         self._model = weakref.ref(model)
         self._layers, self._top_k = layers, top_k
         self._routers: dict[int, Router] | None = None
-        self._guess: tuple[int, set[int]] | None = None
+        self._guesses: dict[int, set[int]] = {}  # of the present pass, by layer
         self._decodes, self._read, self._seconds = False, 0, 0.0
 
     @property
@@ -118,7 +118,8 @@ class Lookahead:
             return
         if self._decodes:
             self.probe.end_pass(self._seconds, read=read != self._read)
-        self._decodes, self._read, self._seconds, self._guess = decodes, read, 0.0, None
+        self._decodes, self._read, self._seconds = decodes, read, 0.0
+        self._guesses.clear()
 
     def guess(self, layer: int, x: mx.array) -> mx.array | None:
         """The experts that the next MoE layer will probably choose; None: not to be guessed.
@@ -138,18 +139,16 @@ class Lookahead:
         """The next layer, and its experts in a guess that is computed, the likeliest first."""
         columns = np.array(guess).reshape(-1, guess.shape[-1]).T
         experts = list(dict.fromkeys(columns.flatten().tolist()))
-        self._guess = self._after(layer), set(experts)
-        return self._after(layer), experts
+        later = self._layers[self._layers.index(layer) + 1]
+        self._guesses[later] = set(experts)
+        return later, experts
 
     def note_needed(self, layer: int, experts: set[int], seconds: float) -> None:
         """Note what a layer needed, and how long it waited for that."""
         self._seconds += seconds
-        if self._guess is not None and self._guess[0] == layer:
+        if (guess := self._guesses.get(layer)) is not None:
             self.needed += len(experts)
-            self.foreseen += len(experts & self._guess[1])
-
-    def _after(self, layer: int) -> int:
-        return self._layers[self._layers.index(layer) + 1]
+            self.foreseen += len(experts & guess)
 
     def _made_routers(self) -> Mapping[int, Router]:
         if self._routers is None:

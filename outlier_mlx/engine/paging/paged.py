@@ -1,5 +1,6 @@
 """A model's MoE layers with experts in slots, in the place of those with all experts in memory."""
 
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import mlx.nn as nn
 from mlx_lm.utils import get_total_parameters
 
 from outlier_mlx.engine.paging.budget import ExpertMemory, Experts
+from outlier_mlx.engine.paging.lookahead import Lookahead
 from outlier_mlx.engine.paging.policies import DEFAULT_POLICY, POLICIES
 from outlier_mlx.engine.paging.pressure import Pressure
-from outlier_mlx.engine.paging.reads import ExpertFiles
+from outlier_mlx.engine.paging.reads import ExpertFiles, beyond_the_cache
+from outlier_mlx.engine.paging.skip import leave_out
 from outlier_mlx.engine.paging.slots import MATRICES, Pool, slot_nbytes
 from outlier_mlx.engine.paging.store import ExpertStore, PagingStatistics, needed
 from outlier_mlx.engine.quantized import Classes
@@ -63,18 +66,26 @@ class PagedSwitchLinear(nn.Module):
 class PagedSwitchGLU(TernarySwitchGLU):
     """The routed experts of a layer, of which those that a token needs are brought into slots."""
 
-    def __init__(self, glu: TernarySwitchGLU, store: ExpertStore, layer: int, block: Any) -> None:
+    def __init__(
+        self,
+        glu: TernarySwitchGLU,
+        store: ExpertStore,
+        lookahead: Lookahead,
+        layer: int,
+        block: Any,
+    ) -> None:
         """The experts of `glu`, whose own arrays are not used.
 
         Args:
             glu: the experts as they would be in memory.
             store: keeps some of them.
+            lookahead: guesses which of them the next layer needs.
             layer: number of the layer.
             block: the MoE block; if it has alphas, experts with alpha 0 are never read.
         """
         nn.Module.__init__(self)
         self.num_experts, self.hidden_dims = glu.num_experts, glu.hidden_dims
-        self.store, self.layer = store, layer
+        self.store, self.lookahead, self.layer = store, lookahead, layer
         self._block = weakref.ref(block)
         for name in MATRICES:
             rows = glu[name].weight.shape[1]
@@ -100,16 +111,15 @@ class PagedSwitchGLU(TernarySwitchGLU):
         store, layer = self.store, self.layer
         store.use_alphas(layer, getattr(self._block(), "alpha", None))
         store.enter(layer)
-        following = self._following(indices)
+        prompt = indices.size >= _PROMPT_PAIRS * self.num_experts
+        self.lookahead.begin(layer, store.statistics.bytes_read, decodes=not prompt)
+        following = self._following() if prompt else None
         if following is None and store.resident(layer):
             store.note(layer, indices, weights)
             y = super().mix(x, indices, weights, shared)
         else:
-            mx.async_eval(indices, weights)
-            # What to do while the host looks up slots, and disks read.
-            mx.async_eval(shared)
-            experts = needed(indices, weights)
-            store.ensure(layer, experts)
+            guess = None if prompt else self.lookahead.guess(layer, x)
+            weights, experts = self._bring(indices, weights, shared, guess)
             # Without any, slots may hold anything, and 0 times that need not be 0.
             y = super().mix(x, indices, weights, shared) if experts else shared + 0
         store.leave(y)
@@ -118,10 +128,41 @@ class PagedSwitchGLU(TernarySwitchGLU):
             store.read_early(following, sorted(store.needable(following)), layer)
         return y
 
-    def _following(self, indices: mx.array) -> int | None:
-        """The next MoE layer, if experts for it should be read while this one multiplies."""
-        if indices.size < _PROMPT_PAIRS * self.num_experts:
-            return None
+    def _bring(
+        self, indices: mx.array, weights: mx.array, shared: mx.array, guess: mx.array | None
+    ) -> tuple[mx.array, set[int]]:
+        """Bring what is needed into slots; then begin to read what the next layer may need.
+
+        Args:
+            indices: as for `mix`.
+            weights: as for `mix`.
+            shared: as for `mix`.
+            guess: experts of the next MoE layer, of the shape of `indices`; None: read nothing.
+
+        Returns:
+            The weights, with 0 for experts that are left out, and all other experts that count.
+        """
+        store, layer = self.store, self.layer
+        mx.async_eval(indices, weights, *([] if guess is None else [guess]))
+        # What to do while the host looks up slots, and disks read.
+        mx.async_eval(shared)
+        experts = needed(indices, weights)
+        if store.skip:
+            missing = store.missing(layer, experts)
+            weights, left_out = leave_out(indices, weights, missing, store.skip)
+            store.statistics.skipped += left_out
+            experts = needed(indices, weights)
+        begun = time.perf_counter()
+        store.ensure(layer, experts)
+        if guess is not None:
+            later, likely = self.lookahead.note_guess(layer, guess)
+            usable = store.needable(later)
+            store.read_early(later, [expert for expert in likely if expert in usable], layer)
+        self.lookahead.note_needed(layer, experts, time.perf_counter() - begun)
+        return weights, experts
+
+    def _following(self) -> int | None:
+        """The next MoE layer, if a prompt needs experts of it that are in no slot."""
         layers = self.store.layers
         after = layers.index(self.layer) + 1
         if after == len(layers) or self.store.resident(layers[after]):
@@ -178,17 +219,27 @@ def _page(model: nn.Module, folder: Path, memory: ExpertMemory, always: bool) ->
     if slots is None and not always:
         return ()
     prefixes = tuple(f"{name}.switch_mlp." for name in blocks)
-    tensors = read_shards(folder)
-    files = ExpertFiles({n: tensor for n, tensor in tensors.items() if n.startswith(prefixes)})
-    pool = Pool(slots or experts.total, hidden, glu.hidden_dims, packed=packed)
+    total = slots or experts.total
+    files = _open_files(folder, prefixes, total * nbytes)
+    pool = Pool(total, hidden, glu.hidden_dims, packed=packed)
     store = ExpertStore(pool, files, POLICIES[DEFAULT_POLICY])
     store.pressure = Pressure(experts.floor)
+    lookahead = Lookahead(model, store.layers, top_k)
     for name, block in blocks.items():
         layer = int(name.split("layers.")[1].split(".")[0])
-        paged = PagedSwitchGLU(block.switch_mlp, store, layer, block)
+        paged = PagedSwitchGLU(block.switch_mlp, store, lookahead, layer, block)
         paged.train(block.training)
         block.switch_mlp = paged
     return prefixes
+
+
+def _open_files(folder: Path, prefixes: tuple[str, ...], slots_nbytes: int) -> ExpertFiles:
+    """The files of experts, whose names begin with `prefixes`."""
+    tensors = read_shards(folder)
+    stored = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+    nbytes = sum(tensor.nbytes for tensor in stored.values())
+    others = sum(tensor.nbytes for tensor in tensors.values()) - nbytes
+    return ExpertFiles(stored, direct=beyond_the_cache(nbytes, taken=others + slots_nbytes))
 
 
 def store_of(model: nn.Module) -> ExpertStore | None:
@@ -201,6 +252,24 @@ def statistics_of(model: nn.Module) -> PagingStatistics | None:
     """What a model's experts cost so far; None if they are not paged."""
     store = store_of(model)
     return None if store is None else store.statistics
+
+
+def skip_experts(model: nn.Module, share: float) -> None:
+    """Let a model leave out missing experts that have less than a share of a token's weight.
+
+    Args:
+        model: any model; nothing is missing where experts are not paged.
+        share: 0 or more, and less than 1; see `leave_out`.
+
+    Raises:
+        OutlierError: another share, or the model has no experts that could be paged.
+    """
+    if not 0 <= share < 1:
+        raise OutlierError(f"expert_skip {share:g}: expected 0 or more, and less than 1")
+    if share and not any(isinstance(module, TernarySwitchGLU) for module in model.modules()):
+        raise OutlierError(f"expert_skip: {NOT_PAGED}")
+    if (store := store_of(model)) is not None:
+        store.skip = share
 
 
 def total_parameters(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
+from outlier_mlx.engine.machine import free
 from outlier_mlx.engine.paging.equal import equal_experts
 from outlier_mlx.engine.paging.policies import Key
 from outlier_mlx.engine.paging.reading import ALIGNMENT, Chunk, OpenFile, Readers, Reading
@@ -53,15 +54,17 @@ class Piece:
         return prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
 
 
-def beyond_the_cache(nbytes: int, free: int | None) -> bool:
-    """Whether experts are read past the page cache: where it would help too little.
+def beyond_the_cache(nbytes: int, taken: int) -> bool:
+    """Whether experts are read past the page cache: where it has no room for all of them.
 
     Args:
         nbytes: bytes of all experts in the files.
-        free: what memory is free beside the slots, with the page cache; None: not known.
+        taken: memory that the model will take.
     """
-    # Not on macOS, where it was not measured.
-    return sys.platform == "linux" and free is not None and nbytes > free
+    if sys.platform != "linux":  # it was not measured on macOS
+        return False
+    found = free()
+    return found is not None and nbytes > found.nbytes - taken
 
 
 class ExpertFiles:

@@ -42,6 +42,7 @@ class PagingStatistics:
         misses: experts that were needed, and had to be read.
         early: experts that were read before it was known that they are needed.
         bytes_read: bytes of all experts that were read.
+        skipped: experts that were left out rather than read.
         waited: seconds for which the model waited for experts.
     """
 
@@ -49,6 +50,7 @@ class PagingStatistics:
     misses: int = 0
     early: int = 0
     bytes_read: int = 0
+    skipped: int = 0
     waited: float = 0.0
 
     @property
@@ -100,6 +102,7 @@ class ExpertStore:
         experts: experts of each of them.
         statistics: what they cost so far; a user may put new ones in their place.
         pressure: the rule by which slots are given back if memory is short; None: never.
+        skip: of which share of a token's weight on experts are read; see `leave_out`.
     """
 
     def __init__(self, pool: Pool, files: ExpertFiles, policy: Callable[[], Policy]) -> None:
@@ -114,6 +117,7 @@ class ExpertStore:
         self.layers, self.experts = tuple(files.layers), files.experts
         self.statistics = PagingStatistics()
         self.pressure: Pressure | None = None
+        self.skip = 0.0
         self._states = {n: _Layer(frozenset(range(self.experts))) for n in self.layers}
         self._equal = files.equal
         self._sharing: dict[Key, set[int]] = {}  # other layers that have an equal expert
@@ -212,6 +216,10 @@ class ExpertStore:
         for key in wanted:
             self._finish(key)
         self.statistics.waited += time.perf_counter() - begun
+
+    def missing(self, layer: int, experts: Iterable[int]) -> set[int]:
+        """Those of a layer's experts that are neither in a slot nor on their way there."""
+        return {e for e in experts if self._equal.get((layer, e), (layer, e)) not in self._entries}
 
     def note(self, layer: int, indices: mx.array, weights: mx.array) -> None:
         """Note the routing of a resident layer for the policy, without waiting for it."""
