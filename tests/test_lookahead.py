@@ -15,8 +15,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.lookahead import Lookahead, Probe, next_router
-from outlier_mlx.engine.paging.paged import store_of
+from outlier_mlx.engine.paging.paged import lookahead_of, store_of
 from tests.library import Library
+from tests.metal import Metal
 
 HIDDEN, EXPERTS = 64, 6
 
@@ -131,15 +132,17 @@ def decoded(model: Any, tokens: int = 40) -> list[np.ndarray]:
 
 
 def paged(tier: Path, slots: int) -> tuple[Any, Lookahead]:
-    model: Any = load_model(tier, expert_memory=ExpertMemory(slots=slots))[0]
-    return model, model.layers[1].mlp.switch_mlp.lookahead
+    model = load_model(tier, expert_memory=ExpertMemory(slots=slots))[0]
+    lookahead = lookahead_of(model)
+    assert lookahead is not None
+    return model, lookahead
 
 
 def test_reading_early_changes_no_bit(demo: Path) -> None:
     expected = decoded(load_model(demo)[0])
     for slots in (6, 8, 12):
         model, lookahead = paged(demo, slots)
-        lookahead.probe.on = lookahead.probe.decided = True
+        lookahead.probe.decide(True)
         assert all(map(np.array_equal, decoded(model), expected))
         store = store_of(model)
         assert store is not None
@@ -148,6 +151,19 @@ def test_reading_early_changes_no_bit(demo: Path) -> None:
         assert 0 < lookahead.needed <= 40 * 2 * 2
         assert lookahead.recall is not None
         assert lookahead.recall > 2 / 6  # of guesses at random
+
+
+def test_reading_early_costs_a_launch_a_layer_and_changes_no_bit_on_a_gpu(
+    demo: Path, metal: Metal
+) -> None:
+    expected = decoded(load_model(demo)[0], 6)
+    metal.clear()
+    model, lookahead = paged(demo, 6)
+    for on, routed in (False, 3), (True, 5):  # of three MoE layers, two have a next one
+        lookahead.probe.decide(on)
+        metal.clear()
+        assert all(map(np.array_equal, decoded(model, 6), expected))
+        assert metal.names.count("tq1_0_route") == 6 * routed
 
 
 def test_the_probe_decides_while_a_model_decodes(demo: Path) -> None:

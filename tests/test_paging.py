@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.paging.budget import ExpertMemory
-from outlier_mlx.engine.paging.paged import store_of
+from outlier_mlx.engine.paging.paged import lookahead_of, store_of
 from tests.library import Library
 from tests.metal import Metal
 
@@ -53,6 +53,9 @@ def test_the_same_logits_with_any_number_of_slots(demo: Path, slots: int) -> Non
 @pytest.mark.parametrize("slots", [6, 9, 18])
 def test_the_same_logits_from_the_kernels(demo: Path, metal: Metal, slots: int) -> None:
     whole, model = load_model(demo)[0], paged(demo, slots)
+    lookahead = lookahead_of(model)
+    assert lookahead is not None
+    lookahead.probe.decide(False)  # it launches routers of its own
     for tokens in (1, 3, 40):
         metal.clear()
         expected = logits(whole, tokens, 2)

@@ -68,7 +68,11 @@ class Probe:
         self.on = not self.on
         if all(len(found) >= _ENOUGH for found in self._seconds):
             without, early = self._seconds
-            self.on, self.decided = fmean(early) < _PAYS_BELOW * fmean(without), True
+            self.decide(fmean(early) < _PAYS_BELOW * fmean(without))
+
+    def decide(self, on: bool) -> None:
+        """Read early from now on, or never again."""
+        self.on, self.decided = on, True
 
 
 class Lookahead:

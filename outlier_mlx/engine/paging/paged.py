@@ -254,6 +254,12 @@ def statistics_of(model: nn.Module) -> PagingStatistics | None:
     return None if store is None else store.statistics
 
 
+def lookahead_of(model: nn.Module) -> Lookahead | None:
+    """What guesses a model's next experts; None if they are not paged."""
+    paged = (m.lookahead for m in model.modules() if isinstance(m, PagedSwitchGLU))
+    return next(paged, None)
+
+
 def skip_experts(model: nn.Module, share: float) -> None:
     """Let a model leave out missing experts that have less than a share of a token's weight.
 
