@@ -94,6 +94,8 @@ NOT_PLAIN: dict[str, dict[str, Any]] = {
         "linear_num_key_heads": 2,
     },
     "hybrid": {"model_type": "x", "layer_types": ["full_attention", "linear_attention"]},
+    "numbers": {"model_type": "llama", "layer_types": [0, 1]},
+    "lists of lists": {"model_type": "llama", "layer_types": [["full_attention"], None]},
     "states": {"model_type": "falcon_h1", "mamba_d_state": 16},
     "shared keys": {"model_type": "gemma3n", "num_kv_shared_layers": 1},
     "lists": {"model_type": "openelm", "num_key_value_heads": [1, 2]},

@@ -59,7 +59,7 @@ def read_attention(
     windows = {"full_attention": None, "sliding_attention": window}
     if not isinstance(types, list) or len(types) != layers:
         return None
-    if any(kind not in windows for kind in types if isinstance(kind, str)):
+    if not all(isinstance(kind, str) and kind in windows for kind in types):
         return None
     if "sliding_attention" in types and (type(window) is not int or window < 1):
         return None
