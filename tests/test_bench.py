@@ -25,6 +25,7 @@ from outlier_mlx.engine.chips import (
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure import bench, bench_tables, speeds
 from outlier_mlx.measure.bench import BenchOptions, BenchResult, Runs
+from outlier_mlx.measure.disk import DiskSpeed
 from outlier_mlx.measure.expected import Machine, work_of
 from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.runtime import variants
@@ -323,6 +324,29 @@ def test_expected_of_a_chip(tier: Path):
     assert work is not None and expected.decode is not None and expected.prompt_tps is None
     assert expected.decode.seconds == work.nbytes / 68.25e9 + work.launches * 2e-6
     assert (expected.source, expected.about) == ("published", "Apple M1 has 68.25 GB/s")
+
+
+def test_expected_of_paged_experts(tier: Path, monkeypatch: pytest.MonkeyPatch):
+    """The bytes that were missing are read at the disk's speed, which is measured."""
+    monkeypatch.setattr(speeds, "speed_here", lambda chip, quantized: FAST)
+    slow = DiskSpeed({1: 1e-6}, 1, 1, "")  # so that all but the disk counts for little
+    how = "-p", 8, "-g", 32, "-n", 2, "--expert-memory", "60%"
+    with monkeypatch.context() as patch:
+        patch.setattr(speeds, "are_enough", lambda pieces: True)
+        patch.setattr(speeds, "measure_pieces", lambda pieces, what: slow)
+        found = run("bench", tier, *how, "--json").json
+    missing = found["decode"]["missing_bytes_per_token"]
+    assert 0 < missing * 31 * 2 <= found["paging"]["bytes_read"]
+    expected = found["expected"]
+    work = work_of(read_shards(tier), describe(raw_config(tier)), 24, "tier")
+    assert work is not None
+    waited = missing / 1e3 - work.shared_share * work.weights / 1e9
+    assert expected["decode"]["seconds"]["disk"] == pytest.approx(waited)
+    assert expected["about"] == "as fast as said; the disk reads 1e-06 GB/s of experts"
+
+    found = run("bench", tier, *how, "--json").json["expected"]
+    assert found["decode"]["seconds"]["disk"] == 0
+    assert found["about"].endswith("too few or small to measure the disk, whose time is left out")
 
 
 def test_nothing_is_expected_of_batches(tier: Path):

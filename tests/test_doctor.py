@@ -281,6 +281,18 @@ def test_paged(large: Path):
     assert found["resident_tokens_per_s"]["value"] == model["resident_tokens_per_s"]
 
 
+def test_memory_for_experts_is_given(large: Path):
+    how = "--ram", 48, "--chip", "M2 Pro", "--disk", 3, "--json", "--expert-memory"
+    for given, slots in (("50%", 112), ("5GB", 5_000_000_000 // 42_617_856)):
+        model = values(run("doctor", large, *how, given).json["model"])
+        assert model["experts"] == "paged" and 224 * model["resident_share"] == slots
+        assert model["experts_bytes"] == pytest.approx(slots * 42.6e6, rel=1e-3)
+    assert values(run("doctor", large, *how, "all").json["model"])["experts"] == "resident"
+    assert_refused(run("doctor", large, *how, "1GB", code=1), "--expert-memory 2387MB")
+    told = run("doctor", large, *how, "much", code=2).err
+    assert told.startswith("error: --expert-memory: 'much' is no amount of memory")
+
+
 def test_a_model_that_does_not_fit(large: Path):
     done = run("doctor", large, "--ram", 8, "--chip", "M2", code=1)
     assert "speed" in done.out  # what is known is told all the same

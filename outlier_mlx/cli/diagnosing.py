@@ -8,7 +8,7 @@ import typer
 
 from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.loading import import_engine
-from outlier_mlx.cli.options import Json, KVCache, PrefillStep, Quiet, Revision
+from outlier_mlx.cli.options import ExpertMemory, Json, KVCache, PrefillStep, Quiet, Revision
 
 if TYPE_CHECKING:
     from outlier_mlx.measure.doctor import Report
@@ -49,6 +49,7 @@ def doctor(
         int, typer.Option(min=1, help="Tokens in the KV cache of the conversation.")
     ] = 4096,
     prefill_step_size: PrefillStep = 2048,
+    expert_memory: ExpertMemory = "auto",
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -56,6 +57,7 @@ def doctor(
     """Examine this machine, and say whether a model fits and how fast it can be."""
     import_engine()
     from outlier_mlx.engine.needs import Use
+    from outlier_mlx.engine.paging.budget import ExpertMemory as Parsed
     from outlier_mlx.errors import OutlierError
     from outlier_mlx.measure.doctor import Given, examine
     from outlier_mlx.terminal import counting_bar, progress_bar
@@ -83,7 +85,8 @@ def doctor(
         kv_group_size=cache.kv_group_size,
         kv_start=cache.quantized_kv_start,
     )
-    report = examine(model or None, given, use, revision, stages)
+    memory = Parsed.parse(expert_memory)
+    report = examine(model or None, given, use, memory, revision, stages)
     if as_json:
         print(json.dumps(report.as_json(), indent=2))
     else:

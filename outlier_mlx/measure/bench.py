@@ -1,7 +1,6 @@
 """Speed of reading prompts and of generation: mlx-lm's own loop, timed over repeated runs."""
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,6 +75,7 @@ class BenchResult:
         bytes_per_token: bytes that decoding one token reads, if known; see `decode_bytes`.
         expectation: what was to be expected.
         paging: what paged experts cost in all timed runs; None: they are not paged.
+        missing_bytes: bytes of paged experts that a decoded token read, on average.
     """
 
     chip: Chip
@@ -87,6 +87,7 @@ class BenchResult:
     bytes_per_token: int | None
     expectation: Expectation = NO_EXPECTATION
     paging: PagingStatistics | None = None
+    missing_bytes: float = 0.0
 
     @property
     def steps_per_s(self) -> float:
@@ -132,6 +133,7 @@ class BenchResult:
                 "bytes_per_token": self.bytes_per_token,
                 "gb_per_s": self.decode_gb_s,
                 "of_bandwidth": self.of_bandwidth,
+                "missing_bytes_per_token": self.missing_bytes,
             },
             "expected": {
                 **self.expectation.as_json(),
@@ -179,8 +181,9 @@ def bench_model(
     timed = responses[1:]
     context = options.prompt_tokens + options.generation_tokens // 2
     peak, chip, expected = mx.get_peak_memory(), this_chip(), NO_EXPECTATION
+    missing = sum(run.missing_bytes for run in timed) / len(timed)
     if folder is not None:
-        expected = expectation(folder, chip, context, options.batch_size)
+        expected = expectation(folder, chip, context, options.batch_size, missing)
     return BenchResult(
         chip=chip,
         dtype=dtype_name(activation_dtype(model)),
@@ -191,7 +194,17 @@ def bench_model(
         bytes_per_token=decode_bytes(model, context) if options.batch_size == 1 else None,
         expectation=expected,
         paging=statistics_of(model),
+        missing_bytes=missing,
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run: mlx-lm's speeds, and the bytes of paged experts that a decoded token read."""
+
+    prompt_tps: float
+    generation_tps: float
+    missing_bytes: float = 0.0
 
 
 def _generate(
@@ -199,16 +212,23 @@ def _generate(
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     options: BenchOptions,
-) -> Any:
-    """One run; the result has mlx-lm's `prompt_tps` and `generation_tps`."""
+) -> _Run:
     limits: dict[str, Any] = {
         "max_tokens": options.generation_tokens,
         "prefill_step_size": options.prefill_step_size,
     }
     if len(prompts) > 1:
-        return batch_generate(model, tokenizer, list(prompts), **limits).stats
-    # The last response alone: each holds an array of the vocabulary's size.
-    return deque(stream_generate(model, tokenizer, prompts[0], **limits), maxlen=1).pop()
+        found = batch_generate(model, tokenizer, list(prompts), **limits).stats
+        return _Run(found.prompt_tps, found.generation_tps)
+    paging = statistics_of(model)
+    responses = stream_generate(model, tokenizer, prompts[0], **limits)
+    last = next(responses)  # the prompt is read
+    before = paging.bytes_read if paging else 0
+    for response in responses:
+        last = response  # it alone: each holds an array of the vocabulary's size
+    read = (paging.bytes_read if paging else 0) - before
+    steps = max(1, options.generation_tokens - 1)
+    return _Run(last.prompt_tps, last.generation_tps, read / steps)
 
 
 def decode_bytes(model: nn.Module, context: int) -> int | None:

@@ -15,6 +15,7 @@ from outlier_mlx.checkpoints.stored_model import open_config
 from outlier_mlx.engine.chips import Chip, named_chip, this_chip
 from outlier_mlx.engine.machine import GPU_SHARE, budget, free, gpu_limit
 from outlier_mlx.engine.needs import Use
+from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.measure.disk import (
     NotMeasuredError,
@@ -101,7 +102,12 @@ class Report:
 
 
 def examine(
-    model: str | None, given: Given, use: Use, revision: str | None, stages: Stages
+    model: str | None,
+    given: Given,
+    use: Use,
+    memory: ExpertMemory,
+    revision: str | None,
+    stages: Stages,
 ) -> Report:
     """Examine this machine or another Mac, and a model there.
 
@@ -110,11 +116,13 @@ def examine(
             disk; None: no model.
         given: what is said of the machine; of another Mac, with its memory if there is a model.
         use: how the model is going to be used.
+        memory: what its experts may take.
         revision: branch, tag or commit of the model on the hub.
         stages: shows progress.
 
     Raises:
-        OutlierError: the chip is not known, or there is no sound model that can be run.
+        OutlierError: the chip is not known, or there is no sound model that can be run, or `memory`
+            does not suit it.
     """
     where = "another Mac" if given.elsewhere else "this machine"
     with ExitStack() as opened:
@@ -124,7 +132,7 @@ def examine(
                 source = opened.enter_context(headers(model, revision, progress)).source
             config = describe(open_config(source.folder))
             tensors, local = read_shards(source.folder), Path(model).exists()
-            of = Model(source.name, source.folder, config, tensors, use, local)
+            of = Model(source.name, source.folder, config, tensors, use, memory, local)
         machine, speed = _machine(given, of, stages)
         if of is None:
             return Report(where, machine)

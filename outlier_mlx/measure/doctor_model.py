@@ -7,7 +7,7 @@ from pathlib import Path
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.memory import check_fits
 from outlier_mlx.engine.needs import Use, needs_of
-from outlier_mlx.engine.paging.budget import AUTO
+from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.plan import Plan, plan
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.expected import Expected, Work, decoding, reading, work_of
@@ -28,6 +28,7 @@ class Model:
         config: what its config says.
         tensors: its tensors.
         use: how it is going to be used.
+        memory: what its experts may take.
         local: whether the tensors are in the folder, too, rather than only their headers.
     """
 
@@ -36,6 +37,7 @@ class Model:
     config: Description
     tensors: Mapping[str, TensorRef]
     use: Use
+    memory: ExpertMemory
     local: bool
 
 
@@ -49,8 +51,9 @@ def model_findings(model: Model, available: Budget, speed: Speed) -> Iterator[Fi
 
     Raises:
         CheckpointError: the model is not sound.
+        OutlierError: the memory for its experts does not suit it.
     """
-    planned = plan(model.folder, model.use, AUTO, available)
+    planned = plan(model.folder, model.use, model.memory, available)
     yield from _memory(model, planned)
     work = work_of(model.tensors, model.config, model.use.tokens, model.name)
     if work is None:
@@ -102,7 +105,7 @@ def _refusal(model: Model, planned: Plan) -> str | None:
             kv_group_size=use.kv_group_size,
             kv_start=use.kv_start,
             step=use.step,
-            memory=AUTO,
+            memory=model.memory,
         )
     except OutlierError as error:
         return str(error)

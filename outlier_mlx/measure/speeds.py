@@ -1,8 +1,8 @@
 """What this machine does in a second: as published for its chip, or as measured here and now."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,9 +10,16 @@ from typing import Any
 import mlx.core as mx
 
 from outlier_mlx.engine.chips import Chip
+from outlier_mlx.measure.disk import (
+    NotMeasuredError,
+    are_enough,
+    expert_pieces,
+    measure_pieces,
+)
 from outlier_mlx.measure.expected import Expected, Machine, decoding, reading, work_of
 from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 
 # What a CPU multiplies: a matrix of 4 bits or in float32, with one vector and with several.
@@ -95,26 +102,47 @@ class Expectation:
 NO_EXPECTATION = Expectation(None, None, "unknown", "")
 
 
-def expectation(folder: Path, chip: Chip, context: int, batch: int) -> Expectation:
-    """What is to be expected of a model that is all in memory.
+def expectation(
+    folder: Path, chip: Chip, context: int, batch: int, missing_bytes: float = 0.0
+) -> Expectation:
+    """What is to be expected of a model.
 
     Args:
         folder: the model.
         chip: the chip of MLX's default device.
         context: tokens in the KV cache.
         batch: prompts at a time; for several, nothing is expected: they may share experts.
+        missing_bytes: bytes of experts that a decoded token read, if they are paged; then the disk
+            is measured, too.
     """
     if batch > 1:
         about = "no speed is expected of batches, whose tokens may share experts"
         return Expectation(None, None, "unknown", about)
-    config = describe(raw_config(folder))
-    work = work_of(read_shards(folder), config, context, folder.name)
+    config, tensors = describe(raw_config(folder)), read_shards(folder)
+    work = work_of(tensors, config, context, folder.name)
     if work is None:
         about = "no speed is expected: it is not known how large the model's KV cache is"
         return Expectation(None, None, "unknown", about)
     speed = speed_here(chip, config.quantization is not None)
-    found = decoding(work, speed.machine)
-    return Expectation(found, reading(work, speed.machine), speed.source, speed.about)
+    machine, about = speed.machine, speed.about
+    if missing_bytes:
+        disk, told = _disk(tensors)
+        machine, about = replace(machine, disk_gb_s=disk), f"{about}; {told}"
+        missing_bytes = missing_bytes if disk is not None else 0.0
+    found = decoding(work, machine, missing_bytes)
+    return Expectation(found, reading(work, machine), speed.source, about)
+
+
+def _disk(tensors: Mapping[str, TensorRef]) -> tuple[float | None, str]:
+    """GB/s that the disk reads of a model's experts, and in words; None if that tells nothing."""
+    pieces = expert_pieces(tensors)
+    if not are_enough(pieces):
+        return None, "experts are too few or small to measure the disk, whose time is left out"
+    try:
+        gb_s = measure_pieces(pieces, "experts").gb_s
+    except NotMeasuredError as error:
+        return None, f"without the time of the disk: {error}"
+    return gb_s, f"the disk reads {gb_s:.3g} GB/s of experts"
 
 
 def _multiplying(vectors: int, quantized: bool) -> float:
