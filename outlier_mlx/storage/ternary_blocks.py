@@ -18,6 +18,7 @@ from outlier_mlx.storage.ternary_matrix import (
     without_sign,
 )
 from outlier_mlx.ternary import TernaryError, ggml, prism
+from outlier_mlx.ternary.arrays import items
 from outlier_mlx.ternary.two_bits import has_code_3, twos_to_rows
 
 # Rows that are unpacked at a time where scales leave a question open.
@@ -199,9 +200,12 @@ class BlockSource(TernarySource):
         if self.factor is not None or self.order:
             return super().examine(start, stop)
         at, blocks = self.type.at, raw.reshape(len(raw), -1, self.rows.tensor.block_bytes)
-        d = np.abs(np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0])
-        codes = blocks[..., 2:] if at == 0 else blocks[..., :at]
-        if not np.isfinite(d).all() or (self.type.codes and has_code_3(codes)):
+        # As one item a block, both are copied faster.
+        d = np.abs(np.ascontiguousarray(items(blocks, at, 2)).view("<f2"))
+        codes = items(blocks, 2 if at == 0 else 0, blocks.shape[-1] - 2)
+        if not np.isfinite(d).all() or (
+            self.type.codes and has_code_3(np.ascontiguousarray(codes).view(np.uint8))
+        ):
             self._unpacked(raw, start)  # it names the place
         if self.type.group == 64:
             even = d.shape[1] // 2 * 2

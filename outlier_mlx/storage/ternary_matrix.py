@@ -20,13 +20,16 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.rounding import widened
 from outlier_mlx.storage.tensors import row_ranges
-from outlier_mlx.ternary import pack_rows
+from outlier_mlx.ternary import pack_rows, row_bytes
 
 #: Groups of weights along a row that kernels have scales for, besides one scale a row.
 GROUPS = (64, 128)
 #: Bytes of a source that are examined or read at a time: enough that threads seldom wait for each
 #: other, little enough that the trits of a few slabs take some tens of megabytes.
 SLAB_BYTES = 1 << 21
+
+# Bytes of packed rows that are made of trits at a time, so that a cache holds the trits.
+_PACKED_BYTES = 1 << 18
 
 T = TypeVar("T")
 #: Computes calls one after the other, or several of them at the same time; results are in order.
@@ -165,8 +168,13 @@ class TernaryMatrix:
             parts = scales.reshape(len(rows), -1, self._joins)
             if (parts == parts[..., :1]).all():
                 return rows, self._stored(np.ascontiguousarray(parts[..., 0]))
-        trits, scales = self.read(start, stop)
-        return pack_rows(trits), scales
+        rows = np.empty((stop - start, row_bytes(self.shape[1])), np.uint8)
+        found_scales = []
+        for first, last in row_ranges(*rows.shape, _PACKED_BYTES, self.source.multiple):
+            trits, scales = self.read(start + first, start + last)
+            rows[first:last] = pack_rows(trits)
+            found_scales.append(scales)
+        return rows, np.concatenate(found_scales)
 
     @property
     def _joins(self) -> int:

@@ -96,7 +96,7 @@ def _blocks(packed: np.ndarray, size: int) -> np.ndarray:
 
 
 def _scales(blocks: np.ndarray, at: int) -> np.ndarray:
-    d = np.ascontiguousarray(blocks[..., at : at + _D_BYTES]).view("<f2")[..., 0]
+    d = np.ascontiguousarray(items(blocks, at, _D_BYTES)).view("<f2")
     finite = np.isfinite(d)
     if not finite.all():
         index = [int(i) for i in np.argwhere(~finite)[0]]
