@@ -150,7 +150,7 @@ def test_a_wrong_result(quick: list[Any], monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("installed", "problem"),
     [
-        ("0.1.5", "mlx 0.1.5 is older than 99.1, which was tested: pip install --upgrade 'mlx>="),
+        ("0.1.5", "mlx 0.1.5 is older than 99.1, which was tested: pip install -U 'mlx>="),
         (None, "mlx is not installed: pip install 'mlx>=99.1'"),
         ("99.1", None),
         ("99.2.1rc1", None),

@@ -261,7 +261,7 @@ def _versions() -> Iterator[Finding]:
         if one.is_old:
             problem = (
                 f"{one.name} {one.installed} is older than {one.tested}, which was tested:"
-                f" pip install --upgrade '{wanted}'"
+                f" pip install -U '{wanted}'"
             )
         yield Finding(key, one.name, one.installed, one.installed, REPORTED, about, problem)
 
