@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import re
 import shutil
@@ -189,6 +190,14 @@ def test_a_full_disk_is_told(quick: list[Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "measure_folder", disk.measure_folder)
     done = run("doctor")
     assert re.search(r"disk: +not known: \.: 0 B free; .*--disk GB/s", done.out)
+
+
+def test_a_folder_that_takes_no_file(quick: list[Any], monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system", "./x")
+
+    monkeypatch.setattr(doctor, "measure_folder", fails)
+    assert re.search(r"disk: +not known: .*Read-only file system: '\./x'", run("doctor").out)
 
 
 def test_a_disk_that_cannot_be_read(quick: list[Any], monkeypatch: pytest.MonkeyPatch):

@@ -90,6 +90,19 @@ def test_every_kernel():
 
 
 @needs_emulator
+def test_a_comparison_that_fails_is_told(monkeypatch: pytest.MonkeyPatch):
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("[metal] out of memory")
+
+    monkeypatch.setattr(bench_kernels, "cases", fails)
+    monkeypatch.setattr(self_test, "TOKENS", (1,))
+    with virtual_metal(count=False):
+        wrong = self_test.self_test().wrong
+    dtypes = "float32", "float16", "bfloat16"
+    assert wrong == [Check(f"kernels, {dtype}", "[metal] out of memory") for dtype in dtypes]
+
+
+@needs_emulator
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch):
     """Both in a layer and by itself; other kernels stay sound."""
     real = bench_cases.cases

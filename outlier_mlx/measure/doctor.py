@@ -237,9 +237,9 @@ def _disk(given: Given, model: Model | None, stages: Stages) -> Finding:
                 found = measure_pieces(pieces, "the model's own experts", progress)
             else:
                 found = measure_folder(folder, progress)
-    except (NotMeasuredError, PermissionError) as error:
+    except (NotMeasuredError, OSError) as error:  # as where no file may be written
         return unknown(key, name, str(error))
-    except (OutlierError, OSError) as error:
+    except OutlierError as error:
         return unknown(key, name, "", f"the disk cannot be read: {error}")
     depths = ", ".join(f"{gb_s:.3g} at {depth}" for depth, gb_s in found.by_depth.items())
     about = (

@@ -78,15 +78,22 @@ def self_test(progress: Progress = no_progress) -> SelfTest:
     for name, run in todo:
         progress(len(checks), len(todo))
         checks.append(Check(name, _error(run)))
-    found: dict[str, str | None] = {}
-    if gpu:
-        layer, _ = _layer()
-        found = {
-            f"{name}, {dtype_name(dtype)}": error
-            for dtype in dtypes
-            for name, error in check_kernels(layer, dtype, progress).items()
-        }
-    return SelfTest(checks + [Check(*one) for one in found.items()], len(found))
+    kernels = [check for dtype in dtypes for check in _kernels(dtype, progress)] if gpu else []
+    return SelfTest(checks + kernels, len(kernels))
+
+
+def _kernels(dtype: mx.Dtype, progress: Progress) -> list[Check]:
+    """Every kernel, on a layer's experts."""
+    layer, _ = _layer()
+    try:
+        found = check_kernels(layer, dtype, progress)
+    except (RuntimeError, ValueError) as error:  # of plain MLX
+        found = {"kernels": _told(error)}
+    return [Check(f"{name}, {dtype_name(dtype)}", error) for name, error in found.items()]
+
+
+def _told(error: Exception) -> str:
+    return one_line(str(error))[:200]
 
 
 #: Computes a result, and gives what it should be, and the dtype whose roundings it has.
@@ -98,7 +105,7 @@ def _error(run: Run) -> str | None:
         found, expected, dtype = run()
         mx.eval(found)
     except (RuntimeError, ValueError) as error:  # as when Metal does not compile a kernel
-        return one_line(str(error))[:200]
+        return _told(error)
     if found.shape != expected.shape:
         return f"its shape is {found.shape}, not {expected.shape}"
     rounding = 8 * ROUNDING[dtype]
