@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from outlier_mlx.checkpoints.info import inspect
+from outlier_mlx.cli.tables import patterns
 from outlier_mlx.imports import import_model
 from outlier_mlx.storage.shards import read_shards
-from tests.hub import Hub, opened
+from tests.hub import Handler, Hub, opened
 from tests.program import assert_refused, run
 from tests.tensor_file import stored
 from tests.ternary_sources import (
@@ -79,7 +81,9 @@ def test_what_is_not(tmp_path: Path):
     assert wrong[0]["packed_nbytes"] is None and result["deep"] is True
     said = run("info", source, "--deep").out
     assert f"ternary: {len(pack.matrices) - 1} of {len(pack.matrices)} quantized matrices" in said
-    assert "not ternary: model.layers.N.mlp.up_proj (1 layer) (2-bit codes, groups of 128)" in said
+    assert "  not ternary (2-bit codes, groups of 128):\n    model.layers.0.mlp.up_proj\n" in said
+    assert "    model.layers.{0-1}.mlp.{gate,down}_proj\n" in said
+    assert max(map(len, said.splitlines())) <= 80
     said = run("info", source).out
     count = len(pack.matrices)
     assert f"ternary: perhaps {count} of {count} quantized matrices (--deep reads" in said
@@ -96,16 +100,57 @@ def test_models_that_are_quantized_otherwise(tmp_path: Path):
     assert f"ternary: none of {len(pack.matrices)} quantized matrices" in said
 
 
-def test_an_unquantized_model_says_nothing_of_it(tmp_path: Path):
+def floats_pack() -> Pack:
+    """The weights of a ternary pack as float16, unquantized."""
     pack = mlx_pack()
     for field in ("quantization", "quantization_config"):
         del pack.config[field]
     for path, matrix in pack.matrices.items():
         pack.tensors[f"{path}.weight"] = stored(matrix.values.astype(np.float16))
         del pack.tensors[f"{path}.scales"], pack.tensors[f"{path}.biases"]
+    return pack
+
+
+def test_unquantized_weights(tmp_path: Path):
+    """They may be ternary in fact: one line says so, and the weights tell."""
+    pack = floats_pack()
+    count = len(pack.matrices)
     source = pack.write(tmp_path / "model")
-    assert inspect(source).ternary is None
-    assert "ternary" not in run("info", source).out
+    said = run("info", source).out
+    assert f"ternary: perhaps; {count} matrices of 16-bit floats (--deep reads them)\n" in said
+    assert "as ternary rows" not in said
+    found = inspect(source, deep=True).ternary
+    assert found is not None and {m.ternary for m in found.matrices} == {True}
+    tensors = read_shards(import_model(source, tmp_path / "rows").path)
+    for matrix in found.matrices:
+        rows = [tensors[f"{matrix.name}.{leaf}"].nbytes for leaf in ("weight", "scales")]
+        assert matrix.packed_nbytes == sum(rows)
+    path = "model.layers.1.mlp.up_proj"
+    pack.tensors[f"{path}.weight"] = stored(
+        np.random.default_rng(1).random((512, 256), np.float32).astype(np.float16)
+    )
+    said = run("info", pack.write(tmp_path / "other"), "--deep").out
+    assert f"ternary: {count - 1} of {count} matrices\n" in said
+    assert f"  not ternary (16-bit floats):\n    {path}\n" in said
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_scales_of_packed_bitnet(value: float, tmp_path: Path):
+    pack = bitnet_pack()
+    name = next(name for name in pack.tensors if name.endswith(".weight_scale"))
+    pack.tensors[name] = stored(np.array([value], np.float32))
+    source = pack.write(tmp_path / "model")
+    assert_refused(run("info", source, "--deep", code=1), name, "positive number")
+
+
+def test_names_are_short():
+    mlp = [f"model.layers.{n}.mlp.{leaf}_proj" for n in range(28) for leaf in ("gate", "up")]
+    full = [f"blk.{n}.attn_{leaf}.weight" for n in range(3, 64, 4) for leaf in "qkv"]
+    assert patterns(["lm_head", *mlp, *full]) == [
+        "lm_head",
+        "model.layers.{0-27}.mlp.{gate,up}_proj",
+        "blk.{3,7,...,63}.attn_{q,k,v}.weight",
+    ]
 
 
 def test_a_gguf_file(tmp_path: Path):
@@ -156,5 +201,89 @@ def test_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert len(found.matrices) == len(pack.matrices)
         found = inspect("some/gguf", file="model-PQ2_0.gguf").ternary
         assert len(found.matrices) == len(made.matrices)
-        assert_refused(run("info", "some/pack", "--deep", code=1), "some/pack", "--deep")
         assert_refused(run("info", "some/gguf", code=1), "some/gguf", "--file")
+
+
+REMOTE: dict[str, Callable[[], Pack | GgufFile]] = {
+    "rotated": prism_pack,
+    "bitnet": bitnet_pack,
+    "floats": floats_pack,
+    "PQ2_0": lambda: dense_gguf("PQ2_0"),
+}
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_codes_of_repositories(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They are read by ranges: nothing is stored, and nothing fetched that is not needed."""
+    made = REMOTE[name]()
+    folder = tmp_path / "there"
+    folder.mkdir()
+    source = made.write(folder / "model.gguf" if isinstance(made, GgufFile) else folder / "m")
+    local = inspect(source, deep=True).ternary
+    assert local is not None
+    hub = Hub()
+    hub.add("some/model", source.parent if source.is_file() else source)
+    more = ("--file", source.name) if source.is_file() else ()
+    with opened(hub, tmp_path, monkeypatch):
+        result = run("info", "some/model", "--deep", "--json", *more)
+    assert result.json["ternary"] == json.loads(json.dumps(local.as_json()))
+    assert "of weights from the hub" in result.err
+    sent = sum(
+        r.sent for r in hub.asked("some/model") if r.path.endswith((".gguf", ".safetensors"))
+    )
+    assert sent < local.as_json()["nbytes"] + 210_000
+
+
+def test_an_imported_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    done = import_model(mlx_pack().write(tmp_path / "model"), tmp_path / "rows")
+    hub = Hub()
+    hub.add("some/rows", done.path)
+    with opened(hub, tmp_path, monkeypatch):
+        result = run("info", "some/rows", "--deep", "--json")
+    assert result.json["ternary"] == run("info", done.path, "--deep", "--json").json["ternary"]
+
+
+class WithoutRanges(Handler):
+    """A hub that has no ranges: the whole file is the answer."""
+
+    def send(self, path: Path, headers: dict[str, str]) -> None:
+        del self.headers["Range"]
+        super().send(path, headers)
+
+
+def test_a_hub_without_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = Hub()
+    hub.add("some/pack", mlx_pack().write(tmp_path / "pack"))
+    with opened(hub, tmp_path, monkeypatch, WithoutRanges):
+        result = run("info", "some/pack", "--deep", code=1)
+    # The stand-in may tell in between that nobody reads on.
+    assert (
+        "error: some/pack: model.safetensors: the hub did not send the requested range; download"
+        " the model, and name its folder\n"
+    ) in result.err
+
+
+def test_damaged_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = mlx_pack().write(tmp_path / "pack")
+    (shard,) = folder.glob("*.safetensors")
+    whole = shard.read_bytes()
+    index = {"weight_map": dict.fromkeys(read_shards(folder), "other.safetensors")}
+    hub = Hub()
+    hub.add("some/pack", folder)
+    with opened(hub, tmp_path, monkeypatch):
+        shard.write_bytes(whole[:-100])
+        assert_refused(run("info", "some/pack", "--deep", code=1), shard.name, "truncated")
+        shard.write_bytes(whole)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert_refused(run("info", "some/pack", "--deep", code=1), "other.safetensors")
+        (folder / "model.safetensors.index.json").unlink()
+        # It became shorter after its header was read.
+        hub.on_file = lambda _, name, part: (
+            shard.write_bytes(whole[:200_000])
+            if name == shard.name and part and not part.startswith("bytes=0-")
+            else None
+        )
+        result = run("info", "some/pack", "--deep", code=1)
+    assert result.err.splitlines()[1:] == [
+        f"error: some/pack: {shard.name}: the hub did not send the requested range"
+    ]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from outlier_mlx.checkpoints import Overlay, open_overlay
 from outlier_mlx.checkpoints.gguf_info import holds_gguf, read_gguf_info
 from outlier_mlx.checkpoints.headers import headers
-from outlier_mlx.checkpoints.ternary_info import TernaryInfo, survey_folder
+from outlier_mlx.checkpoints.ternary_info import Reading, TernaryInfo, silently, survey_folder
 from outlier_mlx.checkpoints.ternary_model import open_ternary_model
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import (
@@ -27,7 +28,7 @@ from outlier_mlx.models.sizes import add_up, context_length, kv_bytes
 from outlier_mlx.models.stored import stored_params
 from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
 from outlier_mlx.storage.gguf_model import patterns
-from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.safetensors import ReadRange, TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.ternary_matrix import settled
 from outlier_mlx.terminal import Progress, no_progress
@@ -108,6 +109,7 @@ def inspect(
     *,
     file: str | None = None,
     deep: bool = False,
+    reading: Reading = silently,
 ) -> Info:
     """Describe a tier, an overlay or a plain model; weights are read only with `deep`.
 
@@ -115,7 +117,9 @@ def inspect(
         path_or_repo: a folder, a `.gguf` file, or a repository on the hub.
         revision: branch, tag or commit on the hub.
         file: name of a GGUF file in the folder or repository.
-        deep: read the codes of matrices that may be ternary; not for repositories.
+        deep: read the codes of matrices that may be ternary; from the hub, only these.
+        reading: called with how many bytes this reads at most, before the first is read; shows the
+            progress.
         progress: called with how many files on the hub have been asked for, and how many will be.
 
     Raises:
@@ -123,48 +127,53 @@ def inspect(
         OutlierError: the hub cannot be reached.
     """
     place = Path(path_or_repo)
-    if deep and not place.exists():
-        raise CheckpointError(
-            f"{path_or_repo}: --deep reads all weights; download the model, and name its folder"
-        )
     if place.is_file() and holds_gguf(place):
-        return _inspect_gguf(place, place.name, None, deep=deep)
+        return _inspect_gguf(place, place.name, None, deep=deep, reading=reading)
     name_leftovers(place)
     besides = _ABOUT if file is None else (*_ABOUT, *patterns(file))
     with headers(path_or_repo, revision, progress, besides=besides) as found:
         folder, name = found.source.folder, found.source.name
+        remote = {path: file.read for path, file in found.files.items()}
+        how: dict[str, Any] = {"deep": deep, "reading": reading, "remote": remote}
         if file is not None or (folder.is_dir() and holds_gguf(folder)):
-            return _inspect_gguf(folder, name, file, deep=deep)
+            return _inspect_gguf(folder, name, file, **how)
         if not place.exists() and not (folder / "config.json").exists():
             raise CheckpointError(f"{name}: no config.json; name a GGUF file with --file")
-        return _inspect_folder(folder, name, deep=deep)
+        return _inspect_folder(folder, name, **how)
 
 
-def _inspect_gguf(place: Path, name: str, file: str | None, *, deep: bool) -> Info:
-    fields, ternary = read_gguf_info(place, file, deep=deep)
+def _inspect_gguf(place: Path, name: str, file: str | None, **how: Any) -> Info:
+    fields, ternary = read_gguf_info(place, file, **how)
     others: dict[str, Any] = dict.fromkeys(
         ("kv_bytes_per_token", "base_architecture", "moe_layers", "dtype")
     )
     return Info(name=name, quantization=None, ternary=ternary, **others, **fields)
 
 
-def _inspect_folder(folder: Path, name: str, *, deep: bool) -> Info:
+def _inspect_folder(
+    folder: Path, name: str, *, deep: bool, reading: Reading, remote: Mapping[Path, ReadRange]
+) -> Info:
     config = _read(name, raw_config(folder))
     if is_overlay(config.raw):
         overlay = open_overlay(folder)
         return _describe(config, folder, name, overlay_sizes(overlay), overlay.form)
-    tensors = read_shards(folder)
+    found = read_shards(folder)
+    tensors = {key: replace(tensor, fetch=remote.get(tensor.file)) for key, tensor in found.items()}
     rows = None
     if is_ternary_model(config.raw):
         rows = open_ternary_model(folder, config.raw, tensors)
         if deep:
-            with reading_pool() as pool:
-                for matrix in rows.matrices.values():
+            sizes = [matrix.source.nbytes for matrix in rows.matrices.values()]
+            with reading(sum(sizes)) as progress, reading_pool() as pool:
+                for done, matrix in zip(accumulate(sizes), rows.matrices.values(), strict=True):
                     settled(matrix.source, partial(ahead, pool))
+                    progress(done, sum(sizes))
     info = _describe(config, folder, name, tensor_sizes(name, config, tensors), None)
     if is_tier(config.raw):
         return info
-    return replace(info, ternary=survey_folder(config.raw, tensors, rows, deep=deep))
+    return replace(
+        info, ternary=survey_folder(config.raw, tensors, rows, deep=deep, reading=reading)
+    )
 
 
 #: Kind of part, parameters and bytes.

@@ -4,8 +4,9 @@ Headers say what a form can hold; the codes, which `deep` reads, what it does ho
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -16,20 +17,32 @@ from outlier_mlx.models.ternary_fields import module_tensors
 from outlier_mlx.storage.gguf_model import GgufModel
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, NUMPY_DTYPES, TensorRef
 from outlier_mlx.storage.ternary_affine import HALVES, AffineSource
-from outlier_mlx.storage.ternary_bitnet import PackedBitnet
+from outlier_mlx.storage.ternary_bitnet import FloatSource, PackedBitnet
 from outlier_mlx.storage.ternary_blocks import TYPES, BlockSource, WholeTensor
 from outlier_mlx.storage.ternary_matrix import (
     GROUPS,
+    SLAB_BYTES,
     NotTernary,
     Scales,
     Seen,
+    T,
     TernarySource,
     settled,
     with_scales,
 )
+from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.parts import ahead, reading_pool
 
+#: Given how many bytes of codes will be read at most, shows the progress of reading them.
+Reading = Callable[[int], AbstractContextManager[Progress]]
+#: The form of matrices that are not quantized.
+FLOATS = "16-bit floats"
 _MASTER = "master weights"
+
+
+def silently(nbytes: int) -> AbstractContextManager[Progress]:
+    """A `Reading` that shows nothing."""
+    return nullcontext(no_progress)
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class _Candidate:
     shape: tuple[int, ...]
     form: str
     nbytes: int
-    source: Callable[[], TernarySource] | TernarySource | None = None
+    source: TernarySource | None = None
 
 
 def survey_folder(
@@ -102,23 +115,27 @@ def survey_folder(
     rows: TernaryModel | None = None,
     *,
     deep: bool = False,
+    reading: Reading = silently,
 ) -> TernaryInfo | None:
-    """Look at a folder of safetensors; None if none of its matrices is quantized.
+    """Look at a folder of safetensors; None if none of its matrices may be ternary or is quantized.
 
     Args:
         raw: its config.json.
         tensors: its tensors.
         rows: what it has in packed rows already.
         deep: whether to read the codes.
+        reading: shows the progress of this.
 
     Raises:
         CheckpointError: a scale is not finite, or a tensor of a matrix is missing.
     """
     packed = () if rows is None else _in_rows(rows)
-    return _survey(_in_folder(raw, tensors), packed, deep=deep)
+    return _survey(_in_folder(raw, tensors, deep=deep), packed, reading if deep else None)
 
 
-def survey_gguf(model: GgufModel, *, deep: bool = False) -> TernaryInfo | None:
+def survey_gguf(
+    model: GgufModel, *, deep: bool = False, reading: Reading = silently
+) -> TernaryInfo | None:
     """Look at a GGUF model; see `survey_folder`."""
     found = []
     for tensor in model.tensors.values():
@@ -127,7 +144,7 @@ def survey_gguf(model: GgufModel, *, deep: bool = False) -> TernaryInfo | None:
         shape = (tensor.rows, tensor.shape[-1])
         source = BlockSource(WholeTensor(tensor)) if tensor.kind in TYPES else None
         found.append(_Candidate(tensor.name, shape, tensor.kind, tensor.nbytes, source))
-    return _survey(found, deep=deep)
+    return _survey(found, (), reading if deep else None)
 
 
 def _in_rows(model: TernaryModel) -> Iterator[QuantizedMatrix]:
@@ -140,10 +157,15 @@ def _in_rows(model: TernaryModel) -> Iterator[QuantizedMatrix]:
         yield QuantizedMatrix(path, source.shape, form, True, None, nbytes, module.group, nbytes)
 
 
-def _in_folder(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Iterator[_Candidate]:
+def _in_folder(
+    raw: Mapping[str, Any], tensors: Mapping[str, TensorRef], *, deep: bool
+) -> Iterator[_Candidate]:
     said = read_quantization(raw)
     given = raw.get("quantization_config")
-    masters = isinstance(given, dict) and given.get("quant_method") == "bitnet"
+    settings = given if isinstance(given, dict) else {}
+    masters = settings.get("quant_method") == "bitnet"
+    divides = settings.get("linear_class") in (None, "bitlinear")
+    quantized = any(key in raw for key in ("quantization", "quantization_config", "ternary"))
     for name, weight in tensors.items():
         path, _, leaf = name.rpartition(".")
         beside = {leaf: tensors.get(f"{path}.{leaf}") for leaf in ("scales", "biases", "qzeros")}
@@ -155,11 +177,15 @@ def _in_folder(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Iter
         elif weight.dtype == "U32" and beside["scales"] is not None:
             yield _affine(path, weight, beside, nbytes, said.of(path) if said else None)
         elif weight.dtype == "U8" and f"{path}.weight_scale" in tensors and len(weight.shape) == 2:
-            shape = (4 * weight.shape[0], weight.shape[1])
-            one = PackedBitnet(weight, NUMPY_DTYPES["F32"].type(1))
-            yield _Candidate(path, shape, "packed BitNet", weight.nbytes, one)
+            source = PackedBitnet(weight, NUMPY_DTYPES["F32"].type(1))
+            if deep:
+                scale = tensors[f"{path}.weight_scale"]
+                source = PackedBitnet.of(weight, scale, source.shape, divides)
+            yield _Candidate(path, source.shape, "packed BitNet", weight.nbytes, source)
         elif masters and weight.dtype in FLOAT_DTYPES and _is_linear(path, weight):
             yield _Candidate(path, weight.shape, _MASTER, weight.nbytes)
+        elif not quantized and (floats := FloatSource.of(weight)) is not None:
+            yield _Candidate(path, weight.shape, FLOATS, weight.nbytes, floats)
 
 
 def _is_linear(path: str, weight: TensorRef) -> bool:
@@ -188,7 +214,7 @@ def _affine(
 def _as_matrix(tensor: TensorRef) -> TensorRef:
     """A tensor (..., in) as (rows, in)."""
     *lead, width = tensor.shape
-    return TensorRef(tensor.name, tensor.file, tensor.dtype, (prod(lead), width), tensor.offset)
+    return replace(tensor, shape=(prod(lead), width))
 
 
 def _awq_shape(weight: TensorRef) -> tuple[int, ...]:
@@ -197,25 +223,61 @@ def _awq_shape(weight: TensorRef) -> tuple[int, ...]:
 
 
 def _survey(
-    candidates: Iterable[_Candidate], packed: Iterable[QuantizedMatrix] = (), *, deep: bool
+    candidates: Iterable[_Candidate], packed: Iterable[QuantizedMatrix], reading: Reading | None
 ) -> TernaryInfo | None:
-    with reading_pool() as pool:
-        found = [*packed]
-        found += [_matrix(one, partial(ahead, pool) if deep else None) for one in candidates]
-    return TernaryInfo(found, deep) if found else None
+    """Look at all candidates; `reading` is None if no codes are to be read."""
+    sought, found = list(candidates), [*packed]
+    if reading is None:
+        found += [_matrix(one, None) for one in sought]
+        return TernaryInfo(found, deep=False) if found else None
+    sizes = [one.source.nbytes for one in sought if one.source is not None]
+    with reading(sum(sizes)) as progress, reading_pool() as pool:
+        reader = _Reader(pool, progress, sum(sizes))
+        for one in sought:
+            found.append(_matrix(one, reader))
+            reader.finish(0 if one.source is None else one.source.nbytes)
+    return TernaryInfo(found, deep=True) if found else None
 
 
-def _matrix(one: _Candidate, in_order: Any) -> QuantizedMatrix:
+@dataclass
+class _Reader:
+    """Goes through sources in several threads, and tells the progress.
+
+    Attributes:
+        pool: the threads.
+        progress: called with bytes that were read or need not be, and `total`.
+        total: bytes of all sources.
+        done: bytes of the sources before the present one.
+    """
+
+    pool: ThreadPoolExecutor
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def in_order(self, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+        """An `InOrder` for one source."""
+        for number, result in enumerate(ahead(self.pool, calls), 1):
+            self.progress(min(self.total, self.done + number * SLAB_BYTES), self.total)
+            yield result
+
+    def finish(self, nbytes: int) -> None:
+        """A source of so many bytes is done."""
+        self.done += nbytes
+        self.progress(self.done, self.total)
+
+
+def _matrix(one: _Candidate, reader: _Reader | None) -> QuantizedMatrix:
     common = (one.name, one.shape, one.form)
     if one.form == _MASTER:
         packed = _packed_bytes(one.shape, Scales(0, "float32"))
         return QuantizedMatrix(*common, True, None, one.nbytes, 0, packed)
     source = one.source
-    if not isinstance(source, TernarySource):
+    if source is None:
         return QuantizedMatrix(*common, False, None, one.nbytes, None, None)
     try:
-        if in_order is not None:
-            scales = settled(source, in_order).scales
+        if reader is not None:
+            scales = settled(source, reader.in_order).scales
             ternary: bool | None = True
         else:
             # What headers say: groups as they are, and trits where nothing else has a code.

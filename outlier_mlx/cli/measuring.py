@@ -1,7 +1,8 @@
 """Commands that describe and measure models: info, bench, perplexity, routing."""
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,7 @@ from outlier_mlx.cli.options import (
     Windows,
 )
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.terminal import Progress
 
 if TYPE_CHECKING:
     from outlier_mlx.measure.bench import BenchOptions
@@ -52,10 +54,23 @@ def info(
 ) -> None:
     """Describe a tier, overlay or model: its parts, its size, and the memory it needs."""
     from outlier_mlx.checkpoints.info import inspect
-    from outlier_mlx.terminal import counting_bar
+    from outlier_mlx.terminal import counting_bar, progress_bar, size, stderr
 
-    with counting_bar("reading headers", "files", quiet=False, at_once=False) as progress:
-        found = inspect(model, revision, progress, file=file, deep=deep)
+    headers = ExitStack()
+
+    @contextmanager
+    def reading(nbytes: int) -> Iterator[Progress]:
+        headers.close()  # a terminal shows one bar at a time
+        if nbytes and not Path(model).exists():
+            stderr().print(f"reading up to {size(nbytes)} of weights from the hub", soft_wrap=True)
+        with progress_bar("reading weights", quiet=False) as progress:
+            yield progress
+
+    with headers:
+        progress = headers.enter_context(
+            counting_bar("reading headers", "files", quiet=False, at_once=False)
+        )
+        found = inspect(model, revision, progress, file=file, deep=deep, reading=reading)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return

@@ -1,8 +1,9 @@
 """Results that commands print: tables, and a few lines around them."""
 
+import re
 from typing import TYPE_CHECKING
 
-from outlier_mlx.errors import by_layer, listed, one_line
+from outlier_mlx.errors import listed, one_line
 from outlier_mlx.terminal import (
     count,
     parts_table,
@@ -14,7 +15,7 @@ from outlier_mlx.terminal import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from mlx_lm.generate import GenerationResponse
 
@@ -87,17 +88,26 @@ def print_info(info: "Info") -> None:
     console.print(parts_table(info.rows))
     if info.ternary is not None:
         for line in _ternary_lines(info.ternary):
-            console.print(one_line(line), soft_wrap=True)
+            indent = line[: len(line) - len(line.lstrip())]
+            console.print(indent + one_line(line), soft_wrap=True)
 
 
 def _ternary_lines(ternary: "TernaryInfo") -> "Iterator[str]":
-    """What is known of a model's quantized matrices: a line for all, and one for each sort."""
+    """What is known of a model's matrices: a line for all, and some for each sort."""
+    from outlier_mlx.checkpoints.ternary_info import FLOATS
+
     total, possible = len(ternary.matrices), ternary.possible
+    floats = any(matrix.form == FLOATS for matrix in ternary.matrices)
+    of_all = f"of {total} {'matrices' if floats else 'quantized matrices'}"
+    hint = "(--deep reads their codes)"
+    if floats and not ternary.deep:
+        # Any model may be: this is no news of most of them.
+        yield f"ternary: perhaps; {total} matrices of {FLOATS} (--deep reads them)"
+        return
     if not possible:
-        yield f"ternary: none of {total} quantized matrices"
+        yield f"ternary: none {of_all}"
     else:
         known, unknown = len(ternary.of(True)), len(ternary.of(None))
-        of_all, hint = f"of {total} quantized matrices", "(--deep reads their codes)"
         said = f"{known} {of_all}"
         if unknown:
             more = f"perhaps {unknown}"
@@ -113,7 +123,49 @@ def _ternary_lines(ternary: "TernaryInfo") -> "Iterator[str]":
         sort = (matrix.form, words[matrix.ternary])
         sorts.setdefault(sort, []).append(matrix.name)
     for (form, word), names in sorts.items():
-        yield f"  {word}: {by_layer(names)} ({form})"
+        yield f"  {word} ({form}):"
+        yield from (f"    {line}" for line in patterns(names))
+
+
+_LAYER = re.compile(r"(.*?\b(?:layers|blk)\.)([0-9]+)(\..+)")
+
+
+def patterns(names: "Iterable[str]") -> list[str]:
+    """Names in few lines, as shells spell several: `model.layers.{0-2,5}.mlp.{gate,up}_proj`."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name in dict.fromkeys(names):
+        match = _LAYER.fullmatch(name)
+        key = (name, "") if match is None else (match[1], match[3])
+        layers.setdefault(key, []).extend([] if match is None else [int(match[2])])
+    leaves: dict[str, list[str]] = {}
+    for (begin, end), numbers in layers.items():
+        folder, dot, leaf = f"{begin}{_ranges(numbers)}{end}".rpartition(".")
+        stem, weight = (folder, f".{leaf}") if leaf == "weight" else (f"{folder}{dot}{leaf}", "")
+        folder, dot, leaf = stem.rpartition(".")
+        first, line, last = leaf.rpartition("_")
+        if first and last == "proj":
+            key, varied = f"{folder}{dot}*_{last}{weight}", first
+        else:
+            key, varied = f"{folder}{dot}{first}{line}*{weight}", last
+        leaves.setdefault(key, []).append(varied)
+    return [key.replace("*", _braces(found), 1) for key, found in leaves.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers such as {0-2,5}, or {3,7,...,31} if there are many; one alone without braces."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [f"{a}-{b}" if a < b else f"{a}" for a, b in runs]
+    said = ",".join(texts if len(texts) < 5 else [*texts[:2], "...", texts[-1]])
+    return f"{{{said}}}" if len(numbers) > 1 else said
+
+
+def _braces(found: list[str]) -> str:
+    return found[0] if len(found) == 1 else f"{{{','.join(found)}}}"
 
 
 def _facts(info: "Info") -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Settings of BitNet b1.58 and Falcon models, and the scale of a packed matrix.
+"""Settings of BitNet b1.58 and Falcon models.
 
 `transformers/integrations/bitnet.py`: a `BitLinear` divides by `weight_scale`, an `AutoBitLinear`
 multiplies. (mlx-lm's own model `bitnet` always multiplies, and its checkpoints are AutoBitLinear.)
@@ -7,12 +7,8 @@ multiplies. (mlx-lm's own model `bitnet` always multiplies, and its checkpoints 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.fields import short
-from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.ternary_bitnet import PackedBitnet
 
 MODEL_TYPE = "bitnet"
 _WHERE = "config.json: quantization_config"
@@ -74,35 +70,3 @@ def read_settings(raw: Mapping) -> BitnetSettings:
             f"config.json: hidden_act {short(activation)}; mlx-lm's bitnet has 'relu2'"
         )
     return BitnetSettings(_CLASSES[kind], mode == "online", tuple(skipped))
-
-
-def packed_source(
-    weight: TensorRef, scale: TensorRef | None, shape: tuple[int, ...], divides: bool
-) -> PackedBitnet:
-    """A packed matrix, checked.
-
-    Args:
-        weight: (out / 4, in) uint8.
-        scale: (1,), or None if there is none.
-        shape: (out, in) of the module.
-        divides: whether the scale divides.
-
-    Raises:
-        CheckpointError: a wrong shape, or a scale that is missing or no positive number.
-    """
-    if scale is None:
-        raise CheckpointError(f"{weight.where}: packed, but there is no weight_scale beside it")
-    if scale.shape not in ((1,), ()):
-        raise CheckpointError(f"{scale.where}: shape {scale.shape}, expected one number: (1,)")
-    out, width = shape
-    if out % 4 or weight.shape != (out // 4, width):
-        raise CheckpointError(
-            f"{weight.where}: shape {weight.shape}, expected {(out // 4, width)} for {shape}, four"
-            " rows a byte"
-        )
-    value = np.float32(scale.read_float32().reshape(-1)[0])
-    with np.errstate(divide="ignore", over="ignore"):
-        factor = np.float32(1) / value if divides else value
-    if not (value > 0 and np.isfinite(value) and np.isfinite(factor)):
-        raise CheckpointError(f"{scale.where}: the scale {value}, expected a positive number")
-    return PackedBitnet(weight, factor)

@@ -15,7 +15,7 @@ from outlier_mlx.engine.skeleton import skeleton
 from outlier_mlx.errors import CheckpointError, listed
 from outlier_mlx.imports import bitnet, prism
 from outlier_mlx.imports.opened import Opened
-from outlier_mlx.imports.ternary_readers import BITS, READERS, Found, float_source
+from outlier_mlx.imports.ternary_readers import BITS, READERS, Found
 from outlier_mlx.imports.ternary_tensors import kept_parts
 from outlier_mlx.models import prism_pack
 from outlier_mlx.models.fields import short
@@ -24,6 +24,7 @@ from outlier_mlx.models.spelling import normalised, without_nulls
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.models.ternary_fields import TernaryFields, TernaryModule
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.ternary_bitnet import FloatSource
 from outlier_mlx.storage.ternary_matrix import (
     NotTernary,
     slabs,
@@ -64,7 +65,7 @@ def holds_ternary_floats(folder: Path, raw: Mapping[str, Any]) -> bool:
     if "quantization" in raw or "quantization_config" in raw:
         return False
     for name, tensor in read_shards(folder).items():
-        source = float_source(tensor) if ".layers." in name and "weight" in name else None
+        source = FloatSource.of(tensor) if ".layers." in name and "weight" in name else None
         if source is None:
             continue
         try:

@@ -13,8 +13,13 @@ from outlier_mlx.imports.rotation import Rotations
 from outlier_mlx.models import prism_pack
 from outlier_mlx.models.quantization import read_quantization
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
-from outlier_mlx.storage.ternary_affine import HALVES, AffineSource
-from outlier_mlx.storage.ternary_bitnet import FloatSource, MasterWeights, NearHalf
+from outlier_mlx.storage.ternary_affine import AffineSource
+from outlier_mlx.storage.ternary_bitnet import (
+    FloatSource,
+    MasterWeights,
+    NearHalf,
+    PackedBitnet,
+)
 from outlier_mlx.storage.ternary_matrix import (
     GROUPS,
     NotTernary,
@@ -49,14 +54,6 @@ class Found:
     kept: dict[str, str] = field(default_factory=dict)
     near_half: NearHalf | None = None
     schema: int | None = None
-
-
-def float_source(tensor: TensorRef) -> FloatSource | None:
-    """A matrix of 16-bit floats in the largest groups that fit; None if it is no such matrix."""
-    if tensor.dtype not in HALVES or len(tensor.shape) != 2 or not tensor.shape[1]:
-        return None
-    group = next((size for size in reversed(GROUPS) if tensor.shape[1] % size == 0), None)
-    return None if group is None else FloatSource(tensor, group, HALVES[tensor.dtype])
 
 
 @dataclass
@@ -192,7 +189,7 @@ class _Bitnet(Reader):
                     f"{tensors['weight'].where}: not a linear layer of this model"
                 )
             shape, scale = self.bones.matrices[path].shape, tensors.pop("weight_scale", None)
-            source = bitnet.packed_source(tensors["weight"], scale, shape, settings.divides)
+            source = PackedBitnet.of(tensors["weight"], scale, shape, settings.divides)
             found.matrices[path] = self.settled(source)
         found.form = "packed BitNet"
         if not packed:
@@ -221,7 +218,7 @@ class _Floats(Reader):
         found = self.found
         for path in self.bones.matrices:
             weight = self.modules.get(path, {}).get("weight")
-            source = float_source(weight) if weight is not None else None
+            source = FloatSource.of(weight) if weight is not None else None
             if weight is None or source is None:
                 continue
             self.check_shape(weight, path, weight.shape)

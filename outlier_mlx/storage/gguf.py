@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from bisect import bisect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
-from outlier_mlx.storage.safetensors import MAX_SIZE, TensorRef
+from outlier_mlx.storage.safetensors import MAX_SIZE, ReadRange, TensorRef
 
 # A tokenizer has half a million values in some 10 MB; a model some thousand tensors.
 _MAX_ELEMENTS = 1_000_000
@@ -61,6 +61,7 @@ class GgufTensor:
         offset: where its first byte is in the file.
         block: weights in a block of this type, which lie along `in`.
         block_bytes: bytes of a block.
+        fetch: see `TensorRef`.
     """
 
     name: str
@@ -70,6 +71,7 @@ class GgufTensor:
     offset: int
     block: int
     block_bytes: int
+    fetch: ReadRange | None = field(default=None, compare=False, repr=False)
 
     @property
     def where(self) -> str:
@@ -99,7 +101,8 @@ class GgufTensor:
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` as they are stored, (rows, row_bytes) uint8."""
         shape = (self.rows, self.row_bytes)
-        return TensorRef(self.name, self.file, "U8", shape, self.offset).read(start, stop)
+        stored = TensorRef(self.name, self.file, "U8", shape, self.offset, self.fetch)
+        return stored.read(start, stop)
 
 
 @dataclass(frozen=True)

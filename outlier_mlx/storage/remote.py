@@ -69,21 +69,25 @@ class RemoteFile:
             OutlierError: the hub cannot be reached, refuses, or sends something else.
         """
         from huggingface_hub import constants
-        from huggingface_hub.utils import hf_raise_for_status, http_backoff
+        from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
 
         url, headers = self._where
         stop = min(stop, self.nbytes)
         headers["Range"] = f"bytes={start}-{stop - 1}"
-        with hub_errors(self.repo):
-            response = http_backoff(
-                "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-            )
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with (
+            hub_errors(self.repo),
+            http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response,
+        ):
             hf_raise_for_status(response)
-        if response.status_code != 206 or len(response.content) != stop - start:
+            # Without ranges, the whole file would follow: none of it is read then.
+            content = response.read() if response.status_code == 206 else None
+        if content is None or len(content) != stop - start:
+            hint = "; download the model, and name its folder" if content is None else ""
             raise OutlierError(
-                f"{self.repo}: {self.name}: the hub did not send the requested range"
+                f"{self.repo}: {self.name}: the hub did not send the requested range{hint}"
             )
-        return response.content
+        return content
 
     def fetch(self, place: Path, advance: Advance) -> Path:
         """The whole file, from the hub's cache or fetched; a download that was begun is resumed.

@@ -10,7 +10,8 @@ JSON object, then the data; offsets are relative to the data's beginning).
 
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -38,6 +39,9 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
+#: Reads bytes (start, stop) of a file that is elsewhere.
+ReadRange = Callable[[int, int], bytes]
+
 # The safetensors library allows 100 MB, which as parsed JSON can take 3 GB of memory. A header of
 # ours has some 150 bytes a tensor: this is for 100,000 of them.
 MAX_HEADER_BYTES = 16_000_000
@@ -56,6 +60,7 @@ class TensorRef:
         dtype: the safetensors dtype, for example "BF16".
         shape: its shape.
         offset: where its first byte is in the file.
+        fetch: reads bytes in place of the file, which has only a header; None: the file is whole.
     """
 
     name: str
@@ -63,6 +68,7 @@ class TensorRef:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    fetch: ReadRange | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +125,10 @@ class TensorRef:
         return rows
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
+        if self.fetch is not None:
+            if buffer.nbytes:
+                buffer[:] = self.fetch(offset, offset + buffer.nbytes)
+            return
         try:
             with self.file.open("rb", buffering=0) as file:
                 while buffer.nbytes:

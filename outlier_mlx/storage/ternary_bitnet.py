@@ -17,7 +17,9 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.rounding import narrowed, widened
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import row_ranges
+from outlier_mlx.storage.ternary_affine import HALVES
 from outlier_mlx.storage.ternary_matrix import (
+    GROUPS,
     SLAB_BYTES,
     InOrder,
     NotTernary,
@@ -48,6 +50,38 @@ class PackedBitnet(_RowScales):
     scale: np.float32
 
     always = True  # another code is damage
+
+    @classmethod
+    def of(
+        cls, weight: TensorRef, scale: TensorRef | None, shape: tuple[int, ...], divides: bool
+    ) -> "PackedBitnet":
+        """A packed matrix, checked.
+
+        Args:
+            weight: (out / 4, in) uint8.
+            scale: (1,), or None if there is none.
+            shape: (out, in) of the module.
+            divides: whether the scale divides.
+
+        Raises:
+            CheckpointError: a wrong shape, or a scale that is missing or no positive number.
+        """
+        if scale is None:
+            raise CheckpointError(f"{weight.where}: packed, but there is no weight_scale beside it")
+        if scale.shape not in ((1,), ()):
+            raise CheckpointError(f"{scale.where}: shape {scale.shape}, expected one number: (1,)")
+        out, width = shape
+        if out % 4 or weight.shape != (out // 4, width):
+            raise CheckpointError(
+                f"{weight.where}: shape {weight.shape}, expected {(out // 4, width)} for {shape},"
+                " four rows a byte"
+            )
+        value = np.float32(scale.read_float32().reshape(-1)[0])
+        with np.errstate(divide="ignore", over="ignore"):
+            factor = np.float32(1) / value if divides else value
+        if not (value > 0 and np.isfinite(value) and np.isfinite(factor)):
+            raise CheckpointError(f"{scale.where}: the scale {value}, expected a positive number")
+        return cls(weight, factor)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -203,6 +237,14 @@ class FloatSource(_OneTensor):
     dtype: str
 
     may_be_rows = True
+
+    @classmethod
+    def of(cls, weight: TensorRef) -> "FloatSource | None":
+        """A matrix in the largest groups that fit; None if it is none of 16-bit floats."""
+        if weight.dtype not in HALVES or len(weight.shape) != 2 or not weight.shape[1]:
+            return None
+        group = next((size for size in reversed(GROUPS) if weight.shape[1] % size == 0), None)
+        return None if group is None else cls(weight, group, HALVES[weight.dtype])
 
     @property
     def scales(self) -> Scales:
