@@ -18,6 +18,7 @@ from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.paging.skip import leave_out
 from outlier_mlx.errors import OutlierError
 from tests.library import Library
+from tests.program import assert_refused, run
 
 INDICES = mx.array([[2, 0], [1, 2]], mx.uint32)
 WEIGHTS = mx.array([[0.9, -0.1], [0.8, 0.2]])
@@ -107,3 +108,55 @@ def test_other_shares_are_refused(demo: Path, share: float) -> None:
 def test_models_without_experts_are_refused() -> None:
     with pytest.raises(OutlierError, match="no experts that could be paged"):
         load(FOLDER / "base", expert_skip=0.1)
+
+
+# -- in commands ----------------------------------------------------------------------------------
+
+TEXT = FOLDER / "heldout" / "kitchen.txt"
+PAGED = "--expert-memory", "40%", "--expert-skip"
+WINDOW = "--window", 64, "--windows", 1
+
+
+def test_perplexity_has_the_price_as_text_is_written(demo: Path) -> None:
+    whole = run("perplexity", demo, "--text", TEXT, *WINDOW, "--json").json
+    assert "paging" not in whole
+    none = run("perplexity", demo, "--text", TEXT, *WINDOW, *PAGED, 0, "--json").json
+    assert none["perplexity"] == whole["perplexity"]
+    assert none["paging"]["skipped"] == 0
+    lossy = run(
+        *("perplexity", demo, "--text", TEXT, *WINDOW, *PAGED, 0.45, "--json", "--against", demo)
+    )
+    assert lossy.json["paging"]["skipped"] > 0
+    assert lossy.json["kl"] > 0
+    assert f"{lossy.json['paging']['skipped']} left out" in lossy.err
+    # A layer of a token needs at most two experts of three layers.
+    paging = lossy.json["paging"]
+    assert paging["hits"] + paging["misses"] + paging["skipped"] == 63 * 2 * 3
+
+
+def test_generated_text_is_the_same_with_none_left_out_and_is_counted_otherwise(demo: Path) -> None:
+    ask = "generate", "--model", demo, "--prompt", "The cat", "--max-tokens", 24
+    assert run(*ask, *PAGED, 0).out == run(*ask).out
+    assert " left out" not in run(*ask, *PAGED, 0).err
+    assert " left out" in run(*ask, *PAGED, 0.45).err
+
+
+def test_bench_counts_what_is_left_out(demo: Path) -> None:
+    sizes = "--prompt-tokens", 4, "--generation-tokens", 8, "--num-trials", 1, "--json"
+    assert run("bench", "--model", demo, *sizes, *PAGED, 0.45).json["paging"]["skipped"] > 0
+
+
+@pytest.mark.parametrize("share", ["1", "-0.5", "2"])
+def test_other_shares_are_usage_errors(demo: Path, share: str) -> None:
+    ended = run("generate", "--model", demo, "--prompt", "x", f"--expert-skip={share}", code=2)
+    assert "is not at least 0 and less than 1" in ended.err
+
+
+def test_results_that_depend_on_memory_are_not_recorded(demo: Path) -> None:
+    ended = run("perplexity", demo, "--text", TEXT, *PAGED, 0.1, "--record", code=1)
+    assert_refused(ended, "--record", "--expert-skip")
+
+
+def test_commands_that_need_all_experts_refuse_to_leave_any_out(demo: Path) -> None:
+    ended = run("tune-alpha", demo, "--text", TEXT, "--expert-skip", 0.1, code=1)
+    assert_refused(ended, "--expert-skip 0.1: alphas are trained through all experts")

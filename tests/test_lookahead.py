@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.lookahead import Lookahead, Probe, next_router
-from outlier_mlx.engine.paging.paged import lookahead_of, store_of
+from outlier_mlx.engine.paging.paged import lookahead_of, statistics_of
 from tests.library import Library
 from tests.metal import Metal
 
@@ -144,13 +144,14 @@ def test_reading_early_changes_no_bit(demo: Path) -> None:
         model, lookahead = paged(demo, slots)
         lookahead.probe.decide(True)
         assert all(map(np.array_equal, decoded(model), expected))
-        store = store_of(model)
-        assert store is not None
-        assert store.statistics.early > 0
+        statistics = statistics_of(model)
+        assert statistics is not None
+        assert statistics.early > 0
         # Layers above the first MoE layer need two experts for each token.
-        assert 0 < lookahead.needed <= 40 * 2 * 2
-        assert lookahead.recall is not None
-        assert lookahead.recall > 2 / 6  # of guesses at random
+        assert 0 < statistics.guessed <= 40 * 2 * 2
+        assert statistics.recall is not None
+        assert statistics.recall > 2 / 6  # of guesses at random
+        assert f"look-ahead foresaw {statistics.recall:.0%}, and pays" in str(statistics)
 
 
 def test_reading_early_costs_a_launch_a_layer_and_changes_no_bit_on_a_gpu(
@@ -173,7 +174,11 @@ def test_the_probe_decides_while_a_model_decodes(demo: Path) -> None:
     assert lookahead.probe.decided
     assert lookahead.probe.waited is not None
     assert min(lookahead.probe.waited) > 0
-    assert lookahead.recall is not None
+    statistics = statistics_of(model)
+    assert statistics is not None
+    assert statistics.recall is not None
+    assert statistics.reads_early == lookahead.probe.on
+    assert statistics.as_json()["reads_early"] == lookahead.probe.on
 
 
 def test_a_prompt_is_no_pass_of_the_probe(demo: Path) -> None:
@@ -182,4 +187,8 @@ def test_a_prompt_is_no_pass_of_the_probe(demo: Path) -> None:
     for _ in range(10):
         mx.eval(model(prompt))
     assert lookahead.probe.waited is None
-    assert lookahead.needed == 0
+    statistics = statistics_of(model)
+    assert statistics is not None
+    assert statistics.recall is statistics.reads_early is None
+    assert statistics.early > 0
+    assert "look-ahead" not in str(statistics)

@@ -96,6 +96,7 @@ def evaluate(
         max_tokens=max_tokens,
         seed=seed,
         dtype=loading.dtype,
+        expert_skip=loading.expert_skip,
     )
     evaluation, noted = harness.evaluate(
         source,

@@ -48,6 +48,7 @@ def load_model(
     dtype: str | None = None,
     alpha: Path | None = None,
     memory: "ExpertMemory | None" = None,
+    skip: float = 0.0,
 ) -> Any:
     """A model and its tokenizer.
 
@@ -56,6 +57,7 @@ def load_model(
         dtype: see `engine.loading.load`.
         alpha: an alpha.json to use instead of a tier's own alphas.
         memory: what the experts may take; default: all are loaded.
+        skip: see `expert_skip` of `engine.loading.load`.
 
     Raises:
         OutlierError: there is no sound model, or the alphas do not suit it.
@@ -63,7 +65,7 @@ def load_model(
     import_engine()
     from outlier_mlx.engine.loading import load
 
-    model, tokenizer = load(folder, dtype=dtype, expert_memory=memory)
+    model, tokenizer = load(folder, dtype=dtype, expert_memory=memory, expert_skip=skip)
     if alpha is not None:
         from outlier_mlx.measure.tune_alpha import apply_alphas
 
@@ -149,12 +151,15 @@ def refuse_paging(loading: Loading, why: str) -> Loading:
     """The same, with all experts loaded.
 
     Raises:
-        OutlierError: `--expert-memory` asks for something else; the message says why not.
+        OutlierError: `--expert-memory` or `--expert-skip` ask for something else; the message says
+            why not.
     """
     from outlier_mlx.engine.paging.budget import ALL, AUTO
 
     if expert_memory(loading) not in (ALL, AUTO):
         raise OutlierError(f"--expert-memory {loading.expert_memory}: {why}")
+    if loading.expert_skip:
+        raise OutlierError(f"--expert-skip {loading.expert_skip:g}: {why}")
     return replace(loading, expert_memory="all")
 
 
@@ -166,7 +171,7 @@ def check_memory(source: Source, loading: Loading, tokens: int) -> None:
 
 def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:
     """Load the model that `load_checked` was told of with `beside`."""
-    return _load(resolve(model), loading, quiet=quiet)
+    return _load(resolve(model), replace(loading, expert_skip=0.0), quiet=quiet)
 
 
 def _load(
@@ -180,7 +185,7 @@ def _load(
     from outlier_mlx.terminal import working
 
     with working(f"loading {source.name}", quiet=quiet):
-        return load_model(source.folder, loading.dtype, alpha, memory)
+        return load_model(source.folder, loading.dtype, alpha, memory, loading.expert_skip)
 
 
 def _check_fits(*args: Any, **how: Any) -> Any:

@@ -297,11 +297,14 @@ def perplexity(
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity on a text, and the distance from another model."""
+    from outlier_mlx.engine.paging.paged import statistics_of
     from outlier_mlx.measure import measured
     from outlier_mlx.measure import perplexity as compare
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar
 
+    if record and loading.expert_skip:
+        raise OutlierError("--record: with --expert-skip the result depends on memory")
     folder = measured.require_tier(model) if record else None
     loaded, tokenizer = load_checked(
         model, loading, window, beside=against, logits=window, quiet=quiet
@@ -315,11 +318,15 @@ def perplexity(
     compare.warn_of_context(loaded, texts)
     with counting_bar("measuring", "tokens", quiet=quiet) as progress:
         found = compare.compare(loaded, texts, other, progress)
+    paging = statistics_of(loaded)
+    if paging is not None and not quiet:
+        say(str(paging))
     if folder is not None:
         new = found.measured(loaded, text, window=window, windows=windows, against=against)
         measured.record(folder, new)
     if as_json:
-        print(json.dumps(found.as_json(), indent=2))
+        of_paging = {} if paging is None else {"paging": paging.as_json()}
+        print(json.dumps(found.as_json() | of_paging, indent=2))
         return
     print(f"perplexity: {found.perplexity:.4f}")
     print(f"loss: {found.loss:.4f} +- {found.standard_error:.4f} nats, {found.tokens} tokens")

@@ -41,6 +41,12 @@ def _check_expert_memory(value: str) -> str:
     return value
 
 
+def _check_share(value: float) -> float:
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{value:g} is not at least 0 and less than 1")
+    return value
+
+
 # -- what every command may have ----------------------------------------------------------------
 
 Model = Annotated[
@@ -73,6 +79,16 @@ ExpertMemory = Annotated[
         help="Memory for routed experts, such as 4GB or 50%; the others are read when a token needs"
         " them. all: load all; auto: as many as fit.",
         callback=_check_expert_memory,
+    ),
+]
+ExpertSkip = Annotated[
+    float,
+    _loading(
+        "--expert-skip",
+        metavar="P",
+        help="Lossy: leave out an expert that is not in memory if its share of the weight of a"
+        " token's experts is below P. Default: 0, none.",
+        callback=_check_share,
     ),
 ]
 Force = Annotated[bool, _general("--force", help="Replace the output if it exists.")]
@@ -210,3 +226,4 @@ class Loading:
     dtype: ActivationDType = None
     ignore_memory: IgnoreMemory = False
     expert_memory: ExpertMemory = "auto"
+    expert_skip: ExpertSkip = 0.0

@@ -312,6 +312,7 @@ def serve(
             clients=max_clients,
         )
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"
-    load = partial(load_model, source.folder, loading.dtype, alpha, memory)
+    how = loading.dtype, alpha, memory, loading.expert_skip
+    load = partial(load_model, source.folder, *how)
     options = replace(options, **asdict(capacity))
     server.serve(source.name, load, options, say, note=note, quiet=quiet)

@@ -52,6 +52,7 @@ class EvalOptions:
         max_tokens: tokens of an answer, at most; None: the task's own limit.
         seed: seed of all random choices, mainly of few-shot examples.
         dtype: activation dtype, as `load` takes it.
+        expert_skip: as `load` takes it. With more than 0, scores depend on the experts' memory.
     """
 
     limit: int | None = None
@@ -61,6 +62,7 @@ class EvalOptions:
     max_tokens: int | None = None
     seed: int = 1234
     dtype: str | None = None
+    expert_skip: float = 0.0
 
 
 class Noted(logging.Handler):
@@ -117,7 +119,12 @@ def evaluate(
             loaded = load_tasks(tasks, working, trust=trust_tasks)
         _prepare(loaded, options, noted)
         with working(f"loading {source.name}"):
-            model, tokenizer = load(source.folder, dtype=options.dtype, expert_memory=memory)
+            model, tokenizer = load(
+                source.folder,
+                dtype=options.dtype,
+                expert_memory=memory,
+                expert_skip=options.expert_skip,
+            )
         if options.apply_chat_template and not tokenizer.chat_template:
             raise OutlierError(f"{source.name}: its tokenizer has no chat template to apply")
         with _silenced(stages) as shown:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.chips import this_chip
 from outlier_mlx.engine.generate import described
 from outlier_mlx.engine.loading import quiet_transformers
+from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, versions
@@ -145,7 +147,7 @@ def compare(
     divergence, agreed, done = 0.0, 0, 0
     for tokens in texts:
         ids = mx.array([tokens])
-        ours = log_probs(model(ids[:, :-1]))  # (1, length, vocab)
+        ours = log_probs(_logits(model, ids[:, :-1]))  # (1, length, vocab)
         targets = ids[:, 1:, None]
         losses += (-mx.take_along_axis(ours, targets, axis=-1)).flatten().tolist()  # type: ignore
         if against is not None:
@@ -164,6 +166,23 @@ def compare(
     if against is None:
         return Comparison(total, mean, error)
     return Comparison(total, mean, error, divergence / total, agreed / total)
+
+
+def _logits(model: nn.Module, ids: mx.array) -> mx.array:
+    """Logits (1, length, vocab) for tokens (1, length).
+
+    Where experts may be left out, tokens are read one by one, as a text is written: a prompt needs
+    nearly all experts of each layer, so that hardly any would be left out.
+    """
+    store = store_of(model)
+    if store is None or not store.skip:
+        return model(ids)
+    cache = make_prompt_cache(model)
+    found = []
+    for at in range(ids.shape[1]):
+        found.append(model(ids[:, at : at + 1], cache=cache))
+        mx.eval(found[-1])
+    return mx.concatenate(found, axis=1)
 
 
 def log_probs(logits: mx.array) -> mx.array:

@@ -76,12 +76,10 @@ class Probe:
 
 
 class Lookahead:
-    """Guesses experts of the next MoE layer, and keeps account of how often they are right.
+    """Guesses experts of the next MoE layer, while that pays.
 
     Attributes:
         probe: whether to read early.
-        needed: experts that layers needed for which a guess was made.
-        foreseen: how many of them were in the guess.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int], top_k: int) -> None:
@@ -93,7 +91,6 @@ class Lookahead:
             top_k: experts of a token.
         """
         self.probe = Probe()
-        self.needed = self.foreseen = 0
         self._model = weakref.ref(model)
         self._layers, self._top_k = layers, top_k
         self._routers: dict[int, Router] | None = None
@@ -104,11 +101,6 @@ class Lookahead:
     def possible(self) -> bool:
         """Whether this model has routers that can be asked beforehand."""
         return bool(self._made_routers())
-
-    @property
-    def recall(self) -> float | None:
-        """Of the experts that were needed, the share that was foreseen; None: not known."""
-        return self.foreseen / self.needed if self.needed else None
 
     def begin(self, layer: int, read: int, *, decodes: bool) -> None:
         """Note that a layer is in hand.
@@ -147,12 +139,14 @@ class Lookahead:
         self._guesses[later] = set(experts)
         return later, experts
 
-    def note_needed(self, layer: int, experts: set[int], seconds: float) -> None:
-        """Note what a layer needed, and how long it waited for that."""
+    def note_waited(self, seconds: float) -> None:
+        """Note that a layer waited for experts."""
         self._seconds += seconds
-        if (guess := self._guesses.get(layer)) is not None:
-            self.needed += len(experts)
-            self.foreseen += len(experts & guess)
+
+    def foreseen(self, layer: int, experts: set[int]) -> int | None:
+        """How many of a layer's experts were guessed in this pass; None: there was no guess."""
+        guess = self._guesses.get(layer)
+        return None if guess is None else len(experts & guess)
 
     def _made_routers(self) -> Mapping[int, Router]:
         if self._routers is None:

@@ -2,6 +2,7 @@
 
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,17 @@ class PagedSwitchGLU(TernarySwitchGLU):
             weights, left_out = leave_out(indices, weights, missing, store.skip)
             store.statistics.skipped += left_out
             experts = needed(indices, weights)
+        foreseen = self.lookahead.foreseen(layer, experts)
+        if foreseen is not None:
+            store.statistics.guessed += len(experts)
+            store.statistics.foreseen += foreseen
         begun = time.perf_counter()
         store.ensure(layer, experts)
         if guess is not None:
             later, likely = self.lookahead.note_guess(layer, guess)
             usable = store.needable(later)
             store.read_early(later, [expert for expert in likely if expert in usable], layer)
-        self.lookahead.note_needed(layer, experts, time.perf_counter() - begun)
+        self.lookahead.note_waited(time.perf_counter() - begun)
         return weights, experts
 
     def _following(self) -> int | None:
@@ -250,8 +255,11 @@ def store_of(model: nn.Module) -> ExpertStore | None:
 
 def statistics_of(model: nn.Module) -> PagingStatistics | None:
     """What a model's experts cost so far; None if they are not paged."""
-    store = store_of(model)
-    return None if store is None else store.statistics
+    store, lookahead = store_of(model), lookahead_of(model)
+    if store is None or lookahead is None:
+        return None
+    probe = lookahead.probe
+    return replace(store.statistics, reads_early=probe.on if probe.decided else None)
 
 
 def lookahead_of(model: nn.Module) -> Lookahead | None:
