@@ -261,8 +261,8 @@ def test_no_tokens(metal: Metal):
 
 
 def test_the_limits_themselves(metal: Metal):
-    """The widest row and the most experts that are allowed work."""
-    experts, wide = launching.LIMITS["experts"][1], launching.LIMITS["in features"][1]
+    """The widest row and the most experts in an array that are allowed work."""
+    experts, wide = launching.LIMITS["stored experts"][1], launching.LIMITS["in features"][1]
     m = random_matrices(1, experts, 2, 5)
     chosen = np.array([[0], [experts - 1]], np.uint32)
     x = random_x(1, (2, 5), mx.float32)

@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[Callable[[], mx.array], str]] = {
     "no-k": (swiglu_call(indices=mx.zeros((2, 0), mx.uint32)), "0 experts per token"),
     "no-experts": (
         swiglu_call(gate=mx.zeros((0, 9, 16), mx.uint8), gate_scales=mx.ones((0, 9))),
-        "0 experts; supported: 1 to 1024",
+        "0 stored experts; supported: 1 to 65536",
     ),
     "one-row": (
         swiglu_call(gate=mx.zeros((3, 1, 16), mx.uint8), gate_scales=mx.ones((3, 1))),

@@ -315,7 +315,7 @@ def _rows(
             f" for rows of {in_features} trits"
         )
     experts, out_features, _ = rows.shape
-    check_size(name, "experts", experts)
+    check_size(name, "stored experts", experts)
     check_size(name, "out features", out_features)
     if scales.shape != (experts, out_features) or scales.dtype != mx.float32:
         raise ValueError(

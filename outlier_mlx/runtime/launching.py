@@ -11,6 +11,7 @@ ACTIVATIONS = (mx.float32, mx.float16, mx.bfloat16)
 LIMITS = {
     "tokens": (0, 1 << 14),
     "experts": (1, 1 << 10),
+    "stored experts": (1, 1 << 16),  # those of several layers may be in one array
     "experts per token": (1, 64),
     "in features": (1, 1 << 17),
     "out features": (2, 1 << 18),
