@@ -251,7 +251,7 @@ class ExpertStore:
     @property
     def complete(self) -> bool:
         """Whether all layers are resident, so that nothing will be read."""
-        return all(s.table is not None and s.resident for s in self._states.values())
+        return all(map(self.resident, self.layers))
 
     def read_early(self, layer: int, experts: Iterable[int], in_hand: int) -> None:
         """Begin to read experts that a later layer may need, as far as there is room.
@@ -446,8 +446,14 @@ class ExpertStore:
 
     def _compute_tails(self) -> None:
         tails, self._tails = self._tails, []
-        if tails:
-            mx.eval(tails)
+        for tail in tails:
+            try:
+                mx.eval(tail)
+            except RuntimeError as error:
+                # Only the thread that made an array can compute it. If the model is another
+                # thread's now, nobody does.
+                if "in current thread" not in str(error):
+                    raise
 
 
 def needed(indices: mx.array, weights: mx.array) -> set[int]:
