@@ -56,11 +56,12 @@ def test_the_capacity_never_exceeds_the_memory(conversations: int, prompts: int 
 def test_as_many_as_fit(tier: Path, there_is: float, expected: tuple[int, int, int]) -> None:
     prompts = expected[1]
     available = mac(tier, there_is, prompts=prompts)
-    capacity, conversations = find_capacity(tier, TOKENS, step=STEP, available=available)
+    capacity, conversations, planned = find_capacity(tier, TOKENS, step=STEP, available=available)
     assert (capacity.decode_concurrency, capacity.prompt_concurrency, conversations) == expected
+    assert planned.fits and planned.needed == available.nbytes
     # mlx-lm counts the caches in use among these bytes.
     assert capacity.prompt_cache_bytes == available.nbytes - mac(tier, 0, prompts=prompts).nbytes
-    capacity, _ = find_capacity(tier, TOKENS, cache_bytes=1000, step=STEP, available=available)
+    capacity, *_ = find_capacity(tier, TOKENS, cache_bytes=1000, step=STEP, available=available)
     assert capacity.prompt_cache_bytes == 1000
 
 
@@ -76,7 +77,7 @@ def test_more_than_there_is_is_refused_with_what_fits(tier: Path) -> None:
         "--ignore-memory",
     ):
         assert words in str(refused.value)
-    found, _ = find_capacity(tier, TOKENS, 7, step=STEP, available=available)
+    found, *_ = find_capacity(tier, TOKENS, 7, step=STEP, available=available)
     assert found.decode_concurrency == 7
     with pytest.raises(OutlierError, match="What helps: a smaller --max-context, or a smaller re"):
         find_capacity(tier, TOKENS, step=STEP, available=mac(tier, 0.9))

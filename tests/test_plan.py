@@ -11,18 +11,23 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from outlier_mlx.engine import memory
+from outlier_mlx.engine import plan as plan_module
 from outlier_mlx.engine.generate import prefill_step
-from outlier_mlx.engine.loading import load_model
+from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.engine.machine import UNLIMITED, Budget
 from outlier_mlx.engine.memory import check_fits
 from outlier_mlx.engine.needs import Use, needs_of
 from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory, Experts
+from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.plan import HEADROOM, plan
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import describe
 from outlier_mlx.models.sizes import kv_bytes
+from outlier_mlx.serve.capacity import find_capacity
 from tests.library import Library
 from tests.plain_models import SIZES, make_model, write_model
+from tests.program import assert_refused, run
 
 MAC, CPU = "this Mac's GPU", "this machine"
 EXPERTS = Experts(layers=28, count=8, top_k=2, slot_nbytes=42_000_000)
@@ -203,3 +208,87 @@ def test_peak_memory_stays_below_the_plan(config: Any, tier: Path, tmp_path: Pat
     bound = found.kv_cache.nbytes + found.activations.nbytes
     assert peak <= bound
     assert bound < 4 * peak
+
+
+def test_a_prompt_is_counted_in_tokens_before_experts_are_paged_for_it(
+    tier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = "the heron waits in the reeds " * 40
+    steps = ("--prefill-step-size", 8)
+    command = ("generate", tier, "-p", prompt, "-m", 2, "--ignore-chat-template", *steps)
+    needed = plan(tier, Use(600, step=8), available=Budget(UNLIMITED, MAC)).needed
+    monkeypatch.setattr(memory, "budget", lambda: Budget(needed, MAC))
+    assert len(prompt) > 600
+    assert "experts" not in run(*command).err
+
+
+def test_what_does_not_fit_is_paged_and_told(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("generate", tier, "-p", "the heron", "-m", 4, "--prefill-step-size", 8)
+    whole = run(*command)
+    assert "experts" not in whole.err
+    planned = plan(tier, Use(6, step=8), available=Budget(UNLIMITED, MAC))
+    monkeypatch.setattr(memory, "budget", lambda: Budget(planned.needed - 1, MAC))
+    paged = run(*command)
+    assert paged.out == whole.out
+    first, second, *rest = paged.err.splitlines()
+    assert first.startswith("memory: ") and " of 16 experts, " in first
+    assert second.startswith("tier does not fit as a whole: the other experts are read from")
+    assert any(line.startswith("experts: ") for line in rest)
+    assert run(*command, "--quiet").err == ""
+    asked = run(*command, "--expert-memory", "75%")
+    assert asked.out == whole.out and "12 of 16 experts" in asked.err
+    assert "does not fit as a whole" not in asked.err
+    for options in (("--expert-memory", "all"), ("--expert-memory", "5%")):
+        refused = run(*command, *options, code=1)
+        assert_refused(refused, "tier needs" if "all" in options else "too little memory for expe")
+    assert "experts" not in run(*command, "--ignore-memory").err
+    monkeypatch.setattr(memory, "budget", lambda: Budget(10_000, MAC))
+    assert_refused(run(*command, code=1), "with only 8 experts in memory, the least")
+
+
+def test_wrong_amounts_are_usage_errors(tier: Path) -> None:
+    refused = run("generate", tier, "-p", "x", "--expert-memory", "much", code=2)
+    assert "is no amount of memory: expected one such as 4GB" in " ".join(refused.err.split())
+
+
+def test_load_with_auto_pages_only_what_does_not_fit(
+    tier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in (None, "auto", "all"):
+        assert store_of(load(tier, expert_memory=text)[0]) is None
+    whole = plan(tier, available=Budget(UNLIMITED, CPU))
+    monkeypatch.setattr(plan_module, "budget", lambda: Budget(whole.needed - 1, CPU))
+    store = store_of(load(tier, expert_memory="auto")[0])
+    assert store is not None and 8 <= store.pool.slots < 16
+    assert store_of(load(tier)[0]) is None
+    planned = plan(tier, Use(10), ExpertMemory(slots=9))
+    store = store_of(load(tier, expert_memory=planned)[0])
+    assert store is not None and store.pool.slots == 9
+
+
+def test_a_paged_server_has_memory_for_what_it_promises(tier: Path) -> None:
+    whole = plan(tier, Use(1000, step=8), available=Budget(UNLIMITED, MAC))
+    little = Budget(whole.needed - 1, MAC)
+    how: dict[str, Any] = {"step": 8, "memory": AUTO, "available": little}
+    capacity, conversations, one = find_capacity(tier, 1000, **how)
+    assert one.slots is not None and one.fits and conversations == 1
+    _, conversations, more = find_capacity(tier, 1000, 2, **how)
+    assert more.slots is not None and more.fits and conversations == 2
+    assert more.slots <= one.slots and more.kv_cache.nbytes >= 2 * whole.kv_cache.nbytes
+    assert capacity.cache_memory == one.kv_cache.nbytes
+
+
+@pytest.mark.parametrize("slots", [8, 11, 15])
+def test_peak_memory_of_paged_experts_stays_below_the_plan(tier: Path, slots: int) -> None:
+    use = Use(500, step=256)
+    planned = plan(tier, use, ExpertMemory(slots=slots), Budget(UNLIMITED, CPU))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model, _ = load_model(tier, expert_memory=planned)
+    for _ in generate_step(mx.arange(480) % 250, model, max_tokens=20, prefill_step_size=256):
+        pass
+    peak = mx.get_peak_memory() - before
+    assert peak <= planned.needed - planned.mlx_cache.nbytes
+    resident = plan(tier, use, ALL, Budget(UNLIMITED, CPU))
+    assert planned.loaded < resident.loaded

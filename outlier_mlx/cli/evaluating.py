@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.loading import expert_memory, keep_to_plan
+from outlier_mlx.cli.loading import expert_memory, tell_plan
 from outlier_mlx.cli.options import Force, Json, Loading, Model, Quiet
 from outlier_mlx.errors import OutlierError
+
+if TYPE_CHECKING:
+    from outlier_mlx.engine.paging.budget import ExpertMemory
+    from outlier_mlx.engine.plan import Plan
 
 
 @command("Measure", "eval ./tier --tasks arc_easy,./my.yaml --out q4.json", name="eval")
@@ -77,17 +81,17 @@ def evaluate(
             f"eval needs lm-evaluation-harness: pip install 'outlier-mlx[eval]' ({error})"
         ) from error
     source = resolve(model, loading.revision)
-    memory = expert_memory(loading)
+    memory: ExpertMemory | Plan = expert_memory(loading)
     if not loading.ignore_memory:
-        planned = check_fits(
+        memory = check_fits(
             source.folder,
             2048,
             conversations=batch_size,
             prompts=batch_size,
-            memory=memory,
+            memory=expert_memory(loading),
             may_quantize=False,
         )
-        memory = keep_to_plan(planned, quiet=quiet)
+        tell_plan(memory, loading, quiet=quiet)
     options = harness.EvalOptions(
         limit=limit,
         num_fewshot=num_fewshot,

@@ -47,7 +47,7 @@ def load_model(
     folder: Path,
     dtype: str | None = None,
     alpha: Path | None = None,
-    memory: "ExpertMemory | None" = None,
+    memory: "ExpertMemory | Plan | None" = None,
     skip: float = 0.0,
 ) -> Any:
     """A model and its tokenizer.
@@ -56,7 +56,7 @@ def load_model(
         folder: the model's.
         dtype: see `engine.loading.load`.
         alpha: an alpha.json to use instead of a tier's own alphas.
-        memory: what the experts may take; default: all are loaded.
+        memory: what the experts may take, or the plan that says it; default: all are loaded.
         skip: see `expert_skip` of `engine.loading.load`.
 
     Raises:
@@ -104,7 +104,7 @@ def load_checked(
         OutlierError: it does not fit, or is not valid.
     """
     source = model if isinstance(model, Source) else resolve(model, loading.revision)
-    memory = expert_memory(loading)
+    memory: ExpertMemory | Plan = expert_memory(loading)
     if not loading.ignore_memory:
         kept = cache or KVCache()
         check = partial(
@@ -119,32 +119,32 @@ def load_checked(
             may_quantize=cache is not None,
             beside=None if beside is None else resolve(beside).folder,
         )
-        planned = _fit(source.folder, tokens, prompt, check)
-        memory = keep_to_plan(planned, quiet=quiet)
+        memory = _fit(source.folder, tokens, prompt, check)
+        tell_plan(memory, loading, quiet=quiet)
     return _load(source, loading, alpha, memory, quiet=quiet)
 
 
 def expert_memory(loading: Loading) -> "ExpertMemory":
-    """What `--expert-memory` says."""
-    from outlier_mlx.engine.paging.budget import ExpertMemory
+    """What `--expert-memory` says; all, if nothing is said and memory is to be ignored."""
+    from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
 
-    return ExpertMemory.parse(loading.expert_memory)
+    said = ExpertMemory.parse(loading.expert_memory)
+    return ALL if loading.ignore_memory and said == AUTO else said
 
 
-def keep_to_plan(planned: "Plan", *, quiet: bool) -> "ExpertMemory":
-    """Let MLX keep to a plan, and tell the user what it is if experts are paged.
-
-    Returns:
-        What `load_model` is to be told.
-    """
-    import_engine()
+def tell_plan(planned: "Plan", loading: Loading, *, quiet: bool) -> None:
+    """Tell the user what a model will take, if its experts are paged or it takes half of memory."""
     from outlier_mlx.cli.app import say
-    from outlier_mlx.engine.limits import keep_to
+    from outlier_mlx.engine.paging.budget import AUTO
 
-    keep_to(planned)
-    if planned.slots is not None and not quiet:
-        say(str(planned))
-    return planned.expert_memory
+    if quiet or (planned.slots is None and 2 * planned.needed < planned.available.nbytes):
+        return
+    say(str(planned))
+    if planned.slots is not None and expert_memory(loading) == AUTO:
+        say(
+            f"{planned.name} does not fit as a whole: the other experts are read from the disk when"
+            " a token needs them. How fast that is: outlier-mlx doctor, then the model"
+        )
 
 
 def refuse_paging(loading: Loading, why: str) -> Loading:
@@ -166,7 +166,8 @@ def refuse_paging(loading: Loading, why: str) -> Loading:
 def check_memory(source: Source, loading: Loading, tokens: int) -> None:
     """Check that a model fits into memory, which another process will load; see `load_checked`."""
     if not loading.ignore_memory:
-        _check_fits(source.folder, tokens, may_quantize=False)
+        memory = expert_memory(loading)
+        _check_fits(source.folder, tokens, memory=memory, may_quantize=False)
 
 
 def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:
@@ -178,7 +179,7 @@ def _load(
     source: Source,
     loading: Loading,
     alpha: Path | None = None,
-    memory: "ExpertMemory | None" = None,
+    memory: "ExpertMemory | Plan | None" = None,
     *,
     quiet: bool,
 ) -> Any:
@@ -194,19 +195,21 @@ def _check_fits(*args: Any, **how: Any) -> Any:
     return check_fits(*args, **how)
 
 
-def _fit(folder: Path, tokens: int, prompt: str, check: Callable[[int], Any]) -> Any:
-    """Check that a model fits with a prompt and more tokens; returns what `check` does."""
+def _fit(folder: Path, tokens: int, prompt: str, check: "Callable[[int], Plan]") -> "Plan":
+    """The plan for a model with a prompt and more tokens, by `check`, which may refuse it."""
     try:
         # A tokenizer takes at least a byte for a token. Reading it takes time, so the tokens are
         # counted only where that many would not fit.
-        return check(tokens + len(prompt.encode("utf-8", "replace")))
+        found = check(tokens + len(prompt.encode("utf-8", "replace")))
+        if not prompt or found.slots is None:
+            return found
     except OutlierError:
         if not prompt:
             raise
-        from outlier_mlx.engine.loading import load_tokenizer, quiet_transformers
-        from outlier_mlx.models.config import raw_config
+    from outlier_mlx.engine.loading import load_tokenizer, quiet_transformers
+    from outlier_mlx.models.config import raw_config
 
-        tokenizer = load_tokenizer(folder, raw_config(folder))
-        with quiet_transformers():
-            count = len(tokenizer.encode(prompt))
-        return check(tokens + count)
+    tokenizer = load_tokenizer(folder, raw_config(folder))
+    with quiet_transformers():
+        count = len(tokenizer.encode(prompt))
+    return check(tokens + count)

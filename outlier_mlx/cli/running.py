@@ -9,10 +9,10 @@ import typer
 from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.loading import (
     expert_memory,
-    keep_to_plan,
     load_checked,
     load_model,
     prepare,
+    tell_plan,
 )
 from outlier_mlx.cli.options import (
     Alpha,
@@ -30,6 +30,8 @@ from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
     from outlier_mlx.engine.generate import Options
+    from outlier_mlx.engine.paging.budget import ExpertMemory
+    from outlier_mlx.engine.plan import Plan
 
 # Replies are usually sampled; texts, and answers over HTTP, only if asked.
 CHAT_SAMPLING = Sampling(temp=0.7, top_p=0.9)
@@ -264,8 +266,6 @@ def serve(
     from functools import partial
 
     from outlier_mlx import serve as server
-    from outlier_mlx.engine.needs import Use
-    from outlier_mlx.engine.plan import plan
     from outlier_mlx.serve.capacity import Capacity, find_capacity
     from outlier_mlx.storage.hub import resolve
 
@@ -289,28 +289,22 @@ def serve(
     source = resolve(model, loading.revision)
     requested = decode_concurrency, prompt_concurrency, prompt_cache_bytes
     capacity = Capacity(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes)
-    note, memory = "", expert_memory(loading)
+    note = ""
+    memory: ExpertMemory | Plan = expert_memory(loading)
     if not loading.ignore_memory:
         tokens = max_context or 4096 + max_tokens
-        use = Use(
-            tokens,
-            step=prefill_step_size,
-            kv_bits=cache.kv_bits,
-            kv_group_size=cache.kv_group_size,
-            kv_start=cache.quantized_kv_start,
-        )
-        memory = keep_to_plan(plan(source.folder, use, memory), quiet=quiet)
-        capacity, conversations = find_capacity(
+        capacity, conversations, memory = find_capacity(
             source.folder,
             tokens,
             *requested,
-            memory=memory,
+            memory=expert_memory(loading),
             kv_bits=cache.kv_bits,
             kv_group_size=cache.kv_group_size,
             kv_start=cache.quantized_kv_start,
             step=prefill_step_size,
             clients=max_clients,
         )
+        tell_plan(memory, loading, quiet=quiet)
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"
     how = loading.dtype, alpha, memory, loading.expert_skip
     load = partial(load_model, source.folder, *how)

@@ -16,9 +16,10 @@ from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.checkpoints.stored_model import StoredModel, check_ends, open_config, open_stored
-from outlier_mlx.engine.limits import wait_within_budget
+from outlier_mlx.engine.limits import keep_to
 from outlier_mlx.engine.model_tensors import check_ternary
-from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
+from outlier_mlx.engine.paging.budget import ALL, ExpertMemory
+from outlier_mlx.engine.plan import Plan, plan
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ def load(
     revision: str | None = None,
     *,
     dtype: str | None = None,
-    expert_memory: str | ExpertMemory | None = None,
+    expert_memory: str | ExpertMemory | Plan | None = None,
     expert_skip: float = 0.0,
 ) -> tuple[nn.Module, Tokenizer]:
     """Load a tier, or any model that stock mlx-lm loads.
@@ -69,7 +70,8 @@ def load(
             bfloat16; see `suited_dtype`); on the CPU, float32, because halves are slow there.
         expert_memory: memory for routed experts, such as "4GB", "4GiB" or "50%"; those that are not
             in it are read from the model's files when they are needed, and results are the same.
-            Default, and "all": all are loaded. "auto": as many as memory allows.
+            Default, and "all": all are loaded. "auto": all, or as many as memory allows, with a
+            KV cache of 4096 tokens. A plan (`engine.plan`) says it, and for what use.
         expert_skip: leave out an expert that would have to be read if its share of the weight of a
             token's experts is below this. With more than 0, results depend on what is in memory.
 
@@ -100,7 +102,7 @@ def load_model(
     folder: Path,
     *,
     dtype: str | None = None,
-    expert_memory: ExpertMemory | None = None,
+    expert_memory: ExpertMemory | Plan | None = None,
     always_page: bool = False,
 ) -> tuple[nn.Module, dict]:
     """Load the model in a local folder; see `load`. Returns the model and its config.
@@ -109,10 +111,14 @@ def load_model(
     """
     config = check_model(folder)
     classes = _classes
-    if expert_memory not in (None, AUTO) and (always_page or expert_memory != ALL):
+    planned = expert_memory
+    if not isinstance(planned, Plan):
+        planned = plan(folder, memory=planned or ALL)
+    if always_page or planned.slots is not None:
         from outlier_mlx.engine.paging.paged import paged_classes
 
-        classes = paged_classes(_concrete_classes, folder, expert_memory, always=always_page)
+        memory = planned.expert_memory
+        classes = paged_classes(_concrete_classes, folder, memory, always=always_page)
     if dtype == "float16" and _squares(config):
         warnings.warn(
             f"{folder.name}: squared activations may overflow float16",
@@ -120,7 +126,7 @@ def load_model(
             stacklevel=3,
         )
     dtype = dtype or suited_dtype(folder, config)
-    wait_within_budget()
+    keep_to(planned)
     try:
         tier, ternary = is_tier(config), is_ternary_model(config)
         own = tier or ternary

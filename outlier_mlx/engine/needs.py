@@ -16,6 +16,9 @@ from outlier_mlx.storage.shards import read_shards
 _CPU_STEP = 200_000_000
 # Widths of heads for which MLX's GPU kernels keep the scores of attention to themselves.
 FUSED_HEADS = (64, 80, 128)
+# Experts that are read and converted at a time on a CPU, and bytes that converting takes: it is
+# done in pieces of 2^20 bytes of rows.
+CONVERTED_TOGETHER, CONVERTING = 2, 24 << 20
 # MLX's own limit of its cache on a CPU.
 CPU_CACHE = 32 << 20
 #: In the names of the tensors of routed experts.
@@ -59,7 +62,8 @@ class Needs:
         routed: bytes of the experts that can be paged; those of other models are in `plain`.
         routed_copies: the copies of these experts, if they are loaded.
         converted: bytes of the largest such copies that a GPU makes for a prompt, and drops.
-        gathered: bytes that it takes more for that if experts are paged.
+        gathered: bytes that it takes more if experts are paged: on a GPU, to have the rows of a
+            layer side by side; on a CPU, to convert experts that are read.
         experts: the experts that can be paged; None if there are none.
         elements: number of weights, all experts included.
         config: what is known of the model.
@@ -194,7 +198,7 @@ def needs_from(tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool) -> Nee
     """What a model takes, by its tensors and its config.json; see `needs_of`."""
     counter = _Counter(tensors, raw, on_cpu)
     experts = counter.experts()
-    routed = [name for name in tensors if experts and SWITCH in name]
+    routed = counter.routed() if experts else []
     plain = tensors.keys() - set(routed)
     packed = counter.packed
     gathered = [tensors[f"{path}.weight"].nbytes for path in packed if SWITCH in f"{path}."]
@@ -205,7 +209,7 @@ def needs_from(tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool) -> Nee
         routed_copies=counter.copies(routed),
         # Of gate and up, which have the same input, both may be there.
         converted=0 if on_cpu else 2 * max(map(counter.copy, packed), default=0),
-        gathered=0 if on_cpu else 2 * max(gathered, default=0),
+        gathered=counter.converting(routed) if on_cpu else 2 * max(gathered, default=0),
         experts=experts,
         elements=counter.elements(),
         config=counter.config,
@@ -269,17 +273,30 @@ class _Counter:
         width = found.get("in_features") if isinstance(found, dict) else None
         return width if type(width) is int and width > 0 else None
 
+    def converting(self, routed: Iterable[str]) -> int:
+        """Bytes that it takes to convert the experts that are read, some at a time."""
+        experts = self.experts()
+        if experts is None:
+            return 0
+        return CONVERTED_TOGETHER * self.stored(routed) // experts.total + CONVERTING
+
     def experts(self) -> Experts | None:
-        """The experts of a tier in packed rows, all of one size."""
-        ternary, layers = self.raw.get("ternary"), self.config.moe_layers
+        """The experts in packed rows of a tier or an imported Mixtral, all of one size."""
+        switch = self.raw.get("ternary") if is_tier(self.raw) else self.raw.get("ternary_switch")
         count, top_k = self.config.experts, self.config.top_k
-        if not is_tier(self.raw) or not isinstance(ternary, dict) or not layers:
+        if not isinstance(switch, dict) or switch.get("format") != ROWS:
             return None
-        if ternary.get("format") != ROWS or count < 1 or top_k is None:
+        layers = switch.get("layers", self.config.moe_layers)
+        if not isinstance(layers, list | tuple) or not layers or count < 1 or top_k is None:
             return None
-        routed = [name for name in self.tensors if SWITCH in name]
+        routed = self.routed()
         nbytes = self.copies(routed) if self.on_cpu else self.stored(routed)
         return Experts(len(layers), count, min(top_k, count), nbytes // (len(layers) * count))
+
+    def routed(self) -> list[str]:
+        """Names of the tensors of experts in packed rows."""
+        packed = tuple(f"{path}." for path in self.packed if SWITCH in f"{path}.")
+        return [name for name in self.tensors if name.startswith(packed)]
 
     def elements(self) -> int:
         """Weights, as mlx-lm counts them in `get_total_parameters`: bytes of packed rows."""

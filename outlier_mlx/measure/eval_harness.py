@@ -22,6 +22,7 @@ from lm_eval.tasks.manager import TaskDict
 from outlier_mlx.engine.generate import described
 from outlier_mlx.engine.loading import load, quiet_transformers
 from outlier_mlx.engine.paging.budget import ExpertMemory
+from outlier_mlx.engine.plan import Plan
 from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, versions
 from outlier_mlx.measure.eval_model import HarnessModel
@@ -92,7 +93,7 @@ def evaluate(
     *,
     trust_tasks: bool = False,
     run_generated_code: bool = False,
-    memory: ExpertMemory | None = None,
+    memory: ExpertMemory | Plan | None = None,
 ) -> tuple[Evaluation, list[str]]:
     """Load a model and evaluate it; tasks are loaded first, since they may be wrong.
 
@@ -104,7 +105,8 @@ def evaluate(
         working: shows a text while something runs.
         trust_tasks: run Python that task files bring along.
         run_generated_code: run tasks that execute what the model writes.
-        memory: what routed experts may take; default: all are loaded. Scores do not depend on it.
+        memory: what routed experts may take, or the plan that says it; default: all are loaded.
+            Scores do not depend on it.
 
     Returns:
         The scores, and the harness's warnings.

@@ -6,8 +6,8 @@ from pathlib import Path
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.memory import budget, check_fits
 from outlier_mlx.engine.needs import Use, needs_of
-from outlier_mlx.engine.paging.budget import ALL, ExpertMemory
-from outlier_mlx.engine.plan import plan
+from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
+from outlier_mlx.engine.plan import HEADROOM, Part, Plan, plan
 
 # The defaults of mlx-lm's server.
 MAX_RESPONSES = 32
@@ -64,7 +64,7 @@ def find_capacity(
     clients: int = MAX_CONVERSATIONS,
     memory: ExpertMemory = ALL,
     available: Budget | None = None,
-) -> tuple[Capacity, int]:
+) -> tuple[Capacity, int, Plan]:
     """Divide the memory that weights and activations leave free among conversations.
 
     Args:
@@ -78,28 +78,37 @@ def find_capacity(
         kv_start: from how many tokens on it is quantized.
         step: tokens of each prompt that are processed at a time, at most.
         clients: connections at a time; each waits for one response.
-        memory: what routed experts may take. `AUTO`: what is best for one conversation.
+        memory: what routed experts may take. `AUTO`: what is left beside the conversations that
+            were asked for, or one.
         available: memory for weights and caches; None: what this machine has.
 
     Returns:
-        The server's capacity, and its number of conversations at the same time.
+        The server's capacity, its number of conversations at the same time, and the plan by which
+        the model is to be loaded.
 
     Raises:
         OutlierError: the requested number does not fit, or not even one conversation does.
     """
-    available = available or budget()
+    available, requested = available or budget(), prompts
     needs = needs_of(folder, available.on_cpu)
     one = needs.cache(tokens, kv_bits, kv_group_size, kv_start)
     use = Use(tokens, 1, 1, step, 1, kv_bits, kv_group_size, kv_start)
-    alone = plan(folder, use, memory, available)
-    weights = alone.loaded
+    if responses is not None:
+        prompts = prompts or max(1, min(MAX_PROMPTS, responses // 4))
+        asked = min(clients, Capacity(responses, prompts).conversations) if kv_bits is None else 1
+        use = replace(use, conversations=asked, prompts=prompts)
+    first = plan(folder, use, memory, available)
+    room = available.nbytes - first.loaded
+    if memory == AUTO and first.slots is not None:
+        # Slots got what is best for so many conversations; no more of them take the headroom.
+        room -= int(available.nbytes * HEADROOM)
 
     def divide(prompts: int | None) -> tuple[int, int, int]:
         """Prompts read together, conversations that fit, and the bytes for their caches."""
         # The more prompts are read together, the less is left for conversations.
         for read in (prompts,) if prompts else range(MAX_PROMPTS, 0, -1):
             use = Use(tokens, prompts=read, step=step, kv_bits=kv_bits)
-            free = max(0, available.nbytes - weights - needs.working(use))
+            free = max(0, room - needs.working(use))
             fit = min(free // one if one else MAX_CONVERSATIONS, MAX_CONVERSATIONS)
             if read <= fit // 4:
                 break
@@ -109,14 +118,14 @@ def find_capacity(
         read, fit, free = divide(prompts)
         capacity = capacity_for(fit, read)
     else:
-        read, _, free = divide(prompts or max(1, min(MAX_PROMPTS, responses // 4)))
-        capacity = Capacity(responses, read)
-        read, fit, _ = divide(prompts)
+        _, _, free = divide(prompts)
+        capacity = Capacity(responses, prompts or 1)
+        read, fit, _ = divide(requested)
     conversations = 1 if kv_bits is not None else min(clients, capacity.conversations)
     cures = ["a smaller --max-context"]
     if conversations > 1 and fit:
         cures.insert(0, f"--decode-concurrency {capacity_for(fit, read).decode_concurrency}")
-    check_fits(
+    planned = check_fits(
         folder,
         tokens,
         kv_bits,
@@ -126,12 +135,14 @@ def find_capacity(
         conversations=conversations,
         prompts=capacity.prompt_concurrency,
         step=step,
-        memory=alone.expert_memory,
+        memory=first.expert_memory,
         cures=cures,
     )
     if one:
+        free = max(free, conversations * one)
         # Without batches, mlx-lm does not count the cache of the current conversation.
         limit = free - one if kv_bits is not None else free
         cache_bytes = limit if cache_bytes is None else min(cache_bytes, limit)
         capacity = replace(capacity, cache_memory=free)
-    return replace(capacity, prompt_cache_bytes=cache_bytes), conversations
+        planned = replace(planned, kv_cache=Part(free, "what is left, for all conversations"))
+    return replace(capacity, prompt_cache_bytes=cache_bytes), conversations, planned
