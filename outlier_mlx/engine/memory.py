@@ -6,7 +6,7 @@ from pathlib import Path
 
 from outlier_mlx.engine.machine import FREE_ON_MAC, THIS_GPU, Budget, budget
 from outlier_mlx.engine.needs import Needs, Use, needs_of
-from outlier_mlx.engine.paging.budget import ALL, ExpertMemory
+from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
 from outlier_mlx.engine.plan import Plan, plan
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.attention import fitting_group
@@ -77,9 +77,13 @@ def check_fits(
     if beside is not None:
         names = f"{folder.name} and {beside.name} need"
     whose = f" of {conversations} conversations of {tokens} tokens" if conversations > 1 else ""
-    slots, experts = found.slots, ""
-    if slots is not None:
-        experts = f", with only {slots} experts in memory, the least,"
+    experts = ""
+    if found.slots is not None and found.paged is not None:
+        experts = f" with {found.slots} of {found.paged.total} experts in memory"
+        if found.slots == found.paged.floor:
+            experts += ", the least"
+        elif memory != AUTO:
+            helps.insert(0, "--expert-memory auto")
     raise OutlierError(
         f"{names} {size(found.needed)}{experts}, {size(found.kv_cache.nbytes)} of it for the KV"
         f" cache{whose}; {available}."

@@ -16,9 +16,9 @@ from outlier_mlx.storage.shards import read_shards
 _CPU_STEP = 200_000_000
 # Widths of heads for which MLX's GPU kernels keep the scores of attention to themselves.
 FUSED_HEADS = (64, 80, 128)
-# Experts that are read and converted at a time on a CPU, and bytes that converting takes: it is
-# done in pieces of 2^20 bytes of rows.
-CONVERTED_TOGETHER, CONVERTING = 2, 24 << 20
+# Experts that are read and converted at a time on a CPU, and how much more memory converting takes
+# than what is converted: pieces of 2^20 bytes of rows.
+CONVERTED_TOGETHER, CONVERTING = 2, 24
 # MLX's own limit of its cache on a CPU.
 CPU_CACHE = 32 << 20
 #: In the names of the tensors of routed experts.
@@ -278,7 +278,8 @@ class _Counter:
         experts = self.experts()
         if experts is None:
             return 0
-        return CONVERTED_TOGETHER * self.stored(routed) // experts.total + CONVERTING
+        expert = self.stored(routed) // experts.total
+        return CONVERTED_TOGETHER * expert + CONVERTING * min(expert, 1 << 20)
 
     def experts(self) -> Experts | None:
         """The experts in packed rows of a tier or an imported Mixtral, all of one size."""
@@ -304,7 +305,8 @@ class _Counter:
         total = 0
         for name, tensor in self.tensors.items():
             path, _, leaf = name.rpartition(".")
-            if leaf in ("scales", "biases") and f"{path}.weight" in self.tensors:
+            weight = self.tensors.get(f"{path}.weight")
+            if leaf in ("scales", "biases") and weight is not None and weight.dtype == "U32":
                 continue
             bits = how.of(path) if how and tensor.dtype == "U32" else None
             total += prod(tensor.shape) * (32 // bits.bits if bits else 1)

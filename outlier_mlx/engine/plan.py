@@ -146,6 +146,8 @@ def plan(
         return _plan(folder.name, needs, use, available, beside, memory.slots_for(needs.experts))
     experts = needs.experts
     least = _plan(folder.name, needs, use, available, beside, experts.floor)
+    if least.needed >= whole.needed:  # few small experts, which it takes more to page than to load
+        return whole
     room = int(available.nbytes * (1 - HEADROOM)) - (least.needed - least.experts.nbytes)
     slots = min(experts.total - 1, max(experts.floor, room // experts.slot_nbytes))
     return _plan(folder.name, needs, use, available, beside, slots)
