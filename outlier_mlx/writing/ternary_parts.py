@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from threading import Lock
 
 import numpy as np
 
@@ -18,6 +19,10 @@ from outlier_mlx.ternary.two_bits import pack_twos
 from outlier_mlx.writing.float_parts import SLAB_BYTES, affine_specs
 from outlier_mlx.writing.parts import Chunk, Part, ahead, by_tensor
 from outlier_mlx.writing.writer import TensorSpec
+
+# One slab is packed at a time, beside the thread that hashes and writes: the calls of NumPy are so
+# short that two threads wait for each other's more than they gain, and use more CPU time.
+_packing = Lock()
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class TernaryPart(Part):
         """The rows slab by slab, then the scales, which are kept until then."""
 
         def packed(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, int]:
-            return *self.matrix.packed(start, stop), stop - start
+            with _packing:
+                return *self.matrix.packed(start, stop), stop - start
 
         rows, done = self.matrix.shape[0], 0
         kept = []
