@@ -199,11 +199,7 @@ class Names:
         return Rows(tensor, 0, count, head)
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
-        tensor = self.model.tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.model.where}: the tensor {name} {shape} is missing")
-        if tensor.shape != shape:
-            raise CheckpointError(f"{tensor.where}: shape {tensor.shape}, expected {shape}")
+        tensor = self.model.need(name, shape)
         self._used.add(name)
         return tensor
 

@@ -197,9 +197,9 @@ class Qwen35Names:
             return (Tiled(tensor, *rows, self.order),)
         return (Rows(tensor, 0, 1 if len(tensor.shape) == 1 else tensor.rows),)
 
-    def bias(self, module: Module) -> tuple[Rows, ...]:
-        """No module has a bias."""
-        raise NotImplementedError
+    def bias(self, module: Module) -> tuple[AnyRows, ...]:
+        """Refuse a module with a bias: files of this architecture have none."""
+        raise CheckpointError(f"{self.model.where}: {module.path} has no bias in a qwen35 model")
 
     def factor(self, module: Module) -> GgufTensor | None:
         """No weight is multiplied by a number."""
@@ -218,11 +218,7 @@ class Qwen35Names:
         return {n for n in self.model.tensors if (m := _BLOCK.fullmatch(n)) and m[1] in blocks}
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
-        tensor = self.model.tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.model.where}: the tensor {name} {shape} is missing")
-        if tensor.shape != shape:
-            raise CheckpointError(f"{tensor.where}: shape {tensor.shape}, expected {shape}")
+        tensor = self.model.need(name, shape)
         self.used.add(name)
         return tensor
 

@@ -28,6 +28,19 @@ class GgufModel:
     fields: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
+    def need(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
+        """A tensor of a model of this shape.
+
+        Raises:
+            CheckpointError: it is missing, or has another shape.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.where}: the tensor {name} {shape} is missing")
+        if tensor.shape != shape:
+            raise CheckpointError(f"{tensor.where}: shape {tensor.shape}, expected {shape}")
+        return tensor
+
 
 def read_model(place: Path, file: str | None = None) -> GgufModel:
     """Read the metadata of a model.
