@@ -107,8 +107,9 @@ def open_gguf_model(
             f"{model.where}: {kind} models are imported if they are ternary; this one has no"
             f" matrix in {listed(TYPES, last='or')}"
         )
-    others = [source for source in sources if source.module.path not in layers]
-    chosen = dtype or _exact_dtype(others, k_quants)
+    rows = {*layers, *matrices.found}
+    others = [source for source in sources if source.bias or source.module.path not in rows]
+    chosen = dtype or _exact_dtype(others, k_quants, ternary=bool(matrices.found))
     plan = _Plan(chosen, k_quants, RoundingErrors(), layers, matrices)
     parts = [*matrices.rotations.parts(), *(plan.part(source) for source in sources)]
     types = _types(sources)
@@ -297,11 +298,12 @@ def _has_row_scales(matrix: ExpertMatrix) -> bool:
     return True
 
 
-def _exact_dtype(sources: Sequence[_Source], k_quants: KQuants) -> str:
+def _exact_dtype(sources: Sequence[_Source], k_quants: KQuants, *, ternary: bool = False) -> str:
     """The smallest dtype that holds all norms, scales and biases exactly.
 
     They all need the same dtype: MLX computes in float32 if one operand is float32, or if one is
     float16 and the other bfloat16. The decays of delta nets are always float32, and do not count.
+    `ternary`: there are ternary matrices besides, whose results have the dtype of their input.
     """
     sources = [source for source in sources if not is_a_log(source.module)]
     kinds = set().union(*(source.kinds for source in sources))
@@ -309,11 +311,15 @@ def _exact_dtype(sources: Sequence[_Source], k_quants: KQuants) -> str:
         not source.kinds <= set(FLOATS) and not source.kinds.isdisjoint(FLOATS)
         for source in sources
     )
-    halves = {kind for kind, layout in AFFINE.items() if layout.half}
+    affine = {kind for kind, layout in AFFINE.items() if layout.half}
     regrouped = set(REGROUPED) if k_quants != "float32" else set()
-    candidates = {"bfloat16": {"BF16"}, "float16": {"F16"} | halves | regrouped}
+    candidates = {"bfloat16": {"BF16"}, "float16": {"F16"} | affine | regrouped}
     for dtype, allowed in candidates.items():
-        if mixed or not kinds - {"F32"} or not kinds - {"F32"} <= allowed:
+        if (
+            mixed
+            or not (kinds - {"F32"} or (ternary and dtype == "float16"))
+            or not kinds - {"F32"} <= allowed
+        ):
             continue
         if all(_fits(rows, dtype) for source in sources for rows in source.rows):
             return dtype
@@ -366,6 +372,11 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
         notes.append(
             "scales, biases and norms are float32, so the model is exact; --dtype float16 saves one"
             " bit per weight"
+        )
+    if dtype is None and plan.matrices.found:
+        notes.append(
+            "norms are float32, since 16 bits do not hold exactly all that is not ternary; so the"
+            " model computes in float32, unless it is made with --dtype float16"
         )
     halves = [p.path for p in parts if isinstance(p, PlainTensor) and p.dtype != "float32"]
     if halves:
