@@ -24,7 +24,7 @@ class FakeReading:
     def __init__(self, files: "FakeFiles", key: Key, buffers: Sequence[memoryview]) -> None:
         self.files, self.key, self.buffers, self.done = files, key, buffers, False
 
-    def wait(self) -> None:
+    def wait(self, meanwhile: object = None) -> None:
         if self.done:
             return
         self.buffers[0][:1] = b"\xff"  # half of it

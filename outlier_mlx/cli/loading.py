@@ -49,6 +49,7 @@ def load_model(
     alpha: Path | None = None,
     memory: "ExpertMemory | Plan | None" = None,
     skip: float = 0.0,
+    warm: bool = False,
 ) -> Any:
     """A model and its tokenizer.
 
@@ -58,6 +59,7 @@ def load_model(
         alpha: an alpha.json to use instead of a tier's own alphas.
         memory: what the experts may take, or the plan that says it; default: all are loaded.
         skip: see `expert_skip` of `engine.loading.load`.
+        warm: keep the GPU warm while experts are read.
 
     Raises:
         OutlierError: there is no sound model, or the alphas do not suit it.
@@ -66,6 +68,10 @@ def load_model(
     from outlier_mlx.engine.loading import load
 
     model, tokenizer = load(folder, dtype=dtype, expert_memory=memory, expert_skip=skip)
+    if warm:
+        from outlier_mlx.engine.paging.keep_warm import keep_warm
+
+        keep_warm(model)
     if alpha is not None:
         from outlier_mlx.measure.tune_alpha import apply_alphas
 
@@ -186,7 +192,8 @@ def _load(
     from outlier_mlx.terminal import working
 
     with working(f"loading {source.name}", quiet=quiet):
-        return load_model(source.folder, loading.dtype, alpha, memory, loading.expert_skip)
+        how = alpha, memory, loading.expert_skip, loading.keep_warm
+        return load_model(source.folder, loading.dtype, *how)
 
 
 def _check_fits(*args: Any, **how: Any) -> Any:

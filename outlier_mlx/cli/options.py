@@ -91,6 +91,10 @@ ExpertSkip = Annotated[
         callback=_check_share,
     ),
 ]
+KeepWarm = Annotated[
+    bool,
+    _loading("--keep-warm", help="Give the GPU something tiny to do while experts are read."),
+]
 Force = Annotated[bool, _general("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, _general("--json", help="Print JSON.")]
 Quiet = Annotated[
@@ -227,3 +231,4 @@ class Loading:
     ignore_memory: IgnoreMemory = False
     expert_memory: ExpertMemory = "auto"
     expert_skip: ExpertSkip = 0.0
+    keep_warm: KeepWarm = False

@@ -306,7 +306,7 @@ def serve(
         )
         tell_plan(memory, loading, quiet=quiet)
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"
-    how = loading.dtype, alpha, memory, loading.expert_skip
+    how = loading.dtype, alpha, memory, loading.expert_skip, loading.keep_warm
     load = partial(load_model, source.folder, *how)
     options = replace(options, **asdict(capacity))
     server.serve(source.name, load, options, say, note=note, quiet=quiet)

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from pathlib import Path
@@ -22,6 +22,8 @@ from outlier_mlx.storage.paths import inside
 
 TIMEOUT = 30.0
 """Seconds in which no read ends, after which those under way are given up."""
+MEANWHILE_EVERY = 0.003
+"""Seconds between two calls of what is done while a reading is waited for."""
 
 # Where direct reads may begin and end, in a file and in memory: a multiple of every disk's sector,
 # and of macOS's pages. Its F_NOCACHE reads between pages go through the page cache.
@@ -169,15 +171,18 @@ class Reading:
         if self.left and self.error is None:
             self.error = self.chunks[0].failed("its reading was stopped")
 
-    def wait(self) -> None:
+    def wait(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Return when everything is in its buffers.
+
+        Args:
+            meanwhile: called every few milliseconds until then.
 
         Raises:
             CheckpointError: a file is shorter than its header says, or is another one by now.
             OutlierError: a file cannot be read, or no read ended for `TIMEOUT` seconds.
         """
         try:
-            self._readers.wait(self)
+            self._readers.wait(self, meanwhile)
         except BaseException:
             self.cancel()
             raise
@@ -220,18 +225,29 @@ class Readers:
             self._work.notify(len(chunks))
         return reading
 
-    def wait(self, reading: Reading) -> None:
-        """Return when a reading is done, or given up because no read ends."""
+    def wait(self, reading: Reading, meanwhile: Callable[[], None] | None = None) -> None:
+        """Return when a reading is done, or given up because no read ends; see `Reading.wait`."""
+        while not self._wait(reading, TIMEOUT if meanwhile is None else MEANWHILE_EVERY):
+            if meanwhile is not None:
+                meanwhile()
+
+    def _wait(self, reading: Reading, seconds: float) -> bool:
+        """Wait until a reading ends, for `seconds` at most; returns whether it did."""
+        until = time.monotonic() + seconds
         with self._lock:
             while reading.left:
-                spare = max(reading.begun, self._last) + TIMEOUT - time.monotonic()
+                now = time.monotonic()
+                spare = max(reading.begun, self._last) + TIMEOUT - now
                 if spare <= 0 or self.closed:
                     if reading.error is None:
                         reason = f"no read ended for {TIMEOUT:g} seconds"
                         reading.error = reading.chunks[0].failed(reason)
                     self._close()
-                    return
-                self._ended.wait(spare)
+                    return True
+                if now >= until:
+                    return False
+                self._ended.wait(min(spare, until - now))
+        return True
 
     def close(self) -> None:
         """Drop what is queued, and let the threads end."""

@@ -119,6 +119,7 @@ class ExpertStore:
         layers: numbers of the MoE layers, in order.
         experts: experts of each of them.
         statistics: what they cost so far; a user may put new ones in their place.
+        meanwhile: called every few milliseconds while experts are waited for.
         pressure: the rule by which slots are given back if memory is short; None: never.
         skip: of which share of a token's weight on experts are read; see `leave_out`.
     """
@@ -135,6 +136,7 @@ class ExpertStore:
         self.layers, self.experts = tuple(files.layers), files.experts
         self.statistics = PagingStatistics()
         self.pressure: Pressure | None = None
+        self.meanwhile: Callable[[], None] | None = None
         self.skip = 0.0
         self._states = {n: _Layer(frozenset(range(self.experts))) for n in self.layers}
         self._equal = files.equal
@@ -409,7 +411,7 @@ class ExpertStore:
         if entry is None or entry.reading is None:
             return
         try:
-            entry.reading.wait()
+            entry.reading.wait(self.meanwhile)
             self.pool.settle(entry.slot, entry.buffers)
         except BaseException:
             with self._changing():
