@@ -8,6 +8,7 @@ stored is examined before anything is written.
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from outlier_mlx.engine.model_tensors import Modules, by_module, check_rest
@@ -127,6 +128,8 @@ def open_ternary_folder(
     config = without_nulls(normalised({k: v for k, v in config.items() if k not in _DROPPED}))
     bones = skeleton(config, len(files))
     modules, ignored = by_module(files, bones)
+    with TemporaryDirectory(prefix="outlier-mlx-") as scratch:
+        copy_assets([folder], Path(scratch))  # what is wrong with them is said before long reading
     with reading_pool() as pool:
         found = reader(folder, raw, modules, bones, partial(ahead, pool), quick, progress).read()
     if not found.matrices:
