@@ -139,7 +139,7 @@ def test_a_long_prompt_is_counted_on_a_terminal(place: Path) -> None:
 # Unusual terminals
 TABLES = {
     "info": "info tier",
-    "tiers": "tiers overlay",
+    "tiers": "tiers overlay --ram 16",
     "routing": "routing tier --text text.txt --window 32 --windows 2",
     "bench": "bench --model tier -p 8 -g 2 -n 1",
 }
