@@ -191,8 +191,14 @@ def shared(reader: Reader, printed: str) -> None:
     assert (head / "measured.json").read_bytes() == measured
 
 
+def replayed(reader: Reader, printed: str) -> None:
+    assert (reader.folder / "mixed.png").stat().st_size > 1000
+    assert "Tokens/s at most on Apple M4 Pro, 273 GB/s, disk 5 GB/s" in printed
+
+
 CHECKS = {
     "convert": convert,
+    "memory": replayed,
     "hub": streamed,
     "merge": merged,
     "run": ran,

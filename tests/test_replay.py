@@ -1,8 +1,9 @@
 """`bench --trace`: replays against slow models, bounds, times, and the command."""
 
+import re
 from dataclasses import replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
+from outlier_mlx.cli.showcase import FOLDER
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.paging.policies import DEFAULT_POLICY, POLICIES, Lru
 from outlier_mlx.measure.expert_recorder import recording, trace_about
-from outlier_mlx.measure.expert_trace import About, Trace, write_trace
+from outlier_mlx.measure.expert_trace import About, Trace, read_trace, write_trace
 from outlier_mlx.measure.replay import (
     Counts,
     Guesses,
@@ -34,11 +36,12 @@ from outlier_mlx.measure.replay_run import Machine, replay_all
 from outlier_mlx.measure.replay_speed import decode_seconds
 from outlier_mlx.storage.hub import resolve
 from tests.library import Library
-from tests.program import assert_refused, run
+from tests.program import ROOT, assert_refused, run
 from tests.test_expert_trace import ABOUT, random_trace
 from tests.test_paging_policies import Model, made
 
 LAYERS, EXPERTS, K = 3, 4, 2
+DOMAINS = "kitchen", "market", "old", "sea", "sky"
 
 
 def needs_of_passes(chunks: bool = True) -> st.SearchStrategy[Needs]:
@@ -447,3 +450,33 @@ def test_a_replay_counts_what_the_running_model_counted(
     assert (counted.misses, counted.early) == (found.missed.sum(), 0)
     assert counted.misses > 20
     assert counted.hit_rate == found.hit_rate(np.ones(30, bool))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixed", "sea"])
+def test_the_table_of_the_page_and_the_default_policy(
+    name: str, library: Library, tmp_path: Path
+) -> None:
+    """Hit rates on held-out text; on the mixed text the default is the best in every row."""
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w*) *\| (\d+)% \|(.+)\|$", page, re.MULTILINE)
+    start = next(number for number, row in enumerate(rows) if row[0] == name)
+    end = next(n for n, row in enumerate(rows) if n > start and row[0])
+    texts = [(FOLDER / "heldout" / f"{one}.txt").read_text().splitlines() for one in DOMAINS]
+    lines = ["\n".join(line) for line in zip_longest(*texts, fillvalue="")]
+    text = tmp_path / f"{name}.txt"
+    sea = (FOLDER / "heldout" / "sea.txt").read_text()
+    text.write_text("\n".join(lines) + "\n" if name == "mixed" else sea)
+    command = ["routing", library.demo_tier("q4"), "--text", text, "--window", 256, "--windows", 32]
+    run(*command, "--quiet", "--trace", tmp_path / "x.trace")
+    trace = read_trace(tmp_path / "x.trace")
+    needs, layers = needs_of(trace), trace.about.layers
+    for _, percent, cells in rows[start:end]:
+        slots = round(int(percent) * 18 / 100)
+        found = [replay(needs, slots, make(), None, layers) for make in POLICIES.values()]
+        rates = [100 * c.missed.sum() for c in [*found, replay_belady(needs, slots)]]
+        rates = [100 - rate / found[0].needed.sum() for rate in rates]
+        expected = [float(cell.strip(" *")) for cell in cells.split("|")]
+        assert rates == pytest.approx(expected, abs=0.3)
+        if name == "mixed":
+            assert list(POLICIES)[int(np.argmax(rates[:-1]))] == DEFAULT_POLICY
