@@ -204,7 +204,7 @@ def test_an_interruption_anywhere_leaves_a_sound_store(monkeypatch: pytest.Monke
     store = store_of(8, files)
     draw = random.Random(0)
     start, settle = files.start, store.pool.settle
-    holes = {"start": start, "settle": settle}
+    holes: dict[str, Any] = {"start": start, "settle": settle}
 
     def interrupted(name: str) -> Any:
         def call(*given: Any, **how: Any) -> Any:

@@ -7,13 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from outlier_mlx.engine.paging.paged import PagedSwitchLinear
 from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.models.config import TOP_K_NAMES, describe
 from outlier_mlx.models.sizes import Parameters
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.storage.shards import read_shards
 
-_EXPERTS = (SwitchLinear, QuantizedSwitchLinear, TernarySwitchLinear)
+_EXPERTS = (SwitchLinear, QuantizedSwitchLinear, TernarySwitchLinear, PagedSwitchLinear)
 #: The rule for people. It gives the published counts of OLMoE, Qwen3 and Mixtral.
 RULE = (
     "all parameters but those of experts that a token is not routed to; shared experts, routers,"
@@ -38,7 +39,8 @@ def count_parameters(model: nn.Module, config: dict) -> Parameters:
                     "config.json does not say how many experts a token uses; looked for "
                     + listed(TOP_K_NAMES, last="or")
                 )
-            experts = module.weight.shape[0]
+            paged = isinstance(module, PagedSwitchLinear)
+            experts = module.num_experts if paged else module.weight.shape[0]
             idle += own // experts * (experts - min(experts, top_k))
     return Parameters(total, total - idle)
 
@@ -50,6 +52,8 @@ def _own_parameters(module: nn.Module) -> int:
         for name, value in module.items()
         if isinstance(value, mx.array) and not name.startswith("_")
     }
+    if isinstance(module, PagedSwitchLinear):
+        return module.num_experts * module.output_dims * module.input_dims
     if isinstance(module, TernarySwitchLinear):
         return module.weight.shape[0] * module.weight.shape[1] * module.input_dims
     bits = getattr(module, "bits", None)

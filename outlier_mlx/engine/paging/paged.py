@@ -129,6 +129,20 @@ class PagedSwitchGLU(TernarySwitchGLU):
             store.read_early(following, sorted(store.needable(following)), layer)
         return y
 
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Apply the experts `indices` (..., k) to x (..., hidden): (..., k, hidden) float32.
+
+        Within `mix` they are in slots already; any other caller waits for them.
+        """
+        if self.store.in_hand == self.layer:
+            return super().__call__(x, indices)
+        mx.eval(x, indices)
+        self.store.enter(self.layer)
+        self.store.ensure(self.layer, needed(indices, mx.ones(indices.shape)))
+        y = super().__call__(x, indices)
+        self.store.leave(y)
+        return y
+
     def _bring(
         self, indices: mx.array, weights: mx.array, shared: mx.array, guess: mx.array | None
     ) -> tuple[mx.array, set[int]]:

@@ -121,6 +121,7 @@ class ExpertStore:
         statistics: what they cost so far; a user may put new ones in their place.
         meanwhile: called every few milliseconds while experts are waited for.
         pressure: the rule by which slots are given back if memory is short; None: never.
+        in_hand: the layer that was entered, and not left.
         skip: of which share of a token's weight on experts are read; see `leave_out`.
     """
 
@@ -146,6 +147,7 @@ class ExpertStore:
         self._tails: list[mx.array] = []
         self._open: mx.array | None = None
         self._last_layer = -1
+        self.in_hand: int | None = None
         self._noted: list[tuple[int, mx.array, mx.array]] = []
         # Slots that something may still be written to, though nobody waits for it.
         self._abandoned: list[tuple[Reading, int]] = []
@@ -197,11 +199,11 @@ class ExpertStore:
             if len(self._tails) > _MOST_TAILS or sum(t.size for t in self._tails) > _MOST_KEPT:
                 self._compute_tails()
             self._yield_to_pressure()
-        self._last_layer = layer
+        self._last_layer = self.in_hand = layer
 
     def leave(self, output: mx.array) -> None:
         """Note the output of the layer that was entered; it need not be computed yet."""
-        self._open = output
+        self._open, self.in_hand = output, None
 
     def ensure(self, layer: int, experts: Collection[int]) -> None:
         """Bring experts of the layer that was entered into slots.
