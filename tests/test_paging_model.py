@@ -290,5 +290,5 @@ def test_models_without_pageable_experts(library: Library) -> None:
         library.base().path,
         library.tier(library.overlay(expert_intermediate=64), experts="affine2"),
     ):
-        with pytest.raises(OutlierError, match="no experts that could be paged"):
+        with pytest.raises(OutlierError, match="no experts that can be paged"):
             load_model(folder, expert_memory=ExpertMemory(share=0.5))

@@ -127,7 +127,7 @@ def test_ctrl_c_in_between_leaves_a_usable_store(
             raise KeyboardInterrupt
         evaluate(*arrays)
 
-    store._tails.clear()
+    store.outputs._kept.clear()
     monkeypatch.setattr(mx, "eval", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.shrink(7)

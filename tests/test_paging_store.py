@@ -242,7 +242,7 @@ def test_outputs_of_earlier_passes_are_computed_before_a_slot_is_overwritten() -
     use(store, 1, {0, 1})
     rows = store.pool.arrays["gate_proj"][1]
     late = rows[store.table(1)[:2]] * 1
-    store.leave(late)
+    store.outputs.leave(late)
     use(store, 1, {0, 2, 3, 4, 5})
     use(store, 2, set(range(EXPERTS)))
     assert np.array(late)[:, 0].tolist() == [100, 101]
@@ -253,7 +253,7 @@ def test_outputs_of_a_thread_that_is_gone_are_left_alone() -> None:
 
     def run() -> None:
         use(store, 1, {0, 1})
-        store.leave(store.pool.arrays["gate_proj"][1][store.table(1)] * 1)
+        store.outputs.leave(store.pool.arrays["gate_proj"][1][store.table(1)] * 1)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -267,8 +267,8 @@ def test_outputs_are_not_kept_for_long() -> None:
     store = store_of(6)
     for _ in range(50):
         use(store, 1, {0})
-        store.leave(mx.zeros((1 << 20,)))
-    assert len(store._tails) <= 8
+        store.outputs.leave(mx.zeros((1 << 20,)))
+    assert len(store.outputs) <= 8
 
 
 def test_experts_with_weight_0_are_not_needed() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from outlier_mlx.checkpoints.info import Info
     from outlier_mlx.checkpoints.ternary_info import TernaryInfo
     from outlier_mlx.engine.machine import Budget
-    from outlier_mlx.engine.paging.store import PagingStatistics
+    from outlier_mlx.engine.paging.statistics import PagingStatistics
     from outlier_mlx.imports import Imported
     from outlier_mlx.tiers.choose import Choice
     from outlier_mlx.tiers.convert import Report

@@ -15,7 +15,7 @@ from mlx_lm import batch_generate, stream_generate
 from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.engine.generate import described, vocabulary
 from outlier_mlx.engine.paging.paged import PagedSwitchLinear, statistics_of, store_of
-from outlier_mlx.engine.paging.store import PagingStatistics
+from outlier_mlx.engine.paging.statistics import PagingStatistics
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
 from outlier_mlx.measure.speeds import NO_EXPECTATION, Expectation, expectation

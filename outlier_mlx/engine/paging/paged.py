@@ -17,7 +17,8 @@ from outlier_mlx.engine.paging.pressure import Pressure
 from outlier_mlx.engine.paging.reads import ExpertFiles, beyond_the_cache
 from outlier_mlx.engine.paging.skip import leave_out
 from outlier_mlx.engine.paging.slots import MATRICES, Pool, slot_nbytes
-from outlier_mlx.engine.paging.store import ExpertStore, PagingStatistics, needed
+from outlier_mlx.engine.paging.statistics import PagingStatistics
+from outlier_mlx.engine.paging.store import ExpertStore, needed
 from outlier_mlx.engine.quantized import Classes
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.affine2 import affine_product, row_bytes
@@ -123,7 +124,7 @@ class PagedSwitchGLU(TernarySwitchGLU):
             weights, experts = self._bring(indices, weights, shared, guess)
             # Without any, slots may hold anything, and 0 times that need not be 0.
             y = super().mix(x, indices, weights, shared) if experts else shared + 0
-        store.leave(y)
+        store.outputs.leave(y)
         if following is not None:
             mx.async_eval(y)
             store.read_early(following, sorted(store.needable(following)), layer)
@@ -134,13 +135,13 @@ class PagedSwitchGLU(TernarySwitchGLU):
 
         Within `mix` they are in slots already; any other caller waits for them.
         """
-        if self.store.in_hand == self.layer:
+        if self.store.outputs.in_hand == self.layer:
             return super().__call__(x, indices)
         mx.eval(x, indices)
         self.store.enter(self.layer)
         self.store.ensure(self.layer, needed(indices, mx.ones(indices.shape)))
         y = super().__call__(x, indices)
-        self.store.leave(y)
+        self.store.outputs.leave(y)
         return y
 
     def _bring(

@@ -1,94 +1,29 @@
 """Which experts are in which slots, and how those that are needed get there.
 
 One thread uses a store: the one that runs the model. Others only read files into slots.
-
-An array that MLX has not computed yet may still have to read a slot when another expert is due in
-it. When a layer's routing is known, everything that the layer depends on is computed, so only what
-was built in other passes can be left: the last outputs of those are kept, and computed before a
-slot is first overwritten.
 """
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from outlier_mlx.engine.needs import CONVERTED_TOGETHER
+from outlier_mlx.engine.paging.outputs import Outputs
 from outlier_mlx.engine.paging.policies import Key, Policy
 from outlier_mlx.engine.paging.pressure import Pressure
 from outlier_mlx.engine.paging.reading import Reading
 from outlier_mlx.engine.paging.reads import ExpertFiles
 from outlier_mlx.engine.paging.slots import Pool
+from outlier_mlx.engine.paging.statistics import PagingStatistics
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.terminal import size
 
-# Outputs of passes that are kept until they are computed: at most so many, and so many numbers.
-_MOST_TAILS, _MOST_KEPT = 8, 1 << 23
 # Routings of resident layers that are kept until the policy is told.
 _MOST_NOTES = 4096
-# Experts that are read at a time, if they have to be converted: each takes memory of its own.
-CONVERTED_TOGETHER = 2
-
-
-@dataclass
-class PagingStatistics:
-    """What a model's experts cost so far.
-
-    Attributes:
-        hits: experts that were needed, and in a slot or on the way there.
-        misses: experts that were needed, and had to be read.
-        early: experts that were read before it was known that they are needed.
-        bytes_read: bytes of all experts that were read.
-        skipped: experts that were left out rather than read.
-        waited: seconds for which the model waited for experts.
-        guessed: experts that were needed where the layer below had made a guess.
-        foreseen: how many of them were in the guess.
-        reads_early: whether experts are read early; None: that is being found out.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    early: int = 0
-    bytes_read: int = 0
-    skipped: int = 0
-    waited: float = 0.0
-    guessed: int = 0
-    foreseen: int = 0
-    reads_early: bool | None = None
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Share of the needed experts that did not have to be read; None: none was needed."""
-        needed = self.hits + self.misses
-        return self.hits / needed if needed else None
-
-    @property
-    def recall(self) -> float | None:
-        """Of the needed experts, the share that was foreseen; None: nothing was guessed."""
-        return self.foreseen / self.guessed if self.guessed else None
-
-    def __str__(self) -> str:
-        """All counts in a line."""
-        needed, early = self.hits + self.misses, f", {self.early} of them early" * bool(self.early)
-        reads = self.misses + self.early
-        skipped = f", {self.skipped} left out" * bool(self.skipped)
-        return (
-            f"experts: {self.hits} of {needed} were in memory{skipped}; {reads} read{early}:"
-            f" {size(self.bytes_read)}, {self.waited:.2f} s waited{self._of_guesses()}"
-        )
-
-    def _of_guesses(self) -> str:
-        if self.recall is None:
-            return ""
-        decided = {None: "being tried", True: "pays", False: "does not pay, and is off"}
-        return f"; look-ahead foresaw {self.recall:.0%}, and {decided[self.reads_early]}"
-
-    def as_json(self) -> dict[str, Any]:
-        """All counts as JSON values."""
-        return asdict(self) | {"hit_rate": self.hit_rate, "recall": self.recall}
 
 
 @dataclass
@@ -121,7 +56,8 @@ class ExpertStore:
         statistics: what they cost so far; a user may put new ones in their place.
         meanwhile: called every few milliseconds while experts are waited for.
         pressure: the rule by which slots are given back if memory is short; None: never.
-        in_hand: the layer that was entered, and not left.
+        outputs: outputs of layers that may still have to read slots. Each layer is entered before
+            its experts are asked for, and left with its output.
         skip: of which share of a token's weight on experts are read; see `leave_out`.
     """
 
@@ -144,10 +80,7 @@ class ExpertStore:
         self._sharing: dict[Key, set[int]] = {}  # other layers that have an equal expert
         for (layer, _), first in self._equal.items():
             self._sharing.setdefault(first, set()).add(layer)
-        self._tails: list[mx.array] = []
-        self._open: mx.array | None = None
-        self._last_layer = -1
-        self.in_hand: int | None = None
+        self.outputs = Outputs()
         self._noted: list[tuple[int, mx.array, mx.array]] = []
         # Slots that something may still be written to, though nobody waits for it.
         self._abandoned: list[tuple[Reading, int]] = []
@@ -193,17 +126,8 @@ class ExpertStore:
 
     def enter(self, layer: int) -> None:
         """Begin with a layer; if it is not above the last one, a new pass begins."""
-        if layer <= self._last_layer and self._open is not None:
-            self._tails.append(self._open)
-            self._open = None
-            if len(self._tails) > _MOST_TAILS or sum(t.size for t in self._tails) > _MOST_KEPT:
-                self._compute_tails()
+        if self.outputs.enter(layer):
             self._yield_to_pressure()
-        self._last_layer = self.in_hand = layer
-
-    def leave(self, output: mx.array) -> None:
-        """Note the output of the layer that was entered; it need not be computed yet."""
-        self._open, self.in_hand = output, None
 
     def ensure(self, layer: int, experts: Collection[int]) -> None:
         """Bring experts of the layer that was entered into slots.
@@ -227,7 +151,10 @@ class ExpertStore:
         if not missing and not self._under_way:
             return
         begun = time.perf_counter()
-        together = len(missing) if self.pool.packed else CONVERTED_TOGETHER
+        together = len(missing)
+        if not self.pool.packed:  # each takes memory of its own until it is converted
+            together = CONVERTED_TOGETHER
+            self._settle(key for key in list(self._under_way) if key not in wanted)
         for key in missing[:together]:
             self._start(key, wanted[key])
         for number, key in enumerate(missing):
@@ -282,13 +209,9 @@ class ExpertStore:
 
         Call it between passes.
         """
-        if self._open is not None:
-            self._tails.append(self._open)
-            self._open = None
-        self._compute_tails()
-        for key in list(self._under_way):
-            with suppress(OutlierError):  # it is read again if it is needed
-                self._finish(key)
+        self.outputs.end_pass()
+        self.outputs.compute()
+        self._settle(list(self._under_way))
         with self._changing():
             self._forget()
             # What nobody waits for writes to the old slots, which live as long as it does.
@@ -364,16 +287,13 @@ class ExpertStore:
         Raises:
             OutlierError: no slot gets free.
         """
-        self._compute_tails()
+        self.outputs.compute()
         if self._started(key, known, held, early):
             return True
         if early:
             return False
         # What is read early for other layers has taken too many.
-        for other in list(self._under_way):
-            if self._under_way[other].known_as[0] != known[0]:
-                with suppress(OutlierError):
-                    self._finish(other)
+        self._settle([k for k, e in self._under_way.items() if e.known_as[0] != known[0]])
         self._settle_what_is_read()
         if not self._started(key, known, held, early):
             raise OutlierError("no slot for an expert is free: earlier reads of others do not end")
@@ -428,13 +348,17 @@ class ExpertStore:
 
     def _settle_what_is_read(self) -> None:
         """Settle what was read early, and use slots again that nothing is written to any more."""
-        for key in [key for key, e in self._under_way.items() if e.reading and e.reading.done]:
-            with suppress(OutlierError):  # it is read again if it is needed
-                self._finish(key)
+        self._settle([key for key, e in self._under_way.items() if e.reading and e.reading.done])
         if self._abandoned:
             with self._changing():
                 self._free += [slot for reading, slot in self._abandoned if reading.done]
                 self._abandoned = [pair for pair in self._abandoned if not pair[0].done]
+
+    def _settle(self, keys: Iterable[Key]) -> None:
+        """Settle what was read early; it is read again if it fails and is needed."""
+        for key in keys:
+            with suppress(OutlierError):
+                self._finish(key)
 
     def _moved(self, key: Key) -> None:
         """Make tables anew of layers that have an expert."""
@@ -447,17 +371,6 @@ class ExpertStore:
             self.statistics.hits += len(experts)
             self._policy.use(layer, experts)
         self._noted.clear()
-
-    def _compute_tails(self) -> None:
-        tails, self._tails = self._tails, []
-        for tail in tails:
-            try:
-                mx.eval(tail)
-            except RuntimeError as error:
-                # Only the thread that made an array can compute it. If the model is another
-                # thread's now, nobody does.
-                if "in current thread" not in str(error):
-                    raise
 
 
 def needed(indices: mx.array, weights: mx.array) -> set[int]:
