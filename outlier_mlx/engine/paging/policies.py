@@ -12,7 +12,8 @@ model and the replay of a recorded trace use the same classes, and call them in 
 A pass is one run through the layers: a decoded token, a batch of them or a chunk of a prompt.
 Policies see where one begins: layers ascend within a pass.
 
-No call goes through all slots: at most through the layers, and the experts of one of them.
+No call goes through all slots, but at most through the layers, and the experts of one of them. Only
+LFU tidies up now and then.
 """
 
 from collections import OrderedDict, defaultdict
