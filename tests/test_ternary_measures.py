@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from outlier_mlx.imports import import_model
-from tests.program import run
+from outlier_mlx.measure.measured import read_measured
+from outlier_mlx.tiers.verify import verify_tier
+from tests.damage import edit_json
+from tests.program import assert_refused, run
 from tests.ternary_sources import mlx_pack
 
 
@@ -25,6 +28,24 @@ def test_perplexity(rows: Path, tmp_path: Path):
     ours = run("perplexity", rows, *options).json["perplexity"]
     theirs = run("perplexity", rows.parent / "model", *options).json["perplexity"]
     assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_recorded_perplexity_is_for_the_card(tmp_path: Path):
+    pack = mlx_pack()
+    folder = import_model(pack.write(tmp_path / "model"), tmp_path / "rows").path
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog sat on the cat " * 8)
+    before = verify_tier(folder)
+    command = ("perplexity", folder, "--text", text, "--window", 16, "--windows", 2)
+    value = run(*command, "--record", "--json").json["perplexity"]
+    assert [one.perplexity for one in read_measured(folder)] == [value]
+    assert verify_tier(folder) == before
+    command = ("push", folder, "owner/rows", "--license", "mit", "--dry-run")
+    assert f"| {value:.4f} |" in run(*command).out
+    edit_json(folder / "checksums.json", producer="another")
+    assert read_measured(folder) == []
+    refused = run("perplexity", tmp_path / "model", "--text", text, "--record", code=1)
+    assert_refused(refused, "model", "results cannot be saved")
 
 
 def test_bench(rows: Path):

@@ -238,7 +238,7 @@ def perplexity(
     windows: Windows = None,
     record: Annotated[
         bool,
-        typer.Option("--record", help="Save the result in the tier; `push` puts it into the card."),
+        typer.Option("--record", help="Save the result with the model, for `push` and its card."),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -252,7 +252,7 @@ def perplexity(
 
     if record and loading.expert_skip:
         raise OutlierError("--record: with --expert-skip the result depends on memory")
-    folder = measured.require_tier(model) if record else None
+    folder = measured.require_recordable(model) if record else None
     loaded, tokenizer = load_checked(
         model, loading, window, beside=against, logits=window, quiet=quiet
     )

@@ -1,4 +1,4 @@
-"""Measurements of a tier: `measured.json` beside its manifest, for the model card."""
+"""Measurements of a tier or a ternary model: `measured.json` beside its manifest, for its card."""
 
 import hashlib
 from dataclasses import asdict, dataclass, fields
@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import get_type_hints
 
 from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.models.config import is_ternary_model, raw_config
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_bytes, read_json
 from outlier_mlx.writing.manifest import MEASUREMENTS
 
 FILE = MEASUREMENTS
-_MANIFEST = "tier.json"
+_TIER, _TERNARY = "tier.json", "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,26 @@ class Measured:
         return self.sha256, self.window, self.windows, self.dtype, self.chip, self.against
 
 
-def require_tier(path: str | Path) -> Path:
-    """The folder of a tier, in which measurements can be recorded.
+def require_recordable(path: str | Path) -> Path:
+    """The folder of a tier or an imported ternary model, in which measurements can be recorded.
 
     Raises:
-        OutlierError: the path is not the folder of a tier.
+        OutlierError: the path is not such a folder.
     """
     folder = Path(path)
-    if not (folder / _MANIFEST).is_file():
-        raise OutlierError(f"{path}: not the folder of a tier, so results cannot be saved in it")
-    return folder
+    if (folder / _TIER).is_file():
+        return folder
+    if (folder / _TERNARY).is_file() and is_ternary_model(raw_config(folder)):
+        return folder
+    raise OutlierError(
+        f"{path}: not the folder of a tier or a ternary model, so results cannot be saved in it"
+    )
 
 
 def record(folder: Path, measured: Measured) -> None:
-    """Add a measurement to a tier; the file appears whole or not at all.
+    """Add a measurement to a model's folder; the file appears whole or not at all.
 
-    Measurements of earlier weights of the tier are dropped.
+    Measurements of earlier weights are dropped.
     """
     others = [one for one in read_measured(folder) if one.key != measured.key]
     entries = [asdict(one) for one in [*others, measured]]
@@ -79,7 +84,7 @@ def record(folder: Path, measured: Measured) -> None:
 
 
 def read_measured(folder: Path) -> list[Measured]:
-    """The measurements of a tier's present weights.
+    """The measurements of a model's present weights.
 
     Returns:
         Empty without a file, or if the file is of other weights.
@@ -110,4 +115,5 @@ def _measured(entry: object) -> Measured:
 
 
 def _digest(folder: Path) -> str:
-    return hashlib.sha256(read_bytes(inside(folder, _MANIFEST))).hexdigest()
+    name = _TIER if (folder / _TIER).exists() else _TERNARY
+    return hashlib.sha256(read_bytes(inside(folder, name))).hexdigest()
