@@ -15,7 +15,7 @@ from outlier_mlx.engine.buffers import MAX_MB
 from outlier_mlx.engine.limits import keep_to
 from outlier_mlx.engine.machine import UNLIMITED, Budget
 from outlier_mlx.engine.needs import Use
-from outlier_mlx.engine.plan import HEADROOM, Plan, plan
+from outlier_mlx.engine.plan import Plan, plan
 from tests.plain_models import SIZES, make_model, write_model
 
 LIMIT = 12 << 30
@@ -67,7 +67,7 @@ def test_mlx_lm_wires_what_is_planned(planned: Plan, limits: dict[str, list[int]
 
 def test_mlx_keeps_what_the_plan_leaves(planned: Plan, limits: dict[str, list[int]]) -> None:
     keep_to(planned)
-    rest = int(LIMIT * (1 - HEADROOM)) - planned.needed + planned.mlx_cache.nbytes
+    rest = LIMIT - LIMIT // 32 - planned.needed + planned.mlx_cache.nbytes
     assert limits["set_cache_limit"] == [rest] and "set_memory_limit" not in limits
     for tight in (replace(planned, slots=10), replace(planned, available=Budget(UNLIMITED, "x"))):
         keep_to(tight)

@@ -119,10 +119,18 @@ def test_a_mac_gives_the_gpu_s_limit_or_what_is_free(monkeypatch: pytest.MonkeyP
     found = budget()
     assert found == Budget(272238 * 16384, "this Mac, as it is now,") and not found.on_cpu
     assert str(found) == "this Mac, as it is now, gives 4.46 GB"
+    assert found.headroom == found.nbytes // 8
     plenty = VM_STAT.replace("61842", "961842")
     for text in (plenty, "vm_stat: command not found"):
         monkeypatch.setattr(machine, "_vm_stat", lambda said=text: said)
         assert budget() == Budget(12 << 30, "this Mac's GPU")
+        assert budget().headroom == (12 << 30) // 32
+    # Little more is free than the GPU may use: an eighth of that is better left.
+    little = VM_STAT.replace("61842.", f"{(13 << 30) // 16384 - 9051 - 201345}.")
+    monkeypatch.setattr(machine, "_vm_stat", lambda: little)
+    found = budget()
+    assert found.nbytes == 12 << 30
+    assert found.nbytes - found.headroom == (13 << 30) - (13 << 30) // 8
 
 
 class Library:

@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.needs import cpu_step
-from outlier_mlx.engine.paging.paged import total_parameters
+from outlier_mlx.engine.paging.paged import store_of, total_parameters
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -232,12 +232,16 @@ def prefill_step(model: nn.Module, most: int) -> int:
 
     Between two steps the progress is shown, and Ctrl-C acts. A GPU needs long steps. MLX's CPU
     backend is hardly slower with short ones, and there a step takes a fraction of a second unless a
-    single token takes longer. The number depends on the model alone, so that results do.
+    single token takes longer. The number depends on the model alone, so that results do; only where
+    experts are paged, and long steps would take too much memory, steps are shorter.
 
     Args:
         model: any model; of its experts, all count.
         most: tokens of a step, at most.
     """
+    store = store_of(model)
+    if store is not None and store.step is not None:
+        most = min(most, store.step)
     if mx.default_device() != mx.cpu:
         return most
     return cpu_step(most, total_parameters(model))

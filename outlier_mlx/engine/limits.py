@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from outlier_mlx.engine.buffers import MAX_MB
 from outlier_mlx.engine.machine import UNLIMITED, gpu_limit
-from outlier_mlx.engine.plan import HEADROOM, Plan
+from outlier_mlx.engine.plan import Plan
 
 # mlx-lm's function that raises the wired limit, and the modules that use it by this name.
 _WIRING = "maybe_set_recommended_wired_limit"
@@ -58,7 +58,7 @@ def _spare(plan: Plan) -> int:
     """Bytes that MLX may keep where everything is loaded."""
     if plan.available.nbytes == UNLIMITED:
         return 0
-    left = int(plan.available.nbytes * (1 - HEADROOM)) - plan.needed
+    left = plan.available.nbytes - plan.available.headroom - plan.needed
     return plan.mlx_cache.nbytes + left
 
 

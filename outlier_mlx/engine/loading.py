@@ -117,8 +117,7 @@ def load_model(
     if always_page or planned.slots is not None:
         from outlier_mlx.engine.paging.paged import paged_classes
 
-        memory = planned.expert_memory
-        classes = paged_classes(_concrete_classes, folder, memory, always=always_page)
+        classes = paged_classes(_concrete_classes, folder, planned, always=always_page)
     if dtype == "float16" and _squares(config):
         warnings.warn(
             f"{folder.name}: squared activations may overflow float16",

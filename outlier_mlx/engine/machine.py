@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from outlier_mlx.terminal import size
@@ -20,6 +20,8 @@ from outlier_mlx.terminal import size
 UNLIMITED = sys.maxsize
 # The share of its memory that macOS lets the GPU use by default; docs/sizes.md has the source.
 GPU_SHARE = 0.75
+# Parts of free memory, and of the GPU's limit, that are better left free.
+_FREE_KEPT, _GPU_KEPT = 8, 32
 # Where less than this share of memory is available, Linux is taken to be under pressure.
 LITTLE = 0.05
 # Levels of kern.memorystatus_vm_pressure_level: 1 normal, 2 warning, 4 critical.
@@ -37,10 +39,25 @@ class Budget:
     Attributes:
         nbytes: how much; `UNLIMITED` where that is not known.
         whose: what sets the limit, for messages.
+        kept: what `headroom` is; None: its usual share.
     """
 
     nbytes: int
     whose: str
+    kept: int | None = field(default=None, compare=False)
+
+    @property
+    def headroom(self) -> int:
+        """Bytes that are better left free, if there is a choice.
+
+        An eighth of what is free: the page cache keeps experts that were read, and other programs
+        grow. Of the GPU's limit it is a 32nd, because macOS keeps a quarter of its memory for
+        others anyway. Nobody measured which shares are best.
+        """
+        if self.kept is not None:
+            return self.kept
+        free = self.on_cpu or self.whose == FREE_ON_MAC
+        return self.nbytes // (_FREE_KEPT if free else _GPU_KEPT)
 
     @property
     def on_cpu(self) -> bool:
@@ -60,8 +77,12 @@ def budget(ram_gb: float | None = None) -> Budget:
         return Budget(int(ram_gb * 2**30 * GPU_SHARE), f"a Mac with {ram_gb:g} GB")
     limit, found = gpu_limit(), free()
     if limit is not None:
-        short = found is not None and found.nbytes < limit
-        return Budget(found.nbytes, FREE_ON_MAC) if found and short else Budget(limit, THIS_GPU)
+        if found is None:
+            return Budget(limit, THIS_GPU)
+        if found.nbytes < limit:
+            return Budget(found.nbytes, FREE_ON_MAC)
+        kept = max(limit // _GPU_KEPT, limit - (found.nbytes - found.nbytes // _FREE_KEPT))
+        return Budget(limit, THIS_GPU, kept)
     if found is not None:
         return found
     physical = physical_memory()

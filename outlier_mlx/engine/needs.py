@@ -19,8 +19,8 @@ FUSED_HEADS = (64, 80, 128)
 # Experts that are read and converted at a time on a CPU, and how much more memory converting takes
 # than what is converted: pieces of 2^20 bytes of rows.
 CONVERTED_TOGETHER, CONVERTING = 2, 24
-# MLX's own limit of its cache on a CPU.
-CPU_CACHE = 32 << 20
+# MLX's own limit of its cache on a CPU, and what is enough on a GPU.
+CPU_CACHE, MLX_CACHE = 32 << 20, 256 << 20
 #: In the names of the tensors of routed experts.
 SWITCH = ".switch_mlp."
 _HALVES = ("F16", "BF16")
@@ -122,18 +122,15 @@ class Needs:
             scores      2 (heads) T L b, where MLX does not keep them to itself
             logits      (tokens whose logits are kept) (vocabulary) (b + 12)
 
-        Attention and FFN do not happen together. One layer at a time is counted on a CPU, and two
-        on a GPU, which gets the next one while it works. More may wait for the GPU only as long as
-        MLX is below its memory limit.
+        Attention and FFN do not happen together. One layer at a time is counted. On a GPU more may
+        wait to be freed, but only as long as MLX is below its memory limit; there it waits.
         """
-        layers = 1 if self.on_cpu else 2
         logits = use.logits * (self.config.vocab or 0) * (self.value_nbytes + 12)
-        return layers * self._layer(use) + self._scores(use) + logits
+        return self._layer(use) + self._scores(use) + logits
 
     def mlx_cache(self, use: Use) -> int:
-        """Bytes of freed memory that MLX keeps: at most what a layer takes, without scores."""
-        layer = self._layer(use)
-        return min(layer, CPU_CACHE) if self.on_cpu else layer
+        """Bytes of freed memory that MLX is to keep: what a layer takes, or `MLX_CACHE`."""
+        return min(self._layer(use), CPU_CACHE if self.on_cpu else MLX_CACHE)
 
     def working(self, use: Use) -> int:
         """Bytes beside weights and KV caches, if nothing is paged."""

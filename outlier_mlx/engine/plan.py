@@ -1,6 +1,6 @@
 """The plan: what a model will take of memory, part by part, against what the machine gives."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outlier_mlx.engine.machine import Budget, budget
@@ -10,9 +10,8 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.terminal import size
 
-#: `auto` leaves this share of what the machine gives: the page cache keeps experts that were read
-#: and other programs grow. Nobody measured which share is best.
-HEADROOM = 1 / 8
+# Steps in which prompts are read if longer ones take too much memory.
+_STEPS = (1024, 512, 256, 128)
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Plan:
         available: what the machine gives.
         paged: the experts, if they can be paged.
         slots: number of slots; None: all experts are loaded, and nothing is paged.
+        step: tokens of a prompt that are to be processed at a time, at most.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Plan:
     available: Budget
     paged: Experts | None = None
     slots: int | None = None
+    step: int = 2048
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -124,7 +125,8 @@ def plan(
         folder: the model's.
         use: how it is going to be used; None: one conversation of 4096 tokens.
         memory: how much its experts may take. `AUTO`: all are loaded if everything fits;
-            otherwise, as many have slots as fit beside everything else and the headroom.
+            otherwise, as many have slots as fit beside everything else and the headroom. Prompts
+            are read in shorter steps if not even the least number of slots would fit.
         available: what the machine gives; None: what this one gives now.
         beside: bytes of another model that is in memory at the same time.
 
@@ -142,15 +144,30 @@ def plan(
             f"--expert-memory {memory}: {folder.name} has no experts that can be paged: only those"
             " of tiers in packed rows can"
         )
-    if memory != AUTO:
-        return _plan(folder.name, needs, use, available, beside, memory.slots_for(needs.experts))
     experts = needs.experts
-    least = _plan(folder.name, needs, use, available, beside, experts.floor)
+    fixed = experts.floor if memory == AUTO else memory.slots_for(experts)
+    least = _shortened(folder.name, needs, use, available, beside, fixed)
+    if memory != AUTO:
+        return least
     if least.needed >= whole.needed:  # few small experts, which it takes more to page than to load
         return whole
-    room = int(available.nbytes * (1 - HEADROOM)) - (least.needed - least.experts.nbytes)
+    use = replace(use, step=least.step)
+    room = available.nbytes - available.headroom - (least.needed - least.experts.nbytes)
     slots = min(experts.total - 1, max(experts.floor, room // experts.slot_nbytes))
     return _plan(folder.name, needs, use, available, beside, slots)
+
+
+def _shortened(
+    name: str, needs: Needs, use: Use, available: Budget, beside: int, slots: int | None
+) -> Plan:
+    """A plan that fits, with steps as short as that takes; or the one with the shortest steps."""
+    found = _plan(name, needs, use, available, beside, slots)
+    for step in _STEPS if slots is not None else ():
+        if found.fits:
+            break
+        if step < use.step:
+            found = _plan(name, needs, replace(use, step=step), available, beside, slots)
+    return found
 
 
 def _plan(
@@ -177,6 +194,7 @@ def _plan(
         available=available,
         paged=experts,
         slots=slots,
+        step=use.step,
     )
 
 

@@ -7,7 +7,7 @@ from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.memory import budget, check_fits
 from outlier_mlx.engine.needs import Use, needs_of
 from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
-from outlier_mlx.engine.plan import HEADROOM, Part, Plan, plan
+from outlier_mlx.engine.plan import Part, Plan, plan
 
 # The defaults of mlx-lm's server.
 MAX_RESPONSES = 32
@@ -98,10 +98,10 @@ def find_capacity(
         asked = min(clients, Capacity(responses, prompts).conversations) if kv_bits is None else 1
         use = replace(use, conversations=asked, prompts=prompts)
     first = plan(folder, use, memory, available)
-    room = available.nbytes - first.loaded
+    room, step = available.nbytes - first.loaded, first.step
     if memory == AUTO and first.slots is not None:
         # Slots got what is best for so many conversations; no more of them take the headroom.
-        room -= int(available.nbytes * HEADROOM)
+        room -= available.headroom
 
     def divide(prompts: int | None) -> tuple[int, int, int]:
         """Prompts read together, conversations that fit, and the bytes for their caches."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import get_total_parameters
 
-from outlier_mlx.engine.paging.budget import ExpertMemory, Experts
+from outlier_mlx.engine.paging.budget import Experts
 from outlier_mlx.engine.paging.lookahead import Lookahead
 from outlier_mlx.engine.paging.policies import DEFAULT_POLICY, POLICIES
 from outlier_mlx.engine.paging.pressure import Pressure
@@ -19,6 +19,7 @@ from outlier_mlx.engine.paging.skip import leave_out
 from outlier_mlx.engine.paging.slots import MATRICES, Pool, slot_nbytes
 from outlier_mlx.engine.paging.statistics import PagingStatistics
 from outlier_mlx.engine.paging.store import ExpertStore, needed
+from outlier_mlx.engine.plan import Plan
 from outlier_mlx.engine.quantized import Classes
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.affine2 import affine_product, row_bytes
@@ -191,16 +192,16 @@ class PagedSwitchGLU(TernarySwitchGLU):
 
 
 def paged_classes(
-    get_model_classes: Classes, folder: Path, memory: ExpertMemory, *, always: bool = False
+    get_model_classes: Classes, folder: Path, planned: Plan, *, always: bool = False
 ) -> Classes:
     """The same classes for `mlx_lm.utils.load_model`, whose models page their ternary experts.
 
-    Where all experts fit into `memory`, they are loaded like everything else.
+    Where all experts have a slot, they are loaded like everything else.
 
     Args:
         get_model_classes: the classes of a model with all experts in memory.
         folder: the model's, from whose files experts are read.
-        memory: what experts may take; not `AUTO`.
+        planned: what experts may take, and how prompts are read.
         always: keep them in slots even if all fit.
     """
 
@@ -211,7 +212,7 @@ def paged_classes(
         def load_weights(
             self: Any, weights: list[tuple[str, mx.array]], strict: bool = True
         ) -> Any:
-            paged = _page(self, folder, memory, always)
+            paged = _page(self, folder, planned, always)
             kept = [(name, array) for name, array in weights if not name.startswith(paged)]
             return model.load_weights(self, kept, strict)
 
@@ -221,7 +222,7 @@ def paged_classes(
     return classes
 
 
-def _page(model: nn.Module, folder: Path, memory: ExpertMemory, always: bool) -> tuple[str, ...]:
+def _page(model: nn.Module, folder: Path, planned: Plan, always: bool) -> tuple[str, ...]:
     """Put paged experts in the place of ternary ones; returns what names of theirs begin with."""
     blocks: dict[str, Any] = {
         name: module
@@ -235,7 +236,7 @@ def _page(model: nn.Module, folder: Path, memory: ExpertMemory, always: bool) ->
     hidden, packed = glu.gate_proj.input_dims, use_metal()
     nbytes = slot_nbytes(hidden, glu.hidden_dims, packed=packed)
     experts = Experts(len(blocks), glu.num_experts, top_k, nbytes)
-    slots = memory.slots_for(experts)
+    slots = planned.expert_memory.slots_for(experts)
     if slots is None and not always:
         return ()
     prefixes = tuple(f"{name}.switch_mlp." for name in blocks)
@@ -243,7 +244,7 @@ def _page(model: nn.Module, folder: Path, memory: ExpertMemory, always: bool) ->
     files = _open_files(folder, prefixes, total * nbytes)
     pool = Pool(total, hidden, glu.hidden_dims, packed=packed)
     store = ExpertStore(pool, files, POLICIES[DEFAULT_POLICY])
-    store.pressure = Pressure(experts.floor)
+    store.pressure, store.step = Pressure(experts.floor), planned.step
     lookahead = Lookahead(model, store.layers, top_k)
     for name, block in blocks.items():
         layer = int(name.split("layers.")[1].split(".")[0])

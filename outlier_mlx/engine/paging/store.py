@@ -54,6 +54,7 @@ class ExpertStore:
         layers: numbers of the MoE layers, in order.
         experts: experts of each of them.
         statistics: what they cost so far; a user may put new ones in their place.
+        step: tokens of a prompt to process at a time, at most; None: no limit.
         meanwhile: called every few milliseconds while experts are waited for.
         pressure: the rule by which slots are given back if memory is short; None: never.
         outputs: outputs of layers that may still have to read slots. Each layer is entered before
@@ -74,6 +75,7 @@ class ExpertStore:
         self.statistics = PagingStatistics()
         self.pressure: Pressure | None = None
         self.meanwhile: Callable[[], None] | None = None
+        self.step: int | None = None
         self.skip = 0.0
         self._states = {n: _Layer(frozenset(range(self.experts))) for n in self.layers}
         self._equal = files.equal
