@@ -432,6 +432,7 @@ def test_a_replay_counts_what_the_running_model_counted(
     monkeypatch.setattr("outlier_mlx.engine.paging.paged.DEFAULT_POLICY", policy)
     tier = library.demo_tier("q4")
     model, _ = load_model(tier, expert_memory=ExpertMemory(slots=slots), always_page=True)
+    model.layers[1].mlp.switch_mlp.lookahead.probe.decide(False)
     with recording(model) as recorder:
         cache = make_prompt_cache(model)
         x = mx.array([[7 * number % 200 + 5 for number in range(11)]])
@@ -450,6 +451,23 @@ def test_a_replay_counts_what_the_running_model_counted(
     assert (counted.misses, counted.early) == (found.missed.sum(), 0)
     assert counted.misses > 20
     assert counted.hit_rate == found.hit_rate(np.ones(30, bool))
+
+
+def test_what_a_trace_foresees_is_what_a_running_model_foresees(library: Library) -> None:
+    tier = library.demo_tier("q4")
+    model, _ = load_model(tier, expert_memory=ExpertMemory(slots=6), always_page=True)
+    lookahead = model.layers[1].mlp.switch_mlp.lookahead
+    assert lookahead.possible
+    lookahead.probe.decide(True)
+    cache = make_prompt_cache(model)
+    with recording(model) as recorder:
+        for token in range(5, 65):
+            mx.eval(model(mx.array([[token]]), cache=cache))
+    trace = recorder.trace(trace_about(resolve(tier), model, "t", 1))
+    store = store_of(model)
+    assert store is not None and store.statistics.early > 0
+    assert store.statistics.guessed == 60 * 2 * 2  # of the two layers above the first
+    assert trace.recall == pytest.approx(store.statistics.foreseen / store.statistics.guessed)
 
 
 @pytest.mark.slow
