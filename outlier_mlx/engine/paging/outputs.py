@@ -42,8 +42,15 @@ class Outputs:
             return
         self._kept.append(self._last)
         self._last = None
-        if len(self) > _MOST_KEPT or sum(kept.size for kept in self._kept) > _MOST_NUMBERS:
-            self.compute()
+
+    @property
+    def full(self) -> bool:
+        """Whether more are kept than should be."""
+        return len(self) > _MOST_KEPT or sum(kept.size for kept in self._kept) > _MOST_NUMBERS
+
+    def drop(self) -> None:
+        """Keep the first no longer, without computing it."""
+        del self._kept[0]
 
     def compute(self) -> None:
         """Compute the outputs of passes before the present one."""

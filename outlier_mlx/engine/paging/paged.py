@@ -53,15 +53,17 @@ class PagedSwitchLinear(nn.Module):
         return self._store.experts
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Multiply x (..., 1, in) by the experts in `indices` (...): (..., 1, out) float32."""
-        slots = self._store.table(self._layer)
+        """Multiply x (..., 1, in) by the experts in `indices` (...): (..., 1, out) float32.
+
+        Where slots are in the affine form, `indices` are slots.
+        """
         if not self._store.pool.packed:
             weight, scales, biases = self.stored
             affine = weight, scales, biases
-            return affine_product(x.astype(mx.float32), affine, slots[indices])
+            return affine_product(x.astype(mx.float32), affine, indices, sorted_indices)
         # Shapes, and so the way of multiplying, are those of a layer with all experts in memory.
         # Depending on x, rows are not taken before they are multiplied with.
-        slots = mx.depends([slots], [x])[0]
+        slots = mx.depends([self._store.table(self._layer)], [x])[0]
         rows, scales = (array[slots] for array in self.stored)
         return rows_product(x, indices, rows, scales, sorted_indices)
 
@@ -136,13 +138,14 @@ class PagedSwitchGLU(TernarySwitchGLU):
 
         Within `mix` they are in slots already; any other caller waits for them.
         """
-        if self.store.outputs.in_hand == self.layer:
-            return super().__call__(x, indices)
-        mx.eval(x, indices)
-        self.store.enter(self.layer)
-        self.store.ensure(self.layer, needed(indices, mx.ones(indices.shape)))
-        y = super().__call__(x, indices)
-        self.store.outputs.leave(y)
+        mixes = self.store.outputs.in_hand == self.layer
+        if not mixes:
+            mx.eval(x, indices)
+            self.store.enter(self.layer)
+            self.store.ensure(self.layer, needed(indices, mx.ones(indices.shape)))
+        y = super().__call__(x, indices if self.store.pool.packed else self.slots[indices])
+        if not mixes:
+            self.store.outputs.leave(y)
         return y
 
     def _bring(

@@ -129,6 +129,10 @@ class ExpertStore:
     def enter(self, layer: int) -> None:
         """Begin with a layer; if it is not above the last one, a new pass begins."""
         if self.outputs.enter(layer):
+            if self.outputs.full and self.complete:  # no slot is going to be overwritten
+                self.outputs.drop()
+            elif self.outputs.full:
+                self.outputs.compute()
             self._yield_to_pressure()
 
     def ensure(self, layer: int, experts: Collection[int]) -> None:
