@@ -39,6 +39,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     recommended = {"max_recommended_working_set_size": LIMIT}
     monkeypatch.setattr(mx, "device_info", lambda: recommended)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 0)
     monkeypatch.delenv(MAX_MB, raising=False)
     for name in ("mlx_lm.utils", "mlx_lm.generate"):
         wiring = "maybe_set_recommended_wired_limit"
@@ -63,6 +64,15 @@ def test_mlx_lm_wires_what_is_planned(planned: Plan, limits: dict[str, list[int]
     keep_to(replace(planned, weights=replace(planned.weights, nbytes=2 * LIMIT)))
     with MODULE.wired_limit(model):
         assert limits["set_wired_limit"][-1] == LIMIT
+
+
+def test_a_second_model_leaves_the_first_one_wired(
+    planned: Plan, limits: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 12345)
+    keep_to(planned)
+    with MODULE.wired_limit(make_model(SIZES | {"model_type": "llama"})):
+        assert limits["set_wired_limit"] == [planned.needed + 12345]
 
 
 def test_mlx_keeps_what_the_plan_leaves(planned: Plan, limits: dict[str, list[int]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import outlier_mlx
 from outlier_mlx.engine.needs import needs_of
 from outlier_mlx.errors import OutlierError
+from tests.library import Library
 from tests.program import run
 from tests.serving import Running, running
 
@@ -116,3 +118,23 @@ def test_the_option_of_the_command(small_tier: Path, monkeypatch: pytest.MonkeyP
     run("serve", small_tier, "--idle-unload", "15")
     assert served[0].idle_unload == 15
     assert "is less than" in run("serve", small_tier, "--idle-unload", "0", code=2).err
+
+
+def test_a_paged_model_is_unloaded_with_its_files(library: Library) -> None:
+    tier = library.demo_tier("q4")
+    handles = Path("/proc/self/fd")
+
+    def opened() -> int:
+        """How often the tier's files are open."""
+        links = (os.path.realpath(link) for link in handles.iterdir())
+        return sum(link.startswith(str(tier.resolve())) for link in links)
+
+    def load() -> Any:
+        return outlier_mlx.load(tier, expert_memory="50%")
+
+    with running(load, idle_unload=SECOND) as served:
+        first = served.chat().choices[0].message.content
+        assert not handles.exists() or opened() > 0
+        assert served.wait(lambda: state(served) == "unloaded")
+        assert not handles.exists() or served.wait(lambda: opened() == 0)
+        assert served.chat().choices[0].message.content == first

@@ -19,7 +19,9 @@ _RECOMMENDED = "max_recommended_working_set_size"
 
 
 def keep_to(plan: Plan) -> None:
-    """Let MLX keep to a plan; without a GPU, its own limits stay.
+    """Let MLX keep to the plan of a model that is about to be loaded.
+
+    Without a GPU, MLX's own limits stay.
 
     - Freed memory that it keeps for what comes next: as much as planned; where nothing is paged,
       also what the plan leaves free, without the headroom.
@@ -34,9 +36,11 @@ def keep_to(plan: Plan) -> None:
     wait_within_budget()
     spare = 0 if plan.slots is not None else _spare(plan)
     mx.set_cache_limit(max(plan.mlx_cache.nbytes, spare))
+    # What is in memory already is another model's, which may run, too.
+    planned = plan.needed + mx.get_active_memory()
     if plan.slots is not None:
-        mx.set_memory_limit(min(limit, plan.needed))
-    _bound_wiring(plan.needed)
+        mx.set_memory_limit(min(limit, planned))
+    _bound_wiring(planned)
 
 
 def wait_within_budget() -> None:
