@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 from safetensors.numpy import save_file
 
@@ -17,6 +19,7 @@ from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure import expert_trace
 from outlier_mlx.measure.expert_recorder import Recorder, recording, trace_about
 from outlier_mlx.measure.expert_trace import About, Trace, read_trace, write_trace
+from outlier_mlx.measure.replay_run import Machine, replay_all
 from outlier_mlx.runtime.routing import top_experts
 from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.safetensors import read_header
@@ -48,7 +51,9 @@ def random_trace(tokens: int = 12, seed: int = 0, about: About = ABOUT) -> Trace
     random = np.random.default_rng(seed)
     shape = tokens, len(about.layers)
     experts, foreseen = (
-        np.argsort(random.random((*shape, about.experts)))[..., : about.top_k].astype(np.uint8)
+        np.argsort(random.random((*shape, min(about.experts, 256))))[..., : about.top_k].astype(
+            np.uint8
+        )
         for _ in range(2)
     )
     weights = random.random(experts.shape).astype(np.float16) + np.float16(0.1)
@@ -190,6 +195,15 @@ def test_a_trace_read_back(tmp_path: Path) -> None:
     assert found.recall is None
 
 
+def test_many_experts(tmp_path: Path) -> None:
+    about = replace(ABOUT, experts=300, top_k=4)
+    trace = random_trace(about=about)
+    trace = replace(trace, experts=trace.experts + np.uint16(40), foreseen=None)
+    assert trace.experts.max() > 255 and trace.experts.dtype == np.uint16
+    write_trace(trace, tmp_path / "x")
+    np.testing.assert_array_equal(read_trace(tmp_path / "x").experts, trace.experts)
+
+
 # What is refused
 
 
@@ -231,6 +245,11 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "layers": (lambda path: changed(path, {"layers": [3, 1]}), "layers: expected"),
     "count": (lambda path: changed(path, {"layers": [1, 2, 3]}), "expected U8 (12, 3, 2)"),
     "experts": (lambda path: changed(path, {"experts": "4"}), "experts is '4'"),
+    "most": (lambda path: changed(path, {"experts": 65536}), "whole number from 1 to 65535"),
+    "all": (
+        lambda path: changed(path, {"experts": 60000, "layers": list(range(100))}),
+        "experts is 60000, expected a whole number from 1 to 10000",
+    ),
     "k": (lambda path: changed(path, {"top_k": 5}), "top_k is 5, expected a whole number"),
     "bytes": (lambda path: changed(path, {"expert_bytes": 0}), "expert_bytes is 0"),
     "shared": (lambda path: changed(path, {"shared_bytes": 901}), "shared_bytes: expected at most"),
@@ -257,3 +276,22 @@ def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_trace, "_MAX_BYTES", 239)
     with pytest.raises(CheckpointError, match="x: a trace of 240 bytes; at most 239 fit"):
         read_trace(tmp_path / "x")
+
+
+@settings(max_examples=200, deadline=None)
+@given(places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
+def test_bytes_that_changed(places: list, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Either it is refused, or it can be replayed."""
+    path = tmp_path_factory.getbasetemp() / "changed.trace"
+    write_trace(random_trace(tokens=5), path)
+    data = bytearray(path.read_bytes())
+    for share, value in places:
+        data[int(share * (len(data) - 1))] = value
+    path.write_bytes(data)
+    try:
+        trace = read_trace(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+        return
+    with np.errstate(all="ignore"):
+        json.dumps(replay_all(trace, Machine("chip", 100, 3)).as_json())

@@ -33,7 +33,9 @@ PROMPT_CHUNK = 2048
 _KEY, _VERSION = "outlier-mlx trace", 1
 # 200,000 tokens of a model with 28 layers and two experts a token.
 _MAX_BYTES = 64_000_000
-_MAX_EXPERTS, _MAX_SIZE = 65536, 2**53
+# Experts of a layer, and of all layers: far above any model's.
+_MAX_EXPERTS, _MAX_ALL = 65535, 1_000_000
+_MAX_SIZE = 2**53
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _about(fields: Fields) -> About:
     version = fields.size("version", most=_MAX_SIZE)
     if version != _VERSION:
         fields.refuse(f"version {version} of the format; supported: {_VERSION}")
-    layers = fields.raw.get("layers")
+    layers: Any = fields.raw.get("layers")
     if (
         not isinstance(layers, list)
         or not 0 < len(layers) <= MAX_COUNT
@@ -145,7 +147,7 @@ def _about(fields: Fields) -> About:
     texts: dict[str, Any] = {name: fields.raw.get(name) for name in ("model", "sha256", "text")}
     if not all(isinstance(text, str) for text in texts.values()):
         fields.refuse("model, sha256 and text: expected texts")
-    experts = fields.size("experts", most=_MAX_EXPERTS)
+    experts = fields.size("experts", most=min(_MAX_EXPERTS, _MAX_ALL // len(layers)))
     sizes: dict[str, Any] = {
         name: fields.size(name, least=least, most=_MAX_SIZE)
         for name, least in (("expert_bytes", 1), ("base_bytes", 0), ("shared_bytes", 0))
@@ -153,7 +155,7 @@ def _about(fields: Fields) -> About:
     if sizes["shared_bytes"] > sizes["base_bytes"]:
         fields.refuse("shared_bytes: expected at most base_bytes")
     top_k = fields.size("top_k", most=experts)
-    return About(**texts, layers=tuple(layers or ()), experts=experts, top_k=top_k, **sizes)
+    return About(**texts, layers=tuple(layers), experts=experts, top_k=top_k, **sizes)
 
 
 def _arrays(tensors: Mapping[str, TensorRef], about: About, name: str) -> dict[str, np.ndarray]:
