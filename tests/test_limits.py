@@ -82,7 +82,8 @@ def test_mlx_keeps_what_the_plan_leaves(planned: Plan, limits: dict[str, list[in
     for tight in (replace(planned, slots=10), replace(planned, available=Budget(UNLIMITED, "x"))):
         keep_to(tight)
         assert limits["set_cache_limit"][-1] == planned.mlx_cache.nbytes
-    assert limits["set_memory_limit"] == [planned.needed]
+    # What is loaded as a whole has the usual limit again.
+    assert limits["set_memory_limit"] == [planned.needed, LIMIT]
 
 
 def test_on_a_cpu_nothing_is_set(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from outlier_mlx.engine.plan import Plan
 # mlx-lm's function that raises the wired limit, and the modules that use it by this name.
 _WIRING = "maybe_set_recommended_wired_limit"
 _WIRING_MODULES = ("mlx_lm.utils", "mlx_lm.generate", "mlx_lm.server")
+# Memory limits that plans took the place of.
+_usual_limits: list[int] = []
 _RECOMMENDED = "max_recommended_working_set_size"
 
 
@@ -33,13 +35,14 @@ def keep_to(plan: Plan) -> None:
     limit = gpu_limit()
     if limit is None:
         return
+    _restore_memory_limit()
     wait_within_budget()
     spare = 0 if plan.slots is not None else _spare(plan)
     mx.set_cache_limit(max(plan.mlx_cache.nbytes, spare))
     # What is in memory already is another model's, which may run, too.
     planned = plan.needed + mx.get_active_memory()
     if plan.slots is not None:
-        mx.set_memory_limit(min(limit, planned))
+        _usual_limits.append(mx.set_memory_limit(min(limit, planned)))
     _bound_wiring(planned)
 
 
@@ -56,6 +59,12 @@ def wait_within_budget() -> None:
         before = mx.set_memory_limit(limit)
         if before < limit:
             mx.set_memory_limit(before)
+
+
+def _restore_memory_limit() -> None:
+    """Have the memory limit that was there before a plan."""
+    while _usual_limits:
+        mx.set_memory_limit(_usual_limits.pop())
 
 
 def _spare(plan: Plan) -> int:
