@@ -159,14 +159,14 @@ def bench(
     if settings:
         _bench_settings(model, loading, options, as_json=as_json, quiet=quiet)
         return
+    if kernels:
+        loading = refuse_paging(loading, "--kernels times kernels on all experts")
     if kernels and not use_metal():
         if save:
             raise OutlierError("--save: no Metal here, so there are no kernels to choose from")
         say("no Metal here, so there are no kernels to time: this is the plain path in MLX alone")
     tokens = batch_size * (prompt_tokens + generation_tokens)
     source = resolve(model, loading.revision)
-    if kernels:
-        loading = refuse_paging(loading, "--kernels times kernels on all experts")
     loaded, tokenizer = load_checked(source, loading, tokens, quiet=quiet)
     if kernels and not quiet:
         say(f"copies in MLX's formats take {size(copied_bytes(loaded, batch_size))} at a time")
