@@ -289,6 +289,12 @@ def test_paged(large: Path):
     assert found["tokens_per_s"]["about"] == "the disk's speed is not known: give --disk GB/s"
     assert found["resident_tokens_per_s"]["value"] == model["resident_tokens_per_s"]
 
+    # A prompt is read in the steps that the plan has, which are shorter where memory is short.
+    found = run("doctor", large, "--ram", 16, "--chip", "M2 Pro", "--disk", 3, "--json")
+    short = values(found.json["model"])
+    assert short["resident_share"] == 0.25
+    assert short["prompt_tokens_per_s"] == pytest.approx(512 * 3e9 / (0.75 * 9.546e9), rel=1e-3)
+
 
 def test_memory_for_experts_is_given(large: Path):
     how = "--ram", 48, "--chip", "M2 Pro", "--disk", 3, "--json", "--expert-memory"

@@ -65,7 +65,7 @@ def model_findings(model: Model, available: Budget, speed: Speed) -> Iterator[Fi
         absent = 1 - planned.slots / planned.paged.total
     yield from _reads(work, absent * work.routed_bytes)
     yield from _decoding(work, speed, absent * work.routed_bytes)
-    step = needs_of(model.folder, available.on_cpu).step(model.use.step)
+    step = needs_of(model.folder, available.on_cpu).step(planned.step)
     yield _reading(work, speed, absent * work.expert_bytes, step)
 
 
