@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -143,6 +144,26 @@ def test_scales_of_packed_bitnet(value: float, tmp_path: Path):
     assert_refused(run("info", source, "--deep", code=1), name, "positive number")
 
 
+def test_master_weights_are_those_that_an_import_rounds(tmp_path: Path):
+    """Also where the model type alone says that they are; and what the config excepts is none."""
+    pack = master_pack()
+    path = next(iter(pack.matrices))
+    pack.config["quantization_config"] = pack.config["quantization_config"] | {
+        "modules_to_not_convert": [path]
+    }
+    found = inspect(pack.write(tmp_path / "model")).ternary
+    assert found is not None
+    done = import_model(tmp_path / "model", tmp_path / "rows")
+    rows = {name for name, tensor in read_shards(done.path).items() if tensor.dtype == "U8"}
+    assert {f"{matrix.name}.weight" for matrix in found.matrices} == rows
+    assert path not in {matrix.name for matrix in found.matrices}
+    del pack.config["quantization_config"]
+    pack.config["model_type"] = "bitnet"
+    found = inspect(pack.write(tmp_path / "typed")).ternary
+    assert found is not None and {m.form for m in found.matrices} == {"master weights"}
+    assert len(found.matrices) == len(rows) + 1
+
+
 def test_names_are_short():
     mlp = [f"model.layers.{n}.mlp.{leaf}_proj" for n in range(28) for leaf in ("gate", "up")]
     full = [f"blk.{n}.attn_{leaf}.weight" for n in range(3, 64, 4) for leaf in "qkv"]
@@ -150,6 +171,23 @@ def test_names_are_short():
         "lm_head",
         "model.layers.{0-27}.mlp.{gate,up}_proj",
         "blk.{3,7,...,63}.attn_{q,k,v}.weight",
+    ]
+
+
+def test_names_of_experts_are_short():
+    experts = [
+        f"model.layers.{n}.mlp.experts.{e}.{leaf}_proj"
+        for n in range(1, 48)
+        for e in range(128)
+        for leaf in ("gate", "up", "down")
+        if (n, e, leaf) != (3, 7, "up")
+    ]
+    assert patterns([*experts, "visual.blocks.2", "weight"]) == [
+        "model.layers.{1-47}.mlp.experts.{0-127}.{gate,down}_proj",
+        "model.layers.{1-2,4-47}.mlp.experts.{0-127}.up_proj",
+        "model.layers.3.mlp.experts.{0-6,8-127}.up_proj",
+        "visual.blocks.2",
+        "weight",
     ]
 
 
@@ -241,6 +279,36 @@ def test_an_imported_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with opened(hub, tmp_path, monkeypatch):
         result = run("info", "some/rows", "--deep", "--json")
     assert result.json["ternary"] == run("info", done.path, "--deep", "--json").json["ternary"]
+
+
+def test_many_codes_take_few_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Slabs are smaller than what is asked for at a time."""
+    pack = mlx_pack()
+    monkeypatch.setattr("outlier_mlx.storage.ternary_matrix.SLAB_BYTES", 1 << 12)
+    monkeypatch.setattr("outlier_mlx.storage.wide_reads.BLOCK_BYTES", 1 << 14)
+    hub = Hub()
+    hub.add("some/pack", pack.write(tmp_path / "pack"))
+    with opened(hub, tmp_path, monkeypatch):
+        found = inspect("some/pack", deep=True).ternary
+    assert found is not None and {m.ternary for m in found.matrices} == {True}
+    parts = [r.part for r in hub.asked("some/pack") if r.path.endswith(".safetensors") and r.part]
+    tensors = [t for t in read_shards(tmp_path / "pack").values() if len(t.shape) == 2]
+    expected = sum(-(-tensor.nbytes // (1 << 14)) for tensor in tensors)
+    assert len(parts) == len(set(parts)) and expected <= len(parts) < expected + 5
+
+
+def test_a_repository_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Files that were downloaded are not asked for again."""
+    hub = Hub()
+    hub.add("some/pack", mlx_pack().write(tmp_path / "pack"))
+    with opened(hub, tmp_path, monkeypatch):
+        huggingface_hub.snapshot_download("some/pack")
+        before = len(hub.asked("some/pack"))
+        result = run("info", "some/pack", "--deep", "--json")
+        later = hub.asked("some/pack")[before:]
+    assert {matrix["ternary"] for matrix in result.json["ternary"]["matrices"]} == {True}
+    assert "from the hub" not in result.err
+    assert sum(r.sent for r in later if r.path.endswith(".safetensors")) <= 100_000  # the header
 
 
 class WithoutRanges(Handler):

@@ -1,16 +1,15 @@
 """What `info` says of a GGUF model, from its metadata and its list of tensors."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.checkpoints.ternary_info import Reading, TernaryInfo, silently, survey_gguf
+from outlier_mlx.checkpoints.headers import Headers
+from outlier_mlx.checkpoints.ternary_info import Deep, TernaryInfo, survey_gguf
 from outlier_mlx.models.summary import SummaryRow, summarize
 from outlier_mlx.storage.gguf_model import GgufModel, read_model
 from outlier_mlx.storage.paths import entries
-from outlier_mlx.storage.safetensors import ReadRange
 
 _KINDS = (
     ("/token_embd", "embeddings"),
@@ -34,27 +33,23 @@ def holds_gguf(place: Path) -> bool:
 def read_gguf_info(
     place: Path,
     file: str | None,
-    *,
-    deep: bool,
-    reading: Reading = silently,
-    remote: Mapping[Path, ReadRange] | None = None,
+    found: Headers | None = None,
+    deep: Deep | None = None,
 ) -> tuple[dict[str, Any], TernaryInfo | None]:
     """The fields of an `Info` that a GGUF model has, and what is known of its quantized matrices.
 
     Args:
         place: a file, or a folder.
         file: name of a file in the folder.
-        deep: whether to read the codes.
-        reading: shows the progress of this.
-        remote: what reads the files that are only headers here.
+        found: the model if `place` has only headers.
+        deep: how to read the codes; None: they are not read.
 
     Raises:
         CheckpointError: see `gguf_model.read_model`.
     """
     model = read_model(place, file)
-    if remote:
-        tensors = {k: replace(t, fetch=remote.get(t.file)) for k, t in model.tensors.items()}
-        model = replace(model, tensors=tensors)
+    if found is not None:
+        model = replace(model, tensors=found.readable(model.tensors))
     rows = _rows(model)
     said = model.fields
     name = said.get("general.architecture")
@@ -81,7 +76,7 @@ def read_gguf_info(
         "chat_template": "tokenizer.chat_template" in said,
         "licence": licence if isinstance(licence, str) else None,
     }
-    return fields, survey_gguf(model, deep=deep, reading=reading)
+    return fields, survey_gguf(model, deep)
 
 
 def _rows(model: GgufModel) -> list[SummaryRow]:

@@ -1,16 +1,19 @@
 """The headers of a model, in a folder or on the hub: enough to open any overlay, base or tier."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from outlier_mlx.checkpoints import monolith, packed
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage import gguf
+from outlier_mlx.storage.gguf import GgufTensor
 from outlier_mlx.storage.hub import Source, cached, local_source
 from outlier_mlx.storage.remote import RemoteFile, find_commit, mirror, mirrors
-from outlier_mlx.storage.safetensors import header_bytes
+from outlier_mlx.storage.safetensors import TensorRef, header_bytes
+from outlier_mlx.storage.wide_reads import WideReads
 from outlier_mlx.terminal import Progress, no_progress
 
 # What opening a model reads.
@@ -18,6 +21,8 @@ _FILES = (
     *("config.json", "*.safetensors", "*.safetensors.index.json", "*alpha.json"),
     *("alpha_overlay.pt", "packed_experts/*", "*expert*.gguf", "rotation_metadata.json"),
 )
+
+AnyTensor = TypeVar("AnyTensor", TensorRef, GgufTensor)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,27 @@ class Headers:
 
     source: Source
     files: dict[Path, RemoteFile] = field(default_factory=dict)
+
+    @property
+    def remote(self) -> bool:
+        """Whether data has to come from the hub."""
+        return any(file.cached() is None for file in self.files.values())
+
+    def readable(self, tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+        """Tensors of the model whose data can be read, too: from the hub, or its local cache."""
+        reads = WideReads()
+        cached = {path: file.cached() for path, file in self.files.items()}
+
+        def readable(tensor: AnyTensor) -> AnyTensor:
+            remote = self.files.get(tensor.file)
+            if remote is None:
+                return tensor
+            if (here := cached[tensor.file]) is not None:
+                return replace(tensor, file=here)
+            stop = tensor.offset + tensor.nbytes
+            return replace(tensor, fetch=reads.within(remote.read, tensor.offset, stop))
+
+        return {name: readable(tensor) for name, tensor in tensors.items()}
 
 
 def head_bytes(name: str, begin: bytes) -> int:

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from outlier_mlx.checkpoints import Overlay, open_overlay
 from outlier_mlx.checkpoints.gguf_info import holds_gguf, read_gguf_info
-from outlier_mlx.checkpoints.headers import headers
-from outlier_mlx.checkpoints.ternary_info import Reading, TernaryInfo, silently, survey_folder
+from outlier_mlx.checkpoints.headers import Headers, headers
+from outlier_mlx.checkpoints.ternary_info import (
+    Deep,
+    Reading,
+    TernaryInfo,
+    examine_rows,
+    silently,
+    survey_folder,
+)
 from outlier_mlx.checkpoints.ternary_model import open_ternary_model
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import (
@@ -28,13 +33,11 @@ from outlier_mlx.models.sizes import add_up, context_length, kv_bytes
 from outlier_mlx.models.stored import stored_params
 from outlier_mlx.models.summary import SummaryRow, kind_of, summarize
 from outlier_mlx.storage.gguf_model import patterns
-from outlier_mlx.storage.safetensors import ReadRange, TensorRef
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
-from outlier_mlx.storage.ternary_matrix import settled
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import has_chat_template
 from outlier_mlx.writing.licences import CARD, stated_licence
-from outlier_mlx.writing.parts import ahead, reading_pool
 from outlier_mlx.writing.runs import name_leftovers
 
 # What says something of a model besides its config and tensors.
@@ -119,61 +122,53 @@ def inspect(
         file: name of a GGUF file in the folder or repository.
         deep: read the codes of matrices that may be ternary; from the hub, only these.
         reading: called with how many bytes this reads at most, before the first is read; shows the
-            progress.
+            progress. See `ternary_info.Reading`.
         progress: called with how many files on the hub have been asked for, and how many will be.
 
     Raises:
         CheckpointError: there is no model, or its files are not valid.
         OutlierError: the hub cannot be reached.
     """
-    place = Path(path_or_repo)
+    place, how = Path(path_or_repo), Deep(reading) if deep else None
     if place.is_file() and holds_gguf(place):
-        return _inspect_gguf(place, place.name, None, deep=deep, reading=reading)
+        return _inspect_gguf(place, place.name, None, None, how)
     name_leftovers(place)
     besides = _ABOUT if file is None else (*_ABOUT, *patterns(file))
     with headers(path_or_repo, revision, progress, besides=besides) as found:
         folder, name = found.source.folder, found.source.name
-        remote = {path: file.read for path, file in found.files.items()}
-        how: dict[str, Any] = {"deep": deep, "reading": reading, "remote": remote}
+        how = replace(how, remote=found.remote) if how is not None else None
         if file is not None or (folder.is_dir() and holds_gguf(folder)):
-            return _inspect_gguf(folder, name, file, **how)
+            return _inspect_gguf(folder, name, file, found, how)
         if not place.exists() and not (folder / "config.json").exists():
             raise CheckpointError(f"{name}: no config.json; name a GGUF file with --file")
-        return _inspect_folder(folder, name, **how)
+        return _inspect_folder(folder, name, found, how)
 
 
-def _inspect_gguf(place: Path, name: str, file: str | None, **how: Any) -> Info:
-    fields, ternary = read_gguf_info(place, file, **how)
+def _inspect_gguf(
+    place: Path, name: str, file: str | None, found: Headers | None, deep: Deep | None
+) -> Info:
+    fields, ternary = read_gguf_info(place, file, found, deep)
     others: dict[str, Any] = dict.fromkeys(
         ("kv_bytes_per_token", "base_architecture", "moe_layers", "dtype")
     )
     return Info(name=name, quantization=None, ternary=ternary, **others, **fields)
 
 
-def _inspect_folder(
-    folder: Path, name: str, *, deep: bool, reading: Reading, remote: Mapping[Path, ReadRange]
-) -> Info:
+def _inspect_folder(folder: Path, name: str, found: Headers, deep: Deep | None) -> Info:
     config = _read(name, raw_config(folder))
     if is_overlay(config.raw):
         overlay = open_overlay(folder)
         return _describe(config, folder, name, overlay_sizes(overlay), overlay.form)
-    found = read_shards(folder)
-    tensors = {key: replace(tensor, fetch=remote.get(tensor.file)) for key, tensor in found.items()}
+    tensors = found.readable(read_shards(folder))
     rows = None
     if is_ternary_model(config.raw):
         rows = open_ternary_model(folder, config.raw, tensors)
-        if deep:
-            sizes = [matrix.source.nbytes for matrix in rows.matrices.values()]
-            with reading(sum(sizes)) as progress, reading_pool() as pool:
-                for done, matrix in zip(accumulate(sizes), rows.matrices.values(), strict=True):
-                    settled(matrix.source, partial(ahead, pool))
-                    progress(done, sum(sizes))
+        if deep is not None:
+            examine_rows(rows, deep)
     info = _describe(config, folder, name, tensor_sizes(name, config, tensors), None)
     if is_tier(config.raw):
         return info
-    return replace(
-        info, ternary=survey_folder(config.raw, tensors, rows, deep=deep, reading=reading)
-    )
+    return replace(info, ternary=survey_folder(config.raw, tensors, rows, deep))
 
 
 #: Kind of part, parameters and bytes.

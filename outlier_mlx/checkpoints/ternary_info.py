@@ -3,15 +3,18 @@
 Headers say what a form can hold; the codes, which `deep` reads, what it does hold.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import prod
+from threading import Lock
 from typing import Any
 
 from outlier_mlx.checkpoints.ternary_model import TernaryModel
 from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.bitnet import BitnetSettings, is_bitnet, read_settings
 from outlier_mlx.models.quantization import read_quantization
 from outlier_mlx.models.ternary_fields import module_tensors
 from outlier_mlx.storage.gguf_model import GgufModel
@@ -26,6 +29,7 @@ from outlier_mlx.storage.ternary_matrix import (
     Scales,
     Seen,
     T,
+    TernaryMatrix,
     TernarySource,
     settled,
     with_scales,
@@ -33,16 +37,32 @@ from outlier_mlx.storage.ternary_matrix import (
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.parts import ahead, reading_pool
 
-#: Given how many bytes of codes will be read at most, shows the progress of reading them.
-Reading = Callable[[int], AbstractContextManager[Progress]]
+#: Given how many bytes of codes will be read at most, and whether from the hub, shows the progress
+#: of reading them.
+Reading = Callable[[int, bool], AbstractContextManager[Progress]]
 #: The form of matrices that are not quantized.
 FLOATS = "16-bit floats"
 _MASTER = "master weights"
+# Matrices that are read from the hub at the same time.
+_CONNECTIONS = 8
 
 
-def silently(nbytes: int) -> AbstractContextManager[Progress]:
+def silently(nbytes: int, remote: bool) -> AbstractContextManager[Progress]:
     """A `Reading` that shows nothing."""
     return nullcontext(no_progress)
+
+
+@dataclass(frozen=True)
+class Deep:
+    """How codes are read.
+
+    Attributes:
+        reading: shows the progress.
+        remote: whether they are on the hub.
+    """
+
+    reading: Reading = silently
+    remote: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,15 +127,20 @@ class _Candidate:
     form: str
     nbytes: int
     source: TernarySource | None = None
+    #: Makes the source from more than headers.
+    checked: Callable[[], TernarySource] | None = None
+
+    def open(self) -> TernarySource:
+        """The source, checked; not for candidates without one."""
+        assert self.source is not None
+        return self.source if self.checked is None else self.checked()
 
 
 def survey_folder(
     raw: Mapping[str, Any],
     tensors: Mapping[str, TensorRef],
     rows: TernaryModel | None = None,
-    *,
-    deep: bool = False,
-    reading: Reading = silently,
+    deep: Deep | None = None,
 ) -> TernaryInfo | None:
     """Look at a folder of safetensors; None if none of its matrices may be ternary or is quantized.
 
@@ -123,19 +148,16 @@ def survey_folder(
         raw: its config.json.
         tensors: its tensors.
         rows: what it has in packed rows already.
-        deep: whether to read the codes.
-        reading: shows the progress of this.
+        deep: how to read the codes; None: they are not read.
 
     Raises:
         CheckpointError: a scale is not finite, or a tensor of a matrix is missing.
     """
     packed = () if rows is None else _in_rows(rows)
-    return _survey(_in_folder(raw, tensors, deep=deep), packed, reading if deep else None)
+    return _survey(_in_folder(raw, tensors), packed, deep)
 
 
-def survey_gguf(
-    model: GgufModel, *, deep: bool = False, reading: Reading = silently
-) -> TernaryInfo | None:
+def survey_gguf(model: GgufModel, deep: Deep | None = None) -> TernaryInfo | None:
     """Look at a GGUF model; see `survey_folder`."""
     found = []
     for tensor in model.tensors.values():
@@ -144,7 +166,19 @@ def survey_gguf(
         shape = (tensor.rows, tensor.shape[-1])
         source = BlockSource(WholeTensor(tensor)) if tensor.kind in TYPES else None
         found.append(_Candidate(tensor.name, shape, tensor.kind, tensor.nbytes, source))
-    return _survey(found, (), reading if deep else None)
+    return _survey(found, (), deep)
+
+
+def examine_rows(model: TernaryModel, deep: Deep) -> None:
+    """Read all matrices of a model of packed rows.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    sources = [matrix.source for matrix in model.matrices.values()]
+    for found in _examined([(one.nbytes, partial(_identity, one)) for one in sources], deep):
+        if isinstance(found, NotTernary):
+            raise found
 
 
 def _in_rows(model: TernaryModel) -> Iterator[QuantizedMatrix]:
@@ -157,15 +191,12 @@ def _in_rows(model: TernaryModel) -> Iterator[QuantizedMatrix]:
         yield QuantizedMatrix(path, source.shape, form, True, None, nbytes, module.group, nbytes)
 
 
-def _in_folder(
-    raw: Mapping[str, Any], tensors: Mapping[str, TensorRef], *, deep: bool
-) -> Iterator[_Candidate]:
+def _in_folder(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Iterator[_Candidate]:
     said = read_quantization(raw)
-    given = raw.get("quantization_config")
-    settings = given if isinstance(given, dict) else {}
-    masters = settings.get("quant_method") == "bitnet"
-    divides = settings.get("linear_class") in (None, "bitlinear")
-    quantized = any(key in raw for key in ("quantization", "quantization_config", "ternary"))
+    settings = _bitnet_settings(raw)
+    masters = settings is not None and not any(name.endswith(".weight_scale") for name in tensors)
+    known = ("quantization", "quantization_config", "ternary")
+    quantized = is_bitnet(raw) or any(key in raw for key in known)
     for name, weight in tensors.items():
         path, _, leaf = name.rpartition(".")
         beside = {leaf: tensors.get(f"{path}.{leaf}") for leaf in ("scales", "biases", "qzeros")}
@@ -178,19 +209,32 @@ def _in_folder(
             yield _affine(path, weight, beside, nbytes, said.of(path) if said else None)
         elif weight.dtype == "U8" and f"{path}.weight_scale" in tensors and len(weight.shape) == 2:
             source = PackedBitnet(weight, NUMPY_DTYPES["F32"].type(1))
-            if deep:
-                scale = tensors[f"{path}.weight_scale"]
-                source = PackedBitnet.of(weight, scale, source.shape, divides)
-            yield _Candidate(path, source.shape, "packed BitNet", weight.nbytes, source)
-        elif masters and weight.dtype in FLOAT_DTYPES and _is_linear(path, weight):
+            scale, shape = tensors[f"{path}.weight_scale"], source.shape
+            checked = None
+            if settings is not None:
+                checked = partial(PackedBitnet.of, weight, scale, shape, settings.divides)
+            yield _Candidate(path, shape, "packed BitNet", weight.nbytes, source, checked)
+        elif masters and _is_master(path, weight, settings):
             yield _Candidate(path, weight.shape, _MASTER, weight.nbytes)
         elif not quantized and (floats := FloatSource.of(weight)) is not None:
             yield _Candidate(path, weight.shape, FLOATS, weight.nbytes, floats)
 
 
-def _is_linear(path: str, weight: TensorRef) -> bool:
-    """Whether master weights of a BitNet model are rounded: those of linear layers in layers."""
-    return len(weight.shape) == 2 and ".layers." in path
+def _bitnet_settings(raw: Mapping[str, Any]) -> BitnetSettings | None:
+    """How a BitNet model is stored; None if it is none, or not one that can be imported."""
+    if not is_bitnet(raw) or "ternary" in raw:
+        return None
+    try:
+        return read_settings(raw)
+    except CheckpointError:
+        return None
+
+
+def _is_master(path: str, weight: TensorRef, settings: BitnetSettings | None) -> bool:
+    """Whether weights of a BitNet model are rounded when it is loaded: those of linear layers."""
+    skipped = () if settings is None else settings.unconverted
+    linear = len(weight.shape) == 2 and weight.dtype in FLOAT_DTYPES and ".layers." in path
+    return linear and not any(name in path for name in skipped)
 
 
 def _affine(
@@ -223,20 +267,38 @@ def _awq_shape(weight: TensorRef) -> tuple[int, ...]:
 
 
 def _survey(
-    candidates: Iterable[_Candidate], packed: Iterable[QuantizedMatrix], reading: Reading | None
+    candidates: Iterable[_Candidate], packed: Iterable[QuantizedMatrix], deep: Deep | None
 ) -> TernaryInfo | None:
-    """Look at all candidates; `reading` is None if no codes are to be read."""
-    sought, found = list(candidates), [*packed]
-    if reading is None:
-        found += [_matrix(one, None) for one in sought]
-        return TernaryInfo(found, deep=False) if found else None
-    sizes = [one.source.nbytes for one in sought if one.source is not None]
-    with reading(sum(sizes)) as progress, reading_pool() as pool:
-        reader = _Reader(pool, progress, sum(sizes))
-        for one in sought:
-            found.append(_matrix(one, reader))
-            reader.finish(0 if one.source is None else one.source.nbytes)
-    return TernaryInfo(found, deep=True) if found else None
+    """Look at all candidates; `deep` is None if no codes are to be read."""
+    sought = list(candidates)
+    codes = None
+    if deep is not None:
+        read = [(one.nbytes, one.open) for one in sought if one.source is not None]
+        codes = iter(_examined(read, deep))
+    found = [*packed, *(_matrix(one, codes) for one in sought)]
+    return TernaryInfo(found, deep is not None) if found else None
+
+
+def _examined(
+    sources: Sequence[tuple[int, Callable[[], TernarySource]]], deep: Deep
+) -> list[TernaryMatrix | NotTernary]:
+    """Go through sources, several at a time: as matrices, or why they are none.
+
+    Args:
+        sources: bytes of each, and what opens it.
+        deep: see there.
+
+    Raises:
+        CheckpointError: one is damaged: the first of those that are.
+    """
+    total = sum(nbytes for nbytes, _ in sources)
+    threads = _CONNECTIONS if deep.remote else None
+    with deep.reading(total, deep.remote) as progress, reading_pool(threads) as pool:
+        reader = _Reader(progress, total)
+        try:
+            return list(ahead(pool, (partial(reader.examine, *one) for one in sources)))
+        finally:
+            reader.stopped = True
 
 
 @dataclass
@@ -244,49 +306,68 @@ class _Reader:
     """Goes through sources in several threads, and tells the progress.
 
     Attributes:
-        pool: the threads.
         progress: called with bytes that were read or need not be, and `total`.
         total: bytes of all sources.
-        done: bytes of the sources before the present one.
+        done: bytes so far.
+        stopped: nothing more is to be read.
     """
 
-    pool: ThreadPoolExecutor
     progress: Progress
     total: int
     done: int = 0
+    stopped: bool = False
+    _lock: Lock = field(default_factory=Lock)
 
-    def in_order(self, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """An `InOrder` for one source."""
-        for number, result in enumerate(ahead(self.pool, calls), 1):
-            self.progress(min(self.total, self.done + number * SLAB_BYTES), self.total)
-            yield result
+    def examine(
+        self, nbytes: int, opened: Callable[[], TernarySource]
+    ) -> TernaryMatrix | NotTernary:
+        """All of a source; see `_examined`."""
+        left = nbytes
 
-    def finish(self, nbytes: int) -> None:
-        """A source of so many bytes is done."""
-        self.done += nbytes
-        self.progress(self.done, self.total)
+        def in_order(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+            nonlocal left
+            for call in calls:
+                if self.stopped:
+                    raise CancelledError
+                yield call()
+                left -= self._add(min(left, SLAB_BYTES))
+
+        try:
+            return settled(opened(), in_order)
+        except NotTernary as error:
+            return error
+        finally:
+            self._add(left)
+
+    def _add(self, nbytes: int) -> int:
+        with self._lock:
+            self.done += nbytes
+            self.progress(self.done, self.total)
+        return nbytes
 
 
-def _matrix(one: _Candidate, reader: _Reader | None) -> QuantizedMatrix:
+def _matrix(one: _Candidate, codes: Iterator[TernaryMatrix | NotTernary] | None) -> QuantizedMatrix:
+    """What is known of a candidate; with `codes`, the next of them is what is in it."""
     common = (one.name, one.shape, one.form)
     if one.form == _MASTER:
         packed = _packed_bytes(one.shape, Scales(0, "float32"))
         return QuantizedMatrix(*common, True, None, one.nbytes, 0, packed)
-    source = one.source
-    if source is None:
+    if one.source is None:
         return QuantizedMatrix(*common, False, None, one.nbytes, None, None)
-    try:
-        if reader is not None:
-            scales = settled(source, reader.in_order).scales
-            ternary: bool | None = True
-        else:
-            # What headers say: groups as they are, and trits where nothing else has a code.
-            scales = with_scales(source, Seen(one_a_row=False, pairs=False)).scales
-            ternary = True if source.always else None
-    except NotTernary as error:
-        return QuantizedMatrix(*common, False, str(error), one.nbytes, None, None)
-    packed = _packed_bytes(source.shape, scales)
-    return QuantizedMatrix(*common, ternary, None, one.nbytes, scales.group, packed)
+    if codes is not None:
+        found = next(codes)
+    else:
+        # What headers say: groups as they are, and trits where nothing else has a code.
+        found = with_scales(one.source, Seen(one_a_row=False, pairs=False))
+    if isinstance(found, NotTernary):
+        return QuantizedMatrix(*common, False, str(found), one.nbytes, None, None)
+    ternary = True if codes is not None or one.source.always else None
+    packed = _packed_bytes(one.source.shape, found.scales)
+    return QuantizedMatrix(*common, ternary, None, one.nbytes, found.scales.group, packed)
+
+
+def _identity(source: TernarySource) -> TernarySource:
+    return source
 
 
 def _packed_bytes(shape: tuple[int, ...], scales: Scales) -> int:

@@ -60,9 +60,9 @@ def info(
     headers = ExitStack()
 
     @contextmanager
-    def reading(nbytes: int) -> Iterator[Progress]:
+    def reading(nbytes: int, remote: bool) -> Iterator[Progress]:
         headers.close()  # a terminal shows one bar at a time
-        if nbytes and not Path(model).exists():
+        if nbytes and remote:
             stderr().print(f"reading up to {size(nbytes)} of weights from the hub", soft_wrap=True)
         with progress_bar("reading weights", quiet=False) as progress:
             yield progress

@@ -1,6 +1,5 @@
 """Results that commands print: tables, and a few lines around them."""
 
-import re
 from typing import TYPE_CHECKING
 
 from outlier_mlx.errors import listed, one_line
@@ -127,28 +126,29 @@ def _ternary_lines(ternary: "TernaryInfo") -> "Iterator[str]":
         yield from (f"    {line}" for line in patterns(names))
 
 
-_LAYER = re.compile(r"(.*?\b(?:layers|blk)\.)([0-9]+)(\..+)")
-
-
 def patterns(names: "Iterable[str]") -> list[str]:
     """Names in few lines, as shells spell several: `model.layers.{0-2,5}.mlp.{gate,up}_proj`."""
-    layers: dict[tuple[str, str], list[int]] = {}
-    for name in dict.fromkeys(names):
-        match = _LAYER.fullmatch(name)
-        key = (name, "") if match is None else (match[1], match[3])
-        layers.setdefault(key, []).extend([] if match is None else [int(match[2])])
-    leaves: dict[str, list[str]] = {}
-    for (begin, end), numbers in layers.items():
-        folder, dot, leaf = f"{begin}{_ranges(numbers)}{end}".rpartition(".")
-        stem, weight = (folder, f".{leaf}") if leaf == "weight" else (f"{folder}{dot}{leaf}", "")
-        folder, dot, leaf = stem.rpartition(".")
+    paths = [tuple(name.split(".")) for name in dict.fromkeys(names)]
+    for place in reversed(range(max(map(len, paths), default=0))):
+        numbers: dict[tuple[str, ...], list[int]] = {}
+        for path in paths:
+            number = path[place] if place < len(path) and path[place].isdecimal() else None
+            key = path if number is None else (*path[:place], "*", *path[place + 1 :])
+            numbers.setdefault(key, []).extend([] if number is None else [int(number)])
+        paths = [
+            (*path[:place], _ranges(found), *path[place + 1 :]) if found else path
+            for path, found in numbers.items()
+        ]
+    leaves: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        *folders, leaf, end = path if path[-1] == "weight" and len(path) > 1 else (*path, "")
+        folder, weight = "".join(f"{part}." for part in folders), end and f".{end}"
         first, line, last = leaf.rpartition("_")
         if first and last == "proj":
-            key, varied = f"{folder}{dot}*_{last}{weight}", first
+            leaves.setdefault((folder, f"_{last}{weight}"), []).append(first)
         else:
-            key, varied = f"{folder}{dot}{first}{line}*{weight}", last
-        leaves.setdefault(key, []).append(varied)
-    return [key.replace("*", _braces(found), 1) for key, found in leaves.items()]
+            leaves.setdefault((f"{folder}{first}{line}", weight), []).append(last)
+    return [begin + _braces(found) + end for (begin, end), found in leaves.items()]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 from outlier_mlx.engine.model_tensors import Modules, by_module, check_rest
 from outlier_mlx.engine.skeleton import skeleton
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.imports import bitnet, prism
+from outlier_mlx.imports import prism
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.imports.ternary_readers import BITS, READERS, Found
 from outlier_mlx.imports.ternary_tensors import kept_parts
-from outlier_mlx.models import prism_pack
+from outlier_mlx.models import bitnet, prism_pack
 from outlier_mlx.models.fields import short
 from outlier_mlx.models.quantization import Quantization, check_quantization, read_quantization
 from outlier_mlx.models.spelling import normalised, without_nulls

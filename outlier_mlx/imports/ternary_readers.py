@@ -8,9 +8,9 @@ from pathlib import Path
 from outlier_mlx.engine.model_tensors import Modules
 from outlier_mlx.engine.skeleton import Skeleton
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.imports import bitnet, prism
+from outlier_mlx.imports import prism
 from outlier_mlx.imports.rotation import Rotations
-from outlier_mlx.models import prism_pack
+from outlier_mlx.models import bitnet, prism_pack
 from outlier_mlx.models.quantization import read_quantization
 from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.ternary_affine import AffineSource

@@ -89,6 +89,13 @@ class RemoteFile:
             )
         return content
 
+    def cached(self) -> Path | None:
+        """Where it is in the hub's cache on this machine, if it is."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo, self.name, revision=self.commit)
+        return Path(found) if isinstance(found, str) else None
+
     def fetch(self, place: Path, advance: Advance) -> Path:
         """The whole file, from the hub's cache or fetched; a download that was begun is resumed.
 
@@ -103,11 +110,10 @@ class RemoteFile:
             OutlierError: the hub cannot be reached, or refuses, or what was fetched does not have
                 the checksum that the hub tells; it is deleted then.
         """
-        from huggingface_hub import constants, try_to_load_from_cache
+        from huggingface_hub import constants
 
-        cached = try_to_load_from_cache(self.repo, self.name, revision=self.commit)
-        if isinstance(cached, str):
-            return Path(cached)
+        if (cached := self.cached()) is not None:
+            return cached
         place.mkdir(parents=True, exist_ok=True)
         with hub_errors(self.repo):
             large = self.nbytes > constants.MAX_HTTP_DOWNLOAD_SIZE
