@@ -304,7 +304,8 @@ def serve(
             step=prefill_step_size,
             clients=max_clients,
         )
-        tell_plan(memory, loading, quiet=quiet)
+        # A server's caches take all that is left, so only paging is worth telling.
+        tell_plan(memory, loading, quiet=quiet or memory.slots is None)
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"
     how = loading.dtype, alpha, memory, loading.expert_skip, loading.keep_warm
     load = partial(load_model, source.folder, *how)
