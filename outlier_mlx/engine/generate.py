@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.needs import cpu_step
-from outlier_mlx.engine.paging.paged import store_of, total_parameters
+from outlier_mlx.engine.paging.paged import planned_step, total_parameters
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -239,9 +239,7 @@ def prefill_step(model: nn.Module, most: int) -> int:
         model: any model; of its experts, all count.
         most: tokens of a step, at most.
     """
-    store = store_of(model)
-    if store is not None and store.step is not None:
-        most = min(most, store.step)
+    most = planned_step(model, most)
     if mx.default_device() != mx.cpu:
         return most
     return cpu_step(most, total_parameters(model))

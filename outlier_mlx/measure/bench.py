@@ -14,7 +14,7 @@ from mlx_lm import batch_generate, stream_generate
 
 from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.engine.generate import described, vocabulary
-from outlier_mlx.engine.paging.paged import PagedSwitchLinear, statistics_of, store_of
+from outlier_mlx.engine.paging.paged import PagedSwitchLinear, planned_step, statistics_of, store_of
 from outlier_mlx.engine.paging.statistics import PagingStatistics
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
@@ -215,18 +215,18 @@ def _generate(
 ) -> _Run:
     limits: dict[str, Any] = {
         "max_tokens": options.generation_tokens,
-        "prefill_step_size": options.prefill_step_size,
+        "prefill_step_size": planned_step(model, options.prefill_step_size),
     }
     if len(prompts) > 1:
         found = batch_generate(model, tokenizer, list(prompts), **limits).stats
         return _Run(found.prompt_tps, found.generation_tps)
-    paging = statistics_of(model)
+    store = store_of(model)
     responses = stream_generate(model, tokenizer, prompts[0], **limits)
     last = next(responses)  # the prompt is read
-    before = paging.bytes_read if paging else 0
+    before = store.statistics.bytes_read if store else 0
     for response in responses:
         last = response  # it alone: each holds an array of the vocabulary's size
-    read = (paging.bytes_read if paging else 0) - before
+    read = (store.statistics.bytes_read if store else 0) - before
     steps = max(1, options.generation_tokens - 1)
     return _Run(last.prompt_tps, last.generation_tps, read / steps)
 

@@ -272,6 +272,12 @@ def store_of(model: nn.Module) -> ExpertStore | None:
     return next(paged, None)
 
 
+def planned_step(model: nn.Module, most: int) -> int:
+    """Tokens of a prompt to process at a time: `most`, or what a model's plan has if it is less."""
+    store = store_of(model)
+    return most if store is None or store.step is None else min(most, store.step)
+
+
 def statistics_of(model: nn.Module) -> PagingStatistics | None:
     """What a model's experts cost so far; None if they are not paged."""
     store, lookahead = store_of(model), lookahead_of(model)
