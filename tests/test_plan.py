@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -29,6 +29,7 @@ from tests.library import Library
 from tests.plain_models import SIZES, make_model, write_model
 from tests.program import assert_refused, run
 
+FILE = "model.safetensors"
 MAC, CPU = "this Mac's GPU", "this machine"
 EXPERTS = Experts(layers=28, count=8, top_k=2, slot_nbytes=42_000_000)
 
@@ -195,7 +196,7 @@ def test_peak_memory_stays_below_the_plan(config: Any, tier: Path, tmp_path: Pat
             said = {"model_type": "qwen3_5", "text_config": HYBRID}
         folder = write_model(tmp_path / "model", said)
     model, _ = load_model(folder)
-    step, tokens = 128, 768  # the cache grows in steps of 256
+    step, tokens = 128, 700  # of which the cache makes 768
     assert prefill_step(model, step) == needs_of(folder, on_cpu=True).step(step) == step
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -325,8 +326,9 @@ def test_a_14b_overlay_on_a_mac_with_16_gb(monkeypatch: pytest.MonkeyPatch) -> N
         elements=10**10,
         config=describe(config),
         on_cpu=False,
+        wide=False,
     )
-    monkeypatch.setattr(plan_module, "needs_of", lambda folder, on_cpu: needs)
+    monkeypatch.setattr(plan_module, "needs_of", lambda folder, on_cpu, wide: needs)
     folder = Path("14b")
     short = plan(folder, Use(300), available=budget(16))
     assert short.fits and short.slots is not None and 56 < short.slots < 80
@@ -343,3 +345,20 @@ def test_shorter_steps_are_kept_to(tier: Path) -> None:
     planned = plan(tier, Use(400, step=16), ExpertMemory(slots=9), Budget(UNLIMITED, CPU))
     model, _ = load_model(tier, expert_memory=planned)
     assert prefill_step(model, 2048) == 16 and prefill_step(model, 8) == 8
+
+
+def test_what_is_widened_takes_twice_as_much(tmp_path: Path) -> None:
+    folder = tmp_path / "halves"
+    write_model(folder, SIZES | {"model_type": "llama"})
+    weights = {
+        name: value.astype(mx.bfloat16)
+        for name, value in cast("dict[str, mx.array]", mx.load(str(folder / FILE))).items()
+    }
+    mx.save_safetensors(str(folder / FILE), weights, {"format": "mlx"})
+    mac = Budget(UNLIMITED, MAC)
+    narrow, wide = (plan(folder, Use(100, wide=wide), available=mac) for wide in (False, True))
+    assert wide.weights.nbytes == 2 * narrow.weights.nbytes
+    assert wide.kv_cache.nbytes == 2 * narrow.kv_cache.nbytes
+    with pytest.raises(OutlierError, match="halves needs"):
+        check_fits(folder, 100, wide=True, available=Budget(narrow.needed, MAC))
+    check_fits(folder, 100, available=Budget(narrow.needed, MAC))

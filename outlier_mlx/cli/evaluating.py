@@ -90,6 +90,7 @@ def evaluate(
             prompts=batch_size,
             memory=expert_memory(loading),
             may_quantize=False,
+            wide=loading.dtype == "float32",
         )
         tell_plan(memory, loading, quiet=quiet)
     options = harness.EvalOptions(

@@ -123,6 +123,7 @@ def load_checked(
             logits=logits,
             memory=memory,
             may_quantize=cache is not None,
+            wide=loading.dtype == "float32",
             beside=None if beside is None else resolve(beside).folder,
         )
         memory = _fit(source.folder, tokens, prompt, check)
@@ -172,8 +173,8 @@ def refuse_paging(loading: Loading, why: str) -> Loading:
 def check_memory(source: Source, loading: Loading, tokens: int) -> None:
     """Check that a model fits into memory, which another process will load; see `load_checked`."""
     if not loading.ignore_memory:
-        memory = expert_memory(loading)
-        _check_fits(source.folder, tokens, memory=memory, may_quantize=False)
+        memory, wide = expert_memory(loading), loading.dtype == "float32"
+        _check_fits(source.folder, tokens, memory=memory, may_quantize=False, wide=wide)
 
 
 def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:

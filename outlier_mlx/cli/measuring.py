@@ -167,7 +167,7 @@ def bench(
         say("no Metal here, so there are no kernels to time: this is the plain path in MLX alone")
     tokens = batch_size * (prompt_tokens + generation_tokens)
     source = resolve(model, loading.revision)
-    loaded, tokenizer = load_checked(source, loading, tokens, quiet=quiet)
+    loaded, tokenizer = load_checked(source, loading, tokens, step=prefill_step_size, quiet=quiet)
     if kernels and not quiet:
         say(f"copies in MLX's formats take {size(copied_bytes(loaded, batch_size))} at a time")
     with counting_bar("measuring", "runs", quiet=quiet) as progress:

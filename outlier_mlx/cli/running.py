@@ -298,6 +298,7 @@ def serve(
             tokens,
             *requested,
             memory=expert_memory(loading),
+            wide=loading.dtype == "float32",
             kv_bits=cache.kv_bits,
             kv_group_size=cache.kv_group_size,
             kv_start=cache.quantized_kv_start,

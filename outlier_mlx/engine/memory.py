@@ -30,6 +30,7 @@ def check_fits(
     memory: ExpertMemory = ALL,
     cures: Sequence[str] = (),
     may_quantize: bool = True,
+    wide: bool = False,
     beside: Path | None = None,
 ) -> Plan:
     """Refuse to load a model that does not fit, before the machine swaps.
@@ -48,6 +49,7 @@ def check_fits(
         memory: how much its experts may take.
         cures: more remedies to name in the message.
         may_quantize: whether the user could have the KV cache quantized.
+        wide: whether what has 16 bits is to be loaded and computed with 32.
         beside: another model that will be in memory at the same time, without a KV cache.
 
     Returns:
@@ -57,8 +59,8 @@ def check_fits(
         OutlierError: it does not fit; the message says what can be done. Or see `plan`.
     """
     available = available or budget()
-    use = Use(tokens, conversations, prompts, step, logits, kv_bits, kv_group_size, kv_start)
-    other = 0 if beside is None else needs_of(beside, available.on_cpu).weights
+    use = Use(tokens, conversations, prompts, step, logits, kv_bits, kv_group_size, kv_start, wide)
+    other = 0 if beside is None else needs_of(beside, available.on_cpu, wide=wide).weights
     found = plan(folder, use, memory, available, beside=other)
     if found.fits:
         return found
@@ -66,7 +68,7 @@ def check_fits(
     if kv_bits is None and may_quantize:
         freed = (found.kv_cache, found.activations, found.mlx_cache)
         room = available.nbytes - found.needed + sum(part.nbytes for part in freed)
-        helps += _quantizing(needs_of(folder, available.on_cpu), room, use)
+        helps += _quantizing(needs_of(folder, available.on_cpu, wide=wide), room, use)
     helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
     if available.whose == THIS_GPU:
         megabytes = -(-found.needed // 2**20)

@@ -21,6 +21,8 @@ FUSED_HEADS = (64, 80, 128)
 CONVERTED_TOGETHER, CONVERTING = 2, 24
 # MLX's own limit of its cache on a CPU, and what is enough on a GPU.
 CPU_CACHE, MLX_CACHE = 32 << 20, 256 << 20
+# mlx-lm's KV caches grow by so many tokens.
+_CACHE_STEP = 256
 #: In the names of the tensors of routed experts.
 SWITCH = ".switch_mlp."
 _HALVES = ("F16", "BF16")
@@ -39,6 +41,7 @@ class Use:
         kv_bits: bits of a value in a quantized KV cache; None: it is not quantized.
         kv_group_size: values of a quantized KV cache that share a scale.
         kv_start: from how many tokens on it is quantized.
+        wide: whether what has 16 bits is to be loaded and computed with 32, also on a GPU.
     """
 
     tokens: int = 4096
@@ -49,6 +52,7 @@ class Use:
     kv_bits: int | None = None
     kv_group_size: int = 64
     kv_start: int = 0
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Needs:
     """What a model takes of memory.
 
     Attributes:
-        plain: bytes of the weights that are always loaded: on a CPU, what has 16 bits in the files
+        plain: bytes of the weights that are always loaded: if `wide`, what has 16 bits in the files
             takes 32.
         copies: bytes of their ternary matrices once more, in MLX's 2-bit format, on a CPU.
         routed: bytes of the experts that can be paged; those of other models are in `plain`.
@@ -67,7 +71,8 @@ class Needs:
         experts: the experts that can be paged; None if there are none.
         elements: number of weights, all experts included.
         config: what is known of the model.
-        on_cpu: whether it runs without a GPU, where activations are float32.
+        on_cpu: whether it runs without a GPU.
+        wide: whether what has 16 bits is loaded and computed with 32, as always on a CPU.
     """
 
     plain: int
@@ -80,6 +85,7 @@ class Needs:
     elements: int
     config: Description
     on_cpu: bool
+    wide: bool
 
     @property
     def weights(self) -> int:
@@ -89,7 +95,7 @@ class Needs:
     @property
     def value_nbytes(self) -> int:
         """Bytes of an activation, at most."""
-        return 4 if self.on_cpu or self.config.dtype == "float32" else 2
+        return 4 if self.wide or self.config.dtype == "float32" else 2
 
     def cache(
         self, tokens: int, bits: int | None = None, group_size: int = 64, start: int = 0
@@ -102,7 +108,7 @@ class Needs:
             group_size: values of a quantized cache that share a scale.
             start: from how many tokens on the cache is quantized.
         """
-        factor = 2 if self.on_cpu else 1
+        factor = 2 if self.wide else 1
         plain = kv_bytes(self.config, tokens if bits is None else min(tokens, start)) or 0
         if bits is None or tokens < start:
             return factor * plain
@@ -118,6 +124,7 @@ class Needs:
             residual    3 T H b       the residual stream, its norm, the sum
             attention   4 T (heads + KV heads) (head width) b, and a layer's keys and values once
                         more, as the cache grows; 6 T (channels) 4 for a layer of linear attention
+            growth      255 tokens of KV cache, which grows in steps of 256
             FFN         T (3 I + H) b + T k (3 W + 4 H) 4 + T H 4
             scores      2 (heads) T L b, where MLX does not keep them to itself
             logits      (tokens whose logits are kept) (vocabulary) (b + 12)
@@ -126,7 +133,8 @@ class Needs:
         wait to be freed, but only as long as MLX is below its memory limit; there it waits.
         """
         logits = use.logits * (self.config.vocab or 0) * (self.value_nbytes + 12)
-        return self._layer(use) + self._scores(use) + logits
+        growth = self.cache(_CACHE_STEP - 1) - self.cache(0)
+        return self._layer(use) + self._scores(use) + logits + growth
 
     def mlx_cache(self, use: Use) -> int:
         """Bytes of freed memory that MLX is to keep: what a layer takes, or `MLX_CACHE`."""
@@ -181,19 +189,22 @@ def cpu_step(most: int, weights: int) -> int:
     return max(1, min(most, _CPU_STEP // max(1, weights)))
 
 
-def needs_of(folder: Path, on_cpu: bool) -> Needs:
+def needs_of(folder: Path, on_cpu: bool, *, wide: bool = False) -> Needs:
     """What the model in a folder takes: a tier, or a plain MLX model.
 
     Raises:
         CheckpointError: the folder has no config.json, or no sound safetensors.
     """
     tensors, raw = read_shards(folder), raw_config(folder)
-    return needs_from(tensors, raw, on_cpu)
+    return needs_from(tensors, raw, on_cpu, wide=wide)
 
 
-def needs_from(tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool) -> Needs:
+def needs_from(
+    tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool, *, wide: bool = False
+) -> Needs:
     """What a model takes, by its tensors and its config.json; see `needs_of`."""
-    counter = _Counter(tensors, raw, on_cpu)
+    wide = wide or on_cpu
+    counter = _Counter(tensors, raw, on_cpu, wide)
     experts = counter.experts()
     routed = counter.routed() if experts else []
     plain = tensors.keys() - set(routed)
@@ -211,19 +222,22 @@ def needs_from(tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool) -> Nee
         elements=counter.elements(),
         config=counter.config,
         on_cpu=on_cpu,
+        wide=wide,
     )
 
 
 def cache_needs(config: Description, on_cpu: bool) -> Needs:
     """What the KV caches of a loaded model take, without its weights."""
-    return Needs(0, 0, 0, 0, 0, 0, None, 0, config, on_cpu)
+    return Needs(0, 0, 0, 0, 0, 0, None, 0, config, on_cpu, on_cpu)
 
 
 class _Counter:
     """Adds up the tensors of a model."""
 
-    def __init__(self, tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool) -> None:
-        self.tensors, self.raw, self.on_cpu = tensors, raw, on_cpu
+    def __init__(
+        self, tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool, wide: bool
+    ) -> None:
+        self.tensors, self.raw, self.on_cpu, self.wide = tensors, raw, on_cpu, wide
         self.config = describe(raw)
         own = is_tier(raw) or is_ternary_model(raw) or "ternary_switch" in raw
         suffix = ".weight"
@@ -239,7 +253,7 @@ class _Counter:
         total = 0
         for name in names:
             tensor = self.tensors[name]
-            doubled = self.on_cpu and tensor.dtype in _HALVES and name not in packed
+            doubled = self.wide and tensor.dtype in _HALVES and name not in packed
             total += tensor.nbytes * (2 if doubled else 1)
         return total
 

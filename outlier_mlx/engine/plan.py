@@ -135,7 +135,7 @@ def plan(
             `AUTO`; or `memory` is less than they need.
     """
     use, available = use or Use(), available or budget()
-    needs = needs_of(folder, available.on_cpu)
+    needs = needs_of(folder, available.on_cpu, wide=use.wide)
     whole = _plan(folder.name, needs, use, available, beside, None)
     if memory == ALL or (memory == AUTO and (whole.fits or needs.experts is None)):
         return whole
@@ -181,7 +181,7 @@ def _plan(
         converted += needs.gathered
     return Plan(
         name=name,
-        weights=Part(needs.plain, headers + (", 16 bits as 32" if needs.on_cpu else "")),
+        weights=Part(needs.plain, headers + (", 16 bits as 32" if needs.wide else "")),
         experts=routed,
         copies=Part(needs.copies + copies, "shapes of the ternary matrices"),
         kv_cache=_kv_cache(needs, use),

@@ -63,6 +63,7 @@ def find_capacity(
     step: int = 2048,
     clients: int = MAX_CONVERSATIONS,
     memory: ExpertMemory = ALL,
+    wide: bool = False,
     available: Budget | None = None,
 ) -> tuple[Capacity, int, Plan]:
     """Divide the memory that weights and activations leave free among conversations.
@@ -80,6 +81,7 @@ def find_capacity(
         clients: connections at a time; each waits for one response.
         memory: what routed experts may take. `AUTO`: what is left beside the conversations that
             were asked for, or one.
+        wide: whether what has 16 bits is to be loaded and computed with 32.
         available: memory for weights and caches; None: what this machine has.
 
     Returns:
@@ -90,9 +92,9 @@ def find_capacity(
         OutlierError: the requested number does not fit, or not even one conversation does.
     """
     available, requested = available or budget(), prompts
-    needs = needs_of(folder, available.on_cpu)
+    needs = needs_of(folder, available.on_cpu, wide=wide)
     one = needs.cache(tokens, kv_bits, kv_group_size, kv_start)
-    use = Use(tokens, 1, 1, step, 1, kv_bits, kv_group_size, kv_start)
+    use = Use(tokens, 1, 1, step, 1, kv_bits, kv_group_size, kv_start, wide)
     if responses is not None:
         prompts = prompts or max(1, min(MAX_PROMPTS, responses // 4))
         asked = min(clients, Capacity(responses, prompts).conversations) if kv_bits is None else 1
@@ -136,6 +138,7 @@ def find_capacity(
         prompts=capacity.prompt_concurrency,
         step=step,
         memory=first.expert_memory,
+        wide=wide,
         cures=cures,
     )
     if one:
