@@ -53,6 +53,15 @@ def test_measures(demo: Path, text: Path) -> None:
         assert paged == whole
 
 
+def test_outliers(demo: Path, text: Path, tmp_path: Path) -> None:
+    how = "--text", text, "--length", 32, "--sequences", 2, "--no-plots", "--per-expert", "--json"
+    found = []
+    for memory in "all", "50%":
+        out = tmp_path / memory
+        found.append(run("outliers", demo, *how, "--out", out, "--expert-memory", memory).json)
+    assert found[0] == found[1]
+
+
 def test_bench(demo: Path) -> None:
     how = "-p", 16, "-g", 8, "-n", 2
     found = run("bench", demo, *how, "--json", "--expert-memory", "40%").json
@@ -95,7 +104,7 @@ def test_wrong_amounts(memory: str, demo: Path) -> None:
 def test_every_command_that_loads_a_model_has_the_option() -> None:
     for name in COMMANDS:
         options = {option for parameter in GROUP.commands[name].params for option in parameter.opts}
-        if "--ignore-memory" in options and name != "outliers":  # which loads several in turn
+        if "--ignore-memory" in options:
             assert "--expert-memory" in options, name
     assert Loading().expert_memory == "auto"
 

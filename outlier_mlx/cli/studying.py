@@ -8,6 +8,7 @@ import typer
 from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.options import (
     ActivationDType,
+    ExpertMemory,
     Force,
     IgnoreMemory,
     Json,
@@ -69,11 +70,13 @@ def outliers(
     no_plots: NoPlots = False,
     dtype: ActivationDType = None,
     ignore_memory: IgnoreMemory = False,
+    expert_memory: ExpertMemory = "auto",
     as_json: Json = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Find outlier features: dimensions with huge values in many layers, at many positions."""
+    from outlier_mlx.engine.paging.budget import ExpertMemory as Parsed
     from outlier_mlx.measure.outlier_definitions import Thresholds
     from outlier_mlx.measure.outlier_report import Study
     from outlier_mlx.measure.outlier_run import study_models
@@ -90,6 +93,7 @@ def outliers(
         dtype=dtype,
         plots=None if no_plots else plots,
         check_memory=not ignore_memory,
+        memory=Parsed.parse(expert_memory),
     )
     entries = study_models(models, study, out, force=force, quiet=quiet)
     if as_json:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from outlier_mlx.engine.paging.budget import AUTO, ExpertMemory
 from outlier_mlx.measure.outlier_counts import Accumulator
 from outlier_mlx.measure.outlier_definitions import blog_summary, pooled_summary
 from outlier_mlx.measure.outlier_parameters import RULE
@@ -36,6 +37,7 @@ class Study:
         dtype: activation dtype; None: the model's own.
         plots: the pictures' file format; None draws none.
         check_memory: refuse models that do not fit into memory.
+        memory: what routed experts may take. Results do not depend on it.
     """
 
     text: Path
@@ -46,6 +48,7 @@ class Study:
     dtype: str | None = None
     plots: Format | None = "png"
     check_memory: bool = True
+    memory: ExpertMemory = AUTO
 
 
 def describe(

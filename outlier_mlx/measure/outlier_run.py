@@ -8,6 +8,8 @@ import mlx.core as mx
 
 from outlier_mlx.engine.loading import check_model, load_model, load_tokenizer
 from outlier_mlx.engine.memory import check_fits
+from outlier_mlx.engine.paging.budget import ExpertMemory
+from outlier_mlx.engine.plan import Plan
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure.outlier_draw import AXES, Against, draw_comparison, draw_heatmap
 from outlier_mlx.measure.outlier_parameters import count_parameters, weights_bits
@@ -115,13 +117,14 @@ def _study(
     name: str, source: Source, study: Study, quiet: bool
 ) -> tuple[dict[str, Any], Measurement]:
     folder = source.folder
+    memory: ExpertMemory | Plan = study.memory
     if study.check_memory:
-        check_fits(folder, 0)
+        memory = check_fits(folder, 0, memory=study.memory)
     with working(f"loading {name}", quiet=quiet):
         # The text is read first: it may be too short.
         tokenizer = load_tokenizer(folder, check_model(folder))
         windows = read_windows(tokenizer, study.text, study.sequences, study.length, study.overlap)
-        model, config = load_model(folder, dtype=study.dtype)
+        model, config = load_model(folder, dtype=study.dtype, expert_memory=memory)
     warn_of_context(model, windows)
     try:
         parameters = count_parameters(model, config)

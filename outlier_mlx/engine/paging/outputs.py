@@ -56,14 +56,23 @@ class Outputs:
         """Compute the outputs of passes before the present one."""
         kept, self._kept = self._kept, []
         for output in kept:
-            try:
-                mx.eval(output)
-            except RuntimeError as error:
-                # Only the thread that made an array can compute it. If the model is another
-                # thread's now, nobody does.
-                if "in current thread" not in str(error):
-                    raise
+            computed(output)
 
     def __len__(self) -> int:
         """How many are kept."""
         return len(self._kept)
+
+
+def computed(*arrays: mx.array) -> bool:
+    """Compute arrays; returns whether this thread can.
+
+    Only the thread that made an array can compute it. If a model is another thread's now, nobody
+    does.
+    """
+    try:
+        mx.eval(arrays)
+    except RuntimeError as error:
+        if "in current thread" not in str(error):
+            raise
+        return False
+    return True

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.engine.needs import CONVERTED_TOGETHER
-from outlier_mlx.engine.paging.outputs import Outputs
+from outlier_mlx.engine.paging.outputs import Outputs, computed
 from outlier_mlx.engine.paging.policies import Key, Policy
 from outlier_mlx.engine.paging.pressure import Pressure
 from outlier_mlx.engine.paging.reading import Reading
@@ -83,6 +83,7 @@ class ExpertStore:
         for (layer, _), first in self._equal.items():
             self._sharing.setdefault(first, set()).add(layer)
         self.outputs = Outputs()
+        self._complete: bool | None = None  # None: something has changed
         self._noted: list[tuple[int, mx.array, mx.array]] = []
         # Slots that something may still be written to, though nobody waits for it.
         self._abandoned: list[tuple[Reading, int]] = []
@@ -188,7 +189,9 @@ class ExpertStore:
     @property
     def complete(self) -> bool:
         """Whether all layers are resident, so that nothing will be read."""
-        return all(map(self.resident, self.layers))
+        if self._complete is None:
+            self._complete = all(map(self.resident, self.layers))
+        return self._complete
 
     def read_early(self, layer: int, experts: Iterable[int], in_hand: int) -> None:
         """Begin to read experts that a later layer may need, as far as there is room.
@@ -263,7 +266,7 @@ class ExpertStore:
         self._whole = True
 
     def _changed(self, layer: int) -> None:
-        self._states[layer].table = None
+        self._states[layer].table = self._complete = None
 
     def _wanted(self, layer: int, experts: Iterable[int]) -> dict[Key, Key]:
         """What is read for experts of a layer, of equal ones the first; and what they are here."""
@@ -312,7 +315,11 @@ class ExpertStore:
                 return False
             buffers = self.pool.buffers(slot)
             self._starting = slot
-            reading = self._files.start(*key, buffers, early=early)
+            try:
+                reading = self._files.start(*key, buffers, early=early)
+            except Exception:
+                self._starting = None  # nothing is written to it
+                raise
             self._entries[key] = self._under_way[key] = _Entry(slot, known, buffers, reading)
             self._starting = None
             self._policy.add(*known)
@@ -373,6 +380,8 @@ class ExpertStore:
 
     def _tell_policy(self) -> None:
         for layer, indices, weights in self._noted:
+            if not computed(indices, weights):
+                continue
             experts = needed(indices, weights)
             self.statistics.hits += len(experts)
             self._policy.use(layer, experts)
