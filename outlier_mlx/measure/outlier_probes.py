@@ -103,12 +103,16 @@ def _ffn_probe(layer: nn.Module, number: int, place: Place) -> Probe:
     experts = next((module for module in layer.modules() if isinstance(module, EXPERTS)), None)
     if experts is None:
         return Probe(number, name, place, ("dense_ffn",))
-    first = experts.fc1 if isinstance(experts, SwitchMLP) else experts.gate_proj
+    if isinstance(experts, TernarySwitchGLU):
+        count = experts.num_experts
+    else:
+        first = experts.fc1 if isinstance(experts, SwitchMLP) else experts.gate_proj
+        count = first.weight.shape[0]
     names = {name.rpartition(".")[2] for name, _ in layer.named_modules()}
     kinds: tuple[Kind, ...] = ("routed_experts",)
     if names & SHARED_NAMES:
         kinds = "routed_experts", "shared_experts"
-    return Probe(number, name, place, kinds, first.weight.shape[0])
+    return Probe(number, name, place, kinds, count)
 
 
 #: Called with a probe's number, the residual stream or whatever else enters its module, and the
