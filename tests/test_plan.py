@@ -55,7 +55,7 @@ def test_amounts_of_memory(text: str, expected: ExpertMemory) -> None:
     "text", ["", "4", "GB", "-4GB", "0GB", "0%", "101%", "4TB", "1e9MB", "half"]
 )
 def test_what_is_no_amount_of_memory(text: str) -> None:
-    with pytest.raises(ValueError, match="is no amount of memory: expected one such as 4GB"):
+    with pytest.raises(OutlierError, match="is no amount of memory: expected one such as 4GB"):
         ExpertMemory.parse(text)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from outlier_mlx.cli.command import GENERAL
+from outlier_mlx.errors import OutlierError
 
 Recipe = Literal["auto", "q4", "q4-mixed", "q8", "bf16", "f16", "f32"]
 BaseBits = Literal["4", "8", "none", "16", "32"]
@@ -36,7 +37,7 @@ def _check_expert_memory(value: str) -> str:
 
     try:
         Parsed.parse(value)
-    except ValueError as error:
+    except OutlierError as error:
         raise typer.BadParameter(str(error)) from None
     return value
 

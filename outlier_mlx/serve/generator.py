@@ -171,7 +171,9 @@ class Generator(ResponseGenerator):
         return self._generation_thread.is_alive()
 
     def idle(self) -> float:
-        """Seconds since the last step of generation; 0 if there is nothing to generate."""
+        """Seconds since the last step of generation; 0 if there is nothing to generate, or with."""
+        if self.provider.state != "loaded":
+            return 0.0
         waited = time.monotonic() - self._stepped
         return waited if any(not reply.generated for reply in list(self.replies)) else 0.0
 

@@ -58,7 +58,7 @@ class ExpertMemory:
         """Read "4GB" or "512MB" (powers of 1000), "4GiB" (of 1024), "50%", "all" or "auto".
 
         Raises:
-            ValueError: the text is none of these.
+            OutlierError: the text is none of these.
         """
         word = text.strip()
         if word.lower() in ("all", "auto"):
@@ -70,7 +70,7 @@ class ExpertMemory:
             return cls(share=number / 100)
         if unit in _UNITS and number > 0:
             return cls(nbytes=int(number * _UNITS[unit]))
-        raise ValueError(
+        raise OutlierError(
             f"{text[:30]!r} is no amount of memory: expected one such as 4GB, 4GiB, 512MB or 50%,"
             " or all, or auto"
         )
