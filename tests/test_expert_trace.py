@@ -120,6 +120,13 @@ def test_what_the_routers_above_foresee(tier: Path, recorded: Path) -> None:
     assert trace.recall == pytest.approx(sum(wanted) / len(wanted))
 
 
+def test_a_paged_model_gives_the_same_trace(tier: Path, text: Path, recorded: Path) -> None:
+    paged = recorded.with_name("paged.trace")
+    command = ["routing", tier, "--text", text, "--window", 24, "--windows", 3]
+    run(*command, "--expert-memory", "50%", "--trace", paged)
+    assert paged.read_bytes() == recorded.read_bytes()
+
+
 def test_recording_changes_no_result(tier: Path) -> None:
     model, _ = load(tier)
     tokens = mx.array([[1, 2, 3, 4]])
