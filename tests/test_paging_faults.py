@@ -16,6 +16,8 @@ import openai
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+from outlier_mlx.engine.conversation import Conversation
+from outlier_mlx.engine.generate import Options
 from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.engine.paging import reading
 from outlier_mlx.engine.paging.budget import ExpertMemory
@@ -150,6 +152,22 @@ def logits(model: Any) -> list[np.ndarray]:
     cache = make_prompt_cache(model)
     given = [[[5, 9, 14, 200]], *([[7 * number % 200 + 5]] for number in range(12))]
     return [np.array(model(mx.array(tokens), cache=cache)) for tokens in given]
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_a_conversation_goes_on(disk: Disk, kind: str) -> None:
+    model, tokenizer = load(disk.tier, expert_memory="40%")
+    conversation = Conversation(model, tokenizer, Options(max_tokens=20))
+    said = [*conversation.reply("The heron")]
+    disk.fail(kind, after=5)
+    with pytest.raises(OutlierError, match=FAULTS[kind]):
+        said += conversation.reply("And then?")
+    disk.mend()
+    again = Conversation(*load(disk.tier), conversation.options)
+    again.messages = [*conversation.messages]
+    answer, expected = ("".join(r.text for r in c.reply("Why?")) for c in (conversation, again))
+    assert answer == expected
+    assert said
 
 
 @pytest.mark.parametrize("kind", PASSING)
