@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import threading
 import time
@@ -11,20 +12,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.paging import reading, reads
+from outlier_mlx.engine.paging.budget import ExpertMemory
+from outlier_mlx.engine.paging.paged import statistics_of
 from outlier_mlx.engine.paging.reads import ExpertFiles, beyond_the_cache
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.safetensors import read_header
 from outlier_mlx.storage.shards import read_shards
-from tests.tensor_file import Stored, stored, write_stored
+from tests.library import Library
+from tests.tensor_file import Stored, read_stored, stored, write_stored
 
 LAYERS, EXPERTS = (1, 3), 4
+SLOTS = ExpertMemory(slots=13)
 PROJECTIONS = {"gate": (24, 16), "up": (24, 16), "down": (8, 32)}  # out, row bytes
 PREAD = os.preadv
 
@@ -420,3 +427,23 @@ def test_header_of_the_shards_agrees_with_what_is_read(experts: Experts) -> None
     files = ExpertFiles(tensors)
     assert files.layers == (1,)
     assert read(files, 1, 0) == experts.expected(1, 0)
+
+
+def test_a_model_reads_equal_experts_once(library: Library, tmp_path: Path) -> None:
+    tier = tmp_path / "tier"
+    shutil.copytree(library.demo_tier("q4"), tier)
+    (shard,) = tier.glob("*.safetensors")
+    tensors = read_stored(shard)
+    for name, stack in list(tensors.items()):
+        if ".layers.1.mlp.switch_mlp." in name:
+            # All experts of this layer become the first one.
+            one = stack.data[: len(stack.data) // stack.shape[0]]
+            tensors[name] = Stored(stack.dtype, stack.shape, one * stack.shape[0])
+    write_stored(shard, tensors)
+    whole, model = (load_model(tier, expert_memory=memory)[0] for memory in (None, SLOTS))
+    given = mx.array([[7 * number % 200 + 5 for number in range(60)]])
+    assert mx.array_equal(model(given), whole(given))
+    statistics = statistics_of(model)
+    assert statistics is not None
+    # One of the first layer, and six of each of two.
+    assert statistics.misses + statistics.early == 1 + 6 + 6

@@ -151,7 +151,9 @@ def test_reading_early_changes_no_bit(demo: Path) -> None:
         assert 0 < statistics.guessed <= 40 * 2 * 2
         assert statistics.recall is not None
         assert statistics.recall > 2 / 6  # of guesses at random
-        assert f"look-ahead foresaw {statistics.recall:.0%}, and pays" in str(statistics)
+        assert f"look-ahead foresaw {statistics.recall:.0%}, and pays, and stays on" in str(
+            statistics
+        )
 
 
 def test_reading_early_costs_a_launch_a_layer_and_changes_no_bit_on_a_gpu(

@@ -56,8 +56,8 @@ class PagingStatistics:
     def _of_guesses(self) -> str:
         if self.recall is None:
             return ""
-        decided = {None: "being tried", True: "pays", False: "does not pay, and is off"}
-        return f"; look-ahead foresaw {self.recall:.0%}, and {decided[self.reads_early]}"
+        tried = {None: "is being tried", True: "pays, and stays on", False: "does not pay: off"}
+        return f"; look-ahead foresaw {self.recall:.0%}, and {tried[self.reads_early]}"
 
     def as_json(self) -> dict[str, Any]:
         """All counts as JSON values."""
