@@ -23,6 +23,10 @@ from kernels.emulator import virtual_metal
 from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.engine.generate import Options, generate_text
 from outlier_mlx.engine.loading import load_model
+from outlier_mlx.engine.needs import Use
+from outlier_mlx.engine.paging.budget import ExpertMemory
+from outlier_mlx.engine.paging.paged import store_of
+from outlier_mlx.engine.plan import plan
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports import Imported, import_model
 from outlier_mlx.runtime.switch import TernarySwitchLinear
@@ -130,6 +134,17 @@ def test_ternary_experts(kind: str, layout: str, tmp_path: Path):
     stock = import_model(tmp_path / "model.gguf", tmp_path / "stock", experts="affine2")
     assert "ternary_switch" not in json.loads((stock.path / "config.json").read_text())
     assert_logits(logits(assert_same_weights(stock.path, model.weights)), expected)
+
+
+def test_ternary_experts_can_be_paged(tmp_path: Path):
+    kinds = {"gate": "TQ1_0", "up": "TQ1_0", "down": "TQ1_0"}
+    model = build(experts=3, layout="stacked", kinds=kinds, **K_SIZES | {"layers": 2})
+    folder = imported(model, tmp_path)[0].path
+    planned = plan(folder, Use(50), ExpertMemory.parse("70%"))
+    assert planned.paged is not None and (planned.paged.total, planned.slots) == (6, 4)
+    paged, _ = load_model(folder, expert_memory=planned)
+    assert store_of(paged) is not None
+    assert np.array_equal(logits(paged), logits(load_model(folder)[0]))
 
 
 def test_ternary_experts_of_version_1(tmp_path: Path):

@@ -20,9 +20,10 @@ from outlier_mlx.engine.memory import check_fits
 from outlier_mlx.engine.needs import Needs, Use, needs_of
 from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory, Experts
 from outlier_mlx.engine.paging.paged import store_of
+from outlier_mlx.engine.paging.slots import slot_nbytes
 from outlier_mlx.engine.plan import plan
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.models.config import describe
+from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.serve.capacity import find_capacity
 from tests.library import Library
@@ -362,3 +363,12 @@ def test_what_is_widened_takes_twice_as_much(tmp_path: Path) -> None:
     with pytest.raises(OutlierError, match="halves needs"):
         check_fits(folder, 100, wide=True, available=Budget(narrow.needed, MAC))
     check_fits(folder, 100, available=Budget(narrow.needed, MAC))
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_slot_is_as_large_as_the_pool_makes_it(tier: Path, on_cpu: bool) -> None:
+    experts = needs_of(tier, on_cpu).experts
+    config = describe(raw_config(tier))
+    assert experts is not None and config.hidden and config.expert_width
+    made = slot_nbytes(config.hidden, config.expert_width, packed=not on_cpu)
+    assert experts.slot_nbytes == made
