@@ -11,8 +11,10 @@ import mlx.core as mx
 import mlx_lm.generate  # noqa: F401
 import pytest
 
+from outlier_mlx.engine import machine
 from outlier_mlx.engine.buffers import MAX_MB
 from outlier_mlx.engine.limits import keep_to
+from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.machine import UNLIMITED, Budget
 from outlier_mlx.engine.needs import Use
 from outlier_mlx.engine.plan import Plan, plan
@@ -64,6 +66,18 @@ def test_mlx_lm_wires_what_is_planned(planned: Plan, limits: dict[str, list[int]
     keep_to(replace(planned, weights=replace(planned.weights, nbytes=2 * LIMIT)))
     with MODULE.wired_limit(model):
         assert limits["set_wired_limit"][-1] == LIMIT
+
+
+def test_loading_any_model_keeps_to_its_plan(
+    tmp_path: Path, limits: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "free", lambda: None)
+    folder = write_model(tmp_path / "plain", SIZES | {"model_type": "llama"})
+    model, _ = load_model(folder)
+    planned = plan(folder, available=Budget(LIMIT, "this Mac's GPU"))
+    with MODULE.wired_limit(model):
+        assert limits["set_wired_limit"] == [planned.needed]
+    assert limits["set_cache_limit"][0] < LIMIT
 
 
 def test_a_second_model_leaves_the_first_one_wired(
