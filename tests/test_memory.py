@@ -173,3 +173,13 @@ def test_a_system_prompt_counts(tier: Path, monkeypatch: pytest.MonkeyPatch) -> 
     command += ("--prefill-step-size", STEP)
     run(*command, "--system-prompt", "Be brief.")
     assert_refused(run(*command, "--system-prompt", "Be brief. " * 100, code=1), "KV cache")
+
+
+def test_shorter_steps_are_advised_where_they_help(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "base", hidden=128, heads=2, layers=2).path
+    needs = needs_of(folder, on_cpu=False)
+    room = needs.weights + needs.cache(4096) + needs.working(Use(4096, step=300))
+    available = Budget(room, "this Mac's GPU")
+    with pytest.raises(OutlierError, match="What helps: --prefill-step-size 256, or a smaller"):
+        check_fits(folder, 4096, available=available)
+    check_fits(folder, 4096, step=256, available=available)

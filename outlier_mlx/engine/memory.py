@@ -7,7 +7,7 @@ from pathlib import Path
 from outlier_mlx.engine.machine import FREE_ON_MAC, THIS_GPU, Budget, budget
 from outlier_mlx.engine.needs import Needs, Use, needs_of
 from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
-from outlier_mlx.engine.plan import Plan, plan
+from outlier_mlx.engine.plan import SHORTER_STEPS, Plan, plan
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.attention import fitting_group
 from outlier_mlx.terminal import size
@@ -68,7 +68,8 @@ def check_fits(
     if kv_bits is None and may_quantize:
         freed = (found.kv_cache, found.activations, found.mlx_cache)
         room = available.nbytes - found.needed + sum(part.nbytes for part in freed)
-        helps += _quantizing(needs_of(folder, available.on_cpu, wide=wide), room, use)
+        needs = needs_of(folder, available.on_cpu, wide=wide)
+        helps += _shortening(needs, room, use) or _quantizing(needs, room, use)
     helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
     if available.whose == THIS_GPU:
         megabytes = -(-found.needed // 2**20)
@@ -91,6 +92,15 @@ def check_fits(
         f" cache{whose}; {available}."
         f" What helps: {', or '.join(helps)}; --ignore-memory loads it anyway"
     )
+
+
+def _shortening(needs: Needs, room: int, use: Use) -> list[str]:
+    """The option that makes a model fit by reading prompts in shorter steps; see `_quantizing`."""
+    cache = use.conversations * needs.cache(use.tokens)
+    for step in (n for n in SHORTER_STEPS if n < use.step):
+        if cache + needs.working(replace(use, step=step)) - needs.converted <= room:
+            return [f"--prefill-step-size {step}"]
+    return []
 
 
 def _quantizing(needs: Needs, room: int, use: Use) -> list[str]:

@@ -10,8 +10,8 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.terminal import size
 
-# Steps in which prompts are read if longer ones take too much memory.
-_STEPS = (1024, 512, 256, 128)
+#: Steps in which prompts are read if longer ones take too much memory.
+SHORTER_STEPS = (1024, 512, 256, 128)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _shortened(
 ) -> Plan:
     """A plan that fits, with steps as short as that takes; or the one with the shortest steps."""
     found = _plan(name, needs, use, available, beside, slots)
-    for step in _STEPS if slots is not None else ():
+    for step in SHORTER_STEPS if slots is not None else ():
         if found.fits:
             break
         if step < use.step:
