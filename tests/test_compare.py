@@ -163,6 +163,13 @@ def test_a_picture_needs_the_extra(
     assert not (tmp_path / "scores.png").exists()
 
 
+def test_experts_left_out_are_a_difference(files: list[Path], tmp_path: Path) -> None:
+    lossy = replace(MODELS[1], model="lossy", config=CONFIG | {"expert_skip": 0.2})
+    save(lossy, tmp_path / "lossy.json")
+    done = run("compare", files[0], tmp_path / "lossy.json")
+    assert done.err == "warning: not run alike: expert skip: 0.0, 0.2\n"
+
+
 def test_what_was_not_run_alike_is_told(files: list[Path], tmp_path: Path) -> None:
     result = MODELS[1].results[0]
     other = replace(

@@ -145,6 +145,8 @@ def differences(evaluations: Sequence[Evaluation], found: Sequence[Chart]) -> li
     }
     for name in _SETTINGS:
         named[name] = [e.config.get(name) for e in evaluations]
+    # Older files do not have it.
+    named["expert_skip"] = [e.config.get("expert_skip", 0.0) for e in evaluations]
     for key in sorted({(chart.task, chart.metric, chart.filter) for chart in found}):
         rows = [next(r for r in e.results if r.key == key) for e in evaluations]
         named[f"examples before a question of {key[0]}"] = [r.fewshot for r in rows]

@@ -24,7 +24,7 @@ from outlier_mlx.runtime.routing import Router, route
 # block is not counted, because slots are still as the block before left them.
 _BLOCK = 4
 # Counted passes of each kind, after which it is decided.
-_ENOUGH = 16
+_ENOUGH = 30
 # Seconds waited with reading early, in those waited without, from which it does not pay.
 _PAYS_BELOW = 0.95
 
@@ -41,7 +41,7 @@ class Probe:
     def __init__(self) -> None:
         """Begin without reading early."""
         self.on = self.decided = False
-        self._passes = 0
+        self._passes, self._read = 0, False
         self._seconds: tuple[list[float], list[float]] = [], []
 
     @property
@@ -59,16 +59,21 @@ class Probe:
         """
         if self.decided:
             return
-        # Where nothing has to be read, there is nothing to learn.
-        if read and self._passes % _BLOCK:
+        self._read |= read
+        if self._passes % _BLOCK:
             self._seconds[self.on].append(seconds)
         self._passes += 1
         if self._passes % _BLOCK:
             return
         self.on = not self.on
-        if all(len(found) >= _ENOUGH for found in self._seconds):
-            without, early = self._seconds
+        without, early = self._seconds
+        if min(len(without), len(early)) < _ENOUGH:
+            return
+        if self._read:
             self.decide(fmean(early) < _PAYS_BELOW * fmean(without))
+        else:  # there was nothing to learn
+            without.clear()
+            early.clear()
 
     def decide(self, on: bool) -> None:
         """Read early from now on, or never again."""
