@@ -15,7 +15,12 @@ from outlier_mlx.engine.generate import Options, generate_text, prefill_step
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.machine import THIS_MACHINE, Budget
 from outlier_mlx.engine.paging.budget import ExpertMemory
-from outlier_mlx.engine.paging.paged import PagedSwitchGLU, store_of, total_parameters
+from outlier_mlx.engine.paging.paged import (
+    PagedSwitchGLU,
+    lookahead_of,
+    store_of,
+    total_parameters,
+)
 from outlier_mlx.engine.paging.slots import slot_nbytes
 from outlier_mlx.engine.paging.store import ExpertStore
 from outlier_mlx.engine.plan import plan
@@ -79,7 +84,7 @@ def prompt_of(words: str) -> list[int]:
     return list(range(5, 5 + 3 * len(words)))
 
 
-@pytest.mark.parametrize("slots", [6, 9, 17])
+@pytest.mark.parametrize("slots", [6, 13])
 def test_batches(demo: Path, whole: Loaded, slots: int) -> None:
     model, _ = paged(demo, slots)
     for batch, length in (2, 1), (3, 2), (5, 40), (16, 1), (40, 1):
@@ -103,10 +108,10 @@ def test_stream_generate(demo: Path, whole: Loaded, options: dict[str, Any]) -> 
 def test_batch_generate(demo: Path, whole: Loaded) -> None:
     prompts = [prompt_of(word) for word in ("a", "the heron", "stands", "in the cold water")]
     texts = [
-        batch_generate(model, tokenizer, prompts, max_tokens=20).texts
-        for model, tokenizer in (whole, paged(demo, 6), paged(demo, 12))
+        batch_generate(model, tokenizer, prompts, max_tokens=12).texts
+        for model, tokenizer in (whole, paged(demo, 7))
     ]
-    assert texts[1] == texts[0] and texts[2] == texts[0]
+    assert texts[1] == texts[0]
 
 
 def test_sampled_texts(demo: Path, whole: Loaded) -> None:
@@ -118,6 +123,7 @@ def test_sampled_texts(demo: Path, whole: Loaded) -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_requests_at_the_same_time(demo: Path) -> None:
     prompts = [[{"role": "user", "content": f"{'long ' * n}number {n}"}] for n in range(6)]
     answers: list[list[str]] = []
@@ -166,7 +172,7 @@ def test_experts_with_alpha_0_are_never_read(
         for one in (whole, model):
             one.layers[layer].mlp.alpha = mx.array(alpha)
     read = read_by(model, monkeypatch)
-    for length in (1, 2, 30):
+    for length in (1, 2, 12):
         assert same(model, whole, tokens(1, length))
         assert same(model, whole, tokens(1, length))
     assert read and not {
@@ -292,3 +298,46 @@ def test_models_without_pageable_experts(library: Library) -> None:
     ):
         with pytest.raises(OutlierError, match="no experts that can be paged"):
             load_model(folder, expert_memory=ExpertMemory(share=0.5))
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 0])
+def test_every_way_of_the_kernels(
+    tier: Path, metal: Metal, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pair by pair, in blocks, and through MLX's matrix kernels, whichever is the cheapest."""
+    ways = {
+        1: {"tq1_0_swiglu", "tq1_0_down"},
+        4: {"tq1_0_sort", "tq1_0_mix"},
+        0: {"tq1_0_to_affine2"},
+    }
+    monkeypatch.setattr("outlier_mlx.runtime.ops.pairs_in_a_block", lambda *_: pairs)
+    whole = load_model(tier, dtype="bfloat16")[0]
+    for slots in 4, 6:
+        model = load_model(tier, dtype="bfloat16", expert_memory=ExpertMemory(slots=slots))[0]
+        lookahead = lookahead_of(model)
+        assert lookahead is not None
+        lookahead.probe.decide(False)  # it launches routers of its own
+        for batch, length in (1, 1), (2, 3), (1, 9 if pairs else 40):
+            x = tokens(batch, length)
+            metal.clear()
+            expected = np.array(whole(x).astype(mx.float32))
+            launched = metal.names
+            metal.clear()
+            assert np.array_equal(model(x).astype(mx.float32), expected), (batch, length)
+            assert metal.names == launched
+            assert ways[pairs] <= set(launched)
+
+
+@pytest.mark.parametrize("slots", [6, 11])
+def test_drafts_of_another_model(demo: Path, whole: Loaded, slots: int) -> None:
+    """mlx-lm's speculative decoding: several tokens are verified in a pass, and some taken back."""
+    texts = []
+    for model, tokenizer in whole, paged(demo, slots):
+        draft = load_model(demo)[0]
+        for layer in 1, 2, 3:
+            draft.layers[layer].mlp.alpha = mx.zeros((6,))
+        prompt = tokenizer.encode("How do I find Vega?")
+        found = stream_generate(model, tokenizer, prompt, max_tokens=24, draft_model=draft)
+        texts.append([(r.token, r.from_draft) for r in found])
+    assert texts[0] == texts[1]
+    assert {drafted for _, drafted in texts[0]} == {True, False}
