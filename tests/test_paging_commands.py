@@ -141,3 +141,5 @@ def test_eval(demo: Path, tmp_path: Path, offline: None, monkeypatch: pytest.Mon
     command = ["eval", demo, "--tasks", tmp_path / "task.yaml", "--json"]
     found = [run(*command, *more).json for more in ((), ("--expert-memory", "40%"))]
     assert found[0]["results"] == found[1]["results"]
+    lossy = run(*command, "--expert-memory", "40%", "--expert-skip", 0.4).json
+    assert lossy["config"]["expert_skip"] == 0.4

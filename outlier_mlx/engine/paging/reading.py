@@ -75,7 +75,6 @@ class OpenFile:
         Raises:
             CheckpointError: it was removed, replaced, cut or written to.
         """
-        again = "load the model again"
         try:
             found = _identity(self.path.stat())
         except OSError as error:
@@ -89,7 +88,9 @@ class OpenFile:
             what = f"has {found[2]} bytes instead of {self._identity[2]}"
         else:
             what = "was written to"
-        raise CheckpointError(f"{self.path}: {what} while the model is in use; {again}")
+        raise CheckpointError(
+            f"{self.path}: {what} while the model is in use; load the model again"
+        )
 
 
 def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
