@@ -181,6 +181,19 @@ def test_experts_with_alpha_0_are_never_read(
     assert store(model).resident(2) and not [key for key in read if key[0] == 2]
 
 
+def test_slots_without_an_expert_do_not_matter(demo: Path) -> None:
+    """Whatever may be in them: 0 times that need not be 0."""
+    whole, model = load_model(demo)[0], paged(demo, 9)[0]
+    for views in store(model).pool._views:
+        for view in views[1:]:
+            view[:] = np.nan
+    for layer, alpha in {1: [0] * 6, 2: [0, 1, 0, 0, -1, 0], 3: [1, 0, 0, 0, 0, 0]}.items():
+        for one in (whole, model):
+            one.layers[layer].mlp.alpha = mx.array(alpha, mx.float32)
+    for length in 1, 1, 30, 1:
+        assert same(model, whole, tokens(1, length))
+
+
 def test_alphas_that_are_given_later(demo: Path, tmp_path: Path) -> None:
     """--alpha is applied to a loaded model."""
     zero = '{"1": [0, 0, 0, 0, 0, 0], "2": [0, 0, 0, 0, 0, 0], "3": [0, 0, 0, 0, 0, 0]}'

@@ -121,12 +121,13 @@ class PagedSwitchGLU(TernarySwitchGLU):
         following = self._following() if prompt else None
         if following is None and store.resident(layer):
             store.note(layer, indices, weights)
-            y = super().mix(x, indices, weights, shared)
+            routed = bool(store.needable(layer))
         else:
             guess = None if prompt else self.lookahead.guess(layer, x)
             weights, experts = self._bring(indices, weights, shared, guess)
-            # Without any, slots may hold anything, and 0 times that need not be 0.
-            y = super().mix(x, indices, weights, shared) if experts else shared + 0
+            routed = bool(experts)
+        # Without any experts, slots may hold anything, and 0 times that need not be 0.
+        y = super().mix(x, indices, weights, shared) if routed else shared + 0
         store.outputs.leave(y)
         if following is not None:
             mx.async_eval(y)
