@@ -1,5 +1,6 @@
 """Models with paged experts, in all the ways a model is run; always the bits of the whole model."""
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -354,3 +355,29 @@ def test_drafts_of_another_model(demo: Path, whole: Loaded, slots: int) -> None:
         texts.append([(r.token, r.from_draft) for r in found])
     assert texts[0] == texts[1]
     assert {drafted for _, drafted in texts[0]} == {True, False}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_history(demo: Path, seed: int) -> None:
+    """Passes of all sizes, computed now or later, with other alphas and fewer slots in between."""
+    draw = random.Random(seed)
+    whole, model = load_model(demo)[0], paged(demo, draw.choice((9, 12, 16)))[0]
+    lookahead = lookahead_of(model)
+    assert lookahead is not None
+    lookahead.probe.decide(seed != 1)
+    late: list[tuple[mx.array, np.ndarray]] = []
+    for _ in range(40):
+        x = tokens(draw.choice((1, 1, 3)), draw.choice((1, 1, 2, 5, 25))) + draw.randrange(200)
+        late.append((model(x), np.array(whole(x))))
+        if draw.random() < 0.3:
+            draw.shuffle(late)
+            for found, expected in late:
+                assert np.array_equal(found, expected)
+            late.clear()
+        if draw.random() < 0.1:
+            layer, alphas = draw.choice((1, 2, 3)), draw.choices((0, 0.5, -1), k=6)
+            for one in whole, model:
+                one.layers[layer].mlp.alpha = mx.array(alphas, mx.float32)
+        if draw.random() < 0.05:
+            store(model).shrink(draw.choice((6, 7)))
+    assert all(np.array_equal(found, expected) for found, expected in late)
