@@ -34,8 +34,10 @@ def mac(tier: Path, conversations: float, tokens: int = TOKENS, prompts: int = 1
     """Memory for the weights, so many conversations, and reading so many prompts together."""
     weights = json.loads((tier / "model.safetensors.index.json").read_text())["metadata"]
     config = parse_config(json.loads((tier / "config.json").read_text()))
-    cache = int(conversations * kv_bytes(config, tokens))
-    work = needs_of(tier, on_cpu=False).working(Use(tokens, prompts=prompts, step=STEP))
+    needs = needs_of(tier, on_cpu=False)
+    assert config.dtype == "float32" and needs.cache(tokens) == 2 * kv_bytes(config, tokens)
+    cache = int(conversations * needs.cache(tokens))
+    work = needs.working(Use(tokens, prompts=prompts, step=STEP))
     return Budget(weights["total_size"] + cache + work, "this Mac's GPU")
 
 

@@ -116,8 +116,8 @@ def test_two_models_must_fit_together(
 
 def test_sizes_have_units_that_fit(tier: Path) -> None:
     needs = needs_of(tier, on_cpu=False)
-    assert needs.cache(64) == 2 * 2 * 2 * 64 * 64 * 2  # layers, heads, keys and values, 16 bits
-    with pytest.raises(OutlierError, match=r"tier needs 2.9 MB, 65\.5 kB of it .* gives 900 B"):
+    assert needs.cache(64) == 2 * 2 * 2 * 64 * 64 * 4  # layers, heads, keys and values, float32
+    with pytest.raises(OutlierError, match=r"tier needs 3\.\d MB, 131\.1 kB of it .* gives 900 B"):
         check_fits(tier, 64, available=Budget(900, "this Mac's GPU"))
 
 

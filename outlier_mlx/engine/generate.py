@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
@@ -290,3 +291,11 @@ def check_kv_cache(model: nn.Module, options: Options) -> None:
 def described(model: nn.Module) -> Description:
     """The description of a loaded model, from its `args`."""
     return describe_args(getattr(model, "args", None))
+
+
+def activation_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype that a model computes in: that of its first norm, or of its first weights."""
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    floats = {name: a.dtype for name, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating)}
+    norms = [dtype for name, dtype in floats.items() if "norm" in name]
+    return next(iter([*norms, *floats.values()]))

@@ -108,7 +108,7 @@ class Needs:
             group_size: values of a quantized cache that share a scale.
             start: from how many tokens on the cache is quantized.
         """
-        factor = 2 if self.wide else 1
+        factor = self.value_nbytes // 2
         plain = kv_bytes(self.config, tokens if bits is None else min(tokens, start)) or 0
         if bits is None or tokens < start:
             return factor * plain
@@ -226,9 +226,14 @@ def needs_from(
     )
 
 
-def cache_needs(config: Description, on_cpu: bool) -> Needs:
-    """What the KV caches of a loaded model take, without its weights."""
-    return Needs(0, 0, 0, 0, 0, 0, None, 0, config, on_cpu, on_cpu)
+def cache_needs(config: Description, *, wide: bool) -> Needs:
+    """What the KV caches of a loaded model take, without its weights.
+
+    Args:
+        config: the model's.
+        wide: whether it computes in float32.
+    """
+    return Needs(0, 0, 0, 0, 0, 0, None, 0, config, wide, wide)
 
 
 class _Counter:

@@ -13,11 +13,11 @@ from mlx.utils import tree_flatten
 from mlx_lm import batch_generate, stream_generate
 
 from outlier_mlx.engine.chips import Chip, this_chip
-from outlier_mlx.engine.generate import described, vocabulary
+from outlier_mlx.engine.generate import activation_dtype, described, vocabulary
 from outlier_mlx.engine.paging.paged import PagedSwitchLinear, planned_step, statistics_of, store_of
 from outlier_mlx.engine.paging.statistics import PagingStatistics
 from outlier_mlx.engine.tokenizer import Tokenizer
-from outlier_mlx.measure.environment import activation_dtype, dtype_name, environment
+from outlier_mlx.measure.environment import dtype_name, environment
 from outlier_mlx.measure.speeds import NO_EXPECTATION, Expectation, expectation
 from outlier_mlx.models.sizes import bytes_read
 from outlier_mlx.runtime.switch import TernarySwitchLinear

@@ -16,11 +16,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from outlier_mlx.engine.chips import this_chip
+from outlier_mlx.engine.generate import activation_dtype
 from outlier_mlx.errors import one_line
 from outlier_mlx.measure.bench_cases import DECODING, LINEAR, Case, cases
 from outlier_mlx.measure.bench_inputs import decode_layers, linears
 from outlier_mlx.measure.bench_results import Arm, KernelBench, KernelResult
-from outlier_mlx.measure.environment import activation_dtype, dtype_name
+from outlier_mlx.measure.environment import dtype_name
 from outlier_mlx.runtime.kernels import VARIANTS
 from outlier_mlx.runtime.ops import use_metal
 from outlier_mlx.runtime.variants import DECODES, Variant

@@ -19,12 +19,12 @@ import mlx.nn as nn
 import numpy as np
 from lm_eval.tasks.manager import TaskDict
 
-from outlier_mlx.engine.generate import described
+from outlier_mlx.engine.generate import activation_dtype, described
 from outlier_mlx.engine.loading import load, quiet_transformers
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.plan import Plan
 from outlier_mlx.errors import OutlierError, one_line
-from outlier_mlx.measure.environment import activation_dtype, dtype_name, versions
+from outlier_mlx.measure.environment import dtype_name, versions
 from outlier_mlx.measure.eval_model import HarnessModel
 from outlier_mlx.measure.eval_results import Evaluation, Result
 from outlier_mlx.measure.eval_tasks import Working, is_path, load_tasks, sandboxed

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
-from outlier_mlx.engine.generate import described, prefill_step, vocabulary
-from outlier_mlx.engine.machine import budget
+from outlier_mlx.engine.generate import activation_dtype, described, prefill_step, vocabulary
 from outlier_mlx.engine.needs import cache_needs
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -86,7 +86,8 @@ class OneModel(ModelProvider):
             )
             self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
             self.rows = embedding_rows(self.model)
-            needs = cache_needs(described(self.model), budget().on_cpu)
+            wide = activation_dtype(self.model) == mx.float32
+            needs = cache_needs(described(self.model), wide=wide)
             bits, group_size = options.kv_bits, options.kv_group_size
             size = partial(needs.cache, bits=bits, group_size=group_size)
             self.memory = CacheMemory(options.cache_memory, size)
