@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.machine import Budget
-from outlier_mlx.engine.paging import reading, reads
+from outlier_mlx.engine.paging import paged, reading, reads
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.paged import statistics_of
 from outlier_mlx.engine.paging.reads import ExpertFiles, beyond_the_cache
@@ -447,3 +447,13 @@ def test_a_model_reads_equal_experts_once(library: Library, tmp_path: Path) -> N
     assert statistics is not None
     # One of the first layer, and six of each of two.
     assert statistics.misses + statistics.early == 1 + 6 + 6
+
+
+def test_a_model_that_reads_past_the_cache_gives_the_same(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = library.demo_tier("q4")
+    monkeypatch.setattr(paged, "beyond_the_cache", lambda *_, **__: True)
+    model, whole = load_model(tier, expert_memory=SLOTS)[0], load_model(tier)[0]
+    given = mx.array([[7 * number % 200 + 5 for number in range(60)]])
+    assert mx.array_equal(model(given), whole(given))
