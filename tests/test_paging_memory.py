@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from outlier_mlx.engine.paging.slots import slot_nbytes
 from outlier_mlx.models.config import parse_config
 from outlier_mlx.models.stored import expected_tensors
 from tests.large import CONFIG_14B
-from tests.program import run_python
+from tests.program import ROOT, run_command, run_python
 
 # 96 experts of 2.5 MB in the affine form, 236 MB in all; beside them there is little.
 SIZES: dict[str, object] = {
@@ -94,3 +95,11 @@ def test_the_process_stays_within_the_plan(folder: Path) -> None:
     assert taken[48] - taken[16] == pytest.approx(32 * expert, abs=SLACK)
     # With all experts in memory, their packed rows are there, too.
     assert taken[0] - taken[16] > (TOTAL - 16) * expert
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_steps() -> None:
+    script = ROOT / "scripts" / "bench_paging.py"
+    told = run_command(sys.executable, script, "--steps", 5).out.splitlines()
+    names = [line.partition(": ")[0] for line in told]
+    assert names == ["a step without paging", "slots", "100 %", "again"]

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import batch_generate, stream_generate
+from safetensors.numpy import load_file, save_file
 
 import outlier_mlx
 from outlier_mlx.engine.generate import Options, generate_text, prefill_step
@@ -30,6 +31,7 @@ from outlier_mlx.imports import import_model
 from outlier_mlx.measure.bench import decode_bytes
 from outlier_mlx.measure.outlier_parameters import count_parameters
 from outlier_mlx.measure.tune_alpha import apply_alphas
+from tests.folders import copy_writable
 from tests.gguf_builder import build
 from tests.library import Library
 from tests.metal import Metal
@@ -180,6 +182,29 @@ def test_experts_with_alpha_0_are_never_read(
         (n, e) for n, alpha in alphas.items() for e in range(6) if not alpha[e]
     } & (set(read))
     assert store(model).resident(2) and not [key for key in read if key[0] == 2]
+
+
+def test_equal_experts_are_read_once(
+    tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one layer, and those of two."""
+    folder = copy_writable(tier, tmp_path / "tier")
+    (shard,) = folder.glob("model*.safetensors")
+    tensors = load_file(shard)
+    for name, stack in tensors.items():
+        if ".switch_mlp." in name:
+            first = tensors[name.replace(".layers.3.", ".layers.1.")][0]
+            stack[2] = first
+            if ".layers.3." in name:
+                stack[0] = first
+    save_file(tensors, shard, {"format": "mlx"})
+    whole, model = load_model(folder)[0], paged_folder(folder, 5)
+    read = read_by(model, monkeypatch)
+    for length in 40, 1, 2, 40:
+        assert same(model, whole, tokens(1, length))
+    assert (1, 0) in read and not {(1, 2), (3, 0), (3, 2)} & set(read)
+    assert read.count((1, 0)) == 1  # it is in use all the time
+    assert store(model).complete
 
 
 def test_slots_without_an_expert_do_not_matter(demo: Path) -> None:
