@@ -34,6 +34,7 @@ from tests.ternary_sources import (
     master_pack,
     mlx_pack,
     prism_pack,
+    qwen35_gguf,
     random_ternary,
     words,
 )
@@ -527,3 +528,15 @@ def test_codes_that_make_a_scale_larger(tmp_path: Path):
     _, found = imported(pack.write(tmp_path / "pack"), tmp_path / "out")
     assert found.group(UP) == 64
     assert_matrices(found, pack.matrices)
+
+
+def test_a_way_without_rows_is_named_where_there_is_one(tmp_path: Path):
+    sources = {"dense": dense_gguf("PQ2_0"), "rotated": qwen35_gguf(rotated=True)}
+    sources["hybrid"] = qwen35_gguf("PQ2_0")
+    for name, made in sources.items():
+        source = made.write(tmp_path / f"{name}.gguf")
+        (note,) = [n for n in import_model(source, tmp_path / name).notes if "ternary rows" in n]
+        assert "--trust-remote-code" in note
+        command = ("import", source, "--experts", "affine2", "--out", tmp_path / f"{name}-affine")
+        run(*command, code=0 if "--experts affine2" in note else 1)
+        assert ("--experts affine2" in note) == (name == "dense")

@@ -345,12 +345,13 @@ def test_damaged_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         assert_refused(run("info", "some/pack", "--deep", code=1), "other.safetensors")
         (folder / "model.safetensors.index.json").unlink()
+
         # It became shorter after its header was read.
-        hub.on_file = lambda _, name, part: (
-            shard.write_bytes(whole[:200_000])
-            if name == shard.name and part and not part.startswith("bytes=0-")
-            else None
-        )
+        def shorten(_: str, name: str, part: str | None) -> None:
+            if name == shard.name and part and not part.startswith("bytes=0-"):
+                shard.write_bytes(whole[:200_000])
+
+        hub.on_file = shorten
         result = run("info", "some/pack", "--deep", code=1)
     assert result.err.splitlines()[1:] == [
         f"error: some/pack: {shard.name}: the hub did not send the requested range"

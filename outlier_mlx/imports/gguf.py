@@ -113,12 +113,15 @@ def open_gguf_model(
     plan = _Plan(chosen, k_quants, RoundingErrors(), layers, matrices)
     parts = [*matrices.rotations.parts(), *(plan.part(source) for source in sources)]
     types = _types(sources)
+    notes = [*vocabulary.notes, *made.notes]
+    if matrices.found:
+        notes.append(_of_rows(matrices, only=hadamard is not None or kind in NEEDS_ROWS))
     return Opened(
         source_format=f"GGUF {'+'.join(types)}",
         parts=parts,
         config=made.config | plan.config(parts),
         assets=lambda folder: write_tokenizer(vocabulary, folder),
-        notes=lambda: [*vocabulary.notes, *made.notes, *_notes(parts, plan, dtype)],
+        notes=lambda: [*notes, *_notes(parts, plan, dtype)],
         details={"types": types, "dtype": chosen, "largest_errors": plan.errors.largest},
         glanced=any(matrix.glanced for matrix in matrices.found.values()),
     )
@@ -346,6 +349,15 @@ def _types(sources: Iterable[_Source]) -> list[str]:
     return [kind for kind, _ in weights.most_common()]
 
 
+def _of_rows(matrices: Matrices, *, only: bool) -> str:
+    """A note on what runs ternary rows; `only`: the model cannot be stored otherwise."""
+    note = (
+        f"{len(matrices.found)} matrices are ternary rows of this project, which mlx-lm loads only"
+        " with --trust-remote-code"
+    )
+    return note if only else f"{note}; --experts affine2 makes a model without them"
+
+
 def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
     """Notes on what is not exact, with the largest error for each type and what it is stored as."""
     found: dict[tuple[str, str], list[str]] = {}
@@ -356,11 +368,6 @@ def _notes(parts: Sequence[Part], plan: _Plan, dtype: str | None) -> list[str]:
     for (kinds, stored_as), paths in found.items():
         error = max(plan.errors.largest[path] for path in paths)
         notes.append(f"{kinds} as {stored_as}: off by up to {error:.2g} in {by_layer(paths)}")
-    if plan.matrices.found:
-        notes.append(
-            f"{len(plan.matrices.found)} matrices are ternary rows of this project, which mlx-lm"
-            " loads only with --trust-remote-code; --experts affine2 makes a model that needs none"
-        )
     if plan.ternary:
         notes.append(
             "the experts are ternary layers of this project, which stock mlx-lm cannot load; it can"
