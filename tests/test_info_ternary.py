@@ -203,6 +203,8 @@ def test_a_gguf_file(tmp_path: Path):
     assert kinds["embeddings"] == 300 * 256 and "head" not in kinds
     assert kinds["dense FFN"] == 2 * 3 * 256 * 512
     assert run("info", tmp_path, "--json").json["params"] == params  # the folder
+    for option in ("--file", "--revision"):
+        assert_refused(run("info", source, option, "other", code=1), source.name, option)
     dense_gguf("PQ2_0").write(tmp_path / "other.gguf")
     assert_refused(run("info", tmp_path, code=1), "2 GGUF models", "--file")
     assert run("info", tmp_path, "--file", "model.gguf", "--json").json["params"] == params
