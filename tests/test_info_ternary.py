@@ -90,6 +90,16 @@ def test_what_is_not(tmp_path: Path):
     assert f"ternary: perhaps {count} of {count} quantized matrices (--deep reads" in said
 
 
+def test_rotated_matrices_are_named(tmp_path: Path):
+    """Those with signs: of a pack's modules, some are not rotated."""
+    pack = prism_pack()
+    found = inspect(pack.write(tmp_path / "model")).ternary
+    assert found is not None
+    rotated = {name.removesuffix(".signs") for name in pack.tensors if name.endswith(".signs")}
+    said = {m.name for m in found.matrices if m.form == "2-bit codes, groups of 128, rotated"}
+    assert said == rotated and len(rotated) < len(found.matrices)
+
+
 def test_models_that_are_quantized_otherwise(tmp_path: Path):
     pack = mlx_pack()
     settings = {"group_size": 128, "bits": 4, "mode": "affine"}

@@ -206,7 +206,9 @@ def _in_folder(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Iter
         elif leaf != "weight" or len(weight.shape) < 2:
             continue
         elif weight.dtype == "U32" and beside["scales"] is not None:
-            yield _affine(path, weight, beside, nbytes, said.of(path) if said else None)
+            one = _affine(path, weight, beside, nbytes, said.of(path) if said else None)
+            rotated = f"{path}.signs" in tensors
+            yield replace(one, form=f"{one.form}, rotated") if rotated else one
         elif weight.dtype == "U8" and f"{path}.weight_scale" in tensors and len(weight.shape) == 2:
             source = PackedBitnet(weight, NUMPY_DTYPES["F32"].type(1))
             scale, shape = tensors[f"{path}.weight_scale"], source.shape
