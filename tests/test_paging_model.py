@@ -271,6 +271,9 @@ def test_training_is_refused(demo: Path) -> None:
         model(tokens(1, 2))
     model.eval()
     mx.eval(model(tokens(1, 2)))
+    x = mx.random.normal((1, 2, model.args.hidden_size))
+    with pytest.raises(OutlierError, match="paged experts cannot be trained"):
+        mx.grad(lambda given: model.layers[1].mlp(given).sum())(x)
 
 
 def test_what_depends_on_a_models_size_does_not_change(demo: Path, whole: Loaded) -> None:

@@ -28,6 +28,7 @@ from outlier_mlx.runtime.switch import TernarySwitchGLU
 from outlier_mlx.storage.shards import read_shards
 
 NOT_PAGED = "the model has no experts that could be paged"
+_NOT_TRAINED = "paged experts cannot be trained: load the model without paging"
 # A prompt is what routes so many (token, expert) pairs for each expert of a layer: it needs nearly
 # all of them.
 _PROMPT_PAIRS = 4
@@ -112,7 +113,7 @@ class PagedSwitchGLU(TernarySwitchGLU):
             OutlierError: an expert cannot be read, or the model is being trained.
         """
         if self.training:
-            raise OutlierError("paged experts cannot be trained: load the model without paging")
+            raise OutlierError(_NOT_TRAINED)
         store, layer = self.store, self.layer
         store.use_alphas(layer, getattr(self._block(), "alpha", None))
         store.enter(layer)
@@ -164,7 +165,10 @@ class PagedSwitchGLU(TernarySwitchGLU):
             The weights, with 0 for experts that are left out, and all other experts that count.
         """
         store, layer = self.store, self.layer
-        mx.async_eval(indices, weights, *([] if guess is None else [guess]))
+        try:
+            mx.async_eval(indices, weights, *([] if guess is None else [guess]))
+        except ValueError:  # MLX traces a gradient, or compiles: nothing is computed yet
+            raise OutlierError(_NOT_TRAINED) from None
         # What to do while the host looks up slots, and disks read.
         mx.async_eval(shared)
         experts = needed(indices, weights)
