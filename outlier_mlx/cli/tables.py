@@ -100,9 +100,7 @@ def _ternary_lines(ternary: "TernaryInfo") -> "Iterator[str]":
     of_all = f"of {total} {'matrices' if floats else 'quantized matrices'}"
     hint = "(--deep reads their codes)"
     if floats and not ternary.deep:
-        # Any model may be: this is no news of most of them.
-        yield f"ternary: perhaps; {total} matrices of {FLOATS} (--deep reads them)"
-        return
+        return  # any model may be: this is no news
     if not possible:
         yield f"ternary: none {of_all}"
     else:
