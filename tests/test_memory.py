@@ -157,8 +157,8 @@ def test_the_tokens_of_a_prompt_are_counted_whatever_its_script(
 
     prompt = text * 10
     tokens = len(load_tokenizer(tier, {}).encode(prompt))
-    command = ("generate", tier, "-p", prompt, "-m", 2, "--ignore-chat-template", "--quiet")
-    command += ("--prefill-step-size", STEP)
+    command = ["generate", tier, "-p", prompt, "-m", 2, "--ignore-chat-template", "--quiet"]
+    command += ["--prefill-step-size", STEP]
     # On a GPU for the estimate alone: the model itself takes more on the CPU.
     for there_is, code in ((tokens + 2, 0), (tokens + 1, 1)):
         available = room_for(tier, there_is)
@@ -169,8 +169,7 @@ def test_the_tokens_of_a_prompt_are_counted_whatever_its_script(
 def test_a_system_prompt_counts(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     available = room_for(tier, 200)
     monkeypatch.setattr(memory, "budget", lambda: available)
-    command = ("generate", tier, "-p", "the heron", "-m", 2, "--quiet")
-    command += ("--prefill-step-size", STEP)
+    command = ["generate", tier, "-p", "the heron", "-m", 2, "--quiet", "--prefill-step-size", STEP]
     run(*command, "--system-prompt", "Be brief.")
     assert_refused(run(*command, "--system-prompt", "Be brief. " * 100, code=1), "KV cache")
 

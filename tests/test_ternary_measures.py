@@ -40,8 +40,8 @@ def test_a_recorded_perplexity_is_for_the_card(tmp_path: Path):
     value = run(*command, "--record", "--json").json["perplexity"]
     assert [one.perplexity for one in read_measured(folder)] == [value]
     assert verify_tier(folder) == before
-    command = ("push", folder, "owner/rows", "--license", "mit", "--dry-run")
-    assert f"| {value:.4f} |" in run(*command).out
+    pushed = run("push", folder, "owner/rows", "--license", "mit", "--dry-run")
+    assert f"| {value:.4f} |" in pushed.out
     edit_json(folder / "checksums.json", producer="another")
     assert read_measured(folder) == []
     refused = run("perplexity", tmp_path / "model", "--text", text, "--record", code=1)

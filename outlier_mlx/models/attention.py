@@ -74,9 +74,10 @@ def read_linear(fields: Fields) -> LinearAttention | None:
     """
     if fields.raw.get("model_type") not in _GATED_DELTA:
         return None
-    values, keys, key_width, value_width, kernel = (fields.raw.get(n) for n in _LINEAR_SIZES)
-    if any(type(n) is not int or n < 1 for n in (values, keys, key_width, value_width, kernel)):
+    sizes = [n for n in map(fields.raw.get, _LINEAR_SIZES) if type(n) is int and n > 0]
+    if len(sizes) < len(_LINEAR_SIZES):
         return None
+    values, keys, key_width, value_width, kernel = sizes
     channels = 2 * keys * key_width + values * value_width
     return LinearAttention(
         channels, 2 * (kernel - 1) * channels + 4 * values * value_width * key_width

@@ -274,8 +274,12 @@ def decoded_mix(
     Returns:
         (..., hidden) of the dtype of `shared`: summed in float32, rounded once.
     """
-    flat = [a.reshape(-1, a.shape[-1]) for a in (x, weights, shared, indices)]
+    shape = shared.shape
+    x, weights, shared, indices = (
+        a.reshape(-1, a.shape[-1]) for a in (x, weights, shared, indices)
+    )
     if slots is None:
-        return _MIXES[size](*flat, *packed).reshape(shared.shape)
-    blocks = _blocks(flat[3], slots.size, size)
-    return _launched_mix(*flat[:3], slots[flat[3]], blocks, *packed).reshape(shared.shape)
+        return _MIXES[size](x, weights, shared, indices, *packed).reshape(shape)
+    blocks = _blocks(indices, slots.size, size)
+    y = _launched_mix(x, weights, shared, slots[indices], blocks, *packed)
+    return y.reshape(shape)

@@ -168,9 +168,10 @@ class TernaryMatrix:
             parts = scales.reshape(len(rows), -1, self._joins)
             if (parts == parts[..., :1]).all():
                 return rows, self._stored(np.ascontiguousarray(parts[..., 0]))
-        rows = np.empty((stop - start, row_bytes(self.shape[1])), np.uint8)
+        count, pitch = stop - start, row_bytes(self.shape[1])
+        rows = np.empty((count, pitch), np.uint8)
         found_scales = []
-        for first, last in row_ranges(*rows.shape, _PACKED_BYTES, self.source.multiple):
+        for first, last in row_ranges(count, pitch, _PACKED_BYTES, self.source.multiple):
             trits, scales = self.read(start + first, start + last)
             rows[first:last] = pack_rows(trits)
             found_scales.append(scales)
