@@ -294,8 +294,11 @@ def described(model: nn.Module) -> Description:
 
 
 def activation_dtype(model: nn.Module) -> mx.Dtype:
-    """The dtype that a model computes in: that of its first norm, or of its first weights."""
+    """The dtype that a model computes in: that of its first norm, or of its first weights.
+
+    float32 for a model without any.
+    """
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     floats = {name: a.dtype for name, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating)}
     norms = [dtype for name, dtype in floats.items() if "norm" in name]
-    return next(iter([*norms, *floats.values()]))
+    return next(iter([*norms, *floats.values()]), mx.float32)

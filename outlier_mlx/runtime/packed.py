@@ -6,7 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .affine2 import row_bytes, rows_to_affine2
+from .groups import TILE_ROWS
 from .ops import use_metal
+
+# Bytes of rows that are converted at a time: what is made meanwhile takes 25 times as much.
+CONVERTED_BYTES = 1 << 20
 
 
 class AffineCopy:
@@ -19,7 +23,7 @@ class AffineCopy:
         self.rows = rows
         self.scales = scales
         # Products are float32. MLX would convert scales of 16 bits in each of them.
-        self.arrays = rows_to_affine2(rows, scales.astype(mx.float32), in_features)
+        self.arrays = _converted(rows, scales.astype(mx.float32), in_features)
 
 
 class PackedModule(nn.Module):
@@ -68,6 +72,28 @@ class PackedModule(nn.Module):
         # Evaluate now: a lazy array can only be evaluated in the thread that made it.
         self.prepared = None if self.training or not _evaluated(copy.arrays) else copy
         return copy.arrays
+
+
+def _converted(
+    rows: mx.array, scales: mx.array, in_features: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """What `rows_to_affine2` returns, computed piece by piece unless MLX traces a function."""
+    matrix, flat = rows.shape[:-1], rows.reshape(-1, rows.shape[-1])
+    step = max(1, CONVERTED_BYTES // (TILE_ROWS * flat.shape[1])) * TILE_ROWS
+    by_row = scales.shape == matrix
+    # A tile of scales never has rows of two matrices.
+    if len(flat) <= step or not (by_row or rows.ndim == 2):
+        return rows_to_affine2(rows, scales, in_features)
+    scales, share = (scales.flatten(), 1) if by_row else (scales, TILE_ROWS)
+    pieces = []
+    for start in range(0, len(flat), step):
+        stop = min(len(flat), start + step)
+        part = scales[start // share : -(-stop // share)]
+        pieces.append(rows_to_affine2(flat[start:stop], part, in_features))
+        _evaluated(pieces[-1])
+    weight, scale, bias = (mx.concatenate(parts) for parts in zip(*pieces, strict=True))
+    shape = (*matrix, -1)
+    return weight.reshape(shape), scale.reshape(shape), bias.reshape(shape)
 
 
 def keeping_fixed(model: nn.Module, convert: Callable[[], object]) -> None:
