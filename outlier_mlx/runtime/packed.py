@@ -91,7 +91,7 @@ def _converted(
         part = scales[start // share : -(-stop // share)]
         pieces.append(rows_to_affine2(flat[start:stop], part, in_features))
         _evaluated(pieces[-1])
-    weight, scale, bias = (mx.concatenate(parts) for parts in zip(*pieces, strict=True))
+    weight, scale, bias = (mx.concatenate([*parts]) for parts in zip(*pieces, strict=True))
     shape = (*matrix, -1)
     return weight.reshape(shape), scale.reshape(shape), bias.reshape(shape)
 
