@@ -16,10 +16,10 @@ import pytest
 from outlier_mlx.engine.chips import Chip
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure import disk, doctor, doctor_model, versions
+from outlier_mlx.measure.checked_results import Check, SelfTest
 from outlier_mlx.measure.disk import DiskSpeed, Piece
 from outlier_mlx.measure.doctor import Given
 from outlier_mlx.measure.expected import Machine
-from outlier_mlx.measure.self_test import Check, SelfTest
 from outlier_mlx.measure.speeds import Speed, speed_here
 from outlier_mlx.measure.versions import Version, installed_versions
 from tests.builders import Built

@@ -17,6 +17,7 @@ from outlier_mlx.engine.machine import GPU_SHARE, budget, free, gpu_limit
 from outlier_mlx.engine.needs import Use
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.errors import OutlierError, listed
+from outlier_mlx.measure.checked_results import self_test
 from outlier_mlx.measure.disk import (
     NotMeasuredError,
     are_enough,
@@ -35,7 +36,6 @@ from outlier_mlx.measure.findings import (
     Finding,
     unknown,
 )
-from outlier_mlx.measure.self_test import self_test
 from outlier_mlx.measure.speeds import Speed, products_gb_s, speed_here
 from outlier_mlx.measure.versions import PACKAGE, installed_versions
 from outlier_mlx.models.config import describe

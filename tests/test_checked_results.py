@@ -9,14 +9,14 @@ import mlx.core as mx
 import pytest
 
 from kernels.emulator import virtual_metal
-from outlier_mlx.measure import bench_cases, bench_kernels, self_test
-from outlier_mlx.measure.self_test import Check
+from outlier_mlx.measure import bench_cases, bench_kernels, checked_results
+from outlier_mlx.measure.checked_results import Check
 from outlier_mlx.runtime import ops
 from tests.metal import needs_emulator
 
 
 def test_this_machine_computes_what_it_should():
-    found = self_test.self_test()
+    found = checked_results.self_test()
     assert found.wrong == []
     names = [check.name for check in found.checks]
     assert len(names) == len(set(names)) >= 27
@@ -31,7 +31,7 @@ def test_this_machine_computes_what_it_should():
 def test_without_a_gpu_no_kernel_is_claimed():
     if mx.metal.is_available():
         pytest.skip("there is a GPU")
-    assert self_test.self_test().kernels == 0
+    assert checked_results.self_test().kernels == 0
 
 
 def one_code_off(product: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -55,7 +55,7 @@ def one_row_missing(product: Callable[..., mx.array]) -> Callable[..., mx.array]
 @pytest.mark.parametrize("damage", [one_code_off, one_row_missing])
 def test_a_wrong_product_is_found(name: str, damage: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(mx, name, damage(getattr(mx, name)))
-    wrong = self_test.self_test().wrong
+    wrong = checked_results.self_test().wrong
     products = [check for check in wrong if check.name.startswith(name)]
     assert len(products) == 12 and all("wrong" in str(check.error) for check in products)
     layers = [check.name for check in wrong if "experts" in check.name]
@@ -68,7 +68,7 @@ def test_a_product_that_fails_is_told(monkeypatch: pytest.MonkeyPatch):
         raise RuntimeError("[metal::Device] Unable\nto build metal library")
 
     monkeypatch.setattr(mx, "quantized_matmul", fails)
-    found = self_test.self_test()
+    found = checked_results.self_test()
     text = "[metal::Device] Unable to build metal library"
     assert Check("quantized_matmul, 2 bits, groups of 32, float32, 1 vector", text) in found.wrong
 
@@ -76,7 +76,7 @@ def test_a_product_that_fails_is_told(monkeypatch: pytest.MonkeyPatch):
 def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch):
     real = mx.gather_qmm
     monkeypatch.setattr(mx, "gather_qmm", lambda *a, **k: real(*a, **k) * mx.nan)
-    assert len(self_test.self_test().wrong) == 15
+    assert len(checked_results.self_test().wrong) == 15
 
 
 @needs_emulator
@@ -84,7 +84,7 @@ def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch):
 def test_every_kernel():
     """On the emulator, in every dtype."""
     with virtual_metal(count=False) as metal:
-        found = self_test.self_test()
+        found = checked_results.self_test()
     assert found.wrong == [] and found.kernels >= 3 * len(set(metal.names))
     assert len(set(metal.names)) == 10  # all but the one of large routers
 
@@ -95,9 +95,9 @@ def test_a_comparison_that_fails_is_told(monkeypatch: pytest.MonkeyPatch):
         raise RuntimeError("[metal] out of memory")
 
     monkeypatch.setattr(bench_kernels, "cases", fails)
-    monkeypatch.setattr(self_test, "TOKENS", (1,))
+    monkeypatch.setattr(checked_results, "TOKENS", (1,))
     with virtual_metal(count=False):
-        wrong = self_test.self_test().wrong
+        wrong = checked_results.self_test().wrong
     dtypes = "float32", "float16", "bfloat16"
     assert wrong == [Check(f"kernels, {dtype}", "[metal] out of memory") for dtype in dtypes]
 
@@ -110,12 +110,12 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         bench_kernels, "cases", lambda *a: [case for case in real(*a) if case.name in some]
     )
-    monkeypatch.setattr(self_test, "TOKENS", (1,))
+    monkeypatch.setattr(checked_results, "TOKENS", (1,))
     with virtual_metal(count=False):
-        assert self_test.self_test().wrong == []
+        assert checked_results.self_test().wrong == []
         for module in (bench_cases, ops):
             monkeypatch.setattr(module, "tq1_0_down", one_row_missing(module.tq1_0_down))
-        wrong = [check.name for check in self_test.self_test().wrong]
+        wrong = [check.name for check in checked_results.self_test().wrong]
     dtypes = "float32", "float16", "bfloat16"
     layers = [f"a layer of experts, {dtype}, 1 token" for dtype in dtypes]
     assert wrong == layers + [f"tq1_0_down, {dtype}" for dtype in dtypes]
