@@ -1,3 +1,4 @@
+import errno
 import os
 import stat
 
@@ -17,6 +18,14 @@ def test_what_ends_early_leaves_the_former_file_and_no_other(tmp_path, error):
         raise error
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_is_told_with_the_files_name(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match="No space left") as caught, whole_file(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_before_the_file_is_yielded(tmp_path, monkeypatch):

@@ -120,7 +120,8 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[Path]:
         part.replace(path)
         sync(path.parent)
     except OSError as error:
-        if error.filename == str(part):  # a name that the user never gave
+        # A full disk names no file, and the other name is one that the user never gave.
+        if error.errno is not None and error.filename in (None, str(part)):
             error.filename = str(path)
         raise
     finally:
