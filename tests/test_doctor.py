@@ -296,6 +296,17 @@ def test_paged(large: Path):
     assert short["prompt_tokens_per_s"] == pytest.approx(512 * 3e9 / (0.75 * 9.546e9), rel=1e-3)
 
 
+@pytest.mark.parametrize(("context", "used"), [(300, 1.0), (2, 1 - 0.75**2), (1, 0.25)])
+def test_a_prompt_is_no_longer_than_its_context(large: Path, context: int, used: float) -> None:
+    how = "--ram", 16, "--chip", "M2 Pro", "--disk", 3, "--expert-memory", "30%"
+    done = run("doctor", large, *how, "--context", context, "--json").json["model"]
+    read = used * (1 - 67 / 224) * 9.546e9
+    assert done["prompt_tokens_per_s"]["value"] == pytest.approx(context * 3e9 / read, rel=1e-3)
+    tokens = f"{context} token{'s' * (context > 1)}"
+    assert f"{tokens} at a time" in done["activations_bytes"]["about"]
+    assert f"are read for {tokens};" in done["prompt_tokens_per_s"]["about"]
+
+
 def test_memory_for_experts_is_given(large: Path):
     how = "--ram", 48, "--chip", "M2 Pro", "--disk", 3, "--json", "--expert-memory"
     for given, slots in (("50%", 112), ("5GB", 5_000_000_000 // 42_617_856)):

@@ -188,9 +188,7 @@ def _plan(
         experts=routed,
         copies=Part(needs.copies + copies, "shapes of the ternary matrices"),
         kv_cache=_kv_cache(needs, use),
-        activations=Part(
-            needs.activations(use), f"shapes, {needs.step(use.step)} tokens at a time"
-        ),
+        activations=Part(needs.activations(use), f"shapes, {_chunk(needs, use)} at a time"),
         converted=Part(converted, "shapes of the ternary matrices"),
         mlx_cache=Part(needs.mlx_cache(use), "its limit: as much as a layer's activations"),
         beside=Part(beside, headers),
@@ -199,6 +197,12 @@ def _plan(
         slots=slots,
         step=use.step,
     )
+
+
+def _chunk(needs: Needs, use: Use) -> str:
+    """What is read of a prompt at a time, which is no longer than its context."""
+    tokens = min(use.tokens, needs.step(use.step))
+    return f"{tokens} token{'s' if tokens != 1 else ''}"
 
 
 def _kv_cache(needs: Needs, use: Use) -> Part:

@@ -10,7 +10,7 @@ from outlier_mlx.engine.needs import Use, needs_of
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.plan import Plan, plan
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.expected import Expected, Work, decoding, reading, work_of
+from outlier_mlx.measure.expected import Expected, Work, decoding, expected_share, reading, work_of
 from outlier_mlx.measure.findings import COMPUTED, Finding, unknown
 from outlier_mlx.measure.speeds import Speed
 from outlier_mlx.models.config import Description
@@ -66,7 +66,9 @@ def model_findings(model: Model, available: Budget, speed: Speed) -> Iterator[Fi
     yield from _reads(work, absent * work.routed_bytes)
     yield from _decoding(work, speed, absent * work.routed_bytes)
     step = needs_of(model.folder, available.on_cpu).step(planned.step)
-    yield _reading(work, speed, absent * work.expert_bytes, step)
+    chunk = max(1, min(step, model.use.tokens))  # a prompt is no longer than the context
+    missing = absent * work.expert_bytes * expected_share(model.config, chunk)
+    yield _reading(work, speed, missing, chunk)
 
 
 def _memory(model: Model, planned: Plan) -> Iterator[Finding]:

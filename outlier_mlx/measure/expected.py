@@ -199,6 +199,14 @@ def used_share(config: Description) -> float:
     return min(config.top_k or config.experts, config.experts) / max(1, config.experts) or 1.0
 
 
+def expected_share(config: Description, tokens: int) -> float:
+    """The part of a layer's experts that so many tokens use, on average.
+
+    Experts are taken to be used equally often, whatever other tokens use.
+    """
+    return 1 - (1 - used_share(config)) ** tokens
+
+
 def _used(sizes: Mapping[str, int], tensors: Mapping[str, TensorRef], config: Description) -> int:
     """What a token uses of all sizes, without the KV cache; experts may be stored one by one."""
     rows = (
