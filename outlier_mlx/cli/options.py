@@ -88,7 +88,7 @@ ExpertSkip = Annotated[
         "--expert-skip",
         metavar="P",
         help="Lossy: leave out an expert that is not in memory if its share of the weight of a"
-        " token's experts is below P. Default: 0, none.",
+        " token's experts is below P. 0 leaves out none.",
         callback=_check_share,
     ),
 ]
