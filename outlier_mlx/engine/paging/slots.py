@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.runtime.affine2 import affine_group, padded_width, row_bytes, rows_to_affine2
+from outlier_mlx.runtime.packed import CONVERTED_BYTES
 from outlier_mlx.runtime.switch import FOUR_ZERO_BYTES
+from outlier_mlx.storage.tensors import row_ranges
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 """The matrices of an expert, in the order in which their pieces are read."""
-# Bytes of rows that are converted at a time: what is made meanwhile takes some times as much.
-_CONVERTED = 1 << 20
 
 Piece = tuple[tuple[int, ...], mx.Dtype]
 
@@ -95,9 +95,8 @@ class Pool:
         scales: np.ndarray,
         columns: int,
     ) -> None:
-        step = max(1, _CONVERTED // rows.shape[1])
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
+        for start, stop in row_ranges(len(rows), rows.shape[1], CONVERTED_BYTES):
+            part = slice(start, stop)
             made = rows_to_affine2(mx.array(rows[part]), mx.array(scales[part]), columns)
             for view, array in zip(views, made, strict=True):
                 view[slot, part] = np.array(array, copy=False)
