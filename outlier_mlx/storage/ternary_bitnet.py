@@ -43,10 +43,31 @@ class _RowScales(TernarySource):
 
 
 @dataclass(frozen=True)
-class PackedBitnet(_RowScales):
-    """A packed matrix, and the scale of all of it (finite, more than 0)."""
+class _OneTensor(TernarySource):
+    """A source that is one tensor: floats (out, in), unless a class says another shape."""
 
     weight: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.weight.shape
+
+    @property
+    def where(self) -> str:
+        """File and tensor, for messages."""
+        return self.weight.where
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.weight.nbytes
+
+
+@dataclass(frozen=True)
+class PackedBitnet(_RowScales, _OneTensor):
+    """A packed matrix, and the scale of all of it (finite, more than 0)."""
+
     scale: np.float32
 
     always = True  # another code is damage
@@ -87,16 +108,6 @@ class PackedBitnet(_RowScales):
     def shape(self) -> tuple[int, ...]:
         """(out, in)."""
         return (4 * self.weight.shape[0], self.weight.shape[1])
-
-    @property
-    def where(self) -> str:
-        """File and tensor, for messages."""
-        return self.weight.where
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed trits."""
-        return self.weight.nbytes
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows as trits, and the same scale for each."""
@@ -144,28 +155,6 @@ class NearHalf:
         """Count some more."""
         with self._lock:
             self.count += count
-
-
-@dataclass(frozen=True)
-class _OneTensor(TernarySource):
-    """A source that is one tensor of floats, (out, in)."""
-
-    weight: TensorRef
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.weight.shape
-
-    @property
-    def where(self) -> str:
-        """File and tensor, for messages."""
-        return self.weight.where
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the floats."""
-        return self.weight.nbytes
 
 
 @dataclass(frozen=True)
