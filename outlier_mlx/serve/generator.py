@@ -9,7 +9,6 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.errors import OutlierError
@@ -17,6 +16,7 @@ from outlier_mlx.models.token_ids import check_ids
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.mlxlm_server import Response, ResponseGenerator, as_mlx_lm
+from outlier_mlx.serve.prefix_cache import Kind, PrefixCache
 from outlier_mlx.serve.provider import OneModel
 from outlier_mlx.serve.request import Request
 from outlier_mlx.terminal import Progress
@@ -29,41 +29,49 @@ NOT_LOADED = "the model could not be loaded again; try again later"
 OUT_OF_MEMORY = "generation failed; try again, later or with a shorter prompt: memory ran out"
 
 
-class PromptCache(LRUPromptCache):
-    """mlx-lm's prompt cache, which here never covers the whole prompt.
-
-    mlx-lm's generation needs at least one token that is not cached. It fails if all are, for
-    example if a client sends prompt and response back as the next prompt.
+class _PromptCache:
+    """The prefix cache as mlx-lm's server asks for it.
 
     Args:
-        size: largest number of caches.
-        nbytes: largest size of all caches.
+        prefixes: the caches.
         rest: gives the bytes that requests under way leave; None: no limit.
     """
 
-    def __init__(self, size: int, nbytes: int, rest: Callable[[], int | None]) -> None:
-        super().__init__(size, nbytes)
+    def __init__(self, prefixes: PrefixCache, rest: Callable[[], int | None]) -> None:
+        self.prefixes = prefixes
         self._rest = rest
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all caches, in bytes."""
+        return self.prefixes.nbytes
+
+    def __len__(self) -> int:
+        return 0
+
+    def stats_by_type(self) -> dict[str, Any]:
+        """Nothing: it would only be logged."""
+        return {}
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         """The cache of the longest known prefix, and the tokens after that prefix."""
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is not None and not rest:
-            cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
-            rest = rest + tokens[-1:]
-        self._make_room()
-        return cache, rest
+        cache, count = self.prefixes.fetch(tokens)
+        self.prefixes.make_room(self._rest())
+        return cache, tokens[count:]
 
-    def insert_cache(self, *args: Any, cache_type: str = "assistant", **kwargs: Any) -> None:
+    def insert_cache(
+        self, model: Any, tokens: list[int], cache: Any, *, cache_type: Kind = "assistant"
+    ) -> None:
         """Keep a cache."""
-        super().insert_cache(*args, cache_type=cache_type, **kwargs)
+        self.prefixes.keep(tokens, cache, cache_type)
         # The cache of a whole conversation is where it was, in memory that was taken for it; that
         # of the beginning of a prompt is a copy.
         if cache_type != "assistant":
-            self._make_room()
+            self.prefixes.make_room(self._rest())
 
-    def _make_room(self) -> None:
-        self.trim_to(n_bytes=self._rest())
+    def trim_to(self, *, n_bytes: int) -> None:
+        """Let go of caches until those that are kept have at most so many bytes."""
+        self.prefixes.make_room(max(0, n_bytes))
 
 
 class _Idle(Exception):
@@ -88,10 +96,10 @@ class Generator(ResponseGenerator):
         self._stepped = time.monotonic()
         super().__init__(provider, self._new_cache())
 
-    def _new_cache(self) -> PromptCache:
+    def _new_cache(self) -> _PromptCache:
         options = self.provider.service.options
-        limit = 1 << 63 if options.prompt_cache_bytes is None else options.prompt_cache_bytes
-        return PromptCache(options.prompt_cache_size, limit, lambda: self.provider.memory.rest)
+        prefixes = PrefixCache(options.prompt_cache_size, options.prompt_cache_bytes)
+        return _PromptCache(prefixes, lambda: self.provider.memory.rest)
 
     def _run_generate(self) -> None:
         self.provider.load_default()
