@@ -1,12 +1,12 @@
 """An OpenAI-compatible server for one model, with mlx-lm's generation for many requests at a time.
 
 `options` are the server's options, and `access` checks the client. `connections` bounds how many
-there are, and how slow; `http` reads requests from them, and `handler` answers them: `limits` turns
-a body into a `request`, by the table in `fields`; `prompts` bounds and tokenizes its text;
-`provider` loads the model; `generator` generates for all requests in one thread, with what
+there are, and how slow; `http` reads requests from them, and `handler` answers them: one of the
+`apis` turns a body into a `request`, by the tables in `fields` and within the server's `limits`,
+and has the format of what is sent; `messages` reads conversations; `prompts` bounds and tokenizes
+text; `provider` loads the model; `generator` generates for all requests in one thread, with what
 `mlxlm_server` imports from mlx-lm, and answers each of its `jobs`; `replies` follows one reply,
-which `pieces` and `calls` divide into text, reasoning and tool calls; `together` follows several;
-`openai` is the format of what is sent.
+which `pieces` and `calls` divide into text, reasoning and tool calls; `together` follows several.
 `capacity` divides the memory, and `memory` shares it out to requests. `server` starts and stops
 everything.
 """

@@ -1,18 +1,17 @@
-"""Answers requests: checks them, has the reply generated, and sends it in OpenAI's format."""
+"""Answers requests: has the replies generated, and sends them in the format of the API."""
 
-import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import unquote
 
 from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.apis.api import Answer, Event, Usage
 from outlier_mlx.serve.generator import Generator
 from outlier_mlx.serve.http import CheckedHandler, Service
 from outlier_mlx.serve.limits import parse_body
-from outlier_mlx.serve.openai import Format, usage_of
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.replies import Reply
 from outlier_mlx.serve.together import together
@@ -73,25 +72,29 @@ class Handler(CheckedHandler):
 
     def _complete(self) -> None:
         raw = self.read_body()
-        chat = self.path.endswith("/chat/completions")
-        requests = self.generator.provider.limits.requests(parse_body(raw), chat=chat)
+        api = self.service.apis[self.path]
+        body = parse_body(raw)
+        requests = api.requests(body, self.generator.provider.limits)
         first = requests[0]
         self._tell_unused(first.unused)
-        reply_format = Format(self.service.name, chat, first.stream)
+        answer = api.answer(body, requests, self.service.name)
         with ExitStack() as stack:
             made = (Reply(self.generator, request, self.connection) for request in requests)
             replies = [stack.enter_context(closing(reply)) for reply in made]
+            if not api.generates:
+                self.send_json(200, answer.whole([], self._usage(replies)))
+                return
             pieces = self._start(replies)
             granted = min(reply.max_tokens for reply in replies)
             if granted < first.asked_tokens:
                 self.notes["X-Max-Tokens"] = str(granted)
             if first.stream:
-                self._stream(replies, pieces, reply_format)
+                self._stream(replies, pieces, answer)
                 return
             wholes = [Piece() for _ in replies]
             for number, piece in pieces:
                 wholes[number].add(piece)
-            self.send_json(200, reply_format.reply(enumerate(wholes), self._usage(replies)))
+            self.send_json(200, answer.whole(wholes, self._usage(replies)))
 
     def _start(self, replies: list[Reply]) -> Iterator[tuple[int, Piece]]:
         """Start replies; returns their pieces with their numbers."""
@@ -119,39 +122,39 @@ class Handler(CheckedHandler):
                 self.service.log(f"a request has the parameter {name}, which has no effect")
 
     def _stream(
-        self, replies: list[Reply], pieces: Iterator[tuple[int, Piece]], reply_format: Format
+        self, replies: list[Reply], pieces: Iterator[tuple[int, Piece]], answer: Answer
     ) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-cache")
         self.send_cors_headers()
         self.end_headers()
-        self.streaming = True
-        for piece in pieces:
-            self._send_event(json.dumps(reply_format.reply([piece])))
-        if replies[0].request.include_usage:
-            self._send_event(json.dumps(reply_format.usage_chunk(self._usage(replies))))
-        self._send_event("[DONE]")
+        self.streaming = answer
+        self._send(answer.begin(self._usage(replies)))
+        for number, piece in pieces:
+            self._send(answer.events(number, piece))
+        self._send(answer.end(self._usage(replies)))
 
-    def _send_event(self, data: str) -> None:
-        self.wfile.write(f"data: {data}\n\n".encode())
+    def _send(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.wfile.write(event.encode())
 
     def _keep_alive(self, done: int, total: int | None) -> None:
         """Send a comment while the prompt is processed, so that no proxy ends the stream.
 
         It does not say how much is done: that would tell how much was in the prompt cache.
         """
-        if self.streaming:
+        if self.streaming is not None:
             self.wfile.write(b": keepalive\n\n")
 
-    def _usage(self, replies: list[Reply]) -> dict[str, Any]:
+    def _usage(self, replies: list[Reply]) -> Usage:
         """Numbers of tokens.
 
         How many of them were cached says what was asked before. Only with an API key is it sure
         that nobody else asked that.
         """
         keyed = self.service.access.api_key is not None
-        return usage_of(
+        return Usage(
             sum(reply.prompt_tokens for reply in replies),
             sum(reply.completion_tokens for reply in replies),
             sum(reply.cached_tokens for reply in replies) if keyed else None,

@@ -13,19 +13,15 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 
 from outlier_mlx.serve.access import Access, Refused
+from outlier_mlx.serve.apis import APIS, error_body, new_apis
+from outlier_mlx.serve.apis.api import Answer, Api
 from outlier_mlx.serve.connections import BODY_SECONDS, Connection, Connections
 from outlier_mlx.serve.options import ServeOptions
 
 # After a refusal, the rest of the body is read and dropped for this long. If the connection were
 # closed at once, the client might not receive the response.
 DRAIN_SECONDS = 2.0
-ENDPOINTS = {
-    "/health": "GET",
-    "/v1/models": "GET",
-    "/v1/completions": "POST",
-    "/v1/chat/completions": "POST",
-    "/chat/completions": "POST",
-}
+ENDPOINTS = {"/health": "GET", "/v1/models": "GET"} | dict.fromkeys(APIS, "POST")
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,7 @@ class Service:
         warn: called with one line for each unexpected error.
         connections: the open connections.
         named: parameters without effect that were logged.
+        apis: the APIs by their paths.
     """
 
     name: str
@@ -49,6 +46,7 @@ class Service:
     warn: Callable[[str], None]
     connections: Connections
     named: set[str] = field(default_factory=set)
+    apis: dict[str, Api] = field(default_factory=new_apis)
 
 
 class _Reader(Protocol):
@@ -87,12 +85,12 @@ def read_body(headers: Message, reader: _Reader, limit: int) -> bytes:
 
 
 class CheckedHandler(BaseHTTPRequestHandler):
-    """Checks `Service.access` for each request, and answers every error with JSON.
+    """Checks `Service.access` for each request, and answers every error with the API's JSON.
 
     Attributes:
         service: the model and its limits; set before `__init__` is called.
         notes: headers that tell how a request was understood; set before `__init__` is called.
-        streaming: whether the headers of an event stream have been sent.
+        streaming: the answer of which a stream has begun, or None.
         unread: whether the request has a body that has not been read.
         request: the connection, where http.server has a socket.
     """
@@ -103,7 +101,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
     wfile: Any
     service: Service
     notes: dict[str, str]
-    streaming = False
+    streaming: Answer | None = None
     unread = False
 
     def setup(self) -> None:
@@ -176,13 +174,15 @@ class CheckedHandler(BaseHTTPRequestHandler):
         if refused.status == 503:
             self.notes["Retry-After"] = "1"
         try:
-            if self.streaming:
-                self.wfile.write(f"data: {json.dumps(refused.as_json())}\n\n".encode())
+            if self.streaming is not None:
+                for event in self.streaming.failed(refused):
+                    self.wfile.write(event.encode())
                 return
             if self.request_version == "HTTP/0.9":  # HTTP/0.9 has no status line
                 self.request_version = "HTTP/1.0"
             self._headers_buffer: list[bytes] = []  # drop headers that were not sent yet
-            self.send_json(refused.status, refused.as_json())
+            path = getattr(self, "path", "").partition("?")[0]  # None yet of a line that is wrong
+            self.send_json(refused.status, error_body(self.service.apis, path, refused))
             if self.unread:
                 self._drain_body()
         except OSError:

@@ -1,5 +1,7 @@
 """Messages and tools of a chat request, as the chat template gets them."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +27,14 @@ class MessageReader:
     probes: TemplateProbes
     reads_calls: bool
 
-    def messages(self, given: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    def messages(
+        self, given: list[Any], places: Sequence[str] | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
         """Messages for the chat template, with texts as contents.
+
+        Args:
+            given: messages in the format of `/v1/chat/completions`.
+            places: where the request has each; None: in the list `messages`.
 
         Returns:
             The messages, and the names of fields that have no effect.
@@ -36,10 +44,12 @@ class MessageReader:
         """
         if not given:
             raise Refused(400, "messages must be a list that is not empty", None, "messages")
-        messages, unused = [], []
-        for number, message in enumerate(given):
-            where = f"messages[{number}]"
-            read, names = self._message(message, where, first=number == 0)
+        if places is None:
+            places = [f"messages[{number}]" for number in range(len(given))]
+        messages: list[dict[str, Any]] = []
+        unused = []
+        for message, where in zip(given, places, strict=True):
+            read, names = self._message(message, where, first=not messages)
             messages.append(read)
             unused += names
         return messages, unused
@@ -54,31 +64,31 @@ class MessageReader:
             where = f"tools[{number}]"
             function = tool.get("function") if isinstance(tool, dict) else None
             if not isinstance(function, dict) or tool.get("type", "function") != "function":
-                raise _refused(where, "must be an object of the type 'function'", "tools")
+                raise _refused(where, "must be an object of the type 'function'")
             if not isinstance(function.get("name"), str) or not function["name"]:
-                raise _refused(f"{where}.function.name", "must be a string", "tools")
+                raise _refused(f"{where}.function.name", "must be a string")
             if not isinstance(function.get("parameters") or {}, dict):
-                raise _refused(f"{where}.function.parameters", "must be an object", "tools")
+                raise _refused(f"{where}.function.parameters", "must be an object")
             if function.get("strict"):
                 text = "is not supported: arguments are not forced into the schema"
-                raise _refused(f"{where}.function.strict", text, "tools")
+                raise _refused(f"{where}.function.strict", text)
         if given:
             self._need("tools", "tools")
             if not self.reads_calls:
                 text = "are not supported: the format of this model's tool calls is not known"
-                raise _refused("tools", text, "tools")
+                raise _refused("tools", text)
         return given
 
     def _message(
         self, message: Any, where: str, *, first: bool
     ) -> tuple[dict[str, Any], list[str]]:
         if not isinstance(message, dict):
-            raise _refused(where, "must be an object with a role", "messages")
+            raise _refused(where, "must be an object with a role")
         read, unused = check_fields(message, MESSAGE_FIELDS, where)
         role = ROLES.get(read.get("role", "missing"))
         if role is None:
             text = f"must be one of {', '.join(ROLES)}; it is {read.get('role', 'missing')[:40]!r}"
-            raise _refused(f"{where}.role", text, "messages")
+            raise _refused(f"{where}.role", text)
         read["role"] = role
         if role == "system":
             self._need("system messages", where)
@@ -87,13 +97,13 @@ class MessageReader:
         if role == "tool":
             self._need("tool results", where)
         if role != "assistant" and "content" not in read:
-            raise _refused(f"{where}.content", "is missing", "messages")
+            raise _refused(f"{where}.content", "is missing")
         read["content"], names = _text(read.get("content", ""), f"{where}.content")
         unused += names
         if calls := read.pop("tool_calls", []):
             self._need("tool calls", where)
             if role != "assistant":
-                raise _refused(f"{where}.tool_calls", f"is not for the role {role}", "messages")
+                raise _refused(f"{where}.tool_calls", f"is not for the role {role}")
             places = (f"{where}.tool_calls[{number}]" for number in range(len(calls)))
             read["tool_calls"] = [_call(*pair) for pair in zip(calls, places, strict=True)]
         unused += self._name_reasoning(read)
@@ -121,11 +131,16 @@ class MessageReader:
     def _need(self, part: Part, where: str) -> None:
         if self.probes.leaves_out(part):
             text = f"is not supported: this model's chat template leaves out {part}"
-            raise _refused(where, text, where.partition("[")[0])
+            raise _refused(where, text)
 
 
-def _refused(where: str, text: str, param: str) -> Refused:
-    return Refused(400, f"{where} {text}", "unsupported_value", param)
+def _refused(where: str, text: str) -> Refused:
+    return Refused(400, f"{where} {text}", "unsupported_value", _field(where))
+
+
+def _field(where: str) -> str:
+    """The field of a request that a place is in."""
+    return re.split(r"[.\[]", where)[0]
 
 
 def _text(content: str | list[Any], where: str) -> tuple[str, list[str]]:
@@ -140,9 +155,9 @@ def _text(content: str | list[Any], where: str) -> tuple[str, list[str]]:
             # mlx-lm would download an image from any URL.
             named = f"of the type {str(kind)[:40]!r}" if kind is not None else "without a type"
             told = f"{where}[{number}] is a part {named}; only text is supported"
-            raise Refused(400, told, "unsupported_content", "messages")
+            raise Refused(400, told, "unsupported_content", _field(where))
         if not isinstance(text, str):
-            raise _refused(f"{where}[{number}].text", "must be a string", "messages")
+            raise _refused(f"{where}[{number}].text", "must be a string")
         texts.append(text)
         unused += [f"messages.content.{name}" for name in part if name not in ("type", "text")]
     return "".join(texts), unused
@@ -152,9 +167,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     """An earlier tool call, with its arguments as an object, which templates expect."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or call.get("type", "function") != "function":
-        raise _refused(where, "must be an object of the type 'function'", "messages")
+        raise _refused(where, "must be an object of the type 'function'")
     if not isinstance(function.get("name"), str):
-        raise _refused(f"{where}.function.name", "must be a string", "messages")
+        raise _refused(f"{where}.function.name", "must be a string")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
@@ -164,5 +179,5 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     elif arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
-        raise _refused(f"{where}.function.arguments", "must be a JSON object", "messages")
+        raise _refused(f"{where}.function.arguments", "must be a JSON object")
     return call | {"function": function | {"arguments": arguments}}

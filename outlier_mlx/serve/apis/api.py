@@ -1,0 +1,98 @@
+"""What the server needs of an API: checked requests from a body, and the format of what is sent."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.limits import Limits
+from outlier_mlx.serve.pieces import Piece
+from outlier_mlx.serve.request import Request
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Numbers of tokens of all replies to a request.
+
+    Attributes:
+        prompt: tokens of the prompts.
+        completion: tokens that were generated so far.
+        cached: those of the prompts that were in the prompt cache; None: the client is not told.
+    """
+
+    prompt: int
+    completion: int = 0
+    cached: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A server-sent event.
+
+    Attributes:
+        data: an object, sent as JSON, or a text as it is.
+        name: the event's type, or None.
+    """
+
+    data: dict[str, Any] | str
+    name: str | None = None
+
+    def encode(self) -> bytes:
+        """The event as it is sent."""
+        data = self.data if isinstance(self.data, str) else json.dumps(self.data)
+        named = "" if self.name is None else f"event: {self.name}\n"
+        return f"{named}data: {data}\n\n".encode()
+
+
+class Answer(Protocol):
+    """The answer to one request of an API, of which each reply has a number from 0.
+
+    Either `whole` is called, or `begin`, `events` for each piece, and `end`; instead of anything
+    that is left, `failed`.
+    """
+
+    def whole(self, wholes: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        """The answer that is not streamed; `wholes`: all of each reply."""
+
+    def begin(self, usage: Usage) -> Iterable[Event]:
+        """The events before anything was generated; `usage.prompt` is known."""
+
+    def events(self, number: int, piece: Piece) -> Iterable[Event]:
+        """The events for a piece of the reply of this number; the last has a finish reason."""
+
+    def end(self, usage: Usage) -> Iterable[Event]:
+        """The events after the last piece of all replies."""
+
+    def failed(self, refused: Refused) -> Iterable[Event]:
+        """The events that end a stream that cannot be completed."""
+
+
+class Api(Protocol):
+    """Translates the requests and answers of one endpoint; there is one for each server.
+
+    Attributes:
+        generates: whether requests are answered with replies. If not, with what `Answer.whole`
+            makes of no replies and the number of tokens of the prompts.
+    """
+
+    generates: bool
+
+    def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
+        """What to generate for a body: one request for each reply.
+
+        Raises:
+            Refused: the body is not possible; with the field's name.
+        """
+
+    def answer(self, body: dict[str, Any], requests: list[Request], model: str) -> Answer:
+        """The answer to a body.
+
+        Args:
+            body: the body.
+            requests: what `requests` made of it.
+            model: the served model's name.
+        """
+
+    def error(self, refused: Refused) -> dict[str, Any]:
+        """The body of an error response, also of errors found before a body is read."""

@@ -1,0 +1,89 @@
+"""`/v1/chat/completions` of OpenAI's API."""
+
+from typing import Any
+
+from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.apis.completions import CompletionAnswer, common_fields
+from outlier_mlx.serve.fields import CHAT, FIELDS, check_fields
+from outlier_mlx.serve.limits import Limits
+from outlier_mlx.serve.pieces import Piece
+from outlier_mlx.serve.request import Request
+
+
+class Chat:
+    """Translates chat completions."""
+
+    generates = True
+
+    def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
+        """The request of a conversation.
+
+        Raises:
+            Refused: 400, with the parameter's name.
+        """
+        body, unused = check_fields(body, FIELDS, endpoint=CHAT)
+        common, unknown = common_fields(body, limits)
+        unused += unknown
+        tools = limits.reader.tools(body.get("tools", []))
+        messages, unknown = limits.reader.messages(body.get("messages", []))
+        unused += unknown
+        template, unknown = limits.template_variables(body.get("chat_template_kwargs", {}))
+        unused += unknown
+        request = Request(
+            messages=messages,
+            tools=[] if body.get("tool_choice") == "none" else tools,
+            parallel_calls=body.get("parallel_tool_calls", True),
+            template=template,
+            alternatives=_alternatives(body, limits),
+            unused=tuple(dict.fromkeys(unused)),
+            **common,
+        )
+        return [request]
+
+    def answer(self, body: dict[str, Any], requests: list[Request], model: str) -> "ChatAnswer":
+        """A chat completion."""
+        return ChatAnswer(model, include_usage=requests[0].include_usage)
+
+    def error(self, refused: Refused) -> dict[str, Any]:
+        """OpenAI's error."""
+        return refused.as_json()
+
+
+class ChatAnswer(CompletionAnswer):
+    """A chat completion: whole, or as the chunks of a stream."""
+
+    def __init__(self, model: str, *, include_usage: bool) -> None:
+        kinds = "chatcmpl", "chat.completion", "chat.completion.chunk"
+        super().__init__(*kinds, model, include_usage=include_usage)
+        self._calls = 0
+
+    def choice(self, piece: Piece, *, stream: bool) -> dict[str, Any]:
+        """A message, or what is new in it."""
+        message: dict[str, Any] = {"role": "assistant"}
+        if piece.text or not stream:
+            message["content"] = piece.text or None
+        if piece.reasoning:
+            message["reasoning"] = piece.reasoning
+        if piece.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in piece.calls
+            ]
+        if stream:
+            for call in message.get("tool_calls", ()):
+                call["index"] = self._calls
+                self._calls += 1
+        logprobs = {"logprobs": {"content": piece.logprobs}} if piece.logprobs else {}
+        return logprobs | {"delta" if stream else "message": message}
+
+
+def _alternatives(body: dict[str, Any], limits: Limits) -> int | None:
+    logprobs, alternatives = body.get("logprobs", False), body.get("top_logprobs", 0)
+    if not isinstance(logprobs, bool):
+        text = "logprobs must be true or false; top_logprobs is the number of alternatives"
+        raise Refused(400, text, "invalid_value", "logprobs")
+    return min(alternatives, limits.vocab) if logprobs or alternatives else None
