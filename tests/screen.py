@@ -53,8 +53,15 @@ def terminal_variables(**variables: str) -> dict[str, str]:
     return kept | {"TERM": "xterm-256color"} | variables
 
 
-def on_terminal(columns: int, *arguments: object, **variables: str) -> str:
-    """What a program writes to a terminal of some width, escapes included."""
+def on_terminal(columns: int, *arguments: object, typed: str = "", **variables: str) -> str:
+    """What a program writes to a terminal of some width, escapes included.
+
+    Args:
+        columns: the terminal's width.
+        arguments: the program's.
+        typed: what is typed, without waiting for a question; the terminal shows it, too.
+        variables: of its environment.
+    """
 
     def set_size() -> None:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -71,6 +78,7 @@ def on_terminal(columns: int, *arguments: object, **variables: str) -> str:
         start_new_session=True,
     )
     os.close(theirs)
+    os.write(ours, typed.encode())
     written = b""
     while True:
         try:

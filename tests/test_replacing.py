@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from outlier_mlx.errors import OutputExistsError
-from outlier_mlx.writing.folders import check_free, whole_folder
+from outlier_mlx.errors import OutlierError, OutputExistsError
+from outlier_mlx.writing.folders import check_free, remove_folder, whole_folder
 from outlier_mlx.writing.interrupts import undivided
 from outlier_mlx.writing.manifest import check_files, find_manifest
 from tests.damage import edit_json
@@ -478,3 +478,42 @@ def test_a_step_is_not_divided_by_signals() -> None:
         done.append("never")
     assert done == ["step"]
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_removal_killed_at_any_step(tmp_path: Path) -> None:
+    """The folder is whole, or has lost its name: then the next removal clears the rest."""
+    for step in count(1):
+        place = tmp_path / str(step)
+        place.mkdir()
+        target = place / "tier"
+        write(target, "old")
+        if not dies_at(step, partial(remove_folder, target)):
+            assert names(place) == []
+            assert step > 5
+            return
+        if target.exists():
+            assert whole_text(target) == "old"
+        with told(), suppress(OutlierError):  # there may be nothing to remove
+            remove_folder(target)
+        assert names(place) == []
+
+
+def test_only_what_this_project_wrote_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "tier", "old")
+    (tmp_path / "link").symlink_to("tier")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for name in ("link", "theirs", "empty", "missing"):
+        with pytest.raises(OutlierError, match=name):
+            remove_folder(tmp_path / name)
+    with monkeypatch.context() as at:
+        at.chdir(tmp_path / "tier")
+        with pytest.raises(OutlierError, match="current folder"):
+            remove_folder(Path())
+    (tmp_path / "tier" / "mine").write_text("mine")
+    with pytest.raises(OutlierError, match="holds mine"):
+        remove_folder(tmp_path / "tier")
+    assert names(tmp_path) == ["empty", "link", "theirs", "tier"]

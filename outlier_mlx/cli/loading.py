@@ -65,8 +65,10 @@ def load_model(
         OutlierError: there is no sound model, or the alphas do not suit it.
     """
     import_engine()
+    from outlier_mlx.checkpoints.inventory import mark_used
     from outlier_mlx.engine.loading import load
 
+    mark_used(folder)
     model, tokenizer = load(folder, dtype=dtype, expert_memory=memory, expert_skip=skip)
     if warm:
         from outlier_mlx.engine.paging.keep_warm import keep_warm

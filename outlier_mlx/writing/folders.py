@@ -25,7 +25,7 @@ from outlier_mlx.writing.runs import (
 
 # What is in the way of a run is named up to this number.
 _NAMED = 3
-_ONLY_OURS = "--force replaces only what outlier-mlx wrote"
+_ONLY_OURS = "only what outlier-mlx wrote"
 Sources = Iterable[str | Path | None]
 
 
@@ -131,17 +131,21 @@ def _check_replaceable(target: Path, *, force: bool, sources: Sources) -> None:
     for source in existing(sources):
         if is_within(target, source):
             raise OutputExistsError(f"{target}: exists and lies in an input: name another folder")
+    _check_in_nobodys_way(target)
+    if not force:
+        raise OutputExistsError(f"{target}: exists; --force replaces it")
+    _check_ours(target, f"--force replaces {_ONLY_OURS}")
+
+
+def _check_in_nobodys_way(target: Path) -> None:
     if is_within(Path.cwd(), target):
         raise OutputExistsError(f"{target}: is or holds the current folder, so it stays")
     if os.path.ismount(target):
         raise OutputExistsError(f"{target}: is where a disk is mounted: name a folder in it")
-    if not force:
-        raise OutputExistsError(f"{target}: exists; --force replaces it")
-    _check_ours(target)
 
 
-def _check_ours(target: Path) -> None:
-    """Check that this project wrote everything in a folder."""
+def _check_ours(target: Path, rule: str) -> None:
+    """Check that this project wrote everything in a folder; `rule` says why that matters."""
     found = [path.name for path in entries(target, hidden=True)]
     if not found:
         return
@@ -149,19 +153,59 @@ def _check_ours(target: Path) -> None:
         manifest = find_manifest(target)
         if manifest is None:
             raise OutputExistsError(
-                f"{target}: exists and is not a tier (it holds {listed(found, _NAMED)});"
-                f" {_ONLY_OURS}"
+                f"{target}: exists and is not a tier (it holds {listed(found, _NAMED)}); {rule}"
             )
         manifest.check_version(replacing=True)
     except CheckpointError as error:
-        raise OutputExistsError(f"{target}: {error}; {_ONLY_OURS}") from None
+        raise OutputExistsError(f"{target}: {error}; {rule}") from None
     if others := unlisted(target, manifest):
         raise OutputExistsError(
-            f"{target}: holds {listed(others, _NAMED)}, which {manifest.name} does not list;"
-            f" {_ONLY_OURS}"
+            f"{target}: holds {listed(others, _NAMED)}, which {manifest.name} does not list; {rule}"
         )
     if not os.access(target, os.W_OK | os.X_OK):
         raise OutputExistsError(f"{target}: cannot be replaced: it is read-only")
+
+
+def check_removable(target: Path) -> None:
+    """Check that `remove_folder` may remove a folder.
+
+    Raises:
+        OutputExistsError: it is a link, holds the current folder or another disk, or holds a file
+            that this project did not write.
+    """
+    if target.is_symlink() or not target.is_dir():
+        raise OutputExistsError(f"{target}: is a link or no folder")
+    if not entries(target, hidden=True):
+        raise OutputExistsError(f"{target}: is empty; rm removes {_ONLY_OURS}")
+    _check_in_nobodys_way(target)
+    _check_ours(target, f"rm removes {_ONLY_OURS}")
+
+
+def remove_folder(target: Path) -> None:
+    """Remove a folder that this project wrote.
+
+    It loses its name at once. If the process is killed while the files go, the next run with the
+    same name removes what is left.
+
+    Raises:
+        OutputExistsError: see `check_removable`; or a run is writing it.
+        OutlierError: it cannot be removed.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - a link stays a link
+    run = new_run(target)
+    try:
+        with opened(target.parent) as handle:
+            wait_for_lock(target.parent, handle)  # Ctrl-C ends the wait
+            with undivided():
+                clear_leftovers(target)
+                check_removable(target)
+                run.begin()
+                run.discard()
+    except OSError as error:
+        raise OutlierError(f"{target}: cannot be removed: {error.strerror}") from None
+    finally:
+        with undivided():
+            run.end()
 
 
 def check_space(target: Path, nbytes: int, what: str) -> None:

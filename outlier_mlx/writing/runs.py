@@ -97,6 +97,16 @@ class Run:
         sync(self.target.parent)
         self._clear()
 
+    def discard(self) -> None:
+        """Take the target's name from it, for good: `end` removes it.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        self._record(placed=True)
+        self.target.rename(self.former)
+        sync(self.target.parent)
+
     def end(self) -> None:
         """Restore what was set aside, remove the folder if it cannot be resumed, and unlock it."""
         if self._handle is not None:

@@ -1,0 +1,133 @@
+"""The short names: `run`, `list` and `rm`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from outlier_mlx.storage.hub import resolve
+from tests.folders import copy_writable, names
+from tests.hub import Hub, opened
+from tests.library import Library
+from tests.program import assert_refused, run
+from tests.screen import on_terminal
+
+
+@pytest.fixture
+def here(small_tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder: two tiers and a file of ours; `someone/tier` is in the hub's cache."""
+    copy_writable(small_tier, tmp_path / "tiers" / "one")
+    copy_writable(small_tier, tmp_path / "tiers" / "two")
+    (tmp_path / "tiers" / "notes").mkdir()
+    (tmp_path / "tiers" / "some.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    hub = Hub()
+    with opened(hub, tmp_path, monkeypatch):
+        hub.add("someone/tier", small_tier)
+        resolve("someone/tier")
+        yield tmp_path
+
+
+def test_models_are_listed_with_size_form_and_last_use(here: Path) -> None:
+    os.utime("tiers/two/config.json", (4e9, 4e9))  # later than any other
+    listed = run("list", "tiers", "--json").json
+    assert [model["name"] for model in listed] == [
+        *("tiers/some.gguf", "tiers/one", "tiers/two"),
+        "someone/tier",
+    ]
+    gguf, one, two, cached = listed
+    assert gguf["form"] == "GGUF" and gguf["nbytes"] == 4
+    assert one["form"] == two["form"] == cached["form"] == "tier, tq1_0_strided"
+    held = sum(path.stat().st_size for path in Path("tiers/one").iterdir())
+    assert one["nbytes"] == held and 0 < cached["nbytes"] <= held
+    assert two["used"] == "2096-10-02T07:06:40Z" and one["used"] < "2096"
+    assert cached["in_cache"] and not one["in_cache"]
+    table = run("list", "tiers").out
+    assert [line.split()[0] for line in table.splitlines()[2:]] == [m["name"] for m in listed]
+    # A model's own folder is one model.
+    assert [model["name"] for model in run("list", "tiers/one", "--json").json][:1] == ["tiers/one"]
+
+
+def test_running_a_model_is_its_last_use(here: Path) -> None:
+    for folder in ("one", "two"):
+        for path in Path("tiers", folder).iterdir():
+            os.utime(path, (1e9, 1e9))
+    run("generate", "tiers/one", "-p", "Hi", "-m", "1", "--quiet")
+    used = {model["name"]: model["used"] for model in run("list", "tiers", "--json").json}
+    assert used["tiers/two"] == "2001-09-09T01:46:40Z" and used["tiers/one"] > "2026"
+    assert Path("tiers/one/config.json").stat().st_mtime == 1e9
+    assert "25 years ago" in run("list", "tiers").out
+
+
+def test_a_model_that_is_not_whole_is_listed(here: Path) -> None:
+    for path in Path("tiers/one").glob("*.safetensors"):
+        path.unlink()
+    Path("tiers/two/config.json").write_text("{")
+    forms = {model["name"]: model["form"] for model in run("list", "tiers", "--json").json}
+    assert forms["tiers/one"] == forms["tiers/two"] == "not complete, or not valid"
+
+
+def test_nothing_to_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    listed = run("list")
+    assert listed.out == "" and "name folders to look in" in listed.err
+    assert run("list", "--json").json == []
+    assert_refused(run("list", tmp_path / "missing", code=1), "missing: no such folder")
+
+
+def test_models_are_removed(here: Path) -> None:
+    told = run("rm", "tiers/one", "someone/tier", "--yes").err
+    assert told.startswith("tiers/one: removed, ") and "someone/tier: removed, " in told
+    assert names(Path("tiers")) == ["notes", "some.gguf", "two"]
+    assert [model["name"] for model in run("list", "tiers", "--json").json] == [
+        *("tiers/some.gguf", "tiers/two"),
+    ]
+    assert not list(Path("cache").glob("models--*"))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("tiers/notes", "is empty; rm removes only what outlier-mlx wrote"),
+        ("tiers", "is not a tier"),
+        ("tiers/some.gguf", "a file"),
+        ("no/body", "no such folder, and not in the hub's cache"),
+    ],
+)
+def test_nothing_is_removed_if_one_may_not_be(here: Path, model: str, why: str) -> None:
+    assert_refused(run("rm", "tiers/one", model, "--yes", code=1), why)
+    assert names(Path("tiers")) == ["notes", "one", "some.gguf", "two"]
+
+
+def test_removal_is_confirmed(here: Path) -> None:
+    assert run("rm", "tiers/one", code=2).err.startswith("error: --yes: is needed")
+    shown = on_terminal(80, "rm", "tiers/one", typed="n\n")
+    assert "Remove tiers/one (" in shown and "not removed" in shown
+    assert Path("tiers/one").exists()
+    assert "tiers/one: removed" in on_terminal(80, "rm", "tiers/one", typed="y\n")
+    assert not Path("tiers/one").exists()
+
+
+def test_run_answers_a_prompt_or_talks(library: Library) -> None:
+    tier = library.demo_tier("q4")
+    asked = ("--temp", "0", "--quiet")
+    answer = run("generate", tier, "-p", "How do I find Vega?", "-m", "2048", *asked).out
+    assert len(answer) > 20
+    assert run("run", tier, "How do I find Vega?", *asked).out == answer
+    assert run("run", tier, *["How", "do", "I", "find", "Vega?"], *asked).out == answer
+    assert run("run", "--model", tier, "How do I find Vega?", *asked).out == answer
+    assert run("run", tier, "-", *asked, input="How do I find Vega?").out == answer
+    talk = run("chat", tier, *asked, input="How do I find Vega?\nHi\n").out
+    assert run("run", tier, *asked, input="How do I find Vega?\nHi\n").out == talk
+    assert answer in talk
+
+
+def test_sampling_of_run_is_that_of_chat(library: Library) -> None:
+    tier = library.demo_tier("q4")
+    sampled = run("run", tier, "Tell me a story.", "--seed", "3", "--quiet").out
+    how = ("--temp", "0.7", "--top-p", "0.9", "-m", "2048", "--seed", "3", "--quiet")
+    assert run("generate", tier, "-p", "Tell me a story.", *how).out == sampled
