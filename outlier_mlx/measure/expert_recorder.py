@@ -10,8 +10,8 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
+from outlier_mlx.engine.calls import watched_calls
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.calls import watched_calls
 from outlier_mlx.measure.expert_trace import About, Trace
 from outlier_mlx.measure.routing import moe_blocks
 from outlier_mlx.models.config import describe, raw_config

@@ -11,9 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from outlier_mlx.engine.calls import Told, watched_calls
+from outlier_mlx.engine.experts import moe_blocks as blocks_of
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.calls import Told, watched_calls
 from outlier_mlx.measure.pictures import SUFFIXES, heat_map
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.terminal import Progress, no_progress, print_columns, stdout
@@ -59,11 +60,7 @@ def moe_blocks(model: nn.Module) -> dict[int, OutlierMoE]:
     Raises:
         OutlierError: the model has none.
     """
-    blocks = {
-        number: layer.mlp
-        for number, layer in enumerate(model.layers)
-        if isinstance(layer.mlp, OutlierMoE)
-    }
+    blocks = blocks_of(model)
     if not blocks:
         raise OutlierError("the model has no layer with routed experts")
     return blocks

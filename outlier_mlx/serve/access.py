@@ -55,7 +55,8 @@ class Access:
 
         With DNS rebinding, a web page points its own name at this machine. The browser still sends
         that name as Host, so unknown names are refused; IP addresses cannot be rebound. A browser
-        sends the page's origin as Origin.
+        sends the page's origin as Origin. That of this server's own page is the host that is asked,
+        with its port; the scheme is https behind a proxy with TLS.
 
         Args:
             headers: the request's.
@@ -72,7 +73,8 @@ class Access:
             cure = f"; --allow-host {name} allows it" if name else ""
             raise Refused(403, f"host {hosts[0][:80]!r} is not allowed{cure}", "host")
         origin = headers.get("Origin")
-        if origin is not None and not self._allows(origin):
+        own = {f"{scheme}://{hosts[0].strip().lower()}" for scheme in ("http", "https")}
+        if origin is not None and origin.lower() not in own and not self._allows(origin):
             raise Refused(
                 403,
                 f"origin {origin!r} is not allowed; --allow-origin {origin} allows it",

@@ -14,6 +14,7 @@ from outlier_mlx.serve.http import CheckedHandler, Service
 from outlier_mlx.serve.limits import parse_body
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.replies import Reply
+from outlier_mlx.serve.static import FILES, HEADERS
 from outlier_mlx.serve.together import together
 
 # The longest step is one of many long prompts: with the default options, 8 of 2048 tokens each.
@@ -32,14 +33,19 @@ class Handler(CheckedHandler):
         super().__init__(*args)
 
     def do_GET(self) -> None:
-        """Answer `/health` and `/v1/models`."""
-        self.answer_errors(self._health if self.path == "/health" else self._models)
+        """Answer `/health` and `/v1/models`, or send a file of the page."""
+        answers = {"/health": self._health} | dict.fromkeys(FILES, self._file)
+        self.answer_errors(answers.get(self.path, self._models))
 
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
         """Answer a request for text."""
         self.answer_errors(self._complete)
+
+    def _file(self) -> None:
+        file = FILES[self.path]
+        self.send_body(200, file.read(), HEADERS | {"Content-Type": file.content_type})
 
     def _health(self) -> None:
         idle = self.generator.idle()
@@ -64,6 +70,7 @@ class Handler(CheckedHandler):
             "object": "model",
             "created": int(time.time()),
             "owned_by": "outlier-mlx",
+            "outlier": self.generator.provider.description(),
         } | self._state()
         name = unquote(self.path.removeprefix("/v1/models").strip("/"))
         if name not in ("", self.service.name):

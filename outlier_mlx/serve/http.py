@@ -17,11 +17,14 @@ from outlier_mlx.serve.apis import APIS, error_body, new_apis
 from outlier_mlx.serve.apis.api import Answer, Api
 from outlier_mlx.serve.connections import BODY_SECONDS, Connection, Connections
 from outlier_mlx.serve.options import ServeOptions
+from outlier_mlx.serve.static import FILES
 
 # After a refusal, the rest of the body is read and dropped for this long. If the connection were
 # closed at once, the client might not receive the response.
 DRAIN_SECONDS = 2.0
-ENDPOINTS = {"/health": "GET", "/v1/models": "GET"} | dict.fromkeys(APIS, "POST")
+ENDPOINTS = {"/health": "GET", "/v1/models": "GET"}
+ENDPOINTS |= dict.fromkeys(APIS, "POST") | dict.fromkeys(FILES, "GET")
+NEED_NO_KEY = {"/health", *FILES}
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class CheckedHandler(BaseHTTPRequestHandler):
         self.path = self.path.partition("?")[0]
         preflight = self.command == "OPTIONS"
         try:
-            needs_key = not preflight and self.path != "/health"
+            needs_key = not preflight and self.path not in NEED_NO_KEY
             self.service.access.check(self.headers, needs_key=needs_key)
             named = self.path.startswith("/v1/models/")
             method = "GET" if named else ENDPOINTS.get(self.path)
@@ -189,17 +192,20 @@ class CheckedHandler(BaseHTTPRequestHandler):
             self.log_message("the client disconnected before it read the response")
 
     def send_json(self, status: int, value: object) -> None:
-        """Send a complete response, without a body if `value` is None.
+        """Send a value as JSON, or a response without a body if it is None."""
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        if value is None:
+            self.send_body(status, b"", headers)
+        else:
+            headers["Content-Type"] = "application/json"
+            self.send_body(status, json.dumps(value).encode(), headers)
 
-        The response to a HEAD request has the headers of GET's, and no body.
-        """
-        body = b"" if value is None else json.dumps(value).encode()
+    def send_body(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        """Send a complete response; to a HEAD request, without its body."""
         self.send_response(status)
         self.send_cors_headers()
-        if status == 401:
-            self.send_header("WWW-Authenticate", "Bearer")
-        if body:
-            self.send_header("Content-Type", "application/json")
+        for name, text in headers.items():
+            self.send_header(name, text)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":

@@ -4,6 +4,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
+from outlier_mlx.engine.experts import RoutedExperts, routed_experts
 from outlier_mlx.engine.generate import activation_dtype, described, prefill_step, vocabulary
 from outlier_mlx.engine.needs import cache_needs
 from outlier_mlx.engine.prompts import embedding_rows
@@ -48,6 +50,7 @@ class OneModel(ModelProvider):
         prompts: the tokenizer for the prompts of requests; set once the model is loaded.
         rows: rows of the model's embedding, if they are known; set once the model is loaded.
         memory: memory for KV caches; set once the model is loaded.
+        experts: the model's routed experts, or None; set once the model is loaded.
     """
 
     model: Any
@@ -57,6 +60,7 @@ class OneModel(ModelProvider):
     prompts: BoundedTokenizer
     rows: int | None
     memory: CacheMemory
+    experts: RoutedExperts | None
 
     def __init__(self, service: Service, load: Load) -> None:
         super().__init__(service.options.arguments())
@@ -85,6 +89,7 @@ class OneModel(ModelProvider):
                 MessageReader(TemplateProbes(self.tokenizer), self.tokenizer.has_tool_calling),
             )
             self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
+            self.experts = routed_experts(self.model)
             self.rows = embedding_rows(self.model)
             wide = activation_dtype(self.model) == mx.float32
             needs = cache_needs(described(self.model), wide=wide)
@@ -108,6 +113,19 @@ class OneModel(ModelProvider):
         self._without_text._detokenizer = _NoText()
         self.is_batchable = all(hasattr(c, "merge") for c in make_prompt_cache(self.model))
         self.state = "loaded"
+
+    def description(self) -> dict[str, Any]:
+        """What clients can know of the model besides its name: JSON values."""
+        sampling = self.limits.sampling
+        return {
+            "context": self.limits.context,
+            "defaults": {
+                "max_tokens": self.limits.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+            },
+            "experts": None if self.experts is None else asdict(self.experts),
+        }
 
     def unload(self) -> None:
         """Let go of the model; its tokenizer stays, because requests need it before they wait."""

@@ -12,13 +12,14 @@ from mlx_lm.utils import get_total_parameters
 
 from outlier_mlx.engine.paging.budget import Experts
 from outlier_mlx.engine.paging.lookahead import Lookahead
+from outlier_mlx.engine.paging.places import needed
 from outlier_mlx.engine.paging.policies import DEFAULT_POLICY, POLICIES
 from outlier_mlx.engine.paging.pressure import Pressure
 from outlier_mlx.engine.paging.reads import ExpertFiles, beyond_the_cache
 from outlier_mlx.engine.paging.skip import leave_out
 from outlier_mlx.engine.paging.slots import MATRICES, Pool, slot_nbytes
 from outlier_mlx.engine.paging.statistics import PagingStatistics
-from outlier_mlx.engine.paging.store import ExpertStore, needed
+from outlier_mlx.engine.paging.store import ExpertStore
 from outlier_mlx.engine.plan import Plan
 from outlier_mlx.engine.quantized import Classes
 from outlier_mlx.errors import OutlierError
@@ -177,6 +178,8 @@ class PagedSwitchGLU(TernarySwitchGLU):
             weights, left_out = leave_out(indices, weights, missing, store.skip)
             store.statistics.skipped += left_out
             experts = needed(indices, weights)
+        if store.watch is not None:
+            store.watch(layer, {expert: store.place(layer, expert) for expert in experts})
         foreseen = self.lookahead.foreseen(layer, experts)
         if foreseen is not None:
             store.statistics.guessed += len(experts)

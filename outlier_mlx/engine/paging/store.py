@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from outlier_mlx.engine.needs import CONVERTED_TOGETHER
 from outlier_mlx.engine.paging.outputs import Outputs, computed
+from outlier_mlx.engine.paging.places import Place, needed
 from outlier_mlx.engine.paging.policies import Key, Policy
 from outlier_mlx.engine.paging.pressure import Pressure
 from outlier_mlx.engine.paging.reading import Reading
@@ -60,6 +60,7 @@ class ExpertStore:
         outputs: outputs of layers that may still have to read slots. Each layer is entered before
             its experts are asked for, and left with its output.
         skip: of which share of a token's weight on experts are read; see `leave_out`.
+        watch: told of the experts that a layer needs, and where they were; None: nobody asks.
     """
 
     def __init__(self, pool: Pool, files: ExpertFiles, policy: Callable[[], Policy]) -> None:
@@ -77,6 +78,7 @@ class ExpertStore:
         self.meanwhile: Callable[[], None] | None = None
         self.step: int | None = None
         self.skip = 0.0
+        self.watch: Callable[[int, dict[int, Place]], None] | None = None
         self._states = {n: _Layer(frozenset(range(self.experts))) for n in self.layers}
         self._equal = files.equal
         self._sharing: dict[Key, set[int]] = {}  # other layers that have an equal expert
@@ -175,7 +177,14 @@ class ExpertStore:
 
     def missing(self, layer: int, experts: Iterable[int]) -> set[int]:
         """Those of a layer's experts that are neither in a slot nor on their way there."""
-        return {e for e in experts if self._equal.get((layer, e), (layer, e)) not in self._entries}
+        return {expert for expert in experts if self.place(layer, expert) == "disk"}
+
+    def place(self, layer: int, expert: int) -> Place:
+        """Where an expert of a layer is."""
+        entry = self._entries.get(self._equal.get((layer, expert), (layer, expert)))
+        if entry is None:
+            return "disk"
+        return "memory" if entry.reading is None else "early"
 
     def note(self, layer: int, indices: mx.array, weights: mx.array) -> None:
         """Note the routing of a resident layer for the policy, without waiting for it."""
@@ -386,14 +395,3 @@ class ExpertStore:
             self.statistics.hits += len(experts)
             self._policy.use(layer, experts)
         self._noted.clear()
-
-
-def needed(indices: mx.array, weights: mx.array) -> set[int]:
-    """The experts of a routing whose weight is not 0; waits for it.
-
-    Args:
-        indices: (..., k) uint32.
-        weights: (..., k) float32.
-    """
-    chosen, of = np.array(indices, copy=False), np.array(weights, copy=False)
-    return set(chosen[of != 0].tolist())
