@@ -105,7 +105,7 @@ def test_a_large_body_is_refused_unread(served: Running):
         (b"POST /v1/models HTTP/1.1", 405),
         (b"DELETE /v1/models HTTP/1.1", 405),
         (b"BREW /health HTTP/1.1", 405),
-        (b"GET / HTTP/1.1", 404),
+        (b"GET /index.html HTTP/1.1", 404),
         (b"GET /v1/models/../../etc/passwd HTTP/1.1", 404),
         (b"GET /health HTTP/3.0", 505),
         (b"nonsense", 400),

@@ -67,10 +67,15 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """The base URL for clients; that of this machine if the server binds all addresses."""
+        return f"{self.page_url}v1"
+
+    @property
+    def page_url(self) -> str:
+        """The URL of the page for browsers, on the same host."""
         host, port = str(self.server_address[0]), self.server_address[1]
         if host in ANY_HOST:
             host = "127.0.0.1"
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
     def server_bind(self) -> None:
         """Bind without the DNS lookup of this machine's name that http.server makes."""
@@ -191,8 +196,10 @@ def serve(
         with working(f"loading {name}", quiet=quiet):
             server.start()
         log(f"serving {name} at {server.url} (press Ctrl-C to stop)")
-        if note and not quiet:
-            log(note)
+        if not quiet:
+            log(f"talk to it in a browser: {server.page_url}")
+            if note:
+                log(note)
         server.serve_forever()
     except KeyboardInterrupt:
         with suppress(OSError):  # the terminal may be gone
