@@ -11,7 +11,7 @@ import pytest
 from tests.program import ROOT, run, run_command, run_python
 
 # Each takes tens of milliseconds to import, of a second that a short text takes.
-UNUSED = ["rich", "pydantic", "lm_eval", "matplotlib", "torch", "datasets"]
+UNUSED = ["rich", "pydantic", "lm_eval", "matplotlib", "torch", "datasets", "llguidance"]
 LOOK = f"""
 import atexit, gc, sys
 def look():

@@ -218,7 +218,7 @@ def _chosen(tokenizer: PreTrainedTokenizerBase) -> Callable[[], _Pieces]:
         and getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode
     )
     if plain and not cleans and isinstance(getattr(backend, "decoder", None), decoders.ByteLevel):
-        return partial(_ByteLevel, _bytes_of(backend))
+        return partial(_ByteLevel, byte_level_bytes(backend))
 
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
@@ -237,7 +237,7 @@ def _cleans_up(tokenizer: PreTrainedTokenizerBase, backend: Any) -> bool:
     return anyway or backend is None or type(backend.model).__name__ != "BPE"
 
 
-def _bytes_of(backend: Any) -> Callable[[int], bytes]:
+def byte_level_bytes(backend: Any) -> Callable[[int], bytes]:
     """The bytes of a token of a byte-level tokenizer; none if there is no such token."""
     # GPT-2's alphabet (tokenizers' ByteLevel): printable characters are themselves, and the other
     # bytes, in order, the characters from U+0100 on.
