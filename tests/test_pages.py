@@ -96,7 +96,7 @@ def test_page(reader: Reader, page: str) -> None:
     if name == "hub":
         for repository in ("my-overlay", "base"):
             reader.hub.add(f"my-name/{repository}", reader.folder / repository)
-    printed = serve(reader, page) if name == "serve" else reader.read(page)
+    printed = serve(reader, page) if name in ("serve", "page") else reader.read(page)
     if check := CHECKS.get(name):
         check(reader, printed)
 

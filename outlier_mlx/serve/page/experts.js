@@ -12,6 +12,7 @@ const FROM = {
   skipped: "left out",
   unused: "not needed",
 };
+const PLACES = ["first", "second", "third"];
 /** Those that were computed with. */
 const SERVED = new Set(["memory", "early", "disk"]);
 
@@ -79,8 +80,8 @@ export class ExpertsPanel {
       this.strip, this.table,
       make("h3", { textContent: "All tokens" }),
       make("p", { className: "soft", textContent:
-        "Each row is a layer, each column an expert: the darker, the more tokens it served." +
-        " Framed are the experts of the chosen token." }),
+        "Each row is a layer, each column an expert: the stronger its colour, the more tokens it" +
+        " served. The experts of the chosen token have a frame." }),
       this.heat,
       make("details", {}, make("summary", { textContent: "In words" }), this.words));
     this.strip.addEventListener("pointerover", (event) => this.point(event, false));
@@ -168,10 +169,11 @@ export class ExpertsPanel {
 
   drawHeat(used, tokens) {
     const { layers, experts } = this.message;
+    const most = Math.max(1, ...used.flat());
     this.cells = used.map((row) => row.map((served, expert) => {
       const cell = make("td", { title: `expert ${expert}: ${served} of ${count(tokens, "token")}` },
         make("span", { textContent: percent(served, tokens) }));
-      cell.style.setProperty("--share", served / Math.max(1, tokens));
+      cell.style.setProperty("--share", served / most);
       return cell;
     }));
     const head = make("tr", {}, make("td", { className: "corner", textContent: "layer" }),
@@ -209,7 +211,7 @@ function tokenTable(token, number, layers) {
   const k = Math.max(...token.experts.map((uses) => uses.length));
   const head = make("tr", {}, make("th", { scope: "col", textContent: "layer" }),
     ...Array.from({ length: k }, (_, place) => make("th", {
-      scope: "col", textContent: place ? `${place + 1}. expert` : "first expert" })));
+      scope: "col", textContent: `${PLACES[place] ?? `${place + 1}th`} expert` })));
   const rows = token.experts.map((uses, layer) => {
     const all = uses.reduce((sum, [, weight]) => sum + Math.abs(weight), 0) || 1;
     return make("tr", {}, make("th", { scope: "row", textContent: layers[layer] }),

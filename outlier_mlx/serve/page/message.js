@@ -14,7 +14,7 @@ export class MessageView {
     this.message = message;
     this.actions = actions;
     const assistant = message.role === "assistant";
-    this.text = make("div", { className: "text" });
+    this.text = make("div", { className: "text body" });
     this.thought = make("div", { className: "text" });
     this.reasoning = make("details", { className: "reasoning", hidden: true },
       make("summary", { textContent: "Reasoning" }), this.thought);

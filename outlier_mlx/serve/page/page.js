@@ -189,7 +189,7 @@ async function follow(mine, asked) {
     bottom();
   };
   const measured = () => {
-    const rate = count > 1 && last > first ? (1000 * (count - 1)) / (last - first) : 0;
+    const rate = count > 1 && last - first > 20 ? (1000 * (count - 1)) / (last - first) : 0;
     message.stats = { count, first: (first - begun) / 1000, rate };
   };
   say("Answering");
