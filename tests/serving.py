@@ -121,7 +121,7 @@ def running(model: Path | Load, **options: Any) -> Iterator[Running]:
     finally:
         server.shutdown()
         thread.join()
-        generating = server.generator._generation_thread.native_id
+        generating = server.generator.loop.thread.native_id
         assert server.stop()
         _wait_until_gone(generating)
 

@@ -1,4 +1,4 @@
-"""What the server answers: mlx-lm's generation through the real `openai` client."""
+"""What the server answers, through the real `openai` client."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from outlier_mlx.engine.detokenizer import Detokenizer
 from outlier_mlx.engine.generate import Options, encode_prompt, generate_text
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.serve import mlxlm_server
+from outlier_mlx.serve import loop
 from outlier_mlx.serve.options import ServeOptions
 from outlier_mlx.serve.server import Server
 from tests.builders import write_overlay
@@ -312,26 +312,29 @@ def test_a_client_that_vanishes_frees_its_slot(tier: Path, streamed: bool, seed:
 
 
 def test_a_client_that_vanishes_while_it_waits(tier: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nothing is generated for it. Replies with seeds are generated one after another."""
-    begun: list[int] = []
-    begin = mlxlm_server.ResponseGenerator._make_state_machine
+    """Nothing is read for it while all places are taken."""
+    seen: list[int] = []
+    read = loop.read
 
-    def count(self: Any, *args: Any) -> Any:
-        begun.append(len(begun))
-        return begin(self, *args)
+    def count(model: Any, sequences: Any, slices: Any) -> None:
+        seen.append(len(sequences))
+        read(model, sequences, slices)
 
-    monkeypatch.setattr(mlxlm_server.ResponseGenerator, "_make_state_machine", count)
+    monkeypatch.setattr(loop, "read", count)
     endless = {"max_tokens": 100_000, "logit_bias": {"0": -100, "2": -100}, "seed": 1}
-    with running(tier, max_tokens=100_000, max_context=200_000) as server:
+    options = {"max_tokens": 100_000, "max_context": 200_000, "decode_concurrency": 1}
+    with running(tier, **options) as server:
         chunks = server.chat(stream=True, **endless)
         next(chunks)
         hasty: Any = server.new_client(timeout=0.5)
         with pytest.raises(openai.APITimeoutError):
-            hasty.chat.completions.create(model=NAME, messages=MESSAGES, **endless)
+            hasty.chat.completions.create(
+                model=NAME, messages=[{"role": "user", "content": "other"}], **endless
+            )
         assert server.wait(lambda: len(server.server.generator.replies) == 1)
         chunks.close()
         assert server.chat(seed=2).usage.completion_tokens
-    assert len(begun) == 2
+    assert seen == [1]  # the third prompt is in the prefix cache
 
 
 def test_a_reply_whose_text_fails_fails_alone(
@@ -357,17 +360,17 @@ def test_a_reply_whose_text_fails_fails_alone(
 
 def test_generation_outlives_a_failure(served: Running, monkeypatch: pytest.MonkeyPatch):
     failed = threading.Event()
-    tokenize = mlxlm_server.ResponseGenerator._make_state_machine
+    read = loop.Loop._read
 
-    def fail_once(self: Any, *args: Any) -> Any:
-        if failed.is_set():
-            return tokenize(self, *args)
-        failed.set()
-        raise RuntimeError("out of memory, say")
+    def fail_once(self: Any) -> None:
+        if self._waiting and not failed.is_set():
+            failed.set()
+            raise RuntimeError("out of memory, say")
+        read(self)
 
-    monkeypatch.setattr(mlxlm_server.ResponseGenerator, "_make_state_machine", fail_once)
+    monkeypatch.setattr(loop.Loop, "_read", fail_once)
     with pytest.raises(openai.InternalServerError, match="generation failed; try again"):
-        served.chat()
+        served.chat(messages=[{"role": "user", "content": "What was not asked before"}])
     assert served.chat().usage.completion_tokens == 12
     assert "generation failed: RuntimeError: out of memory, say" in served.log
 
@@ -393,11 +396,10 @@ def test_a_port_that_is_taken(served: Running):
         Server(NAME, lambda: None, options, print, print)  # type: ignore[arg-type, return-value]
 
 
-def test_one_module_knows_mlx_lms_server():
+def test_nothing_of_mlx_lms_server_is_used():
     package = Path(outlier_mlx.__file__).parent
     importing = re.compile(r"^\s*(from|import) mlx_lm.*\bserver\b", re.MULTILINE)
-    users = [path.name for path in package.rglob("*.py") if importing.search(path.read_text())]
-    assert users == ["mlxlm_server.py"]
+    assert not [path for path in package.rglob("*.py") if importing.search(path.read_text())]
 
 
 @pytest.mark.slow

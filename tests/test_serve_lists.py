@@ -10,6 +10,7 @@ import openai
 import pytest
 
 import outlier_mlx
+from outlier_mlx.serve.batch import Batch
 from tests.serving import NAME, Running, running
 
 PROMPTS = ["The heron", "stands in", "the water and", "waits"]
@@ -68,7 +69,7 @@ def test_tokens(served: Running, small_tier: Path, alone: list[str]):
 
 
 def test_many_with_a_seed(served: Running):
-    """More than are generated at a time, and one after another."""
+    """More than are generated at a time: each has random numbers of its own."""
     answer = complete(served, prompt=["same"] * 9, seed=5, temperature=1.0)
     assert len({choice.text for choice in answer.choices}) == 1
     assert [choice.index for choice in answer.choices] == list(range(9))
@@ -106,13 +107,11 @@ def test_a_client_that_vanishes_ends_all(served: Running):
 
 
 def test_generation_that_fails(served: Running, monkeypatch: pytest.MonkeyPatch):
-    from mlx_lm.generate import BatchGenerator
-
     def fail(self: Any) -> Any:
         raise RuntimeError("no reason")
 
     with monkeypatch.context() as patch:
-        patch.setattr(BatchGenerator, "next", fail)
+        patch.setattr(Batch, "step", fail)
         with pytest.raises(openai.InternalServerError, match="generation failed"):
             complete(served, prompt=PROMPTS)
     assert served.wait(lambda: not served.server.generator.replies)

@@ -10,9 +10,9 @@ from typing import Any
 
 import openai
 import pytest
-from mlx_lm.generate import BatchGenerator
 
-from outlier_mlx.serve import handler, mlxlm_server
+from outlier_mlx.serve import handler, loop
+from outlier_mlx.serve.batch import Batch
 from outlier_mlx.serve.memory import CacheMemory
 from tests.serving import MESSAGES, NAME, Running, running
 
@@ -150,7 +150,7 @@ def test_kept_caches_make_room(tight: Running, cache: int):
 def test_when_memory_runs_out_the_server_goes_on(small_tier: Path, monkeypatch: pytest.MonkeyPatch):
     """With two replies under way, which are lost. MLX raises this in the thread that generates."""
     failing = threading.Event()
-    step = BatchGenerator.next
+    step = Batch.step
 
     def out_of_memory(self: Any) -> Any:
         if failing.is_set():
@@ -158,7 +158,7 @@ def test_when_memory_runs_out_the_server_goes_on(small_tier: Path, monkeypatch: 
             raise RuntimeError("[malloc] Unable to allocate 9876543210 bytes.")
         return step(self)
 
-    monkeypatch.setattr(BatchGenerator, "next", out_of_memory)
+    monkeypatch.setattr(Batch, "step", out_of_memory)
     with running(small_tier, max_tokens=100_000, max_context=200_000) as server:
         streams = [server.chat(stream=True, max_tokens=100_000, **ENDLESS) for _ in range(2)]
         for stream in streams:
@@ -178,13 +178,13 @@ def test_when_memory_runs_out_the_server_goes_on(small_tier: Path, monkeypatch: 
 def test_when_memory_runs_out_for_one(
     served: Running, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
-    """Requests with a seed are generated one after the other."""
+    """In what is done for it alone."""
 
     def fail(self: Any, *args: Any) -> Any:
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(mlxlm_server.ResponseGenerator, "_make_state_machine", fail)
+        patch.setattr(loop, "choice_for", fail)
         status, headers, answer = served.post({"messages": MESSAGES, "seed": 1})
     assert (status, headers["Retry-After"]) == (503, "1")
     assert "memory ran out" in answer["error"]["message"]
@@ -199,14 +199,14 @@ def test_health_fails_when_generation_is_stuck(served: Running, monkeypatch: pyt
         status, _, answer = served.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         return status, answer
 
-    step = BatchGenerator.next
+    step = Batch.step
 
     def slow(self: Any) -> Any:
         entered.set()
         assert go_on.wait(30)
         return step(self)
 
-    monkeypatch.setattr(BatchGenerator, "next", slow)
+    monkeypatch.setattr(Batch, "step", slow)
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(served.chat)
         assert entered.wait(30)
@@ -217,5 +217,5 @@ def test_health_fails_when_generation_is_stuck(served: Running, monkeypatch: pyt
         go_on.set()
         assert reply.result(30).usage.completion_tokens == 12
     # Nothing to generate is no reason to fail.
-    served.server.generator._stepped -= 1000
+    served.server.generator.loop.moved -= 1000
     assert health() == (200, {"status": "ok"})

@@ -1,64 +1,77 @@
 """What a request's own thread and the thread that generates send to each other."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
-from outlier_mlx.serve.mlxlm_server import GenerationArguments, GenerationContext, Prompt
+from outlier_mlx.serve.request import Request
+from outlier_mlx.serve.segments import Prompt
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token.
+
+    Attributes:
+        token: its id.
+        logprob: its log probability, after the logits processors.
+        finish_reason: "stop" if it ends the text and is no part of it, "length" if it is the last
+            one that was asked for, else None.
+        top_tokens: the likeliest tokens and their log probabilities, as many as the request asks
+            for, in no order.
+    """
+
+    token: int
+    logprob: float
+    finish_reason: str | None = None
+    top_tokens: tuple[tuple[int, float], ...] = ()
 
 
 class Job(Queue[Any]):
-    """A request for the thread that generates, and the queue on which mlx-lm answers it.
+    """A request for the thread that generates, and the queue on which that thread answers.
 
-    mlx-lm puts the context of the generation, then pairs of numbers while the prompt is processed,
-    responses, and None or an exception at the end.
+    It gets pairs of numbers while the prompt is read, then each `Token`, and an exception if
+    generation fails.
 
     Args:
-        prompt: what to generate from, with its tokens.
-        arguments: how to generate.
-        told: called in the thread that generates, with the job, for whatever mlx-lm puts.
+        request: what to generate.
+        prompt: its tokens.
+        max_tokens: largest number of tokens in the reply.
+        ends: called in the thread that generates when nothing more will be generated.
 
     Attributes:
+        cached: number of the prompt's tokens whose cache was kept from an earlier request.
         ended: whether nothing more will be generated.
-        context: mlx-lm's, once it generates for this job.
-        failures: failures of the thread that generates before this job was given to it.
+        abandoned: whether nobody waits for the reply any more.
     """
 
     def __init__(
-        self, prompt: Prompt, arguments: GenerationArguments, told: "Callable[[Job], None]"
+        self, request: Request, prompt: Prompt, max_tokens: int, ends: "Callable[[Job], None]"
     ) -> None:
         super().__init__()
-        self._told = told
-        self.ended = False
+        self.request = request
         self.prompt = prompt
-        self.arguments = arguments
-        self.context: GenerationContext | None = None
-        self.failures = 0
-
-    @property
-    def tokens(self) -> list[int]:
-        """The prompt's tokens."""
-        tokens: list[int] = self.prompt.tokens[0]
-        return tokens
+        self.max_tokens = max_tokens
+        self.cached = 0
+        self.ended = False
+        self.abandoned = False
+        self._ends = ends
 
     @property
     def longest(self) -> int:
         """The largest number of tokens in its KV cache."""
-        return len(self.tokens) + int(self.arguments.max_tokens)
+        return len(self.prompt.tokens) + self.max_tokens
 
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+    def answer(self, item: tuple[int, int] | Token | Exception) -> None:
         """Called in the thread that generates."""
-        if isinstance(item, GenerationContext):
-            self.context = item
-            if self.prompt.abandoned:
-                item.stop()
-        self.ended = self.ended or item is None or isinstance(item, Exception)
-        self._told(self)
-        super().put(item, block, timeout)
+        last = isinstance(item, Token) and item.finish_reason is not None
+        self.put(item)
+        if last or isinstance(item, Exception):
+            self.ended = True
+            self._ends(self)
 
     def close(self) -> None:
         """End the generation, also if it has not begun, and wake the thread that waits for it."""
-        self.prompt.abandoned = self.ended = True
-        if self.context is not None:
-            self.context.stop()
-        super().put(None)
+        self.abandoned = self.ended = True
+        self.put(None)

@@ -1,6 +1,5 @@
 """The server's options."""
 
-import argparse
 from dataclasses import dataclass
 
 from outlier_mlx.engine.generate import Options
@@ -77,23 +76,4 @@ class ServeOptions:
             frozenset(name for name in names if name and not is_address(name)),
             frozenset(origin.lower() for origin in self.allow_origins),
             self.api_key,
-        )
-
-    def arguments(self) -> argparse.Namespace:
-        """Arguments for `mlx_lm.server`, as its command line gives them.
-
-        It ignores those that only this server has.
-        """
-        return argparse.Namespace(
-            model=None,
-            adapter_path=None,
-            draft_model=None,
-            num_draft_tokens=0,
-            trust_remote_code=False,
-            chat_template="",
-            use_default_chat_template=False,
-            chat_template_args={},
-            allowed_origins=[],
-            pipeline=False,
-            **vars(self),
         )

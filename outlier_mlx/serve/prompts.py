@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from outlier_mlx.engine.templates import TemplateError
 from outlier_mlx.serve.access import Refused
 
 # A longer text takes a noticeable share of a core, and about 150 bytes a token, while it is read.
@@ -125,12 +124,5 @@ class BoundedTokenizer:
 
     def apply_chat_template(self, *args: Any, tokenize: bool = True, **options: Any) -> Any:
         """The text, or its token ids, as the chat template writes messages."""
-        try:
-            text = self._tokenizer.apply_chat_template(*args, tokenize=False, **options)
-        except TemplateError:
-            if options.get("add_generation_prompt", True):
-                raise
-            # mlx-lm asks where the system prompt ends, with an empty message that a template may
-            # refuse; then it does not know.
-            text = ""
+        text = self._tokenizer.apply_chat_template(*args, tokenize=False, **options)
         return self.encode(text, add_special_tokens=False) if tokenize else text

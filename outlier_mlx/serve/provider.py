@@ -1,6 +1,5 @@
-"""The one model that is served, as mlx-lm's server asks for it."""
+"""The one model that is served."""
 
-import copy
 import inspect
 import threading
 from collections.abc import Callable
@@ -10,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.experts import RoutedExperts, routed_experts
@@ -24,10 +23,10 @@ from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.memory import CacheMemory
 from outlier_mlx.serve.messages import MessageReader
-from outlier_mlx.serve.mlxlm_server import ModelProvider
 from outlier_mlx.serve.probes import TemplateProbes
 from outlier_mlx.serve.prompts import BoundedTokenizer
 from outlier_mlx.serve.request import Sampling
+from outlier_mlx.serve.sequences import Cache, Quantization
 
 Load = Callable[[], tuple[nn.Module, Tokenizer]]
 
@@ -36,50 +35,68 @@ TEMPLATE_NAMES = frozenset(
 )
 
 
-class OneModel(ModelProvider):
-    """Provides the same model for every request, whatever model the request names.
+class OneModel:
+    """The model that every request gets, whatever model it names.
 
     The thread that generates also loads: MLX evaluates a lazy array only in the thread that made
     it, and a model has lazy arrays besides its parameters.
+
+    Args:
+        service: whose options say how the model is used.
+        load: returns model and tokenizer.
 
     Attributes:
         loaded: set when loading has ended for the first time.
         failure: the exception that ended loading for the first time, or None.
         state: "loaded", "unloaded" or "loading", later.
-        limits: limits for the parameters of requests; set once the model is loaded.
-        prompts: the tokenizer for the prompts of requests; set once the model is loaded.
-        rows: rows of the model's embedding, if they are known; set once the model is loaded.
-        memory: memory for KV caches; set once the model is loaded.
-        experts: the model's routed experts, or None; set once the model is loaded.
+        model: the model; None if it is unloaded.
+        tokenizer: its tokenizer.
+        batches: whether several of its KV caches can be merged.
+        quantization: of KV caches.
+        ends: tokens that end a text.
+        machine: finds the marks of reasoning and of tool calls in a text.
+
+        The following are set once the model is loaded for the first time.
+
+        limits: limits for the parameters of requests.
+        prompts: the tokenizer for the prompts of requests.
+        rows: rows of the model's embedding, if they are known.
+        memory: memory for KV caches.
+        experts: the model's routed experts, or None.
+        prefill_step: tokens of a prompt to read at a time, at most.
+        unaffected: tokens that XTC leaves alone: line breaks and what ends a text.
     """
 
     model: Any
-    tokenizer: Any
-    model_key: Any
+    tokenizer: Tokenizer
+    batches: bool
+    ends: frozenset[int]
+    machine: TextStateMachine
     limits: Limits
     prompts: BoundedTokenizer
     rows: int | None
     memory: CacheMemory
     experts: RoutedExperts | None
+    prefill_step: int
+    unaffected: list[int]
 
     def __init__(self, service: Service, load: Load) -> None:
-        super().__init__(service.options.arguments())
         self.service = service
         self.loaded = threading.Event()
         self.failure: BaseException | None = None
         self.state = "loading"
+        options = service.options
+        bits, group_size = options.kv_bits, options.kv_group_size
+        self.quantization = Quantization(bits, group_size, options.quantized_kv_start)
         self._load_model = load
 
     def load_default(self) -> None:
-        """Load the model, and all that is known from it, if that was not done yet."""
-        if self.loaded.is_set():
-            return
+        """Load the model, and all that is known from it."""
         try:
             self.reload()
-            self.model_key = (self.service.name, None, None)
             options = self.service.options
             # Between two steps, the other replies get their next tokens.
-            self.cli_args.prefill_step_size = prefill_step(self.model, options.prefill_step_size)
+            self.prefill_step = prefill_step(self.model, options.prefill_step_size)
             self.limits = Limits(
                 options.max_tokens,
                 vocabulary(self.model, self.tokenizer),
@@ -91,6 +108,8 @@ class OneModel(ModelProvider):
             self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
             self.experts = routed_experts(self.model)
             self.rows = embedding_rows(self.model)
+            marks = {*self.tokenizer.encode("\n"), *self.ends}
+            self.unaffected = sorted(token for token in marks if 0 <= token < self.limits.vocab)
             wide = activation_dtype(self.model) == mx.float32
             needs = cache_needs(described(self.model), wide=wide)
             bits, group_size = options.kv_bits, options.kv_group_size
@@ -109,9 +128,10 @@ class OneModel(ModelProvider):
         except BaseException:
             self.state = "unloaded"
             raise
-        self._without_text = copy.copy(self.tokenizer)
-        self._without_text._detokenizer = _NoText()
-        self.is_batchable = all(hasattr(c, "merge") for c in make_prompt_cache(self.model))
+        self.ends = frozenset(self.tokenizer.eos_token_ids)
+        self.machine = make_text_state_machine(self.tokenizer)
+        mergeable = all(hasattr(layer, "merge") for layer in self.new_cache())
+        self.batches = mergeable and self.quantization.kv_bits is None
         self.state = "loaded"
 
     def description(self) -> dict[str, Any]:
@@ -127,29 +147,11 @@ class OneModel(ModelProvider):
             "experts": None if self.experts is None else asdict(self.experts),
         }
 
+    def new_cache(self) -> Cache:
+        """An empty KV cache for one conversation."""
+        cache: Cache = make_prompt_cache(self.model)
+        return cache
+
     def unload(self) -> None:
         """Let go of the model; its tokenizer stays, because requests need it before they wait."""
         self.model, self.state = None, "unloaded"
-
-    def load(self, *_: Any) -> tuple[nn.Module, TokenizerWrapper]:
-        """The loaded model and its tokenizer; the arguments are ignored.
-
-        The tokenizer gives no text, because mlx-lm would ask for it in the thread that generates,
-        where an error ends all replies. Each `Reply` makes its own.
-        """
-        return self.model, self._without_text
-
-
-class _NoText(StreamingDetokenizer):
-    """A detokenizer whose text is always empty."""
-
-    last_segment = ""
-
-    def reset(self) -> None:
-        pass
-
-    def add_token(self, token: int) -> None:
-        pass
-
-    def finalize(self) -> None:
-        pass

@@ -11,7 +11,7 @@ from mlx_lm.generate import TextStateMachine
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.calls import CallReader
 from outlier_mlx.serve.generator import Generator
-from outlier_mlx.serve.mlxlm_server import Response
+from outlier_mlx.serve.jobs import Token
 from outlier_mlx.serve.pieces import Piece, Splitter
 from outlier_mlx.serve.request import Request
 from outlier_mlx.terminal import Progress
@@ -25,7 +25,7 @@ NOT_A_NUMBER = (
 class Reply:
     """The reply to one request.
 
-    It adds to what mlx-lm generates. It notices that a client disconnected even while nothing is
+    It notices that a client disconnected even while nothing is
     being sent. It finds stop words also when the model writes them with other tokens than the
     tokenizer would. It reads tool calls, and it collects log probabilities.
 
@@ -48,18 +48,17 @@ class Reply:
         self.generator = generator
         self.request = request
         self._job = generator.prepare(request)
-        self.max_tokens: int = self._job.arguments.max_tokens
-        self.prompt_tokens = len(self._job.tokens)
+        self.max_tokens: int = self._job.max_tokens
+        self.prompt_tokens = len(self._job.prompt.tokens)
         self.completion_tokens = 0
         self._connection = connection
-        self._responses: Iterator[Response] = iter(())
+        self._responses: Iterator[Token] = iter(())
         self._logprobs: list[dict[str, Any]] = []
 
     @property
     def cached_tokens(self) -> int:
         """Number of the prompt's tokens that were in the prompt cache."""
-        context = self._job.context
-        return max(0, context.prompt_cache_count) if context else 0
+        return self._job.cached
 
     @property
     def generated(self) -> bool:
@@ -103,12 +102,13 @@ class Reply:
                 return
 
     def _splitter(self) -> Splitter:
-        tokenizer, context = self.generator.provider.tokenizer, self._job.context
-        if context is None or self.request.messages is None:
+        provider = self.generator.provider
+        tokenizer = provider.tokenizer
+        if self.request.messages is None:
             return Splitter(TextStateMachine(), "normal", None, reads=False)
         reader = CallReader(tokenizer, self.request.tools) if tokenizer.has_tool_calling else None
         reads = bool(self.request.tools)
-        return Splitter(context.text_sm, context.initial_state, reader, reads=reads)
+        return Splitter(provider.machine, self._job.prompt.initial, reader, reads=reads)
 
     def _until_stop_word(self) -> Iterator[tuple[str, str | None]]:
         """The text of each token up to the first stop word; with the last, "stop" or "length"."""
@@ -134,14 +134,14 @@ class Reply:
             yield text, None
         yield "", "stop"
 
-    def _detokenizer(self) -> Callable[[Response], str]:
+    def _detokenizer(self) -> Callable[[Token], str]:
         """A function that gives the text that each response adds."""
         tokenizer = self.generator.provider.tokenizer
         if self.request.messages is None:
-            tokenizer = tokenizer.after(self._job.tokens)
+            tokenizer = tokenizer.after(self._job.prompt.tokens)
         detokenizer = tokenizer.detokenizer
 
-        def text_of(response: Response) -> str:
+        def text_of(response: Token) -> str:
             try:
                 return detokenizer.piece(response.token, response.finish_reason)
             except Exception as error:  # the tokenizer's: only this reply fails
@@ -158,18 +158,18 @@ class Reply:
             Refused: 503, the server is shutting down.
             ConnectionError: the client disconnected.
         """
-        if self._job.prompt.abandoned:
+        if self._job.abandoned:
             raise Refused(503, "the server is shutting down")
         readable = select.poll()
         readable.register(self._connection, select.POLLIN)
         if readable.poll(0) and not self._connection.recv(1, socket.MSG_PEEK):
             raise ConnectionError("the client disconnected")
 
-    def _chosen_and_alternatives(self, response: Response) -> dict[str, Any]:
+    def _chosen_and_alternatives(self, response: Token) -> dict[str, Any]:
         """The chosen token and the likeliest tokens, in the format of OpenAI's API."""
-        ranked = sorted(response.top_tokens, key=lambda token: -token["logprob"])
+        ranked = sorted(response.top_tokens, key=lambda pair: -pair[1])
         chosen = self._token(response.token, response.logprob)
-        chosen["top_logprobs"] = [self._token(token["id"], token["logprob"]) for token in ranked]
+        chosen["top_logprobs"] = [self._token(*pair) for pair in ranked]
         return chosen
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
