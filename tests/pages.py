@@ -33,3 +33,10 @@ def run_block(language: str, text: str, folder: Path, environment: dict[str, str
     """Run a block to its end, without a terminal."""
     shell = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
     return run_command(*shell, text, cwd=folder, env=environment, timeout=300)
+
+
+def table(page: str, heading: str) -> dict[str, str]:
+    """The first two columns of the table below a heading of a page's text."""
+    below = page.partition(f"\n{heading}\n")[2].partition("\n\n|")[2].partition("\n\n")[0]
+    cells = [line.strip("| ").split(" | ") for line in below.splitlines()[2:]]
+    return {name.strip("`"): values for name, values, *_ in cells}

@@ -12,6 +12,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
 
 from outlier_mlx.serve.fields import CHAT, FIELDS, MESSAGE_FIELDS, STREAM_OPTIONS, TEXT, Field
+from tests.pages import table
 from tests.program import ROOT
 from tests.scripted import PLAIN, Script
 from tests.serving import Running, running
@@ -370,27 +371,19 @@ def test_strict(tmp_path: Path):
         assert prompt_tokens(server, **everything | {"temperature": 0})
 
 
-def table(heading: str) -> dict[str, str]:
-    """The first two columns of the table below a heading of the page."""
-    page = (ROOT / "docs/serve.md").read_text(encoding="utf-8")
-    below = page.partition(f"\n{heading}\n")[2].partition("\n\n|")[2].partition("\n\n")[0]
-    cells = [line.strip("| ").split(" | ") for line in below.splitlines()[2:]]
-    return {name.strip("`"): values for name, values, *_ in cells}
-
-
 def honoured(fields: dict[str, Field]) -> dict[str, str]:
     return {name: str(f.values) for name, f in fields.items() if f.use == "honoured"}
 
 
 def test_the_page_has_the_table():
-    assert table("### Parameters that are honoured") == honoured(FIELDS)
-    assert table("### Messages") == honoured(MESSAGE_FIELDS)
-    assert table("### Parameters that are refused") == {
+    page = (ROOT / "docs/serve.md").read_text(encoding="utf-8")
+    assert table(page, "### Parameters that are honoured") == honoured(FIELDS)
+    assert table(page, "### Messages") == honoured(MESSAGE_FIELDS)
+    assert table(page, "### Parameters that are refused") == {
         name: " or ".join(f"`{json.dumps(value)}`" for value in field.harmless)
         for name, field in FIELDS.items()
         if field.use == "refused" and field.harmless
     }
-    page = (ROOT / "docs/serve.md").read_text(encoding="utf-8")
     never = [name for name, f in FIELDS.items() if f.use == "refused" and not f.harmless]
     accepted = [name for name, f in FIELDS.items() if f.use == "accepted"]
     for introduction, names in (

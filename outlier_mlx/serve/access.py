@@ -93,7 +93,7 @@ class Access:
             return {}
         return {
             "Access-Control-Allow-Origin": origin,
-            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Methods": "GET, POST, DELETE",
             # The wildcard does not cover Authorization.
             "Access-Control-Allow-Headers": "*, Authorization",
             "Access-Control-Expose-Headers": "*",

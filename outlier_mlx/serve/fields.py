@@ -97,6 +97,7 @@ LENGTH = Number(1, math.inf, whole=True)
 PENALTY = Number()
 WINDOW = Number(0, whole=True)
 ALTERNATIVES = Number(0, 20, whole=True)
+EFFORT = OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max"))
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ FIELDS: dict[str, Field] = {
     "tools": honoured(LIST, CHAT),
     "tool_choice": honoured(OneOf(("auto", "none")), CHAT),
     "parallel_tool_calls": honoured(FLAG, CHAT),
+    "reasoning_effort": honoured(EFFORT, CHAT),
     "chat_template_kwargs": honoured(OBJECT, CHAT),
     # Of OpenAI's API.
     "audio": refused(),
@@ -167,7 +169,6 @@ FIELDS: dict[str, Field] = {
     "modalities": refused(["text"]),
     "moderation": refused(),
     "n": refused(1),
-    "reasoning_effort": refused(),
     "response_format": refused({"type": "text"}),
     "suffix": refused(""),
     "verbosity": refused("medium"),

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.apis.api import Answer, Event, Usage
+from outlier_mlx.serve.apis.api import Answer, Event, Keeping, Usage
 from outlier_mlx.serve.generator import Generator
 from outlier_mlx.serve.http import CheckedHandler, Service
 from outlier_mlx.serve.limits import parse_body
@@ -33,11 +33,16 @@ class Handler(CheckedHandler):
         super().__init__(*args)
 
     def do_GET(self) -> None:
-        """Answer `/health` and `/v1/models`, or send a file of the page."""
+        """Answer `/health` and `/v1/models`, or send a file of the page or a kept answer."""
         answers = {"/health": self._health} | dict.fromkeys(FILES, self._file)
-        self.answer_errors(answers.get(self.path, self._models))
+        other = self._models if self.path.startswith("/v1/models") else self._kept
+        self.answer_errors(answers.get(self.path, other))
 
     do_HEAD = do_GET
+
+    def do_DELETE(self) -> None:
+        """Drop a kept answer."""
+        self.answer_errors(self._kept)
 
     def do_POST(self) -> None:
         """Answer a request for text."""
@@ -76,6 +81,14 @@ class Handler(CheckedHandler):
         if name not in ("", self.service.name):
             raise Refused(404, f"there is no model {name[:80]!r}", "model_not_found")
         self.send_json(200, model if name else {"object": "list", "data": [model]})
+
+    def _kept(self) -> None:
+        """Send or drop an answer that an API keeps below its path."""
+        path, _, name = self.path.rpartition("/")
+        api = self.service.apis.get(path)
+        if not isinstance(api, Keeping):
+            raise Refused(404, f"unknown endpoint {self.path[:80]}")
+        self.send_json(200, api.drop(name) if self.command == "DELETE" else api.kept(name))
 
     def _complete(self) -> None:
         raw = self.read_body()
@@ -164,5 +177,6 @@ class Handler(CheckedHandler):
         return Usage(
             sum(reply.prompt_tokens for reply in replies),
             sum(reply.completion_tokens for reply in replies),
+            sum(reply.reasoning_tokens for reply in replies),
             sum(reply.cached_tokens for reply in replies) if keyed else None,
         )

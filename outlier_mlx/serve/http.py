@@ -13,8 +13,9 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 
 from outlier_mlx.serve.access import Access, Refused
-from outlier_mlx.serve.apis import APIS, error_body, new_apis
+from outlier_mlx.serve.apis import error_body, new_apis
 from outlier_mlx.serve.apis.api import Answer, Api
+from outlier_mlx.serve.apis.endpoints import methods
 from outlier_mlx.serve.connections import BODY_SECONDS, Connection, Connections
 from outlier_mlx.serve.options import ServeOptions
 from outlier_mlx.serve.static import FILES
@@ -22,8 +23,6 @@ from outlier_mlx.serve.static import FILES
 # After a refusal, the rest of the body is read and dropped for this long. If the connection were
 # closed at once, the client might not receive the response.
 DRAIN_SECONDS = 2.0
-ENDPOINTS = {"/health": "GET", "/v1/models": "GET"}
-ENDPOINTS |= dict.fromkeys(APIS, "POST") | dict.fromkeys(FILES, "GET")
 NEED_NO_KEY = {"/health", *FILES}
 
 
@@ -127,12 +126,10 @@ class CheckedHandler(BaseHTTPRequestHandler):
         try:
             needs_key = not preflight and self.path not in NEED_NO_KEY
             self.service.access.check(self.headers, needs_key=needs_key)
-            named = self.path.startswith("/v1/models/")
-            method = "GET" if named else ENDPOINTS.get(self.path)
-            if method is None:
-                raise Refused(404, f"unknown endpoint {self.path[:80]}")
-            if self.command not in (method, "OPTIONS", "HEAD" if method == "GET" else method):
-                raise Refused(405, f"{self.path[:80]} expects {method}")
+            expected = methods(self.path)
+            also = ("OPTIONS", "HEAD") if "GET" in expected else ("OPTIONS",)
+            if self.command not in expected + also:
+                raise Refused(405, f"{self.path[:80]} expects {' or '.join(expected)}")
         except Refused as refused:
             self.refuse(refused)
             return False

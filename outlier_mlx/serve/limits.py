@@ -64,6 +64,25 @@ class Limits:
                 unused.append(f"chat_template_kwargs.{name}")
         return given, unused
 
+    def effort(self, effort: str | None, name: str) -> tuple[dict[str, Any], list[str]]:
+        """Variables by which the chat template sets how long the model reasons.
+
+        Args:
+            effort: the effort; None: as the template has it.
+            name: the field that says it.
+
+        Returns:
+            The variables, and the field's name if the template has none.
+        """
+        if effort is None:
+            return {}, []
+        variables: dict[str, Any] = {}
+        if self.reader.probes.mentions("reasoning_effort"):
+            variables["reasoning_effort"] = effort
+        if self.reader.probes.mentions("enable_thinking"):
+            variables["enable_thinking"] = effort != "none"
+        return variables, [] if variables else [name]
+
     def sampling_of(self, body: dict[str, Any]) -> Sampling:
         """How tokens are chosen, from the fields of a body that are named as in `Sampling`.
 

@@ -60,6 +60,11 @@ class Splitter:
         self._reads = reads
         self._block = ""
 
+    @property
+    def reasons(self) -> bool:
+        """Whether what comes next is reasoning, unless it begins with a mark."""
+        return self._part == "reasoning"
+
     def feed(self, text: str) -> Piece:
         """The next piece of text, divided; what might be the beginning of a mark is held back."""
         self._state, segments = TextStateMachine.split(self._state, text)

@@ -39,6 +39,7 @@ class Reply:
             request allows.
         prompt_tokens: number of tokens in the prompt.
         completion_tokens: number of tokens that were generated so far.
+        reasoning_tokens: number of those that are reasoning, with the mark that ends it.
 
     Raises:
         Refused: the prompt is not possible.
@@ -51,6 +52,7 @@ class Reply:
         self.max_tokens: int = self._job.max_tokens
         self.prompt_tokens = len(self._job.prompt.tokens)
         self.completion_tokens = 0
+        self.reasoning_tokens = 0
         self._connection = connection
         self._responses: Iterator[Token] = iter(())
         self._logprobs: list[dict[str, Any]] = []
@@ -87,6 +89,7 @@ class Reply:
         splitter = self._splitter()
         called = False
         for text, reason in self._until_stop_word():
+            self.reasoning_tokens += splitter.reasons
             piece = splitter.feed(text)
             if reason is not None:
                 piece.add(splitter.end(cut=reason == "length"))

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.limits import Limits
@@ -18,11 +18,13 @@ class Usage:
     Attributes:
         prompt: tokens of the prompts.
         completion: tokens that were generated so far.
+        reasoning: those of them that are reasoning.
         cached: those of the prompts that were in the prompt cache; None: the client is not told.
     """
 
     prompt: int
     completion: int = 0
+    reasoning: int = 0
     cached: int | None = None
 
 
@@ -96,3 +98,22 @@ class Api(Protocol):
 
     def error(self, refused: Refused) -> dict[str, Any]:
         """The body of an error response, also of errors found before a body is read."""
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """An API that keeps its answers, which are below its path by their ids."""
+
+    def kept(self, name: str) -> dict[str, Any]:
+        """The answer of this id.
+
+        Raises:
+            Refused: 404, it is not kept.
+        """
+
+    def drop(self, name: str) -> dict[str, Any]:
+        """Drop the answer of this id; returns what the client is told.
+
+        Raises:
+            Refused: 404, it is not kept.
+        """

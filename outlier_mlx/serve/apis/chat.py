@@ -29,11 +29,13 @@ class Chat:
         unused += unknown
         template, unknown = limits.template_variables(body.get("chat_template_kwargs", {}))
         unused += unknown
+        effort, unknown = limits.effort(body.get("reasoning_effort"), "reasoning_effort")
+        unused += unknown
         request = Request(
             messages=messages,
             tools=[] if body.get("tool_choice") == "none" else tools,
             parallel_calls=body.get("parallel_tool_calls", True),
-            template=template,
+            template=effort | template,
             alternatives=_alternatives(body, limits),
             unused=tuple(dict.fromkeys(unused)),
             **common,
