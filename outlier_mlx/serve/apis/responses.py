@@ -31,7 +31,8 @@ from outlier_mlx.serve.request import Request, Sampling
 RESPONSES = "/v1/responses"
 LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA = 16
-_OWN: dict[str, Field] = {
+#: Fields that the Responses API has, with those of this server.
+OWN_FIELDS: dict[str, Field] = {
     "input": honoured(Either((STRING, LIST))),
     "instructions": honoured(STRING),
     "previous_response_id": honoured(STRING),
@@ -63,12 +64,12 @@ _OWN: dict[str, Field] = {
     "stream_options": ACCEPTED,
 }
 #: What `/v1/chat/completions` calls otherwise is named, and not taken for unknown.
-RESPONSE_FIELDS: dict[str, Field] = _OWN | {
+RESPONSE_FIELDS: dict[str, Field] = OWN_FIELDS | {
     name: Field(field.use, field.values, field.harmless, field.endpoint or CHAT)
     if field.use == "honoured"
     else field
     for name, field in FIELDS.items()
-    if name not in _OWN
+    if name not in OWN_FIELDS
 }
 TEXT_FIELDS: dict[str, Field] = {
     "format": refused({"type": "text"}),
