@@ -15,6 +15,7 @@ import pytest
 
 from outlier_mlx.storage import output
 from outlier_mlx.storage.output import write_whole
+from outlier_mlx.writing import writer
 from tests.folders import names, snapshot
 from tests.program import run
 
@@ -102,6 +103,31 @@ def test_a_disk_that_fails_late(
     told = run("convert", place / "overlay", "--out", tier, "--force", "--quiet", code=1).err
     assert told == f"error: {tier}: cannot write: {os.strerror(code)}\n"
     assert tier.stat().st_ino == before and names(tmp_path) == ["tier"]
+
+
+def test_an_error_of_the_disk_that_is_told_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush while more is written may be all that ever tells of it: the writer raises it."""
+    errors = [OSError(errno.EIO, os.strerror(errno.EIO))]
+    flushed = []
+
+    def fsync(handle: int) -> None:
+        flushed.append(os.fstat(handle).st_size)
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(writer, "_FLUSHED", 1000)
+    spec = writer.TensorSpec("weight", "U8", (3000,))
+    with (
+        writer.ShardedWriter(tmp_path, [spec]) as shards,
+        pytest.raises(OSError, match=os.strerror(errno.EIO)),
+    ):
+        for _ in range(3):
+            shards.write("weight", bytes(1000))
+        shards.finish()
+    assert flushed
 
 
 def test_the_old_folder_stays_until_the_new_name_is_on_the_disk(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,6 +24,8 @@ from outlier_mlx.storage.shards import INDEX_NAME
 MAX_SHARD_BYTES = 5 * 1000**3
 # Large enough that hashing runs at full speed, small enough for a smooth bar.
 _BLOCK = 4 << 20
+# Bytes after which they are flushed to the disk, while more are written.
+_FLUSHED = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,15 @@ class ShardedWriter:
         self._file: BinaryIO | None = None
         self._hash = hashlib.sha256()
         self._written: list[WrittenFile] = []
+        self._flushing = ThreadPoolExecutor(max_workers=1)
+        self._flushed: Future[None] | None = None
+        self._unflushed = 0
 
     def __enter__(self) -> "ShardedWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._flushing.shutdown(cancel_futures=True)
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -130,6 +137,9 @@ class ShardedWriter:
         if self._file is None:
             return
         name = Path(self._file.name).name
+        if self._flushed is not None:
+            self._flushed.result()
+            self._flushed = None
         nbytes = self._file.tell()
         self._file.close()
         self._file = None
@@ -139,6 +149,14 @@ class ShardedWriter:
         assert self._file is not None
         self._hash.update(view)
         self._file.write(view)
+        self._unflushed += len(view)
+        if self._unflushed >= _FLUSHED and (self._flushed is None or self._flushed.done()):
+            # So that there is little to wait for when all is written. An error must be raised
+            # here: the system tells it only once.
+            if self._flushed is not None:
+                self._flushed.result()
+            self._flushed = self._flushing.submit(os.fsync, self._file.fileno())
+            self._unflushed = 0
 
 
 class PlacedWriter:
