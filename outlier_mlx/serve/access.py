@@ -8,6 +8,7 @@ from email.message import Message
 from typing import Any
 
 _HOST = re.compile(r"(\[(?P<address>[^\]]*)\]|(?P<name>[^\[\]:]*))(:[0-9]*)?")
+ALLOWED_HEADERS = "*, Authorization, Content-Type, X-Api-Key, Anthropic-Version, Anthropic-Beta"
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
@@ -82,10 +83,14 @@ class Access:
             )
         if self.api_key is not None and needs_key:
             scheme, _, key = headers.get("Authorization", "").partition(" ")
-            given = key.strip().encode("latin-1", "replace")
-            same = hmac.compare_digest(given, self.api_key.encode())
-            if scheme.lower() != "bearer" or not same:
+            bearer = scheme.lower() == "bearer" and self._is_key(key)
+            if not self._is_key(headers.get("X-Api-Key", "")) and not bearer:
                 raise Refused(401, "the API key is missing or wrong", "invalid_api_key")
+
+    def _is_key(self, given: str) -> bool:
+        """Whether this is the API key, in a time that does not tell how much of it is right."""
+        key = (self.api_key or "").encode()
+        return hmac.compare_digest(given.strip().encode("latin-1", "replace"), key)
 
     def cors_headers(self, origin: str | None) -> dict[str, str]:
         """Headers that let a web page read the response; none unless its origin is allowed."""
@@ -94,8 +99,8 @@ class Access:
         return {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": "GET, POST, DELETE",
-            # The wildcard does not cover Authorization.
-            "Access-Control-Allow-Headers": "*, Authorization",
+            # The wildcard does not cover Authorization, and older browsers do not know it.
+            "Access-Control-Allow-Headers": ALLOWED_HEADERS,
             "Access-Control-Expose-Headers": "*",
             "Vary": "Origin",
         }

@@ -2,12 +2,14 @@
 
 import re
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import unquote
 
 from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.apis.anthropic import VERSION, model_info
 from outlier_mlx.serve.apis.api import Answer, Event, Keeping, Usage
 from outlier_mlx.serve.generator import Generator
 from outlier_mlx.serve.http import CheckedHandler, Service
@@ -29,7 +31,8 @@ class Handler(CheckedHandler):
     def __init__(self, service: Service, generator: Generator, *args: Any) -> None:
         self.service = service
         self.generator = generator
-        self.notes = {}
+        # OpenAI's name of it, and Anthropic's.
+        self.notes = dict.fromkeys(("X-Request-Id", "Request-Id"), f"req_{uuid.uuid4().hex}")
         super().__init__(*args)
 
     def do_GET(self) -> None:
@@ -70,7 +73,7 @@ class Handler(CheckedHandler):
 
     def _models(self) -> None:
         """List the model, or describe it."""
-        model = {
+        model: dict[str, Any] = {
             "id": self.service.name,
             "object": "model",
             "created": int(time.time()),
@@ -80,7 +83,12 @@ class Handler(CheckedHandler):
         name = unquote(self.path.removeprefix("/v1/models").strip("/"))
         if name not in ("", self.service.name):
             raise Refused(404, f"there is no model {name[:80]!r}", "model_not_found")
-        self.send_json(200, model if name else {"object": "list", "data": [model]})
+        listed: dict[str, Any] = {"object": "list"}
+        if VERSION in self.headers:
+            limits = self.generator.provider.limits
+            model, listed = model_info(self.service.name, limits), {"has_more": False}
+            listed |= dict.fromkeys(("first_id", "last_id"), self.service.name)
+        self.send_json(200, model if name else listed | {"data": [model]})
 
     def _kept(self) -> None:
         """Send or drop an answer that an API keeps below its path."""
@@ -160,12 +168,12 @@ class Handler(CheckedHandler):
             self.wfile.write(event.encode())
 
     def _keep_alive(self, done: int, total: int | None) -> None:
-        """Send a comment while the prompt is processed, so that no proxy ends the stream.
+        """Send something while the prompt is processed, so that no proxy ends the stream.
 
         It does not say how much is done: that would tell how much was in the prompt cache.
         """
         if self.streaming is not None:
-            self.wfile.write(b": keepalive\n\n")
+            self.wfile.write(self.streaming.ping)
 
     def _usage(self, replies: list[Reply]) -> Usage:
         """Numbers of tokens.

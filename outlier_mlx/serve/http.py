@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 
 from outlier_mlx.serve.access import Access, Refused
-from outlier_mlx.serve.apis import error_body, new_apis
+from outlier_mlx.serve.apis import error_answer, new_apis
 from outlier_mlx.serve.apis.api import Answer, Api
 from outlier_mlx.serve.apis.endpoints import methods
 from outlier_mlx.serve.connections import BODY_SECONDS, Connection, Connections
@@ -182,7 +182,8 @@ class CheckedHandler(BaseHTTPRequestHandler):
                 self.request_version = "HTTP/1.0"
             self._headers_buffer: list[bytes] = []  # drop headers that were not sent yet
             path = getattr(self, "path", "").partition("?")[0]  # None yet of a line that is wrong
-            self.send_json(refused.status, error_body(self.service.apis, path, refused))
+            headers = getattr(self, "headers", None)
+            self.send_json(*error_answer(self.service.apis, path, headers, refused))
             if self.unread:
                 self._drain_body()
         except OSError:

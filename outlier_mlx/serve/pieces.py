@@ -18,6 +18,7 @@ class Piece:
         calls: calls of functions.
         logprobs: log probabilities of the tokens since the last piece, as in OpenAI's API.
         finish_reason: "stop", "length" or "tool_calls" in the last piece, else None.
+        stop_word: the stop word that ended the reply, in the last piece, or None.
     """
 
     text: str = ""
@@ -25,6 +26,7 @@ class Piece:
     calls: list[Call] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_word: str | None = None
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""
@@ -37,6 +39,7 @@ class Piece:
         self.calls += other.calls
         self.logprobs += other.logprobs
         self.finish_reason = other.finish_reason
+        self.stop_word = other.stop_word
 
 
 class Splitter:

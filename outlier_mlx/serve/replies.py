@@ -56,6 +56,7 @@ class Reply:
         self._connection = connection
         self._responses: Iterator[Token] = iter(())
         self._logprobs: list[dict[str, Any]] = []
+        self._stop_word: str | None = None
 
     @property
     def cached_tokens(self) -> int:
@@ -100,6 +101,7 @@ class Reply:
             piece.finish_reason = "tool_calls" if called and reason == "stop" else reason
             if piece:
                 piece.logprobs, self._logprobs = self._logprobs, []
+                piece.stop_word = self._stop_word
                 yield piece
             if reason is not None:
                 return
@@ -116,7 +118,9 @@ class Reply:
     def _until_stop_word(self) -> Iterator[tuple[str, str | None]]:
         """The text of each token up to the first stop word; with the last, "stop" or "length"."""
         words = self.request.stop
-        machine = TextStateMachine({"normal": [(word, None) for word in words]} if words else {})
+        # Each word leads to a state that tells which one it was.
+        states: dict[str, list[Any]] = {f"stop {number}": [] for number in range(len(words))}
+        machine = TextStateMachine({"normal": list(zip(words, states, strict=True))} | states)
         state = machine.make_state("normal")
         text_of = self._detokenizer()
         for response in self._responses:
@@ -128,6 +132,7 @@ class Reply:
             state, segments = TextStateMachine.split(state, text_of(response))
             text = segments[0][1]
             if len(segments) > 1:
+                self._stop_word = words[list(states).index(segments[1][0])]
                 yield text, "stop"
                 return
             if response.finish_reason is not None:

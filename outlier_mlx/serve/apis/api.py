@@ -3,12 +3,16 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.request import Request
+
+
+#: A comment, which clients pass over.
+KEEP_ALIVE = b": keepalive\n\n"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,12 @@ class Answer(Protocol):
 
     Either `whole` is called, or `begin`, `events` for each piece, and `end`; instead of anything
     that is left, `failed`.
+
+    Attributes:
+        ping: what is sent while the prompt is processed, so that no proxy ends the stream.
     """
+
+    ping: bytes
 
     def whole(self, wholes: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """The answer that is not streamed; `wholes`: all of each reply."""
@@ -76,9 +85,11 @@ class Api(Protocol):
     Attributes:
         generates: whether requests are answered with replies. If not, with what `Answer.whole`
             makes of no replies and the number of tokens of the prompts.
+        statuses: the API's own HTTP statuses, by those of `Refused`; others are the same.
     """
 
     generates: bool
+    statuses: ClassVar[dict[int, int]]
 
     def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
         """What to generate for a body: one request for each reply.

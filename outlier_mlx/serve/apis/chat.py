@@ -1,6 +1,6 @@
 """`/v1/chat/completions` of OpenAI's API."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.apis.completions import CompletionAnswer, common_fields
@@ -14,6 +14,7 @@ class Chat:
     """Translates chat completions."""
 
     generates = True
+    statuses: ClassVar[dict[int, int]] = {}
 
     def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
         """The request of a conversation.

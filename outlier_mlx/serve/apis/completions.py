@@ -7,7 +7,7 @@ from typing import Any
 
 from outlier_mlx import __version__
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.apis.api import Event, Usage
+from outlier_mlx.serve.apis.api import KEEP_ALIVE, Event, Usage
 from outlier_mlx.serve.fields import STREAM_OPTIONS, check_fields
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.pieces import Piece
@@ -65,6 +65,8 @@ class CompletionAnswer:
         model: the model's name.
         include_usage: whether a stream ends with the numbers of tokens.
     """
+
+    ping = KEEP_ALIVE
 
     def __init__(
         self, kind: str, whole_object: str, chunk_object: str, model: str, *, include_usage: bool

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.apis.api import Event, Usage
+from outlier_mlx.serve.apis.api import KEEP_ALIVE, Event, Usage
 from outlier_mlx.serve.apis.store import Kept, ResponseStore
 from outlier_mlx.serve.calls import Call
 from outlier_mlx.serve.pieces import Piece
@@ -31,6 +31,8 @@ class ResponseAnswer:
         model: the model's name.
         store: where the response is kept; None: it is not.
     """
+
+    ping = KEEP_ALIVE
 
     def __init__(
         self,
@@ -185,6 +187,8 @@ class ResponseAnswer:
 
 class TokenCount:
     """The answer to the question how many tokens an input has."""
+
+    ping = KEEP_ALIVE
 
     def whole(self, wholes: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """The number of tokens."""

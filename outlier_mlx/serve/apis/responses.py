@@ -1,7 +1,7 @@
 """`/v1/responses` of OpenAI's API: items in, items out, and what was said is kept for the next."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.apis.items import Conversation, items_of
@@ -113,6 +113,7 @@ class Responses:
     """
 
     generates = True
+    statuses: ClassVar[dict[int, int]] = {}
 
     def __init__(self, store: ResponseStore | None = None) -> None:
         self.store = ResponseStore() if store is None else store
@@ -222,6 +223,7 @@ class InputTokens:
     """
 
     generates = False
+    statuses: ClassVar[dict[int, int]] = {}
 
     def __init__(self, responses: Responses) -> None:
         self.requests, self.error = responses.requests, responses.error

@@ -1,7 +1,7 @@
 """`/v1/completions` of OpenAI's API: plain text, without chat template."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.apis.completions import CompletionAnswer, common_fields
@@ -17,6 +17,7 @@ class Text:
     """Translates text completions."""
 
     generates = True
+    statuses: ClassVar[dict[int, int]] = {}
 
     def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
         """A request for each prompt.

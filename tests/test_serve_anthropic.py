@@ -1,0 +1,503 @@
+"""Anthropic's API through the real `anthropic` client, whose types check all that is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import pytest
+from anthropic.types import Message, MessageTokensCount, ModelInfo, RawMessageStreamEvent
+from pydantic import TypeAdapter
+
+from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.apis.anthropic import MessageAnswer, error_of
+from outlier_mlx.serve.apis.api import Usage
+from outlier_mlx.serve.calls import Call
+from outlier_mlx.serve.pieces import Piece
+from tests.scripted import PLAIN, Script
+from tests.serving import NAME, Running, running
+
+PATH = "/v1/messages"
+COUNT = "/v1/messages/count_tokens"
+KEY = "a key of clients"
+USER: Any = [{"role": "user", "content": "How warm is it?"}]
+TOOL: Any = {
+    "name": "warmth",
+    "description": "How warm it is.",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+CALL = '\n{"name": "warmth", "arguments": {"city": "Lyon"}}\n'
+EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+THINKS = (
+    "{% for m in messages %}<|role|>{{ m.role }}:{{ m.reasoning_content }}{{ m.content }}"
+    "{% endfor %}{% if enable_thinking %}thinking{% else %}quick{% endif %}"
+    "{% if add_generation_prompt %}<|start|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Thinks, says something, and calls a function."""
+    folder = tmp_path_factory.mktemp("calling") / "model"
+    reply = "<think>", "It asks", "</think>", "\n\n", "Let me look."
+    marks = "<tool_call>", "</tool_call>"
+    with running(
+        Script(folder, *reply, "<tool_call>", CALL, "</tool_call>", marks=marks)
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Says three words, to clients that have a key."""
+    folder = tmp_path_factory.mktemp("keyed") / "model"
+    with running(Script(folder, "One", " two", " three"), api_key=KEY) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A template without tools and thinking."""
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    with running(Script(folder, "One", " two", " three", template=PLAIN)) as server:
+        yield server
+
+
+def url(server: Running) -> str:
+    return server.server.url.removesuffix("/v1")
+
+
+def client(server: Running, **options: Any) -> anthropic.Anthropic:
+    defaults: dict[str, Any] = {"api_key": KEY, "max_retries": 0, "timeout": 60}
+    return anthropic.Anthropic(base_url=url(server), **defaults | options)
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": NAME, "max_tokens": 100, "messages": USER} | fields
+
+
+def contents(message: Message) -> list[dict[str, Any]]:
+    """The content blocks as JSON."""
+    return [block.model_dump(mode="json", exclude_none=True) for block in message.content]
+
+
+def refusal(server: Running, given: dict[str, Any], path: str = PATH) -> str:
+    """What is said about a request that is refused, whole or as a stream."""
+    status, headers, answer = server.post(given, path, X_Api_Key=KEY)
+    assert status == 400, answer
+    assert (
+        anthropic.types.ErrorResponse.model_validate(answer).error.type == "invalid_request_error"
+    )
+    assert headers["Request-Id"].startswith("req_")
+    message: str = answer["error"]["message"]
+    return message
+
+
+def tokens(server: Running, **fields: Any) -> int:
+    given = {name: value for name, value in body(**fields).items() if name != "max_tokens"}
+    status, _, answer = server.post(given, COUNT, X_Api_Key=KEY)
+    assert status == 200, answer
+    return MessageTokensCount.model_validate(answer, strict=True).input_tokens
+
+
+def events(server: Running, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The names and data of the events of a stream, as they are sent."""
+    raw = json.dumps(given | {"stream": True}).encode()
+    with server.connect() as connection:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: {KEY}\r\n"
+        connection.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        answer = connection.makefile(encoding="utf-8", newline="\n").read()
+    _, _, sent = answer.partition("\r\n\r\n")
+    pairs = [event.split("\n") for event in sent.strip().split("\n\n")]
+    read = [(n.removeprefix("event: "), json.loads(d.removeprefix("data: "))) for n, d in pairs]
+    # One comes while the prompt is processed, or none.
+    assert all(data == {"type": "ping"} for name, data in read if name == "ping")
+    return [(name, data) for name, data in read if name != "ping"]
+
+
+def test_a_message(keyed: Running):
+    message = client(keyed).messages.create(
+        **body(system="Be brief", extra_body={"temperature": 0.5})
+    )
+    assert Message.model_validate(message.to_dict(), strict=True)
+    assert [block.to_dict() for block in message.content] == [
+        {"type": "text", "text": "One two three"}
+    ]
+    assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)
+    assert (message.role, message.model, message.type) == ("assistant", NAME, "message")
+    assert message._request_id is not None and message._request_id.startswith("req_")
+    # The reply's three tokens and its end.
+    assert message.usage.output_tokens == 4
+
+
+def test_a_bearer_is_a_key_as_well(keyed: Running):
+    bearer = anthropic.Anthropic(base_url=url(keyed), auth_token=KEY, api_key=None, max_retries=0)
+    assert bearer.messages.create(**body()).content
+
+
+def test_a_stream(keyed: Running):
+    with client(keyed).messages.stream(**body()) as stream:
+        assert list(stream.text_stream) == ["One", " two", " three"]
+        message = stream.get_final_message()
+    whole = client(keyed).messages.create(**body())
+    assert contents(message) == contents(whole)
+    assert message.stop_reason == "end_turn"
+    assert message.usage.output_tokens == whole.usage.output_tokens
+    assert message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0) == tokens(
+        keyed
+    )
+
+
+def test_the_async_client(keyed: Running):
+    async def ask() -> tuple[str, str]:
+        options: dict[str, Any] = {"api_key": KEY, "max_retries": 0}
+        async with anthropic.AsyncAnthropic(base_url=url(keyed), **options) as asking:
+            message = await asking.messages.create(**body())
+            async with asking.messages.stream(**body()) as stream:
+                text = "".join([part async for part in stream.text_stream])
+            block = message.content[0]
+            assert block.type == "text"
+            return block.text, text
+
+    assert asyncio.run(ask()) == ("One two three", "One two three")
+
+
+def test_events(calling: Running):
+    """Every event is one of the API's, in its order; thinking, text and calls have blocks."""
+    sent = events(calling, body(tools=[TOOL]))
+    for name, data in sent:
+        assert name == data["type"]
+        EVENT.validate_python(data, strict=True)
+    kinds = [
+        (name, data.get("content_block", data.get("delta", {})).get("type")) for name, data in sent
+    ]
+    assert kinds == [
+        ("message_start", None),
+        ("content_block_start", "thinking"),
+        ("content_block_delta", "thinking_delta"),
+        ("content_block_delta", "signature_delta"),
+        ("content_block_stop", None),
+        ("content_block_start", "text"),
+        ("content_block_delta", "text_delta"),
+        ("content_block_stop", None),
+        ("content_block_start", "tool_use"),
+        ("content_block_delta", "input_json_delta"),
+        ("content_block_stop", None),
+        ("message_delta", None),
+        ("message_stop", None),
+    ]
+    assert [data["index"] for _, data in sent if "index" in data] == [0] * 4 + [1] * 3 + [2] * 3
+
+
+def test_a_tool_and_its_result(calling: Running):
+    asking = client(calling)
+    first = asking.messages.create(**body(tools=[TOOL]))
+    with asking.messages.stream(**body(tools=[TOOL])) as stream:
+        streamed = stream.get_final_message()
+    thought, text, use = first.content
+    assert (thought.type, text.type, use.type) == ("thinking", "text", "tool_use")
+    assert thought.thinking == "It asks"
+    details = first.usage.output_tokens_details
+    assert details is not None
+    assert 0 < details.thinking_tokens < first.usage.output_tokens
+    assert text.text == "\n\nLet me look."
+    assert (use.name, use.input) == ("warmth", {"city": "Lyon"})
+    assert first.stop_reason == streamed.stop_reason == "tool_use"
+    assert [b.type for b in streamed.content] == [b.type for b in first.content]
+    assert streamed.content[2].input == {"city": "Lyon"}
+    result = {"type": "tool_result", "tool_use_id": use.id, "content": "21 degrees"}
+    said = {"role": "assistant", "content": contents(first)}
+    turns = [*USER, said, {"role": "user", "content": [result]}]
+    second = asking.messages.create(**body(tools=[TOOL], messages=turns))
+    assert second.usage.input_tokens == tokens(calling, tools=[TOOL], messages=turns)
+    assert second.usage.input_tokens > first.usage.input_tokens + len("21 degrees")
+
+
+def test_calls_one_at_a_time(calling: Running):
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    message = client(calling).messages.create(**body(tools=[TOOL], tool_choice=choice))
+    assert message.stop_reason == "tool_use"
+    without = client(calling).messages.create(**body(tools=[TOOL], tool_choice={"type": "none"}))
+    assert without.stop_reason == "end_turn"
+    assert without.content[-1].text.endswith("</tool_call>")
+
+
+def test_thinking_that_is_not_shown(calling: Running):
+    thinking = {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}
+    message = client(calling).messages.create(**body(thinking=thinking))
+    assert message.content[0].thinking == ""
+    sent = events(calling, body(thinking=thinking))
+    assert "thinking_delta" not in [data.get("delta", {}).get("type") for _, data in sent]
+
+
+@pytest.mark.parametrize(("word", "text"), [(" two", "One"), ("ne t", "O"), ("three", "One two ")])
+def test_stop_sequences(keyed: Running, word: str, text: str):
+    given = body(stop_sequences=["nowhere", word, "!"])
+    message = client(keyed).messages.create(**given)
+    assert message.content[0].text == text
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", word)
+    with client(keyed).messages.stream(**given) as stream:
+        streamed = stream.get_final_message()
+    assert (streamed.stop_reason, streamed.stop_sequence) == ("stop_sequence", word)
+    assert contents(streamed) == contents(message)
+
+
+def test_max_tokens(keyed: Running):
+    message = client(keyed).messages.create(**body(max_tokens=2))
+    assert message.content[0].text == "One two"
+    assert message.stop_reason == "max_tokens"
+    assert message.usage.output_tokens == 2
+
+
+def test_what_was_cached(keyed: Running):
+    system = "Something that no other test of this file says"
+    first = client(keyed).messages.create(**body(system=system)).usage
+    again = client(keyed).messages.create(**body(system=system)).usage
+    assert first.cache_read_input_tokens is not None
+    assert again.cache_read_input_tokens
+    assert again.cache_read_input_tokens + again.input_tokens == tokens(keyed, system=system)
+
+
+def test_count_tokens(keyed: Running):
+    counted = client(keyed).messages.count_tokens(model=NAME, messages=USER, system="Be brief")
+    with_tools = client(keyed).messages.count_tokens(model=NAME, messages=USER, tools=[TOOL])
+    assert (
+        counted.input_tokens == tokens(keyed) + len("<|role|>system:Be brief") - len("<|role|>") + 1
+    )
+    assert with_tools.input_tokens > tokens(keyed) + len(TOOL["description"])
+
+
+def test_models(keyed: Running):
+    models = list(client(keyed).models.list())
+    assert [model.id for model in models] == [NAME]
+    model = client(keyed).models.retrieve(NAME)
+    assert ModelInfo.model_validate(model.to_dict(mode="python"), strict=True) == models[0]
+    assert model.max_tokens == 4096
+    with pytest.raises(anthropic.NotFoundError):
+        client(keyed).models.retrieve("another")
+
+
+def test_errors_have_their_classes(keyed: Running):
+    asking = client(keyed)
+    for call, kind, name in (
+        (lambda: client(keyed, api_key="no").messages.create(**body()), "Authentication", ""),
+        (lambda: asking.messages.create(**body(max_tokens=0)), "BadRequest", "invalid_request"),
+        (lambda: asking.post("/v1/messages/batches", cast_to=object), "NotFound", "not_found"),
+        (lambda: asking.messages.create(**body(system="x" * 4_200_000)), "ContentTooLarge", ""),
+    ):
+        with pytest.raises(getattr(anthropic, f"{kind}Error", anthropic.APIStatusError)) as raised:
+            call()
+        error: Any = raised.value
+        assert type(error).__name__ == f"{kind}Error"
+        assert error.body["type"] == "error"
+        assert error.request_id.startswith("req_")
+        assert name in error.body["error"]["type"]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (408, "invalid_request_error"),
+        (413, "request_too_large"),
+        (500, "api_error"),
+        (503, "overloaded_error"),
+    ],
+)
+def test_kinds_of_errors(status: int, kind: str):
+    error = {"type": kind, "message": "no"}
+    assert error_of(Refused(status, "no")) == {"type": "error", "error": error}
+
+
+def test_an_error_in_a_stream(keyed: Running, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> Any:
+        raise Refused(503, "memory ran out")
+
+    monkeypatch.setattr(MessageAnswer, "events", fail)
+    with pytest.raises(anthropic.APIStatusError) as raised:
+        list(client(keyed).messages.create(**body(stream=True)))
+    assert raised.value.body == error_of(Refused(503, "memory ran out"))
+    names = [name for name, _ in events(keyed, body())]
+    assert names == ["message_start", "error"]
+
+
+def test_a_full_server_is_overloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with running(Script(tmp_path / "model", "One")) as server:
+        monkeypatch.setattr(server.server.service.connections, "check_room", _full)
+        with pytest.raises(anthropic.APIStatusError) as raised:
+            client(server).messages.create(**body())
+        assert type(raised.value).__name__ == "OverloadedError"
+        assert raised.value.response.headers["Retry-After"] == "1"
+
+
+def _full(*_: Any) -> None:
+    raise Refused(503, "the server answers as many requests as it can")
+
+
+def test_an_unreadable_body_is_refused_in_this_shape(keyed: Running):
+    for raw, said in ((b"{", "is not JSON"), (b"[]", "not a JSON object")):
+        status, _, answer = keyed.post(raw, PATH, X_Api_Key=KEY)
+        assert (status, answer["type"]) == (400, "error")
+        assert said in answer["error"]["message"]
+
+
+REFUSED = {
+    "no max_tokens": ({"max_tokens": None}, "max_tokens is missing"),
+    "no messages": ({"messages": None}, "messages is missing"),
+    "empty": ({"messages": []}, "messages must not be empty"),
+    "no object": ({"messages": ["hi"]}, "messages[0] must be an object"),
+    "a role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role must be"),
+    "no content": ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+    "prefill": ({"messages": [*USER, {"role": "assistant", "content": "It"}]}, "prefill"),
+    "a server tool": ({"tools": [{"type": "web_search_20250305"}]}, "'web_search_20250305'"),
+    "a tool without schema": ({"tools": [{"name": "f"}]}, "tools[0].input_schema is missing"),
+    "a deferred tool": ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading"),
+    "servers": ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers is not supported"),
+    "a container": ({"container": "x"}, "container is not supported"),
+    "thinking": ({"thinking": {"type": "between_tools"}}, "thinking.type must be"),
+    "stop words": ({"stop_sequences": ["x"] * 17}, "stop_sequences must be up to 16"),
+    "a temperature": ({"temperature": -1}, "temperature must be a number from 0"),
+    "system": ({"system": [{"type": "image"}]}, "system[0] must have one of the types text"),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), REFUSED.values(), ids=list(REFUSED))
+def test_refused(keyed: Running, fields: dict[str, Any], said: str):
+    assert said in refusal(keyed, body(**fields))
+
+
+@pytest.mark.parametrize("kind", ["image", "document", "search_result", "server_tool_use", "x", 7])
+def test_other_blocks_are_refused_by_name(keyed: Running, kind: Any):
+    content = [{"type": "text", "text": "Look"}, {"type": kind, "source": {"type": "url"}}]
+    told = refusal(keyed, body(messages=[{"role": "user", "content": content}]))
+    assert told.startswith("messages[0].content[1] must have one of the types text, tool_result")
+    assert repr(str(kind)) in told
+
+
+def turns(**result: Any) -> list[dict[str, Any]]:
+    """A conversation with a call and its result."""
+    use = {"type": "tool_use", "id": "toolu_1", "name": "warmth", "input": {"city": "Lyon"}}
+    answer = {"type": "tool_result", "tool_use_id": "toolu_1"} | result
+    return [*USER, {"role": "assistant", "content": [use]}, {"role": "user", "content": [answer]}]
+
+
+def test_results(keyed: Running):
+    def count(**result: Any) -> int:
+        return tokens(keyed, messages=turns(**result))
+
+    nothing = count()
+    assert count(content="21") == count(content=[{"type": "text", "text": "21"}]) == nothing + 2
+    blocks = [{"type": "text", "text": "2"}, {"type": "text", "text": "1"}]
+    assert count(content=blocks) == nothing + 3  # a line break
+    assert count(content="21", is_error=True) == nothing + len("Error: 21")
+    told = refusal(keyed, body(messages=turns(content=[{"type": "image"}])))
+    assert "messages[2].content[0].content[0] must have one of the types text; 'image'" in told
+    told = refusal(keyed, body(messages=turns(tool_use_id="toolu_2")))
+    assert "messages[2].content[0].tool_use_id is 'toolu_2', which no tool_use" in told
+
+
+def test_system_and_turns(keyed: Running):
+    assert tokens(keyed, system="ab") == tokens(keyed, system=[{"type": "text", "text": "ab"}])
+    assert tokens(keyed, system="") == tokens(keyed, system=[]) == tokens(keyed)
+    twice = [{"role": "user", "content": text} for text in ("ab", "cd")]
+    once = [{"role": "user", "content": "ab\ncd"}]
+    assert tokens(keyed, messages=twice) == tokens(keyed, messages=once)
+
+
+def test_what_the_template_leaves_out_is_refused(plain: Running):
+    told = refusal(plain, body(tools=[TOOL]))
+    assert told == "tools is not supported: this model's chat template leaves out tools"
+    told = refusal(plain, body(messages=turns(content="21")))
+    assert told.startswith("messages[1] is not supported")
+
+
+UNUSED = [
+    ({"mystery": 1}, "mystery"),
+    ({"output_config": {"effort": "high"}}, "output_config.effort"),
+    ({"thinking": {"type": "adaptive"}}, "thinking"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "thinking.budget_tokens, thinking"),
+    ({"tools": [TOOL | {"input_examples": []}]}, "tools.input_examples"),
+    (
+        {
+            "messages": [
+                *USER,
+                {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]},
+                *USER,
+            ]
+        },
+        "messages.content.redacted_thinking",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "named"), UNUSED, ids=[named for _, named in UNUSED])
+def test_unused_fields_are_named(keyed: Running, fields: dict[str, Any], named: str):
+    _, headers, _ = keyed.post(body(**fields), PATH, X_Api_Key=KEY)
+    assert headers["X-Unused-Parameters"] == named
+
+
+def test_accepted_fields_change_nothing(keyed: Running):
+    cached = {"cache_control": {"type": "ephemeral"}}
+    fields = {
+        "metadata": {"user_id": "a"},
+        "service_tier": "auto",
+        "system": [{"type": "text", "text": "Be brief"} | cached],
+        "tools": [TOOL | cached],
+    } | cached
+    status, headers, answer = keyed.post(body(**fields), PATH, X_Api_Key=KEY)
+    assert status == 200
+    assert "X-Unused-Parameters" not in headers
+    assert tokens(keyed, **fields) == tokens(keyed, system="Be brief", tools=[TOOL])
+    assert answer["content"][0]["text"] == "One two three"
+
+
+def test_thinking_is_turned_on_and_off_and_given_back(tmp_path: Path):
+    with running(Script(tmp_path / "model", "One", template=THINKS), strict=True) as server:
+        on, off = (tokens(server, thinking={"type": kind}) for kind in ("adaptive", "disabled"))
+        assert on - off == len("thinking") - len("quick")
+
+        def back(*blocks: dict[str, Any]) -> int:
+            content = [*blocks, {"type": "text", "text": "x"}]
+            return tokens(
+                server, messages=[*USER, {"role": "assistant", "content": content}, *USER]
+            )
+
+        thought = {"type": "thinking", "thinking": "because", "signature": "s"}
+        assert back(thought) == back() + len("because")
+
+
+def test_blanks_alone_are_no_block():
+    """Models write line breaks between thinking and a call."""
+    call = Call("call_1", "warmth", "{}")
+    pieces = [Piece(reasoning="So"), Piece("\n"), Piece("\n"), Piece(calls=[call, call])]
+    answer = MessageAnswer(NAME, shows_thinking=True)
+    sent = [event.data for piece in pieces for event in answer.events(0, piece)]
+    kinds = [e["content_block"]["type"] for e in sent if "content_block" in e]  # type: ignore[index]
+    assert kinds == ["thinking", "tool_use", "tool_use"]
+    whole = Piece()
+    for piece in pieces:
+        whole.add(piece)
+    content = MessageAnswer(NAME, shows_thinking=True).whole([whole], Usage(1))["content"]
+    assert [block["type"] for block in content] == kinds
+
+
+def test_keep_alive_is_a_ping():
+    assert MessageAnswer.ping == b'event: ping\ndata: {"type": "ping"}\n\n'
+
+
+def test_web_pages_may_send_its_headers(tmp_path: Path):
+    with running(
+        Script(tmp_path / "model", "One"), allow_origins=("http://page.example",)
+    ) as server:
+        head = f"OPTIONS {PATH} HTTP/1.1\r\nHost: localhost\r\nOrigin: http://page.example\r\n\r\n"
+        status, headers, _ = server.raw(head.encode())
+        assert status == 204
+        allowed = headers["Access-Control-Allow-Headers"].lower().split(", ")
+        assert {"x-api-key", "anthropic-version", "content-type", "authorization"} <= set(allowed)
