@@ -15,9 +15,11 @@ from pydantic import TypeAdapter
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.apis.anthropic import MessageAnswer, error_of
+from outlier_mlx.serve.apis.anthropic_fields import BLOCKS, BODY
 from outlier_mlx.serve.apis.api import Usage
 from outlier_mlx.serve.calls import Call
 from outlier_mlx.serve.pieces import Piece
+from tests.program import ROOT
 from tests.scripted import PLAIN, Script
 from tests.serving import NAME, Running, running
 
@@ -208,7 +210,7 @@ def test_a_tool_and_its_result(calling: Running):
     assert (use.name, use.input) == ("warmth", {"city": "Lyon"})
     assert first.stop_reason == streamed.stop_reason == "tool_use"
     assert [b.type for b in streamed.content] == [b.type for b in first.content]
-    assert streamed.content[2].input == {"city": "Lyon"}
+    assert contents(streamed)[2]["input"] == {"city": "Lyon"}
     result = {"type": "tool_result", "tool_use_id": use.id, "content": "21 degrees"}
     said = {"role": "assistant", "content": contents(first)}
     turns = [*USER, said, {"role": "user", "content": [result]}]
@@ -471,6 +473,15 @@ def test_thinking_is_turned_on_and_off_and_given_back(tmp_path: Path):
 
         thought = {"type": "thinking", "thinking": "because", "signature": "s"}
         assert back(thought) == back() + len("because")
+
+
+def test_the_page_has_the_table():
+    page = (ROOT / "docs/anthropic.md").read_text(encoding="utf-8")
+    below = page.partition("\n## Parameters\n\n|")[2].partition("\n\n")[0]
+    cells = [line.strip("| ").split(" | ") for line in below.splitlines()[2:]]
+    honoured = {name: str(f.values) for name, f in BODY.items() if f.use == "honoured"}
+    assert {name.strip("`"): values for name, values, *_ in cells} == honoured
+    assert not [name for name in BODY | BLOCKS if f"`{name}`" not in page]
 
 
 def test_blanks_alone_are_no_block():

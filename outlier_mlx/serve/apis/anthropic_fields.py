@@ -1,6 +1,7 @@
 """The tables of the fields of Anthropic's API: what becomes of each, and its values."""
 
 from outlier_mlx.serve.fields import (
+    ACCEPTED,
     FLAG,
     LENGTH,
     LIST,
@@ -10,67 +11,61 @@ from outlier_mlx.serve.fields import (
     Field,
     Number,
     OneOf,
-    Values,
+    honoured,
+    refused,
 )
 
-
-def _honoured(values: Values) -> Field:
-    return Field("honoured", values)
-
-
-_ACCEPTED = Field("accepted")
-_REFUSED = Field("refused")
-_CONTENT = _honoured(Either((STRING, LIST)))
+_CONTENT = honoured(Either((STRING, LIST)))
 
 #: Of a body.
 BODY: dict[str, Field] = {
-    "messages": _honoured(LIST),
+    "messages": honoured(LIST),
     "system": _CONTENT,
-    "max_tokens": _honoured(LENGTH),
-    "stop_sequences": _honoured(LIST),
-    "stream": _honoured(FLAG),
-    "temperature": _honoured(Number(0)),
-    "top_p": _honoured(Number(0, 1)),
-    "top_k": _honoured(Number(0, whole=True)),
-    "tools": _honoured(LIST),
-    "tool_choice": _honoured(OBJECT),
-    "thinking": _honoured(OBJECT),
-    "output_config": _honoured(OBJECT),
-    "container": _REFUSED,
-    "mcp_servers": Field("refused", harmless=([],)),
-    "cache_control": _ACCEPTED,
-    "diagnostics": _ACCEPTED,
-    "inference_geo": _ACCEPTED,
-    "metadata": _ACCEPTED,
-    "model": _ACCEPTED,
-    "service_tier": _ACCEPTED,
-    "speed": _ACCEPTED,
-    "user_profile_id": _ACCEPTED,
+    "max_tokens": honoured(LENGTH),
+    "stop_sequences": honoured(LIST),
+    "stream": honoured(FLAG),
+    "temperature": honoured(Number(0)),
+    "top_p": honoured(Number(0, 1)),
+    "top_k": honoured(Number(0, whole=True)),
+    "tools": honoured(LIST),
+    "tool_choice": honoured(OBJECT),
+    "thinking": honoured(OBJECT),
+    "output_config": honoured(OBJECT),
+    "container": refused(),
+    "mcp_servers": refused([]),
+    "cache_control": ACCEPTED,
+    "diagnostics": ACCEPTED,
+    "inference_geo": ACCEPTED,
+    "metadata": ACCEPTED,
+    "model": ACCEPTED,
+    "service_tier": ACCEPTED,
+    "speed": ACCEPTED,
+    "user_profile_id": ACCEPTED,
 }
-MESSAGE: dict[str, Field] = {"role": _honoured(OneOf(("user", "assistant", "system")))} | {
+MESSAGE: dict[str, Field] = {"role": honoured(OneOf(("user", "assistant", "system")))} | {
     "content": _CONTENT
 }
 #: Of the content blocks of each type.
 BLOCKS: dict[str, dict[str, Field]] = {
-    "text": {"text": _honoured(STRING), "citations": _ACCEPTED},
-    "thinking": {"thinking": _honoured(STRING), "signature": _ACCEPTED},
-    "redacted_thinking": {"data": _ACCEPTED},
+    "text": {"text": honoured(STRING), "citations": ACCEPTED},
+    "thinking": {"thinking": honoured(STRING), "signature": ACCEPTED},
+    "redacted_thinking": {"data": ACCEPTED},
     "tool_use": {
-        "id": _honoured(STRING),
-        "name": _honoured(STRING),
-        "input": _honoured(OBJECT),
-        "caller": _ACCEPTED,
-        "toolset_name": _REFUSED,
+        "id": honoured(STRING),
+        "name": honoured(STRING),
+        "input": honoured(OBJECT),
+        "caller": ACCEPTED,
+        "toolset_name": refused(),
     },
     "tool_result": {
-        "tool_use_id": _honoured(STRING),
+        "tool_use_id": honoured(STRING),
         "content": _CONTENT,
-        "is_error": _honoured(FLAG),
-        "toolset_name": _REFUSED,
+        "is_error": honoured(FLAG),
+        "toolset_name": refused(),
     },
 }
 for _table in BLOCKS.values():
-    _table |= {"type": _ACCEPTED, "cache_control": _ACCEPTED}
+    _table |= {"type": ACCEPTED, "cache_control": ACCEPTED}
 #: The types of blocks that a message of each role, and the result of a tool, can have.
 PLACES = {
     "system": ("text",),
@@ -79,23 +74,23 @@ PLACES = {
     "tool_result": ("text",),
 }
 TOOL: dict[str, Field] = {
-    "name": _honoured(STRING),
-    "description": _honoured(STRING),
-    "input_schema": _honoured(OBJECT),
-    "strict": _honoured(FLAG),
-    "allowed_callers": Field("refused", harmless=(["direct"],)),
-    "defer_loading": Field("refused", harmless=(False,)),
-    "cache_control": _ACCEPTED,
-    "eager_input_streaming": _ACCEPTED,
-    "type": _ACCEPTED,
+    "name": honoured(STRING),
+    "description": honoured(STRING),
+    "input_schema": honoured(OBJECT),
+    "strict": honoured(FLAG),
+    "allowed_callers": refused(["direct"]),
+    "defer_loading": refused(False),
+    "cache_control": ACCEPTED,
+    "eager_input_streaming": ACCEPTED,
+    "type": ACCEPTED,
 }
 TOOL_CHOICE: dict[str, Field] = {
-    "type": _honoured(OneOf(("auto", "none"))),
-    "disable_parallel_tool_use": _honoured(FLAG),
-    "name": _honoured(STRING),
+    "type": honoured(OneOf(("auto", "none"))),
+    "disable_parallel_tool_use": honoured(FLAG),
+    "name": honoured(STRING),
 }
 THINKING: dict[str, Field] = {
-    "type": _honoured(OneOf(("enabled", "adaptive", "disabled"))),
-    "display": _honoured(OneOf(("summarized", "omitted"))),
+    "type": honoured(OneOf(("enabled", "adaptive", "disabled"))),
+    "display": honoured(OneOf(("summarized", "omitted"))),
 }
-OUTPUT: dict[str, Field] = {"format": _REFUSED}
+OUTPUT: dict[str, Field] = {"format": refused()}

@@ -81,12 +81,12 @@ class _Reader:
             Refused: 400; also if a required field is missing.
         """
         if not isinstance(given, dict):
-            raise refused(where, "must be an object")
+            raise _wrong(where, "must be an object")
         honoured, unknown = check_fields(given, table, where)
         self.unused += unknown
         for name in required:
             if name not in honoured:
-                raise refused(f"{where}.{name}" if where else name, "is missing")
+                raise _wrong(f"{where}.{name}" if where else name, "is missing")
         return honoured
 
     def blocks(self, content: str | list[Any], kind: str, where: str) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ class _Reader:
             type_ = block.get("type") if isinstance(block, dict) else None
             if type_ not in PLACES[kind]:
                 text = f"must have one of the types {', '.join(PLACES[kind])}"
-                raise refused(place, f"{text}; {str(type_)[:40]!r} is not supported")
+                raise _wrong(place, f"{text}; {str(type_)[:40]!r} is not supported")
             table = BLOCKS[type_]
             needed = [name for name in table if name not in ("content", "is_error")]
             needed = [name for name in needed if table[name].use == "honoured"]
@@ -156,10 +156,10 @@ class _Conversation:
             for block in self._reader.blocks(read["content"], role, content):
                 self._block(role, block)
         if not given:
-            raise refused("messages", "must not be empty")
+            raise _wrong("messages", "must not be empty")
         if role == "assistant":
             text = "must not end with a message of the assistant: prefill is not supported"
-            raise refused("messages", text)
+            raise _wrong("messages", text)
 
     def _block(self, role: str, block: dict[str, Any]) -> None:
         where = block["where"]
@@ -183,7 +183,7 @@ class _Conversation:
         identity = block["tool_use_id"]
         if identity not in self._names:
             text = f"is {identity[:40]!r}, which no tool_use in an earlier message has"
-            raise refused(f"{where}.tool_use_id", text)
+            raise _wrong(f"{where}.tool_use_id", text)
         text = self._reader.text(block.get("content", ""), "tool_result", f"{where}.content")
         if block.get("is_error", False):
             text = f"Error: {text}"
@@ -209,7 +209,7 @@ def _tool(reader: _Reader, number: int, tool: Any) -> dict[str, Any]:
         text = (
             f"is {str(kind)[:40]!r}, a tool of Anthropic's servers; only custom ones are supported"
         )
-        raise refused(where, text)
+        raise _wrong(where, text)
     read = reader.fields(tool, TOOL, where, ("name", "input_schema"))
     function = {"name": read["name"], "parameters": read["input_schema"]}
     rest = {name: read[name] for name in ("description", "strict") if name in read}
@@ -230,7 +230,7 @@ def _thinking(reader: _Reader, given: Any, limits: Limits) -> dict[str, Any]:
     return {}
 
 
-def refused(where: str, text: str) -> Refused:
+def _wrong(where: str, text: str) -> Refused:
     """A request that is refused for what is wrong at a place in its body."""
     return Refused(
         400, f"{where} {text}", "invalid_value", where.partition("[")[0].partition(".")[0]

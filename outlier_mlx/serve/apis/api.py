@@ -10,7 +10,6 @@ from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.request import Request
 
-
 #: A comment, which clients pass over.
 KEEP_ALIVE = b": keepalive\n\n"
 
