@@ -1,15 +1,20 @@
 """A conversation: its messages, and a KV cache that is kept from turn to turn."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from outlier_mlx.engine.generate import Options, context_limit, generate_from_tokens
+from outlier_mlx.engine.generate import (
+    Options,
+    Response,
+    context_limit,
+    generate_from_tokens,
+)
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
@@ -84,7 +89,7 @@ class Conversation:
         *,
         progress: Progress = no_progress,
         stopped: Callable[[], bool] = lambda: False,
-    ) -> Iterator[GenerationResponse]:
+    ) -> Iterator[Response]:
         """Send a message, and generate the model's reply.
 
         A reply that ends early stays in the conversation as far as it was written. If nothing was
@@ -161,7 +166,7 @@ class Conversation:
         tokens: list[int],
         progress: Progress,
         stopped: Callable[[], bool],
-    ) -> Iterator[GenerationResponse]:
+    ) -> Iterator[Response]:
         """Add the new `tokens` and the reply to the cache.
 
         Between steps, `self.cache` holds exactly the tokens `self.cached`. During a step it is
@@ -184,12 +189,15 @@ class Conversation:
         options = replace(self.options, system_prompt=None, max_tokens=room)
         self.read = len(tokens) - known
         written: list[int] = []
-        for response in generate_from_tokens(
+        responses = generate_from_tokens(
             self.model, self.tokenizer, tokens[known:], options, cache, reading
-        ):
-            written.append(response.token)
-            self.cache, self.cached = cache, tokens + written
-            yield response
-            if response.finish_reason is not None or stopped():
-                return
-            self.cache = None
+        )
+        # When it is closed, the cache holds what was yielded and nothing else.
+        with closing(responses):
+            for response in responses:
+                written.append(response.token)
+                self.cache, self.cached = cache, tokens + written
+                yield response
+                if response.finish_reason is not None or stopped():
+                    return
+                self.cache = None

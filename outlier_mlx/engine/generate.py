@@ -1,21 +1,24 @@
-"""Generate text with mlx-lm's own loop, sampler and cache, and with typed options."""
+"""Generate text with mlx-lm's sampler and cache, and with typed options."""
 
+import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm import stream_generate
-from mlx_lm.generate import GenerationResponse
+from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.needs import cpu_step
 from outlier_mlx.engine.paging.paged import planned_step, total_parameters
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
+from outlier_mlx.engine.sampling import Sampler
+from outlier_mlx.engine.steps import Counts, Quantized, Steps
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
@@ -72,6 +75,13 @@ class Options:
             raise OutlierError("--kv-bits and --max-kv-size exclude each other")
 
 
+@dataclass
+class Response(GenerationResponse):
+    """mlx-lm's response, and what the generation took so far."""
+
+    counts: Counts = field(default_factory=Counts)
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str, options: Options) -> list[int]:
     """Token ids of a prompt, after the chat template is applied if the model has one.
 
@@ -114,7 +124,7 @@ def generate_text(
     prompt: str,
     options: Options,
     progress: Progress = no_progress,
-) -> Iterator[GenerationResponse]:
+) -> Generator[Response]:
     """Generate text from a prompt, piece by piece.
 
     Args:
@@ -170,7 +180,7 @@ def generate_from_tokens(
     options: Options,
     cache: list[Any] | None = None,
     progress: Progress = no_progress,
-) -> Iterator[GenerationResponse]:
+) -> Generator[Response]:
     """Generate from tokens that follow those in a KV cache.
 
     Args:
@@ -182,7 +192,8 @@ def generate_from_tokens(
         progress: progress callback (tokens processed, tokens in total).
 
     Yields:
-        The same responses as `generate_text`. A token is in the cache before it is yielded.
+        The same responses as `generate_text`. A token is in the cache before it is
+        yielded; tokens that are not asked for are not in the cache once the iterator is closed.
 
     Raises:
         OutlierError: the model does not support an option, or has no row for a token.
@@ -199,24 +210,63 @@ def generate_from_tokens(
         xtc_threshold=options.xtc_threshold,
         xtc_special_tokens=_unaffected(model, tokenizer),
     )
-    responses = stream_generate(
-        model,
-        tokenizer,
-        tokens,
-        max_tokens=options.max_tokens,
-        sampler=sampler,
-        prompt_cache=cache,
-        max_kv_size=options.max_kv_size,
-        prefill_step_size=prefill_step(model, options.prefill_step_size),
-        kv_bits=options.kv_bits,
-        kv_group_size=options.kv_group_size,
-        quantized_kv_start=options.quantized_kv_start,
-        prompt_progress_callback=progress,
+    kv = options.kv_bits and Quantized(
+        options.kv_bits, options.kv_group_size, options.quantized_kv_start
     )
-    for number, response in enumerate(responses):
-        if number % CHECK_EVERY == 0:
-            _check_finite(response)
-        yield response
+    steps = Steps(
+        model,
+        tokens,
+        cache=make_prompt_cache(model, options.max_kv_size) if cache is None else cache,
+        sampler=Sampler(sampler),
+        ends=tokenizer.eos_token_ids,
+        max_tokens=options.max_tokens,
+        quantized=kv or None,
+    )
+    with wired_limit(model, [generation_stream]):
+        yield from _responses(
+            steps, tokenizer, prefill_step(model, options.prefill_step_size), progress
+        )
+
+
+def _responses(
+    steps: Steps, tokenizer: Tokenizer, most: int, progress: Progress
+) -> Generator[Response]:
+    """What `steps` give, as responses; reads at most `most` prompt tokens at a time."""
+    begun, total = time.perf_counter(), steps.unread
+    progress(0, total)
+    while steps.read(most):
+        progress(total - steps.unread, total)
+    detokenizer, prompt_tps, given = tokenizer.detokenizer, 0.0, 0
+    while steps.finish_reason is None:
+        found = steps.step()
+        if not given:
+            prompt_tps = total / (time.perf_counter() - begun)
+            begun = time.perf_counter()
+            progress(total, total)
+        for number, chosen in enumerate(found):
+            left = len(found) - number - 1
+            if given % CHECK_EVERY == 0:
+                _check_finite(chosen.logprobs)
+            given += 1
+            reason = None if left else steps.finish_reason
+            try:
+                yield Response(
+                    text=detokenizer.piece(chosen.token, reason),
+                    token=chosen.token,
+                    logprobs=chosen.logprobs,
+                    from_draft=chosen.drafted,
+                    prompt_tokens=total,
+                    prompt_tps=prompt_tps,
+                    generation_tokens=given,
+                    generation_tps=given / (time.perf_counter() - begun),
+                    peak_memory=mx.get_peak_memory() / 1e9,
+                    finish_reason=reason,
+                    counts=steps.counts,
+                )
+            except GeneratorExit:
+                # Nobody wants the rest of these tokens.
+                steps.take_back(left)
+                raise
 
 
 def _unaffected(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
@@ -256,9 +306,9 @@ def vocabulary(model: nn.Module, tokenizer: Tokenizer) -> int:
     return embedding_rows(model) or len(tokenizer.get_vocab())
 
 
-def _check_finite(response: GenerationResponse) -> None:
+def _check_finite(logprobs: mx.array) -> None:
     """Fail if activations overflowed: a NaN in the KV cache spoils every later token."""
-    if bool(mx.isnan(response.logprobs).any()):
+    if bool(mx.isnan(logprobs).any()):
         raise OutlierError(
             "the model's output is not a number: its activations overflowed in float16 (--dtype"
             " bfloat16 or --dtype float32 prevents it), or its weights are damaged (see"
