@@ -304,6 +304,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "many schemas": ({"anyOf": [{"type": "null"}] * 6000}, "more than 5000 schemas"),
     "many values": ({"enum": list(range(30_000))}, "more than 20000 values"),
     "large": ({"const": "x" * 300_000}, "characters"),
+    "many properties": (
+        {"type": "object", "properties": {f"p{n}": True for n in range(400)}},
+        "#/properties are 400; at most 300",
+    ),
+    "many alternatives": (
+        {"anyOf": [record({f"{n}{k}": True for k in range(9)}) for n in range(400)]},
+        "too|max is|more than",
+    ),
     "inexact": ({"const": 2**60}, "2\\^53"),
     "ambiguous": (
         {"oneOf": [{"type": "integer"}, {"type": "integer", "minimum": 3}]},
@@ -335,7 +343,7 @@ HARD: dict[str, dict[str, Any]] = {
     "long enum": {"enum": [f"value {n}" for n in range(5000)]},
     "many properties": {
         "type": "object",
-        "properties": {f"p{n}": {"type": "string"} for n in range(500)},
+        "properties": {f"p{n}": {"type": "string"} for n in range(300)},
     },
 }
 

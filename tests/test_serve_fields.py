@@ -121,8 +121,18 @@ def test_parameters_of_the_other_endpoint(tooled: Running):
             {"stream_options": {"include_usage": 1}},
             "stream_options.include_usage must be true or f",
         ),
-        ({"tool_choice": "required"}, 'tool_choice must be "auto" or "none"'),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice must be"),
+        (
+            {"tool_choice": "must"},
+            'tool_choice must be "auto" or "none" or "required", or an object',
+        ),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice must be"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice: there is no",
+        ),
+        ({"response_format": "json"}, "response_format must be an object"),
+        ({"response_format": {"type": "xml"}}, "response_format.type must be"),
+        ({"response_format": {"type": "json_schema"}}, "response_format has no schema"),
         ({"logprobs": 21}, "logprobs must be true or false, or a whole number from 0 to 20"),
     ],
     ids=str,
@@ -169,7 +179,6 @@ def test_tools(tooled: Running, plain: Running):
         ({"type": "function", "function": {}}, "tools[0].function.name"),
         ({"type": "function", "function": {"name": ["f"]}}, "tools[0].function.name"),
         ({"function": {"name": "f", "parameters": "x"}}, "tools[0].function.parameters"),
-        ({"function": {"name": "f", "strict": True}}, "tools[0].function.strict"),
     ],
     ids=str,
 )

@@ -29,6 +29,8 @@ _LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
+# Tokens that are tried of each grammar.
+_TRIED = 12
 # What the steps of a tokenizer's decoder may be, if its text is that of its tokens in a row.
 _JOINING = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
@@ -75,13 +77,22 @@ class Grammars:
         # those of the tokenizer, which would be called for each.
         text = '%llguidance {"no_forcing": true}\n' + lark
         matcher = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=limits)
-        matcher.compute_bitmask()
-        reason = matcher.get_error()
-        if not reason and matcher.is_stopped():
-            reason = "it allows nothing"
-        if reason:
+        if reason := matcher.get_error() or self._try(matcher.deep_copy()):
             raise SchemaError(_short(reason))
         return Constraint(self, matcher)
+
+    def _try(self, matcher: Any) -> str:
+        """Write a few tokens, and tell what fails: what is too hard is known before an answer."""
+        random = np.random.default_rng(0)
+        for _ in range(_TRIED):
+            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+            if matcher.is_error() or matcher.is_stopped() or not len(allowed):
+                break
+            matcher.consume_token(int(random.choice(allowed)))
+        if matcher.is_error():
+            return str(matcher.get_error())
+        return "" if matcher.is_accepting() or len(allowed) else "it allows nothing"
 
     def mark(self, text: str) -> str:
         """A mark, such as that before a call, as a symbol of a grammar."""

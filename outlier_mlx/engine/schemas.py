@@ -17,6 +17,8 @@ from outlier_mlx.errors import OutlierError
 MAX_LENGTH = 200_000
 MAX_DEPTH = 48
 MAX_NODES = 5_000
+#: Properties of one object; llguidance's limit for alternatives is a few hundred.
+MAX_PROPERTIES = 300
 MAX_VALUES = 20_000
 #: Characters of the shortest value.
 MAX_SHORTEST = 100_000
@@ -119,6 +121,10 @@ class _Checker:
         if name in _MAPS:
             if not isinstance(value, dict):
                 raise SchemaError(f"{place} must be an object of schemas")
+            if name == "properties" and len(value) > MAX_PROPERTIES:
+                raise SchemaError(
+                    f"{place} are {len(value)}; at most {MAX_PROPERTIES} are supported"
+                )
             named = value.items()
             return {key: self.schema(each, f"{place}/{key}", depth + 1) for key, each in named}
         if name not in _PLAIN:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from outlier_mlx.engine.constraint import Grammars
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.fields import Number
 from outlier_mlx.serve.messages import MessageReader
@@ -40,6 +41,7 @@ class Limits:
         template_names: parameters of `apply_chat_template`, which a client must not set.
         sampling: how tokens are chosen if the request does not say.
         reader: reads messages and tools.
+        grammars: makes the constraints of answers.
     """
 
     max_tokens: int
@@ -48,6 +50,7 @@ class Limits:
     template_names: frozenset[str]
     sampling: Sampling
     reader: MessageReader
+    grammars: Grammars
 
     def template_variables(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Variables of the chat template that a client may set, and those that have no effect.

@@ -10,6 +10,7 @@ from queue import Empty, Queue
 import mlx.core as mx
 from mlx_lm.generate import wired_limit
 
+from outlier_mlx.engine.constraint import ConstraintError
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.batch import Batch, Watch, unwatched
 from outlier_mlx.serve.jobs import Job
@@ -144,7 +145,9 @@ class Loop:
 
     def _step(self, batch: Batch) -> None:
         for sequence, result in batch.step():
-            if isinstance(result, Exception):
+            if isinstance(result, ConstraintError):
+                result = Refused(500, str(result))
+            elif isinstance(result, Exception):
                 result = Refused(503, self._explain(result))
             elif result.finish_reason is not None:
                 self.prefixes.keep(sequence.tokens, sequence.cache, "assistant")

@@ -69,9 +69,6 @@ class MessageReader:
                 raise _refused(f"{where}.function.name", "must be a string")
             if not isinstance(function.get("parameters") or {}, dict):
                 raise _refused(f"{where}.function.parameters", "must be an object")
-            if function.get("strict"):
-                text = "is not supported: arguments are not forced into the schema"
-                raise _refused(f"{where}.function.strict", text)
         if given:
             self._need("tools", "tools")
             if not self.reads_calls:

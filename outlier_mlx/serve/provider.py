@@ -13,6 +13,7 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import PreTrainedTokenizerBase
 
+from outlier_mlx.engine.constraint import Grammars
 from outlier_mlx.engine.experts import RoutedExperts, routed_experts
 from outlier_mlx.engine.generate import activation_dtype, described, prefill_step, vocabulary
 from outlier_mlx.engine.needs import cache_needs
@@ -97,13 +98,15 @@ class OneModel:
             options = self.service.options
             # Between two steps, the other replies get their next tokens.
             self.prefill_step = prefill_step(self.model, options.prefill_step_size)
+            width = vocabulary(self.model, self.tokenizer)
             self.limits = Limits(
                 options.max_tokens,
-                vocabulary(self.model, self.tokenizer),
+                width,
                 options.max_context or context_length(described(self.model)),
                 TEMPLATE_NAMES,
                 Sampling(options.temp, options.top_p, options.top_k, options.min_p),
                 MessageReader(TemplateProbes(self.tokenizer), self.tokenizer.has_tool_calling),
+                Grammars(self.tokenizer, width),
             )
             self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
             self.experts = routed_experts(self.model)

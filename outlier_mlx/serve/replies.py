@@ -175,7 +175,9 @@ class Reply:
 
     def _chosen_and_alternatives(self, response: Token) -> dict[str, Any]:
         """The chosen token and the likeliest tokens, in the format of OpenAI's API."""
-        ranked = sorted(response.top_tokens, key=lambda pair: -pair[1])
+        # JSON has no infinity; such a token is not allowed.
+        possible = (pair for pair in response.top_tokens if math.isfinite(pair[1]))
+        ranked = sorted(possible, key=lambda pair: -pair[1])
         chosen = self._token(response.token, response.logprob)
         chosen["top_logprobs"] = [self._token(*pair) for pair in ranked]
         return chosen

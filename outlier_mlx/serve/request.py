@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from outlier_mlx.engine.constraint import Constraint
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -43,6 +45,7 @@ class Request:
         seed: seed of the random numbers; None: the seed is random.
         alternatives: number of likeliest tokens whose log probabilities are returned beside that
             of each chosen token; None: no log probabilities.
+        constraint: what the reply's form is held to; None: it is free.
         stream: whether the reply is sent in pieces.
         include_usage: whether a stream ends with the numbers of tokens.
         unused: names of the request's fields that have no effect, because the API does not have
@@ -60,6 +63,7 @@ class Request:
     sampling: Sampling = Sampling()
     seed: int | None = None
     alternatives: int | None = None
+    constraint: Constraint | None = None
     stream: bool = False
     include_usage: bool = False
     unused: tuple[str, ...] = ()

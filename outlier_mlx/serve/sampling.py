@@ -53,6 +53,8 @@ def choice_for(request: Request, unaffected: Sequence[int]) -> Choice:
         sampling.frequency_penalty,
         sampling.frequency_context_size,
     )
+    if request.constraint is not None:
+        processors.append(request.constraint.start())
     return Choice(_sampler(sampling, request.seed, list(unaffected)), tuple(processors))
 
 

@@ -8,6 +8,7 @@ from outlier_mlx.serve.fields import CHAT, FIELDS, check_fields
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.request import Request
+from outlier_mlx.serve.structured import Form, given_schema, tool_choice
 
 
 class Chat:
@@ -32,10 +33,13 @@ class Chat:
         unused += unknown
         effort, unknown = limits.effort(body.get("reasoning_effort"), "reasoning_effort")
         unused += unknown
+        choice = tool_choice(body.get("tool_choice", "auto"), tools)
+        several = body.get("parallel_tool_calls", True)
         request = Request(
             messages=messages,
-            tools=[] if body.get("tool_choice") == "none" else tools,
-            parallel_calls=body.get("parallel_tool_calls", True),
+            tools=choice.tools,
+            parallel_calls=several,
+            constraint=Form(*given_schema(body), choice, several).constraint(limits.grammars),
             template=effort | template,
             alternatives=_alternatives(body, limits),
             unused=tuple(dict.fromkeys(unused)),

@@ -20,13 +20,13 @@ from outlier_mlx.serve.fields import (
     STRING,
     Either,
     Field,
-    OneOf,
     check_fields,
     honoured,
     refused,
 )
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.request import Request, Sampling
+from outlier_mlx.serve.structured import Form, schema_of_format, tool_choice
 
 RESPONSES = "/v1/responses"
 LOGPROBS = "message.output_text.logprobs"
@@ -47,7 +47,7 @@ OWN_FIELDS: dict[str, Field] = {
     "text": honoured(OBJECT),
     "reasoning": honoured(OBJECT),
     "tools": honoured(LIST),
-    "tool_choice": honoured(Either((OneOf(("auto", "none")), OBJECT))),
+    "tool_choice": FIELDS["tool_choice"],
     "parallel_tool_calls": honoured(FLAG),
     "metadata": honoured(OBJECT),
     "chat_template_kwargs": honoured(OBJECT),
@@ -72,7 +72,7 @@ RESPONSE_FIELDS: dict[str, Field] = OWN_FIELDS | {
     if name not in OWN_FIELDS
 }
 TEXT_FIELDS: dict[str, Field] = {
-    "format": refused({"type": "text"}),
+    "format": honoured(OBJECT),
     "verbosity": refused("medium"),
 }
 REASONING_FIELDS: dict[str, Field] = {
@@ -127,7 +127,8 @@ class Responses:
         read, unused = check_fields(body, RESPONSE_FIELDS, endpoint=RESPONSES)
         reasoning, unknown = check_fields(read.get("reasoning", {}), REASONING_FIELDS, "reasoning")
         unused += unknown
-        unused += check_fields(read.get("text", {}), TEXT_FIELDS, "text")[1]
+        text, unknown = check_fields(read.get("text", {}), TEXT_FIELDS, "text")
+        unused += unknown
         _check_metadata(read.get("metadata", {}))
         conversation = self._conversation(read)
         if limits.reader.probes.leaves_out("system messages after the first message"):
@@ -142,10 +143,14 @@ class Responses:
         effort, unknown = limits.effort(reasoning.get("effort"), "reasoning.effort")
         unused += unknown
         length = read.get("max_output_tokens", 0)
+        choice = tool_choice(read.get("tool_choice", "auto"), limits.reader.tools(tools))
+        several = read.get("parallel_tool_calls", True)
+        schema = schema_of_format(text.get("format", {"type": "text"}), "text.format")
         request = Request(
             messages=messages,
-            tools=_chosen(limits.reader.tools(tools), read.get("tool_choice", "auto")),
-            parallel_calls=read.get("parallel_tool_calls", True),
+            tools=choice.tools,
+            parallel_calls=several,
+            constraint=Form(schema, "text.format", choice, several).constraint(limits.grammars),
             template=effort | template,
             stop=limits.stop_words(read.get("stop", []), "stop"),
             max_tokens=min(length or limits.max_tokens, limits.max_tokens),
@@ -274,17 +279,3 @@ def _tools(given: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
         unused += unknown
         tools.append({"type": function.pop("type"), "function": function})
     return tools, unused
-
-
-def _chosen(tools: list[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:
-    """The tools that the model may call."""
-    if choice == "none":
-        return []
-    if choice == "auto":
-        return tools
-    allowed = choice.get("tools") if choice.get("type") == "allowed_tools" else None
-    if not isinstance(allowed, list) or choice.get("mode", "auto") != "auto":
-        text = 'tool_choice must be "auto", "none", or allowed_tools with the mode "auto"'
-        raise Refused(400, text, "unsupported_value", "tool_choice")
-    names = [tool.get("name") for tool in allowed if isinstance(tool, dict)]
-    return [tool for tool in tools if tool["function"]["name"] in names]

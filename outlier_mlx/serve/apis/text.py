@@ -9,6 +9,7 @@ from outlier_mlx.serve.fields import FIELDS, TEXT, check_fields
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.request import Request
+from outlier_mlx.serve.structured import Form, given_schema
 
 MAX_PROMPTS = 128
 
@@ -27,7 +28,9 @@ class Text:
         """
         body, unused = check_fields(body, FIELDS, endpoint=TEXT)
         common, unknown = common_fields(body, limits)
+        form = Form(*given_schema(body))
         request = Request(
+            constraint=form.constraint(limits.grammars),
             alternatives=_alternatives(body, limits),
             unused=tuple(dict.fromkeys(unused + unknown)),
             **common,
