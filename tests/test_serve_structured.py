@@ -247,3 +247,29 @@ def test_calls_that_cannot_be_forced(tooled: Running, more: Any, told: str) -> N
 
 def test_no_form_needs_no_grammar() -> None:
     assert Form(choice=ToolChoice([TOOL, OTHER])).constraint(None) is None  # type: ignore[arg-type]
+
+
+def test_the_responses_api(server: Running, tooled: Running) -> None:
+    client = server.client.responses
+    text: Any = {"format": {"type": "json_schema", "name": "r", "schema": SCHEMAS["record"]}}
+    answer = client.create(model="tiny", input="Who?", text=text, max_output_tokens=200)
+    assert_valid(answer.output_text, SCHEMAS["record"])
+    tool: Any = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
+    choice: Any = {"type": "function", "name": "weather"}
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [choice]}
+    choices: list[Any] = ["required", choice, allowed]
+    for chosen in choices:
+        made = tooled.client.responses.create(
+            model="tiny",
+            input="Who?",
+            tools=[tool],
+            tool_choice=chosen,
+            parallel_tool_calls=False,
+            max_output_tokens=150,
+        )
+        (call,) = made.output
+        assert call.type == "function_call" and call.name == "weather"
+        assert_valid(call.arguments, PARAMETERS)
+    wrong = {"input": "x", "text": {"format": {"type": "json_schema", "schema": {"not": {}}}}}
+    status, _, refused = server.post(wrong, "/v1/responses")
+    assert status == 400 and refused["error"]["param"] == "text.format"

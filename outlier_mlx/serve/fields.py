@@ -97,6 +97,7 @@ LENGTH = Number(1, math.inf, whole=True)
 PENALTY = Number()
 WINDOW = Number(0, whole=True)
 ALTERNATIVES = Number(0, 20, whole=True)
+TOOL_CHOICE = Either((OneOf(("auto", "none", "required")), OBJECT))
 EFFORT = OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max"))
 
 
@@ -156,7 +157,7 @@ FIELDS: dict[str, Field] = {
     "logprobs": honoured(Either((FLAG, ALTERNATIVES))),
     "top_logprobs": honoured(ALTERNATIVES),
     "tools": honoured(LIST, CHAT),
-    "tool_choice": honoured(Either((OneOf(("auto", "none", "required")), OBJECT)), CHAT),
+    "tool_choice": honoured(TOOL_CHOICE, CHAT),
     "response_format": honoured(OBJECT),
     "guided_json": honoured(OBJECT),
     "json_schema": honoured(OBJECT),
