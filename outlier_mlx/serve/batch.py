@@ -128,7 +128,8 @@ class Batch:
         if sequence in tops:
             ids, values = (array.tolist() for array in tops[sequence])
             top = tuple(zip(ids, values, strict=True))
-        return Token(token, logprob, reason, top)
+        passes = sequence.job.passes
+        return Token(token, logprob, reason, top, passes.popleft() if passes else None)
 
     def _part_from(self, results: list[tuple[Sequence, Token | Exception]]) -> None:
         ended = set()

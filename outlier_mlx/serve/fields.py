@@ -164,6 +164,7 @@ FIELDS: dict[str, Field] = {
     "parallel_tool_calls": honoured(FLAG, CHAT),
     "reasoning_effort": honoured(EFFORT, CHAT),
     "chat_template_kwargs": honoured(OBJECT, CHAT),
+    "outlier": honoured(OBJECT, CHAT),
     # Of OpenAI's API.
     "audio": refused(),
     "best_of": refused(1),
@@ -219,6 +220,8 @@ STREAM_OPTIONS: dict[str, Field] = {
     "include_usage": honoured(FLAG),
     "include_obfuscation": ACCEPTED,
 }
+# Of this server alone.
+OUTLIER_FIELDS: dict[str, Field] = {"experts": honoured(FLAG)}
 # Of each message. Those that are honoured are given to the chat template.
 MESSAGE_FIELDS: dict[str, Field] = {
     "role": honoured(STRING),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.token_ids import check_ids
 from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.experts import ExpertWatch
 from outlier_mlx.serve.jobs import Job, Token
 from outlier_mlx.serve.loop import FAILED, Loop
 from outlier_mlx.serve.prefix_cache import PrefixCache
@@ -38,6 +39,7 @@ class Generator:
         self.replies: set[Reply] = set()
         self.pool = ThreadPoolExecutor(provider.service.options.decode_concurrency, "reply")
         self.loop = Loop(provider, lambda: bool(self.replies))
+        self.loop.watch = ExpertWatch(provider)
         self.loop.start()
 
     @property

@@ -1,10 +1,12 @@
 """What a request's own thread and the thread that generates send to each other."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
+from outlier_mlx.engine.experts import Pass
 from outlier_mlx.serve.request import Request
 from outlier_mlx.serve.segments import Prompt
 
@@ -20,12 +22,14 @@ class Token:
             one that was asked for, else None.
         top_tokens: the likeliest tokens and their log probabilities, as many as the request asks
             for, in no order.
+        taken: the pass that computed it, and its row there, if the request asks for its experts.
     """
 
     token: int
     logprob: float
     finish_reason: str | None = None
     top_tokens: tuple[tuple[int, float], ...] = ()
+    taken: tuple[Pass, int] | None = None
 
 
 class Job(Queue[Any]):
@@ -44,6 +48,7 @@ class Job(Queue[Any]):
         cached: number of the prompt's tokens whose cache was kept from an earlier request.
         ended: whether nothing more will be generated.
         abandoned: whether nobody waits for the reply any more.
+        passes: the passes that computed tokens which are not told yet, and its row in each.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Job(Queue[Any]):
         self.cached = 0
         self.ended = False
         self.abandoned = False
+        self.passes: deque[tuple[Pass, int]] = deque()
         self._ends = ends
 
     @property

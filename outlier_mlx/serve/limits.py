@@ -42,6 +42,7 @@ class Limits:
         sampling: how tokens are chosen if the request does not say.
         reader: reads messages and tools.
         grammars: makes the constraints of answers.
+        has_experts: whether the model has routed experts, so that a request can ask for them.
     """
 
     max_tokens: int
@@ -51,6 +52,7 @@ class Limits:
     sampling: Sampling
     reader: MessageReader
     grammars: Grammars
+    has_experts: bool = False
 
     def template_variables(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Variables of the chat template that a client may set, and those that have no effect.

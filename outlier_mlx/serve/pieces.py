@@ -17,6 +17,7 @@ class Piece:
         reasoning: text between the marks of reasoning.
         calls: calls of functions.
         logprobs: log probabilities of the tokens since the last piece, as in OpenAI's API.
+        experts: the tokens since the last piece, and their experts; see `experts.described`.
         finish_reason: "stop", "length" or "tool_calls" in the last piece, else None.
         stop_word: the stop word that ended the reply, in the last piece, or None.
     """
@@ -25,6 +26,7 @@ class Piece:
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    experts: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_word: str | None = None
 
@@ -38,6 +40,7 @@ class Piece:
         self.reasoning += other.reasoning
         self.calls += other.calls
         self.logprobs += other.logprobs
+        self.experts += other.experts
         self.finish_reason = other.finish_reason
         self.stop_word = other.stop_word
 

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.constraint import Grammars
-from outlier_mlx.engine.experts import RoutedExperts, routed_experts
+from outlier_mlx.engine.experts import ExpertRecorder, RoutedExperts, routed_experts
 from outlier_mlx.engine.generate import activation_dtype, described, prefill_step, vocabulary
 from outlier_mlx.engine.needs import cache_needs
 from outlier_mlx.engine.prompts import embedding_rows
@@ -64,6 +64,7 @@ class OneModel:
         rows: rows of the model's embedding, if they are known.
         memory: memory for KV caches.
         experts: the model's routed experts, or None.
+        recorder: records which of them are used; None while no model is loaded.
         prefill_step: tokens of a prompt to read at a time, at most.
         unaffected: tokens that XTC leaves alone: line breaks and what ends a text.
     """
@@ -78,6 +79,7 @@ class OneModel:
     rows: int | None
     memory: CacheMemory
     experts: RoutedExperts | None
+    recorder: ExpertRecorder | None
     prefill_step: int
     unaffected: list[int]
 
@@ -99,6 +101,7 @@ class OneModel:
             # Between two steps, the other replies get their next tokens.
             self.prefill_step = prefill_step(self.model, options.prefill_step_size)
             width = vocabulary(self.model, self.tokenizer)
+            self.experts = routed_experts(self.model)
             self.limits = Limits(
                 options.max_tokens,
                 width,
@@ -107,9 +110,9 @@ class OneModel:
                 Sampling(options.temp, options.top_p, options.top_k, options.min_p),
                 MessageReader(TemplateProbes(self.tokenizer), self.tokenizer.has_tool_calling),
                 Grammars(self.tokenizer, width),
+                has_experts=self.experts is not None,
             )
             self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
-            self.experts = routed_experts(self.model)
             self.rows = embedding_rows(self.model)
             marks = {*self.tokenizer.encode("\n"), *self.ends}
             self.unaffected = sorted(token for token in marks if 0 <= token < self.limits.vocab)
@@ -131,6 +134,7 @@ class OneModel:
         except BaseException:
             self.state = "unloaded"
             raise
+        self.recorder = ExpertRecorder(self.model)
         self.ends = frozenset(self.tokenizer.eos_token_ids)
         self.machine = make_text_state_machine(self.tokenizer)
         mergeable = all(hasattr(layer, "merge") for layer in self.new_cache())
@@ -157,4 +161,5 @@ class OneModel:
 
     def unload(self) -> None:
         """Let go of the model; its tokenizer stays, because requests need it before they wait."""
-        self.model, self.state = None, "unloaded"
+        self.model = self.recorder = None
+        self.state = "unloaded"

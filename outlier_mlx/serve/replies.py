@@ -10,6 +10,7 @@ from mlx_lm.generate import TextStateMachine
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.calls import CallReader
+from outlier_mlx.serve.experts import described
 from outlier_mlx.serve.generator import Generator
 from outlier_mlx.serve.jobs import Token
 from outlier_mlx.serve.pieces import Piece, Splitter
@@ -57,6 +58,7 @@ class Reply:
         self._responses: Iterator[Token] = iter(())
         self._logprobs: list[dict[str, Any]] = []
         self._stop_word: str | None = None
+        self._experts: list[dict[str, Any]] = []
 
     @property
     def cached_tokens(self) -> int:
@@ -102,6 +104,7 @@ class Reply:
             if piece:
                 piece.logprobs, self._logprobs = self._logprobs, []
                 piece.stop_word = self._stop_word
+                piece.experts, self._experts = self._experts, []
                 yield piece
             if reason is not None:
                 return
@@ -129,7 +132,10 @@ class Reply:
             self.completion_tokens += 1
             if self.request.alternatives is not None and response.finish_reason != "stop":
                 self._logprobs.append(self._chosen_and_alternatives(response))
-            state, segments = TextStateMachine.split(state, text_of(response))
+            text = text_of(response)
+            if response.taken is not None and response.finish_reason != "stop":
+                self._experts.append(described(text, response.taken))
+            state, segments = TextStateMachine.split(state, text)
             text = segments[0][1]
             if len(segments) > 1:
                 self._stop_word = words[list(states).index(segments[1][0])]

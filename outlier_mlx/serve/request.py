@@ -46,6 +46,7 @@ class Request:
         alternatives: number of likeliest tokens whose log probabilities are returned beside that
             of each chosen token; None: no log probabilities.
         constraint: what the reply's form is held to; None: it is free.
+        experts: whether to tell which experts served each token.
         stream: whether the reply is sent in pieces.
         include_usage: whether a stream ends with the numbers of tokens.
         unused: names of the request's fields that have no effect, because the API does not have
@@ -64,6 +65,7 @@ class Request:
     seed: int | None = None
     alternatives: int | None = None
     constraint: Constraint | None = None
+    experts: bool = False
     stream: bool = False
     include_usage: bool = False
     unused: tuple[str, ...] = ()

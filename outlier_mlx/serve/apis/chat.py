@@ -1,10 +1,11 @@
 """`/v1/chat/completions` of OpenAI's API."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.apis.completions import CompletionAnswer, common_fields
-from outlier_mlx.serve.fields import CHAT, FIELDS, check_fields
+from outlier_mlx.serve.fields import CHAT, FIELDS, OUTLIER_FIELDS, check_fields
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.request import Request
@@ -35,6 +36,8 @@ class Chat:
         unused += unknown
         choice = tool_choice(body.get("tool_choice", "auto"), tools)
         several = body.get("parallel_tool_calls", True)
+        experts, unknown = _experts(body.get("outlier", {}), limits)
+        unused += unknown
         request = Request(
             messages=messages,
             tools=choice.tools,
@@ -42,6 +45,7 @@ class Chat:
             constraint=Form(*given_schema(body), choice, several).constraint(limits.grammars),
             template=effort | template,
             alternatives=_alternatives(body, limits),
+            experts=experts,
             unused=tuple(dict.fromkeys(unused)),
             **common,
         )
@@ -86,6 +90,21 @@ class ChatAnswer(CompletionAnswer):
                 self._calls += 1
         logprobs = {"logprobs": {"content": piece.logprobs}} if piece.logprobs else {}
         return logprobs | {"delta" if stream else "message": message}
+
+    def more(self, pieces: Iterable[Piece]) -> dict[str, Any]:
+        """The experts of the tokens, if the client asked for them."""
+        experts = [token for piece in pieces for token in piece.experts]
+        return {"outlier": {"experts": experts}} if experts else {}
+
+
+def _experts(given: dict[str, Any], limits: Limits) -> tuple[bool, list[str]]:
+    """Whether experts are to be told, and the names of fields that have no effect."""
+    options, unknown = check_fields(given, OUTLIER_FIELDS, "outlier")
+    experts: bool = options.get("experts", False)
+    if experts and not limits.has_experts:
+        text = "outlier.experts: only a tier has experts to tell; this model is none"
+        raise Refused(400, text, "unsupported_parameter", "outlier")
+    return experts, unknown
 
 
 def _alternatives(body: dict[str, Any], limits: Limits) -> int | None:

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from outlier_mlx import __version__
@@ -84,10 +84,15 @@ class CompletionAnswer:
         """What a choice has besides its number and finish reason."""
         raise NotImplementedError
 
-    def whole(self, wholes: Iterable[Piece], usage: Usage) -> dict[str, Any]:
+    def more(self, pieces: Iterable[Piece]) -> dict[str, Any]:
+        """What an answer, or a chunk, has besides its choices."""
+        return {}
+
+    def whole(self, wholes: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """The whole answer, with a choice for each reply."""
         choices = [self._choice(*numbered, stream=False) for numbered in enumerate(wholes)]
-        return self._object(self._whole_object, choices) | {"usage": usage_of(usage)}
+        whole = self._object(self._whole_object, choices) | {"usage": usage_of(usage)}
+        return whole | self.more(wholes)
 
     def begin(self, usage: Usage) -> Iterable[Event]:
         """Nothing."""
@@ -96,7 +101,7 @@ class CompletionAnswer:
     def events(self, number: int, piece: Piece) -> Iterable[Event]:
         """A chunk with one choice."""
         choice = self._choice(number, piece, stream=True)
-        return (Event(self._object(self._chunk_object, [choice])),)
+        return (Event(self._object(self._chunk_object, [choice]) | self.more([piece])),)
 
     def end(self, usage: Usage) -> Iterator[Event]:
         """The numbers of tokens, if the client asked for them, and `[DONE]`."""
