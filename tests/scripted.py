@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from outlier_mlx.engine.loading import load_tokenizer
 
-#: Ends a reply, begins one, and stands before each message.
-END, START, ROLE = "<|end|>", "<|start|>", "<|role|>"
+#: Ends a reply, begins one, stands before each message, and begins a reply to a tool's result.
+END, START, ROLE, RESULT = "<|end|>", "<|start|>", "<|role|>", "<|result|>"
 #: Qwen's way to write tools, calls and results; other messages of any role.
 TOOLS = (
     "{% if tools %}<|role|>tools{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
@@ -60,6 +60,7 @@ class Script:
         reply: the texts of the reply's tokens.
         template: the chat template, or None.
         marks: texts that are tokens besides those of the reply and the bytes.
+        then: the texts of the reply's tokens after the mark `RESULT`.
     """
 
     def __init__(
@@ -68,21 +69,25 @@ class Script:
         *reply: str,
         template: str | None = TOOLS,
         marks: tuple[str, ...] = ("<tool_call>", "</tool_call>"),
+        then: tuple[str, ...] = (),
     ) -> None:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(alphabet)}, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (END, START, ROLE)])
-        added = dict.fromkeys((*marks, *reply))
+        tokenizer.add_special_tokens(
+            [AddedToken(t, normalized=False) for t in (END, START, ROLE, RESULT)]
+        )
+        added = dict.fromkeys((*marks, *reply, *then))
         tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in added])
-        path = [START, *reply, END]
-        assert len(set(path)) == len(path), "a token has one successor"
         vocab = tokenizer.get_vocab()
-        ids = [vocab[text] for text in path]
-        self._successors = [ids[-1]] * len(vocab)
-        for token, following in pairwise(ids):
-            self._successors[token] = following
+        self._successors = [vocab[END]] * len(vocab)
+        paths = [[START, *reply, END], [RESULT, *then, END]]
+        followed = [text for path in paths for text in path[:-1]]
+        assert len(set(followed)) == len(followed), "a token has one successor"
+        for path in paths:
+            for text, following in pairwise(path):
+                self._successors[vocab[text]] = vocab[following]
         folder.mkdir(parents=True)
         tokenizer.save(str(folder / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}

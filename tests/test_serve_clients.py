@@ -1,0 +1,236 @@
+"""Programs that people use, as they are, with this server: openai, litellm and llm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.scripted import RESULT, TOOLS, Script
+from tests.serving import Running, running
+
+pytestmark = pytest.mark.slow
+
+KEY = "sesame"
+WRITTEN = ("Let me see.", "<tool_call>", '{"name": "add", "arguments": {"a": 2}}', "</tool_call>")
+THEN = ("The sum", " is", " 42.")
+#: After the result of a tool, the model answers.
+TEMPLATE = TOOLS.replace(
+    "<|start|>", f"{{% if messages[-1].role == 'tool' %}}{RESULT}{{% else %}}<|start|>{{% endif %}}"
+)
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
+FUNCTION: Any = {"name": "add", "description": "Adds to 40", "parameters": PARAMETERS}
+TOOL: Any = {"type": "function", "function": FUNCTION}
+USER: Any = {"role": "user", "content": "What is 40 and 2?"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A model that calls a function, and answers once it has the result."""
+    folder = tmp_path_factory.mktemp("clients") / "model"
+    with running(Script(folder, *WRITTEN, template=TEMPLATE, then=THEN), api_key=KEY) as server:
+        server.client = server.new_client(api_key=KEY)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    with running(Script(folder, "Over", " there", "."), api_key=KEY) as server:
+        yield server
+
+
+def result(call: Any) -> str:
+    """What the function that was called returns."""
+    assert call.name == "add"
+    return str(40 + json.loads(call.arguments)["a"])
+
+
+# openai
+
+
+def test_openai_chat(server: Running):
+    create: Callable[..., Any] = server.client.chat.completions.create
+    first = create(model="tiny", messages=[USER], tools=[TOOL]).choices[0]
+    assert first.finish_reason == "tool_calls"
+    (call,) = first.message.tool_calls
+    answer = {"role": "tool", "tool_call_id": call.id, "content": result(call.function)}
+    messages = [USER, first.message, answer]
+    second = create(model="tiny", messages=messages, tools=[TOOL])
+    assert second.choices[0].message.content == "The sum is 42."
+    chunks = list(create(model="tiny", messages=messages, tools=[TOOL], stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == "The sum is 42."
+
+
+def test_openai_chat_with_its_helper_for_streams(server: Running):
+    stream: Callable[..., Any] = server.client.chat.completions.stream
+    with stream(model="tiny", messages=[USER], tools=[TOOL]) as events:
+        kinds = {event.type for event in events}
+        final = events.get_final_completion().choices[0].message
+    assert "tool_calls.function.arguments.done" in kinds
+    assert final.content == "Let me see."
+    assert result(final.tool_calls[0].function) == "42"
+
+
+def test_openai_responses(server: Running):
+    create: Callable[..., Any] = server.client.responses.create
+    flat = {"type": "function", "strict": False} | FUNCTION
+    first = create(model="tiny", input="What is 40 and 2?", tools=[flat])
+    assert first.output_text == "Let me see."
+    call = first.output[-1]
+    answer = {"type": "function_call_output", "call_id": call.call_id, "output": result(call)}
+    second = create(model="tiny", input=[answer], previous_response_id=first.id, tools=[flat])
+    assert second.output_text == "The sum is 42."
+    # Without anything kept, with the items that came.
+    items = [USER, *(item.to_dict() for item in first.output), answer]
+    third = create(model="tiny", input=items, tools=[flat], store=False)
+    assert third.output_text == "The sum is 42."
+    assert third.usage.input_tokens == second.usage.input_tokens
+    assert third.usage.input_tokens_details.cached_tokens > 0
+
+
+def test_openai_responses_with_its_helper_for_streams(server: Running):
+    stream: Callable[..., Any] = server.client.responses.stream
+    flat = {"type": "function", "strict": False} | FUNCTION
+    with stream(model="tiny", input="What is 40 and 2?", tools=[flat]) as events:
+        kinds = [event.type for event in events]
+        final = events.get_final_response()
+    assert kinds[0] == "response.created"
+    assert kinds[-1] == "response.completed"
+    assert final.output_text == "Let me see."
+    assert result(final.output[-1]) == "42"
+
+
+def test_openai_async(plain: Running):
+    async def ask() -> list[Any]:
+        client = openai.AsyncOpenAI(base_url=plain.server.url, api_key=KEY, max_retries=0)
+        async with client:
+            chat = client.chat.completions.create(model="tiny", messages=[USER])
+            response = client.responses.create(model="tiny", input="x")
+            stream = await client.responses.create(model="tiny", input="x", stream=True)
+            events = [event async for event in stream]
+            return [*await asyncio.gather(chat, response), events]
+
+    chat, response, events = asyncio.run(ask())
+    assert chat.choices[0].message.content == response.output_text == "Over there."
+    assert events[-1].response.output_text == "Over there."
+
+
+# litellm
+
+
+@pytest.fixture(scope="module")
+def litellm() -> Iterator[Any]:
+    """The module, which would ask the internet for prices when it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+        import litellm
+
+        patch.setattr(litellm, "suppress_debug_info", True)
+        yield litellm
+
+
+def where(server: Running) -> dict[str, Any]:
+    return {"model": "openai/tiny", "api_base": server.server.url, "api_key": KEY, "max_retries": 0}
+
+
+def test_litellm_chat(server: Running, litellm: Any):
+    first = litellm.completion(messages=[USER], tools=[TOOL], **where(server)).choices[0]
+    assert first.finish_reason == "tool_calls"
+    (call,) = first.message.tool_calls
+    answer = {"role": "tool", "tool_call_id": call.id, "content": result(call.function)}
+    messages = [USER, first.message, answer]
+    second = litellm.completion(messages=messages, tools=[TOOL], **where(server))
+    assert second.choices[0].message.content == "The sum is 42."
+    chunks = list(litellm.completion(messages=[USER], tools=[TOOL], stream=True, **where(server)))
+    built = litellm.stream_chunk_builder(chunks).choices[0].message
+    assert built.content == "Let me see."
+    assert result(built.tool_calls[0].function) == "42"
+
+
+# litellm counts the tokens in its own way, and then warns of it.
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_litellm_responses(server: Running, litellm: Any):
+    flat = {"type": "function"} | FUNCTION
+    first = litellm.responses(input="What is 40 and 2?", tools=[flat], **where(server))
+    call = first.output[-1]
+    answer = {"type": "function_call_output", "call_id": call.call_id, "output": result(call)}
+    more: dict[str, Any] = {"previous_response_id": first.id, "tools": [flat]}
+    events = list(litellm.responses(input=[answer], stream=True, **more, **where(server)))
+    texts = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(texts) == "The sum is 42."
+    assert events[-1].response.output[0].content[0].text == "The sum is 42."
+
+
+def test_litellm_s_errors(plain: Running, litellm: Any):
+    with pytest.raises(litellm.BadRequestError, match="temperature must be a number from 0"):
+        litellm.completion(messages=[USER], temperature=-1, **where(plain))
+    with pytest.raises(litellm.AuthenticationError):
+        litellm.completion(messages=[USER], **where(plain) | {"api_key": "wrong"})
+    with pytest.raises(litellm.NotFoundError, match="does not support /v1/embeddings"):
+        litellm.embedding(input=["x"], **where(plain))
+
+
+# llm
+
+
+@pytest.fixture(scope="module")
+def llm(
+    server: Running, plain: Running, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., str]]:
+    """Runs llm's program with an entry for each server and API; returns what it prints."""
+    from click.testing import CliRunner
+    from llm.cli import cli
+
+    folder = tmp_path_factory.mktemp("llm")
+    entries = [
+        {
+            "model_id": f"{kind}{api}",
+            "model_name": "tiny",
+            "api_base": serves.server.url,
+            "api_key_name": "tiny",
+            "supports_tools": True,
+            "supports_schema": True,
+        }
+        | ({"responses": True} if api else {})
+        for kind, serves in (("calling", server), ("plain", plain))
+        for api in ("", "-responses")
+    ]
+    (folder / "extra-openai-models.yaml").write_text(json.dumps(entries))  # JSON is YAML
+    (folder / "keys.json").write_text(json.dumps({"tiny": KEY}))
+
+    def run(*arguments: str, stdin: str = "") -> str:
+        done = CliRunner().invoke(cli, arguments, input=stdin, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output.strip()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_USER_PATH", str(folder))
+        yield run
+
+
+@pytest.mark.parametrize("model", ["plain", "plain-responses"])
+def test_llm(llm: Callable[..., str], model: str):
+    assert llm("-m", model, "Where is Vega?") == "Over there."
+    assert llm("-m", model, "Where is Vega?", "--no-stream", "-s", "Be kind") == "Over there."
+    assert llm("-c", "And Deneb?") == "Over there."
+    (logged,) = json.loads(llm("logs", "list", "-n", "1", "--json"))
+    assert logged["prompt"] == "And Deneb?"
+    assert logged["input_tokens"] > 40  # with what was said before
+    chat = llm("chat", "-m", model, stdin="Hi\nAgain\nexit\n")
+    assert chat.count("Over there.") == 2
+
+
+@pytest.mark.parametrize("model", ["calling", "calling-responses"])
+@pytest.mark.parametrize("stream", [(), ("--no-stream",)])
+def test_llm_with_a_tool(llm: Callable[..., str], model: str, stream: tuple[str, ...]):
+    function = "def add(a: int) -> str:\n    return str(40 + a)\n"
+    printed = llm("-m", model, "What is 40 and 2?", "--functions", function, *stream)
+    assert printed.endswith("The sum is 42.")
+    (*_, logged) = json.loads(llm("logs", "list", "-n", "2", "--json"))
+    assert "42" in json.dumps(logged)
