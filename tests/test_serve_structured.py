@@ -273,3 +273,23 @@ def test_the_responses_api(server: Running, tooled: Running) -> None:
     wrong = {"input": "x", "text": {"format": {"type": "json_schema", "schema": {"not": {}}}}}
     status, _, refused = server.post(wrong, "/v1/responses")
     assert status == 400 and refused["error"]["param"] == "text.format"
+
+
+def test_the_messages_api(server: Running, tooled: Running) -> None:
+    path = "/v1/messages"
+    body: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 150}
+    output = {"format": {"type": "json_schema", "schema": SCHEMAS["record"]}}
+    status, _, answer = server.post(body | {"output_config": output}, path)
+    assert status == 200
+    assert_valid(answer["content"][0]["text"], SCHEMAS["record"])
+    tools = [{"name": "weather", "input_schema": PARAMETERS}, {"name": "x", "input_schema": {}}]
+    one = {"disable_parallel_tool_use": True}
+    for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+        status, _, answer = tooled.post(body | {"tools": tools, "tool_choice": choice | one}, path)
+        assert status == 200 and answer["stop_reason"] == "tool_use"
+        (call,) = answer["content"]
+        schema = {"weather": PARAMETERS, "x": {"type": "object"}}[call["name"]]
+        assert_valid(json.dumps(call["input"]), schema)
+    for choice in ({"type": "tool"}, {"type": "tool", "name": "none"}):
+        status, _, answer = tooled.post(body | {"tools": tools, "tool_choice": choice}, path)
+        assert status == 400 and "tool_choice" in answer["error"]["message"]

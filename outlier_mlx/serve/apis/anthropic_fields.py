@@ -85,7 +85,7 @@ TOOL: dict[str, Field] = {
     "type": ACCEPTED,
 }
 TOOL_CHOICE: dict[str, Field] = {
-    "type": honoured(OneOf(("auto", "none"))),
+    "type": honoured(OneOf(("auto", "none", "any", "tool"))),
     "disable_parallel_tool_use": honoured(FLAG),
     "name": honoured(STRING),
 }
@@ -93,4 +93,4 @@ THINKING: dict[str, Field] = {
     "type": honoured(OneOf(("enabled", "adaptive", "disabled"))),
     "display": honoured(OneOf(("summarized", "omitted"))),
 }
-OUTPUT: dict[str, Field] = {"format": refused()}
+OUTPUT: dict[str, Field] = {"format": honoured(OBJECT)}

@@ -16,6 +16,7 @@ from outlier_mlx.serve.apis.anthropic_fields import (
 from outlier_mlx.serve.fields import Field, check_fields
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.request import Request
+from outlier_mlx.serve.structured import Form, ToolChoice, schema_of_format
 
 #: Variable of chat templates that turns thinking on or off.
 SWITCH = "enable_thinking"
@@ -35,7 +36,7 @@ def request_of(body: dict[str, Any], limits: Limits, *, counts: bool) -> Request
     reader = _Reader()
     required = ("messages",) if counts else ("messages", "max_tokens")
     given = reader.fields(body, BODY, "", required)
-    reader.fields(given.get("output_config", {}), OUTPUT, "output_config")
+    output = reader.fields(given.get("output_config", {}), OUTPUT, "output_config")
     conversation = _Conversation(reader)
     conversation.system(given.get("system", ""))
     conversation.add_all(given["messages"])
@@ -45,13 +46,18 @@ def request_of(body: dict[str, Any], limits: Limits, *, counts: bool) -> Request
     messages, unused = limits.reader.messages(conversation.messages, conversation.places)
     # The template decides which earlier thinking the model sees: with some, none.
     reader.unused += [name for name in unused if name != "messages.reasoning_content"]
-    choice = given.get("tool_choice", {"type": "auto"})
-    choice = reader.fields(choice, TOOL_CHOICE, "tool_choice", ("type",))
+    asked = given.get("tool_choice", {"type": "auto"})
+    asked = reader.fields(asked, TOOL_CHOICE, "tool_choice", ("type",))
+    choice = _choice(asked, tools)
+    several = not asked.get("disable_parallel_tool_use", False)
+    schema = schema_of_format(output.get("format", {"type": "text"}), "output_config.format")
+    form = Form(schema, "output_config.format", choice, several)
     length = given.get("max_tokens", 1)
     return Request(
         messages=messages,
-        tools=[] if choice["type"] == "none" else tools,
-        parallel_calls=not choice.get("disable_parallel_tool_use", False),
+        tools=choice.tools,
+        parallel_calls=several,
+        constraint=None if counts else form.constraint(limits.grammars),
         template=_thinking(reader, given.get("thinking"), limits),
         stop=limits.stop_words(given.get("stop_sequences", []), "stop_sequences"),
         max_tokens=min(length, limits.max_tokens),
@@ -59,6 +65,17 @@ def request_of(body: dict[str, Any], limits: Limits, *, counts: bool) -> Request
         sampling=limits.sampling_of(given),
         stream=given.get("stream", False),
         unused=tuple(dict.fromkeys(reader.unused)),
+    )
+
+
+def _choice(asked: dict[str, Any], tools: list[dict[str, Any]]) -> ToolChoice:
+    """Which tools may be used."""
+    if asked["type"] == "none":
+        return ToolChoice()
+    if asked["type"] == "tool" and "name" not in asked:
+        raise _wrong("tool_choice.name", "is missing")
+    return ToolChoice(
+        tools, asked["type"] in ("any", "tool"), asked["name"] if asked["type"] == "tool" else None
     )
 
 
