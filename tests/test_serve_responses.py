@@ -621,4 +621,4 @@ def test_each_endpoint_is_on_a_page():
     pages = "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in names)
     for path, method in ENDPOINTS.items():
         if path not in FILES and path != "/chat/completions":
-            assert f"| `{method} {path}` |" in pages
+            assert f"`{method} {path}`" in pages
