@@ -271,6 +271,33 @@ def test_the_key(browser: Any, demo: Path) -> None:
         expect(other.locator("#question")).to_contain_text("API key")
 
 
+def test_a_key_that_is_wanted_later(visit: Visit) -> None:
+    """As after the server was started again with another key: the message is not lost."""
+    bodies: list[Any] = []
+
+    def answer(route: Any) -> None:
+        bodies.append(route.request.headers.get("authorization"))
+        if bodies[-1] is None:
+            route.fulfill(
+                status=401, json={"error": {"message": "the API key is missing or wrong"}}
+            )
+        else:
+            events = json.dumps(piece("An answer", finish_reason="stop"))
+            route.fulfill(
+                content_type="text/event-stream", body=f"data: {events}\n\ndata: [DONE]\n\n"
+            )
+
+    visit.page.route("**/v1/chat/completions", answer)
+    page = visit.open()
+    visit.ask("first")
+    expect(page.locator("#question")).to_contain_text("API key")
+    page.keyboard.type(KEY)
+    page.keyboard.press("Enter")
+    expect(answered(page).locator(".body")).to_have_text("An answer")
+    assert bodies == [None, f"Bearer {KEY}"]
+    expect(page.locator(".message")).to_have_count(2)
+
+
 def test_hostile_text_stays_text(browser: Any, tmp_path: Path) -> None:
     """As the model writes it, as the user writes it, and as a title."""
     tokens = "<b>", "bold", "</b>", "<script>alert(1)</script>"

@@ -12,7 +12,8 @@ from outlier_mlx.serve.provider import OneModel
 class ExpertWatch:
     """Takes down which experts compute the next token of each job that asks; see `Loop.watch`.
 
-    While no job of a step asks, nothing is recorded.
+    While no job of a step asks, nothing is recorded. A pass gives each row one token, so jobs that
+    ask have no drafts.
     """
 
     def __init__(self, provider: OneModel) -> None:

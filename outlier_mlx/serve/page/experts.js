@@ -158,11 +158,11 @@ export class ExpertsPanel {
 
   /** Frame the chosen token's experts in the map of all. */
   frame() {
-    for (const cell of this.heat.querySelectorAll(".framed")) cell.classList.remove("framed", "disk");
+    for (const cell of this.heat.querySelectorAll(".framed")) cell.classList.remove("framed", "early", "disk");
     this.message.tokens[this.chosen]?.experts.forEach((uses, layer) => {
       for (const [expert, , from] of uses) {
         if (!SERVED.has(from)) continue;
-        this.cells[layer]?.[expert]?.classList.add("framed", ...(from === "memory" ? [] : ["disk"]));
+        this.cells[layer]?.[expert]?.classList.add("framed", from);
       }
     });
   }
