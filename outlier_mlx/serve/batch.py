@@ -112,10 +112,12 @@ class Batch:
         rows = zip(self.sequences, *values, strict=True)
         for sequence, token, logprob in rows:
             sequence.tokens.append(token)
-            if sequence in self._failed:
-                results.append((sequence, self._failed.pop(sequence)))
-            elif sequence not in new:
-                results.append((sequence, self._told(sequence, token, logprob, tops)))
+            failure = self._failed.pop(sequence, None)
+            told = None if sequence in new else self._told(sequence, token, logprob, tops)
+            if failure is not None and (told is None or told.finish_reason is None):
+                results.append((sequence, failure))
+            elif told is not None:
+                results.append((sequence, told))
         self._part_from(results)
         return results
 

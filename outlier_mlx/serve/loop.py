@@ -10,7 +10,7 @@ from queue import Empty, Queue
 import mlx.core as mx
 from mlx_lm.generate import wired_limit
 
-from outlier_mlx.engine.constraint import ConstraintError
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.batch import Batch, Watch, unwatched
 from outlier_mlx.serve.jobs import Job
@@ -133,7 +133,7 @@ class Loop:
             self._waiting.add(Sequence(job, cache, job.cached, choice))
             job.answer((job.cached, len(tokens)))
         except Exception as error:
-            job.answer(Refused(503, self._explain(error)))
+            job.answer(self._refusal(error))
         self._make_room()
 
     def _let_go(self) -> None:
@@ -145,10 +145,8 @@ class Loop:
 
     def _step(self, batch: Batch) -> None:
         for sequence, result in batch.step():
-            if isinstance(result, ConstraintError):
-                result = Refused(500, str(result))
-            elif isinstance(result, Exception):
-                result = Refused(503, self._explain(result))
+            if isinstance(result, Exception):
+                result = self._refusal(result)
             elif result.finish_reason is not None:
                 self.prefixes.keep(sequence.tokens, sequence.cache, "assistant")
             sequence.job.answer(result)
@@ -246,6 +244,12 @@ class Loop:
             return
         self.moved = time.monotonic()
         self._provider.service.log(f"the model is loaded again: {self.moved - begun:.1f} s")
+
+    def _refusal(self, error: Exception) -> Refused:
+        """What to tell the client of the one request that failed."""
+        if isinstance(error, OutlierError):
+            return Refused(500, str(error))
+        return Refused(503, self._explain(error))
 
     def _explain(self, error: Exception) -> str:
         """Log why generation failed; returns what to tell clients."""

@@ -22,7 +22,7 @@ class Pace:
     def __init__(self, most: int) -> None:
         self._most = most
         self._count = 0
-        self._longest = float(LEAST)
+        self._longest = LEAST
         self._sums = [0.0] * 5  # of 1, n, n², t and n · t
 
     def tokens(self, *, shared: bool) -> int:
@@ -42,7 +42,7 @@ class Pace:
     def took(self, tokens: int, seconds: float) -> None:
         """Note how long a slice took."""
         self._count += 1
-        self._longest = max(float(tokens), FORGET * self._longest)
+        self._longest = max(tokens, self._longest)
         if self._count == 1:  # it also compiled kernels, and read weights from disk
             return
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
@@ -54,6 +54,6 @@ class Pace:
         weight, n, nn, t, nt = self._sums
         spread = weight * nn - n * n
         if spread <= 1e-3 * n * n:
-            return 2 * self._longest, 1.0
+            return 2.0 * self._longest, 1.0
         each = max((weight * nt - n * t) / spread, 1e-9)
         return max(0.0, (t - each * n) / weight), each

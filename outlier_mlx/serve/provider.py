@@ -15,7 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.constraint import Grammars
 from outlier_mlx.engine.experts import ExpertRecorder, RoutedExperts, routed_experts
-from outlier_mlx.engine.generate import activation_dtype, described, prefill_step, vocabulary
+from outlier_mlx.engine.generate import (
+    Options,
+    activation_dtype,
+    check_kv_cache,
+    described,
+    prefill_step,
+    vocabulary,
+)
 from outlier_mlx.engine.needs import cache_needs
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -98,6 +105,9 @@ class OneModel:
         try:
             self.reload()
             options = self.service.options
+            check_kv_cache(
+                self.model, Options(kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
+            )
             # Between two steps, the other replies get their next tokens.
             self.prefill_step = prefill_step(self.model, options.prefill_step_size)
             width = vocabulary(self.model, self.tokenizer)

@@ -1,0 +1,195 @@
+"""How the server shares the model: prompts in slices, seeds in batches, caches by themselves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.serve import loop
+from outlier_mlx.serve.pace import Pace
+from tests.library import Library
+from tests.serving import MESSAGES, Running, running
+
+LONG: Any = [{"role": "user", "content": "!" * 400}]
+ENDLESS = {"0": -100, "2": -100}
+QUANTIZED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 8}
+
+
+@pytest.fixture(scope="module")
+def served(small_tier: Path) -> Iterator[Running]:
+    with running(small_tier, max_tokens=400) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def wide(library: Library) -> Path:
+    """A tier with heads of 32 values, which can share a scale."""
+    return library.tier(library.overlay(layers=2, moe_layers=(1,), heads=2, kv_heads=1))
+
+
+@pytest.fixture
+def slices(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Prompts are read 8 tokens at a time; the lengths of all slices, as they are read."""
+    seen: list[list[int]] = []
+    read = loop.read
+
+    def note(model: Any, sequences: Any, slices: Any) -> None:
+        seen.append([len(tokens) for tokens in slices])
+        read(model, sequences, slices)
+
+    monkeypatch.setattr(loop, "read", note)
+    monkeypatch.setattr(Pace, "tokens", lambda self, shared: 8)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, QUANTIZED], ids=["plain", "quantized"])
+def test_seeded_requests_give_the_same_text_among_others(
+    wide: Path, options: dict[str, Any]
+) -> None:
+    """Also with quantized caches, which cannot be merged: each takes its turn."""
+    asked = [{"seed": n, "temperature": 1.0, "top_p": 0.9, "max_tokens": 20 + n} for n in range(5)]
+    with running(wide, **options) as server, ThreadPoolExecutor(5) as pool:
+
+        def ask(body: dict[str, Any]) -> str:
+            return str(server.chat(logit_bias=ENDLESS, **body).choices[0].message.content)
+
+        alone = [ask(body) for body in asked]
+        assert len(set(alone)) == 5
+        assert list(pool.map(ask, asked)) == alone
+
+
+def test_a_cache_that_cannot_be_quantized_is_refused_at_once(small_tier: Path) -> None:
+    """Not with each request: its heads have 16 values."""
+    with pytest.raises(OutlierError, match="--kv-group-size"), running(small_tier, **QUANTIZED):
+        pass
+
+
+def test_nobody_waits_for_a_long_text_with_a_quantized_cache(wide: Path) -> None:
+    with running(wide, max_tokens=100_000, max_context=200_000, **QUANTIZED) as server:
+        chunks = server.chat(stream=True, max_tokens=100_000, seed=1, logit_bias=ENDLESS)
+        next(chunks)
+        assert server.chat(max_tokens=5).usage.completion_tokens == 5
+        assert len(server.server.generator.replies) == 1
+        chunks.close()
+
+
+def test_a_prompt_in_slices_gives_the_same_text(
+    small_tier: Path, served: Running, slices: list[list[int]]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pace, "tokens", lambda self, shared: 2048)
+        expected = served.chat(messages=LONG).choices[0].message.content
+    assert len(slices) == 1
+    with running(small_tier) as other:
+        assert other.chat(messages=LONG).choices[0].message.content == expected
+    assert len(slices) > 50 and max(slices[1:]) == [8]
+
+
+def test_a_short_prompt_overtakes_a_long_one(
+    small_tier: Path, slices: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the long one still has its turns."""
+    go_on = threading.Event()
+    read = loop.read
+
+    def wait(*arguments: Any) -> None:
+        read(*arguments)
+        if len(slices) == 5:
+            assert go_on.wait(30)
+
+    monkeypatch.setattr(loop, "read", wait)
+    with running(small_tier) as server, ThreadPoolExecutor(2) as pool:
+        long = pool.submit(server.chat, messages=LONG, max_tokens=5)
+        assert server.wait(lambda: len(slices) == 5)
+        short = pool.submit(server.chat, max_tokens=3)
+        assert server.wait(lambda: not server.server.generator.loop.jobs.empty())
+        go_on.set()
+        assert short.result(30).usage.completion_tokens == 3
+        assert len(slices) < 40 and not long.done()
+        assert long.result(30).usage.completion_tokens == 5
+
+
+def test_nobody_reads_on_for_a_client_that_vanished(
+    small_tier: Path, slices: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    read = loop.read
+
+    def wait(*arguments: Any) -> None:
+        read(*arguments)
+        assert len(slices) < 3 or go_on.wait(30)
+
+    monkeypatch.setattr(loop, "read", wait)
+    with running(small_tier) as server:
+        raw = b'{"messages": [{"role": "user", "content": "%s"}]}' % (b"!" * 400)
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        )
+        connection = server.connect()
+        connection.sendall(head % len(raw) + raw)
+        assert server.wait(lambda: len(slices) == 3)
+        connection.close()
+        assert server.wait(lambda: not server.server.generator.replies)
+        go_on.set()
+        assert server.chat(max_tokens=2).usage.completion_tokens == 2
+        assert len(slices) < 20
+        assert not server.server.generator.loop._waiting
+
+
+def test_short_prompts_are_read_together(small_tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    read, take_in = loop.read, loop.Loop._take_in
+    go_on = threading.Event()
+
+    def note(model: Any, sequences: Any, slices: Any) -> None:
+        seen.append(len(sequences))
+        read(model, sequences, slices)
+
+    def wait(self: Any) -> None:
+        if go_on.wait(0.02):
+            take_in(self)
+
+    monkeypatch.setattr(loop, "read", note)
+    monkeypatch.setattr(loop.Loop, "_take_in", wait)
+    prompts = [[{"role": "user", "content": word}] for word in ("a", "few", "words", "or so")]
+    with running(small_tier) as server, ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(server.chat, messages=prompt, max_tokens=9) for prompt in prompts]
+        assert server.wait(lambda: server.server.generator.loop.jobs.qsize() == 4)
+        go_on.set()
+        together = [answer.result(30).choices[0].message.content for answer in answers]
+        assert seen[0] == 4
+        single = [server.chat(messages=prompt, max_tokens=9) for prompt in prompts]
+    assert [answer.choices[0].message.content for answer in single] == together
+
+
+def test_what_is_chosen_for_one_fails_for_one(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A logits processor that fails, in the middle of others' texts."""
+    make = loop.choice_for
+    expected = served.chat(max_tokens=60, logit_bias=ENDLESS).choices[0].message.content
+
+    def choice_for(request: Any, *arguments: Any) -> Any:
+        choice = make(request, *arguments)
+        if request.seed != 13:
+            return choice
+
+        def fail(tokens: Any, logits: Any) -> Any:
+            if len(tokens) > 40:
+                raise ValueError("no token is allowed")
+            return logits
+
+        return type(choice)(choice.sampler, (fail,))
+
+    monkeypatch.setattr(loop, "choice_for", choice_for)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(served.chat, max_tokens=60, logit_bias=ENDLESS)
+        body = {"messages": MESSAGES, "seed": 13, "max_tokens": 60, "logit_bias": ENDLESS}
+        assert served.post(body)[0] == 503
+        assert other.result(30).choices[0].message.content == expected
