@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.sample_utils import greedy_sampler
 
 from outlier_mlx.serve.jobs import Job, Token
-from outlier_mlx.serve.sequences import Cache, Quantization, Sequence, compact, extracted, merged
+from outlier_mlx.serve.sequences import Cache, Quantization, Sequence, extracted, merged
 
 Watch = Callable[[list[Job]], AbstractContextManager[Any]]
 
@@ -145,8 +145,8 @@ class Batch:
 
     def _cache_of(self, sequence: Sequence) -> Cache:
         if not self._merged:
-            return compact(self._cache)
-        return compact(extracted(self._cache, self.sequences.index(sequence)))
+            return self._cache
+        return extracted(self._cache, self.sequences.index(sequence))
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
         """Remove sequences, if they are in it."""

@@ -18,7 +18,7 @@ from outlier_mlx.serve.pace import Pace
 from outlier_mlx.serve.prefix_cache import PrefixCache
 from outlier_mlx.serve.provider import OneModel
 from outlier_mlx.serve.sampling import choice_for
-from outlier_mlx.serve.sequences import Sequence, compact, read
+from outlier_mlx.serve.sequences import Sequence, read
 from outlier_mlx.serve.waiting import Waiting
 
 FAILED = "generation failed; try again"
@@ -86,8 +86,6 @@ class Loop:
             self._unload()
             while not self._stopping and self._provider.state != "loaded":
                 self._reload_for_a_request()
-        # What MLX computes with is freed by the thread that made it.
-        self._unload(told=False)
 
     def _guarded_turn(self) -> None:
         try:
@@ -182,7 +180,7 @@ class Loop:
         count = len(sequence.tokens)
         kinds = [kind for end, kind in sequence.job.prompt.ends if end == count]
         if kinds:
-            self.prefixes.keep(sequence.tokens[:], compact(sequence.copied_cache()), kinds[-1])
+            self.prefixes.keep(sequence.tokens[:], sequence.copied_cache(), kinds[-1])
             self._make_room()
 
     def _generate(self, sequences: list[Sequence]) -> None:
@@ -215,12 +213,13 @@ class Loop:
             return False
         return time.monotonic() - self.moved >= 60 * minutes
 
-    def _unload(self, *, told: bool = True) -> None:
+    def _unload(self) -> None:
+        """Let go of the model, and of all that was computed with it, in the thread that made it."""
         self._forget()
         self._provider.unload()
         gc.collect()
         mx.clear_cache()
-        if told and not self._stopping:
+        if not self._stopping:
             self._provider.service.log("the model is unloaded, until the next request")
 
     def _forget(self) -> None:

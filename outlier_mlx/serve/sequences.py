@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import KVCache, TokenBuffer
+from mlx_lm.models.cache import TokenBuffer
 
 from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.sampling import Choice
@@ -115,13 +115,3 @@ def merged(caches: Several[Cache]) -> Cache:
 def extracted(cache: Cache, row: int) -> Cache:
     """The cache of one row of a batch."""
     return [layer.extract(row) for layer in cache]
-
-
-def compact(cache: Cache) -> Cache:
-    """The same cache, without the room that it has for more tokens."""
-    for layer in cache:
-        if type(layer) is KVCache and layer.keys is not None:
-            keys, values = layer.keys_and_values()
-            layer.keys, layer.values = mx.contiguous(keys), mx.contiguous(values)
-    mx.async_eval([layer.state for layer in cache])
-    return cache
