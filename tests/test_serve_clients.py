@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from tests.scripted import RESULT, TOOLS, Script
 from tests.serving import Running, running
@@ -25,6 +26,16 @@ TEMPLATE = TOOLS.replace(
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
 FUNCTION: Any = {"name": "add", "description": "Adds to 40", "parameters": PARAMETERS}
 TOOL: Any = {"type": "function", "function": FUNCTION}
+UNIT = {
+    "type": "object",
+    "properties": {"unit": {"enum": ["C", "F"]}},
+    "required": ["unit"],
+    "additionalProperties": False,
+}
+STRICT: Any = {
+    "type": "function",
+    "function": {"name": "unit_of", "parameters": UNIT, "strict": True},
+}
 USER: Any = {"role": "user", "content": "What is 40 and 2?"}
 
 
@@ -42,6 +53,24 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("plain") / "model"
     with running(Script(folder, "Over", " there", "."), api_key=KEY) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def structured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A model that says in words what it is asked for, unless it is held to a form."""
+    folder = tmp_path_factory.mktemp("structured") / "model"
+    with running(Script(folder, "It", " is", " warm", "."), api_key=KEY) as server:
+        server.client = server.new_client(api_key=KEY)
+        yield server
+
+
+class Weather(BaseModel):
+    """The form of an answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sky: Literal["clear", "cloudy"]
+    warm: bool
 
 
 def result(call: Any) -> str:
@@ -106,6 +135,32 @@ def test_openai_responses_with_its_helper_for_streams(server: Running):
     assert result(final.output[-1]) == "42"
 
 
+def test_openai_forms(structured: Running):
+    chat: Callable[..., Any] = structured.client.chat.completions.parse
+    parsed = chat(model="tiny", messages=[USER], response_format=Weather)
+    assert isinstance(parsed.choices[0].message.parsed, Weather)
+    responses: Callable[..., Any] = structured.client.responses.parse
+    assert isinstance(
+        responses(model="tiny", input="x", text_format=Weather).output_parsed, Weather
+    )
+    stream: Callable[..., Any] = structured.client.responses.stream
+    with stream(model="tiny", input="x", text_format=Weather) as events:
+        assert isinstance(events.get_final_response().output_parsed, Weather)
+
+
+def test_openai_forced_calls(structured: Running):
+    create: Callable[..., Any] = structured.client.chat.completions.create
+    forced = create(model="tiny", messages=[USER], tools=[STRICT], tool_choice="required")
+    (call,) = forced.choices[0].message.tool_calls
+    assert set(json.loads(call.function.arguments)) == {"unit"}
+    flat = {"type": "function"} | STRICT["function"]
+    named = {"type": "function", "name": "unit_of"}
+    respond: Callable[..., Any] = structured.client.responses.create
+    (item,) = respond(model="tiny", input="x", tools=[flat], tool_choice=named).output
+    assert (item.type, item.name) == ("function_call", "unit_of")
+    assert json.loads(item.arguments)["unit"] in ("C", "F")
+
+
 def test_openai_async(plain: Running):
     async def ask() -> list[Any]:
         client = openai.AsyncOpenAI(base_url=plain.server.url, api_key=KEY, max_retries=0)
@@ -167,6 +222,18 @@ def test_litellm_responses(server: Running, litellm: Any):
     assert events[-1].response.output[0].content[0].text == "The sum is 42."
 
 
+def test_litellm_forms_and_forced_calls(structured: Running, litellm: Any):
+    formed = litellm.completion(messages=[USER], response_format=Weather, **where(structured))
+    Weather.model_validate_json(formed.choices[0].message.content)
+    forced: dict[str, Any] = {"tools": [STRICT], "tool_choice": "required"}
+    (call,) = (
+        litellm.completion(messages=[USER], **forced, **where(structured))
+        .choices[0]
+        .message.tool_calls
+    )
+    assert json.loads(call.function.arguments)["unit"] in ("C", "F")
+
+
 def test_litellm_s_errors(plain: Running, litellm: Any):
     with pytest.raises(litellm.BadRequestError, match="temperature must be a number from 0"):
         litellm.completion(messages=[USER], temperature=-1, **where(plain))
@@ -181,7 +248,10 @@ def test_litellm_s_errors(plain: Running, litellm: Any):
 
 @pytest.fixture(scope="module")
 def llm(
-    server: Running, plain: Running, tmp_path_factory: pytest.TempPathFactory
+    server: Running,
+    plain: Running,
+    structured: Running,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., str]]:
     """Runs llm's program with an entry for each server and API; returns what it prints."""
     from click.testing import CliRunner
@@ -198,7 +268,7 @@ def llm(
             "supports_schema": True,
         }
         | ({"responses": True} if api else {})
-        for kind, serves in (("calling", server), ("plain", plain))
+        for kind, serves in (("calling", server), ("plain", plain), ("structured", structured))
         for api in ("", "-responses")
     ]
     (folder / "extra-openai-models.yaml").write_text(json.dumps(entries))  # JSON is YAML
@@ -234,3 +304,10 @@ def test_llm_with_a_tool(llm: Callable[..., str], model: str, stream: tuple[str,
     assert printed.endswith("The sum is 42.")
     (*_, logged) = json.loads(llm("logs", "list", "-n", "2", "--json"))
     assert "42" in json.dumps(logged)
+
+
+@pytest.mark.parametrize("model", ["structured", "structured-responses"])
+def test_llm_with_a_schema(llm: Callable[..., str], model: str):
+    schema = json.dumps(Weather.model_json_schema())
+    for stream in ((), ("--no-stream",)):
+        Weather.model_validate_json(llm("-m", model, "How is it?", "--schema", schema, *stream))

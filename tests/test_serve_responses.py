@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import openai
@@ -14,6 +16,7 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from pydantic import BaseModel, TypeAdapter
 
 from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.apis.api import Usage
 from outlier_mlx.serve.apis.endpoints import ENDPOINTS, UNSUPPORTED
 from outlier_mlx.serve.apis.items import ITEM_FIELDS
 from outlier_mlx.serve.apis.responses import (
@@ -24,6 +27,7 @@ from outlier_mlx.serve.apis.responses import (
     RESPONSES,
     TEXT_FIELDS,
     TOOL_FIELDS,
+    Responses,
 )
 from outlier_mlx.serve.apis.store import Kept, ResponseStore
 from outlier_mlx.serve.fields import FIELDS
@@ -33,7 +37,7 @@ from outlier_mlx.serve.static import FILES
 from tests.pages import table
 from tests.program import ROOT
 from tests.scripted import PLAIN, TOOLS, Script
-from tests.serving import Running, running
+from tests.serving import MESSAGES, Running, running
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}
@@ -262,6 +266,16 @@ def test_a_conversation_goes_on(plain: Running):
     assert tokens(plain, previous_response_id=streamed["id"]) > tokens(plain)
 
 
+def test_a_model_answers_as_in_chat(served: Running):
+    """Of the embedded pair, with its own template, at temperature 0."""
+    text = served.chat().choices[0].message.content
+    body = {"input": MESSAGES, "max_output_tokens": 12}
+    response = post(served, **body)
+    assert response["output"][0]["content"][0]["text"] == text
+    assert response["status"] == "incomplete"
+    assert without(stream(served, **body)[-1]["response"]) == without(response)
+
+
 def test_what_is_kept_can_be_read_and_dropped(plain: Running):
     responses = plain.client.responses
     first = responses.create(model="x", input="hi")
@@ -453,6 +467,10 @@ def test_results_that_a_template_leaves_out(plain: Running):
         ({"text": {"verbosity": "low"}}, "text.verbosity is not supported"),
         ({"reasoning": {"effort": "huge"}}, 'reasoning.effort must be "none" or '),
         ({"reasoning": {"context": "all_turns"}}, "reasoning.context is not supported"),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "g"}]}},
+            "tool_choice: 'g' is allowed, but is no function in tools",
+        ),
         ({"tools": [{"type": "web_search"}]}, "tools[0] is a tool of the type 'web_search'; only"),
         ({"tools": ["f"]}, "tools[0] is a tool without a type; only functions are supported"),
         ({"tools": [TOOL | {"parameters": "x"}]}, "tools[0].parameters must be an object"),
@@ -558,6 +576,54 @@ def test_an_error_within_a_stream(plain: Running, monkeypatch: pytest.MonkeyPatc
     assert failed["response"]["output"][0]["content"][0]["text"] == "Su"
     with pytest.raises(openai.NotFoundError):
         plain.client.responses.retrieve(failed["response"]["id"])
+
+
+def test_whatever_is_in_a_body_is_answered_or_refused(calling: Running):
+    """A part of a right body is replaced by anything: nothing but `Refused` may be raised."""
+    random = Random(7)
+    junk = [None, True, 0, -1, 1.5, "", "x", [], [None], [[]], {}, {"type": "x"}, {"x": {}}, USER]
+    output = [{"type": "output_text", "text": "Sure", "annotations": [], "logprobs": []}]
+    thought = {
+        "type": "reasoning",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": ""}],
+    }
+    said = {"type": "message", "role": "assistant", "content": output}
+    right = {
+        "input": [USER, thought, said, CALL, RESULT],
+        "instructions": "Be kind",
+        "tools": [TOOL],
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "f"}]},
+        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "include": ["message.output_text.logprobs"],
+        "metadata": {"a": "b"},
+        "stop": ["x"],
+        "previous_response_id": None,
+    }
+    limits, api = calling.server.generator.provider.limits, Responses()
+    kept = {"answered": 0, "refused": 0}
+    for _ in range(600):
+        body = deepcopy(right)
+        holder: Any = body
+        while True:
+            key = random.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+            if not (isinstance(holder[key], dict | list) and holder[key]) or random.random() < 0.3:
+                break
+            holder = holder[key]
+        holder[key] = deepcopy(random.choice(junk))
+        try:
+            requests = api.requests(body, limits)
+            answer = api.answer(body, requests, "x")
+        except Refused as refused:
+            assert refused.status == 400
+            assert refused.param is not None
+            kept["refused"] += 1
+            continue
+        whole = answer.whole([Piece("Sure", finish_reason="stop")], Usage(1))
+        TypeAdapter(Response).validate_json(json.dumps(whole), strict=True)
+        kept["answered"] += 1
+    assert min(kept.values()) > 50
 
 
 def test_every_parameter_of_the_api_is_in_the_table():

@@ -246,13 +246,23 @@ def _response(body: dict[str, Any], request: Request, model: str) -> dict[str, A
         "service_tier": "default",
         "temperature": request.sampling.temperature,
         "text": {"format": {"type": "text"}, "verbosity": "medium"} | text,
-        "tool_choice": body.get("tool_choice", "auto"),
+        "tool_choice": _choice(body.get("tool_choice", "auto")),
         "tools": tools,
         "top_logprobs": request.alternatives or 0,
         "top_p": request.sampling.top_p,
         "truncation": "disabled",
         "usage": None,
     }
+
+
+def _choice(given: Any) -> Any:
+    """A choice of tools with what may be left out."""
+    if isinstance(given, str):
+        return given
+    part = given.get(given["type"], given)
+    if given["type"] == "function":
+        return {"type": "function", "name": part["name"]}
+    return {"type": "allowed_tools", "mode": part.get("mode", "auto"), "tools": part["tools"]}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
