@@ -238,8 +238,9 @@ def serve(
         typer.Option(min=1, help="Prompts read together. Default: a quarter as many as answers."),
     ] = None,
     prompt_cache_size: Annotated[
-        int, typer.Option(min=1, help="Conversations whose KV cache is kept.")
-    ] = 10,
+        int | None,
+        typer.Option(min=1, help="Conversations whose KV cache is kept. Default: any number."),
+    ] = None,
     prompt_cache_bytes: Annotated[
         int | None,
         typer.Option(
@@ -248,6 +249,13 @@ def serve(
             help="Bytes that kept KV caches may take. Default: the memory that is left.",
         ),
     ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep KV caches in this folder, too, for the next start."),
+    ] = None,
+    cache_dir_size: Annotated[
+        float, typer.Option(metavar="GB", min=0.001, help="What that folder may take on the disk.")
+    ] = 20.0,
     prefill_step_size: PrefillStep = 2048,
     idle_unload: Annotated[
         float | None,
@@ -266,6 +274,7 @@ def serve(
     from functools import partial
 
     from outlier_mlx import serve as server
+    from outlier_mlx.serve.cache_dir import cache_dir as at_disk
     from outlier_mlx.serve.capacity import Capacity, find_capacity
     from outlier_mlx.storage.hub import resolve
 
@@ -311,4 +320,8 @@ def serve(
     how = loading.dtype, alpha, memory, loading.expert_skip, loading.keep_warm
     load = partial(load_model, source.folder, *how)
     options = replace(options, **asdict(capacity))
+    if cache_dir is not None:
+        kept = vars(cache), loading.expert_skip
+        where = at_disk(cache_dir, int(cache_dir_size * 1e9), source.folder, *how[:2], *kept)
+        options = replace(options, cache_dir=where)
     server.serve(source.name, load, options, say, note=note, quiet=quiet)

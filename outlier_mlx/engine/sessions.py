@@ -26,13 +26,16 @@ _CACHE_KEYS = re.compile(r"0\.\w{1,32}|1\.\d{1,4}|2\.\d{1,5}(\.[01])?")
 _TENSOR_NAMES = re.compile(r"\d{1,4}\.\d(\.\d)?")
 
 
-def identity(folder: Path, dtype: str | None, alpha: Path | None = None) -> str:
+def identity(
+    folder: Path, dtype: str | None, alpha: Path | None = None, *, times: bool = False
+) -> str:
     """A SHA-256 digest of everything that a KV cache depends on.
 
     Args:
         folder: the model folder; its manifest, config and sizes of weight files count.
         dtype: activation dtype of `--dtype`, or None.
         alpha: file of `--alpha`, or None.
+        times: the times at which these files were last changed count, too.
     """
     state = [dtype, str(mx.default_device().type)]
     if alpha is not None:
@@ -41,7 +44,8 @@ def identity(folder: Path, dtype: str | None, alpha: Path | None = None) -> str:
     if manifest.exists():
         state.append(hashlib.sha256(manifest.read_bytes()).hexdigest())
     for path in sorted([folder / "config.json", *entries(folder, "*.safetensors")]):
-        state.append(f"{path.name} {path.stat().st_size}")
+        found = path.stat()
+        state.append(f"{path.name} {found.st_size}" + f" {found.st_mtime_ns}" * times)
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 

@@ -21,19 +21,20 @@ from typing import TYPE_CHECKING
 
 from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.serve import cache_file
+from outlier_mlx.serve.cache_dir import CacheDir
 from outlier_mlx.serve.cache_file import Part
 from outlier_mlx.serve.cache_parts import Rows, State
 from outlier_mlx.storage.output import whole_file
 from outlier_mlx.storage.paths import entries
 
 if TYPE_CHECKING:
-    from outlier_mlx.serve.prefix_cache import Node
+    from outlier_mlx.serve.prefix_tree import Node
 
 #: What would take longest to read again stays; this is worth half as much after so many seconds.
 HALF_LIFE = 900.0
 _FOLDER = re.compile(r"prefixes-([0-9a-f]{12})-([0-9a-f]{12})-([0-9a-f]{12})")
 # What `whole_file` writes before it is whole.
-_UNFINISHED = re.compile(r"\.[0-9a-f]{24}-.{15}\.[0-9a-f]{8}\.safetensors")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{24}-[0-9a-z-]{1,15}\.[0-9a-f]{8}\.safetensors")
 _FILE = re.compile(r"([0-9a-f]{24})-([0-9a-f]{24}|root)-(\d{1,9})-(\d{1,9})\.safetensors")
 
 
@@ -43,25 +44,6 @@ def worth(end: int, used: float) -> float:
     Reading a text again takes as long as it is; the chance that it is needed halves with time.
     """
     return log2(max(1, end)) + used / HALF_LIFE
-
-
-@dataclass(frozen=True)
-class CacheDir:
-    """What `serve --cache-dir` says.
-
-    Attributes:
-        path: the folder.
-        nbytes: what all files in it may take.
-        place: the model's place. What another model left there is of no use any more.
-        identity: gives a digest of the model's weights.
-        options: all else that decides what is in a KV cache: versions and options.
-    """
-
-    path: Path
-    nbytes: int
-    place: str
-    identity: Callable[[], str]
-    options: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +89,7 @@ class CacheFolder:
     def __init__(self, where: CacheDir, log: Callable[[str], None]) -> None:
         self._where, self._log = where, log
         self._said = ""
-        self._key = "-".join(map(_digest, (where.place, where.identity(), where.options)))
+        self._key = "-".join(map(_digest, (where.place, where.model(), where.options)))
         self.path = where.path / f"prefixes-{self._key}"
         _make_private(where.path, self.path)
         self._lock = os.open(self.path, os.O_RDONLY)
@@ -149,6 +131,8 @@ class CacheFolder:
             part, rows, states = cache_file.read(path)
         except FileNotFoundError:
             return None
+        except MemoryError:
+            return None
         except (OutlierError, OSError) as error:
             self._ignored(path, error)
             return None
@@ -188,7 +172,7 @@ class CacheFolder:
             self._work.notify_all()
         self._thread.join(seconds)
         self._dropping = True
-        self._thread.join(seconds)
+        self._thread.join(1.0)  # it removes what it was writing
         if not self._thread.is_alive() and self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -219,7 +203,8 @@ class CacheFolder:
             except _Stopped:
                 pass
             except Exception as error:  # the next one may succeed
-                self._say_once(f"{self.path}: not written: {one_line(str(error))}")
+                reason = (isinstance(error, OSError) and error.strerror) or one_line(str(error))
+                self._say_once(f"{self.path}: KV caches cannot be written: {reason}")
 
     def _has_work(self) -> bool:
         return bool(self._waiting or self._touched or self._unwanted or self._stopping)
@@ -313,9 +298,10 @@ class CacheFolder:
 
     def _remove(self, path: Path) -> bool:
         """Remove a file if it is ours; returns whether it is gone."""
-        if path.is_symlink() or not (cache_file.is_ours(path) or _UNFINISHED.fullmatch(path.name)):
-            return False
         with suppress(OSError):
+            empty = _UNFINISHED.fullmatch(path.name) and not path.lstat().st_size
+            if path.is_symlink() or not (empty or cache_file.is_ours(path)):
+                return False
             path.unlink(missing_ok=True)
             return True
         return False

@@ -193,7 +193,7 @@ def _layer_form(layer: Any, count: int) -> LayerForm:
 
 def _copied(array: mx.array, start: int, stop: int) -> mx.array:
     if start == 0 and stop == array.shape[-2]:
-        return array[...]
+        return mx.contiguous(array)
     # A part of an array can be a view, and keep all of its memory. What is joined is new.
     middle = (start + stop) // 2
     halves = [array[..., start:middle, :], array[..., middle:stop, :]]
@@ -203,9 +203,13 @@ def _copied(array: mx.array, start: int, stop: int) -> mx.array:
 def _state(layer: Any) -> State:
     if type(layer) is RotatingKVCache and not layer.empty():
         numbers = tuple(getattr(layer, name) for name in STATES["RotatingKVCache"])
-        return State(tuple(cast(Any, array)[...] for array in (layer.keys, layer.values)), numbers)
+        return State(
+            tuple(mx.contiguous(cast(Any, array)) for array in (layer.keys, layer.values)), numbers
+        )
     if type(layer) is ArraysCache and layer.left_padding is None and layer.lengths is None:
-        return State(tuple(None if array is None else array[...] for array in layer.cache))
+        return State(
+            tuple(None if array is None else mx.contiguous(array) for array in layer.cache)
+        )
     return State(whole=copy.deepcopy(layer))
 
 

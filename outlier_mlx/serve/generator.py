@@ -105,6 +105,8 @@ class Generator:
             Refused: 503, because generation failed.
         """
         self.provider.memory.take(job, job.longest, check)
+        # Here, because this thread may wait for the disk.
+        self.loop.prefixes.bring(job.prompt.tokens, self.provider.memory.rest)
         self.loop.jobs.put(job)
         first = self._wait(job, check)
 
@@ -179,4 +181,5 @@ class Generator:
             reply.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.loop.thread.join(seconds)
+        self.loop.prefixes.close(0)  # if the thread could not
         return not self.loop.thread.is_alive()

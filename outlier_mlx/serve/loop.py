@@ -15,7 +15,7 @@ from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.batch import Batch, Watch, unwatched
 from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.pace import Pace
-from outlier_mlx.serve.prefix_cache import PrefixCache
+from outlier_mlx.serve.prefix_cache import open_prefixes
 from outlier_mlx.serve.provider import OneModel
 from outlier_mlx.serve.sampling import choice_for
 from outlier_mlx.serve.sequences import Sequence, read
@@ -24,6 +24,8 @@ from outlier_mlx.serve.waiting import Waiting
 FAILED = "generation failed; try again"
 NOT_LOADED = "the model could not be loaded again; try again later"
 OUT_OF_MEMORY = "generation failed; try again, later or with a shorter prompt: memory ran out"
+# Seconds at the end for what waits to be written to the disk.
+WRITING = 1.5
 # Steps after which MLX lets go of the memory that it keeps for later.
 CLEAR_EVERY = 512
 
@@ -51,7 +53,8 @@ class Loop:
 
     def __init__(self, provider: OneModel, busy: Callable[[], bool]) -> None:
         self.jobs: Queue[Job] = Queue()
-        self.prefixes = self._new_prefixes(provider)
+        service = provider.service
+        self.prefixes = open_prefixes(service.options, service.log, service.warn)
         self.moved = time.monotonic()
         self.thread = threading.Thread(target=self._run, name="generation")
         self._provider = provider
@@ -71,11 +74,6 @@ class Loop:
         """Let the thread end after its present turn."""
         self._stopping = True
 
-    @staticmethod
-    def _new_prefixes(provider: OneModel) -> PrefixCache:
-        options = provider.service.options
-        return PrefixCache(options.prompt_cache_size, options.prompt_cache_bytes)
-
     def _run(self) -> None:
         self._provider.load_default()
         while not self._stopping and self._provider.failure is None:
@@ -83,6 +81,8 @@ class Loop:
             with wired_limit(self._provider.model):
                 while not self._stopping and not self._is_idle():
                     self._guarded_turn()
+            if self._stopping:
+                self.prefixes.close(WRITING)
             self._unload()
             while not self._stopping and self._provider.state != "loaded":
                 self._reload_for_a_request()
@@ -225,7 +225,7 @@ class Loop:
     def _forget(self) -> None:
         """Let go of all caches."""
         self._batches, self._waiting = [], Waiting()
-        self.prefixes = self._new_prefixes(self._provider)
+        self.prefixes.clear()
 
     def _reload_for_a_request(self) -> None:
         """Wait a little for a request, and load the model for it, which takes no request away."""
@@ -241,6 +241,10 @@ class Loop:
             while not self.jobs.empty():
                 self.jobs.get_nowait().answer(Refused(503, NOT_LOADED))
             return
+        if self._options.cache_dir is not None:  # the files may be of other weights now
+            self.prefixes.close(0)
+            service = self._provider.service
+            self.prefixes = open_prefixes(self._options, service.log, service.warn)
         self.moved = time.monotonic()
         self._provider.service.log(f"the model is loaded again: {self.moved - begun:.1f} s")
 

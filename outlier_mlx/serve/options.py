@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from outlier_mlx.engine.generate import Options
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.access import Access, host_name, is_address
+from outlier_mlx.serve.cache_dir import CacheDir
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ServeOptions:
         max_clients: requests answered at a time; further ones get status 503.
         cache_memory: memory for all KV caches, in bytes; requests wait for it. None: no limit.
         idle_unload: minutes without a request after which the model is unloaded; None: never.
+        cache_dir: where KV caches are kept on disk, too; None: nowhere.
         strict: refuse requests with parameters that would have no effect.
 
     Raises:
@@ -42,6 +44,7 @@ class ServeOptions:
     max_clients: int = 64
     cache_memory: int | None = None
     idle_unload: float | None = None
+    cache_dir: CacheDir | None = None
     strict: bool = False
     temp: float = 0.0
     top_p: float = 1.0
@@ -50,7 +53,7 @@ class ServeOptions:
     prefill_step_size: int = 2048
     decode_concurrency: int = 32
     prompt_concurrency: int = 8
-    prompt_cache_size: int = 10
+    prompt_cache_size: int | None = None
     prompt_cache_bytes: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64

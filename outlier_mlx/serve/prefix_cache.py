@@ -7,78 +7,60 @@ adds only its own tokens. A new request gets a copy of the rows on its way throu
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import count as counter
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from outlier_mlx.serve.cache_folder import CacheFolder, worth
+from outlier_mlx.serve.cache_folder import CacheFolder
 from outlier_mlx.serve.cache_parts import Form, Rows, State, cut, form_of, join, states_of
+from outlier_mlx.serve.options import ServeOptions
+from outlier_mlx.serve.prefix_tree import (
+    Node,
+    below,
+    has_states,
+    is_end,
+    is_short,
+    until,
+    value,
+    walk,
+    within,
+)
 
 Kind = Literal["system", "user", "assistant"]
 
 # A long text is kept in nodes of this many tokens, so that not all of it goes at once.
 LONGEST = 2048
-# A shorter node becomes part of what follows it.
-SHORTEST = 512
+# Conversations that are kept if nothing else limits them.
+CONVERSATIONS = 10
 
 
-@dataclass(eq=False)
-class Node:
-    """The rows of some tokens.
+def open_prefixes(
+    options: ServeOptions, log: Callable[[str], None], warn: Callable[[str], None]
+) -> "PrefixCache":
+    """The kept caches of a server.
 
-    Attributes:
-        form: the form of the whole cache.
-        parent: the node before it; None for the beginning of a text.
-        start: number of tokens before its own.
-        tokens: its own; none, if it only has states within its parent's.
-        rows: their rows; None: they are only in a file.
-        states: the states at its end; None: there are none, or they are only in a file.
-        used: when it was last on the way of a request, in seconds.
-        ended: when its states were last of use.
-        children: nodes that follow its last token or an earlier one, by `key`.
-        file: its file's name, if there is one.
-        stored_states: whether that has the states, too.
+    Args:
+        options: the server's options.
+        log: called with a line that says how much is on disk.
+        warn: called with a line for whatever is wrong there.
+
+    Raises:
+        OutlierError: the folder for them cannot be used.
     """
-
-    form: Form
-    parent: "Node | None"
-    start: int
-    tokens: np.ndarray
-    rows: Rows | None = None
-    states: list[State] | None = None
-    used: float = 0.0
-    ended: float = 0.0
-    children: dict[tuple[int, int], "Node"] = field(default_factory=dict)
-    file: str | None = None
-    stored_states: bool = False
-
-    @property
-    def end(self) -> int:
-        """Number of tokens up to its last."""
-        return self.start + len(self.tokens)
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Where it begins and its first token, or -1: no two children of a node have the same."""
-        return self.start, int(self.tokens[0]) if len(self.tokens) else -1
-
-    @property
-    def nbytes(self) -> int:
-        """Size in memory, in bytes."""
-        rows = sum(array.nbytes for layer in self.rows or [] for array in layer)
-        return rows + self.states_nbytes
-
-    @property
-    def states_nbytes(self) -> int:
-        """Size of its states in memory, in bytes."""
-        return sum(state.nbytes for state in self.states or [])
-
-    def path(self) -> "list[Node]":
-        """The nodes from the beginning of the text to this one."""
-        return [*(self.parent.path() if self.parent else []), self]
+    size = options.prompt_cache_size
+    if size is None and options.prompt_cache_bytes is None:
+        size = CONVERSATIONS
+    where, folder = options.cache_dir, None
+    if where is not None:
+        folder = CacheFolder(where, warn)
+        taken, limit = folder.nbytes / 1e9, where.nbytes / 1e9
+        log(f"{where.path}: {taken:.1f} GB of KV caches, of {limit:.1f} GB at most")
+    start = options.quantized_kv_start
+    return PrefixCache(size, options.prompt_cache_bytes, quantized_from=start, folder=folder)
 
 
 class PrefixCache:
@@ -139,7 +121,7 @@ class PrefixCache:
             if self._folder is not None:
                 self._folder.touch([step.file for step in path if step.file])
             stops = [step.start for step in path[1:]] + [count]
-            rows = [_until(step, stop) for step, stop in zip(path, stops, strict=True)]
+            rows = [until(step, stop) for step, stop in zip(path, stops, strict=True)]
             return join(node.form, rows, node.states or [], len(tokens)), count
 
     def keep(self, tokens: list[int], cache: list[Any], kind: Kind) -> None:
@@ -156,7 +138,7 @@ class PrefixCache:
         with self._lock:
             form = form_of(cache, len(row))
             root = self._roots.setdefault(form, Node(form, None, 0, row[:0]))
-            node, count = _walk(root, row)
+            node, count = walk(root, row)
             for step in node.path()[1:]:
                 if step.rows is None and step.end <= count:
                     self._hold(step, cut(cache, form, step.start, step.end), None)
@@ -194,6 +176,7 @@ class PrefixCache:
                     return
                 path = node.path()[1:]
                 self._use(path)
+            needed = 0
             for step in path:
                 ends = step is node and step.form.has_states
                 if step.rows is not None and (step.states is not None or not ends):
@@ -204,9 +187,13 @@ class PrefixCache:
                         self._forget(step)
                         return
                     self._hold(step, found[0], found[1] if ends else None)
-                    self._shrink(limit)
-                    if step.rows is None:  # there is no room
-                        return
+                    # Until the request has a copy, it has not taken the memory that is for that.
+                    needed += step.nbytes
+                    self._shrink(None if limit is None else max(0, limit) + needed)
+
+    def clear(self) -> None:
+        """Let go of all caches in memory."""
+        self.make_room(0)
 
     def close(self, seconds: float) -> None:
         """Write what waits to be written, for so long at most, and end the thread that writes."""
@@ -217,15 +204,15 @@ class PrefixCache:
         """The node in which the longest usable prefix ends, and the prefix's length."""
         best: tuple[Node | None, int] = None, 0
         for form, root in self._roots.items():
-            node, count = _walk(root, row)
+            node, count = walk(root, row)
             path = node.path()[1:]
             missing = next((n for n, step in enumerate(path) if step.rows is None), len(path))
             if in_memory and missing < len(path):
                 count, path = path[missing].start, path[:missing]
             if form.has_states:
                 # States at the end of a node, and those within its tokens.
-                ends = [*path, *(step.children[key] for step in path for key in _within(step))]
-                held = [step for step in ends if step.end <= count and _has_states(step, in_memory)]
+                ends = [*path, *(step.children[key] for step in path for key in within(step))]
+                held = [step for step in ends if step.end <= count and has_states(step, in_memory)]
                 node = max(held, key=lambda step: step.end, default=root)
                 count = node.end
             elif path:
@@ -241,7 +228,7 @@ class PrefixCache:
         if form.has_states:
             if count == len(row) and count < node.end:
                 node = self._add(Node(form, node, count, row[:0]), cache)
-        elif count < len(row) and _is_short(node) and count == node.end and node.parent is not None:
+        elif count < len(row) and is_short(node) and count == node.end and node.parent is not None:
             start, short, node = node.start, node, node.parent
             self._forget(short)
         longest = len(row) if form.has_states else LONGEST
@@ -293,7 +280,7 @@ class PrefixCache:
         """Take a node out of the tree, with all that follows it."""
         if node.parent is not None:
             node.parent.children.pop(node.key, None)
-        for gone in _below(node):
+        for gone in below(node):
             self._nbytes -= gone.nbytes
             gone.rows = gone.states = None
             if gone.file is not None and self._folder is not None:
@@ -305,77 +292,26 @@ class PrefixCache:
 
     def _shrink(self, nbytes: int | None) -> None:
         """Let go of what is worth least, until the rest is not larger."""
-        while self._size is not None and self._conversations() > self._size:
-            self._release_least()
-        while nbytes is not None and self._nbytes > nbytes:
-            if not self._release_least():
-                return
+        if not self._is_too_much(nbytes):
+            return
+        order: list[tuple[float, int, Node]] = []
+        numbers = counter()
+        for root in self._roots.values():
+            for node in below(root):
+                if is_end(node) or node.states is not None:
+                    heappush(order, (value(node), next(numbers), node))
+        while order and self._is_too_much(nbytes):
+            node, end = order[0][2], is_end(order[0][2])
+            heappop(order)
+            parent = node.parent
+            self._release(node, rows=end)
+            if end and parent is not None and parent.parent is not None and is_end(parent):
+                heappush(order, (value(parent), next(numbers), parent))
+
+    def _is_too_much(self, nbytes: int | None) -> bool:
+        if nbytes is not None and self._nbytes > max(0, nbytes):
+            return True
+        return self._size is not None and self._conversations() > self._size
 
     def _conversations(self) -> int:
-        return sum(_is_end(node) for root in self._roots.values() for node in _below(root))
-
-    def _release_least(self) -> bool:
-        """Let go of the end of a text, or of states within one; whether there was any."""
-        least: tuple[float, Node, bool] | None = None
-        for root in self._roots.values():
-            for node in _below(root):
-                if node.rows is None:
-                    continue
-                inner = not _is_end(node)
-                if inner and node.states is None:
-                    continue
-                value = worth(node.end, node.ended if inner else node.used)
-                if least is None or value < least[0]:
-                    least = value, node, not inner
-        if least is not None:
-            self._release(least[1], rows=least[2])
-        return least is not None
-
-
-def _walk(root: Node, row: np.ndarray) -> tuple[Node, int]:
-    """The node in which the longest known prefix of some tokens ends, and its length."""
-    node, count = root, 0
-    while count < len(row):
-        child = node.children.get((count, int(row[count])))
-        if child is None:
-            break
-        span = min(len(child.tokens), len(row) - count)
-        differ = np.flatnonzero(child.tokens[:span] != row[count : count + span])
-        node, count = child, count + int(differ[0] if len(differ) else span)
-    return node, count
-
-
-def _below(node: Node) -> Iterator[Node]:
-    """A node and all that follow it, without the beginning of all."""
-    waiting = [node]
-    while waiting:
-        found = waiting.pop()
-        waiting += found.children.values()
-        if found.parent is not None:
-            yield found
-
-
-def _is_end(node: Node) -> bool:
-    """Whether it is in memory, and nothing that follows it."""
-    return node.rows is not None and all(child.rows is None for child in node.children.values())
-
-
-def _is_short(node: Node) -> bool:
-    return len(node.tokens) < SHORTEST and not node.children
-
-
-def _within(node: Node) -> list[tuple[int, int]]:
-    """The keys of children that only have states."""
-    return [key for key in node.children if key[1] == -1]
-
-
-def _has_states(node: Node, in_memory: bool) -> bool:
-    return node.states is not None or (not in_memory and node.stored_states)
-
-
-def _until(node: Node, stop: int) -> Rows:
-    """A node's rows up to a token of the text."""
-    if stop == node.end:
-        return node.rows or []
-    count = stop - node.start
-    return [tuple(array[..., :count, :] for array in layer) for layer in node.rows or []]
+        return sum(is_end(node) for root in self._roots.values() for node in below(root))
