@@ -154,6 +154,7 @@ def test_editing_and_asking_again(visit: Visit) -> None:
     expect(page.locator(".assistant .body").first).to_have_text("one two, better")
     page.locator(".assistant").last.get_by_role("button", name="Retry").click()
     answered(page, 2)
+    expect(page.locator("#notice")).to_contain_text("The earlier answer was removed.")
     said = [message["content"] for message in bodies[-1]["messages"]]
     assert said == ["first", "one two, better", "second"]
     # A question is changed: what came after it goes, and comes back.
@@ -338,6 +339,26 @@ def test_text_is_shown_in_its_form(visit: Visit) -> None:
     assert page.evaluate("() => navigator.clipboard.readText()") == "print(1)\n\nx = 2"
     answered(page).locator(".actions").get_by_role("button", name="Copy").click()
     assert page.evaluate("() => navigator.clipboard.readText()") == text
+
+
+def test_copying_where_the_browser_does_not_trust_the_address(visit: Visit) -> None:
+    """As at http://192.168.1.5, where a page has no clipboard of its own."""
+    visit.page.add_init_script(
+        "Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined})"
+    )
+    visit.answers(piece("An answer", finish_reason="stop"))
+    page = visit.open()
+    visit.ask("x")
+    answered(page).get_by_role("button", name="Copy").click()
+    page.focus("#message")
+    page.keyboard.press("Control+V")
+    expect(page.locator("#message")).to_have_value("An answer")
+
+
+def test_a_server_that_is_gone(visit: Visit) -> None:
+    visit.page.route("**/v1/models", lambda route: route.abort())
+    page = visit.open()
+    expect(page.locator("#notice")).to_contain_text("The server cannot be reached")
 
 
 def test_reasoning_is_apart(visit: Visit) -> None:

@@ -46,7 +46,11 @@ export class MessageView {
     this.note.textContent = note ?? "";
     this.stats.textContent = stats ? described(stats) : "";
     this.expertsButton.hidden = !tokens?.length;
-    if (this.panel && !this.panel.element.hidden) this.panel.update();
+    // It is more than an answer's text: while that is written, a few times a second are enough.
+    const now = performance.now();
+    if (!this.panel || this.panel.element.hidden || (busy && now - this.drawn < 300)) return;
+    this.drawn = now;
+    this.panel.update();
   }
 
   toggleExperts() {

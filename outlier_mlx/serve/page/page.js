@@ -16,7 +16,7 @@ let open = null;
 let views = [];
 let writing = null; // {controller, conversation, message, view} of the answer under way
 
-// -- conversations ------------------------------------------------------------------------------
+// --- conversations ---
 
 function fresh() {
   let settings = { system: "", experts: true };
@@ -126,8 +126,9 @@ async function again(message) {
   const before = conversation.messages;
   const gone = before.length - end;
   conversation.messages = before.slice(0, end);
-  if (gone > 1) {
-    notice(`${gone} messages after it were removed.`, "Undo", async () => {
+  if (gone) {
+    const told = gone > 1 ? `${gone} messages after it were removed.` : "The earlier answer was removed.";
+    notice(told, "Undo", async () => {
       await stop();
       conversation.messages = before;
       await keep(conversation);
@@ -138,7 +139,7 @@ async function again(message) {
   await write(conversation);
 }
 
-// -- an answer ----------------------------------------------------------------------------------
+// --- an answer ---
 
 function body(conversation) {
   const { system, experts, ...numbers } = conversation.settings;
@@ -208,7 +209,7 @@ async function follow(mine, asked) {
       if (choice?.finish_reason === "length") message.note = "The answer ends here because it has as many tokens as allowed.";
       count = chunk.usage?.completion_tokens ?? count;
       if (first) measured();
-      if (performance.now() - kept > 2000) {
+      if (performance.now() - kept > 5000) {
         kept = performance.now();
         store.put(mine.conversation).catch(() => {});
       }
@@ -254,6 +255,7 @@ $("ask").addEventListener("submit", async (event) => {
   const content = $("message").value.trim();
   if (!content) return;
   $("message").value = "";
+  $("notice").hidden = true;
   fit();
   open.messages.push({ role: "user", content });
   open.title ||= content.split("\n")[0].slice(0, 60);
@@ -289,7 +291,7 @@ function bottom(always = false) {
   if (always || (follows && writing)) $("main").scrollTop = $("main").scrollHeight;
 }
 
-// -- what is told and asked ---------------------------------------------------------------------
+// --- what is told and asked ---
 
 const say = (text) => ($("spoken").textContent = text);
 
@@ -316,6 +318,7 @@ function question(title, text, yes, field = "", value = "", type = "text") {
   $("question-field").hidden = !field;
   $("question-field").firstElementChild.textContent = field;
   Object.assign(input, { type, value });
+  if (dialog.open) dialog.close("");
   dialog.returnValue = "";
   dialog.showModal();
   if (field) input.select();
@@ -366,7 +369,7 @@ function about() {
   }
 }
 
-// -- settings, theme, list ----------------------------------------------------------------------
+// --- settings, theme, list ---
 
 $("open-settings").addEventListener("click", () => {
   const { elements } = $("settings").querySelector("form");
@@ -455,7 +458,7 @@ $("file").addEventListener("change", async () => {
   }
 });
 
-// -- begin --------------------------------------------------------------------------------------
+// --- begin ---
 
 theme(false);
 document.body.classList.toggle("side", WIDE.matches);
