@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import openai
@@ -15,6 +16,7 @@ import pytest
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.cache_dir import CacheDir, cache_dir
 from tests.library import Library
+from tests.plain_models import SIZES, write_model
 from tests.program import start_program
 from tests.serving import Running, running
 
@@ -116,6 +118,25 @@ def test_four_conversations_are_kept(small_tier: Path) -> None:
         texts = [ask(server, prompt)[0] for prompt in prompts]
         for prompt, text in zip(prompts, texts, strict=True):
             assert ask(server, turn(server, prompt, text))[1] > 40
+
+
+@pytest.mark.slow
+def test_a_second_message_takes_a_tenth_of_the_first(tmp_path: Path) -> None:
+    """Of 2,000 tokens, and 20 more; `scripts/bench_prefix.py` has a larger model."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "max_position_embeddings": 4096}
+    model = write_model(tmp_path / "model", SIZES | sizes | {"model_type": "qwen2"})
+    ratios = []
+    with running(model) as server:
+        for seed in range(3):
+            prompt = [5 + (7 * place + 31 * seed + place // 9) % 90 for place in range(2000)]
+            times = []
+            for tokens in (prompt, [*prompt, *range(5, 25)]):
+                begun = time.perf_counter()
+                body = {"prompt": tokens, "max_tokens": 1, "temperature": 0}
+                assert server.post(body, "/v1/completions")[0] == 200
+                times.append(time.perf_counter() - begun)
+            ratios.append(times[1] / times[0])
+    assert median(ratios) <= 0.1
 
 
 def test_without_a_key_nobody_learns_what_was_cached(small_tier: Path, where: CacheDir) -> None:

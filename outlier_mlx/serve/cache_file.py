@@ -140,7 +140,9 @@ def read(path: Path) -> tuple[Part, Rows, list[State] | None]:
             found = tensor.read()
             checksum = zlib.crc32(found.reshape(-1).view(np.uint8).data, checksum)
             array = mx.array(found)
-            arrays[name] = array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+            # On the CPU, because the GPU works for the thread that generates.
+            bits = tensor.dtype == "BF16"
+            arrays[name] = mx.view(array, mx.bfloat16, stream=mx.cpu) if bits else array
     if checksum != part.checksum:
         raise CheckpointError(f"{path.name}: damaged: its checksum differs")
     rows: Rows = []
