@@ -215,8 +215,9 @@ def test_every_option_of_a_group_arrives() -> None:
         values |= {"max_kv_size": None} if group is Generation else {}
         groups.append(group(**values))
         expected |= values
-    given = generation_options(*groups, prefill_response="It", ignore_chat_template=True)
-    assert vars(given) == expected | {"prefill_response": "It", "ignore_chat_template": True}
+    more = {"prefill_response": "It", "ignore_chat_template": True, "json_schema": {}}
+    given = generation_options(*groups, **more)
+    assert vars(given) == expected | more
 
 
 def test_commands_may_have_defaults_of_their_own() -> None:

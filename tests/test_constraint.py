@@ -23,6 +23,7 @@ from outlier_mlx.engine.loading import load_tokenizer
 from outlier_mlx.engine.schemas import SchemaError
 from tests.json_schemas import SCHEMAS, record
 from tests.library import Library
+from tests.program import assert_refused, run
 
 END, THINK, THOUGHT = "<|end|>", "<think>", "</think>"
 ANSWER = {"enum": ["yes", "no"]}
@@ -373,3 +374,17 @@ def test_hard_schemas_take_bounded_time(name: str, pair: Any) -> None:
         slowest = max(slowest, time.perf_counter() - begun)
         tokens.append(token)
     assert slowest < 1
+
+
+def test_generate_writes_a_value_of_a_schema(library: Library, tmp_path: Path) -> None:
+    tier, file = library.demo_tier("q4"), tmp_path / "schema.json"
+    file.write_text(json.dumps(SCHEMAS["tuple"]))
+    line = ("generate", "--model", tier, "--prompt", "Who are you?", "--json-schema", file)
+    assert_valid(run(*line, "--max-tokens", 100).out, SCHEMAS["tuple"])
+    begins = run(*line, "--prefill-response", "Well", code=1)
+    assert_refused(begins, "--json-schema and --prefill-response exclude each other")
+    file.write_text('{"not": {}}')
+    assert_refused(run(*line, code=1), "schema.json: #/not: the keyword 'not' is not supported")
+    # What only llguidance finds.
+    file.write_text('{"type": "string", "format": "phone"}')
+    assert_refused(run(*line, code=1), "Unknown format: phone")

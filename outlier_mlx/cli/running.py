@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -43,11 +43,9 @@ def generation_options(
     sampling: Sampling,
     cache: KVCache,
     xtc: Xtc | None = None,
-    *,
-    prefill_response: str | None = None,
-    ignore_chat_template: bool = False,
+    **more: Any,
 ) -> "Options":
-    """The engine's options of a generation.
+    """The engine's options of a generation; `more` are options that only one command has.
 
     Raises:
         OutlierError: the KV cache cannot be quantized like that.
@@ -57,9 +55,7 @@ def generation_options(
     # Each group's fields are called as the engine's options are.
     groups = (generation, sampling, xtc or Xtc(), cache)
     given = {name: value for group in groups for name, value in vars(group).items()}
-    return Options(
-        **given, prefill_response=prefill_response, ignore_chat_template=ignore_chat_template
-    )
+    return Options(**given, **more)
 
 
 @command("Run", 'generate ./tier --prompt "Once upon a time" --temp 0.7')
@@ -79,6 +75,10 @@ def generate(
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Use the prompt as it is.")
     ] = False,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="A JSON schema in a file; the text is a JSON value of it."),
+    ] = None,
     alpha: Alpha = None,
     quiet: Quiet = False,
 ) -> None:
@@ -97,6 +97,7 @@ def generate(
         xtc,
         prefill_response=prefill_response,
         ignore_chat_template=ignore_chat_template,
+        json_schema=_read_schema(json_schema, prefill_response),
     )
     text = _read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
     # With a limit, the cache is not quantized, and holds as much of a prompt as the limit allows.
@@ -126,6 +127,23 @@ def generate(
             print()
     if response is not None and not quiet:
         print_statistics(response, statistics_of(loaded))
+
+
+def _read_schema(file: Path | None, prefill_response: str | None) -> dict[str, Any] | None:
+    """A JSON schema, checked before a model is loaded."""
+    if file is None:
+        return None
+    if prefill_response is not None:
+        raise OutlierError("--json-schema and --prefill-response exclude each other")
+    from outlier_mlx.engine.schemas import SchemaError, checked_schema
+    from outlier_mlx.storage.texts import read_json
+
+    schema = read_json(file)
+    try:
+        checked_schema(schema)
+    except SchemaError as error:
+        raise OutlierError(f"{file}: {error}") from None
+    return schema
 
 
 def _read_stdin() -> str:

@@ -18,7 +18,7 @@ from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 
 # Between the parts of a JSON value, once: a model cannot write blanks for ever.
-_BLANK = r"\x20|\n(\x20{0,32}|\t{0,16})"
+_BLANK = r"\x20|\n(\x20{0,20}|\t{0,10})"
 # Work for one token, about 5 ms at most, and for compiling a grammar, about 50 ms (llguidance's
 # own figures); a lexer's state has about 2 KB.
 _LIMITS: dict[str, Any] = {
@@ -214,6 +214,8 @@ class ConstraintProcessor:
             return logits
         if logits.shape[-1] != self._width:
             raise ConstraintError(f"there are {logits.shape[-1]} logits, expected {self._width}")
+        # The model computes while the mask is made.
+        mx.async_eval(logits)
         return mx.where(self._allowed(), logits, -mx.inf)
 
     def _begin(self, prompt: list[int]) -> None:

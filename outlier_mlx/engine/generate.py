@@ -13,6 +13,7 @@ from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
+from outlier_mlx.engine.constraint import ConstraintProcessor, Grammars
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.needs import cpu_step
 from outlier_mlx.engine.paging.paged import planned_step, total_parameters
@@ -37,7 +38,8 @@ KV_BITS = (2, 3, 4, 5, 6, 8)
 class Options:
     """Options of generation, with the names of `mlx_lm.generate` and its defaults.
 
-    Only the default of `max_tokens` differs.
+    Only the default of `max_tokens` differs. `json_schema` is an option of its own: the
+    text is a JSON value of it.
 
     Raises:
         OutlierError: options of the KV cache have values that are not allowed.
@@ -60,6 +62,7 @@ class Options:
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
+    json_schema: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check options for which MLX would fail only in the middle of the text."""
@@ -196,7 +199,8 @@ def generate_from_tokens(
         yielded; tokens that are not asked for are not in the cache once the iterator is closed.
 
     Raises:
-        OutlierError: the model does not support an option, or has no row for a token.
+        OutlierError: the model does not support an option, or has no row for a token; or no text
+            can have the form of `json_schema`.
     """
     check_kv_cache(model, options)
     check_tokens(model, tokens)
@@ -218,6 +222,7 @@ def generate_from_tokens(
         tokens,
         cache=make_prompt_cache(model, options.max_kv_size) if cache is None else cache,
         sampler=Sampler(sampler),
+        processors=_constraint(model, tokenizer, tokens, options),
         ends=tokenizer.eos_token_ids,
         max_tokens=options.max_tokens,
         quantized=kv or None,
@@ -267,6 +272,16 @@ def _responses(
                 # Nobody wants the rest of these tokens.
                 steps.take_back(left)
                 raise
+
+
+def _constraint(
+    model: nn.Module, tokenizer: Tokenizer, tokens: list[int], options: Options
+) -> list[ConstraintProcessor]:
+    """What holds the text to the schema of the options, if there is one."""
+    if options.json_schema is None:
+        return []
+    grammars = Grammars(tokenizer, vocabulary(model, tokenizer))
+    return [grammars.schema(options.json_schema).start(tokens)]
 
 
 def _unaffected(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
