@@ -323,6 +323,29 @@ def test_hostile_text_stays_text(browser: Any, tmp_path: Path) -> None:
         assert page.locator("#conversations").locator(names).count() == 0
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join("`" * (n % 90) + "a" for n in range(1500)),
+        "**a " * 20_000,
+        "~" * 60_000 + "`",
+        "```" + "x" * 60_000 + "`",
+        "# " * 30_000,
+        "- " * 30_000,
+        " " * 60_000 + "x",
+        "1. a\n" * 5_000,
+    ],
+    ids=["ticks", "stars", "tildes", "fence", "heads", "items", "blanks", "lines"],
+)
+def test_no_text_keeps_the_page_busy(visit: Visit, text: str) -> None:
+    visit.answers(piece(text), piece(" end", finish_reason="stop"))
+    page = visit.open()
+    begun = time.monotonic()
+    visit.ask("x")
+    expect(answered(page).locator(".body")).to_contain_text("end")
+    assert time.monotonic() - begun < 6
+
+
 def test_text_is_shown_in_its_form(visit: Visit) -> None:
     text = "A **b** `c`.\n\n- one\n- two\n\n3. three\n\n```py\nprint(1)\n\nx = 2\n```\n# Head\nrest"
     halves = [piece(text[n : n + 3]) for n in range(0, len(text), 3)]

@@ -73,7 +73,7 @@ function blocksOf(text) {
       if (open) open.begun = true;
       continue;
     }
-    const fenced = FENCE.exec(line);
+    const fenced = line.length < 200 && FENCE.exec(line);
     const heading = HEADING.exec(line);
     const item = ITEM.exec(line);
     if (fenced) {
@@ -108,8 +108,9 @@ function drawn(block) {
 
 const SPAN = /(`+)(.+?)\1(?!`)|\*\*(\S(?:.*?\S)?)\*\*/gs;
 
-/** Text with code and strong words in it, as nodes. */
+/** Text with code and strong words in it, as nodes; a very long one as it is, which is quick. */
 function spans(text) {
+  if (text.length > 5000) return [text];
   const nodes = [];
   let end = 0;
   for (const match of text.matchAll(SPAN)) {
