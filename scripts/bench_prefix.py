@@ -11,6 +11,7 @@ kept cache of that many tokens, and of many more, beside a plain copy of as many
 
 import argparse
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -30,6 +31,9 @@ from outlier_mlx.serve.cache_dir import cache_dir
 from outlier_mlx.serve.options import ServeOptions
 from outlier_mlx.serve.prefix_cache import PrefixCache
 from outlier_mlx.serve.server import Server
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from tests.plain_models import SIZES, write_model
 
 CONFIG = SIZES | {
@@ -120,7 +124,7 @@ def copies(count: int) -> None:
         found, _ = kept.fetch([*tokens, 1])
         mx.eval([layer.state for layer in found or []])
 
-    plain = timed(lambda: mx.eval([layer.keys + 0 for layer in cache + cache]))
+    plain = timed(lambda: mx.eval([array + 0 for layer in cache for array in layer.state[:2]]))
     lookup, whole = timed(lambda: kept.fetch([*tokens, 1])), timed(copied)
     print(
         f"{count} tokens, {kept.nbytes / 1e6:.0f} MB: keep {keeping * 1000:.1f} ms,"
