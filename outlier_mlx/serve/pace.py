@@ -1,7 +1,7 @@
 """How much of a prompt is read between two steps of generation."""
 
-# A slice has at least so many tokens: with fewer, the kernels for many tokens are not used.
-LEAST = 64
+# A slice has at least so many tokens, about those of a short prompt.
+LEAST = 32
 # The weight of earlier slices falls by this factor with each slice: a step takes longer as the
 # conversation grows.
 FORGET = 0.9

@@ -59,29 +59,44 @@ def choice_for(request: Request, unaffected: Sequence[int]) -> Choice:
 
 
 def _sampler(sampling: Sampling, seed: int | None, unaffected: list[int]) -> Sampler:
-    """A sampler with random numbers of its own, so that no other request changes its text.
-
-    The steps and their order are those of mlx-lm's `make_sampler`.
-    """
     if sampling.temperature == 0:
         sampler: Sampler = greedy_sampler
         return sampler
-    key = mx.random.key(random.getrandbits(64) if seed is None else seed)
+    return RandomSampler(sampling, random.getrandbits(64) if seed is None else seed, unaffected)
 
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, for_xtc, for_token = mx.random.split(key, 3)
+
+class RandomSampler:
+    """A sampler with random numbers of its own, so that no other request changes its text.
+
+    Its steps and their order are those of mlx-lm's `make_sampler`.
+
+    Args:
+        sampling: with a temperature above 0.
+        seed: of the random numbers, 64 bits.
+        unaffected: tokens that XTC leaves alone.
+
+    Attributes:
+        state: where its random numbers are, (2,) uint32.
+    """
+
+    def __init__(self, sampling: Sampling, seed: int, unaffected: list[int]) -> None:
+        self.state = mx.random.key(seed)
+        self._sampling = sampling
+        self._unaffected = unaffected
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """A token (1,) from log probabilities (1, vocab)."""
+        sampling = self._sampling
+        self.state, for_xtc, for_token = mx.random.split(self.state, 3)
         if 0 < sampling.top_p < 1:
             logprobs = apply_top_p(logprobs, sampling.top_p)
         if sampling.min_p:
             logprobs = apply_min_p(logprobs, sampling.min_p)
         if sampling.xtc_probability > 0:
             # With the probability 1, it is sure to be applied, and needs no random number.
-            applied = apply_xtc(logprobs, 1.0, sampling.xtc_threshold, unaffected)
+            applied = apply_xtc(logprobs, 1.0, sampling.xtc_threshold, self._unaffected)
             applies = mx.random.uniform(key=for_xtc) < sampling.xtc_probability
             logprobs = mx.where(applies, applied, logprobs)
         if sampling.top_k > 0:
             logprobs = apply_top_k(logprobs, sampling.top_k)
         return mx.random.categorical(logprobs * (1 / sampling.temperature), key=for_token)
-
-    return sample
