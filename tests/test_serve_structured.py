@@ -15,7 +15,7 @@ import pytest
 from outlier_mlx.serve.structured import Form, ToolChoice
 from tests.json_schemas import SCHEMAS, SMALL, record
 from tests.library import Library
-from tests.scripted import Script
+from tests.scripted import TOOLS, Script
 from tests.serving import MESSAGES, Running, running
 
 PARAMETERS = record(
@@ -205,6 +205,25 @@ def test_strict_arguments_of_a_call_that_is_free(tmp_path: Path) -> None:
 def test_a_free_text_stays_what_it_is_with_strict_tools(tooled: Running) -> None:
     strict = {"type": "function", "function": TOOL["function"] | {"strict": True}}  # type: ignore[operator]
     assert ask(tooled, tools=[strict]).message.content == "It is warm"
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_thinking_is_free(opened: bool, tmp_path: Path) -> None:
+    """Whether the template opens it, or the model."""
+    parts = ("<think>", "Let me", " think", "</think>", "It is")
+    template = TOOLS + "<think>" if opened else TOOLS
+    script = Script(tmp_path / "model", *parts, template=template, marks=("<think>", "</think>"))
+    with running(script, max_tokens=60) as server:
+        schema = record(answer={"enum": ["a", "b"]})
+        body = {"messages": MESSAGES, "response_format": form(schema)}
+        status, _, answer = server.post(body)
+        assert status == 200
+        message = answer["choices"][0]["message"]
+        assert "Let me think" in message.values()
+        assert_valid(message["content"], schema)
+        # A cut within thinking leaves no answer.
+        cut = server.post(body | {"max_tokens": 2})[2]["choices"][0]
+        assert (cut["finish_reason"], cut["message"]["content"]) == ("length", None)
 
 
 def test_a_schema_or_a_call(tooled: Running) -> None:

@@ -231,11 +231,25 @@ def _value(rule: str, schema: dict[str, Any], closing: str, tag: str) -> tuple[s
         raise SchemaError("texts with a pattern or format have no form in this model's calls")
     if choices is not None:
         texts = [choice for choice in choices if isinstance(choice, str)]
+        if any(text != text.strip() or text.lower() in ("", "null") for text in texts):
+            raise SchemaError("a text that is empty, null or has blanks around it has no form here")
         return f"({' | '.join(map(_text, texts))}) {closing}", []
-    length = f"(?s:.{{{kind.get('minLength', 0)},{kind.get('maxLength', '')}}})"
+    length = _free_text(kind.get("minLength", 0), kind.get("maxLength"))
     if closing.startswith("<["):
         return f"{rule}_text {closing}", [f"{rule}_text: /{length}/"]
     return f"{rule}_text", [f"{rule}_text[lazy]: /{_pattern(length, tag)}/"]
+
+
+def _free_text(least: int, most: int | None) -> str:
+    """A regular expression of texts, without blanks around them if their least length counts."""
+    inner = "" if most is None else max(0, most - 2)
+    if least == 0:
+        return f"(?s:.{{0,{'' if most is None else most}}})"
+    if most == 1:
+        return r"\S"
+    if least == 1:
+        return rf"\S((?s:.{{0,{inner}}})\S)?"
+    return rf"\S(?s:.{{{least - 2},{inner}}})\S"
 
 
 def _comma_list(name: str, parts: dict[str, bool]) -> list[str]:
