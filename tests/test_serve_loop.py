@@ -157,6 +157,7 @@ def test_short_prompts_are_read_together(small_tier: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(loop, "read", note)
     monkeypatch.setattr(loop.Loop, "_take_in", wait)
+    monkeypatch.setattr(Pace, "tokens", lambda self, shared: 512)
     prompts = [[{"role": "user", "content": word}] for word in ("a", "few", "words", "or so")]
     with running(small_tier) as server, ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(server.chat, messages=prompt, max_tokens=9) for prompt in prompts]
