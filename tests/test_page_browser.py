@@ -160,7 +160,7 @@ def test_editing_and_asking_again(visit: Visit) -> None:
     # A question is changed: what came after it goes, and comes back.
     page.locator(".user").first.get_by_role("button", name="Edit").click()
     page.get_by_label("Text of the message").fill("another")
-    page.get_by_role("button", name="Save and answer again").click()
+    page.get_by_role("button", name="Save and ask").click()
     expect(page.locator(".message")).to_have_count(2)
     answered(page)
     assert bodies[-1]["messages"] == [{"role": "user", "content": "another"}]

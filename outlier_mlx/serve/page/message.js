@@ -74,7 +74,7 @@ export class MessageView {
       this.actions.edit(area.value, again);
     };
     const save = button("Save", () => done(false));
-    const send = button("Save and answer again", () => done(true), "primary");
+    const send = button("Save and ask", () => done(true), "primary");
     this.editor.replaceChildren(area, make("p", { className: "buttons" },
       button("Cancel", () => this.close()), save, ...(role === "user" ? [send] : [])));
     area.addEventListener("keydown", (event) => {
