@@ -12,7 +12,8 @@ from outlier_mlx.storage.texts import decode_json
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 
-REASONING = ("reasoning", "reasoning_content", "thinking")
+# Two names of the same, of which the server sends both; that which most templates have comes first.
+REASONING = ("reasoning_content", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,18 @@ class MessageReader:
         Returns:
             The names of fields that have no effect.
         """
-        unused = []
-        for name in REASONING:
-            if name not in message or self.probes.mentions(name):
-                continue
-            # This server sends it as "reasoning"; most templates have the other name.
-            if name == "reasoning" and self.probes.mentions("reasoning_content"):
-                message.setdefault("reasoning_content", message.pop(name))
-            else:
-                unused.append(f"messages.{name}")
-        return unused
+        given = [name for name in REASONING if name in message]
+        used = [name for name in REASONING if self.probes.mentions(name)]
+        unused = given
+        if given and used:
+            message[used[0]] = message[given[0]]
+            for name in given:
+                if name not in used:
+                    del message[name]
+            unused = []
+        if "thinking" in message and not self.probes.mentions("thinking"):
+            unused = [*unused, "thinking"]
+        return [f"messages.{name}" for name in unused]
 
     def _need(self, part: Part, where: str) -> None:
         if self.probes.leaves_out(part):

@@ -27,6 +27,7 @@ from outlier_mlx.engine.needs import cache_needs
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.models.sizes import context_length
+from outlier_mlx.serve.calls import reads_calls
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.memory import CacheMemory
@@ -118,7 +119,7 @@ class OneModel:
                 options.max_context or context_length(described(self.model)),
                 TEMPLATE_NAMES,
                 Sampling(options.temp, options.top_p, options.top_k, options.min_p),
-                MessageReader(TemplateProbes(self.tokenizer), self.tokenizer.has_tool_calling),
+                MessageReader(TemplateProbes(self.tokenizer), reads_calls(self.tokenizer)),
                 Grammars(self.tokenizer, width),
                 has_experts=self.experts is not None,
             )

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_lm.generate import TextStateMachine
 
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.calls import CallReader
+from outlier_mlx.serve.calls import CallReader, reads_calls
 from outlier_mlx.serve.experts import described
 from outlier_mlx.serve.generator import Generator
 from outlier_mlx.serve.jobs import Token
@@ -90,16 +90,17 @@ class Reply:
     def pieces(self) -> Iterator[Piece]:
         """What is generated, up to the first stop word. Only the last piece has a finish reason."""
         splitter = self._splitter()
-        called = False
+        called = 0
         for text, reason in self._until_stop_word():
             self.reasoning_tokens += splitter.reasons
             piece = splitter.feed(text)
             if reason is not None:
                 piece.add(splitter.end(cut=reason == "length"))
-            if piece.calls and not self.request.parallel_calls:
-                del piece.calls[1:]
+            called += len(piece.calls)
+            if called > splitter.writing and not self.request.parallel_calls:
+                # The first call is complete, or a second one has begun.
+                del piece.calls[len(piece.calls) - called + 1 :]
                 reason = "stop"
-            called = called or bool(piece.calls)
             piece.finish_reason = "tool_calls" if called and reason == "stop" else reason
             if piece:
                 piece.logprobs, self._logprobs = self._logprobs, []
@@ -114,9 +115,14 @@ class Reply:
         tokenizer = provider.tokenizer
         if self.request.messages is None:
             return Splitter(TextStateMachine(), "normal", None, reads=False)
-        reader = CallReader(tokenizer, self.request.tools) if tokenizer.has_tool_calling else None
-        reads = bool(self.request.tools)
-        return Splitter(provider.machine, self._job.prompt.initial, reader, reads=reads)
+        reader = CallReader(tokenizer, self.request.tools) if reads_calls(tokenizer) else None
+        return Splitter(
+            provider.machine,
+            self._job.prompt.initial,
+            reader,
+            reads=bool(self.request.tools),
+            streams=self.request.stream,
+        )
 
     def _until_stop_word(self) -> Iterator[tuple[str, str | None]]:
         """The text of each token up to the first stop word; with the last, "stop" or "length"."""

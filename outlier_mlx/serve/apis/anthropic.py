@@ -151,6 +151,8 @@ class MessageAnswer:
     def events(self, number: int, piece: Piece) -> Iterator[Event]:
         """What is new in the content blocks, in the order in which models write them."""
         self._last = piece
+        if piece.arguments:
+            yield self._delta("tool_use", piece.arguments)
         if piece.reasoning:
             yield from self._continue("thinking", piece.reasoning if self._shows_thinking else "")
         if self._open != "text" and not (self._blanks + piece.text).strip():

@@ -1,6 +1,6 @@
 """`/v1/chat/completions` of OpenAI's API."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from outlier_mlx.serve.access import Refused
@@ -74,20 +74,10 @@ class ChatAnswer(CompletionAnswer):
         if piece.text or not stream:
             message["content"] = piece.text or None
         if piece.reasoning:
-            message["reasoning"] = piece.reasoning
-        if piece.calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in piece.calls
-            ]
-        if stream:
-            for call in message.get("tool_calls", ()):
-                call["index"] = self._calls
-                self._calls += 1
+            # Programs look for the one or the other name.
+            message["reasoning"] = message["reasoning_content"] = piece.reasoning
+        if calls := list(self._calls_of(piece, stream=stream)):
+            message["tool_calls"] = calls
         logprobs = {"logprobs": {"content": piece.logprobs}} if piece.logprobs else {}
         return logprobs | {"delta" if stream else "message": message}
 
@@ -95,6 +85,16 @@ class ChatAnswer(CompletionAnswer):
         """The experts of the tokens, if the client asked for them."""
         experts = [token for piece in pieces for token in piece.experts]
         return {"outlier": {"experts": experts}} if experts else {}
+
+    def _calls_of(self, piece: Piece, *, stream: bool) -> Iterator[dict[str, Any]]:
+        """Calls of functions; in a stream, also more of the arguments of the one before."""
+        if piece.arguments:
+            yield {"index": self._calls - 1, "function": {"arguments": piece.arguments}}
+        for call in piece.calls:
+            number = {"index": self._calls} if stream else {}
+            function = {"name": call.name, "arguments": call.arguments}
+            yield number | {"id": call.id, "type": "function", "function": function}
+            self._calls += 1
 
 
 def _experts(given: dict[str, Any], limits: Limits) -> tuple[bool, list[str]]:

@@ -13,6 +13,7 @@ from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.request import Request
 
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+ARGUMENTS = "response.function_call_arguments"
 PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
 
 
@@ -65,6 +66,8 @@ class ResponseAnswer:
 
     def events(self, number: int, piece: Piece) -> Iterator[Event]:
         """Items that begin, grow and end."""
+        if piece.arguments:
+            yield self._argue(piece.arguments)
         if piece.reasoning:
             yield from self._begin("reasoning")
             yield self._grow("response.reasoning_text.delta", piece.reasoning)
@@ -160,12 +163,14 @@ class ResponseAnswer:
             "arguments": "",
         }
         yield from self._add(item)
-        place = self._place(part=False)
-        kind = "response.function_call_arguments"
-        yield self._event(f"{kind}.delta", **place, delta=call.arguments)
-        item["arguments"] = call.arguments
-        yield self._event(f"{kind}.done", **place, arguments=call.arguments)
-        yield from self._finish()
+        if call.arguments:
+            yield self._argue(call.arguments)
+
+    def _argue(self, delta: str) -> Event:
+        """More of the arguments of the call that is open."""
+        assert self._open is not None
+        self._open["arguments"] += delta
+        return self._event(f"{ARGUMENTS}.delta", **self._place(part=False), delta=delta)
 
     def _finish(self, *, incomplete: bool = False) -> Iterator[Event]:
         """End the item that is open."""
@@ -179,6 +184,9 @@ class ResponseAnswer:
                 done["logprobs"] = [_without_bytes(token) for token in part.get("logprobs", [])]
             yield self._event(f"response.{PARTS[item['type']]}.done", **place, **done)
             yield self._event("response.content_part.done", **place, part=part)
+        if item["type"] == "function_call":
+            place = self._place(part=False)
+            yield self._event(f"{ARGUMENTS}.done", **place, arguments=item["arguments"])
         item["status"] = "incomplete" if incomplete else "completed"
         index = len(self._output) - 1
         yield self._event("response.output_item.done", output_index=index, item=item)
