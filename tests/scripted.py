@@ -61,6 +61,8 @@ class Script:
         template: the chat template, or None.
         marks: texts that are tokens besides those of the reply and the bytes.
         then: the texts of the reply's tokens after the mark `RESULT`.
+        after: those after other marks, which the template writes.
+        special: which of all texts are special tokens.
     """
 
     def __init__(
@@ -70,19 +72,24 @@ class Script:
         template: str | None = TOOLS,
         marks: tuple[str, ...] = ("<tool_call>", "</tool_call>"),
         then: tuple[str, ...] = (),
+        after: dict[str, tuple[str, ...]] | None = None,
+        special: tuple[str, ...] = (),
     ) -> None:
+        after = after or {}
+        marks += (*after, *(text for texts in after.values() for text in texts))
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(alphabet)}, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(
-            [AddedToken(t, normalized=False) for t in (END, START, ROLE, RESULT)]
+            [AddedToken(t, normalized=False) for t in (END, START, ROLE, RESULT, *special)]
         )
-        added = dict.fromkeys((*marks, *reply, *then))
+        added = [t for t in dict.fromkeys((*marks, *reply, *then)) if t not in special]
         tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in added])
         vocab = tokenizer.get_vocab()
         self._successors = [vocab[END]] * len(vocab)
         paths = [[START, *reply, END], [RESULT, *then, END]]
+        paths += [[mark, *texts, END] for mark, texts in after.items()]
         followed = [text for path in paths for text in path[:-1]]
         assert len(set(followed)) == len(followed), "a token has one successor"
         for path in paths:

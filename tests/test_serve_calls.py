@@ -162,14 +162,27 @@ def answers(server: Running, body: dict[str, Any]) -> list[tuple[str, str, list[
     [choice] = whole["choices"]
     events = [event["choices"][0] for event in server.stream(body)]
     deltas = [event["delta"] for event in events]
-    streamed = [call for delta in deltas for call in delta.get("tool_calls", [])]
-    assert [call.pop("index") for call in streamed] == list(range(len(streamed)))
+    streamed = joined(deltas)
     assert not any(event["finish_reason"] for event in events[:-1])
     text = "".join(delta.get("content", "") for delta in deltas)
     return [
         (choice["finish_reason"], choice["message"]["content"] or "", told(choice["message"])),
         (events[-1]["finish_reason"], text, told({"tool_calls": streamed})),
     ]
+
+
+def joined(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The calls in a stream, of which the first part has the name, and others more arguments."""
+    calls: list[dict[str, Any]] = []
+    for part in (part for delta in deltas for part in delta.get("tool_calls", [])):
+        if "id" in part:
+            assert part["index"] == len(calls)
+            calls.append(part)
+            continue
+        assert part["index"] == len(calls) - 1
+        assert set(part["function"]) == {"arguments"}
+        calls[-1]["function"]["arguments"] += part["function"]["arguments"]
+    return calls
 
 
 def told(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -204,4 +217,11 @@ def test_answers_with_calls(tmp_path: Path) -> None:
 def test_answers_with_broken_calls(tmp_path: Path) -> None:
     reply = ("Sure", OPEN, '{"name": "f", "arguments": {"x": ', CLOSE)
     with running(Script(tmp_path / "model", *reply)) as server:
-        assert answers(server, ASK) == [("stop", "".join(reply), [])] * 2
+        [choice] = server.post(ASK)[2]["choices"]
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "".join(reply))
+        assert "tool_calls" not in choice["message"]
+        # In a stream, the name had been sent before it was clear that the call is broken.
+        events = [event["choices"][0] for event in server.stream(ASK)]
+        [call] = joined([event["delta"] for event in events])
+        assert call["function"] == {"name": "f", "arguments": '{"x": '}
+        assert events[-1]["finish_reason"] == "tool_calls"
