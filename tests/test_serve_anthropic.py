@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from outlier_mlx.serve.apis.anthropic_fields import BLOCKS, BODY
 from outlier_mlx.serve.apis.api import Usage
 from outlier_mlx.serve.calls import Call
 from outlier_mlx.serve.pieces import Piece
+from tests.pages import blocks, run_block
 from tests.program import ROOT
 from tests.scripted import PLAIN, Script
 from tests.serving import NAME, Running, running
@@ -362,6 +364,7 @@ REFUSED = {
     "a tool without schema": ({"tools": [{"name": "f"}]}, "tools[0].input_schema is missing"),
     "a deferred tool": ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading"),
     "servers": ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers is not supported"),
+    "a thread": ({"thread": {"type": "create"}}, "thread is not supported"),
     "a container": ({"container": "x"}, "container is not supported"),
     "thinking": ({"thinking": {"type": "between_tools"}}, "thinking.type must be"),
     "stop words": ({"stop_sequences": ["x"] * 17}, "stop_sequences must be up to 16"),
@@ -482,6 +485,16 @@ def test_the_page_has_the_table():
     honoured = {name: str(f.values) for name, f in BODY.items() if f.use == "honoured"}
     assert {name.strip("`"): values for name, values, *_ in cells} == honoured
     assert not [name for name in BODY | BLOCKS if f"`{name}`" not in page]
+
+
+@pytest.mark.slow
+def test_the_page_runs_as_it_stands(plain: Running, tmp_path: Path):
+    place = url(plain).removeprefix("http://")
+    for language, text in blocks("docs/anthropic.md"):
+        block = text.replace("127.0.0.1:8080", place)
+        assert block != text
+        printed = run_block(language, block, tmp_path, dict(os.environ)).out
+        assert "One two three" in printed or "input_tokens" in printed
 
 
 def test_blanks_alone_are_no_block():

@@ -77,8 +77,12 @@ class CountTokens(Messages):
 def error_of(refused: Refused) -> dict[str, Any]:
     """The body of an error response, and the data of the event that ends a stream."""
     default = "api_error" if refused.status >= 500 else "invalid_request_error"
-    kind = _ERRORS.get(refused.status, default)
-    return {"type": "error", "error": {"type": kind, "message": str(refused)}}
+    error: dict[str, Any] = {"type": _ERRORS.get(refused.status, default), "message": str(refused)}
+    if refused.param == "thread":
+        # Then Anthropic's client sends the whole conversation.
+        code = "thread_unsupported_request"
+        error["details"] = {"error_code": code, "unsupported": ["thread"]}
+    return {"type": "error", "error": error}
 
 
 def model_info(name: str, limits: Limits) -> dict[str, Any]:

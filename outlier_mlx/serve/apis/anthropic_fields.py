@@ -33,6 +33,7 @@ BODY: dict[str, Field] = {
     "output_config": honoured(OBJECT),
     "container": refused(),
     "mcp_servers": refused([]),
+    "thread": refused(),
     "cache_control": ACCEPTED,
     "diagnostics": ACCEPTED,
     "inference_geo": ACCEPTED,
