@@ -25,8 +25,10 @@ TEMPLATE = TOOLS.replace(
     f"{{% if results >= 2 %}}{AGAIN}{{% elif results %}}{RESULT}{{% else %}}<|start|>{{% endif %}}",
 )
 # Besides the marks of reasoning, a call in several tokens; then one in a single token.
-FIRST = ("<think>", "Two cities", "</think>", "<tool_call>", '{"name": "warmth", ')
-FIRST += ('"arguments": {"city"', ': "Lyon"}}', "</tool_call>")
+FIRST = (
+    *("<think>", "Two cities", "</think>", "<tool_call>", '{"name": "warmth", '),
+    *('"arguments": {"city"', ': "Lyon"}}', "</tool_call>"),
+)
 SECOND = ('<tool_call>{"name": "difference", "arguments": {"a": 21, "b": 4}}\n</tool_call>',)
 LAST = ("It is 17 degrees", " warmer in Lyon.")
 ANSWER = "".join(LAST)
