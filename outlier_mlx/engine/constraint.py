@@ -277,7 +277,11 @@ def _short(reason: str) -> str:
     lines = reason.strip().split("\n")
     # Of a wrong pattern, the reason stands last.
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines)[0].rpartition("failed to compile JSON schema: ")[2][:300]
+    return (
+        (errors or lines)[0]
+        .removeprefix("error: ")
+        .rpartition("failed to compile JSON schema: ")[2][:300]
+    )
 
 
 def _bytes_of_tokens(own: Any) -> Any:

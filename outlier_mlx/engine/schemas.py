@@ -17,6 +17,9 @@ from outlier_mlx.errors import OutlierError
 MAX_LENGTH = 200_000
 MAX_DEPTH = 48
 MAX_NODES = 5_000
+#: Levels of a schema and of all schemas that references name, added up. llguidance follows them by
+#: recursion, up to 8 KB a level on a stack of some MB; beyond that, the process would end.
+MAX_LEVELS = 400
 #: Properties of one object; llguidance's limit for alternatives is a few hundred.
 MAX_PROPERTIES = 300
 MAX_VALUES = 20_000
@@ -73,6 +76,7 @@ def checked_schema(schema: Any) -> dict[str, Any] | bool:
     root = {name: value for name, value in schema.items() if name not in ("$schema", "$id")}
     clean = _Checker().schema(root, "#", 0)
     assert isinstance(clean, dict)
+    _check_levels(clean)
     shortest = _shortest(clean)
     if math.isinf(shortest):
         raise SchemaError("no value of the schema ever ends: each must contain another of its kind")
@@ -146,17 +150,40 @@ class _Checker:
         if name in ("enum", "required") and not isinstance(value, list):
             raise SchemaError(f"{place} must be a list")
         if name in ("enum", "const", *_NUMBERS):
-            self._check_value(value, place)
+            self._check_value(value, place, 0)
 
-    def _check_value(self, value: Any, place: str) -> None:
+    def _check_value(self, value: Any, place: str, depth: int) -> None:
         self._values += 1
+        if depth > MAX_DEPTH:
+            raise SchemaError(f"{place} is nested too deeply: more than {MAX_DEPTH} values")
         if self._values > MAX_VALUES:
             raise SchemaError(f"the schema has more than {MAX_VALUES} values in it")
         if isinstance(value, int | float) and abs(value) > _EXACT:
             raise SchemaError(f"{place}: numbers beyond 2^53 are not supported")
         inner = value.values() if isinstance(value, dict) else value
         for each in inner if isinstance(value, dict | list) else ():
-            self._check_value(each, place)
+            self._check_value(each, place, depth + 1)
+
+
+def _check_levels(root: dict[str, Any]) -> None:
+    """Bound the levels that there are if references are followed in any order, each once."""
+    named = {node["$ref"]: _target(root, node["$ref"]) for node in _nodes(root) if "$ref" in node}
+    targets = {id(target): target for target in named.values()}
+    levels = _levels(root) + sum(map(_levels, targets.values()))
+    if levels > MAX_LEVELS:
+        raise SchemaError(
+            f"the schema and those that it refers to have {levels} levels, added up;"
+            f" at most {MAX_LEVELS} are supported"
+        )
+
+
+def _levels(node: Any) -> int:
+    """Schemas in schemas, without what references name."""
+    if not isinstance(node, dict):
+        return 0
+    # Named schemas are read where they are referred to.
+    parts = _parts({name: v for name, v in node.items() if name not in ("$defs", "definitions")})
+    return 1 + max(map(_levels, parts), default=0)
 
 
 def _shortest(root: dict[str, Any]) -> float:
