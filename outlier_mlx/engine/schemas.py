@@ -112,6 +112,10 @@ class _Checker:
             if name == "uniqueItems" and value is False:
                 continue
             clean[name] = self._keyword(name, value, f"{place}/{name}", depth)
+        # llguidance does not keep other names from being written twice, which count once.
+        if clean.get("minProperties", 0) > len(clean.get("required", ())) + 1:
+            text = "more than one property beyond the required ones is not supported"
+            raise SchemaError(f"{place}/minProperties: {text}")
         return clean
 
     def _keyword(self, name: str, value: Any, place: str, depth: int) -> Any:

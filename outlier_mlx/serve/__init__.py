@@ -7,6 +7,7 @@ and has the format of what is sent; `messages` reads conversations; `prompts` bo
 text; `provider` loads the model; `generator` generates for all requests in one thread, with what
 `mlxlm_server` imports from mlx-lm, and answers each of its `jobs`; `replies` follows one reply,
 which `pieces` and `calls` divide into text, reasoning and tool calls; `together` follows several.
+`structured` holds answers to the form that a request demands, with the `call_grammar` of the model.
 `prefix_cache` finds what was read before in the `prefix_tree`, whose nodes have `cache_parts`;
 `cache_folder` keeps them on disk, each in a `cache_file`, for the model that `cache_dir` names.
 `capacity` divides the memory, and `memory` shares it out to requests. `server` starts and stops
