@@ -24,7 +24,7 @@ from outlier_mlx.engine.loading import load_tokenizer
 from outlier_mlx.engine.schemas import SchemaError
 from tests.json_schemas import SCHEMAS, record
 from tests.library import Library
-from tests.program import assert_refused, run
+from tests.program import ROOT, assert_refused, run, run_command
 
 END, THINK, THOUGHT = "<|end|>", "<think>", "</think>"
 ANSWER = {"enum": ["yes", "no"]}
@@ -404,3 +404,12 @@ def test_generate_writes_a_value_of_a_schema(library: Library, tmp_path: Path) -
     # What only llguidance finds.
     file.write_text('{"type": "string", "format": "phone"}')
     assert_refused(run(*line, code=1), "Unknown format: phone")
+
+
+@pytest.mark.slow
+def test_the_script_that_measures_costs() -> None:
+    script = ROOT / "scripts" / "bench_constraint.py"
+    done = run_command("python", script, "--runs", 1, "--tokens", 8, "--vocabulary", 3000)
+    assert re.search(r"embedded pair: .* ms a token, .* with a schema: ", done.out)
+    assert "a made-up one: 3000 tokens" in done.out
+    assert len(re.findall(r"^  list of records( +[\d.]+){6}$", done.out, re.MULTILINE)) == 2
