@@ -9,12 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from outlier_mlx.engine.drafting import Drafting
 from outlier_mlx.engine.generate import (
     Options,
-    Response,
     context_limit,
     generate_from_tokens,
 )
+from outlier_mlx.engine.responses import Response
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
@@ -37,6 +38,7 @@ class Conversation:
         model: the model that `outlier_mlx.load` returns.
         tokenizer: the tokenizer that `outlier_mlx.load` returns; it must have a chat template.
         options: options of generation; `system_prompt` belongs to the conversation.
+        drafting: guesses at next tokens; None: looked up in the conversation where that pays.
 
     Attributes:
         messages: messages with "role" and "content", as chat templates expect them.
@@ -49,7 +51,13 @@ class Conversation:
         OutlierError: the model has no chat template.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, options: Options) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        options: Options,
+        drafting: Drafting | None = None,
+    ) -> None:
         if not tokenizer.has_chat_template:
             raise OutlierError("this model has no chat template; `outlier-mlx generate` needs none")
         if options.seed is not None:
@@ -57,6 +65,7 @@ class Conversation:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
+        self.drafting = drafting or Drafting(model)
         self.messages: list[Message] = []
         self.forget()
 
@@ -190,7 +199,14 @@ class Conversation:
         self.read = len(tokens) - known
         written: list[int] = []
         responses = generate_from_tokens(
-            self.model, self.tokenizer, tokens[known:], options, cache, reading
+            self.model,
+            self.tokenizer,
+            tokens[known:],
+            options,
+            cache,
+            reading,
+            before=tokens[:known],
+            drafting=self.drafting,
         )
         # When it is closed, the cache holds what was yielded and nothing else.
         with closing(responses):

@@ -1,25 +1,26 @@
 """Generate text with mlx-lm's sampler and cache, and with typed options."""
 
-import time
 import warnings
-from collections.abc import Generator
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
+from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from outlier_mlx.engine.constraint import ConstraintProcessor, Grammars
+from outlier_mlx.engine.drafting import Drafting
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.needs import cpu_step
 from outlier_mlx.engine.paging.paged import planned_step, total_parameters
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
-from outlier_mlx.engine.sampling import Sampler
-from outlier_mlx.engine.steps import Counts, Quantized, Steps
+from outlier_mlx.engine.responses import Response, responses
+from outlier_mlx.engine.sampling import GlobalSampler
+from outlier_mlx.engine.steps import Quantized, Steps
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
@@ -29,8 +30,6 @@ from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress, no_progress
 
-# Number of tokens between two checks that the output is finite.
-CHECK_EVERY = 16
 KV_BITS = (2, 3, 4, 5, 6, 8)
 
 
@@ -78,13 +77,6 @@ class Options:
             raise OutlierError("--kv-bits and --max-kv-size exclude each other")
 
 
-@dataclass
-class Response(GenerationResponse):
-    """mlx-lm's response, and what the generation took so far."""
-
-    counts: Counts = field(default_factory=Counts)
-
-
 def encode_prompt(tokenizer: Tokenizer, prompt: str, options: Options) -> list[int]:
     """Token ids of a prompt, after the chat template is applied if the model has one.
 
@@ -127,6 +119,7 @@ def generate_text(
     prompt: str,
     options: Options,
     progress: Progress = no_progress,
+    drafting: Drafting | None = None,
 ) -> Generator[Response]:
     """Generate text from a prompt, piece by piece.
 
@@ -136,6 +129,7 @@ def generate_text(
         prompt: the user's text.
         options: options of sampling and of the KV cache.
         progress: progress callback (prompt tokens processed, prompt tokens in total).
+        drafting: guesses at next tokens; None: looked up in prompt and text where that pays.
 
     Yields:
         mlx-lm's responses: `text`, and counts, tokens/s and peak memory so far.
@@ -158,7 +152,10 @@ def generate_text(
     if options.prefill_response is not None or not _templated(tokenizer, options):
         tokenizer = tokenizer.after(tokens)
     limited = replace(options, max_tokens=room)
-    for response in generate_from_tokens(model, tokenizer, tokens, limited, progress=progress):
+    generated = generate_from_tokens(
+        model, tokenizer, tokens, limited, progress=progress, drafting=drafting
+    )
+    for response in generated:
         yield response
         if response.finish_reason == "length" and room < options.max_tokens:
             warnings.warn(
@@ -183,6 +180,8 @@ def generate_from_tokens(
     options: Options,
     cache: list[Any] | None = None,
     progress: Progress = no_progress,
+    before: Sequence[int] = (),
+    drafting: Drafting | None = None,
 ) -> Generator[Response]:
     """Generate from tokens that follow those in a KV cache.
 
@@ -193,10 +192,12 @@ def generate_from_tokens(
         options: see `generate_text`; the seed is ignored.
         cache: mlx-lm's cache of each layer, extended in place; None: a new cache.
         progress: progress callback (tokens processed, tokens in total).
+        before: the tokens in the cache.
+        drafting: see `generate_text`.
 
     Yields:
-        The same responses as `generate_text`. A token is in the cache before it is
-        yielded; tokens that are not asked for are not in the cache once the iterator is closed.
+        The same responses as `generate_text`. A token is in the cache before it is yielded; once
+        the iterator is closed, the cache holds no others.
 
     Raises:
         OutlierError: the model does not support an option, or has no row for a token; or no text
@@ -214,64 +215,27 @@ def generate_from_tokens(
         xtc_threshold=options.xtc_threshold,
         xtc_special_tokens=_unaffected(model, tokenizer),
     )
+    if cache is None:
+        cache = make_prompt_cache(model, options.max_kv_size)
     kv = options.kv_bits and Quantized(
         options.kv_bits, options.kv_group_size, options.quantized_kv_start
     )
     steps = Steps(
         model,
         tokens,
-        cache=make_prompt_cache(model, options.max_kv_size) if cache is None else cache,
-        sampler=Sampler(sampler),
-        processors=_constraint(model, tokenizer, tokens, options),
+        cache=cache,
+        before=before,
+        sampler=GlobalSampler(sampler),
+        processors=_constraint(model, tokenizer, [*before, *tokens], options),
         ends=tokenizer.eos_token_ids,
         max_tokens=options.max_tokens,
         quantized=kv or None,
+        drafts=(drafting or Drafting(model)).new(cache),
     )
-    with wired_limit(model, [generation_stream]):
-        yield from _responses(
-            steps, tokenizer, prefill_step(model, options.prefill_step_size), progress
-        )
-
-
-def _responses(
-    steps: Steps, tokenizer: Tokenizer, most: int, progress: Progress
-) -> Generator[Response]:
-    """What `steps` give, as responses; reads at most `most` prompt tokens at a time."""
-    begun, total = time.perf_counter(), steps.unread
-    progress(0, total)
-    while steps.read(most):
-        progress(total - steps.unread, total)
-    detokenizer, prompt_tps, given = tokenizer.detokenizer, 0.0, 0
-    while steps.finish_reason is None:
-        found = steps.step()
-        if not given:
-            prompt_tps = total / (time.perf_counter() - begun)
-            begun = time.perf_counter()
-            progress(total, total)
-        for number, chosen in enumerate(found):
-            left = len(found) - number - 1
-            if given % CHECK_EVERY == 0:
-                _check_finite(chosen.logprobs)
-            given += 1
-            reason = None if left else steps.finish_reason
-            try:
-                yield Response(
-                    text=detokenizer.piece(chosen.token, reason),
-                    token=chosen.token,
-                    logprobs=chosen.logprobs,
-                    from_draft=chosen.drafted,
-                    prompt_tokens=total,
-                    prompt_tps=prompt_tps,
-                    generation_tokens=given,
-                    generation_tps=given / (time.perf_counter() - begun),
-                    peak_memory=mx.get_peak_memory() / 1e9,
-                    finish_reason=reason,
-                    counts=steps.counts,
-                )
-            except GeneratorExit:
-                # Nobody wants the rest of these tokens.
-                steps.take_back(left)
-                raise
+    most = prefill_step(model, options.prefill_step_size)
+    streams: list[Any] = [generation_stream]
+    with wired_limit(model, streams):
+        yield from responses(steps, tokenizer, most, progress)
 
 
 def _constraint(
@@ -319,16 +283,6 @@ def top_k(wanted: int, model: nn.Module, tokenizer: Tokenizer) -> int:
 def vocabulary(model: nn.Module, tokenizer: Tokenizer) -> int:
     """Width of the logits; if it is not known, the number of the tokenizer's tokens."""
     return embedding_rows(model) or len(tokenizer.get_vocab())
-
-
-def _check_finite(logprobs: mx.array) -> None:
-    """Fail if activations overflowed: a NaN in the KV cache spoils every later token."""
-    if bool(mx.isnan(logprobs).any()):
-        raise OutlierError(
-            "the model's output is not a number: its activations overflowed in float16 (--dtype"
-            " bfloat16 or --dtype float32 prevents it), or its weights are damaged (see"
-            " `outlier-mlx verify`)"
-        )
 
 
 def check_kv_cache(model: nn.Module, options: Options) -> None:

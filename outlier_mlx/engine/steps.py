@@ -20,7 +20,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from outlier_mlx.engine.sampling import Sampler
+from outlier_mlx.engine.sampling import GlobalSampler, Sampler
 
 #: From all tokens so far (n,) and logits (1, vocab): logits.
 Processor = Callable[[mx.array, mx.array], mx.array]
@@ -136,7 +136,7 @@ class Steps:
         self.counts = Counts()
         self.finish_reason: str | None = None
         self._rest = list(prompt)
-        self._sampler = sampler or Sampler()
+        self._sampler = sampler or GlobalSampler()
         self._processors = list(processors)
         self._ends = ends
         self._room = max_tokens
@@ -313,8 +313,8 @@ class Steps:
 
 def _id(token: mx.array) -> int:
     """The id in an array (1,), as soon as it is computed."""
-    ids: list[int] = token.tolist()  # type: ignore[assignment]
-    return ids[0]
+    ids: Any = token.tolist()
+    return int(ids[0])
 
 
 def draft_room(cache: Sequence[Any], quantized: Quantized | None = None) -> int:
