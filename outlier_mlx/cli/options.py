@@ -21,6 +21,7 @@ DType = Literal["bfloat16", "float16", "float32"]
 # Options below a heading of their own in the help.
 _sampling = partial(typer.Option, rich_help_panel="Sampling")
 _cache = partial(typer.Option, rich_help_panel="KV cache")
+_drafts = partial(typer.Option, rich_help_panel="Several tokens at a time")
 _loading = partial(typer.Option, rich_help_panel="Loading")
 _general = partial(typer.Option, rich_help_panel=GENERAL)
 
@@ -221,6 +222,34 @@ class KVCache:
     quantized_kv_start: Annotated[
         int, _cache(min=0, help="Quantize the KV cache from this token on.")
     ] = 5000
+
+
+PromptLookup = Annotated[
+    bool,
+    _drafts(
+        "--prompt-lookup/--no-prompt-lookup",
+        help="Look up next tokens in prompt and text, and check several in one step where measured"
+        " times say that it pays. The text is the same.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What guesses at next tokens, so that several are generated in a step."""
+
+    prompt_lookup: PromptLookup = True
+    draft_model: Annotated[
+        str | None,
+        _drafts(
+            metavar="MODEL",
+            help="Folder or hub repository of a much smaller model with the same tokens, which"
+            " guesses instead of the lookup.",
+        ),
+    ] = None
+    num_draft_tokens: Annotated[
+        int, _drafts(min=1, max=32, help="Tokens that the draft model guesses, at most.")
+    ] = 3
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlx_lm.generate import GenerationResponse
 from rich.console import Console
 from rich.markup import escape
 
 from outlier_mlx.cli.markdown import renders_markdown, reply_writer
 from outlier_mlx.engine import sessions as files
 from outlier_mlx.engine.conversation import Conversation
+from outlier_mlx.engine.responses import Response
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import after_reading, color_system
 
@@ -140,7 +140,7 @@ class Chat:
         return line.rstrip("\n")
 
     def _reply(self, text: str) -> None:
-        last: GenerationResponse | None = None
+        last: Response | None = None
         with _interrupts() as stopped:
             responses = after_reading(
                 lambda progress: self.conversation.reply(text, progress=progress, stopped=stopped),
@@ -159,11 +159,12 @@ class Chat:
         if last is not None and self.asks and not self.quiet:
             self._statistics(last)
 
-    def _statistics(self, last: GenerationResponse) -> None:
+    def _statistics(self, last: Response) -> None:
         limit = " (limit of --max-tokens)" if last.finish_reason == "length" else ""
+        drafted = f"; {last.counts}" if last.counts.drafted else ""
         self._note(
             f"{last.prompt_tokens} tokens read, {last.generation_tokens} written{limit},"
-            f" {last.generation_tps:.1f} tokens/s"
+            f" {last.generation_tps:.1f} tokens/s{drafted}"
         )
 
     def _command(self, name: str, argument: str) -> None:

@@ -16,6 +16,7 @@ from outlier_mlx.cli.loading import (
 )
 from outlier_mlx.cli.options import (
     Alpha,
+    Drafting,
     Generation,
     KVCache,
     Loading,
@@ -68,6 +69,7 @@ def generate(
     sampling: Sampling,
     xtc: Xtc,
     cache: KVCache,
+    drafting: Drafting,
     loading: Loading,
     prefill_response: Annotated[
         str | None, typer.Option(help="How the answer begins, for the chat template.")
@@ -84,10 +86,12 @@ def generate(
 ) -> None:
     """Generate text from a prompt: the text on stdout, speed and memory on stderr."""
     prepare(model, loading.revision)
+    from outlier_mlx.cli.drafting import check_draft_model, load_drafting
     from outlier_mlx.cli.tables import print_statistics
     from outlier_mlx.cli.writers import PlainWriter
     from outlier_mlx.engine.generate import generate_text
     from outlier_mlx.engine.paging.paged import statistics_of
+    from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import after_reading, stdout
 
     options = generation_options(
@@ -103,18 +107,23 @@ def generate(
     # With a limit, the cache is not quantized, and holds as much of a prompt as the limit allows.
     limit = options.max_kv_size
     read = " ".join(filter(None, (options.system_prompt, text, prefill_response)))
+    source = resolve(model, loading.revision)
+    check_draft_model(source, drafting)
     loaded, tokenizer = load_checked(
-        model,
+        source,
         loading,
         limit or options.max_tokens,
         prompt="" if limit else read,
         cache=None if limit else cache,
         alpha=alpha,
+        beside=drafting.draft_model,
         step=options.prefill_step_size,
         quiet=quiet,
     )
+    drafts = load_drafting(loaded, drafting, loading, quiet=quiet)
     responses = after_reading(
-        lambda progress: generate_text(loaded, tokenizer, text, options, progress), quiet=quiet
+        lambda progress: generate_text(loaded, tokenizer, text, options, progress, drafts),
+        quiet=quiet,
     )
     console, response = stdout(), None
     writer = PlainWriter(console)
@@ -160,6 +169,7 @@ def chat(
     generation: Generation = CHAT_GENERATION,
     sampling: Sampling = CHAT_SAMPLING,
     cache: KVCache,
+    drafting: Drafting,
     loading: Loading,
     prompt_cache: Annotated[
         Path | None,
@@ -173,6 +183,7 @@ def chat(
 ) -> None:
     """Talk with a model on a terminal; in a pipe, each line is a message."""
     prepare(model, loading.revision)
+    from outlier_mlx.cli.drafting import check_draft_model, load_drafting
     from outlier_mlx.cli.repl import Chat
     from outlier_mlx.engine.conversation import Conversation
     from outlier_mlx.engine.sessions import SUFFIX, identity
@@ -182,6 +193,7 @@ def chat(
         raise typer.BadParameter(f"its name must end in {SUFFIX}", param_hint="--prompt-cache")
     options = generation_options(generation, sampling, cache)
     source = resolve(model, loading.revision)
+    check_draft_model(source, drafting)
     tokens = options.max_kv_size or 4096 + options.max_tokens
     kept = None if options.max_kv_size else cache
     loaded, tokenizer = load_checked(
@@ -190,10 +202,12 @@ def chat(
         tokens,
         cache=kept,
         alpha=alpha,
+        beside=drafting.draft_model,
         step=options.prefill_step_size,
         quiet=quiet,
     )
-    conversation = Conversation(loaded, tokenizer, options)
+    drafts = load_drafting(loaded, drafting, loading, quiet=quiet)
+    conversation = Conversation(loaded, tokenizer, options, drafts)
     named = identity(source.folder, loading.dtype, alpha)
     Chat(conversation, named, prompt_cache, quiet=quiet).run()
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.nn as nn
-from mlx_lm.generate import GenerationResponse
 
 import outlier_mlx
 from outlier_mlx.cli.tables import print_statistics
 from outlier_mlx.engine.generate import Options, generate_text
 from outlier_mlx.engine.loading import load, load_model
+from outlier_mlx.engine.responses import Response
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutputExistsError
 from outlier_mlx.measure.perplexity import compare
@@ -158,7 +158,7 @@ def put_files(folder: Path) -> list[str]:
     return names
 
 
-def _write(model: nn.Module, tokenizer: Tokenizer) -> GenerationResponse | None:
+def _write(model: nn.Module, tokenizer: Tokenizer) -> Response | None:
     """Print a model's answer to the prompt while it is generated."""
     response = None
     for response in generate_text(model, tokenizer, PROMPT, Options(max_tokens=100)):

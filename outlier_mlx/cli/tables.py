@@ -16,12 +16,11 @@ from outlier_mlx.terminal import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from mlx_lm.generate import GenerationResponse
-
     from outlier_mlx.checkpoints.info import Info
     from outlier_mlx.checkpoints.ternary_info import TernaryInfo
     from outlier_mlx.engine.machine import Budget
     from outlier_mlx.engine.paging.statistics import PagingStatistics
+    from outlier_mlx.engine.responses import Response
     from outlier_mlx.imports import Imported
     from outlier_mlx.tiers.choose import Choice
     from outlier_mlx.tiers.convert import Report
@@ -54,14 +53,13 @@ def print_imported(written: "Imported") -> None:
     console.print(one_line(f"wrote {written.path}"), soft_wrap=True)
 
 
-def print_statistics(
-    response: "GenerationResponse", paging: "PagingStatistics | None" = None
-) -> None:
+def print_statistics(response: "Response", paging: "PagingStatistics | None" = None) -> None:
     """Print speed and memory of a finished generation, and what paged experts cost."""
+    drafted = f"; {response.counts}" if response.counts.drafted else ""
     stderr().print(
         f"prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s\n"
         f"generation: {response.generation_tokens} tokens,"
-        f" {response.generation_tps:.1f} tokens/s\n"
+        f" {response.generation_tps:.1f} tokens/s{drafted}\n"
         f"peak memory: {response.peak_memory:.3f} GB"
     )
     if paging is not None:

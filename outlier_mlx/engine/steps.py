@@ -84,6 +84,10 @@ class Counts:
     drafted: int = 0
     accepted: int = 0
 
+    def __str__(self) -> str:
+        """For people, if there were drafts."""
+        return f"{self.steps} steps, {self.accepted} of {self.drafted} drafted tokens accepted"
+
 
 class Steps:
     """One sequence that is being generated.

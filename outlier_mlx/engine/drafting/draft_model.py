@@ -40,7 +40,7 @@ class ModelDrafts:
         self._tokens: list[int] = []
         # Number of tokens in the cache; all that are among `_tokens` are the first of them.
         self._cached = 0
-        self._ready = True
+        self._ready = False
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Begin with a prompt."""

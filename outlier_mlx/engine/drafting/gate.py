@@ -1,5 +1,6 @@
 """Whether a draft pays: tokens expected of a step against the measured time of such a step."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,7 +21,7 @@ _FADES = 0.95
 _BELIEF = 2.0
 # Chances that are let go by, though only the times measured so far speak against them, before one
 # is taken to measure again; doubled with each one that does not pay.
-_PATIENCE, _LONGEST_PATIENCE = 32, 1024
+_PATIENCE, _LONGEST_PATIENCE = 32, 512
 
 
 class Costs:
@@ -36,11 +37,20 @@ class Costs:
         else:
             self._times[width] = deque(maxlen=_LATEST)
 
+    def forget(self, width: int) -> None:
+        """Let the next step of a width count alone: the earlier ones may be out of date."""
+        if width in self._times:
+            self._times[width].clear()
+
     def of(self, width: int) -> float:
-        """The time of a step, in times of a step with one token; assumed if it is not measured."""
-        plain = self._times.get(1)
-        if width == 1 or not plain:
-            return assumed(width)
+        """The time of a step, in times of a step with one token; assumed if it is not measured.
+
+        Without any measured step of one token, infinite: a draft has to wait for that.
+        """
+        if width == 1:
+            return 1.0
+        if not (plain := self._times.get(1)):
+            return math.inf
         # A wider step takes at least as long as a narrower one.
         measured = {w: median(t) for w, t in self._times.items() if 1 < w <= width and t}
         if width in measured:
@@ -124,9 +134,13 @@ class Gate:
 
     def longest(self, kind: int, most: int) -> int:
         """Tokens that the next draft, of a kind, should have, at most `most`; 0: none pays."""
-        cost = assumed if self._measures else self._costs.of
+        if not self._measures:
+            return self._best(kind, most, self._costs.of)
         self._measures = False
-        return self._best(kind, most, cost)
+        count = self._best(kind, most, assumed)
+        if count:
+            self._costs.forget(count + 1)
+        return count
 
     def _best(self, kind: int, most: int, cost: Callable[[int], float]) -> int:
         """Tokens of the draft that promises most text in a time; 0: hardly more than without."""
