@@ -21,6 +21,7 @@ class Guesses:
         self, text: Sequence[int], seed: int, wrong: float = 0.2, longest: int = 9, vocab: int = 200
     ) -> None:
         self.text, self.wrong, self.longest, self.vocab = list(text), wrong, longest, vocab
+        self.shortest = 0
         self.draw = random.Random(seed)
         self.given: list[int] = []
         self.prompt: list[int] = []
@@ -34,7 +35,7 @@ class Guesses:
 
     def draft(self, token: int, most: int) -> list[int]:
         assert token == self.text[len(self.given)]
-        length = min(most, self.draw.randint(0, self.longest))
+        length = min(most, self.draw.randint(self.shortest, self.longest))
         right = self.text[len(self.given) + 1 :][:length]
         self.lengths.append(len(right))
         return [

@@ -143,7 +143,7 @@ def test_a_text_ends_within_a_draft(loaded: Loaded, end: int) -> None:
     text = ids(all_of(begin(model, prompt, max_tokens=30)))
     drafts = Guesses(text, 0, wrong=0)
     drafts.ready = lambda: True  # type: ignore[method-assign]
-    drafts.draw.randint = lambda low, high: high  # type: ignore[method-assign]
+    drafts.shortest = drafts.longest
     short = begin(model, prompt, max_tokens=end, drafts=drafts)
     assert ids(all_of(short)) == text[:end]
     assert short.finish_reason == "length"
@@ -186,10 +186,11 @@ def test_a_reply_that_is_stopped_within_a_draft(demo: Path) -> None:
     for end in range(1, 9):
         conversation = Conversation(model, tokenizer, Options(max_tokens=40), Drafter(model))
         found: list[int] = []
-        reply = conversation.reply(
-            "How do I find Vega?",
-            stopped=lambda end=end, found=found: len(found) >= end,
-        )
+
+        def enough(end: int = end, found: list[int] = found) -> bool:
+            return len(found) >= end
+
+        reply = conversation.reply("How do I find Vega?", stopped=enough)
         for response in reply:
             found.append(response.token)
         assert found == text[:end]

@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.options import Generation, Json, KVCache, Loading, Model, Quiet, Sampling, Xtc
+from outlier_mlx.cli.options import (
+    Drafting,
+    Generation,
+    Json,
+    KVCache,
+    Loading,
+    Model,
+    Quiet,
+    Sampling,
+    Xtc,
+)
 from outlier_mlx.cli.running import CHAT_GENERATION, CHAT_SAMPLING, chat, generate
 
 
@@ -26,6 +36,7 @@ def run(
     generation: Generation = CHAT_GENERATION,
     sampling: Sampling = CHAT_SAMPLING,
     cache: KVCache,
+    drafting: Drafting,
     loading: Loading,
     quiet: Quiet = False,
 ) -> None:
@@ -36,6 +47,7 @@ def run(
             generation=generation,
             sampling=sampling,
             cache=cache,
+            drafting=drafting,
             loading=loading,
             quiet=quiet,
         )
@@ -47,6 +59,7 @@ def run(
         sampling=sampling,
         xtc=Xtc(),
         cache=cache,
+        drafting=drafting,
         loading=loading,
         quiet=quiet,
     )
