@@ -44,7 +44,9 @@ def together(
         try:
             item = arrived.get(timeout=1.0)
         except Empty:
-            replies[0].check()
+            # One that has ended is closed, as all are when the server shuts down.
+            under_way = [reply for reply in replies if not reply.generated]
+            (under_way or replies)[0].check()
             progress(0, None)
             continue
         if isinstance(item, BaseException):
