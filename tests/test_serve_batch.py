@@ -11,12 +11,14 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
+from outlier_mlx.engine.steps import draft_room
 from outlier_mlx.serve.batch import Batch
 from outlier_mlx.serve.jobs import Job, Token
 from outlier_mlx.serve.request import Request, Sampling
 from outlier_mlx.serve.sampling import choice_for
 from outlier_mlx.serve.segments import Prompt
 from outlier_mlx.serve.sequences import Quantization, Sequence, read
+from outlier_mlx.serve.single import Single
 from tests.plain_models import SIZES, make_model
 
 GEMMA = SIZES | {"head_dim": 16, "num_hidden_layers": 3, "sliding_window_pattern": 2}
@@ -111,6 +113,73 @@ def test_a_batch_changes_no_tokens(model: Any, seed: int) -> None:
     cut = sorted(rng.sample(range(1, 6), 2))
     waves = [several[: cut[0]], several[cut[0] : cut[1]], several[cut[1] :]]
     assert run(model, waves, slices=rng.choice([5, 16, 1000])) == alone
+
+
+class Guesses:
+    """Drafts of what is known to come, with an error now and then."""
+
+    def __init__(self, coming: list[int], prompt: int) -> None:
+        self.coming, self.prompt = coming, prompt
+        self.noted = 0
+
+    def new(self, cache: Any) -> Any:
+        return self if draft_room(cache) else None
+
+    def begin(self, tokens: Any) -> None:
+        self.noted = len(tokens) - self.prompt
+
+    def ready(self) -> bool:
+        return True
+
+    def draft(self, token: int, most: int) -> list[int]:
+        guess = self.coming[self.noted + 1 : self.noted + 1 + min(most, 4)]
+        return [*guess[:2], *((guess[2] + 1) % 300 for _ in guess[2:3]), *guess[3:]]
+
+    def note(self, tokens: Any, drafted: int) -> None:
+        self.noted += len(tokens)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=map(str, range(len(SAMPLINGS))))
+def test_alone_and_together_and_alone_again(model: Any, sampling: Sampling) -> None:
+    """With drafts while it is alone."""
+    prompt = list(range(9, 40))
+    (expected,) = run(model, [[sequence(model, prompt, 40, sampling, 3)]], slices=1000)
+    one, other = sequence(model, prompt, 40, sampling, 3), sequence(model, [7, 8], 6, sampling, 1)
+    for each in (one, other):
+        while each.left:
+            read(model, [each], [each.slice(100)])
+    room = draft_room(one.cache)
+    drafting: Any = Guesses(expected.tokens, len(prompt))
+    parts = model, one, {0}, Quantization(), drafting
+    told = Told()
+
+    def step(batch: Batch | Single) -> None:
+        for each, token in batch.step():
+            assert isinstance(token, Token)
+            assert len(token.top_tokens) == 2
+            if each is one:
+                told.tokens.append(token.token)
+                told.reason = token.finish_reason
+
+    single, steps = Single(*parts), 0
+    while len(told.tokens) < 9 and len(single):
+        step(single)
+        steps += 1
+    assert steps < 9 or not room
+    batch = Batch(model, {0})
+    if len(single):
+        batch.go_on(single.pending())
+        batch.add([other])
+    while len(batch) > 1:
+        step(batch)
+    if batch.sequences == [one]:
+        _, *pending = batch.pending()
+        single = Single(*parts, pending=(pending[0], pending[1]))
+    while len(single):
+        step(single)
+    assert told == expected
+    assert one.tokens == prompt + told.tokens
+    assert_continues(model, one)
 
 
 def test_a_quantized_cache() -> None:

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 import outlier_mlx
-from outlier_mlx.serve.batch import Batch
+from outlier_mlx.serve.loop import Loop
 from tests.serving import NAME, Running, running
 
 PROMPTS = ["The heron", "stands in", "the water and", "waits"]
@@ -107,11 +107,11 @@ def test_a_client_that_vanishes_ends_all(served: Running):
 
 
 def test_generation_that_fails(served: Running, monkeypatch: pytest.MonkeyPatch):
-    def fail(self: Any) -> Any:
+    def fail(self: Any, batch: Any) -> None:
         raise RuntimeError("no reason")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "step", fail)
+        patch.setattr(Loop, "_step", fail)
         with pytest.raises(openai.InternalServerError, match="generation failed"):
             complete(served, prompt=PROMPTS)
     assert served.wait(lambda: not served.server.generator.replies)

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from outlier_mlx.serve import handler, loop
-from outlier_mlx.serve.batch import Batch
+from outlier_mlx.serve.loop import Loop
 from outlier_mlx.serve.memory import CacheMemory
 from tests.serving import MESSAGES, NAME, Running, running
 
@@ -150,15 +150,15 @@ def test_kept_caches_make_room(tight: Running, cache: int):
 def test_when_memory_runs_out_the_server_goes_on(small_tier: Path, monkeypatch: pytest.MonkeyPatch):
     """With two replies under way, which are lost. MLX raises this in the thread that generates."""
     failing = threading.Event()
-    step = Batch.step
+    step = Loop._step
 
-    def out_of_memory(self: Any) -> Any:
+    def out_of_memory(self: Any, batch: Any) -> None:
         if failing.is_set():
             failing.clear()
             raise RuntimeError("[malloc] Unable to allocate 9876543210 bytes.")
-        return step(self)
+        step(self, batch)
 
-    monkeypatch.setattr(Batch, "step", out_of_memory)
+    monkeypatch.setattr(Loop, "_step", out_of_memory)
     with running(small_tier, max_tokens=100_000, max_context=200_000) as server:
         streams = [server.chat(stream=True, max_tokens=100_000, **ENDLESS) for _ in range(2)]
         for stream in streams:
@@ -199,14 +199,14 @@ def test_health_fails_when_generation_is_stuck(served: Running, monkeypatch: pyt
         status, _, answer = served.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         return status, answer
 
-    step = Batch.step
+    step = Loop._step
 
-    def slow(self: Any) -> Any:
+    def slow(self: Any, batch: Any) -> None:
         entered.set()
         assert go_on.wait(30)
-        return step(self)
+        step(self, batch)
 
-    monkeypatch.setattr(Batch, "step", slow)
+    monkeypatch.setattr(Loop, "_step", slow)
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(served.chat)
         assert entered.wait(30)

@@ -10,6 +10,7 @@ from mlx_lm.sample_utils import greedy_sampler
 
 from outlier_mlx.serve.jobs import Job, Token
 from outlier_mlx.serve.sequences import Cache, Quantization, Sequence, extracted, merged
+from outlier_mlx.serve.single import Pending
 
 Watch = Callable[[list[Job]], AbstractContextManager[Any]]
 
@@ -51,9 +52,11 @@ class Batch:
         self._watch = watch
         self._cache: Cache = []
         self._merged = False
-        # What the model gets next. For rows that are new, that is the end of the prompt.
+        # What the model gets next, and its log probability; all of them, of the latest step. For
+        # rows that are new, that is the end of the prompt.
         self._tokens = mx.array([], mx.uint32)
         self._logprobs = mx.array([])
+        self._latest: mx.array | None = None
         self._tops: dict[Sequence, tuple[mx.array, mx.array]] = {}
         self._new: set[Sequence] = set()
         self._failed: dict[Sequence, Exception] = {}
@@ -69,9 +72,30 @@ class Batch:
     def add(self, sequences: list[Sequence]) -> None:
         """Add sequences of whose prompts only the last token is left."""
         last = mx.array([sequence.job.prompt.tokens[-1] for sequence in sequences], mx.uint32)
-        self._tokens = mx.concatenate([self._tokens, last])
-        self._logprobs = mx.concatenate([self._logprobs, mx.zeros(len(sequences))])
         self._new.update(sequences)
+        self._append(sequences, last, mx.zeros(len(sequences)))
+
+    def go_on(self, pending: Pending) -> None:
+        """Add a sequence whose next token was chosen elsewhere."""
+        sequence, token, logprobs = pending
+        sequence.forget_context()
+        self._append([sequence], token, logprobs[token].astype(mx.float32))
+        if count := sequence.job.request.alternatives:
+            self._tops[sequence] = _likeliest(logprobs, count)
+
+    def pending(self) -> Pending:
+        """Give back the one sequence that is left, to be generated alone."""
+        (sequence,) = self.sequences
+        assert self._latest is not None and not self._new
+        token, logprobs = self._tokens, self._latest[0]
+        sequence.cache = self._cache_of(sequence)
+        self.remove([sequence])
+        return sequence, token, logprobs
+
+    def _append(self, sequences: list[Sequence], tokens: mx.array, logprobs: mx.array) -> None:
+        self._tokens = mx.concatenate([self._tokens, tokens.astype(mx.uint32)])
+        self._logprobs = mx.concatenate([self._logprobs, logprobs])
+        self._latest = None
         if not self.sequences and len(sequences) == 1:
             self._cache, self._merged = sequences[0].cache, False
         else:
@@ -164,6 +188,7 @@ class Batch:
         rows = mx.array(keep, mx.int32)
         self.sequences = [self.sequences[row] for row in keep]
         self._tokens, self._logprobs = self._tokens[rows], self._logprobs[rows]
+        self._latest = None if self._latest is None else self._latest[rows]
         self._tops = {s: top for s, top in self._tops.items() if s not in gone}
         self._new -= gone
 
@@ -177,14 +202,13 @@ class Batch:
         else:
             rows = [sample(logprobs[n : n + 1]) for n, sample in enumerate(samplers)]
             tokens = mx.concatenate(rows)
-        self._tokens = tokens.astype(mx.uint32)
+        self._tokens, self._latest = tokens.astype(mx.uint32), logprobs
         chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
         self._logprobs = chosen.astype(mx.float32)
         self._tops = {}
         for row, sequence in enumerate(self.sequences):
             if count := sequence.job.request.alternatives:
-                likeliest = mx.argpartition(-logprobs[row], kth=count - 1)[:count]
-                self._tops[sequence] = likeliest, logprobs[row][likeliest]
+                self._tops[sequence] = _likeliest(logprobs[row], count)
 
     def _processed(self, logits: mx.array) -> mx.array:
         """The logits after the processors of each row; what one raises ends only its sequence."""
@@ -201,3 +225,9 @@ class Batch:
             except Exception as error:
                 self._failed[sequence] = error
         return mx.concatenate(rows)
+
+
+def _likeliest(logprobs: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """The likeliest tokens and their values, from log probabilities (vocab,)."""
+    tokens = mx.argpartition(-logprobs, kth=count - 1)[:count]
+    return tokens, logprobs[tokens]

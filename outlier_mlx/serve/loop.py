@@ -19,6 +19,7 @@ from outlier_mlx.serve.prefix_cache import open_prefixes
 from outlier_mlx.serve.provider import OneModel
 from outlier_mlx.serve.sampling import choice_for
 from outlier_mlx.serve.sequences import Sequence, read
+from outlier_mlx.serve.single import Single
 from outlier_mlx.serve.waiting import Waiting
 
 FAILED = "generation failed; try again"
@@ -63,7 +64,7 @@ class Loop:
         self._stopping = False
         self._steps = 0
         self._waiting = Waiting()
-        self._batches: list[Batch] = []
+        self._batches: list[Batch | Single] = []
         self._pace = Pace(1)
 
     def start(self) -> None:
@@ -141,13 +142,14 @@ class Loop:
             batch.remove([sequence for sequence in batch.sequences if sequence.job.abandoned])
         self._batches = [batch for batch in self._batches if len(batch)]
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch | Single) -> None:
         for sequence, result in batch.step():
             if isinstance(result, Exception):
                 result = self._refusal(result)
             elif result.finish_reason is not None:
                 self.prefixes.keep(sequence.tokens, sequence.cache, "assistant")
             sequence.job.answer(result)
+        self._separate(batch)
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
             mx.clear_cache()
@@ -187,14 +189,42 @@ class Loop:
         """Begin to generate: all in one batch where caches can be merged, else each by itself."""
         self._waiting.remove(sequences)
         groups = [sequences] if self._provider.batches else [[one] for one in sequences]
-        for group in groups:
-            if not group:
+        for group in filter(None, groups):
+            together = self._batches if self._provider.batches else []
+            if not together and len(group) == 1 and not group[0].job.request.experts:
+                self._batches.append(self._single(group[0]))
                 continue
-            if not self._batches or not self._provider.batches:
-                provider = self._provider
-                batch = Batch(provider.model, provider.ends, provider.quantization, self.watch)
+            batch = together[0] if together else self._batch()
+            if isinstance(batch, Single):
+                batch, single = self._batch(), batch
+                self._batches.remove(single)
+                batch.go_on(single.pending())
+            if batch not in self._batches:
                 self._batches.append(batch)
-            self._batches[-1].add(group)
+            batch.add(group)
+
+    def _batch(self) -> Batch:
+        provider = self._provider
+        return Batch(provider.model, provider.ends, provider.quantization, self.watch)
+
+    def _single(self, sequence: Sequence, *pending: mx.array) -> Single:
+        provider = self._provider
+        chosen = (pending[0], pending[1]) if pending else None
+        return Single(
+            provider.model,
+            sequence,
+            provider.ends,
+            provider.quantization,
+            provider.drafting,
+            chosen,
+        )
+
+    def _separate(self, batch: Batch | Single) -> None:
+        """Let the last sequence of a batch go on alone, if no other is about to come."""
+        if isinstance(batch, Single) or len(batch) != 1 or batch.begins or self._waiting:
+            return
+        if not batch.sequences[0].job.request.experts:
+            self._batches[self._batches.index(batch)] = self._single(*batch.pending())
 
     def _make_room(self) -> None:
         """Let go of kept caches that take memory which requests under way can need."""

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.constraint import Grammars
+from outlier_mlx.engine.drafting import Drafting
 from outlier_mlx.engine.experts import ExpertRecorder, RoutedExperts, routed_experts
 from outlier_mlx.engine.generate import (
     Options,
@@ -62,6 +63,7 @@ class OneModel:
         tokenizer: its tokenizer.
         batches: whether several of its KV caches can be merged.
         quantization: of KV caches.
+        drafting: guesses at next tokens of a text that is generated alone.
         ends: tokens that end a text.
         machine: finds the marks of reasoning and of tool calls in a text.
 
@@ -80,6 +82,7 @@ class OneModel:
     model: Any
     tokenizer: Tokenizer
     batches: bool
+    drafting: Drafting
     ends: frozenset[int]
     machine: TextStateMachine
     limits: Limits
@@ -146,6 +149,7 @@ class OneModel:
             self.state = "unloaded"
             raise
         self.recorder = ExpertRecorder(self.model)
+        self.drafting = Drafting(self.model)
         self.ends = frozenset(self.tokenizer.eos_token_ids)
         self.machine = make_text_state_machine(self.tokenizer)
         mergeable = all(hasattr(layer, "merge") for layer in self.new_cache())

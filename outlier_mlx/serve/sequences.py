@@ -74,6 +74,10 @@ class Sequence:
         context: mx.array = self._context.update_and_fetch(token)
         return context
 
+    def forget_context(self) -> None:
+        """Make `context` anew from `tokens`, after steps that did not call it."""
+        self._context = None
+
 
 def read(model: nn.Module, sequences: Several[Sequence], slices: Several[list[int]]) -> None:
     """Read some tokens of each of several prompts together; one prompt needs no batch.
