@@ -75,7 +75,7 @@ def test_nobody_waits_for_a_long_text_with_a_quantized_cache(wide: Path) -> None
         chunks = server.chat(stream=True, max_tokens=100_000, seed=1, logit_bias=ENDLESS)
         next(chunks)
         assert server.chat(max_tokens=5).usage.completion_tokens == 5
-        assert len(server.server.generator.replies) == 1
+        assert server.wait(lambda: len(server.server.generator.replies) == 1)
         chunks.close()
 
 
