@@ -9,14 +9,17 @@ from typing import Any, Literal
 
 import openai
 import pytest
+import yaml
 from pydantic import BaseModel, ConfigDict
 
+from tests.pages import blocks_in
 from tests.scripted import RESULT, TOOLS, Script
 from tests.serving import Running, running
 
 pytestmark = pytest.mark.slow
 
 KEY = "sesame"
+KEYED = {"api_key_name": "tiny"}
 WRITTEN = ("Let me see.", "<tool_call>", '{"name": "add", "arguments": {"a": 2}}', "</tool_call>")
 THEN = ("The sum", " is", " 42.")
 #: After the result of a tool, the model answers.
@@ -258,18 +261,13 @@ def llm(
     from llm.cli import cli
 
     folder = tmp_path_factory.mktemp("llm")
+    # As the page has it, apart from the address.
+    (entry,) = yaml.safe_load(blocks_in("yaml", "docs/apis.md")[0])
+    servers = {"calling": server, "plain": plain, "structured": structured}
     entries = [
-        {
-            "model_id": f"{kind}{api}",
-            "model_name": "tiny",
-            "api_base": serves.server.url,
-            "api_key_name": "tiny",
-            "supports_tools": True,
-            "supports_schema": True,
-        }
-        | ({"responses": True} if api else {})
-        for kind, serves in (("calling", server), ("plain", plain), ("structured", structured))
-        for api in ("", "-responses")
+        entry | {"model_id": f"{name}{api}", "api_base": serves.server.url} | KEYED | responses
+        for name, serves in servers.items()
+        for api, responses in (("", {}), ("-responses", {"responses": True}))
     ]
     (folder / "extra-openai-models.yaml").write_text(json.dumps(entries))  # JSON is YAML
     (folder / "keys.json").write_text(json.dumps({"tiny": KEY}))

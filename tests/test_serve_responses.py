@@ -581,7 +581,22 @@ def test_an_error_within_a_stream(plain: Running, monkeypatch: pytest.MonkeyPatc
 def test_whatever_is_in_a_body_is_answered_or_refused(calling: Running):
     """A part of a right body is replaced by anything: nothing but `Refused` may be raised."""
     random = Random(7)
-    junk = [None, True, 0, -1, 1.5, "", "x", [], [None], [[]], {}, {"type": "x"}, {"x": {}}, USER]
+    junk: list[Any] = [
+        None,
+        True,
+        0,
+        -1,
+        1.5,
+        "",
+        "x",
+        [],
+        [None],
+        [[]],
+        {},
+        {"type": "x"},
+        {"x": {}},
+        USER,
+    ]
     output = [{"type": "output_text", "text": "Sure", "annotations": [], "logprobs": []}]
     thought = {
         "type": "reasoning",
