@@ -72,7 +72,7 @@ def write_overlay(folder: Path, weights: Weights, shape: Shape, end: int) -> Non
     """Write router, alphas and ternary experts in the form V3.2, without base tensors.
 
     The alphas of a layer are stored as one number below the mean of the trained ones, so that
-    ``tune-alpha`` has something to find.
+    ``tune`` has something to find.
     """
     folder.mkdir(parents=True)
     tensors: Weights = {}

@@ -29,7 +29,7 @@ ONE_MODEL = {
     "bench": [],
     "perplexity": ["--text", "text.txt"],
     "routing": ["--text", "text.txt"],
-    "tune-alpha": ["--text", "text.txt"],
+    "tune": ["--text", "text.txt"],
     "eval": ["--tasks", "x"],
     "verify": [],
     "export": ["--out", "out"],

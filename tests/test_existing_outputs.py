@@ -19,7 +19,11 @@ OUTPUTS = {
     "import": ("out", "import nobody/nothing --out out"),
     "merge": ("out", "merge nothing.yaml --out out"),
     "demo": ("out", "demo --out out"),
-    "tune-alpha": ("out.json", "tune-alpha nobody/nothing --text text.txt --out out.json"),
+    "tune": ("out", "tune nobody/nothing --text text.txt --out out"),
+    "tune alphas": (
+        "out.json",
+        "tune nobody/nothing --text text.txt --parts alphas --out out.json",
+    ),
     "export": ("out", "export tier --out out"),
     "eval": ("out.json", "eval nobody/nothing --tasks x --out out.json"),
     "compare": ("out.png", "compare nothing.json --out out.png"),

@@ -158,5 +158,5 @@ def test_results_that_depend_on_memory_are_not_recorded(demo: Path) -> None:
 
 
 def test_commands_that_need_all_experts_refuse_to_leave_any_out(demo: Path) -> None:
-    ended = run("tune-alpha", demo, "--text", TEXT, "--expert-skip", 0.1, code=1)
-    assert_refused(ended, "--expert-skip 0.1: alphas are trained through all experts")
+    ended = run("tune", demo, "--text", TEXT, "--expert-skip", 0.1, code=1)
+    assert_refused(ended, "--expert-skip 0.1: a tier is trained through all experts")

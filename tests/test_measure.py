@@ -12,9 +12,10 @@ import pytest
 import outlier_mlx
 from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.measure.alphas import alphas_of, apply_alphas
 from outlier_mlx.measure.perplexity import compare, same_tokens, warn_of_context, windows
 from outlier_mlx.measure.routing import draw, moe_blocks, observe_routing
-from outlier_mlx.measure.tune_alpha import alphas_of, apply_alphas, save_alphas, tune_alphas
+from outlier_mlx.measure.tuning import tune
 from tests.builders import Built
 from tests.library import Library
 from tests.reference import forward, trace
@@ -139,13 +140,13 @@ def test_tuning_finds_better_alphas_and_trains_nothing_else(
         for name, value in _flat(model).items()
         if not name.endswith("alpha")
     }
-    tuned = tune_alphas(model, texts, epochs=2, learning_rate=0.05)
+    tuned = tune(model, texts, ["alphas"], epochs=2, learning_rate=0.05)
     assert tuned.after.loss < tuned.before.loss
     for name, value in _flat(model).items():
         if not name.endswith("alpha"):
             np.testing.assert_array_equal(np.array(value.astype(mx.float32)), others[name])
-    save_alphas(tuned, tmp_path / "alpha.json")
-    assert json.loads((tmp_path / "alpha.json").read_text()) == alphas_of(model)
+    assert tuned.alphas() == alphas_of(model)
+    (tmp_path / "alpha.json").write_text(json.dumps(tuned.alphas()))
     again, _ = load(tier)
     apply_alphas(again, tmp_path / "alpha.json")
     tokens = mx.array([texts[0]])
@@ -162,21 +163,20 @@ def test_tuning_towards_a_teacher_brings_the_models_closer(tier: Path) -> None:
     for block in moe_blocks(model).values():
         block.alpha = block.alpha * 0.5
     texts = windows(tokenizer, TEXT, 24, most=10)
-    tuned = tune_alphas(model, texts, teacher=teacher, epochs=2, learning_rate=0.05)
+    tuned = tune(model, texts, ["alphas"], teacher=teacher, epochs=2, learning_rate=0.05)
     assert tuned.before.kl is not None and tuned.after.kl is not None
     assert tuned.after.kl < 0.5 * tuned.before.kl
 
 
-def test_a_worse_set_is_not_saved(tier: Path, tmp_path: Path) -> None:
+def test_a_worse_set_is_refused(tier: Path) -> None:
     model, tokenizer = load(tier)
     before = alphas_of(model)
     teacher, _ = load(tier)  # the same model: nothing can be nearer to it than it is
     texts = windows(tokenizer, TEXT, 24)
-    tuned = tune_alphas(model, texts, teacher=teacher, epochs=1, learning_rate=0.5)
+    tuned = tune(model, texts, ["alphas"], teacher=teacher, epochs=1, learning_rate=0.5)
     assert alphas_of(model) == before
     with pytest.raises(OutlierError, match="did not get better"):
-        save_alphas(tuned, tmp_path / "alpha.json")
-    assert not list(tmp_path.iterdir())
+        tuned.check_better()
 
 
 def test_alphas_of_another_model_are_refused(tier: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands perplexity, routing and tune-alpha, and `generate --alpha`."""
+"""The commands perplexity, routing and tune, and `generate --alpha`."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def test_routing(tier: Path, text: Path, tmp_path: Path) -> None:
 
 def test_tuned_alphas_are_what_generate_takes(tier: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "alpha.json"
-    command = ["tune-alpha", tier, "--text", text, "--window", 24]
+    command = ["tune", tier, "--text", text, "--window", 24, "--parts", "alphas"]
     shown = run(*command, "--out", out, "--learning-rate", 0.1, "--epochs", 1, "--windows", 10)
     before, after = (float(line.split(": ")[1]) for line in shown.out.splitlines()[:2])
     assert after < before
@@ -68,7 +68,7 @@ def test_a_missing_text_is_a_usage_error(tier: Path) -> None:
     assert "nowhere.txt" in missing.err
 
 
-@pytest.mark.parametrize("command", ["perplexity", "routing", "tune-alpha"])
+@pytest.mark.parametrize("command", ["perplexity", "routing", "tune"])
 def test_a_text_in_another_encoding(tier: Path, tmp_path: Path, command: str) -> None:
     text = tmp_path / "latin.txt"
     text.write_bytes("caf\xe9".encode("latin-1"))
@@ -77,13 +77,13 @@ def test_a_text_in_another_encoding(tier: Path, tmp_path: Path, command: str) ->
     assert done.err.splitlines()[-1].endswith("latin.txt: not UTF-8 text: byte 3 is no part of it")
 
 
-@pytest.mark.parametrize("command", ["perplexity", "routing", "tune-alpha"])
+@pytest.mark.parametrize("command", ["perplexity", "routing", "tune"])
 def test_revision_and_memory_are_checked_before_a_model_is_loaded(
     command: str, tier: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: tuple = (command, tier, "--text", text, "--window", 16, "--windows", 5)
-    if command == "tune-alpha":
-        given += ("--epochs", 1, "--out", tmp_path / "alpha.json")
+    if command == "tune":
+        given += ("--epochs", 1, "--out", tmp_path / "out")
     assert_refused(run(*given, "--revision", "main", code=1), "a folder has no revision")
     monkeypatch.setattr("outlier_mlx.engine.memory.budget", lambda: Budget(1000, "a small machine"))
     assert_refused(run(*given, code=1), "a small machine gives 1.0 kB")

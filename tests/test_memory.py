@@ -110,7 +110,7 @@ def test_two_models_must_fit_together(
         monkeypatch.setattr(memory, "budget", lambda found=available: found)
         result = run("perplexity", tier, "--against", tier, *text, code=code)
     assert_refused(result, "tier and tier need ")
-    refused = run("tune-alpha", tier, "--teacher", tier, *text, "--out", tmp_path / "a", code=1)
+    refused = run("tune", tier, "--teacher", tier, *text, "--out", tmp_path / "a", code=1)
     assert_refused(refused, "tier and tier need ")
 
 

@@ -78,7 +78,7 @@ def test_bench(demo: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ("tune-alpha", "--text", "{text}"),
+        ("tune", "--text", "{text}"),
         ("bench", "--kernels"),
         ("bench", "--settings"),
     ],

@@ -28,9 +28,9 @@ from outlier_mlx.engine.paging.store import ExpertStore
 from outlier_mlx.engine.plan import plan
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.imports import import_model
+from outlier_mlx.measure.alphas import apply_alphas
 from outlier_mlx.measure.bench import decode_bytes
 from outlier_mlx.measure.outlier_parameters import count_parameters
-from outlier_mlx.measure.tune_alpha import apply_alphas
 from tests.folders import copy_writable
 from tests.gguf_builder import build
 from tests.library import Library

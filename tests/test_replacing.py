@@ -422,8 +422,8 @@ def test_an_input_is_never_replaced_by_a_file(here: Path) -> None:
     shutil.copyfile("text.txt", "out/routing.json")
     before = snapshot(here)
     for line in (
-        "tune-alpha tier --text text.txt --out text.txt",
-        "tune-alpha tier --text text.txt --out tier/tier.json",
+        "tune tier --text text.txt --out text.txt",
+        "tune tier --text text.txt --parts alphas --out tier/tier.json",
         "eval tier --tasks text.txt --out text.txt",
         "eval tier --tasks x --out tier/config.json",
         "routing tier --text out/routing.json --out out --no-plots",

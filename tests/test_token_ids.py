@@ -17,7 +17,7 @@ from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError
 from outlier_mlx.measure.outliers import measure
 from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.measure.routing import observe_routing
-from outlier_mlx.measure.tune_alpha import tune_alphas
+from outlier_mlx.measure.tuning import tune
 from outlier_mlx.models.token_ids import check_ids, check_tokenizer
 from tests.damage import edit_json
 from tests.library import TEXT, Library
@@ -161,7 +161,7 @@ def test_no_prompt_with_such_a_token_reaches_the_model(
 def test_nor_a_text_of_tokens_from_elsewhere(small_tier: Path):
     model, _ = outlier_mlx.load(small_tier)
     texts = [[1, 2], [3, 288], [4, 5]]
-    for measured in (compare, observe_routing, tune_alphas, measure):
+    for measured in (compare, observe_routing, tune, measure):
         with pytest.raises(OutlierError, match=r"the text has the token 288, .* has 288 rows"):
             measured(model, texts)
 
@@ -189,7 +189,7 @@ def test_the_teacher_of_alphas_has_rows_of_its_own(small_tier: Path, library: Li
         library.tier(library.overlay(layers=2, moe_layers=(1,), vocab=200))
     )
     with pytest.raises(OutlierError, match="the token 250, but the model's embedding has 200 rows"):
-        tune_alphas(model, [[1, 2], [3, 250], [4, 5]], teacher=teacher)
+        tune(model, [[1, 2], [3, 250], [4, 5]], teacher=teacher)
 
 
 # The server

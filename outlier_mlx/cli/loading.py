@@ -75,7 +75,7 @@ def load_model(
 
         keep_warm(model)
     if alpha is not None:
-        from outlier_mlx.measure.tune_alpha import apply_alphas
+        from outlier_mlx.measure.alphas import apply_alphas
 
         apply_alphas(model, alpha)
     return model, tokenizer
@@ -92,6 +92,7 @@ def load_checked(
     beside: str | None = None,
     step: int = 2048,
     logits: int = 1,
+    more: int = 0,
     quiet: bool,
 ) -> Any:
     """Load a model if it fits into memory; a terminal shows that it takes time.
@@ -106,6 +107,7 @@ def load_checked(
         beside: another model that will be loaded, too.
         step: tokens of a prompt that are processed at a time, at most.
         logits: tokens whose logits are in memory at the same time.
+        more: bytes that will be taken beside that.
         quiet: show nothing.
 
     Raises:
@@ -123,6 +125,7 @@ def load_checked(
             kv_start=kept.quantized_kv_start,
             step=step,
             logits=logits,
+            more=more,
             memory=memory,
             may_quantize=cache is not None,
             wide=loading.dtype == "float32",

@@ -1,4 +1,4 @@
-"""Commands that make models: convert, import, merge, tune-alpha, tiers, demo."""
+"""Commands that make models: convert, import, merge, tiers, demo."""
 
 import json
 from contextlib import AbstractContextManager
@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from outlier_mlx.cli.app import command
-from outlier_mlx.cli.loading import load_beside, load_checked, refuse_paging
 from outlier_mlx.cli.options import (
     Base,
     BaseBits,
@@ -18,17 +17,12 @@ from outlier_mlx.cli.options import (
     Force,
     GroupSize,
     Json,
-    Loading,
     OutFolder,
     Overlay,
     OverlayRevision,
     Quiet,
     Recipe,
     Revision,
-    TextFile,
-    TierModel,
-    Window,
-    Windows,
 )
 from outlier_mlx.cli.sharing import push_converted, require_repo_name
 from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE
@@ -280,62 +274,6 @@ def merge(
         print(json.dumps(report_of(result), indent=2))
     elif not quiet:
         print_merged(result)
-
-
-@command("Make", "tune-alpha ./tier --text book.txt --out alpha.json")
-def tune_alpha(
-    model: TierModel,
-    text: TextFile,
-    loading: Loading,
-    out: Annotated[
-        Path, typer.Option(metavar="FILE.json", help="File to write the alphas to.")
-    ] = Path("alpha.json"),
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="Learn this model's predictions, not the text's tokens."
-        ),
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 2,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate of Adam.")] = 0.02,
-    window: Window = 256,
-    windows: Windows = None,
-    force: Force = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train only the alphas of a tier; a fifth of the text is held out to choose the best."""
-    from outlier_mlx.measure import perplexity as compare
-    from outlier_mlx.measure.tune_alpha import save_alphas, tune_alphas
-    from outlier_mlx.storage.output import check_writable
-    from outlier_mlx.storage.texts import read_utf8
-    from outlier_mlx.terminal import counting_bar
-
-    check_writable(out, force=force, sources=[model, teacher, text])
-    loading = refuse_paging(loading, "alphas are trained through all experts")
-    loaded, tokenizer = load_checked(
-        model, loading, window, beside=teacher, logits=window, quiet=quiet
-    )
-    other = None
-    if teacher is not None:
-        other, _ = load_beside(teacher, loading, quiet=quiet)
-    texts = compare.windows(tokenizer, read_utf8(text), window, windows)
-    compare.warn_of_context(loaded, texts)
-    with counting_bar("tuning", "windows", quiet=quiet) as progress:
-        tuned = tune_alphas(
-            loaded,
-            texts,
-            teacher=other,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            progress=progress,
-        )
-    print(f"held-out perplexity before: {tuned.before.perplexity:.4f}")
-    print(f"held-out perplexity after: {tuned.after.perplexity:.4f}")
-    if tuned.before.kl is not None and tuned.after.kl is not None:
-        print(f"KL from the teacher before: {tuned.before.kl:.5f} nats")
-        print(f"KL from the teacher after: {tuned.after.kl:.5f} nats")
-    save_alphas(tuned, out, force=force)
-    print(f"wrote {out}")
 
 
 @command("Make", "tiers ./overlay --base ./base --ram 32")

@@ -32,6 +32,7 @@ def check_fits(
     may_quantize: bool = True,
     wide: bool = False,
     beside: Path | None = None,
+    more: int = 0,
 ) -> Plan:
     """Refuse to load a model that does not fit, before the machine swaps.
 
@@ -51,6 +52,7 @@ def check_fits(
         may_quantize: whether the user could have the KV cache quantized.
         wide: whether what has 16 bits is to be loaded and computed with 32.
         beside: another model that will be in memory at the same time, without a KV cache.
+        more: bytes that something else takes at the same time.
 
     Returns:
         The plan by which the model is to be loaded.
@@ -60,7 +62,9 @@ def check_fits(
     """
     available = available or budget()
     use = Use(tokens, conversations, prompts, step, logits, kv_bits, kv_group_size, kv_start, wide)
-    other = 0 if beside is None else needs_of(beside, available.on_cpu, wide=wide).weights
+    other = more
+    if beside is not None:
+        other += needs_of(beside, available.on_cpu, wide=wide).weights
     found = plan(folder, use, memory, available, beside=other)
     if found.fits:
         return found

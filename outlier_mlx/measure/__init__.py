@@ -2,7 +2,7 @@
 
 - `perplexity`: `perplexity`; `measured` keeps the results in a tier, for its card.
 - `routing`: `routing`.
-- `tune-alpha`: `tune_alpha`.
+- `tune`: `tuning` trains what `tuned_parts` finds in a tier; `alphas` are those of `--alpha`.
 - `bench`: `bench` times a model, `bench_settings` compares settings of MLX, `bench_kernels` times
   the kernels of the table in `bench_cases`, on `bench_inputs`, into `bench_results`.
 - `eval`: `eval_harness` runs the tasks of `eval_tasks` on an `eval_model`, into `eval_results`.

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from outlier_mlx.checkpoints.info import Info, inspect
-from outlier_mlx.errors import CheckpointError, OutlierError, one_line
+from outlier_mlx.errors import CheckpointError, OutlierError, listed, one_line
 from outlier_mlx.measure.eval_results import Evaluation
 from outlier_mlx.measure.measured import read_measured
 from outlier_mlx.models.tier_fields import MODEL_FILE
@@ -13,6 +13,14 @@ from outlier_mlx.storage.texts import read_json
 from outlier_mlx.tiers.card_tables import as_metadata, memory, results
 from outlier_mlx.writing.card import Card, Origin, code, plain, with_own_code
 from outlier_mlx.writing.licences import licence_of
+
+#: What the parts that `tune` trains are called in a card.
+TUNED = {
+    "alphas": "the alphas",
+    "rows": "the scales of the experts' rows",
+    "routers": "the routers",
+    "base": "the scales, biases and norms of the base",
+}
 
 
 def model_card(
@@ -54,7 +62,7 @@ def model_card(
         rows=info.rows,
         after_sizes=memory(info),
         sections=results(measured, evaluations),
-        changes=list(_changes(folder, config, recipe)),
+        changes=[*_changes(folder, config, recipe), *_tuning(manifest)],
         manifest="tier.json",
         given=licence,
         metadata=as_metadata(name.rsplit("/", 1)[-1], measured),
@@ -132,6 +140,18 @@ def _changes(folder: Path, config: dict, recipe: dict) -> Iterator[str]:
     yield "`config.json` was rewritten"
     if (folder / "tokenizer_config.json").exists():
         yield "`tokenizer_config.json` was rewritten without references to code"
+
+
+def _tuning(manifest: dict) -> Iterator[str]:
+    """What `tune` changed."""
+    tuned = _mapping(manifest.get("tuned"))
+    parts = tuned.get("parts")
+    if isinstance(parts, list) and parts:
+        names = listed([TUNED[part] for part in parts if part in TUNED], last="and")
+        target = "its next tokens"
+        if tuned.get("teacher") is not None:
+            target = f"the predictions of {code(tuned['teacher'])}"
+        yield f"{names} were trained on {code(tuned.get('text'))}, towards {target}"
 
 
 def _mapping(value: object) -> dict:

@@ -1,0 +1,163 @@
+"""The command that trains a tier: tune."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.loading import load_beside, load_checked, refuse_paging
+from outlier_mlx.cli.options import (
+    Force,
+    Json,
+    Loading,
+    Quiet,
+    TextFile,
+    TierModel,
+    Window,
+    Windows,
+)
+
+if TYPE_CHECKING:
+    from outlier_mlx.measure.tuning import Tuned
+
+ALL = "alphas,rows,routers,base"
+
+
+@command("Make", "tune ./tier --teacher ./unquantized --text book.txt --out ./tuned")
+def tune(
+    model: TierModel,
+    text: TextFile,
+    loading: Loading,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|FILE.json",
+            help="Tier to write, or a file of alphas. Default: ./NAME-tuned.",
+        ),
+    ] = None,
+    parts: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="What to train: alphas; rows: scales of the experts' rows; routers; base: its"
+            " scales, biases and norms.",
+        ),
+    ] = ALL,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Learn this model's predictions, not the text's tokens."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.1, help="Divides the logits of both, with --teacher.")
+    ] = 1.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 2,
+    learning_rate: Annotated[
+        float, typer.Option(min=0.0, help="Learning rate of Adam, for a number of size 1.")
+    ] = 0.02,
+    window: Window = 256,
+    windows: Windows = None,
+    as_json: Json = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the numbers of a tier that are not codes; a fifth of the text decides what is kept."""
+    from outlier_mlx.measure import perplexity
+    from outlier_mlx.measure.tuning import plan_tuning
+    from outlier_mlx.measure.tuning import tune as train
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.storage.texts import read_utf8
+    from outlier_mlx.terminal import counting_bar, size
+
+    names = _parts(parts)
+    target = out if out is not None else Path(f"{Path(model).name}-tuned")
+    _check_target(target, names, force=force, sources=[model, teacher, text])
+    loading = refuse_paging(loading, "a tier is trained through all experts")
+    content = read_utf8(text)
+    source = resolve(model, loading.revision)
+    plan = plan_tuning(source.folder, names, window)
+    loaded, tokenizer = load_checked(
+        source, loading, window, beside=teacher, logits=window, more=plan.nbytes, quiet=quiet
+    )
+    if not quiet:
+        say(f"{plan.numbers:,} numbers to train, which takes {size(plan.nbytes)} more memory")
+    other = load_beside(teacher, loading, quiet=quiet)[0] if teacher is not None else None
+    texts = perplexity.windows(tokenizer, content, window, windows)
+    perplexity.warn_of_context(loaded, texts)
+    with counting_bar("tuning", "windows", quiet=quiet) as progress:
+        tuned = train(
+            loaded,
+            texts,
+            names,
+            teacher=other,
+            temperature=temperature,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            dtypes=plan.dtypes,
+            progress=progress,
+        )
+    if not quiet:
+        say(f"peak memory: {size(tuned.peak)}")
+    if as_json:
+        print(json.dumps(tuned.as_json(), indent=2))
+    else:
+        _print(tuned)
+    tuned.check_better()
+    how = {
+        "parts": names,
+        "text": text.name,
+        "teacher": None if teacher is None else Path(teacher).name,
+    }
+    _save(tuned, source.folder, target, how, [text, teacher], force=force)
+    say(f"wrote {target}")
+
+
+def _parts(given: str) -> list[str]:
+    known = ALL.split(",")
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(
+                f"{name!r} is not one of {', '.join(known)}", param_hint="--parts"
+            )
+    return [name for name in known if name in names]
+
+
+def _check_target(target: Path, names: list[str], *, force: bool, sources: list) -> None:
+    from outlier_mlx.storage.output import check_writable
+    from outlier_mlx.writing.folders import check_free
+
+    if target.suffix != ".json":
+        check_free(target, force=force, sources=sources)
+        return
+    if names != ["alphas"]:
+        raise typer.BadParameter(
+            "a .json file holds alphas only: add --parts alphas, or name a folder",
+            param_hint="--out",
+        )
+    check_writable(target, force=force, sources=sources)
+
+
+def _save(
+    tuned: "Tuned", tier: Path, target: Path, how: dict[str, Any], inputs: list, *, force: bool
+) -> None:
+    if target.suffix == ".json":
+        from outlier_mlx.storage.output import write_json
+
+        write_json(target, tuned.alphas())
+        return
+    from outlier_mlx.tiers.tuned import write_tuned
+
+    write_tuned(tier, target, tuned.tensors, how, inputs=inputs, force=force)
+
+
+def _print(tuned: "Tuned") -> None:
+    before, after = tuned.before, tuned.after
+    print(f"held-out perplexity before: {before.perplexity:.4f}")
+    print(f"held-out perplexity after: {after.perplexity:.4f}")
+    if before.kl is not None and after.kl is not None:
+        print(f"KL from the teacher before: {before.kl:.5f} nats")
+        print(f"KL from the teacher after: {after.kl:.5f} nats")

@@ -1,0 +1,264 @@
+"""Training what a tier stores as numbers, not as codes: alphas, scales, biases, routers, norms."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx import optimizers
+
+from outlier_mlx.checkpoints.stored_model import open_stored
+from outlier_mlx.engine.prompts import check_tokens
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.measure.perplexity import Comparison, compare, log_probs
+from outlier_mlx.measure.tuned_parts import PARTS, Trained, part_of, trained_tensors
+from outlier_mlx.models.config import is_tier, raw_config
+from outlier_mlx.terminal import Progress, no_progress
+
+# Share of windows that is held out to judge the result.
+HELD_OUT = 0.2
+#: Default learning rate: how far a step of Adam moves an alpha of 1.
+LEARNING_RATE = 0.02
+DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Mean training loss of a pass over the windows, and the figures on those held out after it."""
+
+    loss: float
+    held_out: Comparison
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The result of tuning.
+
+    Attributes:
+        before: figures on the held-out windows before training.
+        after: those of the best numbers found.
+        tensors: these numbers, by the tensor's name in the tier, in the dtype they are stored in.
+        epochs: what each pass over the windows gave.
+        peak: bytes of memory that MLX had at most, the models among them.
+    """
+
+    before: Comparison
+    after: Comparison
+    tensors: dict[str, mx.array]
+    epochs: list[Epoch]
+    peak: int
+
+    def check_better(self) -> None:
+        """Check that the held-out windows are predicted better than before.
+
+        Raises:
+            OutlierError: they are not.
+        """
+        if score(self.after) >= score(self.before):
+            raise OutlierError("the model did not get better on the held-out text; nothing saved")
+
+    def alphas(self) -> dict[str, dict[str, float]]:
+        """The alphas by layer and expert, as in an alpha.json."""
+        found = ((n.split(".")[2], v) for n, v in self.tensors.items() if n.endswith(".alpha"))
+        return {
+            layer: {str(e): float(a) for e, a in enumerate(value.tolist())}  # type: ignore
+            for layer, value in found
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return {
+            "before": self.before.as_json(),
+            "after": self.after.as_json(),
+            "epochs": [
+                {"loss": epoch.loss, "held_out": epoch.held_out.as_json()} for epoch in self.epochs
+            ],
+            "peak_bytes": self.peak,
+        }
+
+
+def score(comparison: Comparison) -> float:
+    """What tuning minimises: the divergence from the teacher, or the loss without one."""
+    return comparison.loss if comparison.kl is None else comparison.kl
+
+
+def tune(
+    model: nn.Module,
+    texts: list[list[int]],
+    parts: Sequence[str] = tuple(PARTS),
+    *,
+    teacher: nn.Module | None = None,
+    temperature: float = 1.0,
+    epochs: int = 2,
+    learning_rate: float = LEARNING_RATE,
+    dtypes: Mapping[str, mx.Dtype] | None = None,
+    progress: Progress = no_progress,
+) -> Tuned:
+    """Train the numbers of a loaded tier on windows of tokens; its codes and trits stay.
+
+    Every fifth window is held out. Of the numbers before training and after each epoch, rounded as
+    they will be stored, those that are best on the held-out windows are kept, so the result is
+    never worse on them. Ended early, the model is as it was.
+
+    Args:
+        model: a tier; its numbers are changed.
+        texts: windows of tokens; at least two.
+        parts: what to train, of `tuned_parts.PARTS`.
+        teacher: a model whose predictions are learned (KL divergence) instead of the text's tokens.
+        temperature: divides both models' logits in the divergence that is trained; the held-out
+            figures are those at 1.
+        epochs: number of passes over the windows.
+        learning_rate: learning rate of Adam for a number of size 1; it falls to 0 along a cosine.
+        dtypes: of tensors as they are stored, by name; by default the model's own.
+        progress: called with windows done so far, and in all.
+
+    Raises:
+        OutlierError: there are too few windows, the model has none of the parts, or an embedding
+            has no row for a token.
+    """
+    for each in (model, *([teacher] if teacher is not None else [])):
+        check_tokens(each, chain.from_iterable(texts), "the text")
+    train, test = split(texts)
+    mx.reset_peak_memory()
+    before = compare(model, test, teacher)
+    steps = epochs * len(train)
+    optimizer = optimizers.Adam(optimizers.cosine_decay(learning_rate, steps))
+    with trained_tensors(model, parts, dtypes or {}) as trained:
+        kept = {each.name: each.value for each in trained}
+        best, done = before, []
+        numbers = {each.name: each.number for each in trained}  # what Adam sees
+        gradient = mx.value_and_grad(_loss(model, trained, teacher, temperature))
+        try:
+            for _ in range(epochs):
+                total = 0.0
+                for tokens in train:
+                    with checkpointed(model, trained):
+                        loss, grads = gradient(numbers, mx.array([tokens]))
+                        numbers = optimizer.apply_gradients(grads, numbers)
+                        mx.eval(loss, numbers, optimizer.state)
+                    total += loss.item()
+                    progress(optimizer.step.item(), steps)
+                for each in trained:
+                    each.put(each.rounded(numbers[each.name]))
+                done.append(Epoch(total / len(train), compare(model, test, teacher)))
+                if score(done[-1].held_out) < score(best):
+                    best = done[-1].held_out
+                    kept = {each.name: each.value for each in trained}
+        finally:
+            for each in trained:
+                each.put(kept[each.name])
+        tensors = {k: v for each in trained for k, v in each.tensors().items()}
+    return Tuned(before, best, tensors, done, mx.get_peak_memory())
+
+
+def split(texts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """The windows that are trained on, and those held out.
+
+    Raises:
+        OutlierError: there is not one of each.
+    """
+    held = max(1, round(len(texts) * HELD_OUT))
+    step = max(2, len(texts) // held)
+    test = texts[step - 1 :: step]
+    train = [tokens for at, tokens in enumerate(texts) if at % step != step - 1]
+    if not train or not test:
+        raise OutlierError(f"{len(texts)} windows of text are too few: need at least two")
+    return train, test
+
+
+def _loss(
+    model: nn.Module, trained: Sequence[Trained], teacher: nn.Module | None, temperature: float
+) -> Callable[[dict[str, mx.array], mx.array], mx.array]:
+    def loss(numbers: dict[str, mx.array], tokens: mx.array) -> mx.array:
+        for each in trained:
+            each.put(each.of_number(numbers[each.name]))
+        logits = model(tokens[:, :-1]).astype(mx.float32)
+        if teacher is None:
+            return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
+        truth = mx.stop_gradient(log_probs(teacher(tokens[:, :-1]) / temperature))
+        ours = log_probs(logits / temperature)
+        # The gradient of a divergence falls with the square of the temperature.
+        return temperature**2 * (mx.exp(truth) * (truth - ours)).sum(axis=-1).mean()
+
+    return loss
+
+
+@contextmanager
+def checkpointed(model: nn.Module, trained: Sequence[Trained]) -> Iterator[None]:
+    """Until the block ends, a layer keeps only its input for the gradient, and is computed again.
+
+    The layers get a subclass of their class, so parameters and names stay the same.
+    """
+    with ExitStack() as stack:
+        for number, layer in enumerate(model.layers):  # type: ignore[attr-defined]
+            inside = f".layers.{number}."
+            _checkpoint(layer, [each for each in trained if inside in each.name], stack)
+        yield
+
+
+def _checkpoint(layer: nn.Module, own: Sequence[Trained], stack: ExitStack) -> None:
+    original = type(layer)
+
+    def call(self: nn.Module, x: mx.array, *given: object, **named: object) -> mx.array:
+        # MLX differentiates only what the checkpointed function is given.
+        def compute(x: mx.array, *values: mx.array) -> mx.array:
+            for each, value in zip(own, values, strict=True):
+                each.put(value)
+            return original.__call__(self, x, *given, **named)
+
+        return mx.checkpoint(compute)(x, *(each.value for each in own))
+
+    # nn.Module's own __setattr__ takes only parameters and children.
+    object.__setattr__(layer, "__class__", type(original.__name__, (original,), {"__call__": call}))
+    stack.callback(object.__setattr__, layer, "__class__", original)
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """What tuning will train, and what it takes, from the headers of a tier's files.
+
+    Attributes:
+        numbers: how many numbers are trained.
+        nbytes: what that takes beside the model and what computing a window takes.
+        dtypes: the dtypes that the trained tensors are stored in, by name.
+    """
+
+    numbers: int
+    nbytes: int
+    dtypes: dict[str, mx.Dtype]
+
+
+def plan_tuning(tier: Path, parts: Sequence[str], window: int) -> TuningPlan:
+    """Plan the tuning of a tier; only headers are read.
+
+    Args:
+        tier: its folder.
+        parts: what to train, of `tuned_parts.PARTS`.
+        window: tokens in a window.
+
+    Raises:
+        CheckpointError: it is not a tier, or not valid.
+    """
+    raw = raw_config(tier)
+    if not is_tier(raw):
+        raise CheckpointError(f"{tier}: not a tier; only tiers are tuned")
+    stored = open_stored(tier)
+    config = stored.config
+    assert config is not None  # a tier's is checked
+    tensors = stored.tensors
+    chosen = {n: t for n, t in tensors.items() if part_of(n, len(t.shape)) in parts}
+    numbers = sum(prod(tensor.shape) for tensor in chosen.values())
+    # Each number has seven arrays of float32: what Adam sees, the value, the best one, the
+    # gradient, two averages, and a new one while a step is taken. Each layer keeps its input, and
+    # six arrays of logits are alive in the loss.
+    work = 7 * numbers + window * (config.layers * config.hidden + 6 * config.vocab)
+    if "rows" in parts:  # see `RowScales`: ones in place of scales and biases, a copy of the codes
+        width = (config.expert_width or 0) * config.experts * len(config.moe_layers)
+        weights = 3 * config.hidden * width
+        work += 2 * weights // 32 + weights // 16
+    return TuningPlan(numbers, 4 * work, {n: DTYPES[t.dtype] for n, t in chosen.items()})
