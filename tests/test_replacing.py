@@ -422,7 +422,7 @@ def test_an_input_is_never_replaced_by_a_file(here: Path) -> None:
     shutil.copyfile("text.txt", "out/routing.json")
     before = snapshot(here)
     for line in (
-        "tune tier --text text.txt --out text.txt",
+        "tune tier --text out/routing.json --parts alphas --out out/routing.json",
         "tune tier --text text.txt --parts alphas --out tier/tier.json",
         "eval tier --tasks text.txt --out text.txt",
         "eval tier --tasks x --out tier/config.json",

@@ -57,7 +57,7 @@ def tune(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 2,
     learning_rate: Annotated[
         float, typer.Option(min=0.0, help="Learning rate of Adam, for a number of size 1.")
-    ] = 0.02,
+    ] = 0.003,
     window: Window = 256,
     windows: Windows = None,
     as_json: Json = False,

@@ -15,7 +15,7 @@ from outlier_mlx.runtime.affine2 import affine_product
 from outlier_mlx.runtime.packed import PackedModule
 
 #: What can be trained, and the size of a first step in learning rates, relative to the numbers.
-PARTS = {"alphas": 1.0, "rows": 0.1, "routers": 0.1, "base": 0.05}
+PARTS = {"alphas": 1.0, "rows": 0.03, "routers": 0.01, "base": 0.03}
 
 
 def part_of(name: str, dims: int) -> str | None:
@@ -157,9 +157,10 @@ def trained_tensors(
         model.train()
         modules = dict(model.named_modules())
         found = []
-        for name, value in tree_flatten(model.parameters()):
+        parameters: Any = tree_flatten(model.parameters(), destination={})
+        for name, value in parameters.items():
             part = part_of(name, value.ndim)
-            if part in parts:
+            if part is not None and part in parts:
                 module = modules[name.rpartition(".")[0]]
                 found.append(Trained(name, part, module, dtypes.get(name)))
         yield found

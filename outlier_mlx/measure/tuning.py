@@ -23,7 +23,7 @@ from outlier_mlx.terminal import Progress, no_progress
 # Share of windows that is held out to judge the result.
 HELD_OUT = 0.2
 #: Default learning rate: how far a step of Adam moves an alpha of 1.
-LEARNING_RATE = 0.02
+LEARNING_RATE = 0.003
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -121,8 +121,8 @@ def tune(
         OutlierError: there are too few windows, the model has none of the parts, or an embedding
             has no row for a token.
     """
-    for each in (model, *([teacher] if teacher is not None else [])):
-        check_tokens(each, chain.from_iterable(texts), "the text")
+    for one in (model, *([teacher] if teacher is not None else [])):
+        check_tokens(one, chain.from_iterable(texts), "the text")
     train, test = split(texts)
     mx.reset_peak_memory()
     before = compare(model, test, teacher)
@@ -141,7 +141,7 @@ def tune(
                         loss, grads = gradient(numbers, mx.array([tokens]))
                         numbers = optimizer.apply_gradients(grads, numbers)
                         mx.eval(loss, numbers, optimizer.state)
-                    total += loss.item()
+                    total += float(loss)
                     progress(optimizer.step.item(), steps)
                 for each in trained:
                     each.put(each.rounded(numbers[each.name]))
@@ -195,7 +195,7 @@ def checkpointed(model: nn.Module, trained: Sequence[Trained]) -> Iterator[None]
     The layers get a subclass of their class, so parameters and names stay the same.
     """
     with ExitStack() as stack:
-        for number, layer in enumerate(model.layers):  # type: ignore[attr-defined]
+        for number, layer in enumerate(model.layers):
             inside = f".layers.{number}."
             _checkpoint(layer, [each for each in trained if inside in each.name], stack)
         yield
