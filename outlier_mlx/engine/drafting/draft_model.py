@@ -35,7 +35,7 @@ class ModelDrafts:
     def __init__(self, model: nn.Module, costs: Costs, most: int, rows: int) -> None:
         self._model, self._rows = model, rows
         self._cache: list[Any] = make_prompt_cache(model)
-        self._gate = Gate(costs, 1, HOPEFUL, most)
+        self._gate = Gate(costs, [HOPEFUL], most)
         self._clock = Clock(costs)
         self._tokens: list[int] = []
         # Number of tokens in the cache; all that are among `_tokens` are the first of them.

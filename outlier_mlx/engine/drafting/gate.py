@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 #: Tokens of a step, the chosen one and its draft, that are tried; few, so that each is measured.
@@ -95,16 +95,15 @@ class Gate:
 
     Args:
         costs: times of steps; those of a model, for all its texts.
-        kinds: number of kinds of drafts, each with a rate of its own.
-        rate: rate to begin with.
+        rates: rates to begin with, one for each kind of drafts.
         most: tokens of a draft, at most.
     """
 
-    def __init__(self, costs: Costs, kinds: int, rate: float, most: int = WIDTHS[-1] - 1) -> None:
+    def __init__(self, costs: Costs, rates: Sequence[float], most: int = WIDTHS[-1] - 1) -> None:
         self.most = most
         self._costs = costs
-        self._right = [rate * _BELIEF] * kinds
-        self._judged = [_BELIEF] * kinds
+        self._right = [rate * _BELIEF for rate in rates]
+        self._judged = [_BELIEF] * len(rates)
         self._widths = [*(width for width in WIDTHS if width <= most), most + 1]
         self._passed, self._patience, self._measures = 0, _PATIENCE, False
 

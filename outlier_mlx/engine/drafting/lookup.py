@@ -11,8 +11,8 @@ LONGEST_MATCH = 16
 CANDIDATES = 8
 # Least lengths of matches whose drafts are judged together; the first class begins with two tokens.
 CLASSES = (3, 4, 6, 9, LONGEST_MATCH)
-# A new text has to show first that it repeats itself.
-DOUBTFUL = 0.3
+# Rates to begin with: a new text has to show first that short matches mean something.
+RATES = (0.2, 0.25, 0.4, 0.6, 0.7, 0.8)
 
 
 class Index:
@@ -77,10 +77,10 @@ class PromptLookup:
 
     def __init__(self, costs: Costs) -> None:
         self._index = Index()
-        self._gate = Gate(costs, len(CLASSES) + 1, DOUBTFUL)
+        self._gate = Gate(costs, RATES)
         self._clock = Clock(costs)
-        # What would have been drafted, and its class; the model has yet to write these places.
-        self._foreseen: list[int] = []
+        # The first token of what would be drafted, and its class; the model has yet to write it.
+        self._foreseen: int | None = None
         self._kind = 0
         self._ready = False
         self._noted = 0
@@ -98,40 +98,35 @@ class PromptLookup:
     def draft(self, token: int, most: int) -> list[int]:
         """Tokens that may follow `token`; none if that would not pay."""
         self._clock.waited()
-        self._add(token)
-        place, length = self._index.find()
-        if not length:
-            return []
-        kind = bisect(CLASSES, length)
-        count = self._gate.longest(kind, most)
-        if count:
-            self._foreseen, self._kind = [], kind
-        return self._index.after(place, count)
+        place = self._add(token)
+        return self._index.after(place, self._gate.longest(self._kind, most)) if place else []
 
     def note(self, tokens: Sequence[int], drafted: int) -> None:
         """Note the tokens of a step."""
         self._clock.note(drafted + 1)
         self._noted += len(tokens)
-        new = tokens[len(tokens) - (self._noted - len(self._index.tokens)) :]
         if drafted:
             self._gate.judge(self._kind, len(tokens) - 1, drafted)
-            for token in new:
-                self._index.add(token)
-        else:
-            for token in new:
-                self._add(token)
-        place, length = self._index.find()
-        kind = bisect(CLASSES, length)
-        if length and not self._foreseen:
-            self._foreseen, self._kind = self._index.after(place, self._gate.most), kind
+            self._foreseen = None
+        # `draft` may have added the first.
+        missing = self._noted - len(self._index.tokens)
+        for token in tokens[len(tokens) - missing :]:
+            self._add(token)
+            self._foreseen = None if drafted else self._foreseen
+        pays = self._foreseen is not None and self._gate.pays(self._kind)
         # After a draft, the next token is known already.
-        self._ready = drafted > 0 or (length > 0 and self._gate.pays(kind))
+        self._ready = drafted > 0 or pays
 
-    def _add(self, token: int) -> None:
-        """Add a token, and compare it with what was foreseen."""
-        if self._foreseen:
-            right = self._foreseen.pop(0) == token
-            self._gate.judge(self._kind, int(right), 1)
-            if not right:
-                self._foreseen = []
+    def _add(self, token: int) -> int:
+        """Add a token, and compare it with what was foreseen.
+
+        Returns:
+            The place from which on a draft would be taken; 0 if there is none.
+        """
+        if self._foreseen is not None:
+            self._gate.judge(self._kind, int(self._foreseen == token), 1)
         self._index.add(token)
+        place, length = self._index.find()
+        self._foreseen = self._index.tokens[place] if place else None
+        self._kind = bisect(CLASSES, length)
+        return place
