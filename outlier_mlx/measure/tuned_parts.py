@@ -15,7 +15,7 @@ from outlier_mlx.runtime.affine2 import affine_product
 from outlier_mlx.runtime.packed import PackedModule
 
 #: What can be trained, and the size of a first step in learning rates, relative to the numbers.
-PARTS = {"alphas": 1.0, "rows": 0.03, "routers": 0.01, "base": 0.03}
+PARTS = {"alphas": 1.0, "rows": 0.06, "routers": 0.03, "base": 0.06}
 
 
 def part_of(name: str, dims: int) -> str | None:

@@ -127,7 +127,7 @@ def tune(
     mx.reset_peak_memory()
     before = compare(model, test, teacher)
     steps = epochs * len(train)
-    optimizer = optimizers.Adam(optimizers.cosine_decay(learning_rate, steps))
+    optimizer = optimizers.Adam(optimizers.cosine_decay(learning_rate, steps), bias_correction=True)
     with trained_tensors(model, parts, dtypes or {}) as trained:
         kept = {each.name: each.value for each in trained}
         best, done = before, []
