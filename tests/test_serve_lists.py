@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,25 @@ def test_generation_that_fails(served: Running, monkeypatch: pytest.MonkeyPatch)
             complete(served, prompt=PROMPTS)
     assert served.wait(lambda: not served.server.generator.replies)
     assert complete(served, prompt=PROMPTS).usage.completion_tokens == 4 * 8
+
+
+def test_a_prompt_that_comes_as_the_only_response_ends(served: Running):
+    """It is read in the very turn in which the other gets its last token."""
+    ended, before = threading.Event(), len(served.log)
+
+    def step(loop: Loop, batch: Any) -> None:
+        original(loop, batch)
+        if not len(batch) and not ended.is_set():
+            ended.set()
+            assert served.wait(lambda: not loop.jobs.empty())
+            loop._take_in()
+
+    original = Loop._step
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(Loop, "_step", step)
+        first = pool.submit(complete, served, prompt=PROMPTS[0])
+        assert ended.wait(20)
+        second = complete(served, prompt=PROMPTS[1])
+    assert first.result().choices[0].text
+    assert second.choices[0].text
+    assert not [line for line in served.log[before:] if "generation failed" in line]

@@ -187,10 +187,11 @@ class Loop:
 
     def _generate(self, sequences: list[Sequence]) -> None:
         """Begin to generate: all in one batch where caches can be merged, else each by itself."""
-        self._waiting.remove(sequences)
         groups = [sequences] if self._provider.batches else [[one] for one in sequences]
         for group in filter(None, groups):
-            together = self._batches if self._provider.batches else []
+            # One whose last sequence has just ended is no more to join.
+            under_way = [batch for batch in self._batches if len(batch)]
+            together = under_way if self._provider.batches else []
             if not together and len(group) == 1 and not group[0].job.request.experts:
                 self._batches.append(self._single(group[0]))
                 continue
@@ -202,6 +203,8 @@ class Loop:
             if batch not in self._batches:
                 self._batches.append(batch)
             batch.add(group)
+        # Until here: who waits is told if this fails.
+        self._waiting.remove(sequences)
 
     def _batch(self) -> Batch:
         provider = self._provider
