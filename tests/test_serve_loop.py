@@ -194,3 +194,29 @@ def test_what_is_chosen_for_one_fails_for_one(
         body = {"messages": MESSAGES, "seed": 13, "max_tokens": 60, "logit_bias": ENDLESS}
         assert served.post(body)[0] == 503
         assert other.result(30).choices[0].message.content == expected
+
+
+def test_a_prompt_is_read_while_the_last_token_of_another_text_comes(
+    small_tier: Path, slices: list[list[int]]
+) -> None:
+    """In the turn in which a text that is generated alone ends, a prompt may be read to its end."""
+    with running(small_tier) as server, ThreadPoolExecutor(2) as pool:
+        for length in range(1, 13):
+            first = pool.submit(server.chat, max_tokens=length, logit_bias=ENDLESS)
+            messages = [{"role": "user", "content": "!" * (9 * length)}]
+            second = pool.submit(server.chat, messages=messages, max_tokens=2, logit_bias=ENDLESS)
+            assert first.result(30).usage.completion_tokens == length
+            assert second.result(30).usage.completion_tokens == 2
+        assert not server.server.generator.loop._batches
+
+
+def test_what_fails_between_reading_and_generating_is_told(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, sequence: Any) -> Any:
+        raise RuntimeError("no reason")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_single", fail)
+        assert served.post({"messages": MESSAGES, "max_tokens": 3})[0] == 503
+    assert served.chat(max_tokens=3).usage.completion_tokens == 3

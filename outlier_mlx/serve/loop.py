@@ -63,6 +63,7 @@ class Loop:
         self._busy = busy
         self._stopping = False
         self._steps = 0
+        self._begun: list[Job] = []
         self._waiting = Waiting()
         self._batches: list[Batch | Single] = []
         self._pace = Pace(1)
@@ -105,6 +106,7 @@ class Loop:
             return
         for batch in list(self._batches):
             self._step(batch)
+        self._batches = [batch for batch in self._batches if len(batch)]
         # Whose first token is computed already gets it before others' prompts are read.
         if not any(batch.begins for batch in self._batches):
             self._read()
@@ -124,6 +126,7 @@ class Loop:
 
     def _begin(self, job: Job) -> None:
         """Let a job wait for its prompt to be read; what goes wrong here ends only this job."""
+        self._begun.append(job)
         try:
             tokens = job.prompt.tokens
             choice = choice_for(job.request, self._provider.unaffected)
@@ -137,6 +140,7 @@ class Loop:
 
     def _let_go(self) -> None:
         """Drop what nobody waits for any more."""
+        self._begun = [job for job in self._begun if not job.ended]
         self._waiting.drop_abandoned()
         for batch in self._batches:
             batch.remove([sequence for sequence in batch.sequences if sequence.job.abandoned])
@@ -295,11 +299,10 @@ class Loop:
 
     def _start_over(self, reason: str) -> None:
         """End all that had begun, and let go of all caches."""
-        begun = [*self._waiting.sequences, *(s for batch in self._batches for s in batch.sequences)]
-        jobs = [sequence.job for sequence in begun]
-        del begun
         self._forget()
         gc.collect()
         mx.clear_cache()
-        for job in jobs:
-            job.answer(Refused(503, reason))
+        for job in self._begun:
+            if not job.ended:
+                job.answer(Refused(503, reason))
+        self._begun = []
