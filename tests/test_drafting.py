@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from outlier_mlx.engine.generate import Options, generate_text
 from tests.folders import copy_writable
 from tests.library import Library
 from tests.program import ROOT, assert_refused, run, run_command
+from tests.serving import NAME, running
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,29 @@ def test_costs_are_medians_of_what_was_measured() -> None:
         gate.judge(0, 0, 3)
     assert gate.expected(0, 7) < 0.1
     assert not gate.pays(0)
+
+
+def test_the_server_tells_of_drafts(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that repeats itself, with drafts as if they cost nothing."""
+    monkeypatch.setattr(Costs, "of", lambda self, width: 1.0)
+    monkeypatch.setattr("outlier_mlx.engine.drafting.lookup.RATES", [0.9] * 6)
+    asked: dict[str, Any] = {"prompt": "How do I find Vega?", "max_tokens": 60}
+    told = []
+    for lookup in (True, False):
+        with running(demo, prompt_lookup=lookup) as server:
+            create: Any = server.client.completions.create
+            answers = [
+                create(model=NAME, **asked, **how) for how in ({}, {"temperature": 1.0, "seed": 4})
+            ]
+        details = [answer.usage.completion_tokens_details for answer in answers]
+        told.append([answer.choices[0].text for answer in answers])
+        if not lookup:
+            assert details == [None, None]
+            continue
+        assert details[0] is not None
+        assert details[0].accepted_prediction_tokens > 0
+        assert details[0].rejected_prediction_tokens > 0
+    assert told[0] == told[1]
 
 
 def test_a_draft_model(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

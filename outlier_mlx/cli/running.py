@@ -23,6 +23,7 @@ from outlier_mlx.cli.options import (
     MaxTokens,
     Model,
     PrefillStep,
+    PromptLookup,
     Quiet,
     Sampling,
     Xtc,
@@ -289,6 +290,7 @@ def serve(
         float, typer.Option(metavar="GB", min=0.001, help="What that folder may take on the disk.")
     ] = 20.0,
     prefill_step_size: PrefillStep = 2048,
+    prompt_lookup: PromptLookup = True,
     idle_unload: Annotated[
         float | None,
         typer.Option(
@@ -323,6 +325,7 @@ def serve(
         strict=strict,
         idle_unload=idle_unload,
         prefill_step_size=prefill_step_size,
+        prompt_lookup=prompt_lookup,
         prompt_cache_size=prompt_cache_size,
         **vars(sampling),
         **vars(cache),

@@ -186,5 +186,7 @@ class Handler(CheckedHandler):
             sum(reply.prompt_tokens for reply in replies),
             sum(reply.completion_tokens for reply in replies),
             sum(reply.reasoning_tokens for reply in replies),
-            sum(reply.cached_tokens for reply in replies) if keyed else None,
+            accepted=sum(reply.drafts[0] for reply in replies),
+            rejected=sum(reply.drafts[1] for reply in replies),
+            cached=sum(reply.cached_tokens for reply in replies) if keyed else None,
         )

@@ -46,6 +46,8 @@ class Job(Queue[Any]):
 
     Attributes:
         cached: number of the prompt's tokens whose cache was kept from an earlier request.
+        drafted: tokens of drafts that were checked for its reply, in OpenAI's words predicted.
+        accepted: those of them that are in the reply.
         ended: whether nothing more will be generated.
         abandoned: whether nobody waits for the reply any more.
         passes: the passes that computed tokens which are not told yet, and its row in each.
@@ -58,7 +60,7 @@ class Job(Queue[Any]):
         self.request = request
         self.prompt = prompt
         self.max_tokens = max_tokens
-        self.cached = 0
+        self.cached = self.drafted = self.accepted = 0
         self.ended = False
         self.abandoned = False
         self.passes: deque[tuple[Pass, int]] = deque()

@@ -149,7 +149,7 @@ class OneModel:
             self.state = "unloaded"
             raise
         self.recorder = ExpertRecorder(self.model)
-        self.drafting = Drafting(self.model)
+        self.drafting = Drafting(self.model, lookup=self.service.options.prompt_lookup)
         self.ends = frozenset(self.tokenizer.eos_token_ids)
         self.machine = make_text_state_machine(self.tokenizer)
         mergeable = all(hasattr(layer, "merge") for layer in self.new_cache())

@@ -66,6 +66,11 @@ class Reply:
         return self._job.cached
 
     @property
+    def drafts(self) -> tuple[int, int]:
+        """Tokens of drafts that were accepted, and that were rejected."""
+        return self._job.accepted, self._job.drafted - self._job.accepted
+
+    @property
     def generated(self) -> bool:
         """Whether nothing more will be generated."""
         return self._job.ended

@@ -1,6 +1,7 @@
 """A sequence that is generated alone: its steps can give several tokens, after a draft."""
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ from mlx_lm.sample_utils import greedy_sampler
 
 from outlier_mlx.engine.drafting import Drafting
 from outlier_mlx.engine.sampling import GlobalSampler
-from outlier_mlx.engine.steps import Chosen, Processor, Quantized, Steps
+from outlier_mlx.engine.steps import Chosen, Counts, Processor, Quantized, Steps
 from outlier_mlx.serve.jobs import Token
 from outlier_mlx.serve.sequences import Quantization, Sequence
 
@@ -50,6 +51,7 @@ class Single:
         pending: tuple[mx.array, mx.array] | None = None,
     ) -> None:
         self.sequences = [sequence]
+        self._counted = Counts()
         sampler: Any = sequence.choice.sampler
         bits = quantization.kv_bits
         start, size = quantization.quantized_kv_start, quantization.kv_group_size
@@ -89,6 +91,10 @@ class Single:
         reasons = [self._steps.finish_reason if n == last else None for n in range(last + 1)]
         tokens = [self._told(sequence, *pair) for pair in zip(chosen, reasons, strict=True)]
         sequence.generated += len(tokens)
+        counts = self._steps.counts
+        sequence.job.drafted += counts.drafted - self._counted.drafted
+        sequence.job.accepted += counts.accepted - self._counted.accepted
+        self._counted = replace(counts)
         if self._steps.finish_reason is not None:
             self.sequences = []
             self._give_back(sequence)

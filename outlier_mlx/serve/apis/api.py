@@ -22,12 +22,16 @@ class Usage:
         prompt: tokens of the prompts.
         completion: tokens that were generated so far.
         reasoning: those of them that are reasoning.
+        accepted: tokens of drafts that the model would have chosen itself.
+        rejected: the other tokens of drafts; they are in no reply.
         cached: those of the prompts that were in the prompt cache; None: the client is not told.
     """
 
     prompt: int
     completion: int = 0
     reasoning: int = 0
+    accepted: int = 0
+    rejected: int = 0
     cached: int | None = None
 
 
