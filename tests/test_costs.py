@@ -33,6 +33,16 @@ def test_pairs_of_an_expert(tokens: int, experts: int, k: int):
     assert numbers.min() >= 0 and numbers.max() <= tokens
 
 
+def test_a_draft_reads_each_expert_once():
+    """As far as blocks go: up to 4 tokens exactly, up to 8 but for one expert in thirty."""
+    for tokens in range(2, 9):
+        size = pairs_in_a_block(tokens, 8, 2, LARGE)
+        likely = pairs_of_an_expert(tokens, 8, 2)
+        used = sum(chance for number, chance in likely.items() if number)
+        read = sum(chance * -(-number // size) for number, chance in likely.items())
+        assert read <= used * (1.0001 if tokens <= 4 else 1.034)
+
+
 def test_pairs_of_an_expert_are_those_of_random_routing():
     rng = np.random.default_rng(0)
     draws = [np.bincount(_routed(rng, 6, 8, 2), minlength=8) for _ in range(4000)]

@@ -125,6 +125,22 @@ def test_costs_are_medians_of_what_was_measured() -> None:
     assert not gate.pays(0)
 
 
+@pytest.mark.parametrize("lookup", [True, False])
+def test_generate_tells_of_drafts(
+    demo: Path, lookup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Costs, "of", lambda self, width: 1.0)
+    monkeypatch.setattr("outlier_mlx.engine.drafting.lookup.RATES", [0.9] * 6)
+    options = ["--ignore-chat-template", "-m", 60] + ([] if lookup else ["--no-prompt-lookup"])
+    told = run("generate", "--model", demo, "-p", "How do I find Vega?", *options).err
+    found = re.search(r"tokens/s; (\d+) steps, (\d+) of (\d+) drafted tokens accepted\n", told)
+    assert (found is not None) == lookup
+    if found is not None:
+        steps, accepted, drafted = map(int, found.groups())
+        assert steps + accepted == 60
+        assert 0 < accepted < drafted
+
+
 def test_the_server_tells_of_drafts(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that repeats itself, with drafts as if they cost nothing."""
     monkeypatch.setattr(Costs, "of", lambda self, width: 1.0)
