@@ -215,7 +215,11 @@ def test_every_option_of_a_group_arrives() -> None:
         values |= {"max_kv_size": None} if group is Generation else {}
         groups.append(group(**values))
         expected |= values
-    more = {"prefill_response": "It", "ignore_chat_template": True, "json_schema": {}}
+    more: dict[str, Any] = {
+        "prefill_response": "It",
+        "ignore_chat_template": True,
+        "json_schema": {},
+    }
     given = generation_options(*groups, **more)
     assert vars(given) == expected | more
 

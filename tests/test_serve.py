@@ -17,11 +17,11 @@ import mlx.nn as nn
 import numpy as np
 import openai
 import pytest
-from mlx_lm.generate import GenerationResponse
 
 import outlier_mlx
 from outlier_mlx.engine.detokenizer import Detokenizer
 from outlier_mlx.engine.generate import Options, encode_prompt, generate_text
+from outlier_mlx.engine.responses import Response
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve import loop
@@ -60,15 +60,15 @@ def loaded(tier: Path) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def alone(loaded: Loaded) -> Callable[[int], list[GenerationResponse]]:
+def alone(loaded: Loaded) -> Callable[[int], list[Response]]:
     """What the model writes without a server, so many tokens of it."""
     return cache(lambda n: list(generate_text(*loaded, PROMPT, Options(max_tokens=n))))
 
 
-Alone = Callable[[int], list[GenerationResponse]]
+Alone = Callable[[int], list[Response]]
 
 
-def text_of(responses: list[GenerationResponse]) -> str:
+def text_of(responses: list[Response]) -> str:
     return "".join(response.text for response in responses)
 
 
