@@ -121,8 +121,7 @@ def difference(alone: Answer, other: Answer) -> str | None:
 
     Up to the first token that differs, log probabilities must be equal within `ROUNDING`. That
     token must be an alternative that was as likely within `ROUNDING` when the request was alone;
-    after it, texts may differ. At a temperature above 0, the draw may fall between two tokens of
-    any likelihood, so only the log probabilities before are compared.
+    after it, texts may differ. The same holds for requests with a seed.
     """
     for place, (a, b) in enumerate(zip(alone.tokens, other.tokens, strict=False)):
         if a["token"] == b["token"]:
