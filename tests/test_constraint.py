@@ -283,6 +283,10 @@ def chain(length: int) -> dict[str, Any]:
 REFUSED: dict[str, tuple[Any, str]] = {
     "no schema": ([], "must be an object"),
     "wrong type": ({"type": "strnig"}, "Invalid type"),
+    "type that is an object": ({"type": {"type": "string"}}, "#/type must be a string, or a list"),
+    "type that is nested": ({"items": {"type": [["string"]]}}, "#/items/type must be a string, or"),
+    "required that is nested": ({"required": [["a"]]}, "#/required must be a list of strings"),
+    "required that is a string": ({"required": "a"}, "#/required must be a list of strings"),
     "wrong keyword": ({"type": "string", "maxlength": 3}, "'maxlength' is not supported"),
     "not": ({"not": {"type": "string"}}, "'not' is not supported"),
     "if": ({"properties": {"a": {"if": True}}}, "#/properties/a/if: the keyword 'if'"),

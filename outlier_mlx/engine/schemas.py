@@ -151,7 +151,11 @@ class _Checker:
             raise SchemaError(
                 f"{place}: {value[:80]!r} is not in the schema; only #/… is supported"
             )
-        if name in ("enum", "required") and not isinstance(value, list):
+        if name == "type" and not (isinstance(value, str) or _are_texts(value)):
+            raise SchemaError(f"{place} must be a string, or a list of strings")
+        if name == "required" and not _are_texts(value):
+            raise SchemaError(f"{place} must be a list of strings")
+        if name == "enum" and not isinstance(value, list):
             raise SchemaError(f"{place} must be a list")
         if name in ("enum", "const", *_NUMBERS):
             self._check_value(value, place, 0)
@@ -167,6 +171,10 @@ class _Checker:
         inner = value.values() if isinstance(value, dict) else value
         for each in inner if isinstance(value, dict | list) else ():
             self._check_value(each, place, depth + 1)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _check_levels(root: dict[str, Any]) -> None:
