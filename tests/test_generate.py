@@ -193,6 +193,8 @@ def test_seeds(loaded: Loaded):
     assert first == again != other
     assert tokens_of(loaded, temp=1.0, seed=1, top_k=1) == tokens_of(loaded)
     assert tokens_of(loaded, temp=1.0, seed=1, min_p=1.0) == tokens_of(loaded)
+    assert tokens_of(loaded, temp=1.0, seed=1, top_p=5e-324) == tokens_of(loaded)
+    assert tokens_of(loaded, temp=5e-324, seed=1) == tokens_of(loaded)
 
 
 def test_generation_config_ends_a_text(tier: Path, tmp_path: Path, loaded: Loaded):

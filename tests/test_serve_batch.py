@@ -237,3 +237,41 @@ def test_seeds_give_other_texts_and_the_model_s_distribution() -> None:
         for token in drawn:
             counts[token] += 1
     assert counts == pytest.approx([1000, 600, 400], abs=100)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize(
+    ("extreme", "possible"),
+    [
+        ({"temperature": 5e-324}, {1}),
+        ({"temperature": 1e-6}, {1}),
+        ({"temperature": 1e-3}, {1}),
+        ({"temperature": 1.0, "top_p": 5e-324}, {1}),
+        ({"temperature": 1.0, "top_p": 1e-9}, {1}),
+        ({"temperature": 2e9}, {0, 1, 2}),
+        ({"temperature": 2e9, "top_k": 2}, {0, 1}),
+    ],
+    ids=str,
+)
+def test_no_sampling_chooses_an_impossible_token(
+    extreme: dict[str, float], possible: set[int], dtype: mx.Dtype
+) -> None:
+    """The inverse of a temperature, or a top-p, may be infinite or 0 in the logits' type."""
+    logprobs = mx.array([[-9.0, -8.0, -9.5, *[-mx.inf] * 5]]).astype(dtype)
+    request = Request(sampling=Sampling(**extreme), seed=1)  # type: ignore[arg-type]
+    sampler = choice_for(request, []).sampler
+    assert {int(sampler(logprobs)) for _ in range(50)} == possible
+
+
+@pytest.mark.parametrize(
+    "penalty", [{"presence_penalty": -2e9}, {"frequency_penalty": -2e9}, {"presence_penalty": 2e9}]
+)
+def test_no_penalty_makes_logits_infinite(penalty: dict[str, float]) -> None:
+    """In float16, the log probabilities would be no numbers."""
+    request = Request(sampling=Sampling(**penalty))  # type: ignore[arg-type]
+    logits = mx.array([[3.0, 2.0, 1.0]]).astype(mx.float16)
+    for process in choice_for(request, []).processors:
+        logits = process(mx.array([1, 1]), logits)
+    preferred = 1 if sum(penalty.values()) < 0 else 0
+    assert int(mx.argmax(logits)) == preferred
+    assert mx.isfinite(logits).all()

@@ -19,7 +19,7 @@ from outlier_mlx.engine.needs import cpu_step
 from outlier_mlx.engine.paging.paged import planned_step, total_parameters
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
 from outlier_mlx.engine.responses import Response, responses
-from outlier_mlx.engine.sampling import GlobalSampler
+from outlier_mlx.engine.sampling import GlobalSampler, bounded
 from outlier_mlx.engine.steps import Quantized, Steps
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -205,9 +205,10 @@ def generate_from_tokens(
     """
     check_kv_cache(model, options)
     check_tokens(model, tokens)
+    temperature, top_p = bounded(options.temp, options.top_p)
     sampler = make_sampler(
-        options.temp,
-        options.top_p,
+        temperature,
+        top_p,
         options.min_p,
         options.min_tokens_to_keep,
         top_k=top_k(options.top_k, model, tokenizer),

@@ -6,6 +6,23 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx_lm.sample_utils import greedy_sampler
 
+# Log probabilities of float16 are multiplied by the inverse of a temperature: beyond these bounds,
+# that of the likeliest token could be infinite, or that of a token that is not allowed no number.
+_COLDEST, _HOTTEST = 1e-3, 1e4
+# Float32 has no room for much less, of which no token would be a part.
+_LEAST_TOP_P = 1e-6
+
+
+def bounded(temperature: float, top_p: float) -> tuple[float, float]:
+    """Temperature and top-p that MLX's floats have room for, and that mean the same.
+
+    Args:
+        temperature: below 0.001, it is as 0; above 10000, all tokens are as likely.
+        top_p: 0 is off.
+    """
+    temperature = 0.0 if temperature < _COLDEST else min(temperature, _HOTTEST)
+    return temperature, max(top_p, _LEAST_TOP_P) if top_p else top_p
+
 
 class Sampler(Protocol):
     """Chooses a token (1,) from log probabilities (1, vocab).

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mlx_lm.sample_utils import (
@@ -14,6 +14,7 @@ from mlx_lm.sample_utils import (
     make_logits_processors,
 )
 
+from outlier_mlx.engine.sampling import bounded
 from outlier_mlx.serve.request import Request, Sampling
 
 Sampler = Callable[[mx.array], mx.array]
@@ -53,15 +54,24 @@ def choice_for(request: Request, unaffected: Sequence[int]) -> Choice:
         sampling.frequency_penalty,
         sampling.frequency_context_size,
     )
+    if processors:
+        processors.insert(0, _in_float32)
     if request.constraint is not None:
         processors.append(request.constraint.start())
     return Choice(_sampler(sampling, request.seed, list(unaffected)), tuple(processors))
 
 
+def _in_float32(_: mx.array, logits: mx.array) -> mx.array:
+    """The logits in a type that has room for what a client can add to them: float16 has not."""
+    return logits.astype(mx.float32)
+
+
 def _sampler(sampling: Sampling, seed: int | None, unaffected: list[int]) -> Sampler:
-    if sampling.temperature == 0:
+    temperature, top_p = bounded(sampling.temperature, sampling.top_p)
+    if temperature == 0:
         sampler: Sampler = greedy_sampler
         return sampler
+    sampling = replace(sampling, temperature=temperature, top_p=top_p)
     return RandomSampler(sampling, random.getrandbits(64) if seed is None else seed, unaffected)
 
 
