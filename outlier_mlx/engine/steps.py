@@ -311,8 +311,9 @@ class Steps:
             maybe_quantize_kv_cache(self.cache, kv.start, kv.group_size, kv.bits)
 
     def _trim(self, count: int) -> None:
-        for entry in self.cache:
-            entry.trim(count)
+        if count:  # states of linear attention have nothing to trim with
+            for entry in self.cache:
+                entry.trim(count)
 
 
 def _id(token: mx.array) -> int:
