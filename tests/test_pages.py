@@ -33,7 +33,7 @@ from tests.program import ROOT, run_command
 LEFT_OUT = ("uv tool install", "pip install", "scripts/", "--save")
 SERVES = "outlier-mlx serve"
 # Pages of the server.
-SERVING = ("serve", "page", "apis")
+SERVING = ("serve", "page", "apis", "structured")
 
 
 @dataclass

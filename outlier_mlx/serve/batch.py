@@ -1,23 +1,15 @@
 """Sequences that are generated together, each one token a step."""
 
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import greedy_sampler
 
-from outlier_mlx.serve.jobs import Job, Token
+from outlier_mlx.serve.jobs import Token
 from outlier_mlx.serve.sequences import Cache, Quantization, Sequence, extracted, merged
 from outlier_mlx.serve.single import Pending
-
-Watch = Callable[[list[Job]], AbstractContextManager[Any]]
-
-
-def unwatched(jobs: list[Job]) -> AbstractContextManager[Any]:
-    """Watch nothing."""
-    return nullcontext()
 
 
 class Batch:
@@ -30,7 +22,6 @@ class Batch:
         model: any model of mlx-lm.
         ends: tokens that end a text.
         quantization: of a cache, which then cannot be merged.
-        watch: the model runs inside the context that it returns for the jobs of the batch's rows.
 
     Attributes:
         sequences: one for each row.
@@ -42,14 +33,12 @@ class Batch:
         model: nn.Module,
         ends: Collection[int],
         quantization: Quantization = Quantization(),  # noqa: B008
-        watch: Watch = unwatched,
     ) -> None:
         self.sequences: list[Sequence] = []
         self.begins = False
         self._model = model
         self._ends = ends
         self._quantization = quantization
-        self._watch = watch
         self._cache: Cache = []
         self._merged = False
         # What the model gets next, and its log probability; all of them, of the latest step. For
@@ -124,8 +113,7 @@ class Batch:
             any more; `cache` and `tokens` of those that ended with a token are theirs again.
         """
         tokens, logprobs, tops, new = self._tokens, self._logprobs, self._tops, self._new
-        with self._watch([sequence.job for sequence in self.sequences]):
-            logits = self._model(tokens[:, None], cache=self._cache)[:, -1, :]
+        logits = self._model(tokens[:, None], cache=self._cache)[:, -1, :]
         self._choose(logits)
         self._new, self.begins = set(), bool(new)
         self._quantization.apply(self._cache)

@@ -5,14 +5,16 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from queue import Empty, Queue
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import wired_limit
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.batch import Batch, Watch, unwatched
+from outlier_mlx.serve.batch import Batch
 from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.pace import Pace
 from outlier_mlx.serve.prefix_cache import open_prefixes
@@ -30,6 +32,13 @@ WRITING = 1.5
 # Steps after which MLX lets go of the memory that it keeps for later.
 CLEAR_EVERY = 512
 
+Watch = Callable[[list[Job]], AbstractContextManager[Any]]
+
+
+def unwatched(jobs: list[Job]) -> AbstractContextManager[Any]:
+    """Watch nothing."""
+    return nullcontext()
+
 
 class Loop:
     """The thread that loads the model, and generates with it.
@@ -46,8 +55,8 @@ class Loop:
         prefixes: kept caches.
         moved: time of the last turn that did something, of `time.monotonic`.
         thread: the thread; it runs until `stop`.
-        watch: called for each step of generation with the jobs of the batch's rows; the model runs
-            inside the context that it returns.
+        watch: called for each step of generation with the jobs of the batch's rows; the step is
+            taken inside the context that it returns.
     """
 
     watch: Watch = staticmethod(unwatched)
@@ -147,7 +156,9 @@ class Loop:
         self._batches = [batch for batch in self._batches if len(batch)]
 
     def _step(self, batch: Batch | Single) -> None:
-        for sequence, result in batch.step():
+        with self.watch([sequence.job for sequence in batch.sequences]):
+            results = batch.step()
+        for sequence, result in results:
             if isinstance(result, Exception):
                 result = self._refusal(result)
             elif result.finish_reason is not None:
@@ -212,7 +223,7 @@ class Loop:
 
     def _batch(self) -> Batch:
         provider = self._provider
-        return Batch(provider.model, provider.ends, provider.quantization, self.watch)
+        return Batch(provider.model, provider.ends, provider.quantization)
 
     def _single(self, sequence: Sequence, *pending: mx.array) -> Single:
         provider = self._provider
