@@ -32,8 +32,6 @@ from tests.program import ROOT, run_command
 # These change the user's own programs, or need a clone or a GPU.
 LEFT_OUT = ("uv tool install", "pip install", "scripts/", "--save")
 SERVES = "outlier-mlx serve"
-# Pages of the server.
-SERVING = ("serve", "page", "apis", "structured")
 
 
 @dataclass
@@ -98,7 +96,8 @@ def test_page(reader: Reader, page: str) -> None:
     if name == "hub":
         for repository in ("my-overlay", "base"):
             reader.hub.add(f"my-name/{repository}", reader.folder / repository)
-    printed = serve(reader, page) if name in SERVING else reader.read(page)
+    serves = any(text.startswith(SERVES) for _, text in blocks(page))
+    printed = serve(reader, page) if serves else reader.read(page)
     if check := CHECKS.get(name):
         check(reader, printed)
 
