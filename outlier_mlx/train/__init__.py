@@ -1,0 +1,1 @@
+"""Making overlays: ternary experts trained over a frozen base."""
