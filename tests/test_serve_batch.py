@@ -11,13 +11,13 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
-from outlier_mlx.engine.steps import draft_room
+from outlier_mlx.engine.steps import Quantized, draft_room
 from outlier_mlx.serve.batch import Batch
 from outlier_mlx.serve.jobs import Job, Token
 from outlier_mlx.serve.request import Request, Sampling
 from outlier_mlx.serve.sampling import choice_for
 from outlier_mlx.serve.segments import Prompt
-from outlier_mlx.serve.sequences import Quantization, Sequence, read
+from outlier_mlx.serve.sequences import Sequence, read
 from outlier_mlx.serve.single import Single
 from tests.plain_models import SIZES, make_model
 
@@ -150,7 +150,7 @@ def test_alone_and_together_and_alone_again(model: Any, sampling: Sampling) -> N
             read(model, [each], [each.slice(100)])
     room = draft_room(one.cache)
     drafting: Any = Guesses(expected.tokens, len(prompt))
-    parts = model, one, {0}, Quantization(), drafting
+    parts = model, one, {0}, None, drafting
     told = Told()
 
     def step(batch: Batch | Single) -> None:
@@ -189,12 +189,12 @@ def test_a_quantized_cache() -> None:
     options: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 64, "quantized_kv_start": 0}
     steps = generate_step(mx.array(prompt), model, max_tokens=20, **options)
     expected = [token for token, _ in steps]
-    quantization = Quantization(**options)
+    quantized = Quantized(8, 64, 0)
     one = sequence(model, prompt, 20, Sampling(), 0)
     one.job.prompt = replace(one.job.prompt, ends=())
     read(model, [one], [one.slice(1000)])
-    quantization.apply(one.cache)
-    batch = Batch(model, set(), quantization)
+    quantized.apply(one.cache)
+    batch = Batch(model, set(), quantized)
     batch.add([one])
     while len(batch):
         batch.step()

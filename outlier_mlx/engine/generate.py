@@ -76,6 +76,13 @@ class Options:
         if self.max_kv_size is not None:
             raise OutlierError("--kv-bits and --max-kv-size exclude each other")
 
+    @property
+    def quantized(self) -> Quantized | None:
+        """How the KV cache is quantized; None: not at all."""
+        if self.kv_bits is None:
+            return None
+        return Quantized(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
+
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, options: Options) -> list[int]:
     """Token ids of a prompt, after the chat template is applied if the model has one.
@@ -218,9 +225,6 @@ def generate_from_tokens(
     )
     if cache is None:
         cache = make_prompt_cache(model, options.max_kv_size)
-    kv = options.kv_bits and Quantized(
-        options.kv_bits, options.kv_group_size, options.quantized_kv_start
-    )
     steps = Steps(
         model,
         tokens,
@@ -230,7 +234,7 @@ def generate_from_tokens(
         processors=_constraint(model, tokenizer, [*before, *tokens], options),
         ends=tokenizer.eos_token_ids,
         max_tokens=options.max_tokens,
-        quantized=kv or None,
+        quantized=options.quantized,
         drafts=(drafting or Drafting(model)).new(cache),
     )
     most = prefill_step(model, options.prefill_step_size)

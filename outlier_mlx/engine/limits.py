@@ -14,7 +14,7 @@ from outlier_mlx.engine.plan import Plan
 
 # mlx-lm's function that raises the wired limit, and the modules that use it by this name.
 _WIRING = "maybe_set_recommended_wired_limit"
-_WIRING_MODULES = ("mlx_lm.utils", "mlx_lm.generate", "mlx_lm.server")
+_WIRING_MODULES = ("mlx_lm.utils", "mlx_lm.generate")
 # Memory limits that plans took the place of.
 _usual_limits: list[int] = []
 _RECOMMENDED = "max_recommended_working_set_size"

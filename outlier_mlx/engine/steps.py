@@ -47,11 +47,21 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Quantized:
-    """How a KV cache is quantized: as soon as it has `start` tokens."""
+    """How KV caches are quantized.
+
+    Attributes:
+        bits: of a value.
+        group_size: values that share a scale.
+        start: tokens that a cache has when it is quantized.
+    """
 
     bits: int
     group_size: int = 64
     start: int = 5000
+
+    def apply(self, cache: list[Any]) -> None:
+        """Quantize a cache, in place, if it is long enough and was not quantized before."""
+        maybe_quantize_kv_cache(cache, self.start, self.group_size, self.bits)
 
 
 class Drafts(Protocol):
@@ -307,8 +317,8 @@ class Steps:
         return self._sampler(logprobs), logprobs
 
     def _quantize(self) -> None:
-        if (kv := self._quantized) is not None:
-            maybe_quantize_kv_cache(self.cache, kv.start, kv.group_size, kv.bits)
+        if self._quantized is not None:
+            self._quantized.apply(self.cache)
 
     def _trim(self, count: int) -> None:
         if count:  # states of linear attention have nothing to trim with

@@ -7,8 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import greedy_sampler
 
+from outlier_mlx.engine.steps import Quantized
 from outlier_mlx.serve.jobs import Token
-from outlier_mlx.serve.sequences import Cache, Quantization, Sequence, extracted, merged
+from outlier_mlx.serve.sequences import Cache, Sequence, extracted, merged
 from outlier_mlx.serve.single import Pending
 
 
@@ -21,7 +22,7 @@ class Batch:
     Args:
         model: any model of mlx-lm.
         ends: tokens that end a text.
-        quantization: of a cache, which then cannot be merged.
+        quantized: how a cache is quantized, which then cannot be merged; None: not at all.
 
     Attributes:
         sequences: one for each row.
@@ -32,13 +33,13 @@ class Batch:
         self,
         model: nn.Module,
         ends: Collection[int],
-        quantization: Quantization = Quantization(),  # noqa: B008
+        quantized: Quantized | None = None,
     ) -> None:
         self.sequences: list[Sequence] = []
         self.begins = False
         self._model = model
         self._ends = ends
-        self._quantization = quantization
+        self._quantized = quantized
         self._cache: Cache = []
         self._merged = False
         # What the model gets next, and its log probability; all of them, of the latest step. For
@@ -116,7 +117,8 @@ class Batch:
         logits = self._model(tokens[:, None], cache=self._cache)[:, -1, :]
         self._choose(logits)
         self._new, self.begins = set(), bool(new)
-        self._quantization.apply(self._cache)
+        if self._quantized is not None:
+            self._quantized.apply(self._cache)
         mx.async_eval(self._tokens, self._logprobs, self._tops)
         mx.eval(tokens, logprobs, tops)
         results: list[tuple[Sequence, Token | Exception]] = []

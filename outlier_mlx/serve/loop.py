@@ -184,8 +184,9 @@ class Loop:
             begun = time.perf_counter()
             slices = [sequence.slice(most) for sequence in reading]
             read(self._provider.model, reading, slices)
-            for sequence in reading:
-                self._provider.quantization.apply(sequence.cache)
+            if (quantized := self._provider.quantized) is not None:
+                for sequence in reading:
+                    quantized.apply(sequence.cache)
             self._pace.took(sum(map(len, slices)), time.perf_counter() - begun)
         for sequence in reading:
             self._keep_prefix(sequence)
@@ -223,7 +224,7 @@ class Loop:
 
     def _batch(self) -> Batch:
         provider = self._provider
-        return Batch(provider.model, provider.ends, provider.quantization)
+        return Batch(provider.model, provider.ends, provider.quantized)
 
     def _single(self, sequence: Sequence, *pending: mx.array) -> Single:
         provider = self._provider
@@ -232,7 +233,7 @@ class Loop:
             provider.model,
             sequence,
             provider.ends,
-            provider.quantization,
+            provider.quantized,
             provider.drafting,
             chosen,
         )

@@ -36,7 +36,7 @@ from outlier_mlx.serve.messages import MessageReader
 from outlier_mlx.serve.probes import TemplateProbes
 from outlier_mlx.serve.prompts import BoundedTokenizer
 from outlier_mlx.serve.request import Sampling
-from outlier_mlx.serve.sequences import Cache, Quantization
+from outlier_mlx.serve.sequences import Cache
 
 Load = Callable[[], tuple[nn.Module, Tokenizer]]
 
@@ -62,7 +62,7 @@ class OneModel:
         model: the model; None if it is unloaded.
         tokenizer: its tokenizer.
         batches: whether several of its KV caches can be merged.
-        quantization: of KV caches.
+        quantized: how KV caches are quantized; None: not at all.
         drafting: guesses at next tokens of a text that is generated alone.
         ends: tokens that end a text.
         machine: finds the marks of reasoning and of tool calls in a text.
@@ -100,8 +100,12 @@ class OneModel:
         self.failure: BaseException | None = None
         self.state = "loading"
         options = service.options
-        bits, group_size = options.kv_bits, options.kv_group_size
-        self.quantization = Quantization(bits, group_size, options.quantized_kv_start)
+        self._kv = Options(
+            kv_bits=options.kv_bits,
+            kv_group_size=options.kv_group_size,
+            quantized_kv_start=options.quantized_kv_start,
+        )
+        self.quantized = self._kv.quantized
         self._load_model = load
 
     def load_default(self) -> None:
@@ -109,9 +113,7 @@ class OneModel:
         try:
             self.reload()
             options = self.service.options
-            check_kv_cache(
-                self.model, Options(kv_bits=options.kv_bits, kv_group_size=options.kv_group_size)
-            )
+            check_kv_cache(self.model, self._kv)
             # Between two steps, the other replies get their next tokens.
             self.prefill_step = prefill_step(self.model, options.prefill_step_size)
             width = vocabulary(self.model, self.tokenizer)
@@ -153,7 +155,7 @@ class OneModel:
         self.ends = frozenset(self.tokenizer.eos_token_ids)
         self.machine = make_text_state_machine(self.tokenizer)
         mergeable = all(hasattr(layer, "merge") for layer in self.new_cache())
-        self.batches = mergeable and self.quantization.kv_bits is None
+        self.batches = mergeable and self.quantized is None
         self.state = "loaded"
 
     def description(self) -> dict[str, Any]:

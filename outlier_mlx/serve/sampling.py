@@ -15,10 +15,10 @@ from mlx_lm.sample_utils import (
 )
 
 from outlier_mlx.engine.sampling import bounded
+from outlier_mlx.engine.steps import Processor
 from outlier_mlx.serve.request import Request, Sampling
 
 Sampler = Callable[[mx.array], mx.array]
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Choice:
     """
 
     sampler: Sampler
-    processors: tuple[LogitsProcessor, ...] = ()
+    processors: tuple[Processor, ...] = ()
 
 
 def choice_for(request: Request, unaffected: Sequence[int]) -> Choice:

@@ -2,31 +2,16 @@
 
 import copy
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import TokenBuffer
 
 from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.sampling import Choice
 
 Cache = list[Any]
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """When and how KV caches are quantized, with the names of `mlx_lm.generate`'s options."""
-
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 0
-
-    def apply(self, cache: Cache) -> None:
-        """Quantize a cache that has become long enough, in place."""
-        maybe_quantize_kv_cache(cache, self.quantized_kv_start, self.kv_group_size, self.kv_bits)
 
 
 class Sequence:

@@ -12,7 +12,7 @@ from outlier_mlx.engine.drafting import Drafting
 from outlier_mlx.engine.sampling import GlobalSampler
 from outlier_mlx.engine.steps import Chosen, Counts, Processor, Quantized, Steps
 from outlier_mlx.serve.jobs import Token
-from outlier_mlx.serve.sequences import Quantization, Sequence
+from outlier_mlx.serve.sequences import Sequence
 
 #: A sequence, the token (1,) that comes next and is not in its cache, and log probabilities
 #: (vocab,) at that place: from these, another loop goes on.
@@ -30,7 +30,7 @@ class Single:
         model: any model of mlx-lm.
         sequence: whose prompt is read but for its last token, or as `pending` says.
         ends: tokens that end a text.
-        quantization: of its cache.
+        quantized: how its cache is quantized; None: not at all.
         drafting: guesses at next tokens.
         pending: what a batch chose next for it.
 
@@ -46,15 +46,13 @@ class Single:
         model: nn.Module,
         sequence: Sequence,
         ends: Collection[int],
-        quantization: Quantization,
+        quantized: Quantized | None,
         drafting: Drafting,
         pending: tuple[mx.array, mx.array] | None = None,
     ) -> None:
         self.sequences = [sequence]
         self._counted = Counts()
         sampler: Any = sequence.choice.sampler
-        bits = quantization.kv_bits
-        start, size = quantization.quantized_kv_start, quantization.kv_group_size
         self._steps = Steps(
             model,
             [] if pending else sequence.job.prompt.tokens[-1:],
@@ -64,7 +62,7 @@ class Single:
             processors=[_guarded(process) for process in sequence.choice.processors],
             ends=ends,
             max_tokens=sequence.job.max_tokens - sequence.generated,
-            quantized=None if bits is None else Quantized(bits, size, start),
+            quantized=quantized,
             drafts=drafting.new(sequence.cache),
             pending=pending,
             stream=mx.default_stream(mx.default_device()),
