@@ -92,7 +92,7 @@ def export_tier(
 
     def assets(folder: Path) -> None:
         if content.overlay is not None:
-            write_alphas(content.overlay, folder)
+            write_alphas(content.overlay.alphas(), folder)
         copy_assets([source.folder], folder)
 
     written = write_model(
@@ -128,7 +128,7 @@ def _of_tier(folder: Path, format: str) -> _Content:
     overlay = open_tier(folder)
     origin = _origin(folder, contains_base=bool(overlay.base))
     tensors = FORMATS[format](overlay, origin)
-    return _Content(tensors, overlay_config(overlay, origin), "tier", overlay, origin.base)
+    return _Content(tensors, overlay_config(overlay.config, origin), "tier", overlay, origin.base)
 
 
 def _of_ternary(source: Source, opened: Callable[[Path], StoredModel]) -> _Content:

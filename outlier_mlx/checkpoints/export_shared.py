@@ -1,6 +1,6 @@
 """What exported forms share: config.json, alpha.json, exact scales, and tensors that are copied."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.models.config import PROJECTIONS, ModelConfig
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.rounding import is_rounded, narrowed
@@ -41,9 +41,8 @@ _OF_TIERS = frozenset(
 )
 
 
-def overlay_config(overlay: Overlay, origin: Origin) -> dict:
-    """The config.json of an overlay, from that of the tier; it names the base that is needed."""
-    config = overlay.config
+def overlay_config(config: ModelConfig, origin: Origin) -> dict:
+    """The config.json of an overlay, from that of a tier or base; it names the base it needs."""
     kept = {key: value for key, value in config.raw.items() if key not in _OF_TIERS}
     kept |= {
         "model_type": "outlier_moe",
@@ -60,11 +59,16 @@ def overlay_config(overlay: Overlay, origin: Origin) -> dict:
     return kept
 
 
-def write_alphas(overlay: Overlay, folder: Path) -> None:
-    """Write alpha.json; its decimal numbers read back as the same float32."""
+def write_alphas(values: Mapping[int, np.ndarray], folder: Path) -> None:
+    """Write alpha.json; its decimal numbers read back as the same float32.
+
+    Args:
+        values: for each MoE layer (experts,) float32.
+        folder: where it is written.
+    """
     table = {
         str(layer): {str(expert): float(alpha) for expert, alpha in enumerate(alphas)}
-        for layer, alphas in overlay.alphas().items()
+        for layer, alphas in values.items()
     }
     write_json(folder / "alpha.json", table)
 

@@ -72,7 +72,8 @@ def export(
 @command("Share", "push ./tier my-name/my-tier --private")
 def push(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Folder of a tier or a ternary model.")
+        Path,
+        typer.Argument(metavar="MODEL", help="Folder of a tier, ternary model or own overlay."),
     ],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     private: Annotated[
@@ -121,7 +122,7 @@ def push(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Upload a tier or a ternary model to the hub: verified, with a model card, in one commit."""
+    """Upload a tier, ternary model or own overlay: verified, with a model card, in one commit."""
     from outlier_mlx.measure.eval_results import read
     from outlier_mlx.storage.paths import named
     from outlier_mlx.storage.texts import read_utf8

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from outlier_mlx.checkpoints.overlay_card import is_upcycled, overlay_card, upcycled_origins
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, listed
 from outlier_mlx.measure import measured
 from outlier_mlx.measure.eval_results import Evaluation
@@ -17,10 +18,12 @@ from outlier_mlx.tiers.card import model_card, origins
 from outlier_mlx.tiers.ternary_card import imported_origins, ternary_card
 from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.assets import is_legal
+from outlier_mlx.writing.card import Origin
 from outlier_mlx.writing.licences import CARD
-from outlier_mlx.writing.manifest import read_manifest
+from outlier_mlx.writing.manifest import Manifest, read_manifest
 
-#: The manifests of what may be published: a tier's, and an imported ternary model's.
+#: The manifests of what may be published: a tier's, and that of an imported ternary model or of an
+#: overlay that was trained.
 MANIFEST, IMPORTED = "tier.json", "checksums.json"
 
 
@@ -100,13 +103,13 @@ def prepare(
     evaluations: Sequence[Evaluation] = (),
     progress: Progress = no_progress,
 ) -> Publication:
-    """Verify a tier or a ternary model, and collect what will be published; the hub is not asked.
+    """Verify a model, and collect what will be published; the hub is not asked.
 
     That is what the manifest lists, the manifest, a card, licence files, and what was measured:
     nothing else that may lie in the folder.
 
     Args:
-        folder: the tier, or the ternary model that was imported.
+        folder: the tier, the ternary model that was imported, or the overlay that was trained.
         repo: OWNER/NAME.
         private: whether the repository is private.
         licence: the hub's identifier of the licence of sources whose cards state none.
@@ -115,8 +118,9 @@ def prepare(
         progress: called with bytes verified so far, and in all.
 
     Raises:
-        CheckpointError: the folder is not a tier, or is damaged.
-        OutlierError: the name is none, or a source's licence is not known and `private` not set.
+        CheckpointError: the folder is none of these, or is damaged.
+        OutlierError: the name is none, there are scores of an overlay, or a source's licence is not
+            known and `private` not set.
     """
     check_repo_name(repo)
     name = _manifest_of(folder)
@@ -131,8 +135,7 @@ def prepare(
     if measured.read_measured(folder):
         beside.append(measured.FILE)
     contents = {name: read_bytes(inside(folder, name)) for name in beside}
-    made = model_card if name == MANIFEST else ternary_card
-    contents[CARD] = (card or made(folder, repo, licence, evaluations)).encode("utf-8")
+    contents[CARD] = (card or _card(folder, manifest, repo, licence, evaluations)).encode("utf-8")
     for name, content in contents.items():
         digest = hashlib.sha256(content).hexdigest()
         uploads[name] = Upload(name, content, len(content), digest)
@@ -143,19 +146,48 @@ def _manifest_of(folder: Path) -> str:
     """The name of the manifest of what is in a folder.
 
     Raises:
-        CheckpointError: it is neither a tier nor a ternary model that was imported.
+        CheckpointError: it is neither a tier, nor a ternary model that was imported, nor an overlay
+            that was trained.
     """
     if (folder / MANIFEST).exists():
         return MANIFEST
-    if (folder / IMPORTED).exists() and is_ternary_model(raw_config(folder)):
+    if (folder / IMPORTED).exists() and (
+        is_ternary_model(raw_config(folder)) or is_upcycled(read_json(inside(folder, IMPORTED)))
+    ):
         return IMPORTED
-    raise CheckpointError(f"{folder}: not a tier: no {MANIFEST}; nor an imported ternary model")
+    raise CheckpointError(
+        f"{folder}: not a tier: no {MANIFEST}; nor an imported ternary model, nor an overlay that"
+        " upcycle wrote"
+    )
+
+
+def _card(
+    folder: Path,
+    manifest: Manifest,
+    repo: str,
+    licence: str | None,
+    evaluations: Sequence[Evaluation],
+) -> str:
+    if not is_upcycled(manifest.content):
+        made = model_card if manifest.name == MANIFEST else ternary_card
+        return made(folder, repo, licence, evaluations)
+    if evaluations:
+        raise OutlierError(
+            f"{folder}: an overlay has no scores of its own: push its tier with them"
+        )
+    return overlay_card(folder, repo, licence)
+
+
+def _origins(manifest: dict, name: str) -> list[Origin]:
+    if name == MANIFEST:
+        return origins(manifest)
+    return upcycled_origins(manifest) if is_upcycled(manifest) else imported_origins(manifest)
 
 
 def _check_licences(folder: Path, name: str, private: bool, licence: str | None) -> None:
     """Refuse to publish if the licence of a source is not known."""
     manifest = read_json(inside(folder, name))
-    sources = origins(manifest) if name == MANIFEST else imported_origins(manifest)
+    sources = _origins(manifest, name)
     silent = [f"the {source.role} {source.name!r}" for source in sources if source.licence is None]
     if licence is not None and not silent:
         stated = listed(value for one in sources if one.licence for value in one.licence.ids)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from outlier_mlx.checkpoints.overlay_card import is_upcycled
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure import measured
 from outlier_mlx.storage.hub_errors import hub_errors
@@ -114,8 +115,10 @@ def publish(
 
 
 def _message(manifest: dict) -> str:
-    source, _, recipe, _ = _identity(manifest)
+    source, _, recipe, *_ = _identity(manifest)
     made = f"Tier {recipe}" if source is not None else "Ternary model"
+    if is_upcycled(manifest):
+        made = "Overlay"
     return f"{made}, made by {manifest.get('producer')}"
 
 
@@ -151,9 +154,10 @@ def _former_manifest(api: "HfApi", repo: str, name: str, commit: str) -> dict:
 
 
 def _identity(manifest: dict) -> tuple:
-    """The names of the sources and the recipe, without revisions: overlay, base, recipe, source."""
+    """Names of overlay, base, recipe and source, without revisions; and whether it was trained."""
     entries = [manifest.get(key) for key in ("overlay", "base", "recipe", "source")]
-    return tuple(entry.get("name") if isinstance(entry, dict) else None for entry in entries)
+    names = (entry.get("name") if isinstance(entry, dict) else None for entry in entries)
+    return (*names, is_upcycled(manifest))
 
 
 def _check_replaceable(
@@ -163,7 +167,7 @@ def _check_replaceable(
         return
     if former is not None:
         if _identity(former) != _identity(publication.manifest):
-            overlay, _, recipe, source = _identity(former)
+            overlay, _, recipe, source, _ = _identity(former)
             what = (
                 f"another model ({source})" if source else f"another tier ({recipe} of {overlay})"
             )
