@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,78 @@ def test_free_calls_need_a_mark_of_their_own(tmp_path: Path) -> None:
     assert tokenizer.tool_call_start == CALL
     with pytest.raises(SchemaError, match="need a token of its own"):
         CallGrammar(grammars).free([Function("f", record())], several=True)
+
+
+# Names that are also rules of a grammar, or that have to be quoted.
+ODD: tuple[str, ...] = (
+    "list",
+    "list_0",
+    "0",
+    "text",
+    "body0",
+    "City",
+    "class",
+    "für",
+    "ﬁ",
+    "a b",
+    " a",
+    "",
+    '"a"',
+)
+ODD += ("\n", "\\", "]]", "<", "</arg_key>", "a</parameter>", "}", "\u2028", "\x7f", "💡", "$ref")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_odd_names(name: str, tmp_path: Path) -> None:
+    """Of parameters: their calls are read as they were meant, or cannot be forced."""
+    parser, marks, _ = FORMATS[name]
+    tokenizer = tokenizer_of(parser, tmp_path, marks)
+    grammars = Grammars(tokenizer, len(tokenizer.get_vocab()))
+    refused = set()
+    for names in [(odd,) for odd in ODD] + [("list", "list_0", "text", "City", "für")]:
+        schema = record(**dict.fromkeys(names, SMALL))
+        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+        try:
+            rules = CallGrammar(grammars).forced([Function("f", schema)], several=False)
+        except SchemaError:
+            refused.add(names[0])
+            continue
+        constraint = grammars.grammar(f"start: calls\n{rules}")
+        text = written(constraint, tokenizer, grammars.width, 3)
+        block = text.removeprefix(tokenizer.tool_call_start).removesuffix(tokenizer.tool_call_end)
+        (call,) = CallReader(tokenizer, tools).read(block, whole=True)
+        assert json.loads(call.arguments).keys() == set(names), text
+    if parser in ("json_tools", "mistral", "kimi_k2"):
+        assert not refused
+    assert not refused & {"list", "list_0", "text", "body0", "City", "für"}
+    if parser == "pythonic":
+        assert {"class", "ﬁ", "a b", ""} <= refused
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("called", ["für", "a.b", "a/b:1", "body0", "list"])
+def test_odd_names_of_functions(name: str, called: str, tmp_path: Path) -> None:
+    parser, marks, _ = FORMATS[name]
+    tokenizer = tokenizer_of(parser, tmp_path, marks)
+    grammars = Grammars(tokenizer, len(tokenizer.get_vocab()))
+    try:
+        rules = CallGrammar(grammars).forced([Function(called, record())], several=False)
+    except SchemaError:
+        assert called in (("a.b", "a/b:1") if "[ARGS]" in marks else ("a/b:1",))
+        assert "[ARGS]" in marks or parser == "pythonic"
+        return
+    text = written(grammars.grammar(f"start: calls\n{rules}"), tokenizer, grammars.width, 3)
+    block = text.removeprefix(tokenizer.tool_call_start).removesuffix(tokenizer.tool_call_end)
+    tools = [{"type": "function", "function": {"name": called}}]
+    (call,) = CallReader(tokenizer, tools).read(block, whole=True)
+    assert (call.name, call.arguments) == (called, "{}")
+
+
+def test_a_schema_that_is_true_leaves_calls_readable(tmp_path: Path) -> None:
+    """mlx-lm's parsers look for the type of each parameter."""
+    tokenizer = tokenizer_of("glm47", tmp_path, (CALL, CALLED, *KEYS))
+    parameters = {"type": "object", "properties": {"a": True, "b": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    block = "f<arg_key>b</arg_key><arg_value>5</arg_value>"
+    (call,) = CallReader(tokenizer, tools).read(block, whole=True)
+    assert json.loads(call.arguments) == {"b": "5"}

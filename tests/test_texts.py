@@ -187,6 +187,8 @@ ALLOWED |= {("storage/texts.py", "yaml.compose"), ("runtime/variants.py", "json.
 ALLOWED |= {("serve/calls.py", "json.loads"), ("serve/calls.py", "json.JSONDecoder")}
 # Calls whose arguments were read before.
 ALLOWED |= {("serve/apis/anthropic.py", "json.loads")}
+# Responses as the server wrote them.
+ALLOWED |= {("serve/apis/store.py", "json.loads")}
 # What processes of this project say to each other, and how the tokenizers library describes itself.
 ALLOWED |= {("engine/bounded.py", "json.loads"), ("engine/template_process.py", "json.loads")}
 ALLOWED |= {("serve/prompts.py", "json.loads"), ("measure/bench_settings.py", "json.loads")}

@@ -1,7 +1,9 @@
 """Grammars of tool calls: those that a model writes in its own format, with valid arguments."""
 
 import json
+import keyword
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +100,7 @@ class CallGrammar:
 
     def _objects(self, functions: Sequence[Function]) -> list[str]:
         """The rule of `body`: an object with name and arguments."""
-        heads = [f'{{"name": {json.dumps(f.name)}, "arguments": ' for f in functions]
+        heads = [f'{{"name": "{f.name}", "arguments": ' for f in functions]
         return self._choices(functions, [(_text(head), '"}"') for head in heads])
 
     def _choices(
@@ -115,6 +117,9 @@ class CallGrammar:
         """`[TOOL_CALLS]f[ARGS]{...}`, or `[TOOL_CALLS][{"name": "f", "arguments": {...}}]`."""
         opened = self._mark(self._open)
         if "[ARGS]" in self._grammars.tokenizer.get_vocab():
+            for function in functions:
+                if not re.fullmatch(r"[\w-]+", function.name):
+                    raise SchemaError(f"calls of {function.name} cannot be written as name[ARGS]")
             more = " body*" if several else ""
             heads = [(f"{_text(f.name)} {self._mark('[ARGS]')}", "") for f in functions]
             return [f"calls: {opened} body{more}", *self._choices(functions, heads)]
@@ -143,12 +148,14 @@ class CallGrammar:
         for number, function in enumerate(functions):
             name = f"body{number}"
             named = _parameters(function)
-            if not all(part.isidentifier() for part in [*function.name.split("."), *named]):
+            if not all(map(_is_python_name, [*function.name.split("."), *named])):
                 raise SchemaError(f"calls of {function.name} cannot be written in Python")
             rules.append(f"{name}: {_text(function.name + '(')} {name}_list {_text(')')}")
-            for key, (schema, _) in named.items():
-                rules.append(f"{name}_{key}: {_text(key + '=')} {json_rule(schema)}")
-            rules += _comma_list(f"{name}_list", {f"{name}_{k}": r for k, (_, r) in named.items()})
+            parts = {}
+            for place, (key, (schema, required)) in enumerate(named.items()):
+                rules.append(f"{name}_{place}: {_text(key + '=')} {json_rule(schema)}")
+                parts[f"{name}_{place}"] = required
+            rules += _comma_list(f"{name}_list", parts)
         return rules
 
     def _qwen_coder(self, functions: Sequence[Function], several: bool) -> list[str]:
@@ -187,6 +194,9 @@ class CallGrammar:
         for number, function in enumerate(functions):
             parts = [_text(function.name)]
             for place, (key, (schema, required)) in enumerate(_parameters(function).items()):
+                if not key or key != key.strip() or "</arg_key>" in key:
+                    text = "has a name that cannot be written in this model's format of calls"
+                    raise SchemaError(f"{function.name}: the parameter {key[:40]!r} {text}")
                 rule = f"body{number}_{place}"
                 value, more = _value(rule, schema, closes, "</arg_value>")
                 around = f'{key_opens} {_text(key)} {key_closes} "\\n"? {opens}'
@@ -252,6 +262,12 @@ def _free_text(least: int, most: int | None) -> str:
     return rf"\S(?s:.{{{least - 2},{inner}}})\S"
 
 
+def _is_python_name(name: str) -> bool:
+    """Whether Python reads a name as it is written; it composes some letters."""
+    plain = unicodedata.normalize("NFKC", name) == name
+    return name.isidentifier() and plain and not keyword.iskeyword(name)
+
+
 def _comma_list(name: str, parts: dict[str, bool]) -> list[str]:
     """Rules of a list of symbols in their order, with commas; True: the symbol is required."""
     rules = []
@@ -279,4 +295,4 @@ def _pattern(before: str, text: str) -> str:
 
 def _text(text: str) -> str:
     """A text as a symbol of a grammar."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

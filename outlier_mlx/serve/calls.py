@@ -66,7 +66,7 @@ class CallReader:
         self.end: str = tokenizer.tool_call_end if marked else ""
         self.names = {tool["function"]["name"] for tool in tools}
         self._parse: Callable[[str, Any], Any] | None = tokenizer.tool_parser if marked else None
-        self._tools = tools
+        self._tools = [_with_plain_schemas(tool) for tool in tools]
 
     def begins(self, text: str) -> str | None:
         """In a format without marks: the call in the beginning of a reply.
@@ -128,6 +128,16 @@ class CallReader:
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         identity = given if isinstance(given, str) and given else new_id()
         return Call(identity, name, text)
+
+
+def _with_plain_schemas(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool for mlx-lm's parsers, which fail for parameters whose schema is no object."""
+    function = tool["function"]
+    parameters = function.get("parameters") or {}
+    given = parameters.get("properties")
+    given = given.items() if isinstance(given, dict) else ()
+    known = {name: schema for name, schema in given if isinstance(schema, dict)}
+    return tool | {"function": function | {"parameters": parameters | {"properties": known}}}
 
 
 def _in_json(block: str) -> list[Any]:

@@ -260,7 +260,6 @@ def check_fields(
     honoured, unknown = {}, []
     for name, value in given.items():
         named = f"{place}.{name}" if place else name
-        param = re.split(r"[.\[]", named)[0]
         field = table.get(name)
         if value is None:
             continue
@@ -268,14 +267,23 @@ def check_fields(
             unknown.append(re.sub(r"\[\d+\]", "", place) + "." * bool(place) + name)
         elif field.endpoint not in (None, endpoint):
             text = f"{named} is a parameter of {field.endpoint}, not of {endpoint}"
-            raise Refused(400, text, "unsupported_parameter", param)
+            raise Refused(400, text, "unsupported_parameter", outer_field(named))
         elif field.use == "refused" and not _is_one_of(value, field.harmless):
-            raise Refused(400, f"{named} is not supported", "unsupported_parameter", param)
+            raise Refused(
+                400, f"{named} is not supported", "unsupported_parameter", outer_field(named)
+            )
         elif field.use == "honoured":
             if field.values is not None and not field.values.allow(value):
-                raise Refused(400, f"{named} must be {field.values}", "invalid_value", param)
+                raise Refused(
+                    400, f"{named} must be {field.values}", "invalid_value", outer_field(named)
+                )
             honoured[name] = value
     return honoured, unknown
+
+
+def outer_field(place: str) -> str:
+    """The field of a body that a place is in."""
+    return re.split(r"[.\[]", place, maxsplit=1)[0]
 
 
 def _is_one_of(value: Any, values: Iterable[Any]) -> bool:

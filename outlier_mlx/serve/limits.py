@@ -12,6 +12,7 @@ from outlier_mlx.storage.texts import decode_json
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_VARIABLES = 64
 BIAS = Number(-100, 100)
 
 
@@ -60,6 +61,9 @@ class Limits:
         Raises:
             Refused: 400.
         """
+        if len(given) > MAX_VARIABLES:
+            text = f"chat_template_kwargs must be at most {MAX_VARIABLES} variables"
+            raise Refused(400, text, "invalid_value", "chat_template_kwargs")
         unused = []
         for name, value in given.items():
             if name in self.template_names or not isinstance(value, bool | int | float | str):

@@ -1,12 +1,11 @@
 """Messages and tools of a chat request, as the chat template gets them."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.fields import MESSAGE_FIELDS, check_fields
+from outlier_mlx.serve.fields import MESSAGE_FIELDS, check_fields, outer_field
 from outlier_mlx.serve.probes import Part, TemplateProbes
 from outlier_mlx.storage.texts import decode_json
 
@@ -14,6 +13,8 @@ ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"dev
 
 # Two names of the same, of which the server sends both; that which most templates have comes first.
 REASONING = ("reasoning_content", "reasoning")
+MAX_TOOLS = 1024
+MAX_NAME = 256
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,17 @@ class MessageReader:
         Raises:
             Refused: 400, with the place of what is wrong.
         """
+        if len(given) > MAX_TOOLS:
+            raise _refused("tools", f"are {len(given)}; at most {MAX_TOOLS} are supported")
         for number, tool in enumerate(given):
             where = f"tools[{number}]"
             function = tool.get("function") if isinstance(tool, dict) else None
             if not isinstance(function, dict) or tool.get("type", "function") != "function":
                 raise _refused(where, "must be an object of the type 'function'")
-            if not isinstance(function.get("name"), str) or not function["name"]:
-                raise _refused(f"{where}.function.name", "must be a string")
+            name = function.get("name")
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+                text = f"must be a string of up to {MAX_NAME} characters"
+                raise _refused(f"{where}.function.name", text)
             if not isinstance(function.get("parameters") or {}, dict):
                 raise _refused(f"{where}.function.parameters", "must be an object")
         if given:
@@ -135,12 +140,7 @@ class MessageReader:
 
 
 def _refused(where: str, text: str) -> Refused:
-    return Refused(400, f"{where} {text}", "unsupported_value", _field(where))
-
-
-def _field(where: str) -> str:
-    """The field of a request that a place is in."""
-    return re.split(r"[.\[]", where)[0]
+    return Refused(400, f"{where} {text}", "unsupported_value", outer_field(where))
 
 
 def _text(content: str | list[Any], where: str) -> tuple[str, list[str]]:
@@ -155,7 +155,7 @@ def _text(content: str | list[Any], where: str) -> tuple[str, list[str]]:
             # mlx-lm would download an image from any URL.
             named = f"of the type {str(kind)[:40]!r}" if kind is not None else "without a type"
             told = f"{where}[{number}] is a part {named}; only text is supported"
-            raise Refused(400, told, "unsupported_content", _field(where))
+            raise Refused(400, told, "unsupported_content", outer_field(where))
         if not isinstance(text, str):
             raise _refused(f"{where}[{number}].text", "must be a string")
         texts.append(text)

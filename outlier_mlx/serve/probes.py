@@ -83,6 +83,8 @@ class TemplateProbes:
         template = self._tokenizer.chat_template
         if not isinstance(template, str):
             return True  # it is not known
+        if name not in template:  # which takes no time, however long the name is
+            return False
         return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template) is not None
 
     def _render(self, part: Part) -> bool:

@@ -159,21 +159,22 @@ def tool_choice(given: Any, tools: list[dict[str, Any]]) -> ToolChoice:
     if kind == "function" and isinstance(part, dict) and isinstance(part.get("name"), str):
         return ToolChoice(tools, True, part["name"])
     if kind == "allowed_tools" and isinstance(part, dict) and isinstance(part.get("tools"), list):
-        allowed = [_allowed(one, tools) for one in part["tools"]]
+        allowed = _allowed(part["tools"], {tool["function"]["name"] for tool in tools})
+        chosen = [tool for tool in tools if tool["function"]["name"] in allowed]
         if part.get("mode", "auto") in ("auto", "required"):
-            return ToolChoice(
-                [tool for tool in tools if tool in allowed], part.get("mode") == "required"
-            )
+            return ToolChoice(chosen, part.get("mode") == "required")
     text = 'tool_choice must be "auto", "none", "required", a function or allowed_tools'
     raise Refused(400, text, "invalid_value", "tool_choice")
 
 
-def _allowed(given: Any, tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """The tool that an entry of `allowed_tools` names."""
-    part = given.get("function", given) if isinstance(given, dict) else None
-    name = part.get("name") if isinstance(part, dict) else None
-    for tool in tools:
-        if tool["function"]["name"] == name:
-            return tool
-    text = f"tool_choice: {str(name)[:80]!r} is allowed, but is no function in tools"
-    raise Refused(400, text, "invalid_value", "tool_choice")
+def _allowed(given: list[Any], known: set[str]) -> set[str]:
+    """The names of functions in the entries of `allowed_tools`."""
+    allowed = set()
+    for one in given:
+        part = one.get("function", one) if isinstance(one, dict) else None
+        name = part.get("name") if isinstance(part, dict) else None
+        if not isinstance(name, str) or name not in known:
+            text = f"tool_choice: {str(name)[:80]!r} is allowed, but is no function in tools"
+            raise Refused(400, text, "invalid_value", "tool_choice")
+        allowed.add(name)
+    return allowed

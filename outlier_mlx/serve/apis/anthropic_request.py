@@ -1,5 +1,7 @@
 """The body of a request in Anthropic's API, as a checked `Request`."""
 
+from itertools import dropwhile
+from operator import not_
 from typing import Any
 
 from outlier_mlx.serve.access import Refused
@@ -140,15 +142,23 @@ class _Conversation:
     role, which Anthropic's API combines.
 
     Attributes:
-        messages: the messages.
-        places: where each came from.
+        places: where each message came from.
     """
 
     def __init__(self, reader: _Reader) -> None:
-        self.messages: list[dict[str, Any]] = []
         self.places: list[str] = []
         self._reader = reader
+        # The role of each message, and the parts of its fields, which are joined at the end.
+        self._turns: list[tuple[str, dict[str, list[Any]]]] = []
         self._names: dict[str, str] = {}  # of the functions, by the ids of their calls
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages."""
+        return [
+            {"role": role} | {name: _joined(parts) for name, parts in fields.items()}
+            for role, fields in self._turns
+        ]
 
     def system(self, content: str | list[Any]) -> None:
         """Add the system prompt; none if it is empty."""
@@ -192,7 +202,7 @@ class _Conversation:
                 self._names[block["id"]] = block["name"]
                 function = {"name": block["name"], "arguments": block["input"]}
                 call = {"id": block["id"], "type": "function", "function": function}
-                self._add(role, where, tool_calls=[call])
+                self._add(role, where, tool_calls=call)
             case "tool_result":
                 self._result(block, where)
 
@@ -208,14 +218,16 @@ class _Conversation:
         self._add("tool", where, content=text, tool_call_id=identity, name=name)
 
     def _add(self, role: str, where: str, **fields: Any) -> None:
-        if role in ("tool", "system") or not self.messages or self.messages[-1]["role"] != role:
-            self.messages.append({"role": role} | fields)
+        if role in ("tool", "system") or not self._turns or self._turns[-1][0] != role:
+            self._turns.append((role, {}))
             self.places.append(where.partition(".")[0])
-            return
-        last = self.messages[-1]
         for name, value in fields.items():
-            between = "\n" if isinstance(value, str) else []
-            last[name] = last[name] + between + value if last.get(name) else value
+            self._turns[-1][1].setdefault(name, []).append(value)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The text of parts that are texts, from the first that is not empty; or the list of calls."""
+    return "\n".join(dropwhile(not_, parts)) if isinstance(parts[0], str) else parts
 
 
 def _tool(reader: _Reader, number: int, tool: Any) -> dict[str, Any]:

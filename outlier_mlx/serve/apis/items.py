@@ -1,5 +1,6 @@
 """Items of a conversation in the Responses API, as messages of `/v1/chat/completions`."""
 
+from itertools import takewhile
 from typing import Any
 
 from outlier_mlx.serve.access import Refused
@@ -76,11 +77,11 @@ class Conversation:
 
     def join_instructions(self) -> None:
         """Join the system messages at the beginning, for a template that knows only one."""
-        system = ("system", "developer")
-        while len(self.messages) > 1 and all(m["role"] in system for m in self.messages[:2]):
-            joined = f"{self.messages[0]['content']}\n\n{self.messages.pop(1)['content']}"
-            self.messages[0]["content"] = joined
-            del self.places[1]
+        first = list(takewhile(lambda m: m["role"] in ("system", "developer"), self.messages))
+        if len(first) > 1:
+            joined = "\n\n".join(message["content"] for message in first)
+            self.messages[: len(first)] = [first[0] | {"content": joined}]
+            del self.places[1 : len(first)]
 
     def add(self, item: Any, where: str) -> None:
         """Add an item.

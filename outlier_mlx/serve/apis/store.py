@@ -26,7 +26,8 @@ class Kept:
 class ResponseStore:
     """Keeps responses by their ids; the ones that were used least recently are dropped first.
 
-    A response counts with its whole conversation, though several may share most of one.
+    They are kept as JSON, of which the size is known; as objects, they could take many times that.
+    Each has its whole conversation, though several may share most of one.
 
     Args:
         size: largest number of responses.
@@ -34,8 +35,8 @@ class ResponseStore:
     """
 
     def __init__(self, size: int = MAX_RESPONSES, nbytes: int = MAX_BYTES) -> None:
-        self._size, self._room = size, nbytes
-        self._kept: OrderedDict[str, tuple[Kept, int]] = OrderedDict()
+        self._size, self._nbytes, self._room = size, nbytes, nbytes
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -43,12 +44,14 @@ class ResponseStore:
 
     def keep(self, kept: Kept) -> None:
         """Keep a response, unless it is larger than all that can be kept."""
-        nbytes = len(json.dumps([kept.response, kept.items]))
+        text = json.dumps([kept.response, kept.items]).encode()
+        if len(text) > self._nbytes:
+            return
         with self._lock:
-            self._kept[kept.response["id"]] = kept, nbytes
-            self._room -= nbytes
-            while self._kept and (self._room < 0 or len(self._kept) > self._size):
-                self._room += self._kept.popitem(last=False)[1][1]
+            self._kept[kept.response["id"]] = text
+            self._room -= len(text)
+            while self._room < 0 or len(self._kept) > self._size:
+                self._room += len(self._kept.popitem(last=False)[1])
 
     def get(self, name: str) -> Kept | None:
         """The response of this id, if it is kept."""
@@ -56,12 +59,13 @@ class ResponseStore:
             if name not in self._kept:
                 return None
             self._kept.move_to_end(name)
-            return self._kept[name][0]
+            text = self._kept[name]
+        return Kept(*json.loads(text))
 
     def drop(self, name: str) -> bool:
         """Drop a response; returns whether it was kept."""
         with self._lock:
             if name not in self._kept:
                 return False
-            self._room += self._kept.pop(name)[1]
+            self._room += len(self._kept.pop(name))
             return True
