@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.serving import Running
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+SOUP = "How do I make a leek soup?"
 WIDE, PHONE = {"width": 1200, "height": 800}, {"width": 360, "height": 640}
 # What a browser logs by itself when a request is refused, or is not answered.
 EXPECTED = "Failed to load resource"
@@ -103,3 +106,26 @@ def piece(text: str = "", **more: Any) -> dict[str, Any]:
     delta = {"role": "assistant", "content": text} | more.pop("delta", {})
     finish = more.pop("finish_reason", None)
     return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]} | more
+
+
+@contextmanager
+def visiting(browser: Any, server: Running, **options: Any) -> Iterator[Visit]:
+    """A visit, in which nothing is logged that should not be."""
+    made = Visit(browser, server.server.page_url, **options)
+    yield made
+    made.context.close()
+    assert made.console == []
+
+
+def expect(locator: Any) -> Any:
+    from playwright.sync_api import expect as expecting
+
+    return expecting(locator)
+
+
+def answered(page: Any, number: int = 1) -> Any:
+    """The element of the answer of this number, once it is complete."""
+    found = page.locator(".assistant").nth(number - 1)
+    expect(found.locator(".stats")).to_contain_text("token")
+    expect(page.locator("#send")).to_have_text("Send")
+    return found

@@ -4,7 +4,8 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,59 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
+
+
+@pytest.fixture(scope="module")
+def serve_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Starts servers of scripted models, which run for the tests of a module; see `ServeScript`."""
+    from tests.scripted import Script
+    from tests.serving import running
+
+    with ExitStack() as servers:
+
+        def serve(*reply: str, api_key: str | None = None, **script: Any) -> Any:
+            written = Script(tmp_path_factory.mktemp("script") / "model", *reply, **script)
+            server = servers.enter_context(running(written, api_key=api_key))
+            if api_key:
+                server.client = server.new_client(api_key=api_key)
+            return server
+
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def text(tier: Path) -> Path:
+    """The text beside a module's `tier`, which is that of a `place`."""
+    return tier.parent / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from tests.browser import chromium
+
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def demo(library: Library) -> Path:
+    """A tier with six experts in each of three layers; a token uses two."""
+    return library.demo_tier("q4")
+
+
+@pytest.fixture(scope="module")
+def served_demo(demo: Path) -> Iterator[Any]:
+    """A server of `demo`."""
+    from tests.serving import running
+
+    with running(demo, max_tokens=100) as server:
+        yield server
+
+
+@pytest.fixture
+def visit(browser: Any, served_demo: Any) -> Iterator[Any]:
+    """A visit to the page of `served_demo`."""
+    from tests.browser import visiting
+
+    with visiting(browser, served_demo) as made:
+        yield made

@@ -20,6 +20,9 @@ from outlier_mlx.serve.provider import Load
 from outlier_mlx.serve.server import Server
 
 NAME = "tiny"
+#: Starts a server of a model that writes these tokens; named arguments are those of `Script`, and
+#: `api_key`.
+ServeScript = Callable[..., "Running"]
 MESSAGES: Any = [{"role": "user", "content": "The heron stands in the water"}]
 
 

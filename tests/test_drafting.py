@@ -19,14 +19,8 @@ from outlier_mlx.engine.drafting.gate import ASSUMED, Costs, Gate
 from outlier_mlx.engine.drafting.lookup import LONGEST_MATCH, Index, PromptLookup
 from outlier_mlx.engine.generate import Options, generate_text
 from tests.folders import copy_writable
-from tests.library import Library
 from tests.program import ROOT, assert_refused, run, run_command
 from tests.serving import NAME, running
-
-
-@pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    return library.demo_tier("q4")
 
 
 @pytest.mark.parametrize("seed", range(20))

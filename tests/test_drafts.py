@@ -24,7 +24,6 @@ from outlier_mlx.engine.sampling import GlobalSampler
 from outlier_mlx.engine.steps import Chosen, Quantized, Steps, draft_room
 from outlier_mlx.errors import OutlierError
 from tests.drafters import Guesses
-from tests.library import Library
 
 Loaded = tuple[Any, Any]
 PROMPTS = [
@@ -40,11 +39,6 @@ CACHES: dict[str, dict[str, Any]] = {
     "window": {"window": 100},
     "full window": {"window": 32},
 }
-
-
-@pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    return library.demo_tier("q4")
 
 
 @pytest.fixture(scope="module", params=["whole", pytest.param("paged", marks=pytest.mark.slow)])

@@ -17,7 +17,6 @@ from outlier_mlx.engine.loading import load
 from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.paging.skip import leave_out
 from outlier_mlx.errors import OutlierError
-from tests.library import Library
 from tests.program import assert_refused, run
 
 INDICES = mx.array([[2, 0], [1, 2]], mx.uint32)
@@ -63,12 +62,6 @@ def test_no_token_loses_what_its_share_keeps(data: st.DataObject) -> None:
 
 
 # -- in a model -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    """A tier with six experts in each of three layers; a token uses two."""
-    return library.demo_tier("q4")
 
 
 def decoded(model: Any) -> np.ndarray:

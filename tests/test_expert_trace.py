@@ -35,11 +35,6 @@ def tier(library: Library) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(tier: Path) -> Path:
-    return tier.parent / "text.txt"
-
-
-@pytest.fixture(scope="module")
 def recorded(tier: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("trace") / "text.trace"
     run("routing", tier, "--text", text, "--window", 24, "--windows", 3, "--trace", file)

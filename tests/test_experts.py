@@ -18,12 +18,6 @@ from outlier_mlx.storage.hub import Source
 from tests.library import Library
 
 
-@pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    """A tier with six experts in each of three layers; a token uses two."""
-    return library.demo_tier("q4")
-
-
 def loaded(tier: Path, slots: int | None = None) -> Any:
     memory = None if slots is None else ExpertMemory(slots=slots)
     return outlier_mlx.load(tier, expert_memory=memory)[0]

@@ -16,14 +16,7 @@ from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.keep_warm import Tick, keep_warm
 from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.paging.reading import Chunk
-from tests.library import Library
 from tests.program import run
-
-
-@pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    """A tier with six experts in each of three layers; a token uses two."""
-    return library.demo_tier("q4")
 
 
 def test_without_a_gpu_or_paging_it_does_nothing(

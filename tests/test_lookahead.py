@@ -16,7 +16,6 @@ from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.lookahead import Lookahead, Probe, next_router
 from outlier_mlx.engine.paging.paged import lookahead_of, statistics_of
-from tests.library import Library
 from tests.metal import Metal
 
 HIDDEN, EXPERTS = 64, 6
@@ -118,12 +117,6 @@ def test_the_first_pass_after_a_change_does_not_count() -> None:
 
 
 # -- in a model -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    """A tier with six experts in each of three layers; a token uses two."""
-    return library.demo_tier("q4")
 
 
 def decoded(model: Any, tokens: int = 40) -> list[np.ndarray]:

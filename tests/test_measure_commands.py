@@ -16,11 +16,6 @@ def tier(library: Library) -> Path:
     return library.place(expert_intermediate=64) / "tier"
 
 
-@pytest.fixture(scope="module")
-def text(tier: Path) -> Path:
-    return tier.parent / "text.txt"
-
-
 def test_perplexity(tier: Path, text: Path) -> None:
     command = ["perplexity", tier, "--text", text, "--window", 32, "--windows", 2]
     shown = run(*command, "--against", tier)

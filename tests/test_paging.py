@@ -11,17 +11,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.paged import lookahead_of, store_of
-from tests.library import Library
 from tests.metal import Metal
 
 #: From two experts in each of three layers, or all six of one, to all.
 SLOTS = (6, 7, 9, 12, 17, 18)
-
-
-@pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    """A tier with six experts in each of three layers; a token uses two."""
-    return library.demo_tier("q4")
 
 
 def paged(tier: Path, slots: int) -> Any:

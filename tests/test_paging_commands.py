@@ -11,12 +11,6 @@ from tests.library import TEXT, Library
 from tests.program import COMMANDS, GROUP, assert_refused, run
 
 
-@pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    """A tier with six experts in each of three layers; a token uses two."""
-    return library.demo_tier("q4")
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"

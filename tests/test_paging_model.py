@@ -41,12 +41,6 @@ Loaded = tuple[Any, Any]
 
 
 @pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    """A tier with six experts in each of three layers; a token uses two."""
-    return library.demo_tier("q4")
-
-
-@pytest.fixture(scope="module")
 def whole(demo: Path) -> Loaded:
     return outlier_mlx.load(demo)
 

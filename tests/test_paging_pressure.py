@@ -18,13 +18,6 @@ from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.paging.pressure import LOOK_EVERY, WAIT_AFTER, Pressure
 from outlier_mlx.engine.paging.store import ExpertStore
-from tests.library import Library
-
-
-@pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    """A tier with six experts in each of three layers; a token uses two."""
-    return library.demo_tier("q4")
 
 
 def paged(tier: Path, slots: int) -> tuple[Any, ExpertStore]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import agents
@@ -12,8 +11,8 @@ import anthropic
 import openai
 import pytest
 
-from tests.scripted import RESULT, TOOLS, Script
-from tests.serving import NAME, Running, running
+from tests.scripted import RESULT, TOOLS
+from tests.serving import NAME, Running, ServeScript
 
 pytestmark = pytest.mark.slow
 
@@ -36,11 +35,8 @@ ASKED = "How much warmer than in Oslo, where it has 4 degrees, is it in Lyon?"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("agent") / "model"
-    script = Script(folder, *FIRST, template=TEMPLATE, then=SECOND, after={AGAIN: LAST})
-    with running(script) as server:
-        yield server
+def served(serve_script: ServeScript) -> Running:
+    return serve_script(*FIRST, template=TEMPLATE, then=SECOND, after={AGAIN: LAST})
 
 
 class Functions:

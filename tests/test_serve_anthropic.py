@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from outlier_mlx.serve.pieces import Piece
 from tests.pages import blocks, run_block
 from tests.program import ROOT
 from tests.scripted import PLAIN, Script
-from tests.serving import NAME, Running, running
+from tests.serving import NAME, Running, ServeScript, running
 
 PATH = "/v1/messages"
 COUNT = "/v1/messages/count_tokens"
@@ -35,6 +34,7 @@ TOOL: Any = {
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
 CALL = '\n{"name": "warmth", "arguments": {"city": "Lyon"}}\n'
+WORDS = ("One", " two", " three")
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 THINKS = (
     "{% for m in messages %}<|role|>{{ m.role }}:{{ m.reasoning_content }}{{ m.content }}"
@@ -44,31 +44,23 @@ THINKS = (
 
 
 @pytest.fixture(scope="module")
-def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def calling(serve_script: ServeScript) -> Running:
     """Thinks, says something, and calls a function."""
-    folder = tmp_path_factory.mktemp("calling") / "model"
     reply = "<think>", "It asks", "</think>", "\n\n", "Let me look."
     marks = "<tool_call>", "</tool_call>"
-    with running(
-        Script(folder, *reply, "<tool_call>", CALL, "</tool_call>", marks=marks)
-    ) as server:
-        yield server
+    return serve_script(*reply, "<tool_call>", CALL, "</tool_call>", marks=marks)
 
 
 @pytest.fixture(scope="module")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def keyed(serve_script: ServeScript) -> Running:
     """Says three words, to clients that have a key."""
-    folder = tmp_path_factory.mktemp("keyed") / "model"
-    with running(Script(folder, "One", " two", " three"), api_key=KEY) as server:
-        yield server
+    return serve_script(*WORDS, api_key=KEY)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def plain(serve_script: ServeScript) -> Running:
     """A template without tools and thinking."""
-    folder = tmp_path_factory.mktemp("plain") / "model"
-    with running(Script(folder, "One", " two", " three", template=PLAIN)) as server:
-        yield server
+    return serve_script(*WORDS, template=PLAIN)
 
 
 def url(server: Running) -> str:
@@ -490,7 +482,9 @@ def test_the_page_has_the_table():
 @pytest.mark.slow
 def test_the_page_runs_as_it_stands(plain: Running, tmp_path: Path):
     place = url(plain).removeprefix("http://")
-    for language, text in blocks("docs/anthropic.md"):
+    serve, *requests = blocks("docs/anthropic.md")
+    assert serve[1].startswith("outlier-mlx serve ")  # as `plain` does
+    for language, text in requests:
         block = text.replace("127.0.0.1:8080", place)
         assert block != text
         printed = run_block(language, block, tmp_path, dict(os.environ)).out

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from tests.pages import blocks_in
-from tests.scripted import RESULT, TOOLS, Script
-from tests.serving import Running, running
+from tests.scripted import RESULT, TOOLS
+from tests.serving import Running, ServeScript
 
 pytestmark = pytest.mark.slow
 
@@ -43,28 +43,20 @@ USER: Any = {"role": "user", "content": "What is 40 and 2?"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(serve_script: ServeScript) -> Running:
     """A model that calls a function, and answers once it has the result."""
-    folder = tmp_path_factory.mktemp("clients") / "model"
-    with running(Script(folder, *WRITTEN, template=TEMPLATE, then=THEN), api_key=KEY) as server:
-        server.client = server.new_client(api_key=KEY)
-        yield server
+    return serve_script(*WRITTEN, template=TEMPLATE, then=THEN, api_key=KEY)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("plain") / "model"
-    with running(Script(folder, "Over", " there", "."), api_key=KEY) as server:
-        yield server
+def plain(serve_script: ServeScript) -> Running:
+    return serve_script("Over", " there", ".", api_key=KEY)
 
 
 @pytest.fixture(scope="module")
-def structured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def structured(serve_script: ServeScript) -> Running:
     """A model that says in words what it is asked for, unless it is held to a form."""
-    folder = tmp_path_factory.mktemp("structured") / "model"
-    with running(Script(folder, "It", " is", " warm", "."), api_key=KEY) as server:
-        server.client = server.new_client(api_key=KEY)
-        yield server
+    return serve_script("It", " is", " warm", ".", api_key=KEY)
 
 
 class Weather(BaseModel):

@@ -29,12 +29,6 @@ EXPERTS: dict[str, Any] = {"outlier": {"experts": True}}
 
 
 @pytest.fixture(scope="module")
-def demo(library: Library) -> Path:
-    """A tier with six experts in each of three layers; a token uses two."""
-    return library.demo_tier("q4")
-
-
-@pytest.fixture(scope="module")
 def server(demo: Path) -> Iterator[Running]:
     with running(demo) as found:
         yield found

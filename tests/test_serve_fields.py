@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from outlier_mlx.serve.fields import CHAT, FIELDS, MESSAGE_FIELDS, STREAM_OPTION
 from tests.pages import table
 from tests.program import ROOT
 from tests.scripted import PLAIN, Script
-from tests.serving import Running, running
+from tests.serving import Running, ServeScript, running
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 USER = {"role": "user", "content": "hi"}
@@ -32,18 +31,15 @@ OTHER_TEXT_PARTS = [
 
 
 @pytest.fixture(scope="module")
-def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def tooled(serve_script: ServeScript) -> Running:
     """A template with tools and any role."""
-    with running(Script(tmp_path_factory.mktemp("tooled") / "model", "Sure")) as server:
-        yield server
+    return serve_script("Sure")
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def plain(serve_script: ServeScript) -> Running:
     """A template of system, user and assistant alone."""
-    script = Script(tmp_path_factory.mktemp("plain") / "model", "Sure", template=PLAIN)
-    with running(script) as server:
-        yield server
+    return serve_script("Sure", template=PLAIN)
 
 
 def prompt_tokens(server: Running, *messages: dict[str, Any], **fields: Any) -> int:
