@@ -225,3 +225,28 @@ def test_answers_with_broken_calls(tmp_path: Path) -> None:
         [call] = joined([event["delta"] for event in events])
         assert call["function"] == {"name": "f", "arguments": '{"x": '}
         assert events[-1]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_call_that_is_cut_is_whole_or_text(tmp_path: Path, path: str) -> None:
+    """By the largest number of tokens, at each place, and by a stop word in the arguments."""
+    reply = (OPEN, '{"name": "f", "argu', 'ments": ', '{"x": ', '"a', 'b"', "}", " }", CLOSE, "Bye")
+    schema = {"type": "object"}
+    body: dict[str, Any] = {"tools": [{"name": "f", "input_schema": schema}], "messages": MESSAGES}
+    length, stop = "max_tokens", "stop_sequences"
+    if path == "/v1/responses":
+        tools = [{"type": "function", "name": "f", "parameters": schema}]
+        body, length, stop = {"input": "x", "tools": tools}, "max_output_tokens", "stop"
+    with running(Script(tmp_path / "model", *reply)) as server:
+        cuts: list[dict[str, Any]] = [{length: count} for count in range(1, 12)]
+        cuts += [{length: 20, stop: [word]} for word in ("argu", '"x', "b", "}", "Bye")]
+        called = 0
+        for cut in cuts:
+            status, _, answer = server.post(body | cut, path)
+            assert status == 200, cut
+            for block in answer.get("content", answer.get("output")):
+                if block["type"] in ("tool_use", "function_call"):
+                    called += 1
+                    given = block.get("input") or json.loads(block["arguments"])
+                    assert given == {"x": "ab"}
+        assert called

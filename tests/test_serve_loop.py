@@ -12,7 +12,9 @@ import pytest
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve import loop
+from outlier_mlx.serve.batch import Batch
 from outlier_mlx.serve.pace import Pace
+from outlier_mlx.serve.single import Single
 from tests.library import Library
 from tests.serving import MESSAGES, Running, running
 
@@ -220,3 +222,59 @@ def test_what_fails_between_reading_and_generating_is_told(
         patch.setattr(loop.Loop, "_single", fail)
         assert served.post({"messages": MESSAGES, "max_tokens": 3})[0] == 503
     assert served.chat(max_tokens=3).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    "place", [(Single, "pending"), (Batch, "go_on"), (Batch, "pending"), (Batch, "add")], ids=str
+)
+def test_whatever_fails_between_two_ways_to_generate_is_told_to_all(
+    small_tier: Path, place: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text that is generated alone is taken from there, and is not in the batch yet."""
+    failed = threading.Event()
+
+    def fail(*arguments: Any) -> Any:
+        failed.set()
+        raise RuntimeError("no reason")
+
+    with running(small_tier, max_tokens=100_000, max_context=200_000) as server:
+        with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+            patch.setattr(*place, fail)
+            body = {"messages": MESSAGES, "logit_bias": ENDLESS}
+            long = pool.submit(server.post, body | {"max_tokens": 100_000})
+            assert server.wait(lambda: bool(server.server.generator.loop._batches))
+            assert server.post(body | {"max_tokens": 9})[0] in (200, 503)
+            assert failed.wait(10)
+            assert long.result(30)[0] == 503
+        assert server.chat(max_tokens=3).usage.completion_tokens == 3
+        assert not server.server.generator.replies
+
+
+def test_errors_that_are_no_clients_are_not_told_to_one(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even those of this project, which can name files of the server."""
+
+    def fail(*arguments: Any) -> Any:
+        raise OutlierError("/home/me/model/config.json: damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "choice_for", fail)
+        status, _, answer = served.post({"messages": MESSAGES, "max_tokens": 3})
+    assert (status, answer["error"]["message"]) == (503, loop.FAILED)
+    assert any("damaged" in line for line in served.log)
+
+
+def test_a_thread_that_ends_leaves_nobody_waiting(
+    small_tier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("no reason")
+
+    monkeypatch.setattr(threading, "excepthook", lambda *arguments: None)
+    with running(small_tier) as server, monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_turn", fail)
+        patch.setattr(loop.Loop, "_start_over", fail)
+        assert server.post({"messages": MESSAGES, "max_tokens": 3})[0] == 503
+        status, _, _ = server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert status == 503

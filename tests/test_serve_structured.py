@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import openai
 import pytest
 
+from outlier_mlx.engine.constraint import ConstraintProcessor
 from outlier_mlx.serve.structured import Form, ToolChoice
 from tests.json_schemas import SCHEMAS, SMALL, record
 from tests.library import Library
@@ -149,6 +151,38 @@ def test_schemas_that_cannot_be_had(server: Running, schema: Any, told: str) -> 
     assert answer["error"]["message"].startswith("response_format: ")
     assert told in answer["error"]["message"]
     assert answer["error"]["param"] == "response_format"
+
+
+def test_a_form_that_becomes_too_hard_later(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is told what it demanded itself, and is not asked to try again."""
+    allowed = ConstraintProcessor._allowed
+
+    def fail(self: Any) -> Any:
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps > 5:
+            self._fail("too many states")
+        return allowed(self)
+
+    monkeypatch.setattr(ConstraintProcessor, "_allowed", fail)
+    told = "the answer cannot be continued under its constraint: too many states"
+    schema = {"const": "a" * 30}
+    body = {"messages": MESSAGES, "max_tokens": 50, "response_format": form(schema)}
+    for more in ({}, {"seed": 3}):
+        status, headers, answer = server.post(body | more)
+        assert status == 400 and "Retry-After" not in headers
+        assert answer["error"]["message"] == told
+        assert answer["error"]["code"] == "invalid_json_schema"
+    prompts = {"prompt": ["a", "b"], "guided_json": schema, "max_tokens": 50}
+    assert server.post(prompts, "/v1/completions")[0] == 400
+    output = {"format": {"type": "json_schema", "schema": schema}}
+    message = {"messages": MESSAGES, "max_tokens": 50, "output_config": output}
+    status, _, answer = server.post(message, "/v1/messages")
+    assert (status, answer["error"]) == (400, {"type": "invalid_request_error", "message": told})
+    with pytest.raises(openai.APIError, match="too many states"):
+        list(server.chat(response_format=form(schema), max_tokens=50, stream=True))
+    assert server.chat(max_tokens=3).usage.completion_tokens == 3
 
 
 def test_others_do_not_wait_for_a_hard_schema(server: Running) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import wired_limit
 
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.engine.constraint import ConstraintError
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.batch import Batch
 from outlier_mlx.serve.jobs import Job
@@ -298,9 +298,13 @@ class Loop:
         self._provider.service.log(f"the model is loaded again: {self.moved - begun:.1f} s")
 
     def _refusal(self, error: Exception) -> Refused:
-        """What to tell the client of the one request that failed."""
-        if isinstance(error, OutlierError):
-            return Refused(500, str(error))
+        """What to tell the client of the one request that failed.
+
+        Only what a client demanded itself is named: other errors can name files of the server. It
+        would be in vain to send the same demand again, so it gets no status that asks for that.
+        """
+        if isinstance(error, ConstraintError):
+            return Refused(400, str(error), "invalid_json_schema")
         return Refused(503, self._explain(error))
 
     def _explain(self, error: Exception) -> str:
