@@ -13,7 +13,7 @@ import jsonschema
 import openai
 import pytest
 
-from outlier_mlx.engine.constraint import ConstraintProcessor
+from outlier_mlx.engine.constraint import ConstraintError, ConstraintProcessor, Grammars
 from outlier_mlx.serve.structured import Form, ToolChoice
 from tests.json_schemas import SCHEMAS, SMALL, record
 from tests.library import Library
@@ -62,6 +62,29 @@ def test_a_schema(server: Running, temperature: float) -> None:
     choice = ask(server, response_format=form(schema), temperature=temperature, seed=4)
     assert choice.finish_reason == "stop"
     assert_valid(choice.message.content, schema)
+
+
+def test_nobody_waits_for_the_vocabulary(server: Running, tmp_path: Path) -> None:
+    """It is read before the server answers anybody; one that cannot be is told with a schema."""
+    with running(Script(tmp_path / "model", "It")) as other:
+        grammars = other.server.generator.provider.limits.grammars
+        made = grammars._made
+        assert made is not None
+        assert other.post({"messages": MESSAGES, "guided_json": {"const": 1}})[0] == 200
+        assert grammars._made is made
+
+
+def test_a_server_starts_where_no_answer_can_be_constrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any) -> Any:
+        raise ConstraintError("the text of its tokens depends on their neighbours")
+
+    monkeypatch.setattr(Grammars, "_bytes", refuse)
+    with running(Script(tmp_path / "model", "It")) as other:
+        assert other.chat().choices[0].message.content == "It"
+        status, _, answer = other.post({"messages": MESSAGES, "guided_json": {"const": 1}})
+        assert status == 400 and "neighbours" in answer["error"]["message"]
 
 
 def test_a_stream_and_log_probabilities(server: Running) -> None:

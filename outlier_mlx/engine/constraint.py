@@ -1,12 +1,14 @@
 """Constrained decoding: only tokens that a grammar allows are chosen, by llguidance.
 
 A constraint concerns the generated tokens alone, never those of a prompt, so it has nothing to do
-with KV caches. llguidance is imported with the first constraint.
+with KV caches. llguidance is imported when the vocabulary is read: with the first constraint, or
+before.
 """
 
 import json
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -52,6 +54,15 @@ class Grammars:
         self.width = width
         self._lock = threading.Lock()
         self._made: Any = None
+
+    def prepare(self) -> None:
+        """Read the vocabulary now, not with the first constraint.
+
+        llguidance reads one of 150,000 tokens in about 0.7 s, in which no other thread of Python
+        runs. What is wrong with it is told to those who ask for constraints.
+        """
+        with suppress(Exception):
+            self._vocabulary()
 
     def schema(self, schema: Any) -> "Constraint":
         """Answers that are JSON values of a schema.

@@ -128,6 +128,7 @@ class OneModel:
                 Grammars(self.tokenizer, width),
                 has_experts=self.experts is not None,
             )
+            self.limits.grammars.prepare()  # later, all that is being generated would wait for it
             self.prompts = BoundedTokenizer(self.tokenizer, self.limits.context)
             self.rows = embedding_rows(self.model)
             marks = {*self.tokenizer.encode("\n"), *self.ends}
