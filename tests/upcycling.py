@@ -56,7 +56,7 @@ def trained(base: Built, settings: Settings = SETTINGS, seed: int = 0) -> Upcycl
 
     before = dict.fromkeys((*NAMES, "keep"), 80.0)
     after = {"cooking": 20.5, "law": 30.25, "keep": 80.5}
-    stages = [{"name": "router", "steps": 4, "before": 4.4, "after": 3.9, "kept": True}]
+    stages = [{"name": "routers", "steps": 4, "before": before, "after": after, "kept": True}]
     return Upcycled([layer(number) for number in settings.layers], before, after, stages, peak=7)
 
 

@@ -128,17 +128,22 @@ def _training(made: Mapping[str, Any]) -> str:
         lines[-1] += f" The teacher was {code(made['teacher'])}."
     rows = list(_stages(made))
     if rows:
-        head = ("stage", "steps", "score before", "after", "kept")
-        note = "A stage is kept only if its score, a loss in nats on held-out text, became lower."
+        head = ("stage", "steps", "held-out perplexities", "kept")
+        note = "A stage is kept only if held-out text says so."
         lines += ["", note, "", *_table(head, rows)]
     return "\n".join(lines)
 
 
 def _stages(made: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for stage in _mappings(made.get("stages")):
-        scores = (_number(stage.get(key), ".4f") for key in ("before", "after"))
+        before, after = _mapping(stage.get("before")), _mapping(stage.get("after"))
+        figures = (
+            f"{plain(name)} {_number(before[name], '.3f')} → {_number(after.get(name), '.3f')}"
+            for name in before
+        )
         kept = _setting(stage.get("kept"))
-        yield plain(stage.get("name")), _number(stage.get("steps"), ","), *scores, kept
+        steps = _number(stage.get("steps"), ",")
+        yield plain(stage.get("name")), steps, ", ".join(figures), kept
 
 
 def _setting(value: object) -> str:
