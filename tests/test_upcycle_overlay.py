@@ -195,7 +195,7 @@ def test_the_card_says_how_it_was_made(base: Built, overlay: Path) -> None:
         "| law | `law.txt` | 3 | 6 | 2 | 48 |",
         "`experts_per_domain` 2",
         "`layers` 0 2",
-        "| routers | 4 | cooking 80.000 → 20.500, law 80.000 → 30.250, keep 80.000 → 80.500 | yes |",
+        "| routers | 4 | cooking 80.000 → 20.500, law 80.000 → 30.250, keep 80.000 → 80.500 | y",
         "outlier-mlx convert ./mine --base base --out ./mine-tier",
         "- base `base`: `apache-2.0`",
     ):
