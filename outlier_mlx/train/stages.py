@@ -1,22 +1,40 @@
-"""What a training makes: the layers with experts, and what it was worth."""
+"""Make experts for domains over a frozen base: from texts to what an overlay is written of."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+
+from outlier_mlx.engine.loading import load_model
+from outlier_mlx.models.config import parse_config, raw_config
+from outlier_mlx.models.description import PROJECTIONS
+from outlier_mlx.storage.hub import Source
+from outlier_mlx.train.experts import ExpertBlock
+from outlier_mlx.train.forward import TrainedModel
+from outlier_mlx.train.identity import digest_of_data, digest_of_model
+from outlier_mlx.train.loop import Log
+from outlier_mlx.train.measures import perplexities
+from outlier_mlx.train.settings import Settings
+from outlier_mlx.train.staged import Stages
+from outlier_mlx.train.state import Work
+from outlier_mlx.train.teacher import teach
+from outlier_mlx.train.texts import Corpora
 
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """A layer's router and experts, as they will be written.
+    """A layer with experts, ready to be written.
 
     Attributes:
         layer: its number.
         router: (experts, hidden) float32.
         alphas: (experts,) float32.
-        trits: by "gate_proj", "up_proj" and "down_proj": (experts, out, in) int8.
-        scales: by the same names: (experts, out) float16.
+        trits: by "gate_proj", "up_proj" and "down_proj", (experts, out, in) int8.
+        scales: the same, (experts, out) float16.
     """
 
     layer: int
@@ -26,16 +44,45 @@ class TrainedLayer:
     scales: dict[str, np.ndarray]
 
 
+class TrainedLayers(Sequence[TrainedLayer]):
+    """All layers with experts; each is made when it is asked for."""
+
+    def __init__(self, blocks: Mapping[int, ExpertBlock]) -> None:
+        """Args: blocks by layer."""
+        self._blocks = {
+            layer: (block.router, block.alpha, list(block.experts))
+            for layer, block in blocks.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[n] for n in range(*at.indices(len(self)))]
+        layer = list(self._blocks)[at]
+        router, alphas, experts = self._blocks[layer]
+        stored = [expert.stored() for expert in experts]
+        return TrainedLayer(
+            layer,
+            np.array(router),
+            np.array(alphas),
+            {f"{p}_proj": np.stack([each[p][0] for each in stored]) for p in PROJECTIONS},
+            {f"{p}_proj": np.stack([each[p][1] for each in stored]) for p in PROJECTIONS},
+        )
+
+
 @dataclass(frozen=True)
 class Upcycled:
     """The result of a training.
 
     Attributes:
-        layers: the layers with experts, ascending; each may be read when it is asked for.
-        before: the base's perplexity on the held-out windows, by the corpus' name.
-        after: the same with the experts.
-        stages: what each stage did, as JSON values.
-        peak: bytes of memory that MLX had at most.
+        layers: the layers with experts, ascending; each is made when it is asked for.
+        before: held-out perplexity of the base, by the name of the text.
+        after: the same, with the experts.
+        stages: of each stage, "name", "steps", "seconds", "kept", "before" and "after" (held-out
+            perplexities by text), and figures of its own.
+        peak: bytes of memory that MLX had at most, in the last run.
     """
 
     layers: Sequence[TrainedLayer]
@@ -43,3 +90,70 @@ class Upcycled:
     after: dict[str, float]
     stages: list[dict[str, Any]]
     peak: int
+
+
+def upcycle(
+    base: Source,
+    corpora: Corpora,
+    settings: Settings,
+    work: Path,
+    *,
+    teacher: Source | None = None,
+    log: Log,
+    dtype: str | None = None,
+    save_every: float = 120.0,
+) -> Upcycled:
+    """Train ternary experts for domains over a frozen base.
+
+    Ended early, by Ctrl-C or a kill, the same call goes on where it was; on the CPU, with the same
+    result to the bit.
+
+    Args:
+        base: a dense model.
+        corpora: what to learn, and what not to forget.
+        settings: everything else that decides the result.
+        work: folder for the state, which is made, and read again by a further call.
+        teacher: a model of the same vocabulary whose predictions are learned on the domains, in
+            the place of the text's tokens.
+        log: called with events; see `loop.run`.
+        dtype: of activations and base, "bfloat16", "float16" or "float32"; see `engine.load`.
+        save_every: seconds after which the state is saved.
+
+    Raises:
+        CheckpointError: base or teacher is not a model that this works with, or a file in the work
+            folder is damaged.
+        OutlierError: settings do not fit the base, the work folder holds another training, or the
+            loss is not a number.
+    """
+    config = parse_config(raw_config(base.folder))
+    settings.check(config, len(corpora.domains))
+    settings = settings.resolved(config)
+    assert settings.layers is not None
+    mx.reset_peak_memory()
+    identity = settings.as_json() | {
+        "base": digest_of_model(base.folder),
+        "data": digest_of_data(corpora),
+        "dtype": dtype,
+        "teacher": None if teacher is None else digest_of_model(teacher.folder),
+    }
+    folder = Work(work, identity)
+    experts = len(corpora.domains) * settings.experts_per_domain
+    targets = None
+    if teacher is not None:
+        targets = teach(teacher, corpora, settings, config.vocab, folder, log)
+    loaded, _ = load_model(base.folder, dtype=dtype)
+    model = TrainedModel(loaded, settings.layers, experts, settings.base_bits)
+    stages = Stages(model, corpora, settings, folder, log, save_every, targets)
+    groups = layer_groups(settings.layers, settings.layers_at_once or len(settings.layers))
+    stages.run(list(groups))
+    after = perplexities(stages.held_out())
+    before = perplexities(stages.before)
+    layers = TrainedLayers(model.blocks)
+    return Upcycled(layers, before, after, stages.records, mx.get_peak_memory())
+
+
+def layer_groups(layers: Sequence[int], at_once: int) -> Iterator[Sequence[int]]:
+    """Layers in groups of at most `at_once`, of about the same size, lowest first."""
+    count = math.ceil(len(layers) / at_once)
+    for part in np.array_split(np.array(layers), count):
+        yield part.tolist()

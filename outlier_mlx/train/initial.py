@@ -1,0 +1,210 @@
+"""What experts and routers begin as: the base's own neurons, and where the domains' tokens are."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from outlier_mlx.models.description import PROJECTIONS
+from outlier_mlx.train.experts import Expert, ExpertBlock, LatentMatrix, Mode, TernaryMatrix
+from outlier_mlx.train.forward import TrainedModel
+from outlier_mlx.train.settings import Settings
+from outlier_mlx.train.trits import Method, relative_error, ternarise
+
+#: Windows of each domain that are looked at, at most.
+WINDOWS = 32
+# How far the logits of a router that is sure of a domain are from the others'.
+_LOGITS = 4.0
+# Ridge of the regression, relative to the mean square of the router's input.
+_RIDGE = 1e-2
+# Of the routers' rows that tell experts of one domain apart, relative to 1 / sqrt(hidden).
+_SPREAD = 0.5
+
+
+@dataclass
+class Seen:
+    """What a layer's FFN saw, summed over tokens; float64 would gain nothing.
+
+    Attributes:
+        squares: (hidden, hidden), of the inputs.
+        sums: (domains, hidden), of each domain's inputs.
+        tokens: (domains,), of each domain.
+        neurons: (domains, width), squared activations of each domain.
+    """
+
+    squares: mx.array
+    sums: mx.array
+    tokens: np.ndarray
+    neurons: mx.array
+
+
+def look(model: TrainedModel, domains: Iterable[np.ndarray], batch: int) -> dict[int, Seen]:
+    """Run the base on each domain's text, and sum up what its FFNs see.
+
+    Args:
+        model: without experts taking part.
+        domains: windows (n, length) of each domain.
+        batch: windows at a time.
+
+    Returns:
+        For each layer with experts.
+    """
+    texts = [windows[:WINDOWS] for windows in domains]
+    seen: dict[int, Seen] = {}
+
+    def note(domain: int, layer: int, mlp: Any, x: mx.array) -> None:
+        x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        found = seen.get(layer)
+        if found is None:
+            hidden, width = x.shape[-1], mlp.gate_proj.weight.shape[0]
+            found = seen[layer] = Seen(
+                mx.zeros((hidden, hidden)),
+                mx.zeros((len(texts), hidden)),
+                np.zeros(len(texts)),
+                mx.zeros((len(texts), width)),
+            )
+        gated = nn.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        found.squares = found.squares + x.T @ x
+        found.sums[domain] = found.sums[domain] + x.sum(axis=0)
+        found.neurons[domain] = found.neurons[domain] + mx.square(gated).sum(axis=0)
+        found.tokens[domain] += len(x)
+
+    for domain, windows in enumerate(texts):
+        with _watched(model.blocks, partial(note, domain)):
+            for start in range(0, len(windows), batch):
+                tokens = mx.array(windows[start : start + batch, :-1])
+                mx.eval(model.hidden(tokens, Mode()))
+                mx.eval([[s.squares, s.sums, s.neurons] for s in seen.values()])
+    return seen
+
+
+class _Watched(nn.Module):
+    """An FFN whose input is told."""
+
+    def __init__(self, layer: int, mlp: nn.Module, told: Any) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self._layer, self._told = layer, told
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._told(self._layer, self.mlp, x)
+        y: mx.array = self.mlp(x)
+        return y
+
+
+@contextmanager
+def _watched(blocks: dict[int, ExpertBlock], told: Any) -> Iterator[None]:
+    former = {layer: block.mlp for layer, block in blocks.items()}
+    try:
+        for layer, block in blocks.items():
+            block.mlp = _Watched(layer, block.mlp, told)
+        yield
+    finally:
+        for layer, mlp in former.items():
+            blocks[layer].mlp = mlp
+
+
+def first_router(seen: Seen, per_domain: int, seed: tuple[int, ...]) -> mx.array:
+    """A router that sends each domain's tokens to its experts.
+
+    Ridge regression from the router's input to the domain. The experts of a domain differ by
+    random rows.
+
+    Args:
+        seen: of the layer.
+        per_domain: experts of a domain.
+        seed: of the random rows.
+
+    Returns:
+        (domains * per_domain, hidden) float32.
+    """
+    squares = np.array(seen.squares, np.float64)
+    hidden = len(squares)
+    squares += np.eye(hidden) * (_RIDGE * np.trace(squares) / hidden)
+    # Of the token's own domain 1, of all others 0, less the mean.
+    wanted = np.array(seen.sums, np.float64)
+    wanted -= wanted.sum(axis=0) * (seen.tokens / seen.tokens.sum())[:, None]
+    rows = _LOGITS * np.linalg.solve(squares, wanted.T).T
+    rows = np.repeat(rows, per_domain, axis=0)
+    if per_domain > 1:
+        noise = np.random.default_rng(seed).normal(size=rows.shape)
+        rows += _SPREAD * hidden**-0.5 * noise
+    return mx.array(rows.astype(np.float32))
+
+
+def chosen_neurons(seen: Seen, down: mx.array, settings: Settings) -> np.ndarray:
+    """The neurons of the base's FFN that each expert begins with.
+
+    Those that matter most for a domain, by the size of their part of the output; the experts of a
+    domain take turns in choosing.
+
+    Args:
+        seen: of the layer.
+        down: (hidden, width), the matrix after the neurons.
+        settings: for the sizes.
+
+    Returns:
+        (experts, expert_size) int32, ascending.
+    """
+    size, turns = settings.expert_size or 0, settings.experts_per_domain
+    lengths = mx.sqrt(mx.square(down.astype(mx.float32)).sum(axis=0))
+    matter = np.array(mx.sqrt(seen.neurons) * lengths)
+    experts = []
+    for of_domain in matter:
+        order = np.argsort(-of_domain, kind="stable")
+        for turn in range(turns):
+            own = order[turn::turns][:size]
+            others = order[~np.isin(order, own)][: size - len(own)]
+            experts.append(np.sort(np.concatenate([own, others])))
+    return np.stack(experts).astype(np.int32)
+
+
+def latents(
+    mlp: Any, neurons: np.ndarray | None, hidden: int, size: int, seed: tuple[int, ...]
+) -> dict[str, mx.array]:
+    """The weights that an expert begins with.
+
+    Args:
+        mlp: the base's FFN.
+        neurons: (size,), those of its neurons that are taken; None: random weights, and an output
+            of zero.
+        hidden: hidden size.
+        size: width of the expert.
+        seed: of random weights.
+
+    Returns:
+        Weights by the names of `PROJECTIONS`, float32: (size, hidden), and (hidden, size) of
+        "down".
+    """
+    if neurons is not None:
+        taken = mx.array(neurons)
+        gate, up = (mlp[f"{name}_proj"].weight[taken] for name in ("gate", "up"))
+        found = {"gate": gate, "up": up, "down": mlp.down_proj.weight[:, taken]}
+        return {name: weight.astype(mx.float32) for name, weight in found.items()}
+    rng = np.random.default_rng(seed)
+    made = {
+        name: mx.array((rng.normal(size=(size, hidden)) * hidden**-0.5).astype(np.float32))
+        for name in ("gate", "up")
+    }
+    return made | {"down": mx.zeros((hidden, size))}
+
+
+def rounded_expert(weights: dict[str, mx.array], method: Method) -> tuple[Expert, dict[str, float]]:
+    """An expert of rounded weights, and the relative error of each way of rounding."""
+    matrices: dict[str, TernaryMatrix | LatentMatrix] = {}
+    left, all_of = {"lloyd": 0.0, "absmean": 0.0}, 0.0
+    for name in PROJECTIONS:
+        weight = weights[name]
+        matrices[name] = TernaryMatrix(*LatentMatrix(weight, method).stored())
+        total = float(mx.square(weight).sum())
+        all_of += total
+        for way in ("lloyd", "absmean"):
+            error = relative_error(weight, *ternarise(weight, way))
+            left[way] += error**2 * total
+    errors = {way: (of / all_of) ** 0.5 if all_of else 0.0 for way, of in left.items()}
+    return Expert(matrices), errors

@@ -1,0 +1,404 @@
+"""The stages on a base: experts begin, each domain's are trained alone, then all together."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from outlier_mlx.errors import CheckpointError
+from outlier_mlx.models.description import PROJECTIONS
+from outlier_mlx.train.experts import Expert, ExpertBlock, LatentMatrix, Mode, TernaryMatrix
+from outlier_mlx.train.forward import Place, TrainedModel
+from outlier_mlx.train.initial import chosen_neurons, first_router, latents, look, rounded_expert
+from outlier_mlx.train.loop import Batch, Log, Number, Stage, drawn, run
+from outlier_mlx.train.measures import losses_of, perplexities, use_of
+from outlier_mlx.train.objectives import Score, distilled, divergence, next_token, through_head
+from outlier_mlx.train.settings import Settings
+from outlier_mlx.train.state import Arrays, Work
+from outlier_mlx.train.teacher import Targets
+from outlier_mlx.train.texts import Corpora, Corpus
+
+# Held-out windows of each text that are looked at while a stage runs.
+_GLANCE = 16
+# What the alphas are multiplied by, if the base forgets too much with them as trained.
+_FACTORS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
+# Learning rates of what is no latent weight, relative to theirs and to its size.
+_ALPHA_RATE, _SCALE_RATE = 0.1, 0.1
+
+
+class Stages:
+    """Runs the stages on a base, one after the other.
+
+    Attributes:
+        records: of each stage: "name", "steps", "seconds", "before" and "after" (held-out
+            perplexities by text), "kept", and more.
+        before: held-out losses of the base.
+    """
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        corpora: Corpora,
+        settings: Settings,
+        work: Work,
+        log: Log,
+        save_every: float,
+        targets: Targets | None = None,
+    ) -> None:
+        """Args: as for `upcycle.upcycle`; targets of a domain's windows are those of a teacher."""
+        self.records: list[dict[str, Any]] = []
+        self.before: dict[str, float] = {}
+        self._model, self._corpora, self._settings = model, corpora, settings
+        self._work, self._log, self._save_every = work, log, save_every
+        self._targets = targets
+        self._neurons: dict[int, np.ndarray | None] = {}
+        self._all = tuple(range(len(corpora.domains) * settings.experts_per_domain))
+
+    def run(self, groups: Sequence[Sequence[int]]) -> None:
+        """Run all stages, or what is left of them.
+
+        Args:
+            groups: layers whose experts are trained together.
+        """
+        self._begin()
+        if self._settings.straight_through and self._settings.expert_steps:
+            for number, domain in enumerate(self._corpora.domains):
+                for group in groups:
+                    self._train_experts(number, domain, group, len(groups))
+        if self._settings.joint_steps:
+            self._train_together()
+
+    def held_out(self, mode: Mode | None = None) -> dict[str, float]:
+        """Held-out losses of all texts, with all experts unless a mode is given."""
+        texts = {corpus.name: corpus.held_out for corpus in self._corpora}
+        return self._losses(texts, self._together() if mode is None else mode)
+
+    def _begin(self) -> None:
+        name = f"{len(self.records)} begin"
+        found = self._work.finished(name)
+        if found is None:
+            arrays, record = self._made()
+            self._work.finish(name, arrays, record | {"name": "begin"})
+            self._log({"event": "stage"} | record | {"name": "begin"})
+            found = arrays, record | {"name": "begin"}
+        arrays, record = found
+        for layer, block in self._model.blocks.items():
+            neurons = arrays.pop(f"{layer}.neurons", None)
+            self._neurons[layer] = None if neurons is None else np.array(neurons)
+            for number in self._all:
+                hidden, size = block.router.shape[1], self._settings.expert_size or 0
+                block.experts[number] = _empty_expert(hidden, size)
+        self._apply(arrays)
+        self.before = record["losses"]
+        self.records.append(record)
+
+    def _made(self) -> tuple[Arrays, dict[str, Any]]:
+        """All arrays of the blocks as they begin, and the record of that."""
+        settings, arrays = self._settings, {}
+        losses = self.held_out(Mode())
+        domains = [corpus.train for corpus in self._corpora.domains]
+        seen = look(self._model, domains, settings.batch)
+        errors: list[dict[str, float]] = []
+        for layer, block in self._model.blocks.items():
+            neurons = None
+            if settings.init == "ffn":
+                neurons = chosen_neurons(seen[layer], block.mlp.down_proj.weight, settings)
+                arrays[f"{layer}.neurons"] = mx.array(neurons)
+            seed = (settings.seed, layer)
+            arrays[f"{layer}.router"] = first_router(
+                seen.pop(layer), settings.experts_per_domain, seed
+            )
+            # Experts that are still to be trained are silent until then.
+            alpha = 0.0 if settings.straight_through and settings.expert_steps else settings.alpha
+            arrays[f"{layer}.alpha"] = mx.full((len(self._all),), alpha)
+            for number in self._all:
+                expert, error = rounded_expert(
+                    self._latents(layer, number, neurons), settings.scales
+                )
+                errors.append(error)
+                arrays |= _arrays_of(expert, f"{layer}.experts.{number}")
+            mx.eval(arrays)
+        mean = {way: float(np.mean([error[way] for error in errors])) for way in errors[0]}
+        record = {"steps": 0, "seconds": 0.0, "kept": True, "errors": mean, "losses": losses}
+        return arrays, record | {"before": perplexities(losses)}
+
+    def _train_experts(
+        self, number: int, domain: Corpus, layers: Sequence[int], groups: int
+    ) -> None:
+        """Train a domain's experts in some layers by straight-through estimation."""
+        settings, per_domain = self._settings, self._settings.experts_per_domain
+        own = tuple(range(number * per_domain, (number + 1) * per_domain))
+        title = f"experts of {domain.name}, layers {layers[0]} to {layers[-1]}"
+        name = f"{len(self.records)} {title}"
+        found = self._work.finished(name)
+        if found is not None:
+            self._apply(found[0])
+            self.records.append(found[1])
+            return
+        mode = self._mode(own)
+        texts = {c.name: c.held_out for c in (domain, self._corpora.keep)}
+        before = self._losses(texts, mode)
+        blocks = {layer: self._model.blocks[layer] for layer in layers}
+        former = {layer: self._arrays(layer, own) for layer in blocks}
+        for layer, block in blocks.items():
+            _set_entries(block, own, settings.alpha)
+            for expert in own:
+                weights = self._latents(layer, expert, self._neurons[layer])
+                block.experts[expert] = Expert(
+                    {p: LatentMatrix(weights[p], settings.scales) for p in PROJECTIONS}
+                )
+        kinds = ("latent", "alpha", *(("router",) if per_domain > 1 else ()))
+        places = self._places(kinds, layers)
+
+        def batch(step: int) -> Batch:
+            rows = settings.batch - settings.keep_rows
+            at = step * rows + np.arange(rows)
+            return self._batch([(domain, at)], step)
+
+        steps = settings.expert_steps // groups
+        seconds = self._run(title, name, places, steps, mode, batch, texts)
+        for block in blocks.values():
+            for expert in own:
+                stored = block.experts[expert].stored()
+                block.experts[expert] = Expert({p: TernaryMatrix(*stored[p]) for p in stored})
+        after, factor = self._bounded(mode, texts, layers, own)
+        kept = self._fits(after) and after[domain.name] < before[domain.name]
+        if not kept:
+            for arrays in former.values():
+                self._apply(arrays)
+        arrays = {k: v for layer in layers for k, v in self._arrays(layer, own).items()}
+        record = _record(title, steps, seconds, before, after, kept) | {"alpha_factor": factor}
+        self._finish(name, arrays, record)
+
+    def _train_together(self) -> None:
+        """Train routers, alphas and row scales of all experts on all domains."""
+        settings, title = self._settings, "routers, alphas and row scales"
+        name = f"{len(self.records)} {title}"
+        found = self._work.finished(name)
+        if found is not None:
+            self._apply(found[0])
+            self.records.append(found[1])
+            return
+        mode = self._together()
+        domains = self._corpora.domains
+        texts = {corpus.name: corpus.held_out for corpus in self._corpora}
+        before = self._losses(texts, mode)
+        rate_before = self._hit_rate()
+        layers = list(self._model.blocks)
+        places = self._places(("scales", "alpha", "router"), layers)
+        former = {name: place.value for name, place in places.items()}
+
+        def batch(step: int) -> Batch:
+            rows = settings.batch - settings.keep_rows
+            at = step * rows + np.arange(rows)
+            count = len(domains)
+            return self._batch(
+                [(d, at[at % count == n] // count) for n, d in enumerate(domains)], step
+            )
+
+        seconds = self._run(title, name, places, settings.joint_steps, mode, batch, texts)
+        after, factor = self._bounded(mode, texts, layers, self._all)
+        better = _mean(after, domains) < _mean(before, domains)
+        kept = self._fits(after) and (better or not self._fits(before))
+        rates = {"hit_rate_before": rate_before, "hit_rate": self._hit_rate()}
+        if not kept:
+            for place_name, place in places.items():
+                place.put(former[place_name])
+        arrays = {place_name: place.value for place_name, place in places.items()}
+        record = _record(title, settings.joint_steps, seconds, before, after, kept)
+        self._finish(name, arrays, record | rates | {"alpha_factor": factor})
+
+    def _run(
+        self,
+        title: str,
+        name: str,
+        places: dict[str, Place],
+        steps: int,
+        mode: Mode,
+        batch: Callable[[int], Batch],
+        texts: dict[str, np.ndarray],
+    ) -> float:
+        settings = self._settings
+        self._model.train(places)
+        glance = {text: windows[:_GLANCE] for text, windows in texts.items()}
+        stage = Stage(
+            name=name,
+            title=title,
+            numbers={n: Number(p, *_rate(n, p.value)) for n, p in places.items()},
+            steps=steps,
+            rate=settings.learning_rate,
+            loss=lambda given, rounded: self._loss(given, replace(mode, rounded=rounded)),
+            parts=("new", "keep"),
+            batch=batch,
+            rounds=settings.base_bits is not None,
+            tokens=settings.batch * (self._corpora.keep.train.shape[1] - 1),
+            evaluate=lambda: self._glanced(glance, mode),
+        )
+        try:
+            return run(stage, self._work, self._log, save_every=self._save_every)
+        finally:
+            self._model.train({})
+
+    def _loss(self, batch: Batch, mode: Mode) -> tuple[mx.array, ...]:
+        """The loss on new windows, and the divergence from the base on those to keep."""
+        new, keep, *targets = batch
+        model, count = self._model, len(new)
+        hidden = model.hidden(mx.concatenate([new, keep])[:, :-1], mode)
+        head = model.head(mode.rounded)
+        if targets:
+            score: Score = distilled(self._settings.temperature)
+        else:
+            score, targets = next_token, [new[:, 1:]]
+        of_new = through_head(hidden[:count], head, score, *targets)
+        base_head = model.head()
+        base = mx.stop_gradient(model.hidden(keep[:, :-1], Mode()))
+
+        def from_base(logits: mx.array, base: mx.array) -> tuple[mx.array, mx.array]:
+            return divergence(logits, base @ base_head.T)
+
+        of_keep = through_head(hidden[count:], head, from_base, base)
+        return of_new + self._settings.keep_weight * of_keep, of_new, of_keep
+
+    def _batch(self, wanted: list[tuple[Corpus, np.ndarray]], step: int) -> Batch:
+        settings, keep = self._settings, self._corpora.keep
+        parts, targets = [], []
+        for corpus, places in wanted:
+            if len(places):
+                numbers = drawn(corpus.name, places, len(corpus.train), settings.seed)
+                parts.append(corpus.train[numbers])
+                if self._targets is not None:
+                    targets.append(self._targets(corpus.name, numbers))
+        at = step * settings.keep_rows + np.arange(settings.keep_rows)
+        kept = keep.train[drawn(keep.name, at, len(keep.train), settings.seed)]
+        joined = [mx.concatenate(list(each)) for each in zip(*targets, strict=True)]
+        return mx.array(np.concatenate(parts)), mx.array(kept), *joined
+
+    def _glanced(self, texts: dict[str, np.ndarray], mode: Mode) -> dict[str, Any]:
+        found: dict[str, Any] = {"perplexity": perplexities(self._losses(texts, mode))}
+        if len(mode.experts) > 1:
+            batch = self._settings.batch
+            uses = {n: use_of(self._model, w, mode, batch) for n, w in texts.items()}
+            found["load"] = {name: use.load for name, use in uses.items()}
+        return found | {"windows": _GLANCE}
+
+    def _losses(self, texts: dict[str, np.ndarray], mode: Mode) -> dict[str, float]:
+        return losses_of(self._model, texts, mode, self._settings.batch)
+
+    def _hit_rate(self) -> float:
+        windows = [corpus.held_out for corpus in self._corpora]
+        uses = [use_of(self._model, w, self._together(), self._settings.batch) for w in windows]
+        return float(np.average([u.hit_rate for u in uses], weights=[len(w) for w in windows]))
+
+    def _bounded(
+        self, mode: Mode, texts: dict[str, np.ndarray], layers: Sequence[int], own: tuple[int, ...]
+    ) -> tuple[dict[str, float], float]:
+        """Held-out losses with the largest factor of the alphas that the base's own text allows."""
+        blocks = [self._model.blocks[layer] for layer in layers]
+        trained = [block.alpha for block in blocks]
+        found: dict[str, float] = {}
+        for factor in _FACTORS:
+            for block, alpha in zip(blocks, trained, strict=True):
+                block.alpha = alpha
+                _set_entries(block, own, alpha * factor)
+            found = self._losses(texts, mode)
+            if self._fits(found):
+                return found, factor
+        return found, _FACTORS[-1]
+
+    def _fits(self, losses: dict[str, float]) -> bool:
+        """Whether the base forgot no more than is allowed."""
+        keep = self._corpora.keep.name
+        return losses[keep] <= self.before[keep] + math.log1p(self._settings.keep_bound)
+
+    def _mode(self, experts: tuple[int, ...]) -> Mode:
+        settings, layers = self._settings, len(self._model.blocks)
+        losses = settings.balance / layers, settings.stickiness / layers
+        return Mode(experts, settings.top_k, *losses)
+
+    def _together(self) -> Mode:
+        return self._mode(self._all)
+
+    def _latents(self, layer: int, expert: int, neurons: np.ndarray | None) -> dict[str, mx.array]:
+        block, settings = self._model.blocks[layer], self._settings
+        own = None if neurons is None else neurons[expert]
+        hidden, seed = block.router.shape[1], (settings.seed, layer, expert)
+        return latents(block.mlp, own, hidden, settings.expert_size or 0, seed)
+
+    def _places(self, kinds: Sequence[str], layers: Sequence[int]) -> dict[str, Place]:
+        found = self._model.numbers(kinds)
+        return {n: p for n, p in found.items() if int(n.partition(".")[0]) in layers}
+
+    def _arrays(self, layer: int, experts: Sequence[int]) -> Arrays:
+        """What a layer has of some experts, with its whole router and alphas."""
+        block = self._model.blocks[layer]
+        found = {f"{layer}.router": block.router, f"{layer}.alpha": block.alpha}
+        for number in experts:
+            found |= _arrays_of(block.experts[number], f"{layer}.experts.{number}")
+        return found
+
+    def _apply(self, arrays: Arrays) -> None:
+        """Put arrays of a stage into the blocks.
+
+        Raises:
+            CheckpointError: one has another shape or dtype, or belongs nowhere.
+        """
+        places = self._model.numbers(("router", "alpha", "codes", "scales"))
+        for name, array in arrays.items():
+            place = places.get(name)
+            kind = array.dtype, array.shape
+            if place is None or (place.value.dtype, place.value.shape) != kind:
+                raise CheckpointError(f"{self._work.folder}: {name}: a wrong {kind[0]} {kind[1]}")
+            place.put(array)
+
+    def _finish(self, name: str, arrays: Arrays, record: dict[str, Any]) -> None:
+        self._work.finish(name, arrays, record)
+        self.records.append(record)
+        self._log({"event": "stage"} | record)
+
+
+def _record(
+    title: str,
+    steps: int,
+    seconds: float,
+    before: dict[str, float],
+    after: dict[str, float],
+    kept: bool,
+) -> dict[str, Any]:
+    figures = {"before": perplexities(before), "after": perplexities(after)}
+    return {"name": title, "steps": steps, "seconds": seconds, "kept": kept} | figures
+
+
+def _mean(losses: Mapping[str, float], corpora: Sequence[Corpus]) -> float:
+    return sum(losses[corpus.name] for corpus in corpora) / len(corpora)
+
+
+def _rate(name: str, value: mx.array) -> tuple[float, bool]:
+    """The unit of a number's learning rate, and whether it decays; see `loop.Number`."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "alpha":
+        return _ALPHA_RATE, False
+    if leaf == "scales":
+        return _SCALE_RATE * float(mx.sqrt(mx.square(value).mean())), False
+    return value.shape[-1] ** -0.5, leaf == "latent"
+
+
+def _set_entries(block: ExpertBlock, experts: Sequence[int], value: Any) -> None:
+    """Set the alphas of some experts, to one number or to those of an array for all experts."""
+    own = mx.array([number in experts for number in range(block.alpha.shape[0])])
+    block.alpha = mx.where(own, value, block.alpha)
+
+
+def _arrays_of(expert: Expert, prefix: str) -> Arrays:
+    matrices = ((f"{prefix}.{p}_proj", expert[f"{p}_proj"]) for p in PROJECTIONS)
+    return {f"{at}.{leaf}": m[leaf] for at, m in matrices for leaf in ("codes", "scales")}
+
+
+def _empty_expert(hidden: int, size: int) -> Expert:
+    """An expert whose arrays are put into it later."""
+    shapes = {"gate": (size, hidden), "up": (size, hidden), "down": (hidden, size)}
+    return Expert(
+        {p: TernaryMatrix(np.zeros(s, np.int8), np.zeros(s[0])) for p, s in shapes.items()}
+    )

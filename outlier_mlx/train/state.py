@@ -1,0 +1,159 @@
+"""The work folder of a training: stages that are done, and the one that was interrupted.
+
+A finished stage leaves a file with the arrays that it changed; the running one a file with all that
+its next step depends on. Both are safetensors, whose metadata holds a record in JSON, and both
+appear whole or not at all. Nothing in them is trusted: names, shapes and dtypes are compared with
+what is expected before anything is read.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.storage.output import whole_file, write_json
+from outlier_mlx.storage.safetensors import TensorRef, read_described
+from outlier_mlx.storage.texts import parse_json_object, read_json
+
+#: Changes whenever the same settings would give other numbers.
+VERSION = 1
+_IDENTITY = "training.json"
+_RUNNING = "running.safetensors"
+_RECORD = "record"
+_DTYPES = {"F32": mx.float32, "F16": mx.float16, "I32": mx.int32, "U8": mx.uint8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+Arrays = dict[str, mx.array]
+
+
+class Work:
+    """A work folder.
+
+    Attributes:
+        folder: where it is.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Open or make a work folder.
+
+        Args:
+            folder: the folder; its parent exists.
+            identity: everything that decides the result, as JSON values by name.
+
+        Raises:
+            OutlierError: it holds another training; the message names what differs.
+            CheckpointError: its files are damaged.
+        """
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        path = folder / _IDENTITY
+        wanted = json.loads(json.dumps({"version": VERSION, **identity}))
+        if path.exists():
+            self._compare(read_json(path), wanted)
+        elif any(folder.iterdir()):
+            raise OutlierError(f"{folder}: holds other files; name an empty folder for the work")
+        else:
+            write_json(path, wanted)
+        self._identity = wanted
+
+    def finished(self, stage: str) -> tuple[Arrays, dict[str, Any]] | None:
+        """The arrays that a stage changed and its record; None if it is not done.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        return _read(self._of_stage(stage), stage) if self.is_finished(stage) else None
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether the result of a stage is there."""
+        return self._of_stage(stage).exists()
+
+    def tensors(self, stage: str) -> dict[str, TensorRef]:
+        """The arrays of a finished stage, to be read row by row.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        return _described(self._of_stage(stage))[0]
+
+    def finish(self, stage: str, arrays: Arrays, record: Mapping[str, Any]) -> None:
+        """Keep the result of a stage, and forget its running state."""
+        _write(self._of_stage(stage), arrays, {**record, "stage": stage})
+        (self.folder / _RUNNING).unlink(missing_ok=True)
+
+    def save(self, stage: str, arrays: Arrays, record: Mapping[str, Any]) -> None:
+        """Keep the state of the running stage; its name goes into the record."""
+        _write(self.folder / _RUNNING, arrays, {**record, "stage": stage})
+
+    def running(
+        self, stage: str, expected: Mapping[str, tuple[int, ...]]
+    ) -> tuple[Arrays, dict[str, Any]] | None:
+        """The state of an interrupted stage and its record; None if another one or none was.
+
+        Args:
+            stage: its name.
+            expected: the shape of each array; all are float32.
+
+        Raises:
+            CheckpointError: the file is damaged, or its arrays are not the expected ones.
+        """
+        path = self.folder / _RUNNING
+        if not path.exists():
+            return None
+        tensors, record = _described(path)
+        if record.get("stage") != stage:
+            return None
+        found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        for name, shape in expected.items():
+            if found.pop(name, None) != ("F32", tuple(shape)):
+                raise CheckpointError(f"{path}: {name}: expected float32 {tuple(shape)}")
+        if found:
+            raise CheckpointError(f"{path}: {next(iter(found))}: not a tensor of this stage")
+        return {name: _array(tensor) for name, tensor in tensors.items()}, record
+
+    def _of_stage(self, stage: str) -> Path:
+        name = "".join(c if c.isalnum() else "-" for c in stage)
+        return self.folder / f"stage-{name}.safetensors"
+
+    def _compare(self, found: dict, wanted: dict) -> None:
+        for name in wanted.keys() | found.keys():
+            ours, theirs = wanted.get(name), found.get(name)
+            if ours != theirs:
+                raise OutlierError(
+                    f"{self.folder}: holds a training with another {name}: {_short(theirs)}, not"
+                    f" {_short(ours)}; name another work folder, or delete this one"
+                )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _write(path: Path, arrays: Arrays, record: Mapping[str, Any]) -> None:
+    for name, array in arrays.items():
+        assert array.dtype in _NAMES, f"{name}: {array.dtype}"
+    with whole_file(path) as part:
+        mx.save_safetensors(str(part), arrays, {_RECORD: json.dumps(record, allow_nan=False)})
+
+
+def _described(path: Path) -> tuple[dict[str, TensorRef], dict[str, Any]]:
+    tensors, metadata = read_described(path)
+    for tensor in tensors.values():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{path}: {tensor.name}: {tensor.dtype}; not written by training")
+    return tensors, parse_json_object(metadata.get(_RECORD, "").encode(), path.name)
+
+
+def _read(path: Path, stage: str) -> tuple[Arrays, dict[str, Any]]:
+    tensors, record = _described(path)
+    if record.get("stage") != stage:
+        raise CheckpointError(f"{path}: not the stage {stage!r}")
+    return {name: _array(tensor) for name, tensor in tensors.items()}, record
+
+
+def _array(tensor: TensorRef) -> mx.array:
+    return mx.array(tensor.read_finite())

@@ -1,0 +1,367 @@
+"""Training: what it gives, how its stages are judged, and that an interrupted one is resumed."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from outlier_mlx.engine.loading import load_model
+from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.runtime.affine2 import ROWS
+from outlier_mlx.runtime.moe import OutlierMoE
+from outlier_mlx.storage.hub import Source
+from outlier_mlx.ternary import pack_rows
+from outlier_mlx.train import objectives
+from outlier_mlx.train.loop import drawn, scheduled
+from outlier_mlx.train.measures import hits_of
+from outlier_mlx.train.objectives import distilled, divergence, next_token, through_head
+from outlier_mlx.train.stages import Upcycled, layer_groups
+from tests.library import Library
+from tests.training import SETTINGS, Stopped, corpora, stopped_at, tensors, train
+
+STAGES = ("experts of law", "experts of sea", "routers")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training") / "work"
+
+
+@pytest.fixture(scope="module")
+def events() -> list[dict[str, Any]]:
+    """What `made` logs."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def made(library: Library, work: Path, events: list[dict[str, Any]]) -> Upcycled:
+    """A training that nothing interrupted; its work folder is `work`."""
+    return train(library, work, events.append)
+
+
+def assert_same(one: Upcycled, other: Upcycled) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert list(ours) == list(theirs)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array.view(np.uint8), theirs[name].view(np.uint8), name)
+
+
+def tier_model(library: Library, made: Upcycled) -> nn.Module:
+    """The base with the trained experts in a tier's own modules."""
+    model: Any = load_model(library.base().path)[0]
+    for layer in made.layers:
+        experts, hidden = layer.router.shape
+        size = layer.trits["gate_proj"].shape[1]
+        mlp = model.layers[layer.layer].mlp
+        block = OutlierMoE(mlp, hidden, size, experts, SETTINGS.top_k, ROWS)
+        block.gate.weight, block.alpha = mx.array(layer.router), mx.array(layer.alphas)
+        for name, trits in layer.trits.items():
+            linear = block.switch_mlp[name]
+            linear.weight = mx.array(pack_rows(trits))
+            linear.scales = mx.array(layer.scales[name].astype(np.float32))
+            linear.prepare()
+        model.layers[layer.layer].mlp = block
+    return model
+
+
+def test_experts_make_new_text_likelier(made: Upcycled) -> None:
+    assert set(made.before) == set(made.after) == {"law", "sea", "keep"}
+    for name in ("law", "sea"):
+        assert made.after[name] < 0.9 * made.before[name]
+    assert [stage["kept"] for stage in made.stages] == [True] * 4
+    titles = [stage["name"] for stage in made.stages]
+    assert titles == [
+        "begin",
+        "experts of law, layers 1 to 3",
+        "experts of sea, layers 1 to 3",
+        "routers, alphas and row scales",
+    ]
+    errors = made.stages[0]["errors"]
+    assert 0 < errors["lloyd"] < errors["absmean"] < 1
+    last = made.stages[-1]
+    assert last["after"] == pytest.approx(made.after)
+    assert 0 < last["hit_rate"] <= 1
+
+
+def test_the_figures_are_those_of_the_tier_that_is_written(
+    library: Library, made: Upcycled
+) -> None:
+    model = tier_model(library, made)
+    for corpus in corpora():
+        tokens = mx.array(corpus.held_out)
+        loss = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+        assert float(mx.exp(loss)) == pytest.approx(made.after[corpus.name], rel=1e-4)
+
+
+def test_what_is_made_has_the_dtypes_of_an_overlay(made: Upcycled) -> None:
+    assert [layer.layer for layer in made.layers] == [1, 3] and len(made.layers[:1]) == 1
+    kinds = {name.rpartition(".")[2]: array.dtype for name, array in tensors(made).items()}
+    assert kinds == {"router": "f4", "alpha": "f4", "trits": "i1", "scales": "f2"}
+    assert not any(np.isnan(array.astype(np.float32)).any() for array in tensors(made).values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_interrupted_training_is_resumed_bit_for_bit(
+    library: Library, made: Upcycled, tmp_path: Path, stage: str
+) -> None:
+    events: list[dict[str, Any]] = []
+    with stopped_at(1, stage) as log, pytest.raises(Stopped):
+        train(library, tmp_path / "work", log)
+    again = train(library, tmp_path / "work", events.append)
+    steps = [e["step"] for e in events if e["event"] == "step" and e["stage"].startswith(stage)]
+    assert 1 not in steps and steps[-1] == (3 if stage == "routers" else 4)
+    assert_same(again, made)
+    assert again.after == made.after
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.library import Library
+from tests.training import train
+
+def log(event):
+    if event["event"] == "step" and event["stage"].startswith("experts of sea"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Made(Library):
+    def base(self, **how):
+        class Base:
+            path = Path(sys.argv[1])
+        return Base
+
+train(Made(Path()), Path(sys.argv[2]), log, save_every=0)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_training_is_resumed_bit_for_bit(
+    library: Library, made: Upcycled, tmp_path: Path
+) -> None:
+    """Killed after the first step of a stage, whose state was saved before."""
+    how = [sys.executable, "-c", KILLED, str(library.base().path), str(tmp_path / "work")]
+    ended = subprocess.run(how, capture_output=True, timeout=200, cwd=Path(__file__).parents[1])
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-500:]
+    assert (tmp_path / "work" / "running.safetensors").exists()
+    assert_same(train(library, tmp_path / "work"), made)
+
+
+def test_a_file_that_a_kill_left_half_written_is_ignored(
+    library: Library, made: Upcycled, tmp_path: Path
+) -> None:
+    with stopped_at(1, STAGES[2]) as log, pytest.raises(Stopped):
+        train(library, tmp_path / "work", log)
+    part = tmp_path / "work" / f".running.{'0' * 8}.safetensors"
+    part.write_bytes(b"half of it")
+    assert_same(train(library, tmp_path / "work"), made)
+
+
+def test_a_finished_training_is_not_repeated(library: Library, made: Upcycled, work: Path) -> None:
+    events: list[dict[str, Any]] = []
+    assert_same(train(library, work, events.append), made)
+    assert not [event for event in events if event["event"] == "step"]
+    assert not (work / "running.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"learning_rate": 0.2}, "learning_rate: 0.1, not 0.2"),
+        ({"seed": 1}, "seed: 0, not 1"),
+        ({"dtype": "float16"}, 'dtype: null, not "float16"'),
+    ],
+)
+def test_another_training_is_refused(
+    library: Library, made: Upcycled, work: Path, changed: dict, named: str
+) -> None:
+    with pytest.raises(OutlierError, match=named):
+        train(library, work, **changed)
+
+
+def test_damaged_states_are_refused(library: Library, made: Upcycled, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with stopped_at(1, STAGES[2]) as log, pytest.raises(Stopped):
+        train(library, work, log)
+    running = work / "running.safetensors"
+    sound = running.read_bytes()
+    running.write_bytes(sound[:-4])
+    with pytest.raises(CheckpointError, match="running"):
+        train(library, work)
+    running.write_bytes(sound.replace(b"value.1.alpha", b"value.1.alphx"))
+    with pytest.raises(CheckpointError, match=r"value\.1\.alpha: expected float32"):
+        train(library, work)
+    running.write_bytes(sound)
+    stage = next(work.glob("stage-1-*"))
+    content = stage.read_bytes()
+    stage.write_bytes(content.replace(b"1.experts.0.up_proj.codes", b"1.experts.9.up_proj.codes"))
+    with pytest.raises(CheckpointError, match=r"1\.experts\.9\.up_proj\.codes"):
+        train(library, work)
+
+
+def test_a_folder_with_other_files_is_not_used(library: Library, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(OutlierError, match="holds other files"):
+        train(library, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_experts_from_nothing_begin_with_no_output(library: Library, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"init": "nothing", "straight_through": False, "joint_steps": 0}
+    made = train(library, tmp_path / "work", **how)
+    assert not any(layer.trits["down_proj"].any() for layer in made.layers)
+    assert all((layer.alphas == np.float32(0.1)).all() for layer in made.layers)
+    model, base = tier_model(library, made), load_model(library.base().path)[0]
+    tokens = mx.array(corpora().domains[0].held_out)
+    np.testing.assert_array_equal(model(tokens), base(tokens))
+    assert made.after == pytest.approx(made.before)
+
+
+def test_experts_from_the_ffn_begin_as_its_neurons(library: Library, tmp_path: Path) -> None:
+    made = train(library, tmp_path / "work", straight_through=False, joint_steps=0)
+    base = library.base().base
+    trits = made.layers[0].trits["gate_proj"][0]
+    gate = base["model.layers.1.mlp.gate_proj.weight"]
+    similar = np.sign(gate) @ trits.T  # (neurons of the base, neurons of the expert)
+    found = similar.argmax(axis=0)
+    assert (np.diff(found) > 0).all()
+    cosines = (gate[found] * trits).sum(-1) / np.linalg.norm(gate[found], axis=-1)
+    assert (cosines / np.linalg.norm(trits, axis=-1) > 0.8).all()
+
+
+def test_routers_begin_by_sending_domains_to_their_experts(
+    library: Library, tmp_path: Path
+) -> None:
+    events: list[dict[str, Any]] = []
+    how: dict[str, Any] = {"straight_through": False, "top_k": 1, "joint_steps": 21, "balance": 0}
+    train(library, tmp_path / "work", events.append, learning_rate=0.0, layers=(1,), **how)
+    (load,) = [event["load"] for event in events if event["event"] == "held_out"]
+    assert load["law"][1][0] > 0.8 and load["sea"][1][1] > 0.8
+
+
+def test_a_stage_that_does_not_help_is_dropped(library: Library, tmp_path: Path) -> None:
+    """Steps are far too large, and what is to be kept has no weight."""
+    made = train(library, tmp_path / "work", keep_bound=0.0, keep_weight=0.0, learning_rate=100.0)
+    _, *of_experts, last = made.stages
+    for number, (name, stage) in enumerate(zip(("law", "sea"), of_experts, strict=True)):
+        better = stage["after"][name] < stage["before"][name]
+        assert stage["kept"] == (better and stage["after"]["keep"] <= made.before["keep"])
+        assert all((layer.alphas[number] != 0) == stage["kept"] for layer in made.layers)
+    assert [stage["kept"] for stage in (*of_experts, last)].count(False) >= 2
+    assert not last["kept"] and made.after == pytest.approx(last["before"])
+
+
+def test_layers_are_trained_in_groups(library: Library, tmp_path: Path) -> None:
+    made = train(library, tmp_path / "work", layers_at_once=1, joint_steps=0)
+    names = [stage["name"] for stage in made.stages[1:]]
+    assert names == [f"experts of {d}, layers {n} to {n}" for d in ("law", "sea") for n in (1, 3)]
+    assert {stage["steps"] for stage in made.stages[1:]} == {2}
+    for before, after in zip(made.stages[1:4:2], made.stages[2:5:2], strict=True):
+        shared = before["after"].keys()
+        assert {n: after["before"][n] for n in shared} == pytest.approx(before["after"])
+    assert [list(g) for g in layer_groups(range(8, 22), 4)] == [
+        [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18], [19, 20, 21]
+    ]  # fmt: skip
+
+
+def test_a_domain_can_have_several_experts(library: Library, tmp_path: Path) -> None:
+    made = train(library, tmp_path / "work", experts_per_domain=2, expert_size=96)
+    assert made.layers[0].router.shape == (4, 64)
+    assert made.layers[0].trits["down_proj"].shape == (4, 64, 96)
+    for name in ("law", "sea"):
+        assert made.after[name] < made.before[name]
+
+
+def test_a_teacher_takes_the_place_of_the_text(library: Library, tmp_path: Path) -> None:
+    """The base as its own teacher has nothing to teach: nothing gets better, nothing is kept."""
+    events: list[dict[str, Any]] = []
+    teacher = Source(library.base().path, "base")
+    made = train(library, tmp_path / "work", events.append, teacher=teacher, joint_steps=0)
+    losses = [e["parts"]["new"] for e in events if e["event"] == "step" and e["step"] == 1]
+    assert max(losses) < 0.1 * np.log(made.before["law"])
+    assert {e["domain"] for e in events if e["event"] == "teacher"} == {"law", "sea"}
+    again: list[dict[str, Any]] = []
+    train(library, tmp_path / "work", again.append, teacher=teacher, joint_steps=0)
+    assert not [e for e in again if e["event"] == "teacher"]
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(library: Library, tmp_path: Path) -> None:
+    teacher = Source(library.base(vocab=320).path, "other")
+    with pytest.raises(OutlierError, match="the teacher predicts 320 tokens, the base 288"):
+        train(library, tmp_path / "work", teacher=teacher)
+
+
+def test_a_loss_that_is_no_number_ends_the_training(library: Library, tmp_path: Path) -> None:
+    with pytest.raises(OutlierError, match="a lower learning rate may help"):
+        train(library, tmp_path / "work", learning_rate=1e30)
+
+
+def test_events_are_json(made: Upcycled, events: list[dict[str, Any]]) -> None:
+    assert json.loads(json.dumps(events, allow_nan=False))
+    steps = [event for event in events if event["event"] == "step"]
+    assert {"stage", "step", "steps", "loss", "parts", "tokens_per_second", "seconds_left"} <= set(
+        steps[0]
+    )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_losses_through_the_head(monkeypatch: pytest.MonkeyPatch, several: bool) -> None:
+    """All three, with their gradients, also if not all logits are there at a time."""
+    if several:
+        monkeypatch.setattr(objectives, "LOGITS", 40 * 5)
+    hidden, truth = (mx.random.normal((2, 9, 16), key=mx.random.key(n)) for n in (0, 1))
+    head = mx.random.normal((40, 16), key=mx.random.key(2))
+    targets = mx.random.randint(0, 40, (2, 9), key=mx.random.key(3))
+
+    def cross(hidden: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(hidden @ head.T, targets, reduction="mean")
+
+    def apart(hidden: mx.array, temperature: float = 1.0) -> mx.array:
+        ours, theirs = (nn.log_softmax(h @ head.T / temperature, axis=-1) for h in (hidden, truth))
+        return temperature**2 * (mx.exp(theirs) * (theirs - ours)).sum(-1).mean()
+
+    def from_truth(logits: mx.array, truth: mx.array) -> tuple[mx.array, mx.array]:
+        return divergence(logits, truth @ head.T)
+
+    order = mx.broadcast_to(mx.arange(40), (2, 9, 40)).astype(mx.int32)
+    log_probs = nn.log_softmax(truth @ head.T / 2, axis=-1)
+    pairs = [
+        (lambda h: through_head(h, head, next_token, targets), cross),
+        (lambda h: through_head(h, head, from_truth, truth), apart),
+        (
+            lambda h: through_head(h, head, distilled(2.0), order, log_probs),
+            lambda h: apart(h, 2.0),
+        ),
+    ]
+    for ours, plain in pairs:
+        (loss, gradient), (expected, slope) = (mx.value_and_grad(f)(hidden) for f in (ours, plain))
+        assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+        np.testing.assert_allclose(gradient, slope, rtol=2e-3, atol=1e-5)
+
+
+def test_windows_are_drawn_once_in_a_pass_and_by_the_step_alone() -> None:
+    drawn_in_steps = [drawn("law", step * 4 + np.arange(4), 10, 0) for step in range(5)]
+    passes = np.concatenate(drawn_in_steps).reshape(2, 10)
+    assert (np.sort(passes, axis=1) == np.arange(10)).all()
+    assert (passes[0] != passes[1]).any()
+    np.testing.assert_array_equal(drawn("law", np.arange(8, 12), 10, 0), drawn_in_steps[2])
+    assert (drawn("sea", np.arange(10), 10, 0) != passes[0]).any()
+    assert (drawn("law", np.arange(10), 10, 1) != passes[0]).any()
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [scheduled(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01) and rates.index(max(rates)) == 99
+    assert rates[99:] == sorted(rates[99:], reverse=True) and 0.02 < rates[-1] < 0.021
+
+
+def test_hits_are_those_of_a_small_cache() -> None:
+    # Two of four experts fit: 0 and 1 are found again, 2 pushes 0 out.
+    assert hits_of(np.array([[0], [1], [0], [1], [2], [0]]), 2) == 2
+    assert hits_of(np.array([[0, 1], [1, 0], [2, 3], [0, 1]]), 2) == 2
