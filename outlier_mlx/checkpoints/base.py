@@ -10,7 +10,6 @@ from outlier_mlx.errors import CheckpointError, CheckpointWarning
 from outlier_mlx.models.config import (
     BASE_TYPE,
     DEFAULT_BASE,
-    POSITIONS,
     Defaults,
     ModelConfig,
     is_ternary_model,
@@ -18,6 +17,7 @@ from outlier_mlx.models.config import (
     raw_config,
     stated_base,
 )
+from outlier_mlx.models.config_values import POSITIONS
 from outlier_mlx.models.families import family
 from outlier_mlx.models.head import NOTE
 from outlier_mlx.models.prism_pack import MODEL_TYPE as ROTATED_PACK

@@ -9,7 +9,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from outlier_mlx.engine.paging.paged import PagedSwitchLinear
 from outlier_mlx.errors import OutlierError, listed
-from outlier_mlx.models.config import TOP_K_NAMES, describe
+from outlier_mlx.models.config import describe
+from outlier_mlx.models.config_values import TOP_K_NAMES
 from outlier_mlx.models.sizes import Parameters
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.storage.shards import read_shards

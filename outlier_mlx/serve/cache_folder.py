@@ -52,7 +52,8 @@ class StoredFile:
 
     Attributes:
         path: where it is.
-        parent: what the names of the files before it begin with.
+        parent: what the name of the file before it begins with; "root": there is none.
+        start: number of tokens before its own.
         end: number of tokens up to its last.
         nbytes: its size.
         used: when it was last of use, in seconds.
@@ -129,9 +130,7 @@ class CacheFolder:
         path = self.path / str(node.file)
         try:
             part, rows, states = cache_file.read(path)
-        except FileNotFoundError:
-            return None
-        except MemoryError:
+        except (FileNotFoundError, MemoryError):
             return None
         except (OutlierError, OSError) as error:
             self._ignored(path, error)

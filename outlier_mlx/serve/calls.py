@@ -15,11 +15,9 @@ _GUESSING = "mlx_lm.tool_parsers.glm47"
 # In f[CALL_ID]a1[ARGS]{}, of some of Mistral's models, mlx-lm's parser takes the id for the name.
 _CALL_ID = re.compile(r"\[CALL_ID\]\s*[\w-]+\s*(?=\[ARGS\])")
 _BETWEEN = " \t\r\n,;"
-
-
-#: The instruction in the templates of Llama 3: the whole reply is the JSON of a call.
+# The instruction in the templates of Llama 3: the whole reply is the JSON of a call.
 _WHOLE_REPLY = re.compile(r"\{\W*name\W*: function name, \W*parameters\W*: dictionary")
-#: What such a reply begins with, after which it is text or a call.
+# What such a reply begins with, after which it is text or a call.
 _CODE = "<|python_tag|>"
 
 

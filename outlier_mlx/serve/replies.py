@@ -26,9 +26,9 @@ NOT_A_NUMBER = (
 class Reply:
     """The reply to one request.
 
-    It notices that a client disconnected even while nothing is
-    being sent. It finds stop words also when the model writes them with other tokens than the
-    tokenizer would. It reads tool calls, and it collects log probabilities.
+    It notices that a client disconnected even while nothing is being sent. It finds stop words also
+    when the model writes them with other tokens than the tokenizer would. It reads tool calls, and
+    it collects log probabilities.
 
     Args:
         generator: generates.

@@ -175,10 +175,7 @@ class Conversation:
             found = part.get("type") if isinstance(part, dict) else None
             # A client may send back what was shown, such as a greeting, as if it were input.
             if found != kind and (found, kind) != ("input_text", "output_text"):
-                named = (
-                    f"of the type {str(found)[:40]!r}" if found is not None else "without a type"
-                )
-                told = f"is a part {named}; only {kind} is supported"
+                told = f"is a part {_typed(found)}; only {kind} is supported"
                 raise _wrong(place, told, "unsupported_content")
             if not isinstance(part.get("text"), str):
                 raise _wrong(f"{place}.text", "must be a string")
