@@ -275,6 +275,44 @@ def test_a_full_disk_is_told_once(where: CacheDir, monkeypatch: pytest.MonkeyPat
         assert len(server.files()) == 1
 
 
+def test_a_full_disk_is_told_once_of_long_texts(
+    where: CacheDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which only the first part is tried: the others are of no use without it."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Server(where) as server, monkeypatch.context() as patch:
+        patch.setattr(cache_file, "write", full)
+        for seed in range(3):
+            server.keep(text(5000, seed), plain)
+        assert len(server.log) == 1
+
+
+def test_pipes_and_folders_with_names_of_files_are_left_alone(where: CacheDir) -> None:
+    """A pipe that is opened may never give anything."""
+    with Server(where) as server:
+        server.keep(text(700), plain)
+        folder = server.folder.path
+        (written,) = server.files()
+    pipes = [folder / f"{'1' * 24}-root-0-7.safetensors"]
+    pipes += [folder / f".{'1' * 24}-root-0-7.01234567.safetensors"]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    (folder / f"{'2' * 24}-root-0-7.safetensors").mkdir()
+    written.unlink()
+    os.mkfifo(written)
+    with Server(where) as server:
+        assert server.found(text(700)) == 0
+        server.keep(text(700), plain)
+        assert server.folder.settle(10)
+    with Server(replace(where, model=lambda: "other weights", nbytes=1000)):
+        pass
+    assert all(pipe.exists() for pipe in [*pipes, written])
+    assert len(list(folder.iterdir())) == 4
+
+
 def test_what_a_killed_server_left_half_written_is_removed(where: CacheDir) -> None:
     with Server(where) as server:
         server.keep(text(700), plain)

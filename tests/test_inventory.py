@@ -103,6 +103,34 @@ def test_nothing_is_removed_if_one_may_not_be(here: Path, model: str, why: str) 
     assert names(Path("tiers")) == ["notes", "one", "some.gguf", "two"]
 
 
+def test_what_links_lead_to_stays(here: Path) -> None:
+    """A repository elsewhere; and links out of folders, whoever made them."""
+    outside = here / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("x")
+    config = Path("tiers/one/config.json")
+    config.rename(outside / "config.json")
+    config.symlink_to(outside / "config.json")
+    run("rm", "tiers/one", "--yes")
+    Path("tiers/two/more").symlink_to(outside, target_is_directory=True)
+    assert_refused(run("rm", "tiers/two", "--yes", code=1), "holds more")
+    Path("link").symlink_to("tiers/two", target_is_directory=True)
+    for name in ("link", "link/", "link/.", here / "link"):
+        assert_refused(run("rm", name, "--yes", code=1), "is a link")
+    repository = Path("cache/models--someone--tier")
+    (snapshot,) = (repository / "snapshots").iterdir()
+    (snapshot / "file").symlink_to(outside / "precious")
+    (snapshot / "folder").symlink_to(outside, target_is_directory=True)
+    repository.rename("moved")
+    repository.symlink_to(here / "moved", target_is_directory=True)
+    assert_refused(run("rm", "someone/tier", "--yes", code=1), "is a link: remove it")
+    repository.unlink()
+    Path("moved").rename(repository)
+    run("rm", "someone/tier", "--yes")
+    assert not repository.exists()
+    assert names(outside) == ["config.json", "precious"]
+
+
 def test_removal_is_confirmed(here: Path) -> None:
     assert run("rm", "tiers/one", code=2).err.startswith("error: --yes: is needed")
     shown = on_terminal(80, "rm", "tiers/one", typed="n\n")

@@ -102,7 +102,7 @@ def remove_from_cache(repo: str) -> None:
 
     Raises:
         CheckpointError: it is not there.
-        OutlierError: some of its files cannot be removed.
+        OutlierError: it is a link, or some of its files cannot be removed.
     """
     from huggingface_hub import constants, scan_cache_dir
 
@@ -118,6 +118,7 @@ def size_in_cache(repo: str) -> int:
 
     Raises:
         CheckpointError: it is not there.
+        OutlierError: it is a link.
     """
     return _cached(repo).size_on_disk
 
@@ -126,6 +127,8 @@ def _cached(repo: str) -> "CachedRepoInfo":
     found = next((one for one in _repositories() if one.repo_id == repo), None)
     if found is None:
         raise CheckpointError(f"{repo}: no such folder, and not in the hub's cache")
+    if found.repo_path.is_symlink():  # the hub's library would remove only the link
+        raise OutlierError(f"{found.repo_path}: is a link: remove it, and what it names, yourself")
     return found
 
 

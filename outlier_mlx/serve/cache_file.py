@@ -103,6 +103,8 @@ def write(
 def is_ours(path: Path) -> bool:
     """Whether this project wrote a file, by its beginning."""
     try:
+        if not path.is_file():  # to open a pipe can take for ever
+            return False
         with path.open("rb") as file:
             return _header_is_ours(file)
     except OSError:

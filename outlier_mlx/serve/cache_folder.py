@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import threading
 import time
 from collections import deque
@@ -198,7 +199,6 @@ class CacheFolder:
                 continue
             try:
                 self._write(node)
-                self._said = ""
             except _Stopped:
                 pass
             except Exception as error:  # the next one may succeed
@@ -234,6 +234,7 @@ class CacheFolder:
                 return
             with whole_file(path, private=True) as part:
                 cache_file.write(part, node.form, node.tokens, rows, states, self._check)
+            self._said = ""
         elif not cache_file.is_ours(path):
             return
         node.file = path.name
@@ -298,8 +299,11 @@ class CacheFolder:
     def _remove(self, path: Path) -> bool:
         """Remove a file if it is ours; returns whether it is gone."""
         with suppress(OSError):
-            empty = _UNFINISHED.fullmatch(path.name) and not path.lstat().st_size
-            if path.is_symlink() or not (empty or cache_file.is_ours(path)):
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode):
+                return False
+            empty = _UNFINISHED.fullmatch(path.name) and not found.st_size
+            if not (empty or cache_file.is_ours(path)):
                 return False
             path.unlink(missing_ok=True)
             return True
@@ -320,10 +324,9 @@ def _files(folder: Path) -> Iterator[StoredFile]:
         for path in entries(folder):
             found = _FILE.fullmatch(path.name)
             with suppress(FileNotFoundError):
-                if found is not None and not path.is_symlink():
-                    stat = path.stat()
+                if found is not None and stat.S_ISREG((status := path.lstat()).st_mode):
                     numbers = int(found[3]), int(found[4])
-                    yield StoredFile(path, found[2], *numbers, stat.st_size, stat.st_mtime)
+                    yield StoredFile(path, found[2], *numbers, status.st_size, status.st_mtime)
 
 
 def _locked(handle: int) -> bool:
