@@ -16,7 +16,7 @@ import openai
 
 import outlier_mlx
 from outlier_mlx.serve.options import ServeOptions
-from outlier_mlx.serve.provider import Load
+from outlier_mlx.serve.provider import Load, LoadDraft
 from outlier_mlx.serve.server import Server
 
 NAME = "tiny"
@@ -107,11 +107,14 @@ def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
 
 
 @contextmanager
-def running(model: Path | Load, **options: Any) -> Iterator[Running]:
+def running(
+    model: Path | Load, *, load_draft: LoadDraft | None = None, **options: Any
+) -> Iterator[Running]:
     """A server of a tier, or of what a function loads, on a free port."""
     log: list[str] = []
     load = partial(outlier_mlx.load, model) if isinstance(model, Path) else model
-    server = Server(NAME, load, ServeOptions(**{"port": 0} | options), log.append, log.append)
+    given = ServeOptions(**{"port": 0} | options)
+    server = Server(NAME, load, given, log.append, log.append, load_draft)
     try:
         server.start()
     except BaseException:

@@ -102,7 +102,7 @@ def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) ->
     served: list[Any] = []
     monkeypatch.setattr(
         "outlier_mlx.serve.serve",
-        lambda name, load, options, say, note, quiet: served.append((options, note)),
+        lambda name, load, options, say, note, **_: served.append((options, note)),
     )
     command = ["serve", "--model", str(tier), "--max-context", "1000", "--prefill-step-size", STEP]
     for there_is, options, expected in [

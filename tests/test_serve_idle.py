@@ -113,7 +113,7 @@ def test_the_option_of_the_command(small_tier: Path, monkeypatch: pytest.MonkeyP
     served: list[Any] = []
     monkeypatch.setattr(
         "outlier_mlx.serve.serve",
-        lambda name, load, options, say, note, quiet: served.append(options),
+        lambda name, load, options, say, note, **_: served.append(options),
     )
     run("serve", small_tier, "--idle-unload", "15")
     assert served[0].idle_unload == 15

@@ -1,8 +1,9 @@
 """What drafts next tokens for a command: the text itself, or a smaller model."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outlier_mlx.cli.loading import load_beside
+from outlier_mlx.cli.loading import load_beside, load_model
 from outlier_mlx.cli.options import Drafting, Loading
 from outlier_mlx.storage.hub import Source, resolve
 
@@ -21,6 +22,11 @@ def check_draft_model(source: Source, drafting: Drafting) -> None:
     from outlier_mlx.engine.drafting.draft_model import check_same_tokens
 
     check_same_tokens(source.folder, resolve(drafting.draft_model).folder)
+
+
+def load_draft_model(folder: Path, loading: Loading) -> Any:
+    """Load a draft model with all its experts, in the thread that will use it."""
+    return load_model(folder, loading.dtype)[0]
 
 
 def load_drafting(

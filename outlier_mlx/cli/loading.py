@@ -90,6 +90,7 @@ def load_checked(
     cache: KVCache | None = None,
     alpha: Path | None = None,
     beside: str | None = None,
+    draft: str | None = None,
     step: int = 2048,
     logits: int = 1,
     more: int = 0,
@@ -105,6 +106,7 @@ def load_checked(
         cache: how the KV cache is quantized; None: the command has no options for that.
         alpha: see `load_model`.
         beside: another model that will be loaded, too.
+        draft: a draft model that will be loaded, too.
         step: tokens of a prompt that are processed at a time, at most.
         logits: tokens whose logits are in memory at the same time.
         more: bytes that will be taken beside that.
@@ -130,6 +132,7 @@ def load_checked(
             may_quantize=cache is not None,
             wide=loading.dtype == "float32",
             beside=None if beside is None else resolve(beside).folder,
+            draft=None if draft is None else resolve(draft).folder,
         )
         memory = _fit(source.folder, tokens, prompt, check)
         tell_plan(memory, loading, quiet=quiet)
@@ -183,7 +186,7 @@ def check_memory(source: Source, loading: Loading, tokens: int) -> None:
 
 
 def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:
-    """Load the model that `load_checked` was told of with `beside`."""
+    """Load the model that `load_checked` was told of with `beside` or `draft`."""
     return _load(resolve(model), replace(loading, expert_skip=0.0), quiet=quiet)
 
 

@@ -23,7 +23,6 @@ from outlier_mlx.cli.options import (
     MaxTokens,
     Model,
     PrefillStep,
-    PromptLookup,
     Quiet,
     Sampling,
     Xtc,
@@ -117,7 +116,7 @@ def generate(
         prompt="" if limit else read,
         cache=None if limit else cache,
         alpha=alpha,
-        beside=drafting.draft_model,
+        draft=drafting.draft_model,
         step=options.prefill_step_size,
         quiet=quiet,
     )
@@ -203,7 +202,7 @@ def chat(
         tokens,
         cache=kept,
         alpha=alpha,
-        beside=drafting.draft_model,
+        draft=drafting.draft_model,
         step=options.prefill_step_size,
         quiet=quiet,
     )
@@ -218,6 +217,7 @@ def serve(
     model: Model,
     sampling: Sampling,
     cache: KVCache,
+    drafting: Drafting,
     loading: Loading,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Address to serve at.")
@@ -290,7 +290,6 @@ def serve(
         float, typer.Option(metavar="GB", min=0.001, help="What that folder may take on the disk.")
     ] = 20.0,
     prefill_step_size: PrefillStep = 2048,
-    prompt_lookup: PromptLookup = True,
     idle_unload: Annotated[
         float | None,
         typer.Option(
@@ -308,9 +307,11 @@ def serve(
     from functools import partial
 
     from outlier_mlx import serve as server
+    from outlier_mlx.cli.drafting import check_draft_model, load_draft_model
     from outlier_mlx.serve.cache_dir import cache_dir as at_disk
     from outlier_mlx.serve.capacity import Capacity, find_capacity
     from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.terminal import size
 
     options = server.ServeOptions(
         host=host,
@@ -325,12 +326,15 @@ def serve(
         strict=strict,
         idle_unload=idle_unload,
         prefill_step_size=prefill_step_size,
-        prompt_lookup=prompt_lookup,
+        prompt_lookup=drafting.prompt_lookup,
+        num_draft_tokens=drafting.num_draft_tokens,
         prompt_cache_size=prompt_cache_size,
         **vars(sampling),
         **vars(cache),
     )
     source = resolve(model, loading.revision)
+    check_draft_model(source, drafting)
+    draft = None if drafting.draft_model is None else resolve(drafting.draft_model)
     requested = decode_concurrency, prompt_concurrency, prompt_cache_bytes
     capacity = Capacity(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes)
     note = ""
@@ -348,10 +352,13 @@ def serve(
             kv_start=cache.quantized_kv_start,
             step=prefill_step_size,
             clients=max_clients,
+            draft=None if draft is None else draft.folder,
         )
         # A server's caches take all that is left, so only paging is worth telling.
         tell_plan(memory, loading, quiet=quiet or memory.slots is None)
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"
+        if draft is not None:
+            note += f", beside {size(memory.beside.nbytes)} for the draft model {draft.name}"
     how = loading.dtype, alpha, memory, loading.expert_skip, loading.keep_warm
     load = partial(load_model, source.folder, *how)
     options = replace(options, **asdict(capacity))
@@ -359,4 +366,5 @@ def serve(
         kept = vars(cache), loading.expert_skip
         where = at_disk(cache_dir, int(cache_dir_size * 1e9), source.folder, *how[:2], *kept)
         options = replace(options, cache_dir=where)
-    server.serve(source.name, load, options, say, note=note, quiet=quiet)
+    load_draft = None if draft is None else partial(load_draft_model, draft.folder, loading)
+    server.serve(source.name, load, options, say, load_draft=load_draft, note=note, quiet=quiet)

@@ -39,8 +39,8 @@ def keep_to(plan: Plan) -> None:
     wait_within_budget()
     spare = 0 if plan.slots is not None else _spare(plan)
     mx.set_cache_limit(max(plan.mlx_cache.nbytes, spare))
-    # What is in memory already is another model's, which may run, too.
-    planned = plan.needed + mx.get_active_memory()
+    # What is in memory already is another model's, which may run, too; the plan may count it.
+    planned = plan.needed + max(0, mx.get_active_memory() - plan.beside.nbytes)
     if plan.slots is not None:
         _usual_limits.append(mx.set_memory_limit(min(limit, planned)))
     _bound_wiring(planned)

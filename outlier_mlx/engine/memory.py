@@ -12,7 +12,10 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.attention import fitting_group
 from outlier_mlx.terminal import size
 
-__all__ = ["budget", "check_fits"]
+__all__ = ["DRAFT_STEP", "budget", "check_fits", "draft_nbytes"]
+
+#: Tokens of a text that a draft model reads at a time, at most.
+DRAFT_STEP = 512
 
 
 def check_fits(
@@ -32,6 +35,7 @@ def check_fits(
     may_quantize: bool = True,
     wide: bool = False,
     beside: Path | None = None,
+    draft: Path | None = None,
     more: int = 0,
 ) -> Plan:
     """Refuse to load a model that does not fit, before the machine swaps.
@@ -52,6 +56,7 @@ def check_fits(
         may_quantize: whether the user could have the KV cache quantized.
         wide: whether what has 16 bits is to be loaded and computed with 32.
         beside: another model that will be in memory at the same time, without a KV cache.
+        draft: a draft model, which has a KV cache for each conversation, too.
         more: bytes that something else takes at the same time.
 
     Returns:
@@ -65,6 +70,9 @@ def check_fits(
     other = more
     if beside is not None:
         other += needs_of(beside, available.on_cpu, wide=wide).weights
+    if draft is not None:
+        second = needs_of(draft, available.on_cpu, wide=wide)
+        other += draft_nbytes(second, tokens) + conversations * second.cache(tokens)
     found = plan(folder, use, memory, available, beside=other)
     if found.fits:
         return found
@@ -81,8 +89,8 @@ def check_fits(
     elif available.whose == FREE_ON_MAC:
         helps.append("ending other programs")
     names = f"{folder.name} needs"
-    if beside is not None:
-        names = f"{folder.name} and {beside.name} need"
+    if second_model := beside or draft:
+        names = f"{folder.name} and {second_model.name} need"
     whose = f" of {conversations} conversations of {tokens} tokens" if conversations > 1 else ""
     experts = ""
     if found.slots is not None and found.paged is not None:
@@ -96,6 +104,16 @@ def check_fits(
         f" cache{whose}; {available}."
         f" What helps: {', or '.join(helps)}; --ignore-memory loads it anyway"
     )
+
+
+def draft_nbytes(needs: Needs, tokens: int) -> int:
+    """Bytes of a draft model, and of what it computes, without its KV caches.
+
+    Args:
+        needs: what it takes.
+        tokens: tokens in a KV cache.
+    """
+    return needs.weights + needs.working(Use(tokens, step=DRAFT_STEP))
 
 
 def _shortening(needs: Needs, room: int, use: Use) -> list[str]:

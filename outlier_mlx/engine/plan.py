@@ -109,6 +109,8 @@ class Plan:
         elif self.experts.nbytes:
             parts.append(f"{size(self.experts.nbytes)} of experts")
         parts += [f"{size(self.kv_cache.nbytes)} of KV cache", f"{size(work)} to compute with"]
+        if self.beside.nbytes:
+            parts.append(f"{size(self.beside.nbytes)} for another model")
         return f"memory: {size(self.needed)}: {', '.join(parts)}; {self.available}"
 
 

@@ -68,7 +68,7 @@ class Drafts(Protocol):
     """Guesses at the next tokens of one sequence."""
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """Begin with a prompt."""
+        """Begin with a prompt, or go on with a text that got more tokens without drafts."""
 
     def ready(self) -> bool:
         """Whether the next token is worth waiting for, since a draft after it may pay."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outlier_mlx.engine.machine import Budget
-from outlier_mlx.engine.memory import budget, check_fits
+from outlier_mlx.engine.memory import budget, check_fits, draft_nbytes
 from outlier_mlx.engine.needs import Use, needs_of
 from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
 from outlier_mlx.engine.plan import Part, Plan, plan
@@ -64,6 +64,7 @@ def find_capacity(
     clients: int = MAX_CONVERSATIONS,
     memory: ExpertMemory = ALL,
     wide: bool = False,
+    draft: Path | None = None,
     available: Budget | None = None,
 ) -> tuple[Capacity, int, Plan]:
     """Divide the memory that weights and activations leave free among conversations.
@@ -82,6 +83,7 @@ def find_capacity(
         memory: what routed experts may take. `AUTO`: what is left beside the conversations that
             were asked for, or one.
         wide: whether what has 16 bits is to be loaded and computed with 32.
+        draft: folder of a draft model, which has a KV cache for each conversation, too.
         available: memory for weights and caches; None: what this machine has.
 
     Returns:
@@ -94,13 +96,18 @@ def find_capacity(
     available, requested = available or budget(), prompts
     needs = needs_of(folder, available.on_cpu, wide=wide)
     one = needs.cache(tokens, kv_bits, kv_group_size, kv_start)
+    beside = drafts = 0
+    if draft is not None:
+        second = needs_of(draft, available.on_cpu, wide=wide)
+        beside, drafts = draft_nbytes(second, tokens), second.cache(tokens)
+        one += drafts
     use = Use(tokens, 1, 1, step, 1, kv_bits, kv_group_size, kv_start, wide)
     if responses is not None:
         prompts = prompts or max(1, min(MAX_PROMPTS, responses // 4))
         asked = min(clients, Capacity(responses, prompts).conversations) if kv_bits is None else 1
         use = replace(use, conversations=asked, prompts=prompts)
-    first = plan(folder, use, memory, available)
-    room, step = available.nbytes - first.loaded, first.step
+    first = plan(folder, use, memory, available, beside=beside + use.conversations * drafts)
+    room, step = available.nbytes - first.loaded - beside, first.step
     if memory == AUTO and first.slots is not None:
         # Slots got what is best for so many conversations; no more of them take the headroom.
         room -= available.headroom
@@ -140,6 +147,7 @@ def find_capacity(
         memory=first.expert_memory,
         wide=wide,
         cures=cures,
+        draft=draft,
     )
     if one:
         free = max(free, conversations * one)
@@ -147,5 +155,9 @@ def find_capacity(
         limit = free - one if kv_bits is not None else free
         cache_bytes = limit if cache_bytes is None else min(cache_bytes, limit)
         capacity = replace(capacity, cache_memory=free)
-        planned = replace(planned, kv_cache=Part(free, "what is left, for all conversations"))
+        planned = replace(
+            planned,
+            kv_cache=Part(free, "what is left, for all conversations"),
+            beside=replace(planned.beside, nbytes=beside),
+        )
     return replace(capacity, prompt_cache_bytes=cache_bytes), conversations, planned

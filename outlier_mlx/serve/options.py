@@ -25,7 +25,8 @@ class ServeOptions:
             context length.
         max_clients: requests answered at a time; further ones get status 503.
         cache_memory: memory for all KV caches, in bytes; requests wait for it. None: no limit.
-        prompt_lookup: look up drafts in prompt and text for a response that is generated alone.
+        prompt_lookup: look up drafts in prompt and text for a response that is generated alone, if
+            there is no draft model.
         idle_unload: minutes without a request after which the model is unloaded; None: never.
         cache_dir: where KV caches are kept on disk, too; None: nowhere.
         strict: refuse requests with parameters that would have no effect.
@@ -53,6 +54,7 @@ class ServeOptions:
     min_p: float = 0.0
     prefill_step_size: int = 2048
     prompt_lookup: bool = True
+    num_draft_tokens: int = 3
     decode_concurrency: int = 32
     prompt_concurrency: int = 8
     prompt_cache_size: int | None = None

@@ -24,7 +24,7 @@ from outlier_mlx.engine.generate import (
     prefill_step,
     vocabulary,
 )
-from outlier_mlx.engine.needs import cache_needs
+from outlier_mlx.engine.needs import Needs, cache_needs
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.models.sizes import context_length
@@ -39,6 +39,7 @@ from outlier_mlx.serve.request import Sampling
 from outlier_mlx.serve.sequences import Cache
 
 Load = Callable[[], tuple[nn.Module, Tokenizer]]
+LoadDraft = Callable[[], nn.Module]
 
 TEMPLATE_NAMES = frozenset(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
@@ -54,6 +55,7 @@ class OneModel:
     Args:
         service: whose options say how the model is used.
         load: returns model and tokenizer.
+        load_draft: returns a draft model, with the same tokens; None: there is none.
 
     Attributes:
         loaded: set when loading has ended for the first time.
@@ -63,7 +65,8 @@ class OneModel:
         tokenizer: its tokenizer.
         batches: whether several of its KV caches can be merged.
         quantized: how KV caches are quantized; None: not at all.
-        drafting: guesses at next tokens of a text that is generated alone.
+        drafting: guesses at next tokens of a text that is generated alone; None if the model is
+            unloaded.
         ends: tokens that end a text.
         machine: finds the marks of reasoning and of tool calls in a text.
 
@@ -82,7 +85,7 @@ class OneModel:
     model: Any
     tokenizer: Tokenizer
     batches: bool
-    drafting: Drafting
+    drafting: Drafting | None
     ends: frozenset[int]
     machine: TextStateMachine
     limits: Limits
@@ -94,7 +97,7 @@ class OneModel:
     prefill_step: int
     unaffected: list[int]
 
-    def __init__(self, service: Service, load: Load) -> None:
+    def __init__(self, service: Service, load: Load, load_draft: LoadDraft | None = None) -> None:
         self.service = service
         self.loaded = threading.Event()
         self.failure: BaseException | None = None
@@ -106,7 +109,8 @@ class OneModel:
             quantized_kv_start=options.quantized_kv_start,
         )
         self.quantized = self._kv.quantized
-        self._load_model = load
+        self._load_model, self._load_draft = load, load_draft
+        self._draft_model: Any = None
 
     def load_default(self) -> None:
         """Load the model, and all that is known from it."""
@@ -133,26 +137,42 @@ class OneModel:
             self.rows = embedding_rows(self.model)
             marks = {*self.tokenizer.encode("\n"), *self.ends}
             self.unaffected = sorted(token for token in marks if 0 <= token < self.limits.vocab)
-            wide = activation_dtype(self.model) == mx.float32
-            needs = cache_needs(described(self.model), wide=wide)
-            bits, group_size = options.kv_bits, options.kv_group_size
-            size = partial(needs.cache, bits=bits, group_size=group_size)
-            self.memory = CacheMemory(options.cache_memory, size)
+            self.memory = CacheMemory(options.cache_memory, self._cache_size())
         except BaseException as error:
             self.failure = error
         finally:
             self.loaded.set()
 
+    def _cache_size(self) -> Callable[[int], int]:
+        """A function that gives the bytes of a conversation's KV caches, with the draft model's."""
+        kv = self._kv
+        needs = _cache_needs(self.model)
+        own = partial(
+            needs.cache, bits=kv.kv_bits, group_size=kv.kv_group_size, start=kv.quantized_kv_start
+        )
+        if self._draft_model is None:
+            return own
+        draft = _cache_needs(self._draft_model)
+        return lambda tokens: own(tokens) + draft.cache(tokens)
+
     def reload(self) -> None:
         """Load model and tokenizer, also again."""
         self.state = "loading"
+        options = self.service.options
         try:
+            # First, because MLX keeps to the plan of the last one, which counts both.
+            self._draft_model = self._load_draft() if self._load_draft else None
             self.model, self.tokenizer = self._load_model()
+            self.drafting = Drafting(
+                self.model,
+                lookup=options.prompt_lookup,
+                draft_model=self._draft_model,
+                num_draft_tokens=options.num_draft_tokens,
+            )
         except BaseException:
-            self.state = "unloaded"
+            self.unload()
             raise
         self.recorder = ExpertRecorder(self.model)
-        self.drafting = Drafting(self.model, lookup=self.service.options.prompt_lookup)
         self.ends = frozenset(self.tokenizer.eos_token_ids)
         self.machine = make_text_state_machine(self.tokenizer)
         mergeable = all(hasattr(layer, "merge") for layer in self.new_cache())
@@ -179,5 +199,9 @@ class OneModel:
 
     def unload(self) -> None:
         """Let go of the model; its tokenizer stays, because requests need it before they wait."""
-        self.model = self.recorder = None
+        self.model = self.recorder = self.drafting = self._draft_model = None
         self.state = "unloaded"
+
+
+def _cache_needs(model: nn.Module) -> Needs:
+    return cache_needs(described(model), wide=activation_dtype(model) == mx.float32)

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import TokenBuffer
 
+from outlier_mlx.engine.steps import Drafts
 from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.sampling import Choice
 
@@ -26,6 +27,7 @@ class Sequence:
     Attributes:
         tokens: the tokens in the cache.
         generated: number of tokens generated so far.
+        drafts: guesses at its next tokens, from when it was generated alone.
     """
 
     def __init__(self, job: Job, cache: Cache, count: int, choice: Choice) -> None:
@@ -34,6 +36,7 @@ class Sequence:
         self.choice = choice
         self.tokens = job.prompt.tokens[:count]
         self.generated = 0
+        self.drafts: Drafts | None = None
         self._context: TokenBuffer | None = None
 
     @property

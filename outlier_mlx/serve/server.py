@@ -17,7 +17,7 @@ from outlier_mlx.serve.generator import Generator
 from outlier_mlx.serve.handler import Handler
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.options import ServeOptions
-from outlier_mlx.serve.provider import Load, OneModel
+from outlier_mlx.serve.provider import Load, LoadDraft, OneModel
 from outlier_mlx.terminal import working
 
 # Time limit for replies that are still being generated when the server shuts down.
@@ -34,6 +34,7 @@ class Server(ThreadingHTTPServer):
         options: see `ServeOptions`.
         log: called with one line for each request.
         warn: called with one line for each unexpected error.
+        load_draft: returns a draft model; None: there is none.
 
     Raises:
         OutlierError: the address cannot be bound, or it requires an API key.
@@ -49,9 +50,10 @@ class Server(ThreadingHTTPServer):
         options: ServeOptions,
         log: Callable[[str], None],
         warn: Callable[[str], None],
+        load_draft: LoadDraft | None = None,
     ) -> None:
         self.options = options
-        self.load = load
+        self.load, self.load_draft = load, load_draft
         self.connections = Connections(options.max_clients)
         self.service = Service(name, options, options.access(), log, warn, self.connections)
         self.address_family, address = _resolve(options)
@@ -90,7 +92,7 @@ class Server(ThreadingHTTPServer):
         Raises:
             OutlierError: the model cannot be loaded.
         """
-        provider = OneModel(self.service, self.load)
+        provider = OneModel(self.service, self.load, self.load_draft)
         self.generator = Generator(provider)
         self.RequestHandlerClass = partial(Handler, self.service, self.generator)
         provider.loaded.wait()
@@ -167,6 +169,7 @@ def serve(
     options: ServeOptions,
     log: Callable[[str], None],
     *,
+    load_draft: LoadDraft | None = None,
     note: str = "",
     quiet: bool = False,
 ) -> NoReturn:
@@ -179,6 +182,7 @@ def serve(
         load: returns model and tokenizer; called in the thread that generates.
         options: see `ServeOptions`.
         log: called with one line at a time for the user.
+        load_draft: returns a draft model, as `load` does; None: there is none.
         note: a line to log once the server is ready.
         quiet: log neither the note nor a line for each request.
 
@@ -186,7 +190,7 @@ def serve(
         OutlierError: the address cannot be bound, it requires an API key, or the model cannot be
             loaded.
     """
-    server = Server(name, load, options, (lambda _: None) if quiet else log, log)
+    server = Server(name, load, options, (lambda _: None) if quiet else log, log, load_draft)
     ending = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as `nohup` leaves it
         ending.append(signal.SIGHUP)

@@ -31,7 +31,7 @@ class Single:
         sequence: whose prompt is read but for its last token, or as `pending` says.
         ends: tokens that end a text.
         quantized: how its cache is quantized; None: not at all.
-        drafting: guesses at next tokens.
+        drafting: gives it guesses at next tokens, if it has none yet; None: there are none.
         pending: what a batch chose next for it.
 
     Attributes:
@@ -47,12 +47,14 @@ class Single:
         sequence: Sequence,
         ends: Collection[int],
         quantized: Quantized | None,
-        drafting: Drafting,
+        drafting: Drafting | None,
         pending: tuple[mx.array, mx.array] | None = None,
     ) -> None:
         self.sequences = [sequence]
         self._counted = Counts()
         sampler: Any = sequence.choice.sampler
+        if sequence.drafts is None and drafting is not None:
+            sequence.drafts = drafting.new(sequence.cache)
         self._steps = Steps(
             model,
             [] if pending else sequence.job.prompt.tokens[-1:],
@@ -63,7 +65,7 @@ class Single:
             ends=ends,
             max_tokens=sequence.job.max_tokens - sequence.generated,
             quantized=quantized,
-            drafts=drafting.new(sequence.cache),
+            drafts=sequence.drafts,
             pending=pending,
             stream=mx.default_stream(mx.default_device()),
         )

@@ -10,6 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from outlier_mlx.engine.drafting.gate import Clock, Costs, Gate
 from outlier_mlx.engine.loading import load_tokenizer
+from outlier_mlx.engine.memory import DRAFT_STEP
 from outlier_mlx.engine.prompts import embedding_rows
 from outlier_mlx.engine.steps import draft_room
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -18,8 +19,8 @@ from outlier_mlx.models.config import raw_config
 
 # A draft model was asked for, so it may begin.
 HOPEFUL = 0.8
-# Tokens that the draft model reads at a time.
-_SLICE = 512
+# So many tokens are read together with a draft.
+_FEW = 16
 
 
 class ModelDrafts:
@@ -35,33 +36,42 @@ class ModelDrafts:
     def __init__(self, model: nn.Module, costs: Costs, most: int, rows: int) -> None:
         self._model, self._rows = model, rows
         self._cache: list[Any] = make_prompt_cache(model)
+        self._costs = costs
         self._gate = Gate(costs, [HOPEFUL], most)
         self._clock = Clock(costs)
         self._tokens: list[int] = []
         # Number of tokens in the cache; all that are among `_tokens` are the first of them.
         self._cached = 0
-        self._ready = False
+        self._ready = self._behind = False
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """Begin with a prompt."""
+        """Begin with a prompt, or go on with a text that got more tokens without drafts."""
         self._tokens = list(tokens)
+        self._clock = Clock(self._costs)
+        self._ready = self._behind = False
 
     def ready(self) -> bool:
         """Whether the next token is worth waiting for."""
         return self._ready
 
     def draft(self, token: int, most: int) -> list[int]:
-        """The tokens that the draft model takes for the likeliest; none if that would not pay."""
+        """The tokens that the draft model takes for the likeliest.
+
+        None if that would not pay, and as long as it has more than a few tokens to read: nobody
+        waits for more than a slice of them.
+        """
         self._clock.waited()
-        count = self._gate.longest(0, most)
         new = [*self._tokens[self._cached :], token]
-        if not count or max(new) >= (embedding_rows(self._model) or self._rows):
+        if max(new) >= (embedding_rows(self._model) or self._rows):
             return []
-        while len(new) > 1:
-            piece = new[: min(_SLICE, len(new) - 1)]
-            self._model(mx.array(piece)[None], cache=self._cache)
-            mx.eval([entry.state for entry in self._cache])
-            del new[: len(piece)]
+        self._behind = len(new) > _FEW
+        if self._behind:
+            self._read(new[: min(DRAFT_STEP, len(new) - 1)])
+            return []
+        # What is drafted in a window that is full could not be taken back.
+        count = self._gate.longest(0, min(most, draft_room(self._cache) - len(new)))
+        if not count:
+            return []
         ids, drafted = mx.array(new), []
         for _ in range(count):
             ids = mx.argmax(self._model(ids[None], cache=self._cache)[:, -1, : self._rows], axis=-1)
@@ -70,6 +80,11 @@ class ModelDrafts:
         self._cached = len(self._tokens) + count
         found: Any = mx.concatenate(drafted).tolist()
         return list(found)
+
+    def _read(self, tokens: list[int]) -> None:
+        self._model(mx.array(tokens)[None], cache=self._cache)
+        mx.eval([entry.state for entry in self._cache])
+        self._cached += len(tokens)
 
     def note(self, tokens: Sequence[int], drafted: int) -> None:
         """Note the tokens of a step."""
@@ -81,7 +96,8 @@ class ModelDrafts:
         if surplus > 0:
             trim_prompt_cache(self._cache, surplus)
             self._cached -= surplus
-        self._ready = self._gate.pays(0) or drafted > 0
+        # What made the draft worth while, before there was so much to read, is still so.
+        self._ready = self._behind or self._gate.pays(0) or drafted > 0
 
 
 def check_caches(model: nn.Module, draft_model: nn.Module) -> None:

@@ -77,6 +77,7 @@ class PromptLookup:
 
     def __init__(self, costs: Costs) -> None:
         self._index = Index()
+        self._costs = costs
         self._gate = Gate(costs, RATES)
         self._clock = Clock(costs)
         # The first token of what would be drafted, and its class; the model has yet to write it.
@@ -86,10 +87,12 @@ class PromptLookup:
         self._noted = 0
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """Begin with a prompt."""
-        for token in tokens:
+        """Begin with a prompt, or go on with a text that got more tokens without drafts."""
+        for token in tokens[len(self._index.tokens) :]:
             self._index.add(token)
         self._noted = len(self._index.tokens)
+        self._clock = Clock(self._costs)
+        self._foreseen, self._ready = None, False
 
     def ready(self) -> bool:
         """Whether the next token is worth waiting for."""
