@@ -53,6 +53,6 @@ FILES = {
     "/icon.svg": PageFile("icon.svg", "image/svg+xml"),
 } | {
     f"/{name}.js": PageFile(f"{name}.js", _SCRIPT)
-    for name in ("page", "theme", "api", "store", "text", "message", "experts")
+    for name in ("page", "theme", "look", "dialogs", "api", "store", "text", "message", "experts")
 }
 """The files by the paths of requests. They hold no data, so they need no key."""

@@ -1,11 +1,12 @@
 // The page: one conversation is open, others are in the list; at most one answer is being written.
 
 import { Refused, answer, describe, keepKey } from "./api.js";
+import { $, notice, question, say } from "./dialogs.js";
+import { theme } from "./look.js";
 import { MessageView } from "./message.js";
 import * as store from "./store.js";
 import { make } from "./text.js";
 
-const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const SETTINGS = "outlier-mlx settings";
 const WIDE = matchMedia("(min-width: 900px)");
@@ -15,8 +16,6 @@ let conversations = [];
 let open = null;
 let views = [];
 let writing = null; // {controller, conversation, message, view} of the answer under way
-
-// --- conversations ---
 
 function fresh() {
   let settings = { system: "", experts: true };
@@ -43,7 +42,6 @@ const titleOf = (conversation) => conversation.title || "New conversation";
 function list() {
   $("conversations").replaceChildren(...conversations.map((conversation) => {
     const title = titleOf(conversation);
-    const current = conversation === open;
     const item = make("li", {},
       make("button", { type: "button", className: "open", textContent: title, onclick: () => {
         show(conversation);
@@ -53,7 +51,7 @@ function list() {
         "aria-label": `Rename ${title}`, onclick: () => rename(conversation) }),
       make("button", { type: "button", className: "quiet", textContent: "Delete",
         "aria-label": `Delete ${title}`, onclick: () => discard(conversation) }));
-    if (current) item.firstChild.setAttribute("aria-current", "true");
+    if (conversation === open) item.firstChild.setAttribute("aria-current", "true");
     return item;
   }));
   $("title").textContent = open ? titleOf(open) : "";
@@ -138,8 +136,6 @@ async function again(message) {
   draw();
   await write(conversation);
 }
-
-// --- an answer ---
 
 function body(conversation) {
   const { system, experts, ...numbers } = conversation.settings;
@@ -291,47 +287,6 @@ function bottom(always = false) {
   if (always || (follows && writing)) $("main").scrollTop = $("main").scrollHeight;
 }
 
-// --- what is told and asked ---
-
-const say = (text) => ($("spoken").textContent = text);
-
-function notice(text, action = "", act = null) {
-  $("notice-text").textContent = text;
-  $("notice-action").hidden = !action;
-  $("notice-action").textContent = action;
-  $("notice-action").onclick = () => {
-    $("notice").hidden = true;
-    act?.();
-  };
-  $("notice").hidden = false;
-}
-$("notice-close").addEventListener("click", () => ($("notice").hidden = true));
-
-/** Ask in a dialog: resolves with the answer (empty without a field), or null. */
-function question(title, text, yes, field = "", value = "", type = "text") {
-  const dialog = $("question");
-  const input = dialog.querySelector("input");
-  $("question-title").textContent = title;
-  $("question-text").textContent = text;
-  $("question-text").hidden = !text;
-  $("question-yes").textContent = yes;
-  $("question-field").hidden = !field;
-  $("question-field").firstElementChild.textContent = field;
-  Object.assign(input, { type, value });
-  if (dialog.open) dialog.close("");
-  dialog.returnValue = "";
-  dialog.showModal();
-  if (field) input.select();
-  return new Promise((resolve) => {
-    dialog.addEventListener("close", () => {
-      const given = input.value;
-      input.value = "";
-      resolve(dialog.returnValue === "yes" ? given : null);
-    }, { once: true });
-  });
-}
-$("question-no").addEventListener("click", () => $("question").close(""));
-
 /** Ask for the key until the server takes it; resolves with whether it did. */
 async function askKey() {
   let text = "This server wants an API key. It is kept until this tab is closed.";
@@ -369,8 +324,6 @@ function about() {
   }
 }
 
-// --- settings, theme, list ---
-
 $("open-settings").addEventListener("click", () => {
   const { elements } = $("settings").querySelector("form");
   const { settings } = open;
@@ -392,27 +345,6 @@ $("settings").addEventListener("close", async () => {
   } catch { /* The next conversation begins without them. */ }
   if (open.messages.length) await keep(open);
 });
-
-const THEMES = { "": "as the system", light: "light", dark: "dark" };
-function theme(change) {
-  const root = document.documentElement;
-  const names = Object.keys(THEMES);
-  const next = (name) => names[(names.indexOf(name) + 1) % names.length];
-  let now = root.dataset.theme ?? "";
-  if (change) {
-    now = next(now);
-    if (now) root.dataset.theme = now;
-    else delete root.dataset.theme;
-    try {
-      localStorage.setItem("outlier-mlx theme", now);
-    } catch { /* It lasts as long as the page. */ }
-    say(`Theme: ${THEMES[now]}`);
-  }
-  const label = `Theme: ${THEMES[now]}. Change it to: ${THEMES[next(now)]}`;
-  $("theme").setAttribute("aria-label", label);
-  $("theme").title = label;
-}
-$("theme").addEventListener("click", () => theme(true));
 
 function side(shown) {
   document.body.classList.toggle("side", shown);
@@ -458,8 +390,7 @@ $("file").addEventListener("change", async () => {
   }
 });
 
-// --- begin ---
-
+$("theme").addEventListener("click", () => theme(true));
 theme(false);
 document.body.classList.toggle("side", WIDE.matches);
 $("open-side").setAttribute("aria-expanded", WIDE.matches);
