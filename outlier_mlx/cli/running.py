@@ -301,7 +301,7 @@ def serve(
     alpha: Alpha = None,
     quiet: Quiet = False,
 ) -> None:
-    """Serve a model through OpenAI's API; by default only to this machine."""
+    """Serve a model to programs of OpenAI's and Anthropic's APIs, and to a browser."""
     prepare(model, loading.revision)
     from dataclasses import asdict, replace
     from functools import partial
