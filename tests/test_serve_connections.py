@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import sys
 import threading
 import time
@@ -230,3 +231,40 @@ def test_silent_clients_do_not_delay_the_end(small_tier: Path):
         started = time.monotonic()
         server.server.connections.close(30)
         assert time.monotonic() - started < 15
+
+
+HARD = {f"p{n}": {"type": "string", "pattern": "^[a-z]{1,40}(x|y)*$"} for n in range(60)}
+PHASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "prompt": ("chat/completions", {"messages": [{"role": "user", "content": "!" * 5000}]}),
+    "answer": ("chat/completions", ENDLESS),
+    "stream": ("chat/completions", ENDLESS | {"stream": True, "outlier": {"experts": True}}),
+    "several": ("completions", {"prompt": ["a", "b", "c", "d"]}),
+    "schema": ("completions", {"prompt": "a", "json_schema": {"properties": HARD}}),
+    "events": ("responses", {"input": "hello", "stream": True}),
+    "message": ("messages", {"messages": MESSAGES, "max_tokens": 50_000, "stream": True}),
+}
+
+
+def test_clients_that_vanish_in_any_phase_leave_nothing(small_tier: Path) -> None:
+    """They reset the connection, in the head, in the body, and at several times after it."""
+    options: dict[str, Any] = {
+        "max_tokens": 50_000,
+        "max_context": 100_000,
+        "decode_concurrency": 2,
+    }
+    with running(small_tier, **options) as server:
+        for number, (path, body) in enumerate(PHASES.values()):
+            raw = json.dumps(body).encode()
+            head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\n".encode()
+            whole = head + b"Content-Length: %d\r\n\r\n" % len(raw) + raw
+            for wait, count in ((0, 20), (0, len(whole) - 3), (0, len(whole)), (0.05, len(whole))):
+                with server.connect() as client:
+                    client.sendall(whole[:count])
+                    time.sleep(wait * (1 + number % 3))
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        generator = server.server.generator
+        assert server.wait(lambda: not generator.replies)
+        assert server.wait(lambda: not (generator.loop._batches or generator.loop._waiting))
+        assert not generator.provider.memory._taken and not generator.provider.memory._line
+        assert server.chat(max_tokens=3).usage.completion_tokens == 3
+        assert not [line for line in server.log if "Error" in line]

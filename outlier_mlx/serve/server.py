@@ -133,6 +133,9 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log the error that ended a connection in one line."""
         error = sys.exception()
+        if isinstance(error, ConnectionError):
+            self.service.log(f"{client_address[0]} the client disconnected")
+            return
         self.service.warn(f"{client_address[0]} {type(error).__name__}: {error}")
 
 
