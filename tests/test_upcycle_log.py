@@ -52,8 +52,9 @@ def whole_run(domains: tuple[str, ...] = NAMES[:2], layers: int = 3) -> list[dic
     for at in (1, 20, 40):
         events.append(step(title, at, 2.5 - at / 80))
         told = held_out(title, at, **dict.fromkeys(NAMES, 40 - at / 4))
-        events.append(told | {"load": load, "windows": 16})
-    return [*events, ended(title, {"cooking": 30.0, "law": 31.0, "keep": 80.9})]
+        events.append(told | {"load": {n: {"1": [1.0] * 4} for n in NAMES}, "windows": 16})
+    end = ended(title, {"cooking": 30.0, "law": 31.0, "keep": 80.9})
+    return [*events, end | {"load": load}]
 
 
 def written(path: Path, events: list[dict[str, Any]]) -> Path:

@@ -9,7 +9,7 @@ import sys
 try:
     # They register their commands, in the order in which the program's help lists them.
     # isort: off
-    from outlier_mlx.cli import making, tuning, running, keeping, measuring, studying  # noqa: F401
+    from outlier_mlx.cli import making, upcycling, tuning, running, keeping, measuring, studying  # noqa: F401
     from outlier_mlx.cli import diagnosing, evaluating, sharing  # noqa: F401
 
     # isort: on

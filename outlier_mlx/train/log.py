@@ -162,6 +162,7 @@ def _add(history: History, event: Event) -> None:
         stage = _stage(history, event["name"])
         history.before = history.before or _numbers(event.get("before") or {})
         stage.after = _numbers(event.get("after") or {})
+        stage.load = event.get("load") or stage.load
         stage.kept = event.get("kept") is not False
 
 

@@ -25,7 +25,7 @@ from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.stages import TrainedLayer, Upcycled
-from outlier_mlx.train.texts import Corpora
+from outlier_mlx.train.texts import Corpora, Corpus
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.card import origin_of
 from outlier_mlx.writing.folders import Sources
@@ -138,6 +138,16 @@ def overlay_parts(
     return Parts(parts, "the overlay")
 
 
+def overlay_bytes(config: ModelConfig, settings: Settings, domains: int) -> int:
+    """Bytes of an overlay's tensors, given the base's config."""
+    whole = overlay_dimensions(config, settings, domains)
+
+    def none(number: int) -> TrainedLayer:
+        raise AssertionError("nothing is written")
+
+    return overlay_parts(whole, settings, none).nbytes
+
+
 @dataclass(frozen=True)
 class _LayerPart(Part):
     """The router and alphas of a layer, or its experts; `arrays` gives them in order."""
@@ -195,19 +205,21 @@ def _account(
         "settings": settings.as_json(),
         "teacher": teacher,
         "window": corpora.keep.train.shape[1] - 1,
-        "data": [
-            {
-                "name": corpus.name,
-                "files": list(corpus.files),
-                "documents": corpus.documents,
-                "train_windows": len(corpus.train),
-                "held_out_windows": len(corpus.held_out),
-                "tokens": corpus.tokens,
-                "copies_left_out": corpus.copies,
-            }
-            for corpus in corpora
-        ],
+        "data": [describe(corpus) for corpus in corpora],
         "before": made.before,
         "after": made.after,
         "stages": made.stages,
+    }
+
+
+def describe(corpus: Corpus) -> dict[str, Any]:
+    """What a corpus is, as JSON values; no path of this machine."""
+    return {
+        "name": corpus.name,
+        "files": list(corpus.files),
+        "documents": corpus.documents,
+        "train_windows": len(corpus.train),
+        "held_out_windows": len(corpus.held_out),
+        "tokens": corpus.tokens,
+        "copies_left_out": corpus.copies,
     }

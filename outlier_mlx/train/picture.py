@@ -90,7 +90,7 @@ def _draw_held_out(
             points.append((start + stage.steps, nan))
             if name in stage.after:
                 ends.append((start + stage.steps, stage.after[name]))
-        _line(axes, points, color=color, linewidth=1)
+        _line(axes, points, color=color, linewidth=1, marker=".", markersize=3)
         _line(
             axes,
             ends,

@@ -14,7 +14,7 @@ from outlier_mlx.train.experts import Expert, ExpertBlock, LatentMatrix, Mode, T
 from outlier_mlx.train.forward import Place, TrainedModel
 from outlier_mlx.train.initial import chosen_neurons, first_router, latents, look, rounded_expert
 from outlier_mlx.train.loop import Batch, Log, Number, Stage, drawn, run
-from outlier_mlx.train.measures import losses_of, perplexities, use_of
+from outlier_mlx.train.measures import Use, losses_of, perplexities, use_of
 from outlier_mlx.train.objectives import Score, distilled, divergence, next_token, through_head
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.state import Arrays, Work
@@ -186,7 +186,7 @@ class Stages:
         domains = self._corpora.domains
         texts = {corpus.name: corpus.held_out for corpus in self._corpora}
         before = self._losses(texts, mode)
-        rate_before = self._hit_rate()
+        rate_before = _hit_rate(self._uses(texts, mode), texts)
         layers = list(self._model.blocks)
         places = self._places(("scales", "alpha", "router"), layers)
         former = {name: place.value for name, place in places.items()}
@@ -203,13 +203,18 @@ class Stages:
         after, factor = self._bounded(mode, texts, layers, self._all)
         better = _mean(after, domains) < _mean(before, domains)
         kept = self._fits(after) and (better or not self._fits(before))
-        rates = {"hit_rate_before": rate_before, "hit_rate": self._hit_rate()}
+        uses = self._uses(texts, mode)
+        use = {
+            "hit_rate_before": rate_before,
+            "hit_rate": _hit_rate(uses, texts),
+            "load": {text: found.load for text, found in uses.items()},
+        }
         if not kept:
             for place_name, place in places.items():
                 place.put(former[place_name])
         arrays = {place_name: place.value for place_name, place in places.items()}
         record = _record(title, settings.joint_steps, seconds, before, after, kept)
-        self._finish(name, arrays, record | rates | {"alpha_factor": factor})
+        self._finish(name, arrays, record | use | {"alpha_factor": factor})
 
     def _run(
         self,
@@ -279,18 +284,15 @@ class Stages:
     def _glanced(self, texts: dict[str, np.ndarray], mode: Mode) -> dict[str, Any]:
         found: dict[str, Any] = {"perplexity": perplexities(self._losses(texts, mode))}
         if len(mode.experts) > 1:
-            batch = self._settings.batch
-            uses = {n: use_of(self._model, w, mode, batch) for n, w in texts.items()}
-            found["load"] = {name: use.load for name, use in uses.items()}
+            found["load"] = {name: use.load for name, use in self._uses(texts, mode).items()}
         return found | {"windows": _GLANCE}
 
     def _losses(self, texts: dict[str, np.ndarray], mode: Mode) -> dict[str, float]:
         return losses_of(self._model, texts, mode, self._settings.batch)
 
-    def _hit_rate(self) -> float:
-        windows = [corpus.held_out for corpus in self._corpora]
-        uses = [use_of(self._model, w, self._together(), self._settings.batch) for w in windows]
-        return float(np.average([u.hit_rate for u in uses], weights=[len(w) for w in windows]))
+    def _uses(self, texts: Mapping[str, np.ndarray], mode: Mode) -> dict[str, Use]:
+        batch = self._settings.batch
+        return {name: use_of(self._model, w, mode, batch) for name, w in texts.items()}
 
     def _bounded(
         self, mode: Mode, texts: dict[str, np.ndarray], layers: Sequence[int], own: tuple[int, ...]
@@ -369,6 +371,11 @@ def _record(
 ) -> dict[str, Any]:
     figures = {"before": perplexities(before), "after": perplexities(after)}
     return {"name": title, "steps": steps, "seconds": seconds, "kept": kept} | figures
+
+
+def _hit_rate(uses: Mapping[str, Use], texts: Mapping[str, np.ndarray]) -> float:
+    weights = [len(texts[text]) for text in uses]
+    return float(np.average([use.hit_rate for use in uses.values()], weights=weights))
 
 
 def _mean(losses: Mapping[str, float], corpora: Sequence[Corpus]) -> float:

@@ -1,0 +1,388 @@
+"""The command that trains experts over a base: upcycle."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.options import Force, Json, OutFolder, Quiet
+from outlier_mlx.cli.signals import Ended
+from outlier_mlx.cli.training_display import (
+    Display,
+    layer_ranges,
+    print_data,
+    print_event,
+    print_result,
+)
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.terminal import size
+
+if TYPE_CHECKING:
+    from outlier_mlx.checkpoints.base import BaseModel
+    from outlier_mlx.storage.hub import Source
+    from outlier_mlx.train.log import RunLog
+    from outlier_mlx.train.settings import Settings
+    from outlier_mlx.train.stages import Upcycled
+    from outlier_mlx.train.texts import Corpora
+
+# Options below a heading of their own in the help.
+_experts = partial(typer.Option, rich_help_panel="Experts")
+_training = partial(typer.Option, rich_help_panel="Training")
+_MOST_LAYERS = 10_000
+_LAYERS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What the experts are."""
+
+    layers: Annotated[
+        str,
+        _experts(
+            metavar="auto|8-20|3,5",
+            help="Layers that get experts, numbered from 0; auto: half of them, from above the"
+            " first quarter on.",
+        ),
+    ] = "auto"
+    experts_per_domain: Annotated[
+        int, _experts(min=1, help="Experts that each domain has in each of these layers.")
+    ] = 1
+    top_k: Annotated[
+        int | None, _experts(min=1, help="Experts of a token. Default: 2, or 1 if there is one.")
+    ] = None
+    expert_size: Annotated[
+        int | None,
+        _experts(min=1, help="Width of an expert. Default: half of that of the base's FFN."),
+    ] = None
+    init: Annotated[
+        Literal["ffn", "nothing"],
+        _experts(help="Begin with the base's own neurons, or with experts that do nothing."),
+    ] = "ffn"
+    scales: Annotated[
+        Literal["lloyd", "absmean"],
+        _experts(help="Scales of rows: of the least squared error, or the mean magnitude."),
+    ] = "lloyd"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How they are trained."""
+
+    window: Annotated[int, _training(min=2, help="Tokens that are predicted in a window.")] = 256
+    held_out: Annotated[
+        float, _training(min=0.001, max=0.5, help="Share of each text that is held out.")
+    ] = 0.1
+    steps: Annotated[int, _training(min=0, help="Steps for the experts of each domain.")] = 600
+    joint_steps: Annotated[
+        int, _training(min=0, help="Steps for routers, alphas and row scales of all together.")
+    ] = 300
+    batch: Annotated[int, _training(min=2, help="Windows in a step.")] = 16
+    no_straight_through: Annotated[
+        bool,
+        _training("--no-straight-through", help="Leave experts as they begin; train the rest."),
+    ] = False
+    learning_rate: Annotated[
+        float, _training(min=0.0, help="Largest learning rate, relative to a tensor's numbers.")
+    ] = 0.1
+    keep_weight: Annotated[
+        float, _training(min=0.0, help="Weight of the divergence from the base on --keep.")
+    ] = 2.0
+    keep_bound: Annotated[
+        float, _training(min=0.0, help="Most by which the perplexity on --keep may rise.")
+    ] = 0.03
+    balance: Annotated[
+        float, _training(min=0.0, help="Weight of the loss for experts that are used unequally.")
+    ] = 0.02
+    stickiness: Annotated[
+        float,
+        _training(
+            min=0.0,
+            help="Weight of the loss for neighbouring tokens with different experts: overlays that"
+            " page well.",
+        ),
+    ] = 0.0
+    teacher: Annotated[
+        str | None,
+        _training(
+            metavar="MODEL",
+            help="Learn this model's predictions on the domains, not the text's tokens.",
+        ),
+    ] = None
+    base_bits: Annotated[
+        Literal["4", "8", "none"],
+        _training(help="Train half of the steps with the base rounded to so many bits."),
+    ] = "4"
+    layers_at_once: Annotated[
+        int | None,
+        _training(
+            min=1, help="Layers whose experts are trained together. Default: as many as fit."
+        ),
+    ] = None
+    seed: Annotated[int, _training(min=0, help="Seed of everything random.")] = 0
+
+
+@command("Make", "upcycle ./base --domain law=law.jsonl --keep general.txt --out ./overlay")
+def upcycle(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Folder or hub repository of a dense model.")
+    ],
+    domain: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=PATH",
+            help="A domain, and its text: a file, or a folder of .txt, .md and .jsonl. Repeatable.",
+        ),
+    ],
+    keep: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH", help="Text like what the base was trained on: it shall not forget that."
+        ),
+    ],
+    out: OutFolder,
+    experts: Experts,
+    training: Training,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder for checkpoints and log. Default: .NAME.training."
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what would be trained, and what it takes.")
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png|.svg", help="Draw loss, perplexities and use of experts."),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="REVISION", help="Branch, tag or commit of the base on the hub."),
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train ternary experts for domains over a frozen base: an overlay. Resumes if interrupted."""
+    from outlier_mlx.measure.pictures import check_picture
+    from outlier_mlx.storage.hub import resolve
+    from outlier_mlx.storage.paths import files_below, named
+    from outlier_mlx.train.base import open_dense
+    from outlier_mlx.train.log import FILE, RunLog, read_log
+    from outlier_mlx.train.picture import draw
+    from outlier_mlx.train.room import check_room
+    from outlier_mlx.train.texts import check_names
+    from outlier_mlx.writing.folders import check_free
+
+    domains = [_domain(given) for given in domain]
+    check_names([name for name, _ in domains])
+    target = named(out)
+    inputs = [base, training.teacher, keep, *(path for _, path in domains)]
+    if not plan:
+        check_free(target, force=force, sources=inputs)
+        if picture is not None:
+            check_picture(picture, force=force, sources=inputs)
+    source = resolve(base, revision)
+    opened = open_dense(source.folder)
+    settings = _settings(experts, training, len(domains))
+    settings.check(opened.config, len(domains))
+    settings = settings.resolved(opened.config)
+    run = _Run(
+        source=source,
+        base=opened,
+        teacher=resolve(training.teacher) if training.teacher is not None else None,
+        settings=settings,
+        corpora=_read(source, opened, domains, keep, training, quiet=quiet),
+        target=target,
+        work=work if work is not None else target.with_name(f".{target.name}.training"),
+        as_json=as_json,
+        quiet=quiet,
+    )
+    display = Display(settings, len(domains), quiet=quiet)
+    log = RunLog(run.work, [display, *([print_event] if as_json else [])])
+    if not plan:
+        teaches = run.teacher is not None
+        check_room(opened.config, settings, run.corpora, target, run.work, teacher=teaches)
+    run.show_plan(log)
+    if plan:
+        return
+    made = run.train(log, display)
+    run.write(made, inputs, force=force)
+    log({"event": "done", "before": made.before, "after": made.after, "peak_bytes": made.peak})
+    if picture is not None:
+        draw(read_log(run.work / FILE), picture)
+    if not as_json:
+        print_result(made.before, made.after)
+    if not quiet:
+        nbytes = sum(path.stat().st_size for path in files_below(run.work))
+        say(f"peak memory: {size(made.peak)}")
+        say(f"{run.work} ({size(nbytes)}) has the log and the checkpoints, and may be deleted")
+        say(f"next: outlier-mlx convert {target} --base {base} --out {target}-tier")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training: what it is made of, and where it goes."""
+
+    source: "Source"
+    base: "BaseModel"
+    teacher: "Source | None"
+    settings: "Settings"
+    corpora: "Corpora"
+    target: Path
+    work: Path
+    as_json: bool
+    quiet: bool
+
+    def show_plan(self, log: "RunLog") -> None:
+        """Tell what will be trained and what it takes."""
+        from outlier_mlx.train.overlay import describe, overlay_bytes
+
+        settings, corpora = self.settings, self.corpora
+        assert settings.layers is not None
+        nbytes = overlay_bytes(self.base.config, settings, len(corpora.domains))
+        log.tell(
+            {
+                "event": "plan",
+                "base": self.source.name,
+                "settings": settings.as_json(),
+                "window": corpora.keep.train.shape[1] - 1,
+                "texts": [describe(corpus) for corpus in corpora],
+                "overlay_bytes": nbytes,
+            }
+        )
+        if self.quiet:
+            return
+        print_data(corpora)
+        say(
+            f"{len(corpora.domains) * settings.experts_per_domain} experts of width"
+            f" {settings.expert_size} in each of {len(settings.layers)} layers"
+            f" ({layer_ranges(settings.layers)}), {settings.top_k} for a token; the overlay takes"
+            f" {size(nbytes)}"
+        )
+
+    def train(self, log: "RunLog", display: Display) -> "Upcycled":
+        """Train, or go on where it was interrupted."""
+        from outlier_mlx.train.stages import upcycle as train
+
+        try:
+            with display.shown():
+                return train(
+                    self.source,
+                    self.corpora,
+                    self.settings,
+                    self.work,
+                    teacher=self.teacher,
+                    log=log,
+                )
+        except (KeyboardInterrupt, Ended):
+            if self.work.exists():
+                say(f"the training is kept in {self.work}: the same command goes on from there")
+            raise
+
+    def write(self, made: "Upcycled", inputs: list[Any], *, force: bool) -> None:
+        """Write the overlay."""
+        from outlier_mlx.terminal import progress_bar
+        from outlier_mlx.train.overlay import write_overlay
+
+        with progress_bar("writing", quiet=self.quiet) as progress:
+            write_overlay(
+                self.source,
+                made,
+                self.settings,
+                self.corpora,
+                self.target,
+                teacher=self.teacher.name if self.teacher is not None else None,
+                inputs=inputs,
+                force=force,
+                progress=progress,
+            )
+
+
+def _domain(given: str) -> tuple[str, Path]:
+    """Name and path of a domain."""
+    name, found, path = given.partition("=")
+    if not found or not path:
+        raise typer.BadParameter(
+            f"{given!r}: expected NAME=PATH, such as law=texts/law", param_hint="--domain"
+        )
+    return name, Path(path)
+
+
+def _settings(experts: Experts, training: Training, domains: int) -> "Settings":
+    from outlier_mlx.train.settings import Settings
+
+    return Settings(
+        layers=_layers(experts.layers),
+        experts_per_domain=experts.experts_per_domain,
+        top_k=experts.top_k or min(2, domains * experts.experts_per_domain),
+        expert_size=experts.expert_size,
+        init=experts.init,
+        scales=experts.scales,
+        straight_through=not training.no_straight_through,
+        expert_steps=training.steps,
+        joint_steps=training.joint_steps,
+        batch=training.batch,
+        learning_rate=training.learning_rate,
+        keep_weight=training.keep_weight,
+        keep_bound=training.keep_bound,
+        balance=training.balance,
+        stickiness=training.stickiness,
+        seed=training.seed,
+        layers_at_once=training.layers_at_once,
+        base_bits=None if training.base_bits == "none" else int(training.base_bits),
+    )
+
+
+def _layers(given: str) -> tuple[int, ...] | None:
+    """The numbers that `--layers` names; None for auto."""
+    if given == "auto":
+        return None
+    numbers: list[int] = []
+    for word in given.split(","):
+        match = _LAYERS.fullmatch(word.strip())
+        first = int(match[1]) if match else 0
+        last = int(match[2] or match[1]) if match else -1
+        if not first <= last < first + _MOST_LAYERS:
+            raise typer.BadParameter(
+                f"{given!r}: expected auto, or numbers and ranges such as 8-20 or 3,5,7-9",
+                param_hint="--layers",
+            )
+        numbers += range(first, last + 1)
+    return tuple(sorted(set(numbers)))
+
+
+def _read(
+    source: "Source",
+    base: "BaseModel",
+    domains: list[tuple[str, Path]],
+    keep: Path,
+    training: Training,
+    *,
+    quiet: bool,
+) -> "Corpora":
+    from outlier_mlx.engine.loading import load_tokenizer
+    from outlier_mlx.terminal import progress_bar
+    from outlier_mlx.train.texts import read_corpora
+
+    tokenizer = load_tokenizer(source.folder, base.config.raw)
+    positions = base.config.max_positions
+    if training.window > positions:
+        raise OutlierError(
+            f"--window {training.window}: the base's context length is {positions} tokens"
+        )
+    with progress_bar("reading", quiet=quiet) as progress:
+        return read_corpora(
+            domains,
+            keep,
+            tokenizer,
+            window=training.window,
+            held_out=training.held_out,
+            seed=training.seed,
+            vocab=base.config.vocab,
+            progress=progress,
+        )
