@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
+from outlier_mlx.serve import prefix_cache
 from outlier_mlx.serve.prefix_cache import LONGEST, PrefixCache
 from tests.plain_models import SIZES, make_model
 from tests.ternary_sources import QWEN35_TEXT
@@ -186,6 +187,20 @@ def test_a_conversation_goes_from_its_end() -> None:
     kept.make_room(0)
     assert kept.nbytes == 0
     assert kept.fetch(text(100)) == (None, 0)
+
+
+def test_a_conversation_of_thousands_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn can be a node: recursion would end at about 1000."""
+    monkeypatch.setattr(prefix_cache, "LONGEST", 4)
+    kept, long = PrefixCache(None, None), text(6_000)
+    keep_made_up(kept, long)
+    assert found(kept, long) == 6_000
+    keep_made_up(kept, [*long, 5])
+    assert found(kept, [*long, 5]) == 6_001
+    kept.make_room(ROW * 2000)
+    assert 1900 < found(kept, long) <= 2000
+    kept.clear()
+    assert kept.nbytes == 0
 
 
 def test_a_limit_on_conversations() -> None:

@@ -65,7 +65,11 @@ class Node:
 
     def path(self) -> "list[Node]":
         """The nodes from the beginning of the text to this one."""
-        return [*(self.parent.path() if self.parent else []), self]
+        found, node = [self], self.parent
+        while node is not None:
+            found.append(node)
+            node = node.parent
+        return found[::-1]
 
 
 def walk(root: Node, row: np.ndarray) -> tuple[Node, int]:
