@@ -171,7 +171,7 @@ def test_no_other_machine_has_more_than_half(small_tier: Path, monkeypatch: pyte
     def connect(address: str) -> socket.socket:
         return socket.create_connection(("127.0.0.1", port), 30, (address, 0))
 
-    options = {"max_tokens": 100_000, "max_context": 200_000}
+    options: dict[str, Any] = {"max_tokens": 100_000, "max_context": 200_000}
     with running(small_tier, max_clients=4, **options) as server, ExitStack() as stack:
         port = server.server.server_port
         monkeypatch.setattr(server, "connect", lambda: connect("127.0.0.2"))

@@ -20,7 +20,7 @@ from tests.serving import MESSAGES, Running, running
 
 LONG: Any = [{"role": "user", "content": "!" * 400}]
 ENDLESS = {"0": -100, "2": -100}
-QUANTIZED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 8}
+QUANTIZED: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 8}
 
 
 @pytest.fixture(scope="module")
