@@ -106,3 +106,60 @@ class Script:
 
     def __call__(self) -> tuple[nn.Module, Any]:
         return Scripted(self._successors), load_tokenizer(self.folder, {})
+
+
+class Writing(nn.Module):
+    """After the latest of some tokens, it writes that token's text, one token after another.
+
+    Args:
+        texts: for each of these tokens, those that follow it; the last one is repeated.
+        vocab: number of tokens.
+    """
+
+    def __init__(self, texts: dict[int, list[int]], vocab: int) -> None:
+        super().__init__()
+        self.layers: list[Any] = [None]
+        self._texts, self._vocab = texts, vocab
+
+    def make_cache(self) -> list[Any]:
+        return [KVCache()]
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        new = tokens[:, None, :, None].astype(mx.float32)
+        seen: Any = cache[0].update_and_fetch(new, new)[0][:, 0, :, 0].tolist()
+        count = tokens.shape[1]
+        following = mx.array(
+            [[self._next(row[: len(row) - n]) for n in reversed(range(count))] for row in seen]
+        )
+        return 20.0 * (following[..., None] == mx.arange(self._vocab)).astype(mx.float32)
+
+    def _next(self, tokens: list[float]) -> int:
+        marks = [place for place, token in enumerate(tokens) if int(token) in self._texts]
+        if not marks:
+            return 0
+        text = self._texts[int(tokens[marks[-1]])]
+        return text[min(len(tokens) - 1 - marks[-1], len(text) - 1)]
+
+
+class Written:
+    """Loads a model that writes its replies with ordinary tokens, each a byte, and marks of calls.
+
+    Args:
+        folder: a new folder for the tokenizer.
+        template: the chat template.
+        replies: the reply after each mark that the template writes.
+    """
+
+    def __init__(self, folder: Path, template: str, replies: dict[str, str]) -> None:
+        more: dict[str, tuple[str, ...]] = dict.fromkeys(replies.keys() - {START, RESULT}, ())
+        self.folder = Script(folder, template=template, after=more).folder
+        self._replies = replies
+
+    def __call__(self) -> tuple[nn.Module, Any]:
+        tokenizer = load_tokenizer(self.folder, {})
+        vocab = tokenizer.get_vocab()
+        texts = {
+            vocab[mark]: [*tokenizer.encode(reply), vocab[END]]
+            for mark, reply in self._replies.items()
+        }
+        return Writing(texts, len(vocab)), tokenizer

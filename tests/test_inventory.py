@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
+from outlier_mlx.cli.showcase import FOLDER
+from outlier_mlx.engine.drafting.draft_model import ModelDrafts
+from outlier_mlx.engine.drafting.gate import Costs
 from outlier_mlx.storage.hub import resolve
 from tests.folders import copy_writable, names
 from tests.hub import Hub, opened
@@ -152,6 +156,37 @@ def test_run_answers_a_prompt_or_talks(library: Library) -> None:
     talk = run("chat", tier, *asked, input="How do I find Vega?\nHi\n").out
     assert run("run", tier, *asked, input="How do I find Vega?\nHi\n").out == talk
     assert answer in talk
+
+
+def test_run_drafts_as_generate_and_chat_do(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    note = ModelDrafts.note
+
+    def counted(self: ModelDrafts, tokens: Sequence[int], drafted: int) -> None:
+        made.append(drafted)
+        note(self, tokens, drafted)
+
+    monkeypatch.setattr(ModelDrafts, "note", counted)
+    monkeypatch.setattr(Costs, "of", lambda self, width: 1.0)
+    tier, base = library.demo_tier("q4"), FOLDER / "base"
+    command = ("run", tier, "How do I find Vega?", "--temp", "0", "-m", "40")
+    plain = run(*command, "--no-prompt-lookup")
+    assert "drafted" not in plain.err
+    drafts = ("--draft-model", base, "--num-draft-tokens", "2")
+    answer = run(*command, *drafts)
+    assert answer.out == plain.out
+    found = re.search(r"(\d+) steps, (\d+) of (\d+) drafted tokens accepted", answer.err)
+    assert found is not None
+    steps, accepted, drafted = map(int, found.groups())
+    assert steps == len(made)
+    assert 0 < accepted <= drafted <= 2 * steps
+    talk = run("run", tier, "--temp", "0", "-m", "40", *drafts, input="How do I find Vega?\n")
+    assert talk.out.strip() == plain.out.strip()
+    assert len(made) > steps
+    named = run("run", tier, "Hi", "--draft-model", tier.parent / "none", code=1)
+    assert_refused(named, "none: no such folder")
 
 
 def test_sampling_of_run_is_that_of_chat(library: Library) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import agents
@@ -11,8 +12,8 @@ import anthropic
 import openai
 import pytest
 
-from tests.scripted import RESULT, TOOLS
-from tests.serving import NAME, Running, ServeScript
+from tests.scripted import RESULT, START, TOOLS, Written
+from tests.serving import NAME, Running, ServeScript, running
 
 pytestmark = pytest.mark.slow
 
@@ -59,14 +60,32 @@ class Functions:
 CALLED = [("warmth", {"city": "Lyon"}), ("difference", {"a": 21, "b": 4})]
 
 
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The same calls, written with ordinary tokens, as a grammar can hold a model to them."""
+    first, last = "".join(FIRST[3:]), "".join(LAST)
+    replies = {START: first, RESULT: "".join(SECOND), AGAIN: last}
+    folder = tmp_path_factory.mktemp("written") / "model"
+    with running(Written(folder, TEMPLATE, replies)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["free", "strict"])
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(
     "kind",
     [agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel],
     ids=["chat", "responses"],
 )
-def test_an_agent_of_openai(served: Running, kind: Any, streams: bool):
-    """It calls two functions, one after the result of the other, and finishes."""
+def test_an_agent_of_openai(
+    served: Running, ordinary: Running, kind: Any, streams: bool, strict: bool
+):
+    """It calls two functions, one after the result of the other, and finishes.
+
+    Functions of `agents` are strict unless it is told otherwise.
+    """
+    how: Any = {} if strict else {"strict_mode": False}
+    served = ordinary if strict else served
     functions = Functions()
 
     async def run() -> Any:
@@ -76,8 +95,8 @@ def test_an_agent_of_openai(served: Running, kind: Any, streams: bool):
                 instructions="Answer with the help of the functions.",
                 model=kind(model=NAME, openai_client=client),
                 tools=[
-                    agents.function_tool(functions.warmth, strict_mode=False),
-                    agents.function_tool(functions.difference, strict_mode=False),
+                    agents.function_tool(functions.warmth, **how),
+                    agents.function_tool(functions.difference, **how),
                 ],
             )
             config = agents.RunConfig(tracing_disabled=True)

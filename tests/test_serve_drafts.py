@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -28,7 +29,7 @@ from tests.folders import copy_writable
 from tests.library import Library
 from tests.plain_models import SIZES, make_model
 from tests.program import assert_refused, run
-from tests.serving import NAME, Running, running
+from tests.serving import MESSAGES, NAME, Running, running
 
 BASE = FOLDER / "base"
 STATES = SIZES | {
@@ -103,6 +104,37 @@ def test_the_text_is_the_same(wide: Path, options: dict[str, Any], free_drafts: 
     assert accepted(ours[0]) > 0
     assert ours[0].usage.completion_tokens_details.rejected_prediction_tokens > 0
     assert [accepted(each) for each in plain] == [0, 0, 0]
+
+
+def test_each_api_tells_of_drafts(small_tier: Path, free_drafts: None) -> None:
+    """Their clients read what is theirs, and keep the rest."""
+    wanted = {"messages": MESSAGES, "max_tokens": 24}
+    with running(small_tier, load_draft=similar(small_tier)) as served:
+        url = served.server.url.removesuffix("/v1")
+        claude = anthropic.Anthropic(base_url=url, api_key="any", max_retries=0)
+        chat = served.chat(max_tokens=24).usage
+        chunks = served.chat(max_tokens=24, stream=True, stream_options={"include_usage": True})
+        *_, last = chunks
+        create: Any = served.client.responses.create
+        response = create(model=NAME, input=MESSAGES, max_output_tokens=24).usage
+        ask_claude: Any = claude.messages.create
+        message = ask_claude(model=NAME, **wanted).usage
+        stream: Any = claude.messages.stream
+        with stream(model=NAME, **wanted) as events:
+            streamed = events.get_final_message().usage
+        (model,) = served.client.models.list().data
+    found = [
+        *(usage.completion_tokens_details for usage in (chat, last.usage)),
+        *(usage.output_tokens_details for usage in (response, message, streamed)),
+    ]
+    told = [(d.accepted_prediction_tokens, d.rejected_prediction_tokens) for d in found]
+    assert told == told[:1] * 5
+    right, wrong = told[0]
+    assert right > 0 and wrong > 0
+    # A step gives one token besides those of its draft.
+    steps = chat.completion_tokens - right
+    drafts = {"steps": 5 * steps, "drafted": 5 * (right + wrong), "accepted": 5 * right}
+    assert model.outlier["drafts"] == drafts  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

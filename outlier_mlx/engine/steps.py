@@ -94,6 +94,16 @@ class Counts:
     drafted: int = 0
     accepted: int = 0
 
+    def __add__(self, other: "Counts") -> "Counts":
+        """What both took."""
+        return Counts(
+            self.steps + other.steps, self.drafted + other.drafted, self.accepted + other.accepted
+        )
+
+    def __sub__(self, earlier: "Counts") -> "Counts":
+        """What it took since an earlier time."""
+        return self + Counts(-earlier.steps, -earlier.drafted, -earlier.accepted)
+
     def __str__(self) -> str:
         """For people, if there were drafts."""
         return f"{self.steps} steps, {self.accepted} of {self.drafted} drafted tokens accepted"

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import unquote
 
@@ -78,7 +79,8 @@ class Handler(CheckedHandler):
             "object": "model",
             "created": int(time.time()),
             "owned_by": "outlier-mlx",
-            "outlier": self.generator.provider.description(),
+            "outlier": self.generator.provider.description()
+            | {"drafts": asdict(self.generator.loop.counts)},
         } | self._state()
         name = unquote(self.path.removeprefix("/v1/models").strip("/"))
         if name not in ("", self.service.name):

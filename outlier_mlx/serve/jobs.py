@@ -7,6 +7,7 @@ from queue import Queue
 from typing import Any
 
 from outlier_mlx.engine.experts import Pass
+from outlier_mlx.engine.steps import Counts
 from outlier_mlx.serve.request import Request
 from outlier_mlx.serve.segments import Prompt
 
@@ -46,8 +47,8 @@ class Job(Queue[Any]):
 
     Attributes:
         cached: number of the prompt's tokens whose cache was kept from an earlier request.
-        drafted: tokens of drafts that were checked for its reply, in OpenAI's words predicted.
-        accepted: those of them that are in the reply.
+        counts: steps that it took alone, tokens of drafts that were checked in them (in OpenAI's
+            words predicted), and those of them that are in the reply.
         ended: whether nothing more will be generated.
         abandoned: whether nobody waits for the reply any more.
         passes: the passes that computed tokens which are not told yet, and its row in each.
@@ -60,7 +61,8 @@ class Job(Queue[Any]):
         self.request = request
         self.prompt = prompt
         self.max_tokens = max_tokens
-        self.cached = self.drafted = self.accepted = 0
+        self.cached = 0
+        self.counts = Counts()
         self.ended = False
         self.abandoned = False
         self.passes: deque[tuple[Pass, int]] = deque()

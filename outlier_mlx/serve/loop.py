@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.generate import wired_limit
 
 from outlier_mlx.engine.constraint import ConstraintError
+from outlier_mlx.engine.steps import Counts
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.batch import Batch
 from outlier_mlx.serve.jobs import Job
@@ -55,6 +56,7 @@ class Loop:
         prefixes: kept caches.
         moved: time of the last turn that did something, of `time.monotonic`.
         thread: the thread; it runs until `stop`.
+        counts: all steps for one sequence alone, and the drafts in them.
         watch: called for each step of generation with the jobs of the batch's rows; the step is
             taken inside the context that it returns.
     """
@@ -71,6 +73,7 @@ class Loop:
         self._options = provider.service.options
         self._busy = busy
         self._stopping = False
+        self.counts = Counts()
         self._steps = 0
         self._begun: list[Job] = []
         self._waiting = Waiting()
@@ -164,6 +167,8 @@ class Loop:
             elif result.finish_reason is not None:
                 self.prefixes.keep(sequence.tokens, sequence.cache, "assistant")
             sequence.job.answer(result)
+        if isinstance(batch, Single):
+            self.counts += batch.latest
         self._separate(batch)
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:

@@ -68,7 +68,8 @@ class Reply:
     @property
     def drafts(self) -> tuple[int, int]:
         """Tokens of drafts that were accepted, and that were rejected."""
-        return self._job.accepted, self._job.drafted - self._job.accepted
+        counts = self._job.counts
+        return counts.accepted, counts.drafted - counts.accepted
 
     @property
     def generated(self) -> bool:

@@ -1,7 +1,6 @@
 """A sequence that is generated alone: its steps can give several tokens, after a draft."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -37,6 +36,7 @@ class Single:
     Attributes:
         sequences: the one, or none if it has ended.
         begins: False; its first step gives its first token.
+        latest: what the latest step took.
     """
 
     begins = False
@@ -51,7 +51,7 @@ class Single:
         pending: tuple[mx.array, mx.array] | None = None,
     ) -> None:
         self.sequences = [sequence]
-        self._counted = Counts()
+        self.latest = self._counted = Counts()
         sampler: Any = sequence.choice.sampler
         if sequence.drafts is None and drafting is not None:
             sequence.drafts = drafting.new(sequence.cache)
@@ -91,10 +91,9 @@ class Single:
         reasons = [self._steps.finish_reason if n == last else None for n in range(last + 1)]
         tokens = [self._told(sequence, *pair) for pair in zip(chosen, reasons, strict=True)]
         sequence.generated += len(tokens)
-        counts = self._steps.counts
-        sequence.job.drafted += counts.drafted - self._counted.drafted
-        sequence.job.accepted += counts.accepted - self._counted.accepted
-        self._counted = replace(counts)
+        self.latest = self._steps.counts - self._counted
+        self._counted += self.latest
+        sequence.job.counts += self.latest
         if self._steps.finish_reason is not None:
             self.sequences = []
             self._give_back(sequence)

@@ -104,7 +104,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     told: dict[str, Any] = {
         "input_tokens": usage.prompt - (cached or 0),
         "output_tokens": usage.completion,
-        "output_tokens_details": {"thinking_tokens": usage.reasoning},
+        "output_tokens_details": {"thinking_tokens": usage.reasoning} | usage.predictions,
     }
     if cached is not None:
         told |= {"cache_read_input_tokens": cached, "cache_creation_input_tokens": 0}

@@ -34,6 +34,16 @@ class Usage:
     rejected: int = 0
     cached: int | None = None
 
+    @property
+    def predictions(self) -> dict[str, int]:
+        """How many tokens of drafts were right, with OpenAI's names; empty without drafts."""
+        if not self.accepted and not self.rejected:
+            return {}
+        return {
+            "accepted_prediction_tokens": self.accepted,
+            "rejected_prediction_tokens": self.rejected,
+        }
+
 
 @dataclass(frozen=True)
 class Event:

@@ -50,11 +50,8 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
     }
-    if usage.accepted or usage.rejected:
-        told["completion_tokens_details"] = {
-            "accepted_prediction_tokens": usage.accepted,
-            "rejected_prediction_tokens": usage.rejected,
-        }
+    if usage.predictions:
+        told["completion_tokens_details"] = usage.predictions
     if usage.cached is not None:
         told["prompt_tokens_details"] = {"cached_tokens": usage.cached}
     return told
