@@ -15,10 +15,16 @@ Scored = tuple[mx.array, mx.array]
 Score = Callable[..., Scored]
 
 # Logits that are there at a time, in numbers.
-LOGITS = 1 << 25
+LOGITS = 1 << 24
 
 
-def through_head(hidden: mx.array, head: mx.array, score: Score, *targets: mx.array) -> mx.array:
+def through_head(
+    hidden: mx.array,
+    head: mx.array,
+    score: Score,
+    *targets: mx.array,
+    after: mx.array | None = None,
+) -> mx.array:
     """The mean loss of tokens, with a gradient for `hidden` alone.
 
     Args:
@@ -26,6 +32,7 @@ def through_head(hidden: mx.array, head: mx.array, score: Score, *targets: mx.ar
         head: (vocab, hidden).
         score: the loss; see `Score`.
         targets: (..., anything) with a row for each token.
+        after: what is computed before the first logits are.
     """
     rows = [target.reshape(-1, *target.shape[hidden.ndim - 1 :]) for target in targets]
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -34,13 +41,14 @@ def through_head(hidden: mx.array, head: mx.array, score: Score, *targets: mx.ar
     @_custom
     def fused(flat: mx.array) -> tuple[mx.array, mx.array]:
         total, gradients = mx.zeros(()), []
+        before = [] if after is None else [after]
         for start in range(0, len(flat), step):
-            logits = (flat[start : start + step] @ head.T).astype(mx.float32)
+            (part,) = mx.depends([flat[start : start + step]], before)
+            logits = (part @ head.T).astype(mx.float32)
             loss, of_logits = score(logits, *(row[start : start + step] for row in rows))
             total = total + loss
-            gradient = of_logits.astype(flat.dtype) @ head
-            # Both are computed before the next part's logits are.
-            gradients += mx.depends([gradient], [total])
+            gradients.append(of_logits.astype(flat.dtype) @ head)
+            before = [total, gradients[-1]]
         return total / len(flat), mx.concatenate(gradients) / len(flat)
 
     @fused.vjp

@@ -128,6 +128,11 @@ class Settings:
         return replace(self, layers=layers, expert_size=size)
 
     @property
+    def trains_experts(self) -> bool:
+        """Whether the weights of experts are trained."""
+        return self.straight_through and self.expert_steps > 0
+
+    @property
     def keep_rows(self) -> int:
         """Windows in a step that are text of what the base shall not forget."""
         return max(1, round(self.batch * self.keep_share))

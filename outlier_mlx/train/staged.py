@@ -64,7 +64,7 @@ class Stages:
             groups: layers whose experts are trained together.
         """
         self._begin()
-        if self._settings.straight_through and self._settings.expert_steps:
+        if self._settings.trains_experts:
             for number, domain in enumerate(self._corpora.domains):
                 for group in groups:
                     self._train_experts(number, domain, group, len(groups))
@@ -112,7 +112,7 @@ class Stages:
                 seen.pop(layer), settings.experts_per_domain, seed
             )
             # Experts that are still to be trained are silent until then.
-            alpha = 0.0 if settings.straight_through and settings.expert_steps else settings.alpha
+            alpha = 0.0 if settings.trains_experts else settings.alpha
             arrays[f"{layer}.alpha"] = mx.full((len(self._all),), alpha)
             for number in self._all:
                 expert, error = rounded_expert(
@@ -264,7 +264,8 @@ class Stages:
         def from_base(logits: mx.array, base: mx.array) -> tuple[mx.array, mx.array]:
             return divergence(logits, base @ base_head.T)
 
-        of_keep = through_head(hidden[count:], head, from_base, base)
+        # One after the other, so that there are the logits of one of them at a time.
+        of_keep = through_head(hidden[count:], head, from_base, base, after=of_new)
         return of_new + self._settings.keep_weight * of_keep, of_new, of_keep
 
     def _batch(self, wanted: list[tuple[Corpus, np.ndarray]], step: int) -> Batch:

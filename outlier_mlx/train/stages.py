@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.engine.loading import load_model
+from outlier_mlx.engine.machine import Budget, budget
 from outlier_mlx.models.config import parse_config, raw_config
 from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.storage.hub import Source
@@ -18,6 +19,7 @@ from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.identity import digest_of_data, digest_of_model
 from outlier_mlx.train.loop import Log
 from outlier_mlx.train.measures import perplexities
+from outlier_mlx.train.plan import MemoryPlan, plan
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.staged import Stages
 from outlier_mlx.train.state import Work
@@ -125,10 +127,9 @@ def upcycle(
         OutlierError: settings do not fit the base, the work folder holds another training, or the
             loss is not a number.
     """
-    config = parse_config(raw_config(base.folder))
-    settings.check(config, len(corpora.domains))
-    settings = settings.resolved(config)
-    assert settings.layers is not None
+    settings, needed = planned(base, corpora, settings, work, dtype=dtype)
+    assert settings.layers is not None and settings.layers_at_once is not None
+    needed.check()
     mx.reset_peak_memory()
     identity = settings.as_json() | {
         "base": digest_of_model(base.folder),
@@ -138,18 +139,65 @@ def upcycle(
     }
     folder = Work(work, identity)
     experts = len(corpora.domains) * settings.experts_per_domain
+    log({"event": "memory"} | needed.as_json())
     targets = None
     if teacher is not None:
-        targets = teach(teacher, corpora, settings, config.vocab, folder, log)
+        vocab = parse_config(raw_config(base.folder)).vocab
+        targets = teach(teacher, corpora, settings, vocab, folder, log)
     loaded, _ = load_model(base.folder, dtype=dtype)
     model = TrainedModel(loaded, settings.layers, experts, settings.base_bits)
     stages = Stages(model, corpora, settings, folder, log, save_every, targets)
-    groups = layer_groups(settings.layers, settings.layers_at_once or len(settings.layers))
+    groups = layer_groups(settings.layers, settings.layers_at_once)
     stages.run(list(groups))
     after = perplexities(stages.held_out())
     before = perplexities(stages.before)
     layers = TrainedLayers(model.blocks)
     return Upcycled(layers, before, after, stages.records, mx.get_peak_memory())
+
+
+def planned(
+    base: Source,
+    corpora: Corpora,
+    settings: Settings,
+    work: Path,
+    *,
+    dtype: str | None = None,
+    available: Budget | None = None,
+) -> tuple[Settings, MemoryPlan]:
+    """The settings with nothing left open, and what the training takes of memory.
+
+    A training that was begun keeps its number of layers at once, whatever memory is free now.
+
+    Args:
+        base: as for `upcycle`, like all others but the last.
+        corpora: see there.
+        settings: see there.
+        work: see there; it need not exist.
+        dtype: see there.
+        available: memory; default: what this machine gives.
+
+    Raises:
+        CheckpointError: the base is no model, or the work folder is damaged.
+        OutlierError: settings do not fit the base.
+    """
+    config = parse_config(raw_config(base.folder))
+    settings.check(config, len(corpora.domains))
+    settings = settings.resolved(config)
+    begun = Work.begun(work).get("layers_at_once")
+    if settings.layers_at_once is None and type(begun) is int and begun > 0:
+        settings = replace(settings, layers_at_once=begun)
+    if dtype is None:
+        on_cpu = mx.default_device() == mx.cpu
+        dtype = "float32" if on_cpu else str(config.raw.get("dtype", "bfloat16"))
+    found = plan(
+        config,
+        settings,
+        len(corpora.domains),
+        corpora.keep.train.shape[1] - 1,
+        available or budget(),
+        4 if dtype == "float32" else 2,
+    )
+    return replace(settings, layers_at_once=found.layers_at_once), found
 
 
 def layer_groups(layers: Sequence[int], at_once: int) -> Iterator[Sequence[int]]:

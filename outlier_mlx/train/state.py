@@ -67,6 +67,12 @@ class Work:
         """
         return _read(self._of_stage(stage), stage) if self.is_finished(stage) else None
 
+    @staticmethod
+    def begun(folder: Path) -> dict[str, Any]:
+        """The identity of the training that a work folder holds; empty if there is none."""
+        path = folder / _IDENTITY
+        return read_json(path) if path.exists() else {}
+
     def is_finished(self, stage: str) -> bool:
         """Whether the result of a stage is there."""
         return self._of_stage(stage).exists()

@@ -1,0 +1,174 @@
+"""What a training takes of memory, known before it begins, and how many layers fit together."""
+
+import math
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from outlier_mlx.engine.machine import Budget
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.description import ModelConfig
+from outlier_mlx.models.families import family
+from outlier_mlx.terminal import size
+from outlier_mlx.train.objectives import chunk
+from outlier_mlx.train.settings import Settings
+
+# Numbers that are there at once while a layer is computed again for its gradient, counted in MLX
+# 0.32 on a CPU, where attention holds its scores: for a token, by neurons of the FFN, by hidden
+# size, and by heads times length; by width of an expert in training; and in the last stage, by
+# width of an expert, and by its weights. A GPU's fused attention holds less. Where the gradient
+# goes on to the layer below, MLX begins with that one before it is done with this one.
+_OF_FFN, _OF_HIDDEN, _OF_SCORES = 8.1, 16.4, 2.9
+_OF_LATENT, _OF_EXPERT, _OF_TRITS = 11.0, 6.7, 3.2
+_AHEAD_OF_FFN, _AHEAD_OF_HIDDEN = 2.1, 8.0
+# Arrays of logits that are there at once: of next tokens, of the divergence; and parts of the text
+# that MLX works on at once.
+_OF_NEXT, _OF_DIVERGENCE, _PARTS = 4.3, 7.0, 3
+# Arrays of the size of one matrix while Adam makes a step.
+_OF_ADAM = 8
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the largest stage of a training takes.
+
+    Attributes:
+        parts: bytes by what they are for.
+        layers_at_once: layers whose experts are trained together.
+        available: what the machine gives.
+    """
+
+    parts: dict[str, int]
+    layers_at_once: int
+    available: Budget
+
+    @property
+    def peak(self) -> int:
+        """All bytes."""
+        return sum(self.parts.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "layers_at_once": self.layers_at_once,
+            "parts": self.parts,
+            "peak_bytes": self.peak,
+            "available_bytes": self.available.nbytes,
+        }
+
+    def check(self) -> None:
+        """Check that it fits.
+
+        Raises:
+            OutlierError: it does not.
+        """
+        if self.peak > self.available.nbytes:
+            raise OutlierError(
+                f"the training needs {size(self.peak)}, with the experts of"
+                f" {self.layers_at_once} layers at once; {self.available}: smaller windows, a"
+                " smaller batch or smaller experts need less"
+            )
+
+
+def plan(
+    config: ModelConfig,
+    settings: Settings,
+    domains: int,
+    window: int,
+    available: Budget,
+    itemsize: int = _FLOAT,
+) -> MemoryPlan:
+    """Plan the memory of a training.
+
+    Args:
+        config: the base's.
+        settings: resolved. Without `layers_at_once`, as many layers are trained together as fit,
+            with some room for others; one, if even that does not fit.
+        domains: number of domains.
+        window: tokens of a window that are predicted.
+        available: what the machine gives.
+        itemsize: bytes of a number of the base and of activations.
+    """
+    assert settings.layers is not None
+    most = settings.layers_at_once or len(settings.layers)
+    room = available.nbytes - available.headroom
+    for count in range(most, 0, -1):
+        parts = _parts(config, settings, domains, window, itemsize, count)
+        if settings.layers_at_once is not None or sum(parts.values()) <= room or count == 1:
+            break
+    # Groups of about the same size: no more layers than that needs.
+    groups = math.ceil(len(settings.layers) / count)
+    return MemoryPlan(parts, math.ceil(len(settings.layers) / groups), available)
+
+
+def _parts(
+    config: ModelConfig, settings: Settings, domains: int, window: int, itemsize: int, count: int
+) -> dict[str, int]:
+    assert settings.layers is not None and settings.expert_size is not None
+    shapes = [m.shape for m in family(config.family).modules(config)]
+    base = sum(m.params for m in family(config.family).modules(config))
+    matrices = sum(prod(shape) for shape in shapes if len(shape) == 2)
+    if config.tied:
+        matrices += config.vocab * config.hidden  # embedding and head are rounded each
+    rounded = 0.0
+    if settings.base_bits is not None:
+        rounded = matrices * (settings.base_bits / 8 + 2 * itemsize / 64)
+    expert = 3 * config.hidden * settings.expert_size
+    rows = 2 * settings.expert_size + config.hidden
+    experts = domains * settings.experts_per_domain
+    frozen = len(settings.layers) * experts * (expert / 4 + _FLOAT * rows)
+
+    tokens = settings.batch * window
+    saved = tokens * config.hidden * itemsize * (config.layers - settings.layers[0] + 1)
+    layer = _layer(config, settings, tokens, window) * itemsize
+    ahead = _AHEAD_OF_FFN * config.intermediate + _AHEAD_OF_HIDDEN * config.hidden
+    ahead *= tokens * itemsize
+    head = _head(config, settings, window) * itemsize
+    trained = count * settings.experts_per_domain * expert if settings.trains_experts else 0
+    alone = settings.experts_per_domain * tokens * _OF_LATENT * settings.expert_size * _FLOAT
+    adam = _OF_ADAM * config.hidden * settings.expert_size * _FLOAT
+    # Gradients are there when the last layer is computed again, and when Adam makes its step.
+    working = max(
+        head,
+        layer + alone + ahead * (count > 1) + _FLOAT * trained,
+        _FLOAT * trained + adam - saved,
+    )
+    together = experts * (_OF_EXPERT * tokens * settings.expert_size + _OF_TRITS * expert) * _FLOAT
+    stage = 3 * _FLOAT * trained + working
+    if len(settings.layers) > 1:
+        together += ahead
+    joint = max(head, layer + together) + 4 * _FLOAT * len(settings.layers) * experts * rows
+    if not trained or (settings.joint_steps and joint > stage):
+        trained, working = 0, joint
+    return {
+        "base": int(base * itemsize),
+        "rounded base": int(rounded),
+        "experts": int(frozen),
+        "experts in training": 3 * _FLOAT * trained,
+        "inputs of layers": saved,
+        "work": int(working),
+    }
+
+
+def _layer(config: ModelConfig, settings: Settings, tokens: int, window: int) -> float:
+    """Numbers of a layer without experts while it is computed again for its gradient."""
+    found = tokens * (_OF_FFN * config.intermediate + _OF_HIDDEN * config.hidden)
+    found += tokens * _OF_SCORES * config.heads * window
+    if settings.base_bits is not None:
+        found += config.hidden * config.intermediate  # a rounded matrix
+    return found
+
+
+def _head(config: ModelConfig, settings: Settings, window: int) -> float:
+    """Numbers of the head while the loss is computed."""
+    step = chunk(config.vocab)
+
+    def logits(windows: int, arrays: float) -> float:
+        tokens = windows * window
+        return arrays * config.vocab * min(tokens, _PARTS * step)
+
+    new = logits(settings.batch - settings.keep_rows, _OF_NEXT)
+    keep = logits(settings.keep_rows, _OF_DIVERGENCE)
+    rounded = config.vocab * config.hidden if settings.base_bits is not None else 0
+    return max(new, keep) + rounded

@@ -1,0 +1,113 @@
+"""The memory of a training: planned before it begins, and as much as it takes."""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from outlier_mlx.engine.machine import Budget, budget
+from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.config import parse_config
+from outlier_mlx.storage.hub import Source
+from outlier_mlx.train.plan import plan
+from outlier_mlx.train.settings import Settings
+from outlier_mlx.train.stages import planned, upcycle
+from outlier_mlx.train.texts import Corpora, Corpus
+from tests.builders import write_base
+from tests.library import Library
+from tests.training import Stopped, stopped_at, train
+
+# Qwen2.5-7B.
+SEVEN_B = parse_config(
+    {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 32768,
+    }
+)
+FOURTEEN_LAYERS = Settings(layers=tuple(range(8, 22)), batch=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("window", "how"),
+    [
+        (32, {}),
+        (32, {"layers_at_once": 1}),
+        (128, {"base_bits": None}),
+        (32, {"straight_through": False, "joint_steps": 2}),
+    ],
+)
+def test_a_training_takes_what_was_planned(tmp_path: Path, window: int, how: dict) -> None:
+    """Within 15 %; of a base whose parts have about the sizes that those of large ones have."""
+    dims: dict[str, Any] = {"hidden": 128, "intermediate": 512, "vocab": 1024, "layers": 5}
+    write_base(tmp_path / "base", base_dtype="F32", tokenizer=False, **dims)
+    rng = np.random.default_rng(0)
+
+    def text(windows: int) -> np.ndarray:
+        return rng.integers(0, 1024, (windows, window + 1)).astype(np.int32)
+
+    texts = [Corpus(name, text(8), text(2)) for name in ("law", "keep")]
+    settings = Settings(
+        layers=(1, 2, 3, 4), top_k=1, expert_size=256, expert_steps=4, joint_steps=0, batch=4
+    )
+    settings = replace(settings, **how)
+    base, given = Source(tmp_path / "base", "base"), Corpora((texts[0],), texts[1])
+    _, wanted = planned(base, given, settings, tmp_path / "work")
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    made = upcycle(base, given, settings, tmp_path / "work", log=lambda event: None)
+    assert made.peak - before == pytest.approx(wanted.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("size", [4736, 9472])
+def test_a_base_of_7b_with_two_experts_in_14_layers_fits_32_gb(size: int) -> None:
+    settings = replace(FOURTEEN_LAYERS, expert_size=size).resolved(SEVEN_B)
+    found = plan(SEVEN_B, settings, 2, 512, budget(32), 2)
+    assert 14.9e9 < found.parts["base"] < 15.5e9
+    assert 1 <= found.layers_at_once < 14
+    found.check()
+    whole = plan(SEVEN_B, replace(settings, layers_at_once=14), 2, 512, budget(32), 2)
+    with pytest.raises(OutlierError, match=r"the training needs .* GB, with the experts of 14"):
+        whole.check()
+
+
+def test_more_memory_trains_more_layers_together() -> None:
+    settings = FOURTEEN_LAYERS.resolved(SEVEN_B)
+    counts = [plan(SEVEN_B, settings, 2, 512, budget(gb), 2).layers_at_once for gb in (32, 64, 192)]
+    assert counts == sorted(counts) and counts[0] < counts[1] <= counts[2] == 14
+    assert plan(SEVEN_B, settings, 2, 512, Budget(10**9, "it"), 2).layers_at_once == 1
+
+
+def test_a_training_that_was_begun_keeps_its_layers_at_once(
+    library: Library, tmp_path: Path
+) -> None:
+    events: list[dict[str, Any]] = []
+    with stopped_at(1, "experts of law") as log, pytest.raises(Stopped):
+        train(library, tmp_path / "work", log, layers_at_once=1)
+    made = train(library, tmp_path / "work", events.append)
+    assert events[0]["event"] == "memory" and events[0]["layers_at_once"] == 1
+    assert events[0]["peak_bytes"] == sum(events[0]["parts"].values())
+    assert len(made.stages) == 1 + 2 * 2 + 1
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outlier_mlx.train.stages.budget", lambda: Budget(1000, "this machine"))
+    with pytest.raises(OutlierError, match=r"this machine gives 1\.0 kB"):
+        train(library, tmp_path / "work")
+    assert not list(tmp_path.iterdir())
