@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +30,17 @@ os.environ["OUTLIER_MLX_KERNELS"] = ""
 # A terminal's own width counts, not what a parent process has exported.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
+
+
+# Files of few tests that take minutes.
+LONG = ("test_pages.py", "test_serve_load.py", "test_serve_cache.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first: at the end, no process waits for the one that has such a file."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)

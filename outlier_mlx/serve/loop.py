@@ -271,10 +271,11 @@ class Loop:
         """Let go of the model, and of all that was computed with it, in the thread that made it."""
         self._forget()
         self._provider.unload()
+        if self._stopping:  # nobody needs the memory, and whoever stops the server waits
+            return
         gc.collect()
         mx.clear_cache()
-        if not self._stopping:
-            self._provider.service.log("the model is unloaded, until the next request")
+        self._provider.service.log("the model is unloaded, until the next request")
 
     def _forget(self) -> None:
         """Let go of all caches."""

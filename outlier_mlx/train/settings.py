@@ -139,7 +139,8 @@ class Settings:
 
     def as_json(self) -> dict:
         """The settings as JSON values."""
-        return json.loads(json.dumps(asdict(self)))
+        layers = None if self.layers is None else list(self.layers)
+        return asdict(self) | {"layers": layers}
 
     def digest(self) -> str:
         """A digest of all settings."""

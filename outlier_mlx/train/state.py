@@ -50,7 +50,7 @@ class Work:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         path = folder / _IDENTITY
-        wanted = json.loads(json.dumps({"version": VERSION, **identity}))
+        wanted = {"version": VERSION, **identity}
         if path.exists():
             self._compare(read_json(path), wanted)
         elif any(folder.iterdir()):
