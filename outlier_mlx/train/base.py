@@ -7,6 +7,7 @@ from outlier_mlx.checkpoints.base import BaseModel, open_base
 from outlier_mlx.checkpoints.overlay import check_base
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import is_overlay, is_tier, raw_config
+from outlier_mlx.writing.assets import has_tokenizer
 
 
 def open_dense(folder: Path) -> BaseModel:
@@ -17,7 +18,7 @@ def open_dense(folder: Path) -> BaseModel:
 
     Raises:
         CheckpointError: it is a tier, an overlay, a ternary or quantized model, of a family that
-            can be no base, or a tensor is missing or has another shape.
+            can be no base, a tensor is missing or has another shape, or there is no tokenizer.
     """
     raw = raw_config(folder)
     if is_tier(raw):
@@ -29,4 +30,6 @@ def open_dense(folder: Path) -> BaseModel:
     if "lm_head.weight" in base.tensors:  # a head that is stored is the head
         config = replace(config, tied=False)
     check_base(base.tensors, config, folder.name)
+    if not has_tokenizer(folder):  # without files, transformers would make an empty one
+        raise CheckpointError(f"{folder}: no tokenizer in it, so no text can be read")
     return base
