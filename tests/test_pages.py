@@ -176,6 +176,20 @@ def tuned(reader: Reader, printed: str) -> None:
         assert (read_header(new)[name].read() != read_header(own)[name].read()).any()
 
 
+def upcycled(reader: Reader, printed: str) -> None:
+    rows = [line.split() for line in printed.splitlines() if line.endswith("%")]
+    assert [row[0] for row in rows] == ["kitchen", "sea", "keep"]
+    assert all(float(after) < float(before) for _, before, after, _ in rows[:2])
+    assert inspect(reader.folder / "my-own").kind == "overlay"
+    assert (reader.folder / "my-own.svg").stat().st_size > 1000
+    assert not (reader.folder / "planned").exists()
+    page = (ROOT / "docs/upcycle.md").read_text(encoding="utf-8")
+    log = (reader.folder / ".my-own.training" / "log.jsonl").read_text(encoding="utf-8")
+    told = {key for line in log.splitlines() for key in json.loads(line)}
+    # Two are of no use to a program that follows a run.
+    assert {key for key in told if f"`{key}`" not in page} <= {"losses", "alpha_factor"}
+
+
 def ternary(reader: Reader, printed: str) -> None:
     assert "ternary: 15 of 15 quantized matrices" in printed
     assert "back: the same" in printed and "back-rotated: the same" in printed
@@ -207,6 +221,7 @@ CHECKS = {
     "evaluate": evaluated,
     "outliers": outliers,
     "tune": tuned,
+    "upcycle": upcycled,
     "share": shared,
     "ternary": ternary,
 }

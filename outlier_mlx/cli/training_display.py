@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from outlier_mlx.cli.app import say
-from outlier_mlx.terminal import print_columns, stderr, stdout, working
+from outlier_mlx.terminal import print_columns, size, stderr, stdout, working
 
 if TYPE_CHECKING:
+    from outlier_mlx.train.plan import MemoryPlan
     from outlier_mlx.train.settings import Settings
     from outlier_mlx.train.texts import Corpora
 
@@ -47,7 +48,10 @@ class Display:
         elif kind == "step":
             self._step(event)
         elif kind == "teacher":
-            self._show("the teacher predicts the texts")
+            self._show(
+                f"the teacher predicts {event['domain']}: {event['done']:,} of"
+                f" {event['total']:,} windows"
+            )
         elif kind == "stage":
             say(stage_line(event))
 
@@ -109,6 +113,15 @@ def print_data(corpora: "Corpora") -> None:
             f"few windows to learn from: {', '.join(few)}; more different text helps most, some"
             " thousands of windows for each domain"
         )
+
+
+def memory_line(memory: "MemoryPlan", layers: int) -> str:
+    """What a training takes of memory: in all, by what, and with how many layers at once."""
+    parts = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in memory.parts.items() if nbytes)
+    groups = ""
+    if memory.layers_at_once < layers:
+        groups = f", with the experts of {memory.layers_at_once} layers in training at once"
+    return f"memory: {size(memory.peak)}{groups}: {parts}; {memory.available}"
 
 
 def print_result(before: Mapping[str, float], after: Mapping[str, float]) -> None:

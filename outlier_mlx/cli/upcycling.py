@@ -2,9 +2,8 @@
 
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,10 +13,12 @@ from outlier_mlx.cli.signals import Ended
 from outlier_mlx.cli.training_display import (
     Display,
     layer_ranges,
+    memory_line,
     print_data,
     print_event,
     print_result,
 )
+from outlier_mlx.cli.training_options import Experts, Training
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import size
 
@@ -25,104 +26,13 @@ if TYPE_CHECKING:
     from outlier_mlx.checkpoints.base import BaseModel
     from outlier_mlx.storage.hub import Source
     from outlier_mlx.train.log import RunLog
+    from outlier_mlx.train.plan import MemoryPlan
     from outlier_mlx.train.settings import Settings
     from outlier_mlx.train.stages import Upcycled
     from outlier_mlx.train.texts import Corpora
 
-# Options below a heading of their own in the help.
-_experts = partial(typer.Option, rich_help_panel="Experts")
-_training = partial(typer.Option, rich_help_panel="Training")
 _MOST_LAYERS = 10_000
 _LAYERS = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
-
-
-@dataclass(frozen=True)
-class Experts:
-    """What the experts are."""
-
-    layers: Annotated[
-        str,
-        _experts(
-            metavar="auto|8-20|3,5",
-            help="Layers that get experts, numbered from 0; auto: half of them, from above the"
-            " first quarter on.",
-        ),
-    ] = "auto"
-    experts_per_domain: Annotated[
-        int, _experts(min=1, help="Experts that each domain has in each of these layers.")
-    ] = 1
-    top_k: Annotated[
-        int | None, _experts(min=1, help="Experts of a token. Default: 2, or 1 if there is one.")
-    ] = None
-    expert_size: Annotated[
-        int | None,
-        _experts(min=1, help="Width of an expert. Default: half of that of the base's FFN."),
-    ] = None
-    init: Annotated[
-        Literal["ffn", "nothing"],
-        _experts(help="Begin with the base's own neurons, or with experts that do nothing."),
-    ] = "ffn"
-    scales: Annotated[
-        Literal["lloyd", "absmean"],
-        _experts(help="Scales of rows: of the least squared error, or the mean magnitude."),
-    ] = "lloyd"
-
-
-@dataclass(frozen=True)
-class Training:
-    """How they are trained."""
-
-    window: Annotated[int, _training(min=2, help="Tokens that are predicted in a window.")] = 256
-    held_out: Annotated[
-        float, _training(min=0.001, max=0.5, help="Share of each text that is held out.")
-    ] = 0.1
-    steps: Annotated[int, _training(min=0, help="Steps for the experts of each domain.")] = 600
-    joint_steps: Annotated[
-        int, _training(min=0, help="Steps for routers, alphas and row scales of all together.")
-    ] = 300
-    batch: Annotated[int, _training(min=2, help="Windows in a step.")] = 16
-    no_straight_through: Annotated[
-        bool,
-        _training("--no-straight-through", help="Leave experts as they begin; train the rest."),
-    ] = False
-    learning_rate: Annotated[
-        float, _training(min=0.0, help="Largest learning rate, relative to a tensor's numbers.")
-    ] = 0.1
-    keep_weight: Annotated[
-        float, _training(min=0.0, help="Weight of the divergence from the base on --keep.")
-    ] = 2.0
-    keep_bound: Annotated[
-        float, _training(min=0.0, help="Most by which the perplexity on --keep may rise.")
-    ] = 0.03
-    balance: Annotated[
-        float, _training(min=0.0, help="Weight of the loss for experts that are used unequally.")
-    ] = 0.02
-    stickiness: Annotated[
-        float,
-        _training(
-            min=0.0,
-            help="Weight of the loss for neighbouring tokens with different experts: overlays that"
-            " page well.",
-        ),
-    ] = 0.0
-    teacher: Annotated[
-        str | None,
-        _training(
-            metavar="MODEL",
-            help="Learn this model's predictions on the domains, not the text's tokens.",
-        ),
-    ] = None
-    base_bits: Annotated[
-        Literal["4", "8", "none"],
-        _training(help="Train half of the steps with the base rounded to so many bits."),
-    ] = "4"
-    layers_at_once: Annotated[
-        int | None,
-        _training(
-            min=1, help="Layers whose experts are trained together. Default: as many as fit."
-        ),
-    ] = None
-    seed: Annotated[int, _training(min=0, help="Seed of everything random.")] = 0
 
 
 @command("Make", "upcycle ./base --domain law=law.jsonl --keep general.txt --out ./overlay")
@@ -155,6 +65,10 @@ def upcycle(
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what would be trained, and what it takes.")
     ] = False,
+    ram: Annotated[
+        float | None,
+        typer.Option(min=1, help="With --plan: for a Mac with this many GB of memory."),
+    ] = None,
     picture: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png|.svg", help="Draw loss, perplexities and use of experts."),
@@ -168,6 +82,7 @@ def upcycle(
     quiet: Quiet = False,
 ) -> None:
     """Train ternary experts for domains over a frozen base: an overlay. Resumes if interrupted."""
+    from outlier_mlx.engine.machine import budget
     from outlier_mlx.measure.pictures import check_picture
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.storage.paths import files_below, named
@@ -175,6 +90,7 @@ def upcycle(
     from outlier_mlx.train.log import FILE, RunLog, read_log
     from outlier_mlx.train.picture import draw
     from outlier_mlx.train.room import check_room
+    from outlier_mlx.train.stages import planned
     from outlier_mlx.train.texts import check_names
     from outlier_mlx.writing.folders import check_free
 
@@ -182,6 +98,8 @@ def upcycle(
     check_names([name for name, _ in domains])
     target = named(out)
     inputs = [base, training.teacher, keep, *(path for _, path in domains)]
+    if ram is not None and not plan:
+        raise typer.BadParameter("goes with --plan", param_hint="--ram")
     if not plan:
         check_free(target, force=force, sources=inputs)
         if picture is not None:
@@ -190,29 +108,33 @@ def upcycle(
     opened = open_dense(source.folder)
     settings = _settings(experts, training, len(domains))
     settings.check(opened.config, len(domains))
-    settings = settings.resolved(opened.config)
+    place = work if work is not None else target.with_name(f".{target.name}.training")
+    corpora = _read(source, opened, domains, keep, training, quiet=quiet)
+    settings, memory = planned(
+        source, corpora, settings, place, available=None if ram is None else budget(ram)
+    )
     run = _Run(
         source=source,
         base=opened,
         teacher=resolve(training.teacher) if training.teacher is not None else None,
         settings=settings,
-        corpora=_read(source, opened, domains, keep, training, quiet=quiet),
+        corpora=corpora,
         target=target,
-        work=work if work is not None else target.with_name(f".{target.name}.training"),
-        as_json=as_json,
+        work=place,
         quiet=quiet,
     )
     display = Display(settings, len(domains), quiet=quiet)
     log = RunLog(run.work, [display, *([print_event] if as_json else [])])
     if not plan:
+        memory.check()
         teaches = run.teacher is not None
-        check_room(opened.config, settings, run.corpora, target, run.work, teacher=teaches)
-    run.show_plan(log)
+        check_room(opened.config, settings, corpora, target, run.work, teacher=teaches)
+    run.show_plan(log, memory)
     if plan:
         return
     made = run.train(log, display)
     run.write(made, inputs, force=force)
-    log({"event": "done", "before": made.before, "after": made.after, "peak_bytes": made.peak})
+    log.tell({"event": "done", "before": made.before, "after": made.after, "peak_bytes": made.peak})
     if picture is not None:
         draw(read_log(run.work / FILE), picture)
     if not as_json:
@@ -235,10 +157,9 @@ class _Run:
     corpora: "Corpora"
     target: Path
     work: Path
-    as_json: bool
     quiet: bool
 
-    def show_plan(self, log: "RunLog") -> None:
+    def show_plan(self, log: "RunLog", memory: "MemoryPlan") -> None:
         """Tell what will be trained and what it takes."""
         from outlier_mlx.train.overlay import describe, overlay_bytes
 
@@ -253,6 +174,7 @@ class _Run:
                 "window": corpora.keep.train.shape[1] - 1,
                 "texts": [describe(corpus) for corpus in corpora],
                 "overlay_bytes": nbytes,
+                "memory": memory.as_json(),
             }
         )
         if self.quiet:
@@ -264,6 +186,7 @@ class _Run:
             f" ({layer_ranges(settings.layers)}), {settings.top_k} for a token; the overlay takes"
             f" {size(nbytes)}"
         )
+        say(memory_line(memory, len(settings.layers)))
 
     def train(self, log: "RunLog", display: Display) -> "Upcycled":
         """Train, or go on where it was interrupted."""

@@ -221,3 +221,11 @@ def _with_loss_vjp(
     given: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
     return cotangent, mx.ones_like(given[1])
+
+
+def empty_expert(hidden: int, size: int) -> Expert:
+    """An expert of a width whose arrays are put into it later."""
+    shapes = {"gate": (size, hidden), "up": (size, hidden), "down": (hidden, size)}
+    return Expert(
+        {p: TernaryMatrix(np.zeros(s, np.int8), np.zeros(s[0])) for p, s in shapes.items()}
+    )

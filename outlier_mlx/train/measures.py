@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -49,6 +50,19 @@ def perplexities(losses: Mapping[str, float]) -> dict[str, float]:
     return {name: math.exp(min(loss, 700)) for name, loss in losses.items()}
 
 
+def stage_record(
+    title: str,
+    steps: int,
+    seconds: float,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    kept: bool,
+) -> dict[str, Any]:
+    """What is told of a stage that trained: held-out losses become perplexities."""
+    figures = {"before": perplexities(before), "after": perplexities(after)}
+    return {"name": title, "steps": steps, "seconds": seconds, "kept": kept} | figures
+
+
 def use_of(model: TrainedModel, windows: np.ndarray, mode: Mode, batch: int) -> Use:
     """Which experts windows (n, length + 1) use, and how often they were in a small cache.
 
@@ -73,6 +87,12 @@ def use_of(model: TrainedModel, windows: np.ndarray, mode: Mode, batch: int) -> 
     tokens_seen = len(windows) * (windows.shape[1] - 1)
     load = {layer: (of / tokens_seen).tolist() for layer, of in used.items()}
     return Use(load, hits / total if total else 1.0)
+
+
+def mean_hit_rate(uses: Mapping[str, Use], texts: Mapping[str, np.ndarray]) -> float:
+    """The hit rate on several texts (n, length + 1), which count by their windows."""
+    weights = [len(texts[name]) for name in uses]
+    return float(np.average([use.hit_rate for use in uses.values()], weights=weights))
 
 
 def hits_of(window: np.ndarray, room: int) -> int:

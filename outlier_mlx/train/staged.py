@@ -10,11 +10,25 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.description import PROJECTIONS
-from outlier_mlx.train.experts import Expert, ExpertBlock, LatentMatrix, Mode, TernaryMatrix
+from outlier_mlx.train.experts import (
+    Expert,
+    ExpertBlock,
+    LatentMatrix,
+    Mode,
+    TernaryMatrix,
+    empty_expert,
+)
 from outlier_mlx.train.forward import Place, TrainedModel
 from outlier_mlx.train.initial import chosen_neurons, first_router, latents, look, rounded_expert
 from outlier_mlx.train.loop import Batch, Log, Number, Stage, drawn, run
-from outlier_mlx.train.measures import Use, losses_of, perplexities, use_of
+from outlier_mlx.train.measures import (
+    Use,
+    losses_of,
+    mean_hit_rate,
+    perplexities,
+    stage_record,
+    use_of,
+)
 from outlier_mlx.train.objectives import Score, distilled, divergence, next_token, through_head
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.state import Arrays, Work
@@ -90,7 +104,7 @@ class Stages:
             self._neurons[layer] = None if neurons is None else np.array(neurons)
             for number in self._all:
                 hidden, size = block.router.shape[1], self._settings.expert_size or 0
-                block.experts[number] = _empty_expert(hidden, size)
+                block.experts[number] = empty_expert(hidden, size)
         self._apply(arrays)
         self.before = record["losses"]
         self.records.append(record)
@@ -170,7 +184,7 @@ class Stages:
             for arrays in former.values():
                 self._apply(arrays)
         arrays = {k: v for layer in layers for k, v in self._arrays(layer, own).items()}
-        record = _record(title, steps, seconds, before, after, kept) | {"alpha_factor": factor}
+        record = stage_record(title, steps, seconds, before, after, kept) | {"alpha_factor": factor}
         self._finish(name, arrays, record)
 
     def _train_together(self) -> None:
@@ -186,7 +200,7 @@ class Stages:
         domains = self._corpora.domains
         texts = {corpus.name: corpus.held_out for corpus in self._corpora}
         before = self._losses(texts, mode)
-        rate_before = _hit_rate(self._uses(texts, mode), texts)
+        rate_before = mean_hit_rate(self._uses(texts, mode), texts)
         layers = list(self._model.blocks)
         places = self._places(("scales", "alpha", "router"), layers)
         former = {name: place.value for name, place in places.items()}
@@ -204,17 +218,14 @@ class Stages:
         better = _mean(after, domains) < _mean(before, domains)
         kept = self._fits(after) and (better or not self._fits(before))
         uses = self._uses(texts, mode)
-        use = {
-            "hit_rate_before": rate_before,
-            "hit_rate": _hit_rate(uses, texts),
-            "load": {text: found.load for text, found in uses.items()},
-        }
+        load = {text: use.load for text, use in uses.items()}
+        rates = {"hit_rate_before": rate_before, "hit_rate": mean_hit_rate(uses, texts)}
         if not kept:
             for place_name, place in places.items():
                 place.put(former[place_name])
         arrays = {place_name: place.value for place_name, place in places.items()}
-        record = _record(title, settings.joint_steps, seconds, before, after, kept)
-        self._finish(name, arrays, record | use | {"alpha_factor": factor})
+        record = stage_record(title, settings.joint_steps, seconds, before, after, kept)
+        self._finish(name, arrays, record | rates | {"load": load, "alpha_factor": factor})
 
     def _run(
         self,
@@ -362,23 +373,6 @@ class Stages:
         self._log({"event": "stage"} | record)
 
 
-def _record(
-    title: str,
-    steps: int,
-    seconds: float,
-    before: dict[str, float],
-    after: dict[str, float],
-    kept: bool,
-) -> dict[str, Any]:
-    figures = {"before": perplexities(before), "after": perplexities(after)}
-    return {"name": title, "steps": steps, "seconds": seconds, "kept": kept} | figures
-
-
-def _hit_rate(uses: Mapping[str, Use], texts: Mapping[str, np.ndarray]) -> float:
-    weights = [len(texts[text]) for text in uses]
-    return float(np.average([use.hit_rate for use in uses.values()], weights=weights))
-
-
 def _mean(losses: Mapping[str, float], corpora: Sequence[Corpus]) -> float:
     return sum(losses[corpus.name] for corpus in corpora) / len(corpora)
 
@@ -402,11 +396,3 @@ def _set_entries(block: ExpertBlock, experts: Sequence[int], value: Any) -> None
 def _arrays_of(expert: Expert, prefix: str) -> Arrays:
     matrices = ((f"{prefix}.{p}_proj", expert[f"{p}_proj"]) for p in PROJECTIONS)
     return {f"{at}.{leaf}": m[leaf] for at, m in matrices for leaf in ("codes", "scales")}
-
-
-def _empty_expert(hidden: int, size: int) -> Expert:
-    """An expert whose arrays are put into it later."""
-    shapes = {"gate": (size, hidden), "up": (size, hidden), "down": (hidden, size)}
-    return Expert(
-        {p: TernaryMatrix(np.zeros(s, np.int8), np.zeros(s[0])) for p, s in shapes.items()}
-    )
