@@ -13,6 +13,7 @@ import pytest
 from outlier_mlx.cli.showcase import FOLDER
 from outlier_mlx.cli.training_display import Display, duration, layer_ranges, stage_line
 from outlier_mlx.cli.upcycling import _layers
+from outlier_mlx.engine.machine import Budget
 from outlier_mlx.train.log import FILE
 from outlier_mlx.train.settings import Settings
 from tests.builders import write_base, write_overlay
@@ -151,8 +152,14 @@ def test_a_plan_changes_nothing(site: Site) -> None:
     before = contents(site.folder)
     result = site.run("--plan")
     assert "2 experts of width 32" in result.err
-    planned = site.run("--plan", "--json").json
+    assert "memory: " in result.err and " base, " in result.err
+    planned = site.run("--plan", "--json", "--ram", 32, "--layers", "0-2").json
     assert planned["event"] == "plan"
+    memory = planned["memory"]
+    assert memory["peak_bytes"] == sum(memory["parts"].values())
+    assert memory["layers_at_once"] == 3
+    assert memory["available_bytes"] == 24 * 2**30
+    assert "--ram: goes with --plan" in site.run("--ram", 32, code=2).err
     assert contents(site.folder) == before
     run(*["upcycle", site.folder / "base", "--domain", f"a={site.folder / 'cooking.txt'}"],
         *["--keep", site.folder / "old.txt", "--out", site.folder / "base"],
@@ -287,6 +294,12 @@ def test_settings_that_are_refused(site: Site) -> None:
         assert site.run(*words, code=2).err.startswith("error: --")
     result = site.run(code=2, domain=["cooking"])
     assert "--domain: 'cooking': expected NAME=PATH" in result.err
+
+
+def test_memory_that_is_too_small(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outlier_mlx.train.stages.budget", lambda: Budget(10**4, "this toaster"))
+    site.refused("the training needs", "this toaster gives 10.0 kB")
+    assert "this toaster gives 10.0 kB" in site.run("--plan").err
 
 
 def test_a_disk_that_is_too_small(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
