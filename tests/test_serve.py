@@ -322,7 +322,8 @@ def test_a_client_that_vanishes_while_it_waits(tier: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(loop, "read", count)
     endless = {"max_tokens": 100_000, "logit_bias": {"0": -100, "2": -100}, "seed": 1}
-    options: dict[str, Any] = {"max_tokens": 100_000, "max_context": 200_000, "decode_concurrency": 1}
+    options: dict[str, Any] = {"max_tokens": 100_000, "max_context": 200_000}
+    options["decode_concurrency"] = 1
     with running(tier, **options) as server:
         chunks = server.chat(stream=True, **endless)
         next(chunks)
