@@ -278,6 +278,26 @@ def test_a_domain_can_have_several_experts(library: Library, tmp_path: Path) -> 
         assert made.after[name] < made.before[name]
 
 
+def test_activations_can_have_half_the_bits(library: Library, tmp_path: Path) -> None:
+    made = train(library, tmp_path / "work", dtype="bfloat16", layers=(1,))
+    assert made.after["law"] < made.before["law"] and made.after["sea"] < made.before["sea"]
+    kinds = {name.rpartition(".")[2]: array.dtype for name, array in tensors(made).items()}
+    assert kinds == {"router": "f4", "alpha": "f4", "trits": "i1", "scales": "f2"}
+
+
+@pytest.mark.slow
+def test_stickiness_makes_neighbours_use_the_same_experts(library: Library, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"straight_through": False, "top_k": 1, "layers": (1,), "balance": 0.0}
+    how |= {"joint_steps": 40, "experts_per_domain": 2, "keep_bound": 1e9}
+    plain, sticky = (
+        train(library, tmp_path / str(weight), stickiness=weight, **how).stages[-1]
+        for weight in (0.0, 0.5)
+    )
+    assert plain["hit_rate_before"] == sticky["hit_rate_before"]
+    assert plain["kept"] and sticky["kept"]
+    assert sticky["hit_rate"] > plain["hit_rate"] + 0.1
+
+
 def test_a_teacher_takes_the_place_of_the_text(library: Library, tmp_path: Path) -> None:
     """The base as its own teacher has nothing to teach: nothing gets better, nothing is kept."""
     events: list[dict[str, Any]] = []

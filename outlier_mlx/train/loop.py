@@ -216,7 +216,8 @@ def _steps(stage: Stage) -> Callable[[_State], tuple[float, dict[str, float], Ar
 def _step(stage: Stage, state: _State, gradients: Arrays) -> None:
     """A step of Adam with bias correction; each tensor is replaced before the next is computed."""
     state.is_whole = False
-    norm = math.sqrt(sum(float(mx.square(gradient).sum()) for gradient in gradients.values()))
+    squares = mx.stack([mx.square(gradient).sum() for gradient in gradients.values()])
+    norm = math.sqrt(float(squares.sum()))
     shrink = min(1.0, _CLIP / max(norm, 1e-30))
     count = state.step + 1
     rate = stage.rate * scheduled(state.step, stage.steps)

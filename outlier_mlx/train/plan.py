@@ -64,10 +64,10 @@ class MemoryPlan:
             OutlierError: it does not.
         """
         if self.peak > self.available.nbytes:
+            layers = "1 layer" if self.layers_at_once == 1 else f"{self.layers_at_once} layers"
             raise OutlierError(
-                f"the training needs {size(self.peak)}, with the experts of"
-                f" {self.layers_at_once} layers at once; {self.available}: smaller windows, a"
-                " smaller batch or smaller experts need less"
+                f"the training needs {size(self.peak)}, with the experts of {layers} at once;"
+                f" {self.available}: smaller windows, a smaller batch or smaller experts need less"
             )
 
 
