@@ -4,7 +4,7 @@ Everything is plain MLX, so that it has gradients everywhere. With the trits and
 written, it computes what the tier's plain path computes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +87,11 @@ class Expert(nn.Module):
         """What each projection computes with, by the names of `PROJECTIONS`."""
         return {name: self[f"{name}_proj"].stored() for name in PROJECTIONS}
 
+    def arrays(self, prefix: str) -> dict[str, mx.array]:
+        """Codes and scales by name, below `prefix`; no matrix is latent."""
+        matrices = ((f"{prefix}.{p}_proj", self[f"{p}_proj"]) for p in PROJECTIONS)
+        return {f"{at}.{leaf}": m[leaf] for at, m in matrices for leaf in ("codes", "scales")}
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -160,6 +165,11 @@ class ExpertBlock(nn.Module):
             total = total + weights[..., at : at + 1] * self.experts[number](x)
         y = total.astype(x.dtype)
         return y if loss is None else _with_loss(y, loss)
+
+    def set_alphas(self, experts: Sequence[int], value: float | mx.array) -> None:
+        """Set the alphas of some experts, to a number or to those of an array for all experts."""
+        own = mx.array([number in experts for number in range(self.alpha.shape[0])])
+        self.alpha = mx.where(own, value, self.alpha)
 
     def _weights(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         """The weight of each expert that takes part, (batch, tokens, experts); and losses."""

@@ -35,7 +35,8 @@ class Settings:
         keep_bound: most by which its held-out perplexity may rise, as a share.
         temperature: divides the logits of model and teacher.
         balance: weight of the loss for experts that are used unequally.
-        stickiness: weight of the loss for neighbouring tokens with different experts.
+        stickiness: weight of the loss for neighbouring tokens with different experts. The last
+            stage may then pay for a higher hit rate of a cache of experts, by so much loss.
         alpha: factor of an expert's output at the beginning.
         seed: of everything random.
         layers_at_once: layers whose experts are trained together; None: as many as fit in memory.

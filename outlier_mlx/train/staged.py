@@ -10,14 +10,7 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.description import PROJECTIONS
-from outlier_mlx.train.experts import (
-    Expert,
-    ExpertBlock,
-    LatentMatrix,
-    Mode,
-    TernaryMatrix,
-    empty_expert,
-)
+from outlier_mlx.train.experts import Expert, LatentMatrix, Mode, TernaryMatrix, empty_expert
 from outlier_mlx.train.forward import Place, TrainedModel
 from outlier_mlx.train.initial import chosen_neurons, first_router, latents, look, rounded_expert
 from outlier_mlx.train.loop import Batch, Log, Number, Stage, drawn, run
@@ -133,7 +126,7 @@ class Stages:
                     self._latents(layer, number, neurons), settings.scales
                 )
                 errors.append(error)
-                arrays |= _arrays_of(expert, f"{layer}.experts.{number}")
+                arrays |= expert.arrays(f"{layer}.experts.{number}")
             mx.eval(arrays)
         mean = {way: float(np.mean([error[way] for error in errors])) for way in errors[0]}
         record = {"steps": 0, "seconds": 0.0, "kept": True, "errors": mean, "losses": losses}
@@ -158,7 +151,7 @@ class Stages:
         blocks = {layer: self._model.blocks[layer] for layer in layers}
         former = {layer: self._arrays(layer, own) for layer in blocks}
         for layer, block in blocks.items():
-            _set_entries(block, own, settings.alpha)
+            block.set_alphas(own, settings.alpha)
             for expert in own:
                 weights = self._latents(layer, expert, self._neurons[layer])
                 block.experts[expert] = Expert(
@@ -215,11 +208,17 @@ class Stages:
 
         seconds = self._run(title, name, places, settings.joint_steps, mode, batch, texts)
         after, factor = self._bounded(mode, texts, layers, self._all)
-        better = _mean(after, domains) < _mean(before, domains)
-        kept = self._fits(after) and (better or not self._fits(before))
         uses = self._uses(texts, mode)
-        load = {text: use.load for text, use in uses.items()}
-        rates = {"hit_rate_before": rate_before, "hit_rate": mean_hit_rate(uses, texts)}
+        rate_after = mean_hit_rate(uses, texts)
+        # What was minimised: where stickiness counts, a higher hit rate has its price.
+        gain = settings.stickiness * (rate_after - rate_before)
+        better = _mean(after, domains) - gain < _mean(before, domains)
+        kept = self._fits(after) and (better or not self._fits(before))
+        use = {
+            "hit_rate_before": rate_before,
+            "hit_rate": rate_after,
+            "load": {text: found.load for text, found in uses.items()},
+        }
         if not kept:
             for place_name, place in places.items():
                 place.put(former[place_name])
@@ -316,7 +315,7 @@ class Stages:
         for factor in _FACTORS:
             for block, alpha in zip(blocks, trained, strict=True):
                 block.alpha = alpha
-                _set_entries(block, own, alpha * factor)
+                block.set_alphas(own, alpha * factor)
             found = self._losses(texts, mode)
             if self._fits(found):
                 return found, factor
@@ -350,7 +349,7 @@ class Stages:
         block = self._model.blocks[layer]
         found = {f"{layer}.router": block.router, f"{layer}.alpha": block.alpha}
         for number in experts:
-            found |= _arrays_of(block.experts[number], f"{layer}.experts.{number}")
+            found |= block.experts[number].arrays(f"{layer}.experts.{number}")
         return found
 
     def _apply(self, arrays: Arrays) -> None:
@@ -385,14 +384,3 @@ def _rate(name: str, value: mx.array) -> tuple[float, bool]:
     if leaf == "scales":
         return _SCALE_RATE * float(mx.sqrt(mx.square(value).mean())), False
     return value.shape[-1] ** -0.5, leaf == "latent"
-
-
-def _set_entries(block: ExpertBlock, experts: Sequence[int], value: Any) -> None:
-    """Set the alphas of some experts, to one number or to those of an array for all experts."""
-    own = mx.array([number in experts for number in range(block.alpha.shape[0])])
-    block.alpha = mx.where(own, value, block.alpha)
-
-
-def _arrays_of(expert: Expert, prefix: str) -> Arrays:
-    matrices = ((f"{prefix}.{p}_proj", expert[f"{p}_proj"]) for p in PROJECTIONS)
-    return {f"{at}.{leaf}": m[leaf] for at, m in matrices for leaf in ("codes", "scales")}
