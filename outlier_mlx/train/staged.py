@@ -224,7 +224,7 @@ class Stages:
                 place.put(former[place_name])
         arrays = {place_name: place.value for place_name, place in places.items()}
         record = stage_record(title, settings.joint_steps, seconds, before, after, kept)
-        self._finish(name, arrays, record | rates | {"load": load, "alpha_factor": factor})
+        self._finish(name, arrays, record | use | {"alpha_factor": factor})
 
     def _run(
         self,
