@@ -260,7 +260,7 @@ def test_a_stage_that_does_not_help_is_dropped(library: Library, tmp_path: Path)
 def test_layers_are_trained_in_groups(library: Library, tmp_path: Path) -> None:
     made = train(library, tmp_path / "work", layers_at_once=1, joint_steps=0)
     names = [stage["name"] for stage in made.stages[1:]]
-    assert names == [f"experts of {d}, layers {n} to {n}" for d in ("law", "sea") for n in (1, 3)]
+    assert names == [f"experts of {d}, layer {n}" for d in ("law", "sea") for n in (1, 3)]
     assert {stage["steps"] for stage in made.stages[1:]} == {2}
     for before, after in zip(made.stages[1:4:2], made.stages[2:5:2], strict=True):
         shared = before["after"].keys()

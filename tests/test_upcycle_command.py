@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from outlier_mlx.cli.showcase import FOLDER
-from outlier_mlx.cli.training_display import Display, duration, layer_ranges, stage_line
+from outlier_mlx.cli.training_display import (
+    Display,
+    duration,
+    experts_line,
+    layer_ranges,
+    stage_line,
+)
 from outlier_mlx.cli.upcycling import _layers
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.train.log import FILE
@@ -94,11 +100,12 @@ def test_what_a_first_run_shows(done: tuple[Site, Result]) -> None:
     lines = result.err.splitlines()
     assert lines[0].split() == ["text", "documents", "windows", "held", "out", "tokens"]
     told = result.err
-    assert "few windows to learn from: cooking, sea" in told
-    assert "2 experts of width 32 in each of 1 layers (1), 2 for a token" in told
+    assert "tip: cooking and sea: more text helps most" in told
+    assert "2 experts of width 32 in layer 1, 2 for a token; the overlay takes" in told
     assert "the base's held-out perplexities: cooking" in told
     assert "relative error of the experts' weights: lloyd 0." in told
-    assert "experts of cooking" in told and "experts of sea" in told and "routers" in told
+    for stage in ("experts of cooking, layer 1: ", "experts of sea, layer 1: ", "routers, alphas"):
+        assert stage in told
     assert "peak memory: " in told
     target = site.folder / "mine"
     next_line = f"next: outlier-mlx convert {target} --base {site.folder / 'base'}"
@@ -318,6 +325,13 @@ def test_numbers_of_layers() -> None:
     assert _layers("8-10") == (8, 9, 10)
     assert _layers("7,3-4,3") == (3, 4, 7)
     assert layer_ranges((3, 4, 5, 7, 9, 10)) == "3 to 5, 7, 9 to 10"
+
+
+def test_how_many_experts_there_are() -> None:
+    settings = Settings(layers=(3, 4, 7), expert_size=64, top_k=1)
+    assert experts_line(settings, 1) == (
+        "1 expert of width 64 in each of 3 layers (3 to 4, 7), 1 for a token"
+    )
 
 
 def test_times_for_people() -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from outlier_mlx.cli.app import say
+from outlier_mlx.errors import listed
 from outlier_mlx.terminal import print_columns, size, stderr, stdout, working
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Display:
         if step < steps and step > 1:
             left = max(steps - step, self._total - sum(self._done.values()))
             line += f", {duration(event['seconds_left'] / (steps - step) * left)} left"
-        self._show(line)
+        self._show(line if step < steps else f"{event['stage']}: measuring the held-out text")
         if not stderr().is_terminal and time.monotonic() - self._said >= _PAUSE:
             self._said = time.monotonic()
             say(line)
@@ -110,8 +111,8 @@ def print_data(corpora: "Corpora") -> None:
     few = [corpus.name for corpus in corpora.domains if len(corpus.train) < _FEW]
     if few:
         say(
-            f"few windows to learn from: {', '.join(few)}; more different text helps most, some"
-            " thousands of windows for each domain"
+            f"tip: {listed(few)}: more text helps most, some thousands of different windows for"
+            " each domain"
         )
 
 
@@ -139,6 +140,18 @@ def print_event(event: Mapping[str, Any]) -> None:
     from outlier_mlx.train.log import as_line
 
     print(as_line(dict(event)), end="", flush=True)
+
+
+def experts_line(settings: "Settings", domains: int) -> str:
+    """How many experts there will be, and where."""
+    assert settings.layers is not None
+    count, layers = domains * settings.experts_per_domain, layer_ranges(settings.layers)
+    where = f"in each of {len(settings.layers)} layers ({layers})"
+    return (
+        f"{count} expert{'s' * (count > 1)} of width {settings.expert_size}"
+        f" {where if len(settings.layers) > 1 else f'in layer {layers}'}, {settings.top_k} for a"
+        " token"
+    )
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from outlier_mlx.cli.options import Force, Json, OutFolder, Quiet
 from outlier_mlx.cli.signals import Ended
 from outlier_mlx.cli.training_display import (
     Display,
-    layer_ranges,
+    experts_line,
     memory_line,
     print_data,
     print_event,
@@ -180,12 +180,7 @@ class _Run:
         if self.quiet:
             return
         print_data(corpora)
-        say(
-            f"{len(corpora.domains) * settings.experts_per_domain} experts of width"
-            f" {settings.expert_size} in each of {len(settings.layers)} layers"
-            f" ({layer_ranges(settings.layers)}), {settings.top_k} for a token; the overlay takes"
-            f" {size(nbytes)}"
-        )
+        say(experts_line(settings, len(corpora.domains)) + f"; the overlay takes {size(nbytes)}")
         say(memory_line(memory, len(settings.layers)))
 
     def train(self, log: "RunLog", display: Display) -> "Upcycled":

@@ -138,7 +138,8 @@ class Stages:
         """Train a domain's experts in some layers by straight-through estimation."""
         settings, per_domain = self._settings, self._settings.experts_per_domain
         own = tuple(range(number * per_domain, (number + 1) * per_domain))
-        title = f"experts of {domain.name}, layers {layers[0]} to {layers[-1]}"
+        where = f"s {layers[0]} to {layers[-1]}" if len(layers) > 1 else f" {layers[0]}"
+        title = f"experts of {domain.name}, layer{where}"
         name = f"{len(self.records)} {title}"
         found = self._work.finished(name)
         if found is not None:
