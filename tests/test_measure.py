@@ -163,7 +163,8 @@ def test_tuning_towards_a_teacher_brings_the_models_closer(tier: Path) -> None:
     for block in moe_blocks(model).values():
         block.alpha = block.alpha * 0.5
     texts = windows(tokenizer, TEXT, 24, most=10)
-    tuned = tune(model, texts, ["alphas"], teacher=teacher, epochs=2, learning_rate=0.05)
+    how = {"epochs": 2, "batch": 1, "learning_rate": 0.05}
+    tuned = tune(model, texts, ["alphas"], teacher=teacher, **how)  # type: ignore[arg-type]
     assert tuned.before.kl is not None and tuned.after.kl is not None
     assert tuned.after.kl < 0.5 * tuned.before.kl
 

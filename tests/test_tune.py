@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from outlier_mlx.cli.showcase import FOLDER
+from outlier_mlx.engine.experts import moe_blocks
 from outlier_mlx.engine.loading import load
+from outlier_mlx.measure import tuning
 from outlier_mlx.measure.perplexity import compare, windows
 from outlier_mlx.measure.tuned_parts import PARTS, part_of, trained_tensors
 from outlier_mlx.measure.tuning import checkpointed, plan_tuning, tune
@@ -129,6 +132,68 @@ def test_a_run_that_ends_early_leaves_the_model_as_it_was(library: Library) -> N
         tune(model, windows(tokenizer, TEXT, 16, 3), progress=stop)
     for name, value in parameters(model).items():
         np.testing.assert_array_equal(np.array(value), before[name])
+
+
+def test_what_adam_sees_is_the_value_again(library: Library) -> None:
+    """Also of biases, for which it sees the middles of their groups."""
+    tier = library.tier(library.overlay(expert_intermediate=64), tier="q4")
+    model, _ = load(tier)
+    with trained_tensors(model, list(PARTS), {}) as trained:
+        for each in trained:
+            np.testing.assert_allclose(each.of_number(each.number), each.value, rtol=1e-5)
+        scales, biases = (
+            next(t for t in trained if t.name.endswith(f"q_proj.{leaf}"))
+            for leaf in ("scales", "biases")
+        )
+        middle, bias, scale = biases.number, np.array(biases.value), np.array(scales.value)
+        scales.put(scales.value * 2)
+        # A group's codes are 0 to 15: twice the scale around 7.5, and the middle where it was.
+        np.testing.assert_allclose(biases.of_number(middle), bias - 7.5 * scale, rtol=1e-4)
+
+
+def test_a_teacher_predicts_a_window_once_if_there_is_room(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = library.place(expert_intermediate=64) / "tier"
+    teacher, tokenizer = load(tier)
+    for block in moe_blocks(teacher).values():
+        block.alpha = block.alpha * 2
+    seen: list[mx.array] = []
+
+    class Counted(type(teacher)):  # type: ignore[misc]
+        def __call__(self, ids: mx.array) -> mx.array:
+            seen.append(ids)
+            return super().__call__(ids)
+
+    object.__setattr__(teacher, "__class__", Counted)
+    texts, results = windows(tokenizer, TEXT, 16, 4), []
+    for room, epochs, calls in ((tuning.KEPT, 2, 4), (0, 2, 3 + 3 * 2), (tuning.KEPT, 1, 4)):
+        monkeypatch.setattr(tuning, "KEPT", room)
+        seen.clear()
+        model, _ = load(tier)
+        tuned = tune(model, texts, ["alphas"], teacher=teacher, epochs=epochs)
+        assert len(seen) == calls
+        results.append(tuned.after)
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_the_plan_is_what_a_run_takes(library: Library) -> None:
+    """Within 15 % of the peak, models included."""
+    tier = library.demo_tier("q4")
+    teacher, tokenizer = load(library.demo_tier("f32"))
+    text = (FOLDER / "heldout" / "sea.txt").read_text("utf-8")
+    mx.eval(teacher.parameters())
+    for parts, length in ((list(PARTS), 128), (["base"], 64), (["alphas"], 128)):
+        model, _ = load(tier)
+        mx.eval(model.parameters())
+        models = mx.get_active_memory()
+        plan = plan_tuning(tier, parts, length, teacher=True, kept=length)
+        texts = windows(tokenizer, text, length, 3)
+        how = {"epochs": 1, "batch": 2, "dtypes": plan.dtypes}
+        tuned = tune(model, texts, parts, teacher=teacher, **how)  # type: ignore[arg-type]
+        assert models + plan.nbytes == pytest.approx(tuned.peak, rel=0.15)
+        del model, tuned
 
 
 def test_what_is_not_better_is_not_written(place: Path, tmp_path: Path) -> None:

@@ -53,11 +53,12 @@ def tune(
     ] = None,
     temperature: Annotated[
         float, typer.Option(min=0.1, help="Divides the logits of both, with --teacher.")
-    ] = 1.0,
+    ] = 4.0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the text.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Windows whose gradients make a step.")] = 4,
     learning_rate: Annotated[
         float, typer.Option(min=0.0, help="Learning rate of Adam, for a number of size 1.")
-    ] = 0.003,
+    ] = 0.002,
     window: Window = 256,
     windows: Windows = None,
     as_json: Json = False,
@@ -78,12 +79,14 @@ def tune(
     loading = refuse_paging(loading, "a tier is trained through all experts")
     content = read_utf8(text)
     source = resolve(model, loading.revision)
-    plan = plan_tuning(source.folder, names, window)
+    most = len(content.encode()) // window if windows is None else windows
+    kept = 0 if teacher is None else most * window  # a token has a byte at least
+    plan = plan_tuning(source.folder, names, window, teacher=teacher is not None, kept=kept)
     loaded, tokenizer = load_checked(
         source, loading, window, beside=teacher, logits=window, more=plan.nbytes, quiet=quiet
     )
     if not quiet:
-        say(f"{plan.numbers:,} numbers to train, which takes {size(plan.nbytes)} more memory")
+        say(f"{plan.numbers:,} numbers to train, with {size(plan.nbytes)} more memory at most")
     other = load_beside(teacher, loading, quiet=quiet)[0] if teacher is not None else None
     texts = perplexity.windows(tokenizer, content, window, windows)
     perplexity.warn_of_context(loaded, texts)
@@ -95,6 +98,7 @@ def tune(
             teacher=other,
             temperature=temperature,
             epochs=epochs,
+            batch=batch,
             learning_rate=learning_rate,
             dtypes=plan.dtypes,
             progress=progress,

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -126,7 +127,7 @@ def warn_of_context(model: nn.Module, texts: list[list[int]]) -> None:
 def compare(
     model: nn.Module,
     texts: list[list[int]],
-    against: nn.Module | None = None,
+    against: Callable[[mx.array], mx.array] | None = None,
     progress: Progress = no_progress,
 ) -> Comparison:
     """Measure a model on windows of tokens, one at a time.
@@ -134,14 +135,16 @@ def compare(
     Args:
         model: maps tokens (1, length) to logits (1, length, vocab).
         texts: windows, as `windows` cuts them.
-        against: another model of the same vocabulary, for `kl` and `agreement`.
+        against: another model of the same vocabulary, or its checked logits, for `kl` and
+            `agreement`.
         progress: called with tokens predicted so far, and in all.
 
     Raises:
         OutlierError: the vocabularies differ in size, or an embedding has no row for a token.
     """
-    for each in (model, *([against] if against is not None else [])):
-        check_tokens(each, chain.from_iterable(texts), "the text")
+    for each in (model, against):
+        if isinstance(each, nn.Module):
+            check_tokens(each, chain.from_iterable(texts), "the text")
     total = sum(len(tokens) - 1 for tokens in texts)
     losses: list[float] = []
     divergence, agreed, done = 0.0, 0, 0

@@ -15,7 +15,9 @@ from outlier_mlx.runtime.affine2 import affine_product
 from outlier_mlx.runtime.packed import PackedModule
 
 #: What can be trained, and the size of a first step in learning rates, relative to the numbers.
-PARTS = {"alphas": 1.0, "rows": 0.06, "routers": 0.03, "base": 0.06}
+PARTS = {"alphas": 1.0, "rows": 1.0, "routers": 0.1, "base": 1.0}
+#: The same for the base and more towards a teacher, which mostly differs by the base's codes.
+NEARER = {"alphas": 0.03, "rows": 1.0, "routers": 0.03, "base": 1.0}
 
 
 def part_of(name: str, dims: int) -> str | None:
@@ -38,20 +40,31 @@ def part_of(name: str, dims: int) -> str | None:
 class Trained:
     """A tensor that is trained, and its place in the model.
 
-    Adam sees it in units of its size, so that one learning rate suits all tensors.
+    Adam sees it in units of its size, so that one learning rate suits all tensors. Instead of the
+    biases of quantized weights it sees the middles of the groups, in units of the scales: a code c
+    is the weight (c - 7.5) * scale + middle in 4 bits. So a scale can change, and the mean of its
+    group stays.
 
     Attributes:
         name: its name in the tier.
         part: the part it belongs to.
     """
 
-    def __init__(self, name: str, part: str, module: nn.Module, dtype: mx.Dtype | None) -> None:
-        """Args: see the class; `module` has the tensor, `dtype` is that of the file."""
+    def __init__(
+        self, name: str, part: str, module: nn.Module, dtype: mx.Dtype | None, rate: float
+    ) -> None:
+        """Args: see the class; `module` has the tensor, `dtype` is that of the file.
+
+        `rate` is the size of a first step in learning rates.
+        """
         self.name, self.part, self._module = name, part, module
         self._leaf = name.rpartition(".")[2]
         self._dtype = dtype or self.value.dtype
-        size = 1.0 if part == "alphas" else _rms(self.value)
-        self._unit = size * PARTS[part]
+        self._middle = 0.0  # code in the middle of a group
+        if self._leaf == "biases":
+            self._middle = (2**module.bits - 1) / 2
+        size = module.scales if self._leaf == "biases" else self.value
+        self._unit = rate * (1.0 if part == "alphas" else _rms(size))
 
     @property
     def value(self) -> mx.array:
@@ -65,12 +78,20 @@ class Trained:
 
     @property
     def number(self) -> mx.array:
-        """The value, float32, in units of its size."""
-        return self.value.astype(mx.float32) / self._unit
+        """What Adam sees, float32."""
+        value = self.value.astype(mx.float32)
+        if self._middle:
+            value = value + self._middle * self._module.scales
+        return value / self._unit
 
     def of_number(self, number: mx.array) -> mx.array:
-        """The value for the model; scales of rows are never negative."""
+        """The value for the model; scales of rows are never negative.
+
+        That of biases is for the scales that the model has.
+        """
         value = number * self._unit
+        if self._middle:
+            value = value - self._middle * self._module.scales
         if self.part == "rows":
             value = mx.maximum(value, 0)
         return value.astype(self.value.dtype)
@@ -133,7 +154,10 @@ class RowScales(nn.Module):
 
 @contextmanager
 def trained_tensors(
-    model: nn.Module, parts: Sequence[str], dtypes: Mapping[str, mx.Dtype]
+    model: nn.Module,
+    parts: Sequence[str],
+    dtypes: Mapping[str, mx.Dtype],
+    rates: Mapping[str, float] = PARTS,
 ) -> Iterator[list[Trained]]:
     """The tensors of `parts` in a loaded tier, which computes with gradients until the block ends.
 
@@ -141,6 +165,10 @@ def trained_tensors(
         model: a tier.
         parts: of `PARTS`.
         dtypes: those of the tier's files, by tensor.
+        rates: of the parts, in learning rates.
+
+    Yields:
+        The tensors; biases come after the scales of their module.
 
     Raises:
         OutlierError: the model has no experts, or nothing of a part.
@@ -162,8 +190,8 @@ def trained_tensors(
             part = part_of(name, value.ndim)
             if part is not None and part in parts:
                 module = modules[name.rpartition(".")[0]]
-                found.append(Trained(name, part, module, dtypes.get(name)))
-        yield found
+                found.append(Trained(name, part, module, dtypes.get(name), rates[part]))
+        yield sorted(found, key=lambda each: each.name.endswith(".biases"))
     finally:
         for switch, name in wrapped:
             if isinstance(switch[name], RowScales):

@@ -10,20 +10,26 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx import optimizers
+from mlx.utils import tree_map
 
 from outlier_mlx.checkpoints.stored_model import open_stored
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure.perplexity import Comparison, compare, log_probs
-from outlier_mlx.measure.tuned_parts import PARTS, Trained, part_of, trained_tensors
+from outlier_mlx.measure.tuned_parts import NEARER, PARTS, Trained, part_of, trained_tensors
 from outlier_mlx.models.config import is_tier, raw_config
 from outlier_mlx.terminal import Progress, no_progress
 
 # Share of windows that is held out to judge the result.
 HELD_OUT = 0.2
-#: Default learning rate: how far a step of Adam moves an alpha of 1.
-LEARNING_RATE = 0.003
+#: Default learning rate: how far a step of Adam moves a number of size 1.
+LEARNING_RATE = 0.002
+#: Default number of windows in a step: their gradients are averaged.
+BATCH = 4
+#: Bytes of a teacher's predictions that are kept; those of other windows are computed anew.
+KEPT = 2 << 30
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -93,8 +99,9 @@ def tune(
     parts: Sequence[str] = tuple(PARTS),
     *,
     teacher: nn.Module | None = None,
-    temperature: float = 1.0,
+    temperature: float = 4.0,
     epochs: int = 2,
+    batch: int = BATCH,
     learning_rate: float = LEARNING_RATE,
     dtypes: Mapping[str, mx.Dtype] | None = None,
     progress: Progress = no_progress,
@@ -112,7 +119,8 @@ def tune(
         teacher: a model whose predictions are learned (KL divergence) instead of the text's tokens.
         temperature: divides both models' logits in the divergence that is trained; the held-out
             figures are those at 1.
-        epochs: number of passes over the windows.
+        epochs: number of passes over the windows, each in another order.
+        batch: windows whose gradients are averaged for a step.
         learning_rate: learning rate of Adam for a number of size 1; it falls to 0 along a cosine.
         dtypes: of tensors as they are stored, by name; by default the model's own.
         progress: called with windows done so far, and in all.
@@ -125,27 +133,37 @@ def tune(
         check_tokens(one, chain.from_iterable(texts), "the text")
     train, test = split(texts)
     mx.reset_peak_memory()
-    before = compare(model, test, teacher)
-    steps = epochs * len(train)
+    target = None if teacher is None else Teacher(teacher, KEPT)
+    before = compare(model, test, target)
+    if target is not None and epochs == 1:
+        target.room = 0  # each window that is trained on is needed once
+    steps = epochs * -(-len(train) // batch)
     optimizer = optimizers.Adam(optimizers.cosine_decay(learning_rate, steps), bias_correction=True)
-    with trained_tensors(model, parts, dtypes or {}) as trained:
+    rates = PARTS if teacher is None or "base" not in parts else NEARER
+    order = np.random.default_rng(0)
+    with trained_tensors(model, parts, dtypes or {}, rates) as trained:
         kept = {each.name: each.value for each in trained}
         best, done = before, []
         numbers = {each.name: each.number for each in trained}  # what Adam sees
-        gradient = mx.value_and_grad(_loss(model, trained, teacher, temperature))
+        gradient = mx.value_and_grad(_loss(model, trained, target, temperature))
         try:
-            for _ in range(epochs):
-                total = 0.0
-                for tokens in train:
+            for epoch in range(epochs):
+                total, grads = 0.0, None
+                for at, index in enumerate(order.permutation(len(train)).tolist(), 1):
                     with checkpointed(model, trained):
-                        loss, grads = gradient(numbers, mx.array([tokens]))
-                        numbers = optimizer.apply_gradients(grads, numbers)
-                        mx.eval(loss, numbers, optimizer.state)
+                        loss, more = gradient(numbers, mx.array([train[index]]))
+                        grads = more if grads is None else tree_map(mx.add, grads, more)
+                        mx.eval(loss, grads)
                     total += float(loss)
-                    progress(optimizer.step.item(), steps)
+                    # Adam's steps have the same length for a sum as for a mean.
+                    if at % batch == 0 or at == len(train):
+                        numbers = optimizer.apply_gradients(grads, numbers)
+                        grads = None
+                        mx.eval(numbers, optimizer.state)
+                    progress(epoch * len(train) + at, epochs * len(train))
                 for each in trained:
                     each.put(each.rounded(numbers[each.name]))
-                done.append(Epoch(total / len(train), compare(model, test, teacher)))
+                done.append(Epoch(total / len(train), compare(model, test, target)))
                 if score(done[-1].held_out) < score(best):
                     best = done[-1].held_out
                     kept = {each.name: each.value for each in trained}
@@ -154,6 +172,32 @@ def tune(
                 each.put(kept[each.name])
         tensors = {k: v for each in trained for k, v in each.tensors().items()}
     return Tuned(before, best, tensors, done, mx.get_peak_memory())
+
+
+class Teacher:
+    """A model whose logits for a window are computed once, if there is room to keep them.
+
+    Attributes:
+        room: bytes of logits that can still be kept.
+    """
+
+    def __init__(self, model: nn.Module, room: int) -> None:
+        """Args: a model, and what `room` is at first."""
+        self.room = room
+        self._model = model
+        self._kept: dict[bytes, mx.array] = {}
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Logits (1, length, vocab) for tokens (1, length)."""
+        key = bytes(memoryview(ids))
+        if key in self._kept:
+            return self._kept[key]
+        logits = mx.stop_gradient(self._model(ids))
+        if logits.nbytes <= self.room:
+            self.room -= logits.nbytes
+            self._kept[key] = logits
+            mx.eval(logits)
+        return logits
 
 
 def split(texts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -172,7 +216,7 @@ def split(texts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def _loss(
-    model: nn.Module, trained: Sequence[Trained], teacher: nn.Module | None, temperature: float
+    model: nn.Module, trained: Sequence[Trained], teacher: Teacher | None, temperature: float
 ) -> Callable[[dict[str, mx.array], mx.array], mx.array]:
     def loss(numbers: dict[str, mx.array], tokens: mx.array) -> mx.array:
         for each in trained:
@@ -180,7 +224,7 @@ def _loss(
         logits = model(tokens[:, :-1]).astype(mx.float32)
         if teacher is None:
             return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
-        truth = mx.stop_gradient(log_probs(teacher(tokens[:, :-1]) / temperature))
+        truth = log_probs(teacher(tokens[:, :-1]) / temperature)
         ours = log_probs(logits / temperature)
         # The gradient of a divergence falls with the square of the temperature.
         return temperature**2 * (mx.exp(truth) * (truth - ours)).sum(axis=-1).mean()
@@ -233,13 +277,17 @@ class TuningPlan:
     dtypes: dict[str, mx.Dtype]
 
 
-def plan_tuning(tier: Path, parts: Sequence[str], window: int) -> TuningPlan:
+def plan_tuning(
+    tier: Path, parts: Sequence[str], window: int, *, teacher: bool = False, kept: int = 0
+) -> TuningPlan:
     """Plan the tuning of a tier; only headers are read.
 
     Args:
         tier: its folder.
         parts: what to train, of `tuned_parts.PARTS`.
         window: tokens in a window.
+        teacher: whether another model's predictions are learned.
+        kept: tokens whose predictions by the teacher would be kept, at most.
 
     Raises:
         CheckpointError: it is not a tier, or not valid.
@@ -253,12 +301,21 @@ def plan_tuning(tier: Path, parts: Sequence[str], window: int) -> TuningPlan:
     tensors = stored.tensors
     chosen = {n: t for n, t in tensors.items() if part_of(n, len(t.shape)) in parts}
     numbers = sum(prod(tensor.shape) for tensor in chosen.values())
+    routed = (config.expert_width or 0) * config.top_k
     # Each number has seven arrays of float32: what Adam sees, the value, the best one, the
-    # gradient, two averages, and a new one while a step is taken. Each layer keeps its input, and
-    # six arrays of logits are alive in the loss.
-    work = 7 * numbers + window * (config.layers * config.hidden + 6 * config.vocab)
+    # gradient, two averages, and a new one while a step is taken. Each layer keeps its input; one
+    # is computed again; the loss has six arrays of logits, and three more with a teacher.
+    layer = 7 * (config.intermediate + routed) // 2
+    token = config.layers * config.hidden + layer + (9 if teacher else 6) * config.vocab
+    work = 7 * numbers + window * token
+    # The gradient of a scale is a sum over the gradient of its group's weights, in float32. How
+    # many of those are alive depends on how MLX orders its work: a third more than there are
+    # weights is the mean of what was measured.
+    quantized = raw.get("quantization") or {}
+    scaled = (t for n, t in chosen.items() if n.endswith("scales") and part_of(n, 2) == "base")
+    work += sum(prod(t.shape) for t in scaled) * quantized.get("group_size", 0) * 4 // 3
     if "rows" in parts:  # see `RowScales`: ones in place of scales and biases, a copy of the codes
-        width = (config.expert_width or 0) * config.experts * len(config.moe_layers)
-        weights = 3 * config.hidden * width
-        work += 2 * weights // 32 + weights // 16
-    return TuningPlan(numbers, 4 * work, {n: DTYPES[t.dtype] for n, t in chosen.items()})
+        weights = 3 * config.hidden * (config.expert_width or 0) * config.experts
+        work += len(config.moe_layers) * weights // 8 + window * 12 * routed
+    nbytes = 4 * work + min(KEPT, 4 * kept * config.vocab)
+    return TuningPlan(numbers, nbytes, {n: DTYPES[t.dtype] for n, t in chosen.items()})
