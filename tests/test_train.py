@@ -1,6 +1,7 @@
 """Training: what it gives, how its stages are judged, and that an interrupted one is resumed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from outlier_mlx.runtime.affine2 import ROWS
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.ternary import pack_rows
-from outlier_mlx.train import objectives
+from outlier_mlx.train import loop, objectives
 from outlier_mlx.train.loop import drawn, scheduled
 from outlier_mlx.train.measures import hits_of
 from outlier_mlx.train.objectives import distilled, divergence, next_token, through_head
@@ -121,6 +122,26 @@ def test_an_interrupted_training_is_resumed_bit_for_bit(
     assert again.after == made.after
 
 
+def test_ctrl_c_within_a_step_waits_for_its_end(
+    library: Library, made: Upcycled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a step's tensors would be of the next step."""
+    adam, calls = loop._adam, []
+
+    def interrupted(*given: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        calls.append(given)
+        if len(calls) == 12:  # of the second step, which changes eight
+            os.kill(os.getpid(), signal.SIGINT)
+        return adam(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_adam", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(library, tmp_path / "work")
+    assert len(calls) == 16 and (tmp_path / "work" / "running.safetensors").exists()
+    assert_same(train(library, tmp_path / "work"), made)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -221,6 +242,12 @@ def test_experts_from_nothing_begin_with_no_output(library: Library, tmp_path: P
     tokens = mx.array(corpora().domains[0].held_out)
     np.testing.assert_array_equal(model(tokens), base(tokens))
     assert made.after == pytest.approx(made.before)
+
+
+def test_experts_from_nothing_learn(library: Library, tmp_path: Path) -> None:
+    made = train(library, tmp_path / "work", init="nothing", layers=(1,))
+    assert all(made.after[name] < 0.98 * made.before[name] for name in ("law", "sea"))
+    assert all(layer.trits["down_proj"].any() for layer in made.layers)
 
 
 def test_experts_from_the_ffn_begin_as_its_neurons(library: Library, tmp_path: Path) -> None:
