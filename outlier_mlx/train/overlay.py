@@ -208,7 +208,8 @@ def _account(
         "data": [describe(corpus) for corpus in corpora],
         "before": made.before,
         "after": made.after,
-        "stages": made.stages,
+        # A stage that is read from the work folder has its name there, too.
+        "stages": [{k: v for k, v in of.items() if k != "stage"} for of in made.stages],
     }
 
 
