@@ -181,7 +181,9 @@ def test_a_file_that_a_kill_left_half_written_is_ignored(
         train(library, tmp_path / "work", log)
     part = tmp_path / "work" / f".running.{'0' * 8}.safetensors"
     part.write_bytes(b"half of it")
+    (tmp_path / "work" / ".DS_Store").touch()
     assert_same(train(library, tmp_path / "work"), made)
+    assert not part.exists() and (tmp_path / "work" / ".DS_Store").exists()
 
 
 def test_a_finished_training_is_not_repeated(library: Library, made: Upcycled, work: Path) -> None:
@@ -224,6 +226,17 @@ def test_damaged_states_are_refused(library: Library, made: Upcycled, tmp_path: 
     stage.write_bytes(content.replace(b"1.experts.0.up_proj.codes", b"1.experts.9.up_proj.codes"))
     with pytest.raises(CheckpointError, match=r"1\.experts\.9\.up_proj\.codes"):
         train(library, work)
+
+
+def test_two_trainings_do_not_share_a_folder(library: Library, tmp_path: Path) -> None:
+    def log(event: dict[str, Any]) -> None:
+        if event["event"] == "stage":
+            with pytest.raises(OutlierError, match="another training runs in it"):
+                train(library, tmp_path / "work")
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(library, tmp_path / "work", log)
 
 
 def test_a_folder_with_other_files_is_not_used(library: Library, tmp_path: Path) -> None:

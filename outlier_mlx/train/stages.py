@@ -137,18 +137,17 @@ def upcycle(
         "dtype": dtype,
         "teacher": None if teacher is None else digest_of_model(teacher.folder),
     }
-    folder = Work(work, identity)
     experts = len(corpora.domains) * settings.experts_per_domain
-    log({"event": "memory"} | needed.as_json())
-    targets = None
-    if teacher is not None:
-        vocab = parse_config(raw_config(base.folder)).vocab
-        targets = teach(teacher, corpora, settings, vocab, folder, log)
-    loaded, _ = load_model(base.folder, dtype=dtype)
-    model = TrainedModel(loaded, settings.layers, experts, settings.base_bits)
-    stages = Stages(model, corpora, settings, folder, log, save_every, targets)
-    groups = layer_groups(settings.layers, settings.layers_at_once)
-    stages.run(list(groups))
+    with Work(work, identity) as folder:
+        log({"event": "memory"} | needed.as_json())
+        targets = None
+        if teacher is not None:
+            vocab = parse_config(raw_config(base.folder)).vocab
+            targets = teach(teacher, corpora, settings, vocab, folder, log)
+        loaded, _ = load_model(base.folder, dtype=dtype)
+        model = TrainedModel(loaded, settings.layers, experts, settings.base_bits)
+        stages = Stages(model, corpora, settings, folder, log, save_every, targets)
+        stages.run(list(layer_groups(settings.layers, settings.layers_at_once)))
     after = perplexities(stages.held_out())
     before = perplexities(stages.before)
     layers = TrainedLayers(model.blocks)

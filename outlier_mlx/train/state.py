@@ -6,7 +6,9 @@ appear whole or not at all. Nothing in them is trusted: names, shapes and dtypes
 what is expected before anything is read.
 """
 
+import fcntl
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from typing import Any
 import mlx.core as mx
 
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.storage.output import whole_file, write_json
+from outlier_mlx.storage.output import is_part, whole_file, write_json
+from outlier_mlx.storage.paths import entries
 from outlier_mlx.storage.safetensors import TensorRef, read_described
 from outlier_mlx.storage.texts import parse_json_object, read_json
+from outlier_mlx.writing.runs import lock
 
 #: Changes whenever the same settings would give other numbers.
 VERSION = 1
@@ -30,7 +34,7 @@ Arrays = dict[str, mx.array]
 
 
 class Work:
-    """A work folder.
+    """A work folder, locked until `close`; use it as a context manager.
 
     Attributes:
         folder: where it is.
@@ -44,20 +48,44 @@ class Work:
             identity: everything that decides the result, as JSON values by name.
 
         Raises:
-            OutlierError: it holds another training; the message names what differs.
+            OutlierError: it holds another training, and the message names what differs; or another
+                process trains in it.
             CheckpointError: its files are damaged.
         """
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        path = folder / _IDENTITY
-        wanted = {"version": VERSION, **identity}
+        self._handle = os.open(folder, os.O_RDONLY)
+        try:
+            self._open(json.loads(json.dumps({"version": VERSION, **identity})))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, wanted: dict[str, Any]) -> None:
+        if not lock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise OutlierError(f"{self.folder}: another training runs in it")
+        path = self.folder / _IDENTITY
         if path.exists():
             self._compare(read_json(path), wanted)
-        elif any(folder.iterdir()):
-            raise OutlierError(f"{folder}: holds other files; name an empty folder for the work")
+        elif entries(self.folder):
+            raise OutlierError(
+                f"{self.folder}: holds other files; name an empty folder for the work"
+            )
         else:
             write_json(path, wanted)
-        self._identity = wanted
+        for left in entries(self.folder, hidden=True):
+            if is_part(left.name):  # of a file that a kill left half written
+                left.unlink()
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        os.close(self._handle)
+
+    def __enter__(self) -> "Work":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def finished(self, stage: str) -> tuple[Arrays, dict[str, Any]] | None:
         """The arrays that a stage changed and its record; None if it is not done.
