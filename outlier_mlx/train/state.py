@@ -56,7 +56,7 @@ class Work:
         folder.mkdir(exist_ok=True)
         self._handle = os.open(folder, os.O_RDONLY)
         try:
-            self._open(json.loads(json.dumps({"version": VERSION, **identity})))
+            self._open({"version": VERSION, **identity})
         except BaseException:
             self.close()
             raise
