@@ -12,7 +12,7 @@ import pytest
 
 import outlier_mlx
 from outlier_mlx.engine.paging.budget import ExpertMemory
-from tests.browser import SOUP, Visit, answered, expect, piece, visiting
+from tests.browser import PHONE, SOUP, Visit, answered, expect, piece, visiting
 from tests.library import Library
 from tests.serving import Running, running
 
@@ -117,3 +117,18 @@ def test_experts_are_asked_for_only_where_there_are_some(
         other.ask("first")
         answered(other.page)
         assert "outlier" not in bodies[0]
+
+
+def test_only_the_conversation_scrolls(browser: Any, demo: Path) -> None:
+    """Hidden captions of the tables below an answer do not make the page itself longer."""
+    load = partial(outlier_mlx.load, demo)
+    with (
+        running(load, max_tokens=60) as server,
+        visiting(browser, server, viewport=PHONE) as visit,
+    ):
+        page = visit.open()
+        visit.ask(SOUP)
+        found = answered(page)
+        found.get_by_role("button", name="Experts").click()
+        expect(found.get_by_role("option").first).to_be_attached()
+        assert page.evaluate("document.documentElement.scrollHeight") == PHONE["height"]
