@@ -170,6 +170,15 @@ def test_names_that_lead_elsewhere_are_not_asked_for(hub: Hub) -> None:
     assert hub.requests == []
 
 
+def test_a_file_is_no_model_but_a_gguf_file_can_become_one(tmp_path: Path) -> None:
+    for name, words in (("model.gguf", ("outlier-mlx import", "makes one")), ("model.bin", ())):
+        file = tmp_path / name
+        file.touch()
+        asked = run("generate", "--model", file, "--prompt", "x", code=1)
+        assert_refused(asked, name, "a file; expected a folder", *words)
+        assert ("import" in asked.err) == bool(words)
+
+
 def test_a_base_that_is_refused_leaves_nothing(hub: Hub, tmp_path: Path) -> None:
     hub.repos["owner/base"].refusal = (403, "GatedRepo")
     (tmp_path / "outputs").mkdir()

@@ -91,7 +91,10 @@ def local_source(path_or_repo: str | Path, revision: str | None = None) -> Sourc
         return Source(named(folder), folder.resolve().name)
     name = str(path_or_repo)
     if folder.exists():
-        raise CheckpointError(f"{name}: a file; expected a folder or hub repository (OWNER/NAME)")
+        way = f"; outlier-mlx import {name} makes one" if folder.suffix == ".gguf" else ""
+        raise CheckpointError(
+            f"{name}: a file; expected a folder or hub repository (OWNER/NAME){way}"
+        )
     if not _REPO.fullmatch(name):
         raise CheckpointError(f"{name}: no such folder, and not a hub repository (OWNER/NAME)")
     return None

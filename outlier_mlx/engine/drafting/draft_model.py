@@ -106,9 +106,11 @@ def check_caches(model: nn.Module, draft_model: nn.Module) -> None:
     Raises:
         OutlierError: one of them cannot, such as that of linear attention.
     """
-    for whose, checked in (("the model's", model), ("its own", draft_model)):
+    ways = {"the model's": (model, "leave it out"), "its own": (draft_model, "name another model")}
+    for whose, (checked, way) in ways.items():
         if draft_room(make_prompt_cache(checked)) < 1:
-            raise OutlierError(f"--draft-model: {whose} cache cannot go back to an earlier token")
+            text = f"{whose} cache cannot go back to an earlier token, which drafts need"
+            raise OutlierError(f"--draft-model: {text}: {way}")
 
 
 def check_same_tokens(folder: Path, draft: Path) -> None:
