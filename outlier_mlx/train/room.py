@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from outlier_mlx.models.description import ModelConfig
+from outlier_mlx.storage.paths import entries
 from outlier_mlx.train.overlay import overlay_bytes
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.teacher import LIKELIEST
@@ -42,7 +43,8 @@ def check_room(
     """
     check_space(target, overlay_bytes(config, settings, len(corpora.domains)), "the overlay")
     nbytes = work_bytes(config, settings, corpora, teacher=teacher)
-    there = sum(path.stat().st_size for path in work.glob("*.safetensors")) if work.exists() else 0
+    kept = entries(work, "*.safetensors") if work.exists() else []
+    there = sum(path.stat().st_size for path in kept)
     check_space(work, max(0, nbytes - there), "the state of the training")
 
 
