@@ -326,6 +326,7 @@ def test_expected_of_a_chip(tier: Path):
     assert (expected.source, expected.about) == ("published", "Apple M1 has 68.25 GB/s")
 
 
+@pytest.mark.slow
 def test_expected_of_paged_experts(tier: Path, monkeypatch: pytest.MonkeyPatch):
     """The bytes that were missing are read at the disk's speed, which is measured."""
     monkeypatch.setattr(speeds, "speed_here", lambda chip, quantized: FAST)

@@ -43,6 +43,7 @@ def test_overlays(form: str, tmp_path: Path) -> None:
     assert experts.params == 2 * 8 * 3 * 256 * 512
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
     """Two numbers of layers: the source grows by a layer's, and nothing stays behind."""
     work = tmp_path / "work"

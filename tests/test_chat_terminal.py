@@ -208,6 +208,7 @@ def terminal(tier: Path) -> Iterator[Terminal]:
     terminal.close()
 
 
+@pytest.mark.slow
 def test_a_session(terminal: Terminal):
     """Ctrl-C ends a reply, then a line; Ctrl-D ends the program."""
     terminal.expect("/help lists the commands; Ctrl-D ends the program")

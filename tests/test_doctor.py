@@ -134,6 +134,7 @@ def test_the_models_own_experts_are_read(tier: Path, large: Path, quick: list[An
 # What is wrong
 
 
+@pytest.mark.slow
 def test_a_wrong_result(quick: list[Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     monkeypatch.setattr(doctor, "measure_folder", lambda *_: DISK)

@@ -135,6 +135,7 @@ def test_generate_tells_of_drafts(
         assert 0 < accepted < drafted
 
 
+@pytest.mark.slow
 def test_the_server_tells_of_drafts(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that repeats itself, with drafts as if they cost nothing."""
     monkeypatch.setattr(Costs, "of", lambda self, width: 1.0)
@@ -158,6 +159,7 @@ def test_the_server_tells_of_drafts(demo: Path, monkeypatch: pytest.MonkeyPatch)
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_a_draft_model(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = outlier_mlx.load(demo)
     draft_model, _ = outlier_mlx.load(FOLDER / "base")

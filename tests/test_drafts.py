@@ -62,6 +62,7 @@ def ids(found: Sequence[Chosen]) -> list[int]:
     return [chosen.token for chosen in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CACHES)
 def test_the_text_is_that_of_plain_generation(loaded: Loaded, kind: str) -> None:
     model, tokenizer = loaded
@@ -84,6 +85,7 @@ def test_the_text_is_that_of_plain_generation(loaded: Loaded, kind: str) -> None
     assert drafted > accepted > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"kv_bits": 8, "kv_group_size": 32}], ids=str)
 def test_lookup_in_real_texts(
     loaded: Loaded, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -237,6 +239,7 @@ class Fixed(Guesses):
         return [0, 1, 0, 2][:most]
 
 
+@pytest.mark.slow
 def test_sampled_texts_have_the_models_distribution() -> None:
     """All texts of four tokens, by a chi-square test that one good sampler in 10,000 fails."""
     vocab, length, runs = 3, 4, 800

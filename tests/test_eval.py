@@ -194,6 +194,7 @@ def expected(case: Case) -> dict[tuple[str, str], tuple[float, float | None, int
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tier", "base", "mlx"])
 def test_scores_are_the_references(cases: dict[str, Case], name: str, tmp_path: Path) -> None:
     case = cases[name]

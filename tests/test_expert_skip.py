@@ -110,6 +110,7 @@ PAGED = "--expert-memory", "40%", "--expert-skip"
 WINDOW = "--window", 64, "--windows", 1
 
 
+@pytest.mark.slow
 def test_perplexity_has_the_price_as_text_is_written(demo: Path) -> None:
     whole = run("perplexity", demo, "--text", TEXT, *WINDOW, "--json").json
     assert "paging" not in whole
@@ -127,6 +128,7 @@ def test_perplexity_has_the_price_as_text_is_written(demo: Path) -> None:
     assert paging["hits"] + paging["misses"] + paging["skipped"] == 63 * 2 * 3
 
 
+@pytest.mark.slow
 def test_generated_text_is_the_same_with_none_left_out_and_is_counted_otherwise(demo: Path) -> None:
     ask = "generate", "--model", demo, "--prompt", "The cat", "--max-tokens", 24
     assert run(*ask, *PAGED, 0).out == run(*ask).out
@@ -134,6 +136,7 @@ def test_generated_text_is_the_same_with_none_left_out_and_is_counted_otherwise(
     assert " left out" in run(*ask, *PAGED, 0.45).err
 
 
+@pytest.mark.slow
 def test_bench_counts_what_is_left_out(demo: Path) -> None:
     sizes = "--prompt-tokens", 4, "--generation-tokens", 8, "--num-trials", 1, "--json"
     assert run("bench", "--model", demo, *sizes, *PAGED, 0.45).json["paging"]["skipped"] > 0

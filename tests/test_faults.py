@@ -223,6 +223,7 @@ def test_an_exception_in_a_worker_thread(
         outlier_mlx.convert(place / "overlay", out=place / "outputs" / "new")
 
 
+@pytest.mark.slow
 def test_the_pool_drops_what_it_has_not_begun(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C nobody waits for more than the slabs that are being packed."""
     pack_rows, begun = expert_parts.pack_rows, []

@@ -315,6 +315,7 @@ def test_python(hub: Hub, folders: Path) -> None:
         outlier_mlx.load("owner/tier", "v2")
 
 
+@pytest.mark.slow
 def test_the_environment_of_a_program(hub: Hub, tmp_path: Path, folders: Path) -> None:
     """HF_ENDPOINT, HF_HOME and HF_TOKEN as a shell sets them; nothing but errors on stderr."""
     environment = variables(hub, tmp_path / "home", HF_TOKEN="hf_secret")

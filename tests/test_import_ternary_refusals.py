@@ -185,6 +185,7 @@ def overlay_folder(tmp_path: Path) -> Path:
     return build(tmp_path / "overlay", next(iter(FORMS))).path
 
 
+@pytest.mark.slow
 def test_files_that_are_refused(tmp_path: Path):
     """Each of the listed bad inputs: one line that names what is wrong, and nothing is written."""
     here = require_shared() / "goldens/ternary_models/refuse"

@@ -144,6 +144,7 @@ def test_removal_is_confirmed(here: Path) -> None:
     assert not Path("tiers/one").exists()
 
 
+@pytest.mark.slow
 def test_run_answers_a_prompt_or_talks(library: Library) -> None:
     tier = library.demo_tier("q4")
     asked = ("--temp", "0", "--quiet")

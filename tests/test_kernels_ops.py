@@ -388,6 +388,7 @@ def test_nothing_but_the_result_stays_in_memory(
     assert mx.get_active_memory() - before < y.nbytes + 16384
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_long_prompt_does_not_grow_with_layers(
     metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch, choose: Callable[[int], None]
 ):

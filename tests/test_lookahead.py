@@ -133,6 +133,7 @@ def paged(tier: Path, slots: int) -> tuple[Any, Lookahead]:
     return model, lookahead
 
 
+@pytest.mark.slow
 def test_reading_early_changes_no_bit(demo: Path) -> None:
     expected = decoded(load_model(demo)[0])
     for slots in (6, 8, 12):
@@ -178,6 +179,7 @@ def test_the_probe_decides_while_a_model_decodes(demo: Path) -> None:
     assert statistics.as_json()["reads_early"] == lookahead.probe.on
 
 
+@pytest.mark.slow
 def test_a_prompt_is_no_pass_of_the_probe(demo: Path) -> None:
     model, lookahead = paged(demo, 6)
     prompt = mx.array([[7 * number % 200 + 5 for number in range(40)]])

@@ -47,6 +47,7 @@ def command(place: Path, *models: str) -> list[object]:
     return ["outliers", *folders, "--text", place / "text.txt", "--sequences", 3, "--length", 32]
 
 
+@pytest.mark.slow
 def test_two_models(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Most of the time that a picture takes is for where matplotlib puts its panels.
     layout = "matplotlib.layout_engine.ConstrainedLayoutEngine.execute"
@@ -111,6 +112,7 @@ def test_the_command_measures_what_the_functions_do(place: Path, tmp_path: Path)
     assert found["perplexity"] == pytest.approx(listed["perplexity"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_unasked_and_what_is_done_stays(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "found"
     run(*command(place, "tier"), "--out", out, "--no-plots")

@@ -32,6 +32,7 @@ def logits(model: Any, tokens: int, more: int = 6) -> list[np.ndarray]:
     return [np.array(one) for one in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", SLOTS)
 def test_the_same_logits_with_any_number_of_slots(demo: Path, slots: int) -> None:
     whole, model = load_model(demo)[0], paged(demo, slots)
@@ -43,6 +44,7 @@ def test_the_same_logits_with_any_number_of_slots(demo: Path, slots: int) -> Non
     assert store.statistics.misses > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [6, 9, 18])
 def test_the_same_logits_from_the_kernels(demo: Path, metal: Metal, slots: int) -> None:
     whole, model = load_model(demo)[0], paged(demo, slots)

@@ -18,6 +18,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_generate(demo: Path) -> None:
     command = ["generate", demo, "--prompt", "How do I find Vega?", "-m", 24]
     whole = run(*command)
@@ -47,6 +48,7 @@ def test_measures(demo: Path, text: Path) -> None:
         assert paged == whole
 
 
+@pytest.mark.slow
 def test_outliers(demo: Path, text: Path, tmp_path: Path) -> None:
     how = "--text", text, "--length", 32, "--sequences", 2, "--no-plots", "--per-expert", "--json"
     found = []
@@ -56,6 +58,7 @@ def test_outliers(demo: Path, text: Path, tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_bench(demo: Path) -> None:
     how = "-p", 16, "-g", 8, "-n", 2
     found = run("bench", demo, *how, "--json", "--expert-memory", "40%").json
@@ -122,6 +125,7 @@ def test_a_file_that_changes_ends_a_request_in_one_line(
     assert_refused(result, "while the model is in use")
 
 
+@pytest.mark.slow
 def test_eval(demo: Path, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "q.jsonl").write_text(
         "\n".join(json.dumps({"q": f"The heron {n}", "a": n % 2}) for n in range(4))

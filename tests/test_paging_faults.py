@@ -128,6 +128,7 @@ def test_chat_ends_with_one_line(disk: Disk, kind: str) -> None:
     assert disk.failing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("kind", PASSING)
 def test_what_follows_is_right(disk: Disk, kind: str, early: bool) -> None:
@@ -154,6 +155,7 @@ def logits(model: Any) -> list[np.ndarray]:
     return [np.array(model(mx.array(tokens), cache=cache)) for tokens in given]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PASSING)
 def test_a_conversation_goes_on(disk: Disk, kind: str) -> None:
     model, tokenizer = load(disk.tier, expert_memory="40%")
@@ -170,6 +172,7 @@ def test_a_conversation_goes_on(disk: Disk, kind: str) -> None:
     assert said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PASSING)
 def test_the_server_goes_on(disk: Disk, kind: str) -> None:
     def loaded() -> Any:

@@ -81,6 +81,7 @@ def prompt_of(words: str) -> list[int]:
     return list(range(5, 5 + 3 * len(words)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [6, 13])
 def test_batches(demo: Path, whole: Loaded, slots: int) -> None:
     model, _ = paged(demo, slots)
@@ -146,6 +147,7 @@ def test_logits_that_are_computed_late(demo: Path, whole: Loaded) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(late, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_each_expert_is_read_once_for_a_prompt(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = paged(demo, 9)
     for _ in range(3):
@@ -379,6 +381,7 @@ def test_drafts_of_another_model(demo: Path, whole: Loaded, slots: int) -> None:
     assert {drafted for _, drafted in texts[0]} == {True, False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_any_history(demo: Path, seed: int) -> None:
     """Passes of all sizes, computed now or later, with other alphas and fewer slots in between."""

@@ -270,6 +270,7 @@ def test_small_models_are_in_megabytes(tmp_path: Path, drawn: list[Any]) -> None
     assert "1" in {tick.rstrip("0").rstrip(".") for tick in ticks(drawn[0].axes[0].xaxis)}
 
 
+@pytest.mark.slow
 def test_names_of_any_script_are_drawn_without_a_warning(tmp_path: Path, drawn: list[Any]) -> None:
     names = ["模型-千问 $x^2$", "\U0001f600 ไทย", "العربية \\frac{a}", "\ud800\x1b\n$"]
     for suffix in BEGINNINGS:

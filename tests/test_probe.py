@@ -38,6 +38,7 @@ def test_without_a_device():
     assert done.out == "MLX finds no Metal device\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "found"),
     [

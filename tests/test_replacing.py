@@ -151,6 +151,7 @@ def test_a_new_folder_killed_at_any_step(tmp_path: Path) -> None:
         assert not there or whole_text(target) == "new"
 
 
+@pytest.mark.slow
 def test_killed_and_killed_again_while_that_is_settled(tmp_path: Path) -> None:
     """Of some steps each; the test marked slow takes them all."""
     kill_twice(tmp_path, every=7)
@@ -183,6 +184,7 @@ def kill_twice(tmp_path: Path, every: int) -> None:
             assert whole_text(again) in ("old", "new")
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_renamed_after_the_kill_is_not_replaced_by_half_of_the_old(
     tmp_path: Path,
 ) -> None:

@@ -345,6 +345,7 @@ def test_prompts_alone(file: Path, tmp_path: Path) -> None:
     assert all(0 <= arm["prompt_hit_rate"] < 1 for arm in arms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_table_and_picture(file: Path, tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"x.{suffix}"

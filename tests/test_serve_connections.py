@@ -111,6 +111,7 @@ def test_the_silent_are_closed_first(small_tier: Path):
             assert read_answer(client)[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "drops", "status"),
     [

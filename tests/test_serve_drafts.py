@@ -148,6 +148,7 @@ def test_experts_are_paged_beside_it(demo: Path, free_drafts: None) -> None:
     assert accepted(ours) > 0
 
 
+@pytest.mark.slow
 def test_drafts_go_on_where_they_were_after_a_batch(
     small_tier: Path, free_drafts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +229,7 @@ def test_a_window_that_is_full_ends_drafts() -> None:
         assert len(found) == drafted, length
 
 
+@pytest.mark.slow
 def test_it_is_unloaded_and_loaded_again_with_the_model(
     small_tier: Path, free_drafts: None
 ) -> None:

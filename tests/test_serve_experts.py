@@ -141,6 +141,7 @@ def test_where_paged_experts_were(demo: Path, server: Running) -> None:
         assert models["data"][0]["outlier"]["experts"]["paged"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_loaded_again(demo: Path) -> None:
     with running(demo, idle_unload=1 / 60) as server:
         first = server.post(ASK | EXPERTS)[2]["outlier"]

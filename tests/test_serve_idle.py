@@ -31,6 +31,7 @@ def state(served: Running) -> str:
     return str(answer["state"])
 
 
+@pytest.mark.slow
 def test_memory_is_free_until_the_next_request(small_tier: Path) -> None:
     weights = needs_of(small_tier, on_cpu=True).weights
     gc.collect()
@@ -83,6 +84,7 @@ def test_requests_wait_while_it_is_loaded_and_none_is_lost(small_tier: Path) -> 
         assert len({answer.choices[0].message.content for answer in answers}) == 1
 
 
+@pytest.mark.slow
 def test_a_failure_to_load_again_ends_the_request_alone(small_tier: Path) -> None:
     calls: list[float] = []
     load = slow(small_tier, calls, lambda number: number == 2)
@@ -120,6 +122,7 @@ def test_the_option_of_the_command(small_tier: Path, monkeypatch: pytest.MonkeyP
     assert "is less than" in run("serve", small_tier, "--idle-unload", "0", code=2).err
 
 
+@pytest.mark.slow
 def test_a_paged_model_is_unloaded_with_its_files(library: Library) -> None:
     tier = library.demo_tier("q4")
     handles = Path("/proc/self/fd")

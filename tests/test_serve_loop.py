@@ -50,6 +50,7 @@ def slices(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, QUANTIZED], ids=["plain", "quantized"])
 def test_seeded_requests_give_the_same_text_among_others(
     wide: Path, options: dict[str, Any]

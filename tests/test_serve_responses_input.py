@@ -281,6 +281,7 @@ def test_what_has_no_effect_is_told(calling: Running, body: dict[str, Any], name
     )
 
 
+@pytest.mark.slow
 def test_whatever_is_in_a_body_is_answered_or_refused(calling: Running):
     """A part of a right body is replaced by anything: nothing but `Refused` may be raised."""
     random = Random(7)

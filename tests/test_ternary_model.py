@@ -176,6 +176,7 @@ def test_mlx_lm_runs_no_code_unasked(rotated: Ternary):
         mlx_lm_load_model(rotated.folder)
 
 
+@pytest.mark.slow
 def test_commands(rotated: Ternary, tmp_path: Path):
     (tmp_path / "text.txt").write_text("the cat sat on the mat " * 20)
     where = rotated.folder

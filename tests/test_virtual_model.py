@@ -144,6 +144,7 @@ def error(found: Array, exact: Array) -> float:
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
+@pytest.mark.slow
 def test_the_embedded_pair(pair: Path, prompt: list[int], metal: VirtualMetal):
     model = load(pair)
     assert_resident(model)

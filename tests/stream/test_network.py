@@ -38,6 +38,7 @@ def test_a_dropped_connection(
     assert sent[-2:] == [(None, 10_000), ("bytes=10000-", size - 10_000)]
 
 
+@pytest.mark.slow
 def test_a_half_fetched_file(
     served: Hub, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from tests.program import run_command
 from tests.stream.streaming import ORDER, OVERLAY_FILE, Models, fetched, stream, unfinished
 
 
+@pytest.mark.slow
 def test_resumed_at_the_file_it_was_at(
     served: Hub, models: Models, tmp_path: Path, stop_at: Callable[[str], None]
 ) -> None:
@@ -42,6 +43,7 @@ def test_resumed_at_the_file_it_was_at(
     assert names(tmp_path) == ["tier"]
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere(served: Hub, models: Models, tmp_path: Path) -> None:
     """Ctrl-C at any moment: between bytes of a file, between files, while checksums are taken."""
     calls: list[int] = []
@@ -120,6 +122,7 @@ def test_a_revision_that_moves(
     assert manifest["overlay"]["revision"] == (second if gone else first)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_with_other_settings(
     served: Hub, models: Models, tmp_path: Path, stop_at: Callable[[str], None]
 ) -> None:
