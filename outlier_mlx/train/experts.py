@@ -16,6 +16,7 @@ from mlx_lm.models.activations import swiglu
 
 from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.runtime.routing import top_experts
+from outlier_mlx.train.gradients import custom
 from outlier_mlx.train.trits import (
     Method,
     as_stored,
@@ -216,11 +217,7 @@ def change_loss(probs: mx.array) -> mx.array:
     return 1 - (probs[:, 1:] * probs[:, :-1]).sum(axis=-1).mean()
 
 
-def _custom(function: Callable) -> Any:
-    return mx.custom_function(function)
-
-
-@_custom
+@custom
 def _with_loss(y: mx.array, loss: mx.array) -> mx.array:
     """y; whatever is minimised, `loss` is minimised, too: its gradient is 1."""
     return y

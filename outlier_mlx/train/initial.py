@@ -1,7 +1,7 @@
 """What experts and routers begin as: the base's own neurons, and where the domains' tokens are."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from outlier_mlx.engine.calls import watched_calls
 from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.train.experts import Expert, ExpertBlock, LatentMatrix, Mode, TernaryMatrix
 from outlier_mlx.train.forward import TrainedModel
@@ -83,30 +84,16 @@ def look(model: TrainedModel, domains: Iterable[np.ndarray], batch: int) -> dict
     return seen
 
 
-class _Watched(nn.Module):
-    """An FFN whose input is told."""
-
-    def __init__(self, layer: int, mlp: nn.Module, told: Any) -> None:
-        super().__init__()
-        self.mlp = mlp
-        self._layer, self._told = layer, told
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self._told(self._layer, self.mlp, x)
-        y: mx.array = self.mlp(x)
-        return y
-
-
 @contextmanager
 def _watched(blocks: dict[int, ExpertBlock], told: Any) -> Iterator[None]:
-    former = {layer: block.mlp for layer, block in blocks.items()}
-    try:
+    def tell(layer: int, mlp: nn.Module, given: tuple[Any, ...], _: Any) -> None:
+        told(layer, mlp, given[0])
+
+    with ExitStack() as stack:
         for layer, block in blocks.items():
-            block.mlp = _Watched(layer, block.mlp, told)
+            called = partial(tell, layer, block.mlp)
+            stack.enter_context(watched_calls(block.mlp, "__call__", called))
         yield
-    finally:
-        for layer, mlp in former.items():
-            blocks[layer].mlp = mlp
 
 
 def first_router(seen: Seen, per_domain: int, seed: tuple[int, ...]) -> mx.array:

@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from outlier_mlx.train.gradients import custom
+
 #: The sum of losses over tokens, and its gradient with respect to the logits (tokens, vocab).
 Scored = tuple[mx.array, mx.array]
 #: From logits (tokens, vocab) float32, and arrays with a row for each of these tokens.
@@ -38,7 +40,7 @@ def through_head(
     flat = hidden.reshape(-1, hidden.shape[-1])
     step = chunk(head.shape[0])
 
-    @_custom
+    @custom
     def fused(flat: mx.array) -> tuple[mx.array, mx.array]:
         total, gradients = mx.zeros(()), []
         before = [] if after is None else [after]
@@ -120,7 +122,3 @@ def _softmax(logits: mx.array) -> Scored:
     exps = mx.exp(logits - largest)
     sums = exps.sum(axis=-1, keepdims=True)
     return largest + mx.log(sums), exps / sums
-
-
-def _custom(function: Callable) -> Any:
-    return mx.custom_function(function)

@@ -1,12 +1,12 @@
 """Rows of weights as trits and one scale each, and the gradient that passes by the rounding."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.ternary.two_bits import pack_twos
+from outlier_mlx.train.gradients import custom
 
 Method = Literal["lloyd", "absmean"]
 # The least and the largest scale that float16 holds well.
@@ -96,12 +96,7 @@ def unpacked(codes: mx.array, dtype: mx.Dtype) -> mx.array:
     return digits.flatten(-2).astype(dtype) - 1
 
 
-# MLX types a custom function as its decorator.
-def _custom(function: Callable) -> Any:
-    return mx.custom_function(function)
-
-
-@_custom
+@custom
 def _passed(exact: mx.array, rounded: mx.array) -> mx.array:
     """`rounded`, with the gradient of `exact`; a sum of differences would not be exact."""
     return rounded
@@ -114,7 +109,7 @@ def _passed_vjp(
     return cotangent, mx.zeros_like(given[1])
 
 
-@_custom
+@custom
 def _straight(x: mx.array, latent: mx.array, trits: mx.array, scales: mx.array) -> mx.array:
     return (x @ trits.T).astype(mx.float32) * scales
 
