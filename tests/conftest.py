@@ -176,3 +176,16 @@ def visit(browser: Any, served_demo: Any) -> Iterator[Any]:
 
     with visiting(browser, served_demo) as made:
         yield made
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A `WritableHub` as this process's hub, with an empty cache and its user logged in."""
+    from tests.hub import opened
+    from tests.hub_uploads import WritableHandler, WritableHub
+
+    (tmp_path / "store").mkdir()
+    hub = WritableHub(store=tmp_path / "store")
+    with opened(hub, tmp_path, monkeypatch, WritableHandler):
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        yield hub

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import outlier_mlx
 from outlier_mlx.tiers.verify import verify_tier
 from tests.builders import write_base, write_overlay
 from tests.folders import contents
-from tests.hub import opened
-from tests.hub_uploads import WritableHandler, WritableHub
+from tests.hub_uploads import WritableHub
 from tests.program import run
 from tests.ternary_sources import mlx_pack
 
@@ -41,16 +39,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name / "LICENSE").write_text("The licence.\n")
     outlier_mlx.convert(root / "overlay", root / "base", root / "tier")
     return root
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
-    """The stand-in as this process's hub, with an empty cache and its user logged in."""
-    (tmp_path / "store").mkdir()
-    hub = WritableHub(store=tmp_path / "store")
-    with opened(hub, tmp_path, monkeypatch, WritableHandler):
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        yield hub
 
 
 @pytest.fixture

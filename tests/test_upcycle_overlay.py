@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from tests.engine import forward, load, tier_of
 from tests.folders import contents as files_of
 from tests.forms import assert_same_contents, contents
 from tests.goldens import assert_logits_close
-from tests.hub import opened
-from tests.hub_uploads import WritableHandler, WritableHub
+from tests.hub_uploads import WritableHub
 from tests.library import Library
 from tests.program import run
 from tests.reference import forward as reference_forward
@@ -49,16 +47,6 @@ def overlay(base: Built) -> Path:
     out = base.path.parent / "mine"
     write(base, out)
     return out
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
-    """A stand-in for the hub, whose user is logged in."""
-    (tmp_path / "store").mkdir()
-    hub = WritableHub(store=tmp_path / "store")
-    with opened(hub, tmp_path, monkeypatch, WritableHandler):
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        yield hub
 
 
 def expected(made: Upcycled) -> dict[str, np.ndarray]:
