@@ -1,8 +1,9 @@
 """Training what a tier stores as numbers, not as codes: alphas, scales, biases, routers, norms."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx import optimizers
 from mlx.utils import tree_map
 
 from outlier_mlx.checkpoints.stored_model import open_stored
+from outlier_mlx.engine.gradients import Prepared, checkpoint
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.measure.perplexity import Comparison, compare, log_probs
@@ -236,30 +238,17 @@ def _loss(
 def checkpointed(model: nn.Module, trained: Sequence[Trained]) -> Iterator[None]:
     """Until the block ends, a layer keeps only its input for the gradient, and is computed again.
 
-    The layers get a subclass of their class, so parameters and names stay the same.
+    Parameters and names stay the same.
     """
     with ExitStack() as stack:
         for number, layer in enumerate(model.layers):
-            inside = f".layers.{number}."
-            _checkpoint(layer, [each for each in trained if inside in each.name], stack)
+            own = [each for each in trained if f".layers.{number}." in each.name]
+            stack.callback(checkpoint(layer, partial(_prepared, own)))
         yield
 
 
-def _checkpoint(layer: nn.Module, own: Sequence[Trained], stack: ExitStack) -> None:
-    original = type(layer)
-
-    def call(self: nn.Module, x: mx.array, *given: object, **named: object) -> mx.array:
-        # MLX differentiates only what the checkpointed function is given.
-        def compute(x: mx.array, *values: mx.array) -> mx.array:
-            for each, value in zip(own, values, strict=True):
-                each.put(value)
-            return original.__call__(self, x, *given, **named)
-
-        return mx.checkpoint(compute)(x, *(each.value for each in own))
-
-    # nn.Module's own __setattr__ takes only parameters and children.
-    object.__setattr__(layer, "__class__", type(original.__name__, (original,), {"__call__": call}))
-    stack.callback(object.__setattr__, layer, "__class__", original)
+def _prepared(own: Sequence[Trained]) -> Prepared:
+    return own, nullcontext
 
 
 @dataclass(frozen=True)

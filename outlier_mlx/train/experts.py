@@ -14,9 +14,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.activations import swiglu
 
+from outlier_mlx.engine.gradients import custom
 from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.runtime.routing import top_experts
-from outlier_mlx.train.gradients import custom
 from outlier_mlx.train.trits import (
     Method,
     as_stored,

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from outlier_mlx.engine.gradients import Prepared, checkpoint
 from outlier_mlx.train.experts import Current, ExpertBlock, Mode
 
 #: Sizes of groups that share a scale when the base is rounded, best first.
@@ -86,7 +88,7 @@ class TrainedModel:
             self.blocks[number] = layer.mlp
         self._trained: dict[int, list[Place]] = {}
         for number, layer in enumerate(model.layers):
-            self._checkpoint(number, layer)
+            checkpoint(layer, partial(self._prepared, number))
 
     def numbers(self, wanted: Iterable[str]) -> dict[str, Place]:
         """The arrays of all blocks whose names end in one of `wanted`, as "latent"; by name."""
@@ -124,24 +126,15 @@ class TrainedModel:
             return self._head_rounded.dense()
         return self._head_place.value
 
-    def _checkpoint(self, number: int, layer: nn.Module) -> None:
-        original = type(layer)
+    def _prepared(self, number: int) -> Prepared:
+        mode = self._now.mode
 
-        def call(own: nn.Module, x: mx.array, *given: object, **named: object) -> mx.array:
-            places, mode = self._trained.get(number, []), self._now.mode
+        @contextmanager
+        def as_now() -> Iterator[None]:
+            with self._now.running(mode), self._with_rounded(number):
+                yield
 
-            # MLX differentiates only what the checkpointed function is given.
-            def compute(x: mx.array, *values: mx.array) -> mx.array:
-                for place, value in zip(places, values, strict=True):
-                    place.put(value)
-                with self._now.running(mode), self._with_rounded(number):
-                    return original.__call__(own, x, *given, **named)
-
-            return mx.checkpoint(compute)(x, *(place.value for place in places))
-
-        # nn.Module's own __setattr__ takes only parameters and children.
-        made = type(original.__name__, (original,), {"__call__": call})
-        object.__setattr__(layer, "__class__", made)
+        return self._trained.get(number, []), as_now
 
     @contextmanager
     def _with_rounded(self, number: int) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from outlier_mlx.train.gradients import custom
+from outlier_mlx.engine.gradients import custom
 
 #: The sum of losses over tokens, and its gradient with respect to the logits (tokens, vocab).
 Scored = tuple[mx.array, mx.array]

@@ -5,8 +5,8 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
+from outlier_mlx.engine.gradients import custom
 from outlier_mlx.ternary.two_bits import pack_twos
-from outlier_mlx.train.gradients import custom
 
 Method = Literal["lloyd", "absmean"]
 # The least and the largest scale that float16 holds well.
