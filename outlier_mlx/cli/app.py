@@ -18,6 +18,7 @@ from outlier_mlx.cli.command import (
     write_parameters,
     write_section,
 )
+from outlier_mlx.cli.ranks import LOST, lost_a_rank, only_the_first_talks, tell_others
 from outlier_mlx.cli.signals import Ended, cleaning_up
 from outlier_mlx.errors import OutlierError, one_line
 
@@ -35,6 +36,7 @@ class Commands(TyperGroup):
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run the program and leave it."""
+        only_the_first_talks()
         try:
             # Typer takes narrow terminals for wider ones.
             width = min(max(get_terminal_size().columns, 20), WIDEST)
@@ -75,6 +77,12 @@ class Commands(TyperGroup):
             if ctx.meta.get("debug"):
                 raise
             say(f"error: {_message_of(error)}")
+            tell_others(_message_of(error))
+            raise typer.Exit(1) from None
+        except RuntimeError as error:
+            if ctx.meta.get("debug") or not lost_a_rank(error):
+                raise
+            say(f"error: {LOST}")
             raise typer.Exit(1) from None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

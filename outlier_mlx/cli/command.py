@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from outlier_mlx.cli.ranks import together
 from outlier_mlx.cli.values import Reader
 from outlier_mlx.engine.buffers import mlx_is_imported, use_larger_buffers
 
@@ -109,7 +110,7 @@ class Command(TyperCommand):
         """Run the command, which may import MLX: its settings come before that."""
         if not mlx_is_imported():
             use_larger_buffers()
-        with _telling(ctx):
+        with _telling(ctx), together(str(ctx.info_name), ctx.params):
             return super().invoke(ctx)
 
     def _named(self, ctx: Any, args: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlier_mlx.cli.options import KVCache, Loading
+from outlier_mlx.cli.ranks import join, loaded
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.hub import Source, local_source, resolve
 
@@ -78,6 +79,7 @@ def load_model(
         from outlier_mlx.measure.alphas import apply_alphas
 
         apply_alphas(model, alpha)
+    loaded()
     return model, tokenizer
 
 
@@ -116,6 +118,7 @@ def load_checked(
         OutlierError: it does not fit, or is not valid.
     """
     source = model if isinstance(model, Source) else resolve(model, loading.revision)
+    join(source.folder)
     memory: ExpertMemory | Plan = expert_memory(loading)
     if not loading.ignore_memory:
         kept = cache or KVCache()

@@ -97,6 +97,14 @@ KeepWarm = Annotated[
     bool,
     _loading("--keep-warm", help="Give the GPU something tiny to do while experts are read."),
 ]
+Pipeline = Annotated[
+    bool,
+    _loading(
+        "--pipeline",
+        help="Under mlx.launch: each process has some of the layers, by its memory, rather than a"
+        " part of every layer.",
+    ),
+]
 Force = Annotated[bool, _general("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, _general("--json", help="Print JSON.")]
 Quiet = Annotated[
@@ -262,3 +270,4 @@ class Loading:
     expert_memory: ExpertMemory = "auto"
     expert_skip: ExpertSkip = 0.0
     keep_warm: KeepWarm = False
+    pipeline: Pipeline = False

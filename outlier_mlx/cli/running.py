@@ -156,6 +156,10 @@ def _read_schema(file: Path | None, prefill_response: str | None) -> dict[str, A
 
 
 def _read_stdin() -> str:
+    from outlier_mlx.engine.distributed.ranks import ranks
+
+    if ranks().size > 1:
+        raise OutlierError("--prompt -: mlx.launch does not tell where stdin ends; give the text")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

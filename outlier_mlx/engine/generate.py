@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from outlier_mlx.engine.constraint import ConstraintProcessor, Grammars
+from outlier_mlx.engine.distributed.ranks import least
 from outlier_mlx.engine.drafting import Drafting
 from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.needs import cpu_step
@@ -268,16 +269,17 @@ def prefill_step(model: nn.Module, most: int) -> int:
     Between two steps the progress is shown, and Ctrl-C acts. A GPU needs long steps. MLX's CPU
     backend is hardly slower with short ones, and there a step takes a fraction of a second unless a
     single token takes longer. The number depends on the model alone, so that results do; only where
-    experts are paged, and long steps would take too much memory, steps are shorter.
+    experts are paged, and long steps would take too much memory, steps are shorter. All ranks take
+    the shortest.
 
     Args:
         model: any model; of its experts, all count.
         most: tokens of a step, at most.
     """
     most = planned_step(model, most)
-    if mx.default_device() != mx.cpu:
-        return most
-    return cpu_step(most, total_parameters(model))
+    if mx.default_device() == mx.cpu:
+        most = cpu_step(most, total_parameters(model))
+    return least(most)
 
 
 def top_k(wanted: int, model: nn.Module, tokenizer: Tokenizer) -> int:

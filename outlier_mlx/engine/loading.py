@@ -16,12 +16,13 @@ from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.checkpoints.stored_model import StoredModel, check_ends, open_config, open_stored
+from outlier_mlx.engine.distributed.ranks import one_dtype, ranks
 from outlier_mlx.engine.limits import keep_to
 from outlier_mlx.engine.model_tensors import check_ternary
 from outlier_mlx.engine.paging.budget import ALL, ExpertMemory
 from outlier_mlx.engine.plan import Plan, plan
 from outlier_mlx.engine.prompts import embedding_rows
-from outlier_mlx.engine.quantized import checked_classes, unchecked
+from outlier_mlx.engine.quantized import Classes, checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, one_line
 from outlier_mlx.models.config import (
@@ -46,10 +47,7 @@ from outlier_mlx.writing.assets import GENERATION, has_tokenizer
 #: Forms of overlays whose activations overflow float16, or may overflow it.
 OVERFLOWING = ("real", "toy", "toy dense", "packed", "monolith")
 # Files that mlx-lm and transformers read beside config.json and the vocabulary.
-_TEXTS = (
-    *(GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template.json",
-)
+_TEXTS = (GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load(
@@ -110,21 +108,17 @@ def load_model(
     With `always_page`, experts are kept in slots even if all of them fit into `expert_memory`.
     """
     config = check_model(folder)
-    classes = _classes
     planned = expert_memory
     if not isinstance(planned, Plan):
         planned = plan(folder, memory=planned or ALL)
-    if always_page or planned.slots is not None:
-        from outlier_mlx.engine.paging.paged import paged_classes
-
-        classes = paged_classes(_concrete_classes, folder, planned, always=always_page)
+    classes = _classes_for(folder, planned, always_page=always_page)
     if dtype == "float16" and _squares(config):
         warnings.warn(
             f"{folder.name}: squared activations may overflow float16",
             CheckpointWarning,
             stacklevel=3,
         )
-    dtype = dtype or suited_dtype(folder, config)
+    dtype = one_dtype(dtype or suited_dtype(folder, config))
     keep_to(planned)
     try:
         tier, ternary = is_tier(config), is_ternary_model(config)
@@ -154,6 +148,21 @@ def load_model(
         # mlx-lm and MLX raise many types of errors for a bad config or tensor.
         reason = f"{type(error).__name__}: {one_line(str(error))}"[:300]
         raise CheckpointError(f"{folder}: invalid model: {reason}") from error
+
+
+def _classes_for(folder: Path, planned: Plan, *, always_page: bool) -> Classes:
+    """The classes of the model as it is to be loaded: with paged experts, or a rank's part."""
+    paged, own = always_page or planned.slots is not None, ranks()
+    classes: Classes = _concrete_classes if paged or own.size > 1 else _classes
+    if paged:
+        from outlier_mlx.engine.paging.paged import paged_classes
+
+        classes = paged_classes(classes, folder, planned, always=always_page)
+    if own.size > 1:
+        from outlier_mlx.engine.distributed.split_model import split_classes
+
+        classes = split_classes(classes, folder, own, paged=paged)
+    return classes
 
 
 def _check_rounded(folder: Path, model: nn.Module, dtype: str | None) -> None:
@@ -336,7 +345,7 @@ def _checked_config(folder: Path) -> dict:
 
 def _check_texts(folder: Path) -> None:
     """Read what mlx-lm and transformers will read as strictly as everything else."""
-    for name in _TEXTS:
+    for name in (*_TEXTS, "chat_template.json"):
         if (folder / name).exists():
             content = read_json(inside(folder, name))
             if name == GENERATION:

@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from outlier_mlx.engine.distributed.ranks import agreed
 from outlier_mlx.engine.sampling import GlobalSampler, Sampler
 
 #: From all tokens so far (n,) and logits (1, vocab): logits.
@@ -324,7 +325,7 @@ class Steps:
             for processor in self._processors:
                 logits = processor(context, logits)
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        return self._sampler(logprobs), logprobs
+        return agreed(self._sampler(logprobs)), logprobs
 
     def _quantize(self) -> None:
         if self._quantized is not None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from outlier_mlx.engine.distributed.ranks import ranks
 from outlier_mlx.engine.drafting.gate import Costs
 from outlier_mlx.engine.drafting.lookup import PromptLookup
 from outlier_mlx.engine.prompts import embedding_rows
@@ -42,8 +43,11 @@ class Drafting:
             check_caches(model, draft_model)
 
     def new(self, cache: list[Any]) -> Drafts | None:
-        """Drafts for a new text with this cache; None if there are none."""
-        if draft_room(cache) < 1:
+        """Drafts for a new text with this cache; None if there are none.
+
+        Over several ranks there are none: the times by which they pay differ from rank to rank.
+        """
+        if draft_room(cache) < 1 or ranks().size > 1:
             return None
         if self._draft_model is not None:
             from outlier_mlx.engine.drafting.draft_model import ModelDrafts

@@ -1,0 +1,12 @@
+"""What a launcher, such as `mlx.launch`, tells the processes that it starts. Imports no MLX."""
+
+import os
+
+# `mlx.launch` with the ring and JACCL, and MPI's launchers.
+_RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+
+
+def launched_rank() -> int | None:
+    """The number that this process was given; None: it was started by itself."""
+    found = (os.environ.get(name, "") for name in _RANK_VARIABLES)
+    return next((int(value) for value in found if value.isdecimal()), None)
