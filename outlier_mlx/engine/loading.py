@@ -16,13 +16,14 @@ from mlx_lm.utils import _get_classes
 from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.checkpoints.stored_model import StoredModel, check_ends, open_config, open_stored
-from outlier_mlx.engine.distributed.ranks import one_dtype, ranks
+from outlier_mlx.engine.distributed.loaded import classes_to_load
+from outlier_mlx.engine.distributed.ranks import one_dtype
 from outlier_mlx.engine.limits import keep_to
 from outlier_mlx.engine.model_tensors import check_ternary
 from outlier_mlx.engine.paging.budget import ALL, ExpertMemory
 from outlier_mlx.engine.plan import Plan, plan
 from outlier_mlx.engine.prompts import embedding_rows
-from outlier_mlx.engine.quantized import Classes, checked_classes, unchecked
+from outlier_mlx.engine.quantized import checked_classes, unchecked
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, one_line
 from outlier_mlx.models.config import (
@@ -111,7 +112,8 @@ def load_model(
     planned = expert_memory
     if not isinstance(planned, Plan):
         planned = plan(folder, memory=planned or ALL)
-    classes = _classes_for(folder, planned, always_page=always_page)
+    both = _classes, _concrete_classes
+    classes = classes_to_load(*both, folder, planned, always_page=always_page)
     if dtype == "float16" and _squares(config):
         warnings.warn(
             f"{folder.name}: squared activations may overflow float16",
@@ -148,21 +150,6 @@ def load_model(
         # mlx-lm and MLX raise many types of errors for a bad config or tensor.
         reason = f"{type(error).__name__}: {one_line(str(error))}"[:300]
         raise CheckpointError(f"{folder}: invalid model: {reason}") from error
-
-
-def _classes_for(folder: Path, planned: Plan, *, always_page: bool) -> Classes:
-    """The classes of the model as it is to be loaded: with paged experts, or a rank's part."""
-    paged, own = always_page or planned.slots is not None, ranks()
-    classes: Classes = _concrete_classes if paged or own.size > 1 else _classes
-    if paged:
-        from outlier_mlx.engine.paging.paged import paged_classes
-
-        classes = paged_classes(classes, folder, planned, always=always_page)
-    if own.size > 1:
-        from outlier_mlx.engine.distributed.split_model import split_classes
-
-        classes = split_classes(classes, folder, own, paged=paged)
-    return classes
 
 
 def _check_rounded(folder: Path, model: nn.Module, dtype: str | None) -> None:
