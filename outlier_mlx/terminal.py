@@ -3,8 +3,10 @@
 Results go to stdout, everything else to stderr.
 """
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain, islice
@@ -379,3 +381,17 @@ def parts_table(rows: list, title: str | None = None) -> "Table":
 
 def _cells(row) -> tuple[str, str, str, str]:  # type: ignore[no-untyped-def]
     return row.kind, count(row.params), size(row.nbytes), f"{row.bits_per_weight:.2f}"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Turn off transformers' warnings about the unknown model type and about RoPE fields."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

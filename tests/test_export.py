@@ -25,7 +25,7 @@ from tests.library import Library
 from tests.program import run
 from tests.tensor_file import read_arrays, read_stored
 
-FOUND_AS = {"overlay": "v3.2", "packed": "monolith", "gguf": "gguf"}
+FOUND_AS = {"overlay": "v3.2", "packed": "monolith", "gguf-experts": "gguf"}
 WEIGHTS = "model-00001-of-00001.safetensors"
 # Padded rows, several scales, alphas of six digits, an alpha.json that leaves experts out.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ def expected(built: Built, *, base: bool = True) -> dict[str, np.ndarray]:
 
 
 # 256 divides the widths of one of them, which is what GGUF takes.
-ROUND_TRIPS = [(f, s) for f in FORMATS for s in SHAPES if f != "gguf" or s == "blocks"]
+ROUND_TRIPS = [(f, s) for f in FORMATS for s in SHAPES if f != "gguf-experts" or s == "blocks"]
 
 
 @pytest.mark.parametrize(("format", "shape"), ROUND_TRIPS)
@@ -172,7 +172,7 @@ def test_gguf_as_its_package_reads_it(tmp_path: Path):
     built = write_overlay(tmp_path / "o", **BLOCKS, scale_form="per_row", with_base=False)
     base = write_base(tmp_path / "b", **BLOCKS)
     tier = tier_of(built.path, base.path, tmp_path / "t", tier="q4")
-    exported = export_tier(tier, tmp_path / "e", "gguf").path
+    exported = export_tier(tier, tmp_path / "e", "gguf-experts").path
     reader = gguf.GGUFReader(exported / "experts.gguf")
     assert reader.fields["general.architecture"].contents() == "outlier"
     assert reader.fields["outlier.expert_count"].contents() == 2
@@ -226,7 +226,7 @@ def refused(tier: Path, out: Path, format: str, *said: str) -> None:
     assert "\n" not in message and sorted(out.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize("format", ["packed", "gguf"])
+@pytest.mark.parametrize("format", ["packed", "gguf-experts"])
 @pytest.mark.parametrize("scale", [0.1, 1e-9, 1e6])
 def test_scales_that_float16_does_not_hold(format: str, scale: float, tmp_path: Path):
     built = write_overlay(tmp_path / "o", **BLOCKS, scale_dtype="F32", scale_form="0d")
@@ -249,7 +249,7 @@ def test_scales_that_float16_does_not_hold(format: str, scale: float, tmp_path: 
 def test_rows_that_blocks_do_not_divide(changes: dict[str, Any], said: str, tmp_path: Path):
     built = write_overlay(tmp_path / "o", **(BLOCKS | changes))
     tier = tier_of(built.path, None, tmp_path / "t")
-    refused(tier, tmp_path / "e", "gguf", said, "256", "TQ1_0 and TQ2_0", "--format packed")
+    refused(tier, tmp_path / "e", "gguf-experts", said, "256", "TQ1_0 and TQ2_0", "--format packed")
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_what_is_no_tier(tier: Path, tmp_path: Path):
     refused(overlay, tmp_path / "e", "overlay", "not a tier")
     (tmp_path / "nothing").mkdir()
     refused(tmp_path / "nothing", tmp_path / "e", "packed", "no config.json")
-    refused(tier, tmp_path / "e", "onnx", "'onnx'", "overlay, packed, gguf")
+    refused(tier, tmp_path / "e", "onnx", "'onnx'", "overlay, packed, gguf-experts, gguf")
 
 
 def test_a_dense_tier_has_nothing_to_export(tmp_path: Path):

@@ -109,7 +109,9 @@ def convert(reader: Reader, printed: str) -> None:
     packed = outlier_mlx.open_overlay(reader.folder / "my-packed").experts
     for layer, experts in outlier_mlx.open_overlay(reader.folder / "my-export").experts.items():
         assert len(packed[layer]) == len(experts)
-    assert (reader.folder / "my-gguf" / "experts.gguf").exists()
+    assert (reader.folder / "my-experts" / "experts.gguf").exists()
+    assert inspect(reader.folder / "my-gguf").architecture == "step35"
+    assert "Q4_0" in inspect(reader.folder / "my-q4-gguf").form
 
 
 def streamed(reader: Reader, printed: str) -> None:

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx.checkpoints.export_gguf import gguf_tensors
+from outlier_mlx.checkpoints.export_llamacpp import llamacpp_model
 from outlier_mlx.checkpoints.export_mlx2 import check_mlx2, mlx2_pack
 from outlier_mlx.checkpoints.export_packed import packed_tensors
 from outlier_mlx.checkpoints.export_shared import Origin, overlay_config, write_alphas
 from outlier_mlx.checkpoints.export_v32 import v32_tensors
+from outlier_mlx.checkpoints.gguf_encode import TERNARY
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.stored_model import StoredModel, open_stored
 from outlier_mlx.checkpoints.tier import open_tier
@@ -18,7 +20,7 @@ from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.paths import files_below, inside, named
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.writing.assets import copy_assets
+from outlier_mlx.writing.assets import copy_assets, copy_legal
 from outlier_mlx.writing.folders import check_free
 from outlier_mlx.writing.model_folder import write_model
 from outlier_mlx.writing.parts import Parts
@@ -28,10 +30,13 @@ __all__ = ["Exported", "export_tier"]
 
 #: The format of ternary models; the others are of tiers.
 MLX2 = "mlx2"
+#: The format of a whole tier in one file.
+GGUF = "gguf"
+#: Formats of what an overlay has.
 FORMATS: dict[str, Callable[[Overlay, Origin], Parts]] = {
     "overlay": v32_tensors,
     "packed": packed_tensors,
-    "gguf": gguf_tensors,
+    "gguf-experts": gguf_tensors,
 }
 
 
@@ -41,15 +46,17 @@ class Exported:
 
     Attributes:
         path: the folder.
-        format: "overlay", "packed", "gguf" or "mlx2".
+        format: "overlay", "packed", "gguf", "gguf-experts" or "mlx2".
         nbytes: bytes of all its files.
         base: the name of the base that readers need, if the export does not contain one.
+        notes: sentences about what is not exactly as in the tier.
     """
 
     path: Path
     format: str
     nbytes: int
     base: str | None
+    notes: tuple[str, ...] = ()
 
 
 def export_tier(
@@ -60,20 +67,24 @@ def export_tier(
     revision: str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
+    experts: str = TERNARY[0],
     opened: Callable[[Path], StoredModel] = open_stored,
 ) -> Exported:
-    """Write a tier's experts, routers and alphas in a form that other tools read, exactly.
+    """Write a tier in a form that other tools read.
 
-    The base is written, too, if the tier stores it unquantized; from int4 it could not be restored.
+    "gguf" is the whole tier, for llama.cpp. All others are exact: experts, routers and alphas, and
+    the base if the tier stores it unquantized; from int4 it could not be restored.
 
     Args:
         tier: a tier's folder or hub repository.
         out: the folder to make.
-        format: "overlay" (the V3.2 form), "packed" (five trits a byte, and `experts.bin`) or
-            "gguf" (TQ1_0 tensors); of a ternary model, "mlx2" (MLX's 2-bit codes).
+        format: "overlay" (the V3.2 form), "packed" (five trits a byte, and `experts.bin`), "gguf"
+            (`model.gguf`) or "gguf-experts" (TQ1_0 tensors); of a ternary model, "mlx2" (MLX's
+            2-bit codes).
         revision: branch, tag or commit on the hub.
         force: replace `out` if it is an export or another folder that this project wrote.
         progress: called with bytes written so far, and in all.
+        experts: how "gguf" stores experts: "tq2_0", "tq1_0" or "q4_0".
         opened: opens and checks a ternary model; `engine.loading.open_model` holds it against
             mlx-lm's own, too.
 
@@ -81,16 +92,24 @@ def export_tier(
         OutlierError: no sound tier, something that the format cannot hold exactly, an output that
             exists, or a disk that is too small. Nothing is left behind.
     """
-    known = (*FORMATS, MLX2)
+    known = (*FORMATS, GGUF, MLX2)
     if format not in known:
         hint = did_you_mean(format, known)
         raise OutlierError(f"format {format!r}: expected one of {', '.join(known)}{hint}")
     target = named(out)
     check_free(target, force=force, sources=[tier])
     source = resolve(tier, revision)
-    content = _of_ternary(source, opened) if format == MLX2 else _of_tier(source.folder, format)
+    if format == GGUF:
+        content = _whole(source.folder, experts)
+    elif format == MLX2:
+        content = _of_ternary(source, opened)
+    else:
+        content = _of_tier(source.folder, format)
 
     def assets(folder: Path) -> None:
+        if content.config is None:
+            copy_legal([source.folder], folder)
+            return
         if content.overlay is not None:
             write_alphas(content.overlay.alphas(), folder)
         copy_assets([source.folder], folder)
@@ -110,18 +129,26 @@ def export_tier(
         progress=progress,
     )
     nbytes = sum(path.stat().st_size for path in files_below(written.path))
-    return Exported(written.path, format, nbytes, content.base)
+    return Exported(written.path, format, nbytes, content.base, content.notes)
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What an export holds: `form` is that of its source, `base` as in `Exported`."""
+    """What an export holds: `form` is that of its source, `base` and `notes` as in `Exported`."""
 
     tensors: Parts
-    config: dict
+    config: dict | None
     form: str
     overlay: Overlay | None = None
     base: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _whole(folder: Path, experts: str) -> _Content:
+    overlay = open_tier(folder)
+    origin = _origin(folder, contains_base=True)
+    model = llamacpp_model(open_stored(folder), overlay, origin, experts)
+    return _Content(model, None, "tier", notes=model.notes)
 
 
 def _of_tier(folder: Path, format: str) -> _Content:

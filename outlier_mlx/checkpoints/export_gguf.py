@@ -1,17 +1,9 @@
-"""Experts as TQ1_0 tensors of a GGUF file, with the routers; named as llama.cpp names them.
+"""Experts as TQ1_0 tensors of a GGUF file, with the routers; named as llama.cpp names them."""
 
-GGUF, version 3, little-endian: "GGUF", u32 version, u64 tensors, u64 fields; the fields; for each
-tensor its name, dimensions (the last axis first), type and offset; then, from a multiple of 32 on,
-the data, each tensor's at a multiple of 32.
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-"""
-
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -22,31 +14,12 @@ from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.storage.rounding import narrowed
 from outlier_mlx.storage.tensors import ExpertMatrix, row_ranges
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.ternary.ggml import BLOCK, TQ1_0_BYTES, pack_tq1_0_blocks
+from outlier_mlx.ternary.ggml import BLOCK, pack_tq1_0_blocks
+from outlier_mlx.writing.gguf_file import Field, GgufTensor, write_gguf
 from outlier_mlx.writing.parts import Parts, Tally
 from outlier_mlx.writing.writer import WrittenFile
 
 NAME = "experts.gguf"
-
-_ALIGNMENT = 32
-_F32, _TQ1_0 = 0, 34
-_UINT32, _STRING = 4, 8
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """One projection of all experts of a layer: (experts, out, in)."""
-
-    name: str
-    matrices: tuple[ExpertMatrix, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.matrices), *self.matrices[0].trits.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) // BLOCK * TQ1_0_BYTES
 
 
 def gguf_tensors(overlay: Overlay, origin: Origin) -> "GgufTensors":
@@ -71,29 +44,17 @@ class GgufTensors(Parts):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        routers = sum(router.nbytes for router in self.overlay.routers.values())
-        return super().nbytes + routers + sum(tensor.nbytes for tensor in _merged(self.overlay))
+        return super().nbytes + sum(tensor.nbytes for tensor in self._tensors())
 
     def write(self, folder: Path, progress: Progress = no_progress) -> list[WrittenFile]:
         """Write shards and `experts.gguf`; `progress` gets the bytes written."""
         tally = Tally(self.nbytes, progress)
         files = self.write_shards(folder, tally)
-        with (folder / NAME).open("xb") as file:
-            self._write_header(file)
-            for layer in self.overlay.routers:
-                _pad(file)
-                for slab in slabs(self.overlay.routers[layer]):
-                    tally.add(file.write(slab.data))
-            for experts in _merged(self.overlay):
-                _pad(file)
-                for blocks in _blocks(experts):
-                    tally.add(file.write(blocks.data))
-            _pad(file)
-        return files
+        return [*files, write_gguf(folder / NAME, self._fields(), self._tensors(), tally)]
 
-    def _write_header(self, file: BinaryIO) -> None:
+    def _fields(self) -> dict[str, Field]:
         config = self.overlay.config
-        fields: dict[str, str | int] = {
+        return {
             "general.architecture": "outlier",
             "general.name": self.origin.model,
             "general.quantization_version": 2,
@@ -103,24 +64,23 @@ class GgufTensors(Parts):
             "outlier.expert_count": config.experts,
             "outlier.expert_used_count": config.top_k,
         }
-        tensors = [
-            (f"blk.{layer}.ffn_gate_inp.weight", router.shape, _F32, router.nbytes)
+
+    def _tensors(self) -> list[GgufTensor]:
+        """Routers, then one tensor (experts, out, in) for each projection of a layer."""
+        routers = [
+            GgufTensor(
+                f"blk.{layer}.ffn_gate_inp.weight", "F32", router.shape, partial(slabs, router)
+            )
             for layer, router in self.overlay.routers.items()
         ]
-        tensors += [(t.name, t.shape, _TQ1_0, t.nbytes) for t in _merged(self.overlay)]
-        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields)))
-        for key, value in fields.items():
-            file.write(_string(key))
-            if isinstance(value, str):
-                file.write(struct.pack("<I", _STRING) + _string(value))
-            else:
-                file.write(struct.pack("<II", _UINT32, value))
-        offset = 0
-        for name, shape, kind, nbytes in tensors:
-            file.write(_string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1]))
-            file.write(struct.pack("<IQ", kind, offset))
-            offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        _pad(file)
+        experts = []
+        for layer, members in self.overlay.experts.items():
+            for projection in PROJECTIONS:
+                matrices = [getattr(expert, projection) for expert in members]
+                shape = (len(matrices), *matrices[0].trits.shape)
+                name = f"blk.{layer}.ffn_{projection}_exps.weight"
+                experts.append(GgufTensor(name, "TQ1_0", shape, partial(_blocks, matrices)))
+        return routers + experts
 
 
 def _require_blocks(overlay: Overlay) -> None:
@@ -133,27 +93,11 @@ def _require_blocks(overlay: Overlay) -> None:
             )
 
 
-def _merged(overlay: Overlay) -> Iterator[_Merged]:
-    for layer, experts in overlay.experts.items():
-        for projection in PROJECTIONS:
-            matrices = tuple(getattr(expert, projection) for expert in experts)
-            yield _Merged(f"blk.{layer}.ffn_{projection}_exps.weight", matrices)
-
-
-def _blocks(tensor: _Merged) -> Iterator[np.ndarray]:
+def _blocks(matrices: list[ExpertMatrix]) -> Iterator[np.ndarray]:
     """Rows of blocks, (rows, in / 256 * 54) uint8, of all experts in order."""
-    out, width = tensor.shape[1:]
-    for matrix in tensor.matrices:
+    for matrix in matrices:
+        out, width = matrix.trits.shape
         scales = narrowed(matrix.row_scales(), "float16", matrix.scale.where)
         for start, stop in row_ranges(out, width):
             d = np.repeat(scales[start:stop, None], width // BLOCK, axis=1)
             yield pack_tq1_0_blocks(matrix.trits.read(start, stop), d)
-
-
-def _pad(file: BinaryIO) -> None:
-    file.write(bytes(-file.tell() % _ALIGNMENT))
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data

@@ -225,8 +225,9 @@ def _fit(folder: Path, tokens: int, prompt: str, check: "Callable[[int], Plan]")
     except OutlierError:
         if not prompt:
             raise
-    from outlier_mlx.engine.loading import load_tokenizer, quiet_transformers
+    from outlier_mlx.engine.loading import load_tokenizer
     from outlier_mlx.models.config import raw_config
+    from outlier_mlx.terminal import quiet_transformers
 
     tokenizer = load_tokenizer(folder, raw_config(folder))
     with quiet_transformers():

@@ -38,21 +38,29 @@ def export(
     ],
     out: OutFolder,
     format: Annotated[
-        Literal["overlay", "packed", "gguf", "mlx2"],
+        Literal["overlay", "packed", "gguf", "gguf-experts", "mlx2"],
         typer.Option(
-            help="V3.2 overlay, packed directory, or GGUF tensors; of a ternary model, mlx2: a"
-            " 2-bit pack for stock mlx-lm."
+            help="V3.2 overlay, packed directory, a whole model for llama.cpp, or its experts as"
+            " GGUF tensors; of a ternary model, mlx2: a 2-bit pack for stock mlx-lm."
         ),
     ] = "overlay",
+    experts: Annotated[
+        Literal["tq2_0", "tq1_0", "q4_0"] | None,
+        typer.Option(
+            help="gguf: how trits are stored, in 2.1, 1.7 or 4.5 bits. Default: tq2_0.",
+        ),
+    ] = None,
     revision: Revision = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a tier's experts, routers and alphas, or a ternary model, exactly for other tools."""
-    from outlier_mlx.checkpoints.export import MLX2, export_tier
+    """Write a tier, its experts alone, or a ternary model for other tools."""
+    from outlier_mlx.checkpoints.export import GGUF, MLX2, export_tier
     from outlier_mlx.engine.loading import open_model
     from outlier_mlx.terminal import progress_bar, size
 
+    if experts is not None and format != GGUF:
+        raise typer.BadParameter("only --format gguf has it", param_hint="--experts")
     with progress_bar("exporting", quiet=quiet) as progress:
         written = export_tier(
             model,
@@ -61,11 +69,14 @@ def export(
             revision=revision,
             force=force,
             progress=progress,
+            experts=experts or "tq2_0",
             opened=open_model,
         )
     if not quiet:
         base = f", without the base ({written.base})" if written.base else ", with the base"
-        more = "" if format == MLX2 else base
+        more = "" if format in (GGUF, MLX2) else base
+        for note in written.notes:
+            say(note)
         say(f"{written.path}: {written.format}, {size(written.nbytes)}{more}")
 
 

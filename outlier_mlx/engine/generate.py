@@ -15,7 +15,6 @@ from mlx_lm.sample_utils import make_sampler
 from outlier_mlx.engine.constraint import ConstraintProcessor, Grammars
 from outlier_mlx.engine.distributed.ranks import least
 from outlier_mlx.engine.drafting import Drafting
-from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.needs import cpu_step
 from outlier_mlx.engine.paging.paged import planned_step, total_parameters
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
@@ -29,7 +28,7 @@ from outlier_mlx.models.attention import has_windows
 from outlier_mlx.models.config import Description, describe_args
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.models.sizes import context_length
-from outlier_mlx.terminal import Progress, no_progress
+from outlier_mlx.terminal import Progress, no_progress, quiet_transformers
 
 KV_BITS = (2, 3, 4, 5, 6, 8)
 

@@ -1,10 +1,7 @@
 """Load tiers and plain MLX models as mlx-lm models. Code in a model folder is never run."""
 
-import logging
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +40,7 @@ from outlier_mlx.storage.hub import resolve
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.rounding import all_finite
 from outlier_mlx.storage.texts import read_json
+from outlier_mlx.terminal import quiet_transformers
 from outlier_mlx.writing.assets import GENERATION, has_tokenizer
 
 #: Forms of overlays whose activations overflow float16, or may overflow it.
@@ -375,17 +373,3 @@ def _check_tokenizer(folder: Path, tokenizer: Tokenizer, model: nn.Module) -> No
         if describe_args(getattr(model, "args", None)).family is not None:
             raise CheckpointError(f"{folder}: {error}") from None
         warnings.warn(f"{folder.name}: {error}", CheckpointWarning, stacklevel=3)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Turn off transformers' warnings about the unknown model type and about RoPE fields."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

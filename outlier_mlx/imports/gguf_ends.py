@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from outlier_mlx.engine.bounded import text_after_reply
-
-UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
+from outlier_mlx.models.token_rules import CONTROL, NORMAL, UNDEFINED, UNUSED, USER_DEFINED
 
 # Tokens that end a reply wherever they are in a vocabulary: llama.cpp's list of "tokens that cause
 # end-of-generation" (`src/llama-vocab.cpp`, 2026).

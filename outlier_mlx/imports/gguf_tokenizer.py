@@ -17,65 +17,24 @@ from typing import Any
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError, listed
-from outlier_mlx.imports.gguf_ends import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, find_ends
+from outlier_mlx.imports.gguf_ends import find_ends
+from outlier_mlx.models.token_rules import (
+    CONTROL,
+    NORMAL,
+    QWEN2,
+    QWEN35,
+    RULES,
+    UNKNOWN,
+    USER_DEFINED,
+)
 from outlier_mlx.storage.output import write_json, write_whole
 
 _SPACE = "\u2581"  # SentencePiece's symbol for a space
 # Limit for the sum of squared lengths of all pieces; a vocabulary of 32,000 has some millions.
 _MAX_WORK = 10**9
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """How text is split into words before merging.
-
-    Attributes:
-        splits: patterns; each one splits the pieces that the one before produced.
-        whole: whether a word that is a token becomes that token without merging.
-        bos: whether texts begin with BOS if the file does not say.
-        nfc: whether text is normalised to Unicode NFC first.
-    """
-
-    splits: tuple[str, ...]
-    whole: bool = False
-    bos: bool = False
-    nfc: bool = False
-
-
 # Architectures whose tokenizer is Qwen2's, but for marks in words of the last.
 QWEN = ("qwen2", "qwen3", "qwen35")
-_LLAMA3 = _Rule((_WORDS % "{1,3}",), whole=True, bos=True)
-_QWEN2 = _Rule((_WORDS % "",), nfc=True)
-_MARKED = _WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
-    r"^\s\p{L}\p{N}", r"^\s\p{L}\p{M}\p{N}"
-)
-_QWEN35 = _Rule((_MARKED % "",), nfc=True)
-_RULES = {
-    "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    "gpt-2": _Rule((_GPT2,)),
-    "smollm": _Rule((r"\p{N}", _GPT2)),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "smaug-bpe": _Rule(_LLAMA3.splits),
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "qwen35": _QWEN35,
-    "tekken": _Rule((_TEKKEN,), whole=True, bos=True),
-}
-
-
 # Rules that differ from Qwen2's only in where a few words are split: the same bytes and merges.
 _SPLIT_OTHERWISE = ("gpt-2", "qwen2", "qwen35")
 
@@ -136,8 +95,8 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
         raise CheckpointError(f"{where}: duplicate token {most[:40]!r} ({times} times)")
     spm = model == "llama"
     rule, notes = ("", ()) if spm else _rule(read, architecture)
-    own = _QWEN35 if architecture == "qwen35" else _QWEN2
-    if architecture in QWEN and _RULES.get(rule) is not own:
+    own = QWEN35 if architecture == "qwen35" else QWEN2
+    if architecture in QWEN and RULES.get(rule) is not own:
         # transformers 5 ignores tokenizer.json and its config for models of these types.
         said = f"a {architecture} model with the tokenizer {rule or model!r}"
         if rule not in _SPLIT_OTHERWISE:
@@ -163,7 +122,7 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
             *notes,
             f"tokens that are special, whatever their type says: {listed(ends.changed, 8)}",
         )
-    bos = read.get("add_bos_token", bool, spm or _RULES[rule].bos)
+    bos = read.get("add_bos_token", bool, spm or RULES[rule].bos)
     return Vocabulary(
         where=where,
         model=model,
@@ -283,7 +242,7 @@ def _scored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
 def _bytes(vocabulary: Vocabulary) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    rule = _RULES[vocabulary.rule]
+    rule = RULES[vocabulary.rule]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={text: n for n, text in enumerate(vocabulary.tokens)},
@@ -309,10 +268,10 @@ def _rule(read: "_Reader", architecture: str) -> tuple[str, tuple[str, ...]]:
         if architecture in QWEN:
             name = "qwen35" if architecture == "qwen35" else "qwen2"
         return name, (f"tokenizer.ggml.pre is missing; the rule {name} is assumed",)
-    if name not in _RULES:
+    if name not in RULES:
         raise CheckpointError(
             f"{read.where}: tokenizer.ggml.pre {name!r} is not supported; supported:"
-            f" {', '.join(_RULES)}"
+            f" {', '.join(RULES)}"
         )
     return name, ()
 

@@ -20,7 +20,7 @@ import numpy as np
 from lm_eval.tasks.manager import TaskDict
 
 from outlier_mlx.engine.generate import activation_dtype, described
-from outlier_mlx.engine.loading import load, quiet_transformers
+from outlier_mlx.engine.loading import load
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.plan import Plan
 from outlier_mlx.errors import OutlierError, one_line
@@ -32,7 +32,7 @@ from outlier_mlx.models.sizes import context_length
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.hub_errors import hush_hub
 from outlier_mlx.storage.shards import read_shards
-from outlier_mlx.terminal import Stages
+from outlier_mlx.terminal import Stages, quiet_transformers
 
 #: Resamples for standard errors that have no closed form. The harness takes a hundred times as
 #: many, in several processes; these give two digits, in one process.

@@ -15,14 +15,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.chips import this_chip
 from outlier_mlx.engine.generate import activation_dtype, described
-from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure.environment import dtype_name, versions
 from outlier_mlx.measure.measured import Measured
 from outlier_mlx.models.sizes import context_length
-from outlier_mlx.terminal import Progress, no_progress
+from outlier_mlx.terminal import Progress, no_progress, quiet_transformers
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from outlier_mlx.engine.loading import load_tokenizer, quiet_transformers
+from outlier_mlx.engine.loading import load_tokenizer
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_utf8
+from outlier_mlx.terminal import quiet_transformers
 
 #: Tokens in one window of a text.
 WINDOW = 256

@@ -78,6 +78,14 @@ def is_rounded(values: np.ndarray, dtype: str) -> np.ndarray:
         return widened(_rounded(values, dtype), dtype) != values
 
 
+def rounding_error(values: np.ndarray, rounded: np.ndarray) -> float:
+    """The largest difference between numbers and what they were rounded to, as a part of one."""
+    exact = values.astype(np.float64)
+    sizes = np.abs(exact)
+    off = np.abs(rounded.astype(np.float64) - exact)
+    return float((off[sizes > 0] / sizes[sizes > 0]).max(initial=0))
+
+
 def require_affine(
     scales: np.ndarray, biases: np.ndarray, bits: int, dtype: str, where: str
 ) -> None:

@@ -54,8 +54,8 @@ def pack_tq1_0_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
         TernaryError: wrong type or shape, a trit outside -1..1 or a scale that is not finite,
             named with its position.
     """
-    packed = _new_blocks(trits, d)
-    for weights, scales, target in _packing(trits, d, packed):
+    packed = _new_blocks(trits, d, TQ1_0_BYTES)
+    for weights, scales, target in _packing(trits, d, packed, TQ1_0_BYTES):
         for byte, weight, size, depth in _RUNS:
             missing, scaled = np.empty((2, *target.shape[:-1], size), np.uint8)
             # 243 - q by Horner's rule, as in `rows`; a digit 0 for want of a weight is trit -1.
@@ -67,6 +67,31 @@ def pack_tq1_0_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
                     run = weights[..., weight + n * size : weight + (n + 1) * size]
                     np.subtract(missing, run.view(np.uint8), out=missing)
             write_fractions(missing, scaled, target[..., byte : byte + size])
+        target[..., -_D_BYTES:] = scales
+    return packed
+
+
+def pack_tq2_0_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Pack trits and block scales into ggml's TQ2_0.
+
+    Args:
+        trits: (..., in) int8 of any strides, `in` a multiple of 256, every value -1, 0 or 1.
+        d: (..., in / 256) float16, finite.
+
+    Returns:
+        (..., in / 256 * 66) uint8.
+
+    Raises:
+        TernaryError: see `pack_tq1_0_blocks`.
+    """
+    packed = _new_blocks(trits, d, TQ2_0_BYTES)
+    for weights, scales, target in _packing(trits, d, packed, TQ2_0_BYTES):
+        codes = (weights + np.int8(1)).view(np.uint8)
+        codes = codes.reshape(*codes.shape[:-1], 2, 4, 32)
+        found = codes[..., 0, :].copy()
+        for n in range(1, 4):
+            found |= codes[..., n, :] << np.uint8(2 * n)
+        target[..., :-_D_BYTES] = found.reshape(*found.shape[:-2], -1)
         target[..., -_D_BYTES:] = scales
     return packed
 
@@ -149,11 +174,11 @@ def unpack_tq2_0_blocks(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _packing(
-    trits: np.ndarray, d: np.ndarray, packed: np.ndarray
+    trits: np.ndarray, d: np.ndarray, packed: np.ndarray, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Trits (rows, blocks, 256), scales as bytes and a view of `packed`, a chunk at a time."""
     for first, (source, scales, target) in matrix_views(trits, d, packed):
-        target = target.reshape(len(target), -1, TQ1_0_BYTES)
+        target = target.reshape(len(target), -1, size)
         for lines, groups in blocks(scales, max(1, _CHUNK // BLOCK)):
             columns = slice(BLOCK * groups.start, BLOCK * groups.stop)
             piece = source[lines, columns]
@@ -175,14 +200,14 @@ def _unpacking(
             yield np.ascontiguousarray(source[lines, groups]), target[lines, groups]
 
 
-def _new_blocks(trits: np.ndarray, d: np.ndarray) -> np.ndarray:
+def _new_blocks(trits: np.ndarray, d: np.ndarray, size: int) -> np.ndarray:
     trits = require_rows("trits", trits, np.int8)
     d = require_array("d", d, np.float16)
     shape = (*trits.shape[:-1], _blocks_of(trits, BLOCK, "trits"))
     if d.shape != shape:
         raise TernaryError(f"d: expected shape {shape}, one a block, got {d.shape}")
     _require_finite(d)
-    return np.empty((*shape[:-1], shape[-1] * TQ1_0_BYTES), np.uint8)
+    return np.empty((*shape[:-1], shape[-1] * size), np.uint8)
 
 
 def _new_trits(packed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx import __version__
+from outlier_mlx.checkpoints.gguf_info import holds_gguf
 from outlier_mlx.checkpoints.values import check_values
 from outlier_mlx.engine.loading import load_tokenizer, open_model
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import is_overlay, is_ternary_model, is_tier
 from outlier_mlx.models.fields import short
 from outlier_mlx.models.tier_fields import MODEL_FILE, TERNARY_FILE
+from outlier_mlx.storage.gguf_model import read_model
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_bytes, read_json
@@ -77,7 +79,7 @@ def _part_of(progress: Progress, manifest: Manifest, number: int) -> Progress:
 
 def _check_code(folder: Path, manifest: Manifest) -> None:
     """Check that the only code is a tier's own, and that nothing names any other."""
-    config = read_json(inside(folder, "config.json"))
+    config = {} if holds_gguf(folder) else read_json(inside(folder, "config.json"))
     code = [name for name in manifest.files if is_code(name)]
     own = _own_code(config)
     if code != ([] if own is None else [own]):
@@ -108,6 +110,8 @@ def _own_code(config: dict) -> str | None:
 
 def _check_model(folder: Path, progress: Progress) -> int:
     """Check everything that loading depends on; returns the number of tensors."""
+    if holds_gguf(folder):
+        return len(read_model(folder).tensors)
     raw = read_json(inside(folder, "config.json"))
     if is_overlay(raw):  # an export; as GGUF, it has no shards
         return len(read_shards(folder, required=False))

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from outlier_mlx.engine.bounded import TemplateError
-from outlier_mlx.engine.loading import quiet_transformers
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointWarning, OutlierError, listed
 from outlier_mlx.storage.paths import files_below
 from outlier_mlx.storage.texts import decode_json, read_utf8
-from outlier_mlx.terminal import size
+from outlier_mlx.terminal import quiet_transformers, size
 
 JSONL = ".jsonl"
 #: How the names of files end that are read in a folder.

@@ -53,7 +53,7 @@ def copy_assets(folders: Sequence[Path], target: Path, others: str = "base") -> 
         stated = parse_json_object(content, GENERATION).get("eos_token_id")
         end_ids(stated, str(source / GENERATION))
         write_whole(target / GENERATION, content)
-    _copy_legal(folders, target, others)
+    copy_legal(folders, target, others)
 
 
 def _read_asset(folder: Path, name: str) -> bytes:
@@ -95,7 +95,7 @@ def is_only_legal(folder: Path, name: str) -> bool:
     return is_legal(name) and found == [name]
 
 
-def _copy_legal(folders: Sequence[Path], target: Path, others: str) -> None:
+def copy_legal(folders: Sequence[Path], target: Path, others: str = "base") -> None:
     """Copy the licences and notices of all sources; different files get different names."""
     written: dict[str, bytes] = {}
     for folder in folders:

@@ -92,7 +92,7 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     """Read a manifest.
 
     Raises:
-        CheckpointError: it has no list of files, or config.json is not on it.
+        CheckpointError: it has no list of files, or neither config.json nor a GGUF file is on it.
     """
     content = read_json(inside(folder, name))
     files = content.get("files")
@@ -105,7 +105,7 @@ def read_manifest(folder: Path, name: str) -> Manifest:
         if not isinstance(digest, str) or type(size) is not int:
             raise CheckpointError(f"{name}: {file}: sha256 and bytes were expected")
         listed[file] = (digest, size)
-    if "config.json" not in listed:
+    if "config.json" not in listed and not any(file.endswith(".gguf") for file in listed):
         raise CheckpointError(f"{name}: does not list config.json")
     return Manifest(name, content, listed)
 

@@ -37,7 +37,7 @@ class Written:
 def write_model(
     target: Path,
     tensors: Parts,
-    config: dict,
+    config: dict | None,
     *,
     source: str,
     inputs: Sources,
@@ -54,7 +54,8 @@ def write_model(
     Args:
         target: the folder to make.
         tensors: its tensors, and how they are written.
-        config: its config.json. With `model_file` in it, the code of that name is written, too.
+        config: its config.json; None: the tensors' own file has all that it would say. With
+            `model_file` in it, the code of that name is written, too.
         source: what messages call the model that it is made from.
         inputs: files and folders that it is made from, which are never replaced.
         assets: writes tokenizer, licences and the like into the folder. It is called before the
@@ -79,21 +80,24 @@ def write_model(
     check_space(target, tensors.room(target), tensors.what)
     try:
         with whole_folder(target, force=force, keep=tensors.keep, sources=inputs) as folder:
-            write_json(folder / "config.json", config)
+            if config is not None:
+                write_json(folder / "config.json", config)
             assets(folder)
-            _check(source, folder, config, check)
+            if config is not None:
+                _check(source, folder, config, check)
             files = tensors.write(folder, progress)
             assets(folder)  # again: a run that starts over has emptied the folder
-            write_json(folder / "config.json", config)
-            if "model_file" in config:
-                write_whole(folder / config["model_file"], bundle(config["model_file"]))
+            if config is not None:
+                write_json(folder / "config.json", config)
+                if "model_file" in config:
+                    write_whole(folder / config["model_file"], bundle(config["model_file"]))
             write_manifest(folder, manifest_name, manifest, files)
             if card is not None:
                 write_whole(folder / CARD, card(folder))
     except OSError as error:
         raise OutlierError(f"{target}: cannot write: {error.strerror or error}") from error
     tokenizer = has_tokenizer(target)
-    if not tokenizer:
+    if not tokenizer and config is not None:
         message = f"{source}: no tokenizer beside it; the model has none"
         warnings.warn(message, CheckpointWarning, stacklevel=2)
     return Written(target, tensors.rows, tokenizer)
