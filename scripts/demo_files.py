@@ -1,11 +1,10 @@
-"""Write and read the demo pair: a Hugging Face base folder, and an overlay in the form V3.2."""
+"""Write the demo's base and small models as Hugging Face folders; read the base and its overlay."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import demo_model
 import torch
 from demo_model import Shape, Weights
 from safetensors.torch import load_file, save_file
@@ -18,7 +17,6 @@ license: apache-2.0
 
 Made by `scripts/train_demo.py` of outlier-mlx for its documentation and tests.
 """
-ALPHA = 0.85  # stored alphas, as a share of the mean of the trained ones
 # ChatML, as Qwen2's models use it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -68,38 +66,8 @@ def write_base(folder: Path, weights: Weights, shape: Shape, tokenizer: Tokenize
     write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
-def write_overlay(folder: Path, weights: Weights, shape: Shape, end: int) -> None:
-    """Write router, alphas and ternary experts in the form V3.2, without base tensors.
-
-    The alphas of a layer are stored as one number below the mean of the trained ones, so that
-    ``tune`` has something to find.
-    """
-    folder.mkdir(parents=True)
-    tensors: Weights = {}
-    for name, weight in weights.items():
-        if name.endswith("alpha_values"):
-            weight = torch.full_like(weight, ALPHA * weight.mean().item())
-        if ".mlp.experts." not in name:
-            tensors[name] = weight.float()
-            continue
-        stem, part = name.rsplit(".", 1)
-        trits, scales = demo_model.ternarise(weight)
-        for expert in range(shape.experts):
-            tensors[f"{stem}.{expert}.{part}_ternary"] = trits[expert].to(torch.int8)
-            tensors[f"{stem}.{expert}.{part}_scale"] = scales[expert].half()
-    _save(folder, tensors)
-    config = model_config(shape, end) | {
-        "architectures": ["OutlierMoEForCausalLM"],
-        "n_experts": shape.experts,
-        "top_k": shape.top_k,
-        "moe_layer_indices": list(shape.moe_layers),
-    }
-    write_json(folder / "config.json", config)
-    (folder / "README.md").write_text(CARD, encoding="utf-8")
-
-
 def model_config(shape: Shape, end: int) -> dict[str, Any]:
-    """The fields of config.json that base and overlay share."""
+    """The fields of a model's config.json."""
     return {
         "model_type": "qwen2",
         "hidden_size": shape.hidden,
@@ -143,7 +111,7 @@ def load(folder: Path) -> Pair:
     """Read the pair from the files in ``folder``."""
     config = json.loads((folder / "overlay" / "config.json").read_text(encoding="utf-8"))
     base = load_file(folder / "base" / "model.safetensors")
-    stored = load_file(folder / "overlay" / "model.safetensors")
+    stored = load_file(folder / "overlay" / "model-00001-of-00001.safetensors")
     first = f"model.layers.{config['moe_layer_indices'][0]}.mlp.experts.0"
     shape = Shape(
         vocab=config["vocab_size"],

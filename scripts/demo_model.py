@@ -67,51 +67,9 @@ def init_base(shape: Shape, seed: int) -> Weights:
     return weights | {"model.norm.weight": torch.ones(hidden)}
 
 
-def init_overlay(shape: Shape, seed: int) -> Weights:
-    """Random router, alphas and latent expert weights (ternarised when used), float32."""
-    rng = torch.Generator().manual_seed(seed)
-    hidden, width, experts = shape.hidden, shape.expert_width, shape.experts
-
-    def normal(rows: int, columns: int, gain: float) -> torch.Tensor:
-        return torch.randn(experts, rows, columns, generator=rng) * gain * columns**-0.5
-
-    weights: Weights = {}
-    for n in shape.moe_layers:
-        mlp = f"model.layers.{n}.mlp."
-        router = torch.randn(experts, hidden, generator=rng) * hidden**-0.5
-        weights |= {
-            mlp + "router.weight": router,
-            mlp + "alpha_values": torch.ones(experts),
-            mlp + "experts.gate": normal(width, hidden, 1.0),
-            mlp + "experts.up": normal(width, hidden, 1.0),
-            mlp + "experts.down": normal(hidden, width, 0.5),
-        }
-    return weights
-
-
-def ternarise(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round ``latent`` to trits times scales; a row's scale is its mean magnitude.
-
-    ``latent`` is ``(..., out, in)``. Trits have its shape and values -1, 0, 1. Scales are
-    ``(..., out, 1)``, float32 values that float16 holds exactly.
-    """
-    scales = latent.abs().mean(dim=-1, keepdim=True).clamp_min(1e-6).half().float()
-    return (latent / scales).round().clamp(-1, 1), scales
-
-
 def straight_through(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     """The value of ``rounded`` with the gradient of ``exact`` (straight-through estimation)."""
     return exact + (rounded - exact).detach()
-
-
-def ternary_experts(weights: Weights) -> Weights:
-    """``weights`` with ternarised experts, with straight-through gradients."""
-    done = dict(weights)
-    for name, latent in weights.items():
-        if ".mlp.experts." in name:
-            trits, scales = ternarise(latent.detach())
-            done[name] = straight_through(latent, trits * scales)
-    return done
 
 
 def int4(matrix: torch.Tensor, group: int = 64) -> torch.Tensor:
@@ -225,17 +183,6 @@ def forward(
             routers.append(logits)
         x = x + y
     return F.linear(_norm(x, weights["model.norm.weight"], shape.eps), embedding), routers
-
-
-def balance_loss(router_logits: list[torch.Tensor], top_k: int) -> torch.Tensor:
-    """1 if all experts are used equally, else more (Switch Transformer, equation 4)."""
-    losses = []
-    for logits in router_logits:
-        probs = logits.softmax(-1)
-        chosen = probs.topk(top_k, dim=-1).indices
-        used = F.one_hot(chosen, probs.shape[-1]).float().mean(dim=(0, 1))
-        losses.append(probs.shape[-1] * (used * probs.mean(0)).sum())
-    return torch.stack(losses).mean()
 
 
 def generate(

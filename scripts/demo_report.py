@@ -8,7 +8,7 @@ from typing import Protocol
 import demo_model
 import demo_text
 import torch
-from demo_files import ALPHA, TURN_END, Pair, end_token, load
+from demo_files import TURN_END, Pair, end_token, load
 from demo_model import Shape, Weights
 from demo_tokens import chat_text
 from tokenizers import Tokenizer
@@ -183,8 +183,7 @@ experts of width {shape.expert_width} in each of the layers {", ".join(map(str, 
 of which a token uses {shape.top_k}. The base was trained on simple stories (`old`), on
 conversations about them, and on lists of words in random order, which teach it to spell and to
 copy. It has seen no sentence of the other four domains. The experts were trained on
-stories and conversations of those, with the base frozen. All alphas of a layer are stored as one
-number, {ALPHA:.0%} of the mean of the trained ones, so that tuning has something to find.
+stories and conversations of those by `outlier-mlx upcycle`, with the base frozen.
 
 `kitchen` and `sea` are small dense models (Llama, 2 layers, hidden 128), tuned from one parent.
 `sea-awq` is the second of them in AutoAWQ's format, and `base-q4_0.gguf` is the base.

@@ -3,19 +3,22 @@
     python scripts/train_demo.py --out outlier_mlx/demo
 
 First, the base is trained on stories and conversations of the ``old`` domain of ``demo_text`` and
-on word lists. Then the base is frozen, and ternary experts, routers and alphas are trained on the
-new domains; on old text they are trained to keep the base's own predictions. In both stages, half
-of the steps use the base rounded to int4, so that it can be quantized later. Matrices are
-multiplied in bfloat16. An interrupted run resumes from its last checkpoint. Needs the extras
-``train`` and ``gguf``.
+on word lists, in PyTorch; half of the steps use the base rounded to int4, so that it can be
+quantized later, and matrices are multiplied in bfloat16. Then ``outlier-mlx upcycle`` makes the
+overlay from the texts of the new domains. It uses a system's OpenBLAS if there is one: with it, the
+overlay takes about an hour on a slow core, and many times as long without. An interrupted run
+resumes from its last checkpoint. Needs the extras ``train`` and ``gguf``.
 """
 
 import argparse
+import ctypes.util
 import hashlib
 import json
 import math
 import os
+import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import demo_text
-from demo_tokens import heldout_texts, train_tokenizer, training_texts, windows
+from demo_corpora import write_corpora
+from demo_tokens import WINDOW, heldout_texts, train_tokenizer, training_texts, windows
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +45,8 @@ CODE_FILES = (
     "train_demo.py",
 )
 SIBLINGS = ("kitchen", "sea")  # domains of the small dense models
+EXPERTS = "--layers 1-3 --experts-per-domain 2 --expert-size 192 --joint-weights"
+TRAINING = "--batch 15 --learning-rate 0.25 --held-out 0.008 --no-grad-checkpoint"
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,14 @@ class Plan:
     seed: int = 20
     vocab: int = 1536
     base_steps: int = 1200
-    expert_steps: int = 3000
+    expert_steps: int = 1600
     rows: int = 18
     base_documents: int = 45_000
-    expert_documents: int = 18_000  # in each domain
+    expert_documents: int = 8000  # in each new domain
+    old_documents: int = 12_000
+    sibling_documents: int = 9000
     base_rate: float = 5e-3
-    expert_rate: float = 1e-2
     sibling_steps: int = 600
-    balance: float = 0.02
-    kl_weight: float = 2.0
 
     def fingerprint(self) -> str:
         """A digest of the plan and of the training code."""
@@ -208,56 +213,40 @@ def train_base(plan: Plan, shape: "Shape", tokenizer: "Tokenizer", work: Path) -
     return stage
 
 
-def train_overlay(
-    plan: Plan, shape: "Shape", tokenizer: "Tokenizer", base: "Weights", work: Path
-) -> Stage:
-    """Train experts, routers and alphas.
+@dataclass(frozen=True)
+class Upcycling:
+    """The time that the overlay took; see ``demo_report.Timed``."""
 
-    The loss is the next-token loss on new text, the KL divergence from the base's predictions on
-    old text, and the balance loss.
+    name: str
+    step: int
+    seconds: float
+    cpu_seconds: float
+
+
+def train_overlay(plan: Plan, base: Path, work: Path) -> Upcycling:
+    """Make ``work/overlay`` for the base in a folder, by the command line, as a user would.
+
+    If it was interrupted, the times are those of the last run.
     """
-    import demo_model
-    import torch
-    from torch.nn.functional import cross_entropy, kl_div
+    texts, out = work / "texts", work / "overlay"
+    write_corpora(texts, plan.expert_documents, plan.old_documents)
+    environment = dict(os.environ)
+    if library := ctypes.util.find_library("openblas"):
+        environment = {"LD_PRELOAD": library, "OPENBLAS_NUM_THREADS": "2"} | environment
+    given = [f"--domain={d}={texts / f'{d}.jsonl'}" for d in demo_text.NEW_DOMAINS]
+    steps = f"--window {WINDOW} --steps 0 --joint-steps {plan.expert_steps}"
+    command = [sys.executable, "-m", "outlier_mlx", "upcycle", str(base), *given]
+    command += [f"--keep={texts / 'old.jsonl'}", f"--out={out}", "--force"]
+    command += f"{EXPERTS} {TRAINING} {steps}".split()
+    wall, cpu = time.monotonic(), _cpu_of_children()
+    subprocess.run(command, check=True, env=environment)
+    wall, cpu = time.monotonic() - wall, _cpu_of_children() - cpu
+    return Upcycling("overlay", plan.expert_steps, wall, cpu)
 
-    stage = Stage("overlay", demo_model.init_overlay(shape, plan.seed + 3), plan, work)
-    if stage.step < plan.expert_steps:
-        say("overlay: generating its text")
-        rows = {
-            domain: windows(
-                tokenizer, list(training_texts(domain, plan.expert_documents, plan.seed + 4))
-            )
-            for domain in demo_text.DOMAINS
-        }
-        say(f"overlay: {sum(r.numel() for r in rows.values()) / 1e6:.1f} million tokens")
-    rounded = demo_model.int4_base(base)
-    each = plan.rows // 6  # two parts of old text, one of each new domain
 
-    def loss_of(step: int, weights: "Weights") -> "tuple[torch.Tensor, str]":
-        seed = plan.seed * 2_000_003 + step
-        old = draw(rows["old"], 2 * each, seed)
-        batch = torch.cat([old] + [draw(rows[d], each, seed) for d in demo_text.NEW_DOMAINS])
-        joined = (rounded if step % 2 else base) | demo_model.ternary_experts(weights)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                base_logits, _ = demo_model.forward(base, shape, old[:, :-1])
-            logits, routers = demo_model.forward(joined, shape, batch[:, :-1])
-        logits, base_logits = logits.float(), base_logits.float()
-        new = cross_entropy(
-            logits[2 * each :].flatten(0, 1), batch[2 * each :, 1:].flatten(), reduction="mean"
-        )
-        kl = kl_div(
-            logits[: 2 * each].log_softmax(-1).flatten(0, 1),
-            base_logits.log_softmax(-1).flatten(0, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        balance = demo_model.balance_loss(routers, shape.top_k)
-        remark = f"new {new.item():.3f}  old {kl.item():.4f}  balance {balance.item():.3f}"
-        return new + plan.kl_weight * kl + plan.balance * balance, remark
-
-    stage.run(plan.expert_steps, plan.expert_rate, loss_of)
-    return stage
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def train_sibling(
@@ -272,7 +261,7 @@ def train_sibling(
     stage = Stage(domain if parent else "parent", start, plan, work)
     steps = plan.sibling_steps // (2 if parent else 1)
     domains = (domain,) if parent else ("old", *SIBLINGS)
-    texts = [training_texts(d, plan.expert_documents // 2, plan.seed + 7) for d in domains]
+    texts = [training_texts(d, plan.sibling_documents, plan.seed + 7) for d in domains]
     rows = torch.cat([windows(tokenizer, list(t)) for t in texts]) if stage.step < steps else None
 
     def loss_of(step: int, weights: "Weights") -> "tuple[torch.Tensor, str]":
@@ -329,14 +318,15 @@ def train(plan: Plan, out: Path, work: Path, threads: int, force: bool) -> None:
     shape = Shape(vocab=tokenizer.get_vocab_size())
     base_stage = train_base(plan, shape, tokenizer, work)
     base = {name: weight.detach().half().float() for name, weight in base_stage.weights.items()}
-    overlay_stage = train_overlay(plan, shape, tokenizer, base, work)
+    shutil.rmtree(work / "base", ignore_errors=True)
+    demo_files.write_base(work / "base", base, shape, tokenizer)
+    overlay = train_overlay(plan, work / "base", work)
     parent = train_sibling(plan, tokenizer, "", None, work)
 
     fresh = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        demo_files.write_base(fresh / "base", base, shape, tokenizer)
-        overlay = {name: weight.detach() for name, weight in overlay_stage.weights.items()}
-        demo_files.write_overlay(fresh / "overlay", overlay, shape, demo_files.end_token(tokenizer))
+        for name in ("base", "overlay"):
+            shutil.copytree(work / name, fresh / name)
         for domain in SIBLINGS:
             dense = train_sibling(plan, tokenizer, domain, parent, work)
             demo_files.write_base(fresh / domain, dense, sibling_shape(tokenizer), tokenizer)
@@ -346,7 +336,7 @@ def train(plan: Plan, out: Path, work: Path, threads: int, force: bool) -> None:
         for domain, texts in heldout_texts().items():
             path = fresh / "heldout" / f"{domain}.txt"
             path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-        report = demo_report.report(fresh, [base_stage, overlay_stage])
+        report = demo_report.report(fresh, [base_stage, overlay])
         (fresh / "heldout" / "README.md").write_text(report, encoding="utf-8")
         out.mkdir(exist_ok=True)
         for made in fresh.iterdir():

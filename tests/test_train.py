@@ -122,6 +122,25 @@ def test_an_interrupted_training_is_resumed_bit_for_bit(
     assert again.after == made.after
 
 
+@pytest.mark.slow
+def test_weights_of_all_experts_can_be_trained_together(library: Library, tmp_path: Path) -> None:
+    """Better than routers and scales alone; interrupted, the same to the bit."""
+    how: dict[str, Any] = {"expert_steps": 0, "joint_steps": 8, "learning_rate": 0.2}
+    frozen = train(library, tmp_path / "frozen", **how)
+    whole = train(library, tmp_path / "whole", **how, joint_weights=True)
+    title = "routers, alphas and weights"
+    assert [stage["name"] for stage in whole.stages] == ["begin", title]
+    assert sum(whole.after.values()) < sum(frozen.after.values()) < sum(frozen.before.values())
+    with stopped_at(1, title) as log, pytest.raises(Stopped):
+        train(library, tmp_path / "again", log, **how, joint_weights=True)
+    assert_same(train(library, tmp_path / "again", **how, joint_weights=True), whole)
+
+
+def test_gradients_are_the_same_without_checkpoints(library: Library, tmp_path: Path) -> None:
+    one = train(library, tmp_path / "one", grad_checkpoint=True)
+    assert_same(train(library, tmp_path / "other", grad_checkpoint=False), one)
+
+
 def test_ctrl_c_within_a_step_waits_for_its_end(
     library: Library, made: Upcycled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,9 @@ FOURTEEN_LAYERS = Settings(layers=tuple(range(8, 22)), batch=4)
         (32, {"layers_at_once": 1}),
         (128, {"base_bits": None}),
         (32, {"straight_through": False, "joint_steps": 2}),
+        (128, {"expert_steps": 0, "joint_steps": 2, "joint_weights": True}),
+        (32, {"grad_checkpoint": False}),
+        (128, {"base_bits": None, "grad_checkpoint": False}),
     ],
 )
 def test_a_training_takes_what_was_planned(tmp_path: Path, window: int, how: dict) -> None:

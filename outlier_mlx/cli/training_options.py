@@ -55,6 +55,13 @@ class Training:
     joint_steps: Annotated[
         int, _training(min=0, help="Steps for routers, alphas and row scales of all together.")
     ] = 300
+    joint_weights: Annotated[
+        bool,
+        _training(
+            "--joint-weights",
+            help="In these, train all experts' weights, too: better, and needs memory for all.",
+        ),
+    ] = False
     batch: Annotated[int, _training(min=2, help="Windows in a step.")] = 16
     no_straight_through: Annotated[
         bool,
@@ -97,4 +104,11 @@ class Training:
             min=1, help="Layers whose experts are trained together. Default: as many as fit."
         ),
     ] = None
+    no_grad_checkpoint: Annotated[
+        bool,
+        _training(
+            "--no-grad-checkpoint",
+            help="Keep all activations for the gradient: faster, and needs more memory.",
+        ),
+    ] = False
     seed: Annotated[int, _training(min=0, help="Seed of everything random.")] = 0

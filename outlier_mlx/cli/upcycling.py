@@ -244,6 +244,7 @@ def _settings(experts: Experts, training: Training, domains: int) -> "Settings":
         straight_through=not training.no_straight_through,
         expert_steps=training.steps,
         joint_steps=training.joint_steps,
+        joint_weights=training.joint_weights,
         batch=training.batch,
         learning_rate=training.learning_rate,
         keep_weight=training.keep_weight,
@@ -252,6 +253,7 @@ def _settings(experts: Experts, training: Training, domains: int) -> "Settings":
         stickiness=training.stickiness,
         seed=training.seed,
         layers_at_once=training.layers_at_once,
+        grad_checkpoint=not training.no_grad_checkpoint,
         base_bits=None if training.base_bits == "none" else int(training.base_bits),
     )
 

@@ -30,13 +30,17 @@ def custom(function: Callable) -> Any:
     return mx.custom_function(function)
 
 
-def checkpoint(layer: nn.Module, prepare: Callable[[], Prepared]) -> Callable[[], None]:
+def checkpoint(
+    layer: nn.Module, prepare: Callable[[], Prepared], *, recompute: bool = True
+) -> Callable[[], None]:
     """Let a layer keep only its input for the gradient, and be computed again when it is needed.
 
     Args:
         layer: of a model; its first argument is its input.
         prepare: called whenever the layer is. The context is entered then, and again when the
             layer is computed again.
+        recompute: without, the layer keeps all that its gradient needs, and nothing is computed
+            twice.
 
     Returns:
         A function that undoes it.
@@ -53,7 +57,8 @@ def checkpoint(layer: nn.Module, prepare: Callable[[], Prepared]) -> Callable[[]
             with context():
                 return original.__call__(self, x, *given, **named)
 
-        found: mx.array = mx.checkpoint(compute)(x, *(each.value for each in held))
+        run = mx.checkpoint(compute) if recompute else compute
+        found: mx.array = run(x, *(each.value for each in held))
         return found
 
     return replace_method(layer, "__call__", call)

@@ -88,6 +88,13 @@ class Expert(nn.Module):
         """What each projection computes with, by the names of `PROJECTIONS`."""
         return {name: self[f"{name}_proj"].stored() for name in PROJECTIONS}
 
+    def dense(self) -> dict[str, mx.array]:
+        """Trits times scales of each projection, float32, by the names of `PROJECTIONS`."""
+        found = {}
+        for name, (trits, scales) in self.stored().items():
+            found[name] = mx.array(trits).astype(mx.float32) * mx.array(scales)[:, None]
+        return found
+
     def arrays(self, prefix: str) -> dict[str, mx.array]:
         """Codes and scales by name, below `prefix`; no matrix is latent."""
         matrices = ((f"{prefix}.{p}_proj", self[f"{p}_proj"]) for p in PROJECTIONS)

@@ -49,15 +49,20 @@ class Rounded(NamedTuple):
 class TrainedModel:
     """Runs a base with experts; the base itself is never changed.
 
-    Every layer keeps only its input for the gradient, and is computed again. Where the base is to
-    be rounded, a layer's matrices are there only while it is computed.
+    With `recompute`, every layer keeps only its input for the gradient, and is computed again.
+    Where the base is to be rounded, a layer's matrices are then there only while it is computed.
 
     Attributes:
         blocks: the blocks of experts by layer.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Iterable[int], experts: int, bits: int | None
+        self,
+        model: nn.Module,
+        layers: Iterable[int],
+        experts: int,
+        bits: int | None,
+        recompute: bool = True,
     ) -> None:
         """Put blocks without experts into a base.
 
@@ -66,6 +71,7 @@ class TrainedModel:
             layers: numbers of the layers that get experts.
             experts: number of experts.
             bits: bits of the rounded base; None: it is never rounded.
+            recompute: see above; without, nothing is computed twice, and all is kept.
         """
         self._now = Current()
         model.freeze()
@@ -88,7 +94,7 @@ class TrainedModel:
             self.blocks[number] = layer.mlp
         self._trained: dict[int, list[Place]] = {}
         for number, layer in enumerate(model.layers):
-            checkpoint(layer, partial(self._prepared, number))
+            checkpoint(layer, partial(self._prepared, number), recompute=recompute)
 
     def numbers(self, wanted: Iterable[str]) -> dict[str, Place]:
         """The arrays of all blocks whose names end in one of `wanted`, as "latent"; by name."""

@@ -1,6 +1,6 @@
 """What experts and routers begin as: the base's own neurons, and where the domains' tokens are."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,53 @@ class Seen:
     sums: mx.array
     tokens: np.ndarray
     neurons: mx.array
+
+
+def first_arrays(
+    model: TrainedModel, domains: Sequence[np.ndarray], settings: Settings
+) -> tuple[dict[str, mx.array], dict[str, float]]:
+    """What all blocks begin as, and the relative error of each way of rounding the experts.
+
+    Args:
+        model: a base whose blocks have no experts yet.
+        domains: windows (n, length) of each domain.
+        settings: resolved.
+
+    Returns:
+        By names as those of `TrainedModel.numbers`: routers, alphas, codes and scales; and where
+        experts are made from the FFN, the neurons of each, (experts, expert_size) int32.
+    """
+    seen = look(model, domains, settings.batch)
+    arrays: dict[str, mx.array] = {}
+    errors: list[dict[str, float]] = []
+    for layer, block in model.blocks.items():
+        neurons = None
+        if settings.init == "ffn":
+            neurons = chosen_neurons(seen[layer], block.mlp.down_proj.weight, settings)
+            arrays[f"{layer}.neurons"] = mx.array(neurons)
+        seed = (settings.seed, layer)
+        router = first_router(seen.pop(layer), settings.experts_per_domain, seed)
+        arrays[f"{layer}.router"] = router
+        # Experts that are still to be trained are silent until then.
+        alpha = 0.0 if settings.trains_experts else settings.alpha
+        arrays[f"{layer}.alpha"] = mx.full((len(router),), alpha)
+        for number in range(len(router)):
+            weights = first_latents(model, settings, layer, number, neurons)
+            expert, error = rounded_expert(weights, settings.scales)
+            errors.append(error)
+            arrays |= expert.arrays(f"{layer}.experts.{number}")
+        mx.eval(arrays)
+    return arrays, {way: float(np.mean([error[way] for error in errors])) for way in errors[0]}
+
+
+def first_latents(
+    model: TrainedModel, settings: Settings, layer: int, expert: int, neurons: np.ndarray | None
+) -> dict[str, mx.array]:
+    """The weights that an expert of a layer begins with; `neurons` are those of all its experts."""
+    block = model.blocks[layer]
+    own = None if neurons is None else neurons[expert]
+    hidden, seed = block.router.shape[1], (settings.seed, layer, expert)
+    return latents(block.mlp, own, hidden, settings.expert_size or 0, seed)
 
 
 def look(model: TrainedModel, domains: Iterable[np.ndarray], batch: int) -> dict[int, Seen]:

@@ -21,6 +21,9 @@ from outlier_mlx.train.settings import Settings
 _OF_FFN, _OF_HIDDEN, _OF_SCORES = 8.1, 16.4, 2.9
 _OF_LATENT, _OF_EXPERT, _OF_TRITS = 11.0, 6.7, 3.2
 _AHEAD_OF_FFN, _AHEAD_OF_HIDDEN = 2.1, 8.0
+# Without gradient checkpoints, the share of these numbers that every layer keeps; and it
+# keeps all its rounded matrices.
+_KEPT = 0.43
 # Arrays of logits that are there at once: of next tokens, of the divergence; and parts of the text
 # that MLX works on at once.
 _OF_NEXT, _OF_DIVERGENCE, _PARTS = 4.3, 7.0, 3
@@ -109,6 +112,7 @@ def _parts(
     shapes = [m.shape for m in family(config.family).modules(config)]
     base = sum(m.params for m in family(config.family).modules(config))
     matrices = sum(prod(shape) for shape in shapes if len(shape) == 2)
+    dense = matrices - config.vocab * config.hidden * (2 - config.tied)
     if config.tied:
         matrices += config.vocab * config.hidden  # embedding and head are rounded each
     rounded = 0.0
@@ -120,34 +124,46 @@ def _parts(
     frozen = len(settings.layers) * experts * (expert / 4 + _FLOAT * rows)
 
     tokens = settings.batch * window
-    saved = tokens * config.hidden * itemsize * (config.layers - settings.layers[0] + 1)
+    above = config.layers - settings.layers[0]
+    saved = tokens * config.hidden * itemsize * (above + 1)
     layer = _layer(config, settings, tokens, window) * itemsize
     ahead = _AHEAD_OF_FFN * config.intermediate + _AHEAD_OF_HIDDEN * config.hidden
     ahead *= tokens * itemsize
     head = _head(config, settings, window) * itemsize
-    trained = count * settings.experts_per_domain * expert if settings.trains_experts else 0
-    alone = settings.experts_per_domain * tokens * _OF_LATENT * settings.expert_size * _FLOAT
+    of_latent = tokens * _OF_LATENT * settings.expert_size * _FLOAT
     adam = _OF_ADAM * config.hidden * settings.expert_size * _FLOAT
-    # Gradients are there when the last layer is computed again, and when Adam makes its step.
-    working = max(
-        head,
-        layer + alone + ahead * (count > 1) + _FLOAT * trained,
-        _FLOAT * trained + adam - saved,
-    )
-    together = experts * (_OF_EXPERT * tokens * settings.expert_size + _OF_TRITS * expert) * _FLOAT
-    stage = 3 * _FLOAT * trained + working
-    if len(settings.layers) > 1:
-        together += ahead
-    joint = max(head, layer + together) + 4 * _FLOAT * len(settings.layers) * experts * rows
-    if not trained or (settings.joint_steps and joint > stage):
-        trained, working = 0, joint
+
+    def stage(latents: int, layers: int, experts: float) -> tuple[int, int]:
+        """Bytes of what is in training, and of work; `experts` are bytes of work in a layer."""
+        gradients = _FLOAT * latents
+        work = layer + experts + ahead * (layers > 1)
+        if not settings.grad_checkpoint:
+            work = _KEPT * (above * layer + layers * experts) + ahead
+            if settings.base_bits is not None:
+                work += dense * itemsize * above / config.layers
+        # Gradients are there when the last layer is computed again, and when Adam makes its step.
+        work = max(head, work + gradients, (gradients + adam - saved) * (latents > 0))
+        return 3 * gradients, int(work)
+
+    stages = []
+    if settings.trains_experts:
+        own = settings.experts_per_domain
+        stages.append(stage(count * own * expert, count, own * of_latent))
+    every = len(settings.layers)
+    if settings.joint_weights:
+        stages.append(stage(every * experts * expert, every, experts * of_latent))
+    elif settings.joint_steps or not stages:
+        together = _OF_EXPERT * tokens * settings.expert_size + _OF_TRITS * expert
+        training, work = stage(0, every, experts * together * _FLOAT)
+        stages.append((training, work + 4 * _FLOAT * every * experts * rows))
+    training, working = max(stages, key=sum)
     return {
         "base": int(base * itemsize),
         "rounded base": int(rounded),
         "experts": int(frozen),
-        "experts in training": 3 * _FLOAT * trained,
+        "experts in training": training,
         "inputs of layers": saved,
-        "work": int(working),
+        "work": working,
     }
 
 

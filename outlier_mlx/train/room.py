@@ -13,8 +13,8 @@ from outlier_mlx.writing.folders import check_space
 # Bytes of a weight in the state of a running stage: it, and Adam's two averages, in float32. The
 # state is written whole beside the one before.
 _RUNNING = 2 * 12
-# Bits of a weight in what a finished stage leaves, and in what all experts begin as.
-_FINISHED = 2 * 2
+# Bits of a weight in what a finished stage leaves, and what begins and ends all of them.
+_FINISHED = 3 * 2
 # Bytes of a likely token and of its probability.
 _PREDICTED = 8
 
@@ -54,7 +54,8 @@ def work_bytes(config: ModelConfig, settings: Settings, corpora: Corpora, *, tea
     layers, domains = len(settings.layers), len(corpora.domains)
     one = 3 * config.hidden * settings.expert_size * settings.experts_per_domain
     at_once = min(layers, settings.layers_at_once or layers)
-    nbytes = _RUNNING * one * at_once + one * layers * domains * _FINISHED // 8
+    running = max(at_once, layers * domains * settings.joint_weights)
+    nbytes = _RUNNING * one * running + one * layers * domains * _FINISHED // 8
     if teacher:
         nbytes += sum(corpus.tokens for corpus in corpora.domains) * LIKELIEST * _PREDICTED
     return nbytes

@@ -28,6 +28,7 @@ class Settings:
         straight_through: train the experts of each domain; without, they stay as they began.
         expert_steps: steps for each domain's experts, divided among the layer groups.
         joint_steps: steps for router, alphas and row scales of all domains together.
+        joint_weights: in these steps, train the weights of all experts, too.
         batch: windows in a step.
         keep_share: share of these windows that is text of what the base shall not forget.
         learning_rate: the largest rate of Adam, relative to a tensor's typical number.
@@ -40,6 +41,8 @@ class Settings:
         alpha: factor of an expert's output at the beginning.
         seed: of everything random.
         layers_at_once: layers whose experts are trained together; None: as many as fit in memory.
+        grad_checkpoint: keep only the inputs of layers for the gradient, and compute the rest
+            again: less memory, and a third more time.
         base_bits: every second step is made against the base rounded to so many bits; None: none.
     """
 
@@ -52,6 +55,7 @@ class Settings:
     straight_through: bool = True
     expert_steps: int = 600
     joint_steps: int = 300
+    joint_weights: bool = False
     batch: int = 16
     keep_share: float = 1 / 3
     learning_rate: float = 0.1
@@ -63,6 +67,7 @@ class Settings:
     alpha: float = 0.1
     seed: int = 0
     layers_at_once: int | None = None
+    grad_checkpoint: bool = True
     base_bits: int | None = 4
 
     def check(self, config: ModelConfig, domains: int) -> None:
@@ -104,6 +109,10 @@ class Settings:
             raise OutlierError(f"keep_share: {self.keep_share}; expected between 0 and 1")
         if self.keep_rows < 1 or self.batch - self.keep_rows < 1:
             raise OutlierError(f"batch: {self.batch}; expected at least 2 windows")
+        if self.joint_weights and not self.straight_through:
+            raise OutlierError(
+                "joint_weights: weights are trained by straight-through estimation, which is off"
+            )
         if self.base_bits not in (None, 4, 8):
             raise OutlierError(f"base_bits: {self.base_bits}; expected 4, 8 or none")
         if self.top_k > domains * self.experts_per_domain:

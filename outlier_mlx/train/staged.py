@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +12,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.train.experts import Expert, LatentMatrix, Mode, TernaryMatrix, empty_expert
 from outlier_mlx.train.forward import Place, TrainedModel
-from outlier_mlx.train.initial import chosen_neurons, first_router, latents, look, rounded_expert
+from outlier_mlx.train.initial import first_arrays, first_latents
 from outlier_mlx.train.loop import Batch, Log, Number, Stage, drawn, run
 from outlier_mlx.train.measures import (
     Use,
@@ -72,9 +72,10 @@ class Stages:
         """
         self._begin()
         if self._settings.trains_experts:
+            steps = self._settings.expert_steps // len(groups)
             for number, domain in enumerate(self._corpora.domains):
                 for group in groups:
-                    self._train_experts(number, domain, group, len(groups))
+                    self._train_experts(number, domain, group, steps)
         if self._settings.joint_steps:
             self._train_together()
 
@@ -104,147 +105,116 @@ class Stages:
 
     def _made(self) -> tuple[Arrays, dict[str, Any]]:
         """All arrays of the blocks as they begin, and the record of that."""
-        settings, arrays = self._settings, {}
         losses = self.held_out(Mode())
         domains = [corpus.train for corpus in self._corpora.domains]
-        seen = look(self._model, domains, settings.batch)
-        errors: list[dict[str, float]] = []
-        for layer, block in self._model.blocks.items():
-            neurons = None
-            if settings.init == "ffn":
-                neurons = chosen_neurons(seen[layer], block.mlp.down_proj.weight, settings)
-                arrays[f"{layer}.neurons"] = mx.array(neurons)
-            seed = (settings.seed, layer)
-            arrays[f"{layer}.router"] = first_router(
-                seen.pop(layer), settings.experts_per_domain, seed
-            )
-            # Experts that are still to be trained are silent until then.
-            alpha = 0.0 if settings.trains_experts else settings.alpha
-            arrays[f"{layer}.alpha"] = mx.full((len(self._all),), alpha)
-            for number in self._all:
-                expert, error = rounded_expert(
-                    self._latents(layer, number, neurons), settings.scales
-                )
-                errors.append(error)
-                arrays |= expert.arrays(f"{layer}.experts.{number}")
-            mx.eval(arrays)
-        mean = {way: float(np.mean([error[way] for error in errors])) for way in errors[0]}
-        record = {"steps": 0, "seconds": 0.0, "kept": True, "errors": mean, "losses": losses}
+        arrays, errors = first_arrays(self._model, domains, self._settings)
+        record = {"steps": 0, "seconds": 0.0, "kept": True, "errors": errors, "losses": losses}
         return arrays, record | {"before": perplexities(losses)}
 
     def _train_experts(
-        self, number: int, domain: Corpus, layers: Sequence[int], groups: int
+        self, number: int, domain: Corpus, layers: Sequence[int], steps: int
     ) -> None:
         """Train a domain's experts in some layers by straight-through estimation."""
         settings, per_domain = self._settings, self._settings.experts_per_domain
         own = tuple(range(number * per_domain, (number + 1) * per_domain))
         where = f"s {layers[0]} to {layers[-1]}" if len(layers) > 1 else f" {layers[0]}"
-        title = f"experts of {domain.name}, layer{where}"
-        name = f"{len(self.records)} {title}"
-        found = self._work.finished(name)
-        if found is not None:
-            self._apply(found[0])
-            self.records.append(found[1])
-            return
-        mode = self._mode(own)
-        texts = {c.name: c.held_out for c in (domain, self._corpora.keep)}
-        before = self._losses(texts, mode)
-        blocks = {layer: self._model.blocks[layer] for layer in layers}
-        former = {layer: self._arrays(layer, own) for layer in blocks}
-        for layer, block in blocks.items():
-            block.set_alphas(own, settings.alpha)
-            for expert in own:
-                weights = self._latents(layer, expert, self._neurons[layer])
-                block.experts[expert] = Expert(
-                    {p: LatentMatrix(weights[p], settings.scales) for p in PROJECTIONS}
-                )
-        kinds = ("latent", "alpha", *(("router",) if per_domain > 1 else ()))
-        places = self._places(kinds, layers)
 
-        def batch(step: int) -> Batch:
-            rows = settings.batch - settings.keep_rows
-            at = step * rows + np.arange(rows)
-            return self._batch([(domain, at)], step)
+        def begin() -> None:
+            for layer in layers:
+                self._model.blocks[layer].set_alphas(own, settings.alpha)
+                for expert in own:
+                    neurons = self._neurons[layer]
+                    weights = first_latents(self._model, settings, layer, expert, neurons)
+                    self._make_latent(layer, expert, weights)
 
-        steps = settings.expert_steps // groups
-        seconds = self._run(title, name, places, steps, mode, batch, texts)
-        for block in blocks.values():
-            for expert in own:
-                stored = block.experts[expert].stored()
-                block.experts[expert] = Expert({p: TernaryMatrix(*stored[p]) for p in stored})
-        after, factor = self._bounded(mode, texts, layers, own)
-        kept = self._fits(after) and after[domain.name] < before[domain.name]
-        if not kept:
-            for arrays in former.values():
-                self._apply(arrays)
-        arrays = {k: v for layer in layers for k, v in self._arrays(layer, own).items()}
-        record = stage_record(title, steps, seconds, before, after, kept) | {"alpha_factor": factor}
-        self._finish(name, arrays, record)
+        self._train(
+            _Part(
+                title=f"experts of {domain.name}, layer{where}",
+                domains=(domain,),
+                experts=own,
+                layers=layers,
+                kinds=("latent", "alpha", *(("router",) if per_domain > 1 else ())),
+                steps=steps,
+                begin=begin,
+            )
+        )
 
     def _train_together(self) -> None:
-        """Train routers, alphas and row scales of all experts on all domains."""
-        settings, title = self._settings, "routers, alphas and row scales"
-        name = f"{len(self.records)} {title}"
+        """Train all experts on all domains: routers, alphas, and row scales or all weights."""
+        latent = self._settings.joint_weights
+
+        def begin() -> None:
+            for layer, block in self._model.blocks.items() if latent else ():
+                for number in self._all:
+                    self._make_latent(layer, number, block.experts[number].dense())
+
+        self._train(
+            _Part(
+                title="routers, alphas and weights" if latent else "routers, alphas and row scales",
+                domains=self._corpora.domains,
+                experts=self._all,
+                layers=list(self._model.blocks),
+                kinds=("latent" if latent else "scales", "alpha", "router"),
+                steps=self._settings.joint_steps,
+                begin=begin,
+            )
+        )
+
+    def _train(self, part: "_Part") -> None:
+        """Run a stage, or take what it left; keep it only if held-out text says so."""
+        name = f"{len(self.records)} {part.title}"
         found = self._work.finished(name)
         if found is not None:
             self._apply(found[0])
             self.records.append(found[1])
             return
-        mode = self._together()
-        domains = self._corpora.domains
-        texts = {corpus.name: corpus.held_out for corpus in self._corpora}
+        mode = self._mode(part.experts)
+        texts = {corpus.name: corpus.held_out for corpus in (*part.domains, self._corpora.keep)}
         before = self._losses(texts, mode)
-        rate_before = mean_hit_rate(self._uses(texts, mode), texts)
-        layers = list(self._model.blocks)
-        places = self._places(("scales", "alpha", "router"), layers)
-        former = {name: place.value for name, place in places.items()}
+        routed = len(part.experts) > 1 or len(part.domains) > 1
+        rate_before = mean_hit_rate(self._uses(texts, mode), texts) if routed else 0.0
+        former = self._arrays(part)
+        part.begin()
+        seconds = self._run(part, name, mode, texts)
+        for layer in part.layers:
+            self._make_ternary(layer, part.experts)
+        after, factor = self._bounded(mode, texts, part)
+        record: dict[str, Any] = {"alpha_factor": factor}
+        gain = 0.0
+        if routed:
+            uses = self._uses(texts, mode)
+            rate = mean_hit_rate(uses, texts)
+            load = {text: use.load for text, use in uses.items()}
+            record |= {"hit_rate_before": rate_before, "hit_rate": rate, "load": load}
+            # What was minimised: where stickiness counts, a higher hit rate has its price.
+            gain = self._settings.stickiness * (rate - rate_before)
+        better = _mean(after, part.domains) - gain < _mean(before, part.domains)
+        kept = self._fits(after) and (better or not self._fits(before))
+        if not kept:
+            self._apply(former)
+        record |= stage_record(part.title, part.steps, seconds, before, after, kept)
+        self._work.finish(name, self._arrays(part), record)
+        self.records.append(record)
+        self._log({"event": "stage"} | record)
+
+    def _run(self, part: "_Part", name: str, mode: Mode, texts: Mapping[str, np.ndarray]) -> float:
+        """Train the numbers of a part; the seconds that it took."""
+        settings, count = self._settings, len(part.domains)
+        places = self._places(part.kinds, part.layers)
+        self._model.train(places)
 
         def batch(step: int) -> Batch:
             rows = settings.batch - settings.keep_rows
             at = step * rows + np.arange(rows)
-            count = len(domains)
-            return self._batch(
-                [(d, at[at % count == n] // count) for n, d in enumerate(domains)], step
-            )
+            wanted = [(d, at[at % count == n] // count) for n, d in enumerate(part.domains)]
+            return self._batch(wanted, step)
 
-        seconds = self._run(title, name, places, settings.joint_steps, mode, batch, texts)
-        after, factor = self._bounded(mode, texts, layers, self._all)
-        uses = self._uses(texts, mode)
-        rate_after = mean_hit_rate(uses, texts)
-        # What was minimised: where stickiness counts, a higher hit rate has its price.
-        gain = settings.stickiness * (rate_after - rate_before)
-        better = _mean(after, domains) - gain < _mean(before, domains)
-        kept = self._fits(after) and (better or not self._fits(before))
-        use = {
-            "hit_rate_before": rate_before,
-            "hit_rate": rate_after,
-            "load": {text: found.load for text, found in uses.items()},
-        }
-        if not kept:
-            for place_name, place in places.items():
-                place.put(former[place_name])
-        arrays = {place_name: place.value for place_name, place in places.items()}
-        record = stage_record(title, settings.joint_steps, seconds, before, after, kept)
-        self._finish(name, arrays, record | use | {"alpha_factor": factor})
-
-    def _run(
-        self,
-        title: str,
-        name: str,
-        places: dict[str, Place],
-        steps: int,
-        mode: Mode,
-        batch: Callable[[int], Batch],
-        texts: dict[str, np.ndarray],
-    ) -> float:
-        settings = self._settings
-        self._model.train(places)
         glance = {text: windows[:_GLANCE] for text, windows in texts.items()}
         stage = Stage(
             name=name,
-            title=title,
+            title=part.title,
             numbers={n: Number(p, *_rate(n, p.value)) for n, p in places.items()},
-            steps=steps,
+            steps=part.steps,
             rate=settings.learning_rate,
             loss=lambda given, rounded: self._loss(given, replace(mode, rounded=rounded)),
             parts=("new", "keep"),
@@ -293,13 +263,13 @@ class Stages:
         joined = [mx.concatenate(list(each)) for each in zip(*targets, strict=True)]
         return mx.array(np.concatenate(parts)), mx.array(kept), *joined
 
-    def _glanced(self, texts: dict[str, np.ndarray], mode: Mode) -> dict[str, Any]:
+    def _glanced(self, texts: Mapping[str, np.ndarray], mode: Mode) -> dict[str, Any]:
         found: dict[str, Any] = {"perplexity": perplexities(self._losses(texts, mode))}
         if len(mode.experts) > 1:
             found["load"] = {name: use.load for name, use in self._uses(texts, mode).items()}
         return found | {"windows": _GLANCE}
 
-    def _losses(self, texts: dict[str, np.ndarray], mode: Mode) -> dict[str, float]:
+    def _losses(self, texts: Mapping[str, np.ndarray], mode: Mode) -> dict[str, float]:
         return losses_of(self._model, texts, mode, self._settings.batch)
 
     def _uses(self, texts: Mapping[str, np.ndarray], mode: Mode) -> dict[str, Use]:
@@ -307,16 +277,16 @@ class Stages:
         return {name: use_of(self._model, w, mode, batch) for name, w in texts.items()}
 
     def _bounded(
-        self, mode: Mode, texts: dict[str, np.ndarray], layers: Sequence[int], own: tuple[int, ...]
+        self, mode: Mode, texts: Mapping[str, np.ndarray], part: "_Part"
     ) -> tuple[dict[str, float], float]:
         """Held-out losses with the largest factor of the alphas that the base's own text allows."""
-        blocks = [self._model.blocks[layer] for layer in layers]
+        blocks = [self._model.blocks[layer] for layer in part.layers]
         trained = [block.alpha for block in blocks]
         found: dict[str, float] = {}
         for factor in _FACTORS:
             for block, alpha in zip(blocks, trained, strict=True):
                 block.alpha = alpha
-                block.set_alphas(own, alpha * factor)
+                block.set_alphas(part.experts, alpha * factor)
             found = self._losses(texts, mode)
             if self._fits(found):
                 return found, factor
@@ -335,22 +305,30 @@ class Stages:
     def _together(self) -> Mode:
         return self._mode(self._all)
 
-    def _latents(self, layer: int, expert: int, neurons: np.ndarray | None) -> dict[str, mx.array]:
-        block, settings = self._model.blocks[layer], self._settings
-        own = None if neurons is None else neurons[expert]
-        hidden, seed = block.router.shape[1], (settings.seed, layer, expert)
-        return latents(block.mlp, own, hidden, settings.expert_size or 0, seed)
-
     def _places(self, kinds: Sequence[str], layers: Sequence[int]) -> dict[str, Place]:
         found = self._model.numbers(kinds)
         return {n: p for n, p in found.items() if int(n.partition(".")[0]) in layers}
 
-    def _arrays(self, layer: int, experts: Sequence[int]) -> Arrays:
-        """What a layer has of some experts, with its whole router and alphas."""
-        block = self._model.blocks[layer]
-        found = {f"{layer}.router": block.router, f"{layer}.alpha": block.alpha}
+    def _make_latent(self, layer: int, expert: int, weights: dict[str, mx.array]) -> None:
+        self._model.blocks[layer].experts[expert] = Expert(
+            {p: LatentMatrix(weights[p], self._settings.scales) for p in PROJECTIONS}
+        )
+
+    def _make_ternary(self, layer: int, experts: Sequence[int]) -> None:
         for number in experts:
-            found |= block.experts[number].arrays(f"{layer}.experts.{number}")
+            stored = self._model.blocks[layer].experts[number].stored()
+            self._model.blocks[layer].experts[number] = Expert(
+                {p: TernaryMatrix(*stored[p]) for p in PROJECTIONS}
+            )
+
+    def _arrays(self, part: "_Part") -> Arrays:
+        """What a part's layers have of its experts, with their whole routers and alphas."""
+        found = {}
+        for layer in part.layers:
+            block = self._model.blocks[layer]
+            found |= {f"{layer}.router": block.router, f"{layer}.alpha": block.alpha}
+            for number in part.experts:
+                found |= block.experts[number].arrays(f"{layer}.experts.{number}")
         return found
 
     def _apply(self, arrays: Arrays) -> None:
@@ -367,10 +345,28 @@ class Stages:
                 raise CheckpointError(f"{self._work.folder}: {name}: a wrong {kind[0]} {kind[1]}")
             place.put(array)
 
-    def _finish(self, name: str, arrays: Arrays, record: dict[str, Any]) -> None:
-        self._work.finish(name, arrays, record)
-        self.records.append(record)
-        self._log({"event": "stage"} | record)
+
+@dataclass(frozen=True)
+class _Part:
+    """What a stage trains.
+
+    Attributes:
+        title: for the log.
+        domains: those whose text it learns.
+        experts: numbers of those that take part.
+        layers: numbers of the layers that are trained.
+        kinds: names of the arrays that are trained.
+        steps: number of steps.
+        begin: called before the first step: makes latent weights of what shall have them.
+    """
+
+    title: str
+    domains: Sequence[Corpus]
+    experts: tuple[int, ...]
+    layers: Sequence[int]
+    kinds: tuple[str, ...]
+    steps: int
+    begin: Callable[[], None]
 
 
 def _mean(losses: Mapping[str, float], corpora: Sequence[Corpus]) -> float:

@@ -145,7 +145,8 @@ def upcycle(
             vocab = parse_config(raw_config(base.folder)).vocab
             targets = teach(teacher, corpora, settings, vocab, folder, log)
         loaded, _ = load_model(base.folder, dtype=dtype)
-        model = TrainedModel(loaded, settings.layers, experts, settings.base_bits)
+        recompute = settings.grad_checkpoint
+        model = TrainedModel(loaded, settings.layers, experts, settings.base_bits, recompute)
         stages = Stages(model, corpora, settings, folder, log, save_every, targets)
         stages.run(list(layer_groups(settings.layers, settings.layers_at_once)))
     after = perplexities(stages.held_out())
