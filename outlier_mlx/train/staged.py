@@ -323,7 +323,7 @@ class Stages:
 
     def _arrays(self, part: "_Part") -> Arrays:
         """What a part's layers have of its experts, with their whole routers and alphas."""
-        found = {}
+        found: Arrays = {}
         for layer in part.layers:
             block = self._model.blocks[layer]
             found |= {f"{layer}.router": block.router, f"{layer}.alpha": block.alpha}
