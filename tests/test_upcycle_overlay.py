@@ -132,7 +132,7 @@ def test_converted_and_asked(base: Built, overlay: Path, tmp_path: Path) -> None
     assert run("info", overlay, "--json").json["kind"] == "overlay"
 
 
-@pytest.mark.parametrize("form", ["overlay", "packed", "gguf"])
+@pytest.mark.parametrize("form", ["overlay", "packed", "gguf-experts"])
 def test_its_tier_is_exported_unchanged(form: str, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", hidden=256, layers=2)
     overlay = tmp_path / "overlay"
