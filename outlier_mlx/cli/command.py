@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 from outlier_mlx.cli.ranks import together
 from outlier_mlx.cli.values import Reader
 from outlier_mlx.engine.buffers import mlx_is_imported, use_larger_buffers
+from outlier_mlx.upstream import set_reader
 
 #: Name of the parameter of `--model`, which stands for the argument MODEL.
 NAMED = "named_model"
@@ -163,7 +164,7 @@ class Command(TyperCommand):
 def read_plainly(params: Sequence[Any]) -> None:
     """Let our `Reader` read the values of options and arguments."""
     for param in params:
-        param._runtime_param = Reader()
+        set_reader(param, Reader())
 
 
 @contextmanager

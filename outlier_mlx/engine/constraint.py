@@ -18,6 +18,7 @@ from outlier_mlx.engine.detokenizer import byte_level_bytes, special_ids
 from outlier_mlx.engine.schemas import SchemaError, checked_schema
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.upstream import inner_tokenizer, thinking_tokens
 
 # Between the parts of a JSON value, once: a model cannot write blanks for ever.
 _BLANK = r"\x20|\n(\x20{0,20}|\t{0,10})"
@@ -127,7 +128,7 @@ class Grammars:
 
     def _special(self) -> frozenset[int]:
         """Tokens that are no text: special ones, and added ones such as <tool_call>."""
-        own = self.tokenizer._tokenizer
+        own = inner_tokenizer(self.tokenizer)
         added = own.added_tokens_decoder.items()
         marks = [id for id, token in added if token.content[:1] + token.content[-1:] == "<>"]
         return special_ids(own) | frozenset(marks) | frozenset(self.tokenizer.eos_token_ids)
@@ -138,7 +139,7 @@ class Grammars:
         Raises:
             ConstraintError: the text of tokens is not that of each, in a row.
         """
-        bytes_of = _bytes_of_tokens(self.tokenizer._tokenizer)
+        bytes_of = _bytes_of_tokens(inner_tokenizer(self.tokenizer))
         special = self._special()
         return [
             b"\xff<%d>" % token if token in special else bytes_of(token)
@@ -233,8 +234,7 @@ class ConstraintProcessor:
         tokenizer = self._tokenizer
         if not tokenizer.has_thinking:
             return
-        begins = tokenizer._think_start_tokens
-        self._closes = tuple(tokenizer._think_end_tokens)
+        begins, self._closes = thinking_tokens(tokenizer)
         self._thinking = tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
         if not self._thinking and len(begins) == 1 and begins[0] < self._width:
             self._opens = begins[0]

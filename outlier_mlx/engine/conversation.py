@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from outlier_mlx.engine.drafting import Drafting
 from outlier_mlx.engine.generate import (
@@ -20,6 +19,7 @@ from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import Progress, no_progress
+from outlier_mlx.upstream import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 Message = dict[str, str]
 

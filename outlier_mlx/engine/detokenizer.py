@@ -14,9 +14,10 @@ from copy import copy
 from functools import cache, partial
 from typing import Any, Protocol
 
-from mlx_lm.tokenizer_utils import StreamingDetokenizer
 from tokenizers import decoders
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
+
+from outlier_mlx.upstream import StreamingDetokenizer, decodes_plainly
 
 # A character has up to four bytes. So if text still ends with U+FFFD after more tokens than this,
 # that is usually the text: then it is decoded less and less often, to need linear time.
@@ -213,10 +214,7 @@ def _chosen(tokenizer: PreTrainedTokenizerBase) -> Callable[[], _Pieces]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     cleans = _cleans_up(tokenizer, backend)
     kind = type(tokenizer)
-    plain = (  # subclasses may change the text
-        kind.decode is PreTrainedTokenizerBase.decode
-        and getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode
-    )
+    plain = decodes_plainly(kind)  # subclasses may change the text
     if plain and not cleans and isinstance(getattr(backend, "decoder", None), decoders.ByteLevel):
         return partial(_ByteLevel, byte_level_bytes(backend))
 

@@ -8,9 +8,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generation_stream, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_sampler
 
 from outlier_mlx.engine.constraint import ConstraintProcessor, Grammars
 from outlier_mlx.engine.distributed.ranks import least
@@ -29,6 +26,7 @@ from outlier_mlx.models.config import Description, describe_args
 from outlier_mlx.models.quantization import GROUP_SIZES, largest_group
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress, no_progress, quiet_transformers
+from outlier_mlx.upstream import generation_stream, make_prompt_cache, make_sampler, wired_limit
 
 KV_BITS = (2, 3, 4, 5, 6, 8)
 

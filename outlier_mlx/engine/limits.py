@@ -4,17 +4,14 @@ They are MLX's, so there is one of each in a process: those of the plan of the l
 """
 
 import os
-import sys
 
 import mlx.core as mx
 
 from outlier_mlx.engine.buffers import MAX_MB
 from outlier_mlx.engine.machine import UNLIMITED, gpu_limit
 from outlier_mlx.engine.plan import Plan
+from outlier_mlx.upstream import replace_wiring
 
-# mlx-lm's function that raises the wired limit, and the modules that use it by this name.
-_WIRING = "maybe_set_recommended_wired_limit"
-_WIRING_MODULES = ("mlx_lm.utils", "mlx_lm.generate")
 # Memory limits that plans took the place of.
 _usual_limits: list[int] = []
 _RECOMMENDED = "max_recommended_working_set_size"
@@ -84,7 +81,4 @@ def _bound_wiring(nbytes: int) -> None:
             return None
         return int(mx.set_wired_limit(min(int(recommended), nbytes)))
 
-    for name in _WIRING_MODULES:
-        module = sys.modules.get(name)
-        if module is not None and hasattr(module, _WIRING):
-            setattr(module, _WIRING, wire)
+    replace_wiring(wire)

@@ -9,8 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
-from mlx_lm.utils import load_model as mlx_lm_load_model
 
 from outlier_mlx.checkpoints.stored_model import StoredModel, check_ends, open_config, open_stored
 from outlier_mlx.engine.distributed.loaded import classes_to_load
@@ -41,6 +39,8 @@ from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.rounding import all_finite
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import quiet_transformers
+from outlier_mlx.upstream import _get_classes
+from outlier_mlx.upstream import load_model as mlx_lm_load_model
 from outlier_mlx.writing.assets import GENERATION, has_tokenizer
 
 #: Forms of overlays whose activations overflow float16, or may overflow it.
@@ -196,11 +196,9 @@ def _classes(config: dict) -> tuple[type, type]:
 def _plain_classes(config: dict) -> tuple[type, type]:
     # Import only here: few models need them.
     if config.get("model_type") == "qwen2_moe" and config.get("norm_topk_prob"):
-        from mlx_lm.models.qwen2_moe import ModelArgs as Qwen2MoeArgs
+        from outlier_mlx.runtime.qwen2_moe import RenormalisedQwen2Moe, qwen2_moe
 
-        from outlier_mlx.runtime.qwen2_moe import RenormalisedQwen2Moe
-
-        return RenormalisedQwen2Moe, Qwen2MoeArgs
+        return RenormalisedQwen2Moe, qwen2_moe.ModelArgs
     if config.get("model_type") == "ternary_mixtral":
         from outlier_mlx.runtime.mixtral import TernaryMixtral, TernaryMixtralArgs
 

@@ -5,12 +5,12 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationResponse
 
 from outlier_mlx.engine.steps import Counts, Steps
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import Progress
+from outlier_mlx.upstream import GenerationResponse
 
 # Number of tokens between two checks that the output is finite.
 CHECK_EVERY = 16

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx_lm.sample_utils import greedy_sampler
+
+from outlier_mlx.upstream import greedy_sampler
 
 # Log probabilities of float16 are multiplied by the inverse of a temperature: beyond these bounds,
 # that of the likeliest token could be infinite, or that of a token that is not allowed no number.

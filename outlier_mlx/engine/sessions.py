@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from outlier_mlx.engine.conversation import Conversation, Message
 from outlier_mlx.engine.generate import described, vocabulary
@@ -16,6 +15,7 @@ from outlier_mlx.storage.output import whole_file, write_whole
 from outlier_mlx.storage.paths import entries
 from outlier_mlx.storage.safetensors import read_header
 from outlier_mlx.storage.texts import parse_json, read_json
+from outlier_mlx.upstream import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 FORMAT = "outlier-mlx chat"
 VERSION = 1

@@ -7,11 +7,10 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.bitlinear_layers import BitLinear
-from mlx_lm.utils import _get_classes
 
 from outlier_mlx.errors import CheckpointError, one_line
 from outlier_mlx.models.spelling import lifted
+from outlier_mlx.upstream import BitLinear, _get_classes
 
 # Every layer has a tensor; mlx-lm would build any number of layers.
 _LAYERS = "num_hidden_layers"

@@ -11,17 +11,18 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
-from mlx_lm.models.cache import (
+
+from outlier_mlx.engine.distributed.ranks import agreed
+from outlier_mlx.engine.sampling import GlobalSampler, Sampler
+from outlier_mlx.upstream import (
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
     TokenBuffer,
+    generation_stream,
     make_prompt_cache,
+    maybe_quantize_kv_cache,
 )
-
-from outlier_mlx.engine.distributed.ranks import agreed
-from outlier_mlx.engine.sampling import GlobalSampler, Sampler
 
 #: From all tokens so far (n,) and logits (1, vocab): logits.
 Processor = Callable[[mx.array, mx.array], mx.array]

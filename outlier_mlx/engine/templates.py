@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.bounded import TemplateError, render_within_limits, text_after_reply
+from outlier_mlx.upstream import TokenizerWrapper, inner_tokenizer, own_template, set_own_template
 
 # Names of the same text in a message, for which templates ask.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -44,10 +44,10 @@ def bound(tokenizer: TokenizerWrapper) -> None:
 
     A chat format that is Python code of transformers or mlx-lm stays as it is.
     """
-    inner = tokenizer._tokenizer
+    inner = inner_tokenizer(tokenizer)
     own = type(inner).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
-    if tokenizer._chat_template is None and not own:
-        tokenizer._chat_template = partial(_text, inner)
+    if own_template(tokenizer) is None and not own:
+        set_own_template(tokenizer, partial(_text, inner))
 
 
 def _text(
@@ -129,7 +129,7 @@ def end_of_turn(tokenizer: TokenizerWrapper) -> int | None:
 
     Models end replies with it, also where generation_config.json names another token only.
     """
-    inner = tokenizer._tokenizer
+    inner = inner_tokenizer(tokenizer)
     try:
         template = inner.get_chat_template()
     except ValueError:

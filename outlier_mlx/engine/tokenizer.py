@@ -1,17 +1,22 @@
 """The tokenizer of a loaded model: mlx-lm's wrapper, with texts and templates made here."""
 
 from copy import copy
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper, _infer_tool_parser
-from mlx_lm.utils import _tokenizer_defaults
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from outlier_mlx.engine.detokenizer import Detokenizer, special_ids
 from outlier_mlx.engine.templates import bound, end_of_turn, render
+from outlier_mlx.upstream import (
+    TokenizerWrapper,
+    _infer_tool_parser,
+    _tokenizer_defaults,
+    detokenizer,
+    inner_tokenizer,
+    module_of,
+    set_detokenizer,
+)
 
 
 class Tokenizer(TokenizerWrapper):
@@ -51,17 +56,18 @@ class Tokenizer(TokenizerWrapper):
     @property
     def special_ids(self) -> frozenset[int]:
         """The ids that `decode` leaves out with `skip_special_tokens`."""
-        return special_ids(self._tokenizer)
+        return special_ids(inner_tokenizer(self))
 
     def after(self, tokens: list[int]) -> "Tokenizer":
         """The same, with a detokenizer for texts that continue a prompt of these tokens."""
         other = copy(self)
-        other._detokenizer = self._detokenizer.after(tokens)
+        set_detokenizer(other, detokenizer(self).after(tokens))
         return other
 
     def within(self, token: int) -> str:
         """The text of a token within a text: with the blank that it would lose at the beginning."""
-        alone, twice = self._tokenizer.decode([token]), self._tokenizer.decode([token, token])
+        own = inner_tokenizer(self)
+        alone, twice = own.decode([token]), own.decode([token, token])
         return str(twice)[len(alone) :]
 
     def encode(self, text: str, **options: Any) -> list[int]:
@@ -70,10 +76,11 @@ class Tokenizer(TokenizerWrapper):
         Most tokenizers put one before every text; then one with which the text begins is that one.
         """
         options = {"verbose": False} | options  # what is too long is told elsewhere
-        tokens: list[int] = self._tokenizer.encode(text, **options)
+        own = inner_tokenizer(self)
+        tokens: list[int] = own.encode(text, **options)
         if len(tokens) < 2 or tokens[0] != tokens[1]:
             return tokens
-        written = self._tokenizer.encode(text, **options | {"add_special_tokens": False})
+        written = own.encode(text, **options | {"add_special_tokens": False})
         added = len(tokens) > len(written) and tokens[1 : len(written) + 1] == written
         return tokens[1:] if added else tokens
 
@@ -93,7 +100,7 @@ def _chat_format(own: PreTrainedTokenizerBase, defaults: dict[str, Any]) -> dict
     name = settings.get("chat_template_type", defaults.get("chat_template_type"))
     if not name:
         return {}
-    module = _mlx_lm_module("chat_templates", name)
+    module = module_of("mlx_lm.chat_templates", name)
     # A default does not replace the model's own template.
     replaces = "chat_template_type" in settings or own.chat_template is None
     return {
@@ -109,17 +116,9 @@ def _tool_calls(own: PreTrainedTokenizerBase, defaults: dict[str, Any]) -> dict[
         name = _infer_tool_parser(own)
     if name is None:
         return {}
-    module = _mlx_lm_module("tool_parsers", name)
+    module = module_of("mlx_lm.tool_parsers", name)
     return {
         "tool_parser": module.parse_tool_call,
         "tool_call_start": module.tool_call_start,
         "tool_call_end": module.tool_call_end,
     }
-
-
-def _mlx_lm_module(package: str, name: object) -> Any:
-    """A module of one of mlx-lm's packages; a tokenizer_config.json can name no other."""
-    path = f"mlx_lm.{package}.{name}"
-    if not isinstance(name, str) or not name.isidentifier() or find_spec(path) is None:
-        raise ValueError(f"{name!r} is not one of mlx-lm's {package}")
-    return import_module(path)

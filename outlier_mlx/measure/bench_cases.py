@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.activations import swiglu
 
 from outlier_mlx.measure.bench_inputs import (
     Affine,
@@ -30,6 +29,7 @@ from outlier_mlx.runtime.kernels import tq1_0_down, tq1_0_qmv, tq1_0_swiglu, tq1
 from outlier_mlx.runtime.rotation import ROTATED_BLOCKS, can_rotate, rotate, tq1_0_rotate
 from outlier_mlx.runtime.routing import can_route, route, tq1_0_route
 from outlier_mlx.runtime.variants import Variant
+from outlier_mlx.upstream import swiglu
 
 # The result of a launch: an array, or several.
 Outputs = mx.array | tuple[mx.array, ...]

@@ -20,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 
 from outlier_mlx.engine.buffers import VARIABLES
 from outlier_mlx.engine.chips import Chip, this_chip
@@ -30,6 +29,7 @@ from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.measure.bench import BenchOptions, Runs, bench_model
 from outlier_mlx.measure.environment import environment
 from outlier_mlx.terminal import Progress, no_progress
+from outlier_mlx.upstream import make_prompt_cache
 
 #: Values of both variables; None: neither is set, so MLX's own apply.
 VALUES = (None, 1000, 2000)

@@ -19,12 +19,12 @@ from lm_eval.api.model import LM, TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm import batch_generate
-from mlx_lm.evaluate import MLXLM
 
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import Stages
+from outlier_mlx.upstream import MLXLM
 
 _logger = logging.getLogger("lm_eval.outlier_mlx")
 #: Requests that are generated between two steps of the bar, in batches.

@@ -21,14 +21,13 @@ import yaml
 from lm_eval.api import metrics  # noqa: F401 - it fills the registry
 from lm_eval.api.registry import metric_registry
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Entry, TaskIndex
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.manager import TaskDict
 
 from outlier_mlx.engine.bounded import TemplateError, render_within_limits
 from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.storage.paths import files_below
 from outlier_mlx.storage.texts import compose_yaml
+from outlier_mlx.upstream import Entry, TaskIndex, load_yaml
 
 #: Shows a text while something runs.
 Working = Callable[[str], AbstractContextManager[Any]]

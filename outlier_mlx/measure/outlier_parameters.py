@@ -5,7 +5,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from outlier_mlx.engine.paging.paged import PagedSwitchLinear
 from outlier_mlx.errors import OutlierError, listed
@@ -14,6 +13,7 @@ from outlier_mlx.models.config_values import TOP_K_NAMES
 from outlier_mlx.models.sizes import Parameters
 from outlier_mlx.runtime.switch import TernarySwitchLinear
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.upstream import QuantizedSwitchLinear, SwitchLinear
 
 _EXPERTS = (SwitchLinear, QuantizedSwitchLinear, TernarySwitchLinear, PagedSwitchLinear)
 #: The rule for people. It gives the published counts of OLMoE, Qwen3 and Mixtral.

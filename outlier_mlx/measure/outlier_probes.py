@@ -7,11 +7,11 @@ from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from outlier_mlx.engine.calls import Told, watched_calls
 from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.runtime.switch import TernarySwitchGLU
+from outlier_mlx.upstream import SwitchGLU, SwitchMLP
 
 Kind = Literal["attention", "dense_ffn", "routed_experts", "shared_experts"]
 EXPERTS = (SwitchGLU, SwitchMLP, TernarySwitchGLU)

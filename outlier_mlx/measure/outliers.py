@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import OutlierError
@@ -17,6 +16,7 @@ from outlier_mlx.measure.outlier_counts import Accumulator, Group, Hold
 from outlier_mlx.measure.outlier_definitions import Feature, Thresholds, sequence_features
 from outlier_mlx.measure.outlier_probes import find_probes, watched
 from outlier_mlx.terminal import Progress, no_progress, quiet_transformers
+from outlier_mlx.upstream import TokenizerWrapper
 
 # Positions whose logits are widened to float32 at a time.
 _LOSS_ROWS = 256

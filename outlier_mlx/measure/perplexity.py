@@ -10,8 +10,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from outlier_mlx.engine.chips import this_chip
 from outlier_mlx.engine.generate import activation_dtype, described
@@ -22,6 +20,7 @@ from outlier_mlx.measure.environment import dtype_name, versions
 from outlier_mlx.measure.measured import Measured
 from outlier_mlx.models.sizes import context_length
 from outlier_mlx.terminal import Progress, no_progress, quiet_transformers
+from outlier_mlx.upstream import TokenizerWrapper, make_prompt_cache
 
 
 @dataclass(frozen=True)

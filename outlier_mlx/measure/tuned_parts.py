@@ -13,6 +13,7 @@ from outlier_mlx.engine.experts import moe_blocks
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.runtime.affine2 import affine_product
 from outlier_mlx.runtime.packed import PackedModule
+from outlier_mlx.upstream import set_training
 
 #: What can be trained, and the size of a first step in learning rates, relative to the numbers.
 PARTS = {"alphas": 1.0, "rows": 1.0, "routers": 0.1, "base": 1.0}
@@ -198,7 +199,7 @@ def trained_tensors(
                 switch[name] = switch[name].restored()
         model.eval()
         for module in training:
-            module._training = True
+            set_training(module)
 
 
 def _rms(value: mx.array) -> float:

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import llama, qwen2
 
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.merge.texts import Batch
 from outlier_mlx.models.config import PROJECTIONS, spell_config
 from outlier_mlx.storage.tensors import FloatTensor
+from outlier_mlx.upstream import module_of
 
 
 def read_array(tensor: FloatTensor) -> mx.array:
@@ -31,7 +31,7 @@ class AttentionLayer:
 
     def __init__(self, model: Dense, layer: int) -> None:
         config = model.config
-        family = qwen2 if config.family == "qwen2" else llama
+        family = module_of("mlx_lm.models", "qwen2" if config.family == "qwen2" else "llama")
         args = family.ModelArgs.from_dict(spell_config(config))
         self._attention: nn.Module = family.Attention(args)
         prefix = f"model.layers.{layer}."

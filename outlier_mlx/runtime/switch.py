@@ -2,10 +2,9 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.activations import swiglu
 
 from .affine2 import affine_product
-from .ops import block_pairs, decoded_mix, rows_product, use_metal, weighted_sum
+from .ops import block_pairs, decoded_mix, rows_product, swiglu, use_metal, weighted_sum
 from .packed import PackedModule
 
 # Least number of (token, expert) pairs that are sorted by expert, so that MLX's matrix kernels read

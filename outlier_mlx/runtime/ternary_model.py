@@ -14,13 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models import bitnet
-from mlx_lm.models.activations import swiglu
 from mlx_lm.models.bitlinear_layers import BitLinear
 from mlx_lm.utils import _get_classes
 
 from .affine2 import ROWS, check_experts
 from .dtypes import activation_dtype, converted
 from .groups import SCALE_GROUPS
+from .ops import swiglu
 from .packed import PackedModule, keeping_fixed
 from .ternary_layers import Rotation, RotationSigns, TernaryEmbedding, TernaryLinear
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.sample_utils import greedy_sampler
 
 from outlier_mlx.engine.steps import Quantized
 from outlier_mlx.serve.jobs import Token
 from outlier_mlx.serve.sequences import Cache, Sequence, extracted, merged
 from outlier_mlx.serve.single import Pending
+from outlier_mlx.upstream import greedy_sampler
 
 
 class Batch:

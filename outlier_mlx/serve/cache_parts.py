@@ -7,13 +7,8 @@ from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.models.cache import (
-    ArraysCache,
-    CacheList,
-    KVCache,
-    QuantizedKVCache,
-    RotatingKVCache,
-)
+
+from outlier_mlx.upstream import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 # mlx-lm lengthens caches by this many tokens.
 STEP = 256

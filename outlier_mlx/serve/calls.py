@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from outlier_mlx.upstream import TokenizerWrapper
 
 NAME = re.compile(r"[\w./:-]{1,256}")
 # mlx-lm's parsers that take any text for the call of a function.

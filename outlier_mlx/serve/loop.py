@@ -10,7 +10,6 @@ from queue import Empty, Queue
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import wired_limit
 
 from outlier_mlx.engine.constraint import ConstraintError
 from outlier_mlx.engine.steps import Counts
@@ -24,6 +23,7 @@ from outlier_mlx.serve.sampling import choice_for
 from outlier_mlx.serve.sequences import Sequence, read
 from outlier_mlx.serve.single import Single
 from outlier_mlx.serve.waiting import Waiting
+from outlier_mlx.upstream import wired_limit
 
 FAILED = "generation failed; try again"
 NOT_LOADED = "the model could not be loaded again; try again later"

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine
-
 from outlier_mlx.serve.call_stream import CallStream
 from outlier_mlx.serve.calls import Call, CallReader
+from outlier_mlx.upstream import TextStateMachine
 
 
 @dataclass

@@ -4,9 +4,8 @@ import re
 from functools import cache, lru_cache
 from typing import Any, Literal
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from outlier_mlx.engine.templates import TemplateError, render
+from outlier_mlx.upstream import TokenizerWrapper
 
 Part = Literal[
     "tools",

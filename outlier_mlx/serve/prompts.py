@@ -5,12 +5,12 @@ import threading
 from contextlib import nullcontext
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from outlier_mlx.serve.access import Refused
+from outlier_mlx.upstream import TokenizerWrapper
 
 # A longer text takes a noticeable share of a core, and about 150 bytes a token, while it is read.
 LONG_TEXT = 100_000

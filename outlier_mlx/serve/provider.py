@@ -9,8 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
-from mlx_lm.models.cache import make_prompt_cache
 from transformers import PreTrainedTokenizerBase
 
 from outlier_mlx.engine.constraint import Grammars
@@ -37,6 +35,7 @@ from outlier_mlx.serve.probes import TemplateProbes
 from outlier_mlx.serve.prompts import BoundedTokenizer
 from outlier_mlx.serve.request import Sampling
 from outlier_mlx.serve.sequences import Cache
+from outlier_mlx.upstream import TextStateMachine, make_prompt_cache, make_text_state_machine
 
 Load = Callable[[], tuple[nn.Module, Tokenizer]]
 LoadDraft = Callable[[], nn.Module]

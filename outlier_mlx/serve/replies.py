@@ -6,8 +6,6 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine
-
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.calls import CallReader, reads_calls
 from outlier_mlx.serve.experts import described
@@ -16,6 +14,7 @@ from outlier_mlx.serve.jobs import Token
 from outlier_mlx.serve.pieces import Piece, Splitter
 from outlier_mlx.serve.request import Request
 from outlier_mlx.terminal import Progress
+from outlier_mlx.upstream import TextStateMachine
 
 NOT_A_NUMBER = (
     "the model's output is not a number: its activations overflowed in float16 (serve it with"

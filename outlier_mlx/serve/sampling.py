@@ -5,7 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
-from mlx_lm.sample_utils import (
+
+from outlier_mlx.engine.sampling import bounded
+from outlier_mlx.engine.steps import Processor
+from outlier_mlx.serve.request import Request, Sampling
+from outlier_mlx.upstream import (
     apply_min_p,
     apply_top_k,
     apply_top_p,
@@ -13,10 +17,6 @@ from mlx_lm.sample_utils import (
     greedy_sampler,
     make_logits_processors,
 )
-
-from outlier_mlx.engine.sampling import bounded
-from outlier_mlx.engine.steps import Processor
-from outlier_mlx.serve.request import Request, Sampling
 
 Sampler = Callable[[mx.array], mx.array]
 

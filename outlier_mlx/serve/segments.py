@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from outlier_mlx.engine.templates import TemplateError
 from outlier_mlx.serve.prefix_cache import Kind
 from outlier_mlx.serve.request import Request
+from outlier_mlx.upstream import TokenizerWrapper
 
 # What a model without a chat template gets, as from mlx-lm.
 ROLES = {"system": "ASSISTANT's RULE: ", "user": "USER: ", "assistant": "ASSISTANT: "}

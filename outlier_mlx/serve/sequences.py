@@ -6,11 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import TokenBuffer
 
 from outlier_mlx.engine.steps import Drafts
 from outlier_mlx.serve.jobs import Job
 from outlier_mlx.serve.sampling import Choice
+from outlier_mlx.upstream import TokenBuffer
 
 Cache = list[Any]
 

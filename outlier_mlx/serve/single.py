@@ -5,13 +5,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.sample_utils import greedy_sampler
 
 from outlier_mlx.engine.drafting import Drafting
 from outlier_mlx.engine.sampling import GlobalSampler
 from outlier_mlx.engine.steps import Chosen, Counts, Processor, Quantized, Steps
 from outlier_mlx.serve.jobs import Token
 from outlier_mlx.serve.sequences import Sequence
+from outlier_mlx.upstream import greedy_sampler
 
 #: A sequence, the token (1,) that comes next and is not in its cache, and log probabilities
 #: (vocab,) at that place: from these, another loop goes on.

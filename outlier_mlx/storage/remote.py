@@ -131,7 +131,7 @@ class RemoteFile:
 
     def _fetch_by_http(self, place: Path, advance: Advance) -> Path:
         # hf_hub_download would not resume.
-        from huggingface_hub.file_download import http_get
+        from outlier_mlx.upstream import http_get
 
         url, headers = self._where
         path = place / "data"

@@ -12,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.activations import swiglu
 
 from outlier_mlx.engine.gradients import custom
 from outlier_mlx.models.description import PROJECTIONS
@@ -25,6 +24,7 @@ from outlier_mlx.train.trits import (
     ternarise,
     unpacked,
 )
+from outlier_mlx.upstream import swiglu
 
 #: Trits (out, in) int8, and scales (out,) float16.
 Stored = tuple[np.ndarray, np.ndarray]

@@ -6,7 +6,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from outlier_mlx.engine.drafting.gate import Clock, Costs, Gate
 from outlier_mlx.engine.loading import load_tokenizer
@@ -16,6 +15,7 @@ from outlier_mlx.engine.steps import draft_room
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import raw_config
+from outlier_mlx.upstream import make_prompt_cache, trim_prompt_cache
 
 # A draft model was asked for, so it may begin.
 HOPEFUL = 0.8

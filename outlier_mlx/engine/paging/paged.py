@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import get_total_parameters
 
 from outlier_mlx.engine.paging.budget import Experts
 from outlier_mlx.engine.paging.lookahead import Lookahead
@@ -27,6 +26,7 @@ from outlier_mlx.runtime.affine2 import affine_product, row_bytes
 from outlier_mlx.runtime.ops import rows_product, use_metal
 from outlier_mlx.runtime.switch import TernarySwitchGLU
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.upstream import get_total_parameters
 
 NOT_PAGED = "the model has no experts that could be paged"
 _NOT_TRAINED = "paged experts cannot be trained: load the model without paging"
