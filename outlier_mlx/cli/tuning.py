@@ -66,9 +66,11 @@ def tune(
     quiet: Quiet = False,
 ) -> None:
     """Train the numbers of a tier that are not codes; a fifth of the text decides what is kept."""
+    from outlier_mlx.engine.loading import load_tokenizer
     from outlier_mlx.measure import perplexity
-    from outlier_mlx.measure.tuning import plan_tuning
+    from outlier_mlx.measure.tuning import kept_tokens, plan_tuning
     from outlier_mlx.measure.tuning import tune as train
+    from outlier_mlx.models.config import raw_config
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.storage.texts import read_utf8
     from outlier_mlx.terminal import counting_bar, size
@@ -79,16 +81,16 @@ def tune(
     loading = refuse_paging(loading, "a tier is trained through all experts")
     content = read_utf8(text)
     source = resolve(model, loading.revision)
-    most = len(content.encode()) // window if windows is None else windows
-    kept = 0 if teacher is None else most * window  # a token has a byte at least
-    plan = plan_tuning(source.folder, names, window, teacher=teacher is not None, kept=kept)
-    loaded, tokenizer = load_checked(
+    tokenizer = load_tokenizer(source.folder, raw_config(source.folder))
+    texts = perplexity.windows(tokenizer, content, window, windows)
+    kept = 0 if teacher is None else kept_tokens(texts, epochs)
+    plan = plan_tuning(source.folder, names, len(texts[0]), teacher=teacher is not None, kept=kept)
+    loaded, _ = load_checked(
         source, loading, window, beside=teacher, logits=window, more=plan.nbytes, quiet=quiet
     )
     if not quiet:
         say(f"{plan.numbers:,} numbers to train, with {size(plan.nbytes)} more memory at most")
     other = load_beside(teacher, loading, quiet=quiet)[0] if teacher is not None else None
-    texts = perplexity.windows(tokenizer, content, window, windows)
     perplexity.warn_of_context(loaded, texts)
     with counting_bar("tuning", "windows", quiet=quiet) as progress:
         tuned = train(

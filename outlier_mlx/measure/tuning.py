@@ -19,6 +19,7 @@ from outlier_mlx.checkpoints.stored_model import open_stored
 from outlier_mlx.engine.gradients import Prepared, checkpoint
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.measure import quantized_gradients
 from outlier_mlx.measure.perplexity import Comparison, compare, log_probs
 from outlier_mlx.measure.tuned_parts import NEARER, PARTS, Trained, part_of, trained_tensors
 from outlier_mlx.models.config import is_tier, raw_config
@@ -136,14 +137,16 @@ def tune(
     train, test = split(texts)
     mx.reset_peak_memory()
     target = None if teacher is None else Teacher(teacher, KEPT)
-    before = compare(model, test, target)
-    if target is not None and epochs == 1:
-        target.room = 0  # each window that is trained on is needed once
     steps = epochs * -(-len(train) // batch)
     optimizer = optimizers.Adam(optimizers.cosine_decay(learning_rate, steps), bias_correction=True)
     rates = PARTS if teacher is None or "base" not in parts else NEARER
     order = np.random.default_rng(0)
-    with trained_tensors(model, parts, dtypes or {}, rates) as trained:
+    with ExitStack() as stack:
+        stack.enter_context(quantized_gradients.row_by_row(model, scales="base" in parts))
+        before = compare(model, test, target)
+        if target is not None and epochs == 1:
+            target.room = 0  # each window that is trained on is needed once
+        trained = stack.enter_context(trained_tensors(model, parts, dtypes or {}, rates))
         kept = {each.name: each.value for each in trained}
         best, done = before, []
         numbers = {each.name: each.number for each in trained}  # what Adam sees
@@ -217,6 +220,16 @@ def split(texts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
     return train, test
 
 
+def kept_tokens(texts: list[list[int]], epochs: int) -> int:
+    """Tokens of windows that a teacher is asked about more than once.
+
+    Raises:
+        OutlierError: there are too few windows.
+    """
+    _, test = split(texts)
+    return sum(len(tokens) - 1 for tokens in (test if epochs == 1 else texts))
+
+
 def _loss(
     model: nn.Module, trained: Sequence[Trained], teacher: Teacher | None, temperature: float
 ) -> Callable[[dict[str, mx.array], mx.array], mx.array]:
@@ -276,7 +289,7 @@ def plan_tuning(
         parts: what to train, of `tuned_parts.PARTS`.
         window: tokens in a window.
         teacher: whether another model's predictions are learned.
-        kept: tokens whose predictions by the teacher would be kept, at most.
+        kept: tokens whose predictions by the teacher are kept if there is room; see `kept_tokens`.
 
     Raises:
         CheckpointError: it is not a tier, or not valid.
@@ -291,18 +304,17 @@ def plan_tuning(
     chosen = {n: t for n, t in tensors.items() if part_of(n, len(t.shape)) in parts}
     numbers = sum(prod(tensor.shape) for tensor in chosen.values())
     routed = (config.expert_width or 0) * config.top_k
-    # Each number has seven arrays of float32: what Adam sees, the value, the best one, the
-    # gradient, two averages, and a new one while a step is taken. Each layer keeps its input; one
-    # is computed again; the loss has six arrays of logits, and three more with a teacher.
+    # Each number has five arrays of float32: what Adam sees, two averages, the gradient, and
+    # another one that is added to it, or a new number while a step is taken; and two as the model
+    # has them: the value and the best one. Each layer keeps its input; one is computed again; the
+    # loss has six arrays of logits, and three more with a teacher.
     layer = 7 * (config.intermediate + routed) // 2
     token = config.layers * config.hidden + layer + (9 if teacher else 6) * config.vocab
     work = 7 * numbers + window * token
-    # The gradient of a scale is a sum over the gradient of its group's weights, in float32. How
-    # many of those are alive depends on how MLX orders its work: a third more than there are
-    # weights is the mean of what was measured.
-    quantized = raw.get("quantization") or {}
-    scaled = (t for n, t in chosen.items() if n.endswith("scales") and part_of(n, 2) == "base")
-    work += sum(prod(t.shape) for t in scaled) * quantized.get("group_size", 0) * 4 // 3
+    group = (raw.get("quantization") or {}).get("group_size", 0)
+    matrices = (t for n, t in tensors.items() if n.endswith("scales") and part_of(n, 2) == "base")
+    largest = max((group * prod(t.shape) for t in matrices), default=0)
+    work += quantized_gradients.ARRAYS * min(quantized_gradients.WEIGHTS, largest)
     if "rows" in parts:  # see `RowScales`: ones in place of scales and biases, a copy of the codes
         weights = 3 * config.hidden * (config.expert_width or 0) * config.experts
         work += len(config.moe_layers) * weights // 8 + window * 12 * routed
