@@ -12,8 +12,7 @@ import pytest
 from outlier_mlx.cli.showcase import FOLDER
 from outlier_mlx.engine.loading import load_tokenizer
 from outlier_mlx.errors import CheckpointWarning, OutlierError
-from outlier_mlx.train import texts
-from outlier_mlx.train.texts import Corpora, Corpus, cut, hold_out, read_corpora
+from outlier_mlx.train.texts import Corpora, Corpus, cut, hold_out, read_corpora, without_held_out
 from tests.builders import write_tokenizer
 
 HELD = FOLDER / "heldout"
@@ -114,11 +113,9 @@ def test_a_text_is_one_document_and_a_tenth_is_held_out(tokenizer: Any, keep: Pa
         assert at == -1 or at + len(" ".join(map(str, row))) <= begin or at >= end
 
 
-def test_not_more_is_held_out_than_judging_needs(
-    tokenizer: Any, keep: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(texts, "MOST_HELD_OUT", 5)
-    corpora = read(tokenizer, keep, ("kitchen", HELD / "kitchen.txt"), held_out=0.3)
+def test_not_more_is_held_out_than_judging_needs(tokenizer: Any, keep: Path) -> None:
+    kitchen = ("kitchen", HELD / "kitchen.txt")
+    corpora = read(tokenizer, keep, kitchen, held_out=0.3, most_held_out=5)
     assert [len(corpus.held_out) for corpus in corpora] == [5, 5]
 
 
@@ -249,7 +246,7 @@ def test_what_is_held_out_anywhere_is_trained_on_nowhere() -> None:
     sea = Corpus("sea", rows[:5], rows[5:7], copies=1)
     keep = Corpus("keep", rows[[6, 7, 8, 7, 0]], rows[[9, 4, 5]])
     with pytest.warns(CheckpointWarning, match="sea: 1 windows|keep: 3 windows") as told:
-        one, other = texts.without_held_out([sea, keep], 4)
+        one, other = without_held_out([sea, keep], 4)
     assert len(told) == 2
     assert (one.train.tolist(), one.copies) == (rows[:4].tolist(), 2)
     assert one.held_out.tolist() == rows[5:7].tolist()

@@ -51,6 +51,10 @@ class Training:
     held_out: Annotated[
         float, _training(min=0.001, max=0.5, help="Share of each text that is held out.")
     ] = 0.1
+    held_out_windows: Annotated[
+        int,
+        _training(min=1, help="Most windows of a text to hold out: all are measured many times."),
+    ] = 128
     steps: Annotated[int, _training(min=0, help="Steps for the experts of each domain.")] = 600
     joint_steps: Annotated[
         int, _training(min=0, help="Steps for routers, alphas and row scales of all together.")

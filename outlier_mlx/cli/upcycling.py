@@ -302,6 +302,7 @@ def _read(
             tokenizer,
             window=training.window,
             held_out=training.held_out,
+            most_held_out=training.held_out_windows,
             seed=training.seed,
             vocab=base.config.vocab,
             progress=progress,

@@ -11,7 +11,7 @@ import numpy as np
 
 from outlier_mlx.train.experts import Mode
 from outlier_mlx.train.forward import TrainedModel
-from outlier_mlx.train.objectives import next_token, through_head
+from outlier_mlx.train.objectives import mean_loss, next_token
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def loss_of(model: TrainedModel, windows: np.ndarray, mode: Mode, batch: int) ->
     total = 0.0
     for tokens in _batches(windows, batch):
         hidden = model.hidden(tokens[:, :-1], mode)
-        mean = through_head(hidden, model.head(mode.rounded), next_token, tokens[:, 1:])
-        total += float(mean) * len(tokens)
+        mean = mean_loss(hidden, model.head(mode.rounded), next_token, tokens[:, 1:])
+        total += mean * len(tokens)
     return total / len(windows)
 
 

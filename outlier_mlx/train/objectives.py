@@ -62,6 +62,17 @@ def through_head(
     return loss
 
 
+def mean_loss(hidden: mx.array, head: mx.array, score: Score, *targets: mx.array) -> float:
+    """The mean loss of tokens, as of `through_head`, without the work for a gradient."""
+    rows = [target.reshape(-1, *target.shape[hidden.ndim - 1 :]) for target in targets]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    step, total = chunk(head.shape[0]), 0.0
+    for start in range(0, len(flat), step):
+        logits = (flat[start : start + step] @ head.T).astype(mx.float32)
+        total += float(score(logits, *(row[start : start + step] for row in rows))[0])
+    return total / len(flat)
+
+
 def chunk(vocab: int) -> int:
     """Tokens whose logits are there at a time."""
     return max(1, LOGITS // vocab)

@@ -20,7 +20,7 @@ from outlier_mlx.train.documents import TextFile, find_files, read_documents, te
 
 #: The name of the text that the base shall not forget, among those of the domains.
 KEEP = "keep"
-#: Windows that are held out of a corpus, at most: more would only make judging slow.
+#: Windows that are held out of a corpus, at most, if nothing else is asked: more make judging slow.
 MOST_HELD_OUT = 128
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 # Documents are held out whole if that makes the share at most so many times what was asked.
@@ -76,6 +76,7 @@ def read_corpora(
     *,
     window: int,
     held_out: float = 0.1,
+    most_held_out: int = MOST_HELD_OUT,
     seed: int = 0,
     vocab: int | None = None,
     progress: Progress = no_progress,
@@ -90,7 +91,9 @@ def read_corpora(
         keep: file or folder of text like what the base was trained on.
         tokenizer: the base's.
         window: tokens that are predicted in a window.
-        held_out: share of each corpus that is held out; at most `MOST_HELD_OUT` windows.
+        held_out: share of each corpus that is held out.
+        most_held_out: windows that are held out of a corpus, at most (a little more, where whole
+            documents are).
         seed: of the choice.
         vocab: rows of the base's embedding.
         progress: called with bytes of files read so far, and in all.
@@ -114,7 +117,8 @@ def read_corpora(
             done += file.path.stat().st_size
             progress(done, total)
         where = f"{name} ({places[name]})"
-        found.append(_corpus(where, name, documents, seen, window, held_out, seed, of))
+        share = held_out, most_held_out
+        found.append(_corpus(where, name, documents, seen, window, share, seed, of))
     *of_domains, kept = without_held_out(found, window)
     return Corpora(tuple(of_domains), kept)
 
@@ -156,7 +160,7 @@ def _corpus(
     documents: list[np.ndarray],
     seen: set[bytes],
     window: int,
-    share: float,
+    held_out: tuple[float, int],
     seed: int,
     files: list[TextFile],
 ) -> Corpus:
@@ -175,8 +179,9 @@ def _corpus(
             f"{where}: {total} tokens are too few for a window of {window} to train on and one to"
             " hold out: give more text, or a smaller --window"
         )
+    share, windows = held_out
     most = total - window - 1
-    wanted = min(max(ceil(share * total), window + 1), MOST_HELD_OUT * window + 1, most)
+    wanted = min(max(ceil(share * total), window + 1), windows * window + 1, most)
     train, held = hold_out(fresh, wanted, min(int(_TOO_MUCH * wanted), most), seed)
     names = tuple(file.name for file in files)
     return Corpus(name, cut(train, window), cut(held, window), names, len(fresh), copies)
