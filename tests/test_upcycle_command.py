@@ -282,7 +282,8 @@ def test_bases_that_are_refused(site: Site) -> None:
     config = json.loads((site.folder / "base" / "config.json").read_text())
     quantized = config | {"quantization": {"group_size": 64, "bits": 4}}
     (site.folder / "quantized" / "config.json").write_text(json.dumps(quantized))
-    site.refused("the base must not be quantized", base="quantized")
+    undone = "mlx_lm.convert --hf-path quantized --mlx-path FOLDER -d"
+    site.refused("the base must not be quantized", undone, base="quantized")
     other = config | {"model_type": "gpt2"}
     (site.folder / "quantized" / "config.json").write_text(json.dumps(other))
     site.refused("model_type 'gpt2', expected", base="quantized")

@@ -79,9 +79,10 @@ def open_base(folder: Path) -> BaseModel:
         raise CheckpointError(f"{folder}: this is a tier; a base model was expected")
     for name in ("quantization", "quantization_config"):
         if config.raw.get(name):
+            undone = f"; mlx_lm.convert --hf-path {folder} --mlx-path FOLDER -d writes it in floats"
             raise CheckpointError(
                 f"{folder.name}: config.json: {name}: a quantized model; the base must not be"
-                " quantized"
+                " quantized" + undone * (name == "quantization")
             )
     tensors: dict[str, TensorRef] = {}
     for key, tensor in read_shards(folder).items():
