@@ -170,7 +170,10 @@ class Stages:
             return
         mode = self._mode(part.experts)
         texts = {corpus.name: corpus.held_out for corpus in (*part.domains, self._corpora.keep)}
-        before = self._losses(texts, mode)
+        if self._are_silent(part.experts):
+            before = {name: self.before[name] for name in texts}
+        else:
+            before = self._losses(texts, mode)
         routed = len(part.experts) > 1 or len(part.domains) > 1
         rate_before = mean_hit_rate(self._uses(texts, mode), texts) if routed else 0.0
         former = self._arrays(part)
@@ -296,6 +299,11 @@ class Stages:
         """Whether the base forgot no more than is allowed."""
         keep = self._corpora.keep.name
         return losses[keep] <= self.before[keep] + math.log1p(self._settings.keep_bound)
+
+    def _are_silent(self, experts: tuple[int, ...]) -> bool:
+        """Whether these experts change nothing yet in any layer."""
+        own = mx.array(experts)
+        return not any(float(mx.abs(b.alpha[own]).sum()) for b in self._model.blocks.values())
 
     def _mode(self, experts: tuple[int, ...]) -> Mode:
         settings, layers = self._settings, len(self._model.blocks)
