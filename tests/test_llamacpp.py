@@ -1,0 +1,224 @@
+"""llama.cpp runs exported tiers: the same tokens, and the same logits as ours.
+
+Two figures for each tier. Strict: the largest difference, as a part of the largest logit, with the
+file's own numbers written out in float32, so that llama.cpp computes in float32. Quantized: the
+mean difference (root mean square), as a part of the mean logit, with the file as it is; llama.cpp
+rounds activations to 8 bits before it multiplies them with quantized weights.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from outlier_mlx.checkpoints.export import export_tier
+from outlier_mlx.cli.showcase import FOLDER
+from outlier_mlx.engine.loading import load_tokenizer
+from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
+from tests import damage
+from tests.builders import write_overlay
+from tests.engine import forward, load, tier_of
+from tests.gguf_builder import spm_fields
+from tests.llamacpp import ask, in_float32, require_llama_cpp
+
+pytestmark = pytest.mark.slow
+
+DIMS: dict[str, Any] = {"hidden": 256, "intermediate": 96, "expert_intermediate": 512, "experts": 3}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.25}
+
+
+@pytest.fixture(autouse=True)
+def _llama_cpp() -> None:
+    require_llama_cpp()
+
+
+@dataclass(frozen=True)
+class Case:
+    """An overlay, how it is converted and exported, and the tolerances."""
+
+    overlay: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    tier: dict[str, Any] = field(default_factory=dict)
+    experts: str = "tq2_0"
+    strict: float = 1e-5
+    quantized: float = 0.05
+
+
+EVEN = np.array([1, -0.5, 2], np.float32)
+CASES = {
+    "qwen2": Case({"scale_form": "per_row"}),
+    "tq1_0": Case({"scale_form": "per_row"}, experts="tq1_0"),
+    "q4_0": Case({"scale_form": "per_row"}, experts="q4_0"),
+    "tied, padded": Case({"tied": True, "expert_intermediate": 300}),
+    "every layer, one expert": Case({"moe_layers": None, "top_k": 1}),
+    "last layer dense": Case({"moe_layers": (0, 2), "kv_heads": 1, "eps": 1e-3}),
+    "qwen3": Case({"form": "real", "family": "qwen3", "head_dim": 96}),
+    "llama, llama3": Case({"form": "real", "family": "llama", "scaling": LLAMA3}),
+    "llama, linear": Case(
+        {"form": "real", "family": "llama", "scaling": {"rope_type": "linear", "factor": 4.0}}
+    ),
+    "mistral": Case({"form": "real", "family": "mistral", "head_dim": 32}),
+    "windows": Case(
+        {"form": "real", "family": "llama"},
+        {
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "sliding_window": 9,
+        },
+    ),
+    "yarn": Case({"yarn": YARN}),
+    "yarn, usual factor": Case({"yarn": {k: v for k, v in YARN.items() if "att" not in k}}),
+    "q4": Case({}, tier={"tier": "q4", "dtype": "bfloat16"}),
+    "bf16": Case({}, tier={"tier": "bf16"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(name: str, tmp_path: Path):
+    case = CASES[name]
+    built = write_overlay(tmp_path / "o", **{**DIMS, **case.overlay})
+    path = built.path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | case.config))
+    even = EVEN[: built.dims.experts]
+    for layer in built.alphas:
+        prefix = "base." if case.overlay.get("form") == "real" else ""
+        damage.replace_tensor(built.path, f"{prefix}model.layers.{layer}.mlp.alpha_values", even)
+    tier = tier_of(built.path, None, tmp_path / "t", **case.tier)
+    exported = export_tier(tier, tmp_path / "e", "gguf", experts=case.experts)
+    assert not any("rounded" in note for note in exported.notes)
+    prompts = [built.prompt(40), built.prompt(3)]
+    ours = [forward(load(tier, dtype="float32"), prompt) for prompt in prompts]
+    file = exported.path / "model.gguf"
+    strict = ask(in_float32(file, tmp_path / "strict.gguf"), prompts).logits
+    quantized = ask(file, prompts).logits
+    pairs = list(zip(strict, quantized, ours, strict=True))
+    worst = max(np.abs(a - b).max() / np.abs(b).max() for a, _, b in pairs)
+    mean = max(((a - b) ** 2).mean() ** 0.5 / (b**2).mean() ** 0.5 for _, a, b in pairs)
+    print(f"{name}: strict {worst:.1e}, quantized {mean:.1e}")
+    assert worst <= case.strict and mean <= case.quantized
+    for theirs, own in zip(strict, ours, strict=True):
+        np.testing.assert_array_equal(theirs.argmax(-1), own.argmax(-1))
+
+
+def test_alphas_that_are_rounded(tmp_path: Path):
+    """The embedded pair: a scale a row, times alphas of six digits: within what is told."""
+    tier = tier_of(FOLDER / "overlay", FOLDER / "base", tmp_path / "t")
+    exported = export_tier(tier, tmp_path / "e", "gguf")
+    (told,) = (note for note in exported.notes if "scales of experts" in note)
+    text = (FOLDER / "heldout" / "sea.txt").read_text()[:600]
+    prompt = load_tokenizer(tier, {}).encode(text)[:120]
+    ours = forward(load(tier), prompt)
+    file = exported.path / "model.gguf"
+    (strict,) = ask(in_float32(file, tmp_path / "strict.gguf"), [prompt]).logits
+    (quantized,) = ask(file, [prompt]).logits
+    off = float(np.abs(strict - ours).max() / np.abs(ours).max())
+    assert off <= float(told.split("at most ")[1].split()[0])
+    # The most likely token is the same nearly everywhere, also with activations of 8 bits.
+    assert (strict.argmax(-1) == ours.argmax(-1)).all()
+    assert (quantized.argmax(-1) == ours.argmax(-1)).mean() > 0.95
+
+
+# Tokens
+
+SCRIPTS = (
+    "the Sea I've WE'LL don'T O'Neill's naïve Straße Größe été smörgåsbord Привет мир нет"
+    " 你好世界 東京 日本語 テスト 안녕하세요 مرحبا שלום हिन्दी ไทย Ελλην 3 42 1999 12345678 ½ ² ٣٤"
+    " foo_bar camelCase HTTPServer x=y+1; {}[]() -- ... !? «quote» “smart” 🙂 👩‍🚀 🇫🇷 e.g. a.b@c.d"
+    " /usr/bin \\n <tag> <|im_start|> <|im_end|> user assistant"
+)
+GAPS = [" "] * 12 + ["", "  ", "    ", "\n", "\n\n", " \n ", "\t", "\r\n", " \t\n\n  "]
+
+
+def strings(count: int) -> list[str]:
+    """Texts of words of many scripts, numbers, signs and blanks."""
+    rng, words = random.Random(7), SCRIPTS.split()
+    texts = []
+    for _ in range(count):
+        pieces = [rng.choice(words) + rng.choice(GAPS) for _ in range(rng.randint(1, 12))]
+        texts.append(rng.choice(["", " ", "\n"]) + "".join(pieces))
+    return texts
+
+
+RULES = {
+    "qwen2": {},
+    "gpt-2": {"add_prefix_space": False, "use_regex": True},
+    "llama-bpe": {"split": r"\p{N}{1,3}", "whole": True},
+    "smaug-bpe": {"split": r"\p{N}{1,3}"},
+}
+
+
+def with_rule(tokenizer: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
+    """The embedded pair's tokenizer, with another rule to split text into words."""
+    if not how:
+        return tokenizer
+    level = {"type": "ByteLevel", "trim_offsets": True, "add_prefix_space": False}
+    if "split" in how:
+        split = tokenizer["pre_tokenizer"]["pretokenizers"][0]
+        pattern = split["pattern"]["Regex"].replace(r"|\p{N}|", f"|{how['split']}|")
+        split = split | {"pattern": {"Regex": pattern}}
+        before = {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]}
+    else:
+        before = level | {"use_regex": True}
+    model = tokenizer["model"] | {"ignore_merges": how.get("whole", False)}
+    return tokenizer | {"pre_tokenizer": before, "model": model, "normalizer": None}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_thousand_strings(rule: str, tmp_path: Path):
+    built = write_overlay(tmp_path / "o", **DIMS, vocab=1536, tokenizer=False)
+    tier = tier_of(built.path, None, tmp_path / "t")
+    own = json.loads((FOLDER / "base" / "tokenizer.json").read_text())
+    (tier / "tokenizer.json").write_text(json.dumps(with_rule(own, RULES[rule])))
+    config = (FOLDER / "base" / "tokenizer_config.json").read_text()
+    config = config.replace("Qwen2Tokenizer", "PreTrainedTokenizerFast")
+    (tier / "tokenizer_config.json").write_text(config)
+    exported = export_tier(tier, tmp_path / "e", "gguf")
+    tokenizer = load_tokenizer(tier, {})
+    texts = strings(1000)
+    said = ask(exported.path / "model.gguf", [], texts)
+    plain = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    wrong = [(a, b, c) for a, b, c in zip(texts, plain, said.texts, strict=True) if b != c]
+    assert not wrong, (len(wrong), wrong[:3])
+    assert said.whole == [tokenizer.encode(text) for text in texts[:20]]
+    assert said.template == json.loads(config)["chat_template"]
+    assert tokenizer.eos_token_ids <= set(said.ends)
+
+
+def test_a_thousand_strings_of_sentencepiece(tmp_path: Path):
+    """A space before every text, bytes for what is no piece, and merges by score."""
+    pairs = [
+        "th",
+        "he",
+        "\u2581t",
+        "the",
+        "\u2581the",
+        "se",
+        "ea",
+        "\u2581s",
+        "\u2581sea",
+        "er",
+        "us",
+    ]
+    pieces = ["\u2581", *"etaoinshrdlucmfwypvbgkjqxz", *pairs]
+    fields = {
+        name: np.array(value) if name.endswith(("token_type", "scores")) else value
+        for name, value in spm_fields(320, pieces).items()
+    }
+    built = write_overlay(tmp_path / "o", **DIMS, vocab=320, tokenizer=False)
+    tier = tier_of(built.path, None, tmp_path / "t")
+    write_tokenizer(read_vocabulary(fields, "llama", "x.gguf"), tier)
+    exported = export_tier(tier, tmp_path / "e", "gguf")
+    tokenizer = load_tokenizer(tier, {})
+    texts = strings(1000)
+    said = ask(exported.path / "model.gguf", [], texts)
+    plain = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    wrong = [(a, b, c) for a, b, c in zip(texts, plain, said.texts, strict=True) if b != c]
+    assert not wrong, (len(wrong), wrong[:3])
+    assert said.whole == [tokenizer.encode(text) for text in texts[:20]]
