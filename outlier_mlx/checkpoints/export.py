@@ -9,8 +9,10 @@ from outlier_mlx.checkpoints.export_llamacpp import llamacpp_model
 from outlier_mlx.checkpoints.export_mlx2 import check_mlx2, mlx2_pack
 from outlier_mlx.checkpoints.export_packed import packed_tensors
 from outlier_mlx.checkpoints.export_shared import Origin, overlay_config, write_alphas
+from outlier_mlx.checkpoints.export_transformers import hf_export
 from outlier_mlx.checkpoints.export_v32 import v32_tensors
 from outlier_mlx.checkpoints.gguf_encode import TERNARY
+from outlier_mlx.checkpoints.hf_card import hf_card
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.stored_model import StoredModel, open_stored
 from outlier_mlx.checkpoints.tier import open_tier
@@ -20,7 +22,7 @@ from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.paths import files_below, inside, named
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.writing.assets import copy_assets, copy_legal
+from outlier_mlx.writing.assets import copy_assets, copy_legal, load_as_file
 from outlier_mlx.writing.folders import check_free
 from outlier_mlx.writing.model_folder import write_model
 from outlier_mlx.writing.parts import Parts
@@ -32,6 +34,8 @@ __all__ = ["Exported", "export_tier"]
 MLX2 = "mlx2"
 #: The format of a whole tier in one file.
 GGUF = "gguf"
+#: The format of a whole tier as a checkpoint of stock transformers.
+TRANSFORMERS = "transformers"
 #: Formats of what an overlay has.
 FORMATS: dict[str, Callable[[Overlay, Origin], Parts]] = {
     "overlay": v32_tensors,
@@ -46,7 +50,7 @@ class Exported:
 
     Attributes:
         path: the folder.
-        format: "overlay", "packed", "gguf", "gguf-experts" or "mlx2".
+        format: "overlay", "packed", "gguf", "gguf-experts", "transformers" or "mlx2".
         nbytes: bytes of all its files.
         base: the name of the base that readers need, if the export does not contain one.
         notes: sentences about what is not exactly as in the tier.
@@ -64,25 +68,30 @@ def export_tier(
     out: str | Path,
     format: str = "overlay",
     *,
+    dtype: str = "float32",
     revision: str | None = None,
     force: bool = False,
+    planned: Callable[[Parts], None] = lambda _: None,
     progress: Progress = no_progress,
     experts: str = TERNARY[0],
     opened: Callable[[Path], StoredModel] = open_stored,
 ) -> Exported:
     """Write a tier in a form that other tools read.
 
-    "gguf" is the whole tier, for llama.cpp. All others are exact: experts, routers and alphas, and
-    the base if the tier stores it unquantized; from int4 it could not be restored.
+    "gguf" is the whole tier, for llama.cpp, and "transformers" for transformers, whose class has
+    it exactly in float32. All others are exact: experts, routers and alphas, and the base if the
+    tier stores it unquantized; from int4 it could not be restored.
 
     Args:
         tier: a tier's folder or hub repository.
         out: the folder to make.
         format: "overlay" (the V3.2 form), "packed" (five trits a byte, and `experts.bin`), "gguf"
-            (`model.gguf`) or "gguf-experts" (TQ1_0 tensors); of a ternary model, "mlx2" (MLX's
-            2-bit codes).
+            (`model.gguf`), "gguf-experts" (TQ1_0 tensors) or "transformers" (a checkpoint of its
+            own classes); of a ternary model, "mlx2" (MLX's 2-bit codes).
+        dtype: the dtype of weights of "transformers"; all but float32 round.
         revision: branch, tag or commit on the hub.
         force: replace `out` if it is an export or another folder that this project wrote.
+        planned: called with what will be written, before it is.
         progress: called with bytes written so far, and in all.
         experts: how "gguf" stores experts: "tq2_0", "tq1_0" or "q4_0".
         opened: opens and checks a ternary model; `engine.loading.open_model` holds it against
@@ -92,7 +101,7 @@ def export_tier(
         OutlierError: no sound tier, something that the format cannot hold exactly, an output that
             exists, or a disk that is too small. Nothing is left behind.
     """
-    known = (*FORMATS, GGUF, MLX2)
+    known = (*FORMATS, GGUF, TRANSFORMERS, MLX2)
     if format not in known:
         hint = did_you_mean(format, known)
         raise OutlierError(f"format {format!r}: expected one of {', '.join(known)}{hint}")
@@ -101,10 +110,13 @@ def export_tier(
     source = resolve(tier, revision)
     if format == GGUF:
         content = _whole(source.folder, experts)
+    elif format == TRANSFORMERS:
+        content = _for_transformers(source, target.name, dtype)
     elif format == MLX2:
         content = _of_ternary(source, opened)
     else:
         content = _of_tier(source.folder, format)
+    planned(content.tensors)
 
     def assets(folder: Path) -> None:
         if content.config is None:
@@ -113,6 +125,7 @@ def export_tier(
         if content.overlay is not None:
             write_alphas(content.overlay.alphas(), folder)
         copy_assets([source.folder], folder)
+        content.beside(folder)
 
     written = write_model(
         target,
@@ -125,6 +138,7 @@ def export_tier(
             "format": format,
             "source": {"name": source.name, "revision": source.revision, "form": content.form},
         },
+        card=content.card,
         force=force,
         progress=progress,
     )
@@ -134,7 +148,18 @@ def export_tier(
 
 @dataclass(frozen=True)
 class _Content:
-    """What an export holds: `form` is that of its source, `base` and `notes` as in `Exported`."""
+    """What an export holds.
+
+    Attributes:
+        tensors: its tensors.
+        config: its config.json; None if it has none, and no tokenizer.
+        form: the form of its source.
+        overlay: whose alphas are written to alpha.json, if they are.
+        base: as in `Exported`.
+        notes: as in `Exported`.
+        beside: writes further small files.
+        card: the text of its model card, if it has one.
+    """
 
     tensors: Parts
     config: dict | None
@@ -142,6 +167,8 @@ class _Content:
     overlay: Overlay | None = None
     base: str | None = None
     notes: tuple[str, ...] = ()
+    beside: Callable[[Path], None] = lambda _: None
+    card: Callable[[Path], str] | None = None
 
 
 def _whole(folder: Path, experts: str) -> _Content:
@@ -156,6 +183,22 @@ def _of_tier(folder: Path, format: str) -> _Content:
     origin = _origin(folder, contains_base=bool(overlay.base))
     tensors = FORMATS[format](overlay, origin)
     return _Content(tensors, overlay_config(overlay.config, origin), "tier", overlay, origin.base)
+
+
+def _for_transformers(source: Source, name: str, dtype: str) -> _Content:
+    export = hf_export(source.folder, source.name, dtype)
+
+    def beside(folder: Path) -> None:
+        load_as_file(folder)
+        export.write_beside(folder)
+
+    return _Content(
+        export.tensors,
+        export.config,
+        "tier",
+        beside=beside,
+        card=lambda folder: hf_card(folder, name, source, export, dtype),
+    )
 
 
 def _of_ternary(source: Source, opened: Callable[[Path], StoredModel]) -> _Content:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
-from outlier_mlx.checkpoints.stored_model import open_stored
+from outlier_mlx.checkpoints.stored_model import StoredModel, open_stored
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import (
     PROJECTIONS,
@@ -108,6 +108,18 @@ def open_tier(folder: Path) -> Overlay:
     Raises:
         CheckpointError: it is not a tier, has no experts, or is not valid.
     """
+    stored = open_stored_tier(folder)
+    if stored.config is None or not stored.config.moe_layers:
+        raise CheckpointError(f"{folder}: has no experts to export")
+    return as_overlay(stored, folder)
+
+
+def open_stored_tier(folder: Path) -> StoredModel:
+    """Open a tier as it is stored, with or without experts; only headers are read.
+
+    Raises:
+        CheckpointError: it is not a tier, or is not valid.
+    """
     raw = raw_config(folder)
     if is_ternary_model(raw):
         raise CheckpointError(
@@ -115,11 +127,18 @@ def open_tier(folder: Path) -> Overlay:
         )
     if not is_tier(raw):
         raise CheckpointError(f"{folder}: not a tier; only tiers are exported")
-    stored = open_stored(folder)
+    return open_stored(folder)
+
+
+def as_overlay(stored: StoredModel, folder: Path) -> Overlay:
+    """A tier as an overlay; see `open_tier`.
+
+    Args:
+        stored: what `open_stored_tier` returned.
+        folder: the tier's.
+    """
     config, tensors = stored.config, stored.tensors
-    assert isinstance(config, ModelConfig)  # a tier's is checked
-    if not config.moe_layers:
-        raise CheckpointError(f"{folder}: has no experts to export")
+    assert config is not None  # a tier's is checked
     prefixes = {layer: f"model.layers.{layer}.mlp" for layer in config.moe_layers}
     base = _base(tensors)
     overlay = Overlay(

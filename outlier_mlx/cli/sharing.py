@@ -8,7 +8,7 @@ import typer
 
 from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.command import GENERAL
-from outlier_mlx.cli.options import Force, ModelFolder, OutFolder, Quiet, Revision
+from outlier_mlx.cli.options import DType, Force, ModelFolder, OutFolder, Quiet, Revision
 from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
@@ -38,10 +38,11 @@ def export(
     ],
     out: OutFolder,
     format: Annotated[
-        Literal["overlay", "packed", "gguf", "gguf-experts", "mlx2"],
+        Literal["overlay", "packed", "gguf", "gguf-experts", "transformers", "mlx2"],
         typer.Option(
-            help="V3.2 overlay, packed directory, a whole model for llama.cpp, or its experts as"
-            " GGUF tensors; of a ternary model, mlx2: a 2-bit pack for stock mlx-lm."
+            help="V3.2 overlay, packed directory, a whole model for llama.cpp, its experts as GGUF"
+            " tensors, or a whole model for transformers; of a ternary model, mlx2: a 2-bit pack"
+            " for stock mlx-lm."
         ),
     ] = "overlay",
     experts: Annotated[
@@ -50,14 +51,28 @@ def export(
             help="gguf: how trits are stored, in 2.1, 1.7 or 4.5 bits. Default: tq2_0.",
         ),
     ] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(
+            help="transformers: dtype of the weights. Default: float32; the others round.",
+        ),
+    ] = None,
     revision: Revision = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a tier, its experts alone, or a ternary model for other tools."""
-    from outlier_mlx.checkpoints.export import GGUF, MLX2, export_tier
+    from outlier_mlx.checkpoints.export import GGUF, MLX2, TRANSFORMERS, export_tier
     from outlier_mlx.engine.loading import open_model
     from outlier_mlx.terminal import progress_bar, size
+    from outlier_mlx.writing.parts import Parts
+
+    if dtype is not None and format != TRANSFORMERS:
+        raise typer.BadParameter("only --format transformers has it", param_hint="--dtype")
+
+    def tell(tensors: Parts) -> None:
+        if format == TRANSFORMERS and not quiet:
+            say(f"{out}: {size(tensors.nbytes)} of weights in {dtype or 'float32'}")
 
     if experts is not None and format != GGUF:
         raise typer.BadParameter("only --format gguf has it", param_hint="--experts")
@@ -66,15 +81,17 @@ def export(
             model,
             out,
             format,
+            dtype=dtype or "float32",
             revision=revision,
             force=force,
+            planned=tell,
             progress=progress,
             experts=experts or "tq2_0",
             opened=open_model,
         )
     if not quiet:
         base = f", without the base ({written.base})" if written.base else ", with the base"
-        more = "" if format in (GGUF, MLX2) else base
+        more = "" if format in (GGUF, MLX2, TRANSFORMERS) else base
         for note in written.notes:
             say(note)
         say(f"{written.path}: {written.format}, {size(written.nbytes)}{more}")

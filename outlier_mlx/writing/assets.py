@@ -56,6 +56,17 @@ def copy_assets(folders: Sequence[Path], target: Path, others: str = "base") -> 
     copy_legal(folders, target, others)
 
 
+def load_as_file(folder: Path) -> None:
+    """Have transformers load a folder's `tokenizer.json` as it is.
+
+    By a class of a model, transformers 5 would make some of its parts anew.
+    """
+    if (folder / "tokenizer.json").exists():
+        path = folder / _CONFIG
+        config = read_json(inside(folder, _CONFIG)) if path.exists() else {}
+        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def _read_asset(folder: Path, name: str) -> bytes:
     """A file's bytes, of which transformers or mlx-lm would make the same: JSON is checked."""
     path = inside(folder, name)

@@ -57,6 +57,8 @@ class Card:
         contained: a line about an origin that is contained in another one.
         given: identifier of the licence of origins whose cards state none.
         metadata: further fields of `huggingface_hub.ModelCardData`.
+        library: the library that loads the model, as the hub calls it.
+        language: the language of `commands`, if it is not a shell's.
     """
 
     name: str
@@ -75,10 +77,12 @@ class Card:
     contained: str = ""
     given: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    library: str = "mlx"
+    language: str = ""
 
     def text(self, folder: Path) -> str:
         """The card of the model in `folder`, as Markdown with metadata at its head."""
-        commands = "\n".join(["```", *self.commands, "```"])
+        commands = "\n".join([f"```{self.language}", *self.commands, "```"])
         blocks = [
             f"---\n{self._metadata(folder)}\n---",
             f"# {plain(self.name.rsplit('/', 1)[-1])}",
@@ -104,7 +108,7 @@ class Card:
         bases = list(dict.fromkeys(o.name for o in self.based_on if o.revision))
         data = ModelCardData(
             **stated,
-            library_name="mlx",
+            library_name=self.library,
             pipeline_tag="text-generation",
             base_model=bases[0] if len(bases) == 1 else bases or None,
             base_model_relation=self.relation if bases else None,
