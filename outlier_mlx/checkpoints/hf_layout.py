@@ -27,6 +27,9 @@ _DROPPED = frozenset(
     + ["auto_map", "dtype", "torch_dtype", "transformers_version", *FOREIGN]
     + ["layer_types", "sliding_window", "use_sliding_window", "max_window_layers"]
 )
+# transformers 5 multiplies by the experts with a function of PyTorch that takes only rows of whole
+# 16 bytes, unless the config tells it not to.
+_GROUPED = 8
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def hf_config(config: ModelConfig, known: HfClass, dtype: str) -> dict[str, Any]
 def _mixture(config: ModelConfig, known: HfClass) -> dict[str, Any]:
     assert config.expert_width is not None  # `open_stored` has seen to that
     dense = [layer for layer in range(config.layers) if layer not in config.moe_layers]
-    common = {
+    common: dict[str, Any] = {
         "num_experts": config.experts,
         "num_experts_per_tok": config.top_k,
         "norm_topk_prob": True,
@@ -114,11 +117,13 @@ def _mixture(config: ModelConfig, known: HfClass) -> dict[str, Any]:
         "mlp_only_layers": dense,
         "output_router_logits": False,
     }
+    width = config.expert_width + (config.intermediate if known.folded else 0)
+    common["moe_intermediate_size"] = width
+    if width % _GROUPED or config.hidden % _GROUPED:
+        common["experts_implementation"] = "eager"
     if known.folded:
-        width = config.intermediate + config.expert_width
-        return common | {"attention_bias": False, "moe_intermediate_size": width}
+        return common | {"attention_bias": False}
     return common | {
         "qkv_bias": config.qkv_bias,
-        "moe_intermediate_size": config.expert_width,
         "shared_expert_intermediate_size": config.intermediate,
     }
