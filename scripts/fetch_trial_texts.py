@@ -21,7 +21,6 @@ import sqlite3
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
@@ -87,14 +86,9 @@ def write_reference(out: Path) -> None:
     """Write the topics of Python's reference, and some of them as the held-out ones."""
     names = sorted(topics)
     aside = names[::HELD_OUT_TOPICS]
-    write(out / "heldout" / "reference.txt", joined(aside))
+    write(out / "heldout" / "reference.txt", "\n".join(topics[name] for name in aside))
     for name in sorted(set(names) - set(aside)):
         write(out / "reference" / f"{name}.txt", topics[name])
-
-
-def joined(names: Iterable[str]) -> str:
-    """Some topics in a row."""
-    return "\n".join(topics[name] for name in names)
 
 
 def write(path: Path, text: str) -> None:
