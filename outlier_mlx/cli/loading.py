@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlier_mlx.cli.options import KVCache, Loading
-from outlier_mlx.cli.ranks import join, loaded
+from outlier_mlx.cli.ranks import join
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.hub import Source, local_source, resolve
+from outlier_mlx.terminal import size
 
 if TYPE_CHECKING:
     from outlier_mlx.engine.paging.budget import ExpertMemory
@@ -67,6 +68,7 @@ def load_model(
     """
     import_engine()
     from outlier_mlx.checkpoints.inventory import mark_used
+    from outlier_mlx.engine.distributed.ranks import loaded
     from outlier_mlx.engine.loading import load
 
     mark_used(folder)
@@ -153,8 +155,14 @@ def expert_memory(loading: Loading) -> "ExpertMemory":
 def tell_plan(planned: "Plan", loading: Loading, *, quiet: bool) -> None:
     """Tell the user what a model will take, if its experts are paged or it takes half of memory."""
     from outlier_mlx.cli.app import say
+    from outlier_mlx.engine.distributed.ranks import gathered, ranks
     from outlier_mlx.engine.paging.budget import AUTO
 
+    if ranks().size > 1:
+        everyone = [size(int(text)) for text in gathered(str(planned.needed))]
+        if not quiet:
+            by_rank = ", ".join(f"{told} for rank {rank}" for rank, told in enumerate(everyone))
+            say(f"memory: {by_rank}; {size(planned.replicated)} of weights are on every rank")
     if quiet or (planned.slots is None and 2 * planned.needed < planned.available.nbytes):
         return
     say(str(planned))

@@ -39,11 +39,9 @@ def together(name: str, options: Mapping[str, Any]) -> Iterator[None]:
             raise OutlierError("--pipeline is for several processes: start them with mlx.launch")
         yield
         return
-    from outlier_mlx.engine.distributed.handshake import expect_agreements
     from outlier_mlx.engine.distributed.ranks import connect, finish
 
     own = connect(pipeline=bool(options.get("pipeline")))
-    expect_agreements()
     if own.size > 1:
         _quiet_transport(debug=bool(options.get("debug")))
         _check(name, options)
@@ -64,22 +62,11 @@ def join(folder: Path) -> None:
         agree(facts(folder, sys.argv[1:]))
 
 
-def loaded() -> None:
-    """Make sure that all ranks have loaded the model.
-
-    Raises:
-        PeerError: one of them could not.
-    """
-    from outlier_mlx.engine.distributed.handshake import agree
-
-    agree({})
-
-
 def tell_others(reason: str) -> None:
     """Tell the other ranks why this one ends, if they wait for it."""
     if launched_rank() is None:
         return
-    from outlier_mlx.engine.distributed.handshake import fail
+    from outlier_mlx.engine.distributed.ranks import fail
 
     fail(reason)
 

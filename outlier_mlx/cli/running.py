@@ -27,6 +27,7 @@ from outlier_mlx.cli.options import (
     Sampling,
     Xtc,
 )
+from outlier_mlx.cli.ranks import join
 from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
@@ -312,6 +313,7 @@ def serve(
 
     from outlier_mlx import serve as server
     from outlier_mlx.cli.drafting import check_draft_model, load_draft_model
+    from outlier_mlx.engine.distributed.ranks import ranks
     from outlier_mlx.serve.cache_dir import cache_dir as at_disk
     from outlier_mlx.serve.capacity import Capacity, find_capacity
     from outlier_mlx.storage.hub import resolve
@@ -337,6 +339,7 @@ def serve(
         **vars(cache),
     )
     source = resolve(model, loading.revision)
+    join(source.folder)
     check_draft_model(source, drafting)
     draft = None if drafting.draft_model is None else resolve(drafting.draft_model)
     requested = decode_concurrency, prompt_concurrency, prompt_cache_bytes
@@ -359,7 +362,8 @@ def serve(
             draft=None if draft is None else draft.folder,
         )
         # A server's caches take all that is left, so only paging is worth telling.
-        tell_plan(memory, loading, quiet=quiet or memory.slots is None)
+        told = memory.slots is not None or ranks().size > 1
+        tell_plan(memory, loading, quiet=quiet or not told)
         note = f"memory for {conversations} conversations of {tokens} tokens at a time"
         if draft is not None:
             note += f", beside {size(memory.beside.nbytes)} for the draft model {draft.name}"

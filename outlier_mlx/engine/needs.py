@@ -1,10 +1,11 @@
 """What a model takes of memory, from the headers of its files and its config: no tensor is read."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from outlier_mlx.engine.distributed.share import replicated, share_of
 from outlier_mlx.engine.paging.budget import Experts
 from outlier_mlx.models.config import Description, describe, is_ternary_model, is_tier, raw_config
 from outlier_mlx.models.sizes import kv_bytes
@@ -73,6 +74,7 @@ class Needs:
         config: what is known of the model.
         on_cpu: whether it runs without a GPU.
         wide: whether what has 16 bits is loaded and computed with 32, as always on a CPU.
+        replicated: of the stored weights, bytes of those that all ranks have; 0: there is one.
     """
 
     plain: int
@@ -86,6 +88,7 @@ class Needs:
     config: Description
     on_cpu: bool
     wide: bool
+    replicated: int = 0
 
     @property
     def weights(self) -> int:
@@ -190,21 +193,37 @@ def cpu_step(most: int, weights: int) -> int:
 
 
 def needs_of(folder: Path, on_cpu: bool, *, wide: bool = False) -> Needs:
-    """What the model in a folder takes: a tier, or a plain MLX model.
+    """What the model in a folder takes: a tier, or a plain MLX model; or a rank's share of it.
 
     Raises:
         CheckpointError: the folder has no config.json, or no sound safetensors.
+        OutlierError: the model cannot be split over the ranks.
     """
     tensors, raw = read_shards(folder), raw_config(folder)
-    return needs_from(tensors, raw, on_cpu, wide=wide)
+    mine, config = share_of(folder, tensors, describe(raw))
+    needs = needs_from(mine, raw, on_cpu, wide=wide, config=config)
+    return replace(needs, replicated=replicated(tensors, mine))
 
 
 def needs_from(
-    tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool, *, wide: bool = False
+    tensors: Mapping[str, TensorRef],
+    raw: dict,
+    on_cpu: bool,
+    *,
+    wide: bool = False,
+    config: Description | None = None,
 ) -> Needs:
-    """What a model takes, by its tensors and its config.json; see `needs_of`."""
+    """What a model takes, by its tensors and its config.json; see `needs_of`.
+
+    Args:
+        tensors: the model's.
+        raw: its config.json.
+        on_cpu: whether it runs without a GPU.
+        wide: whether what has 16 bits is to be loaded with 32.
+        config: what the tensors are of, if that is a part of the model only.
+    """
     wide = wide or on_cpu
-    counter = _Counter(tensors, raw, on_cpu, wide)
+    counter = _Counter(tensors, raw, on_cpu, wide, config or describe(raw))
     experts = counter.experts()
     routed = counter.routed() if experts else []
     plain = tensors.keys() - set(routed)
@@ -240,10 +259,15 @@ class _Counter:
     """Adds up the tensors of a model."""
 
     def __init__(
-        self, tensors: Mapping[str, TensorRef], raw: dict, on_cpu: bool, wide: bool
+        self,
+        tensors: Mapping[str, TensorRef],
+        raw: dict,
+        on_cpu: bool,
+        wide: bool,
+        config: Description,
     ) -> None:
         self.tensors, self.raw, self.on_cpu, self.wide = tensors, raw, on_cpu, wide
-        self.config = describe(raw)
+        self.config = config
         own = is_tier(raw) or is_ternary_model(raw) or "ternary_switch" in raw
         suffix = ".weight"
         self.packed = [

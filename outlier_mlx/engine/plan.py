@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from outlier_mlx.engine.distributed.ranks import ranks
 from outlier_mlx.engine.machine import Budget, budget
 from outlier_mlx.engine.needs import Needs, Use, needs_of
 from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory, Experts
@@ -48,6 +49,7 @@ class Plan:
         paged: the experts, if they can be paged.
         slots: number of slots; None: all experts are loaded, and nothing is paged.
         step: tokens of a prompt that are to be processed at a time, at most.
+        replicated: of the weights, stored bytes of those that every rank has; 0: there is one.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Plan:
     paged: Experts | None = None
     slots: int | None = None
     step: int = 2048
+    replicated: int = 0
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -144,6 +147,8 @@ def plan(
     whole = _plan(folder.name, needs, use, available, beside, None)
     if memory == ALL or (memory == AUTO and (whole.fits or needs.experts is None)):
         return whole
+    if needs.experts is None and ranks().pipeline:  # those of the model are in others' layers
+        return whole
     if needs.experts is None:
         raise OutlierError(
             f"--expert-memory {memory}: {folder.name} has no experts that can be paged: only those"
@@ -198,6 +203,7 @@ def _plan(
         paged=experts,
         slots=slots,
         step=use.step,
+        replicated=needs.replicated,
     )
 
 

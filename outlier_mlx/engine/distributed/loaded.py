@@ -31,7 +31,10 @@ def classes_to_load(
 
         classes = paged_classes(classes, folder, planned, always=always_page)
     if own.size > 1:
+        from outlier_mlx.engine.distributed.pipeline import pipeline_classes
         from outlier_mlx.engine.distributed.split_model import split_classes
 
+        if own.pipeline:
+            return pipeline_classes(classes, folder, own)
         classes = split_classes(classes, folder, own, paged=paged)
     return classes

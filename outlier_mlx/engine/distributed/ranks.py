@@ -5,6 +5,7 @@ token) is rank 0's.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,15 @@ class Ranks:
         return self.rank == 0
 
 
+class PeerError(OutlierError):
+    """Another rank failed, or differs from the others."""
+
+
 _ranks = Ranks()
+# Whether ranks still wait for one another, so that one that fails can tell the others.
+_starting = False
+# Bytes of what a rank tells all others at a time; a character takes 6 in JSON at most.
+_MOST = 4096
 
 
 def ranks() -> Ranks:
@@ -54,7 +63,7 @@ def connect(*, pipeline: bool = False) -> Ranks:
     Raises:
         OutlierError: the others cannot be reached.
     """
-    global _ranks
+    global _ranks, _starting
     if launched_rank() is None:
         return _ranks
     try:
@@ -62,7 +71,7 @@ def connect(*, pipeline: bool = False) -> Ranks:
     except RuntimeError as error:
         raise OutlierError(f"the other ranks cannot be reached: {error}") from error
     if group.size() > 1:
-        _ranks = Ranks(group.rank(), group.size(), pipeline, group)
+        _ranks, _starting = Ranks(group.rank(), group.size(), pipeline, group), True
     return _ranks
 
 
@@ -101,29 +110,59 @@ def shared(value: Any) -> Any:
     return json.loads(np.array(whole).tobytes())
 
 
-def gathered(text: str, most: int = 512) -> list[str]:
+def gathered(text: str) -> list[str]:
     """The texts of all ranks, by rank.
 
     Args:
-        text: this rank's; what is longer than `most` bytes is cut.
-        most: bytes of a text.
+        text: this rank's; of a long one, only the beginning is told.
+
+    Raises:
+        PeerError: another rank failed meanwhile, and told why by `fail`.
     """
     if _ranks.size == 1:
         return [text]
-    data = text.encode()[:most]
-    mine = np.zeros((1, most), np.uint8)
+    return _gathered({"text": text[: _MOST // 8]})
+
+
+def fail(reason: str) -> None:
+    """Tell the other ranks why this one ends, while they still wait for one another to load."""
+    if _starting:
+        with suppress(PeerError):
+            _gathered({"reason": reason[: _MOST // 8]})
+
+
+def loaded() -> None:
+    """Wait until all ranks have loaded the model.
+
+    Raises:
+        PeerError: one of them could not.
+    """
+    global _starting
+    if _starting:
+        gathered("")
+        _starting = False
+
+
+def _gathered(told: dict[str, str]) -> list[str]:
+    global _starting
+    data = json.dumps(told).encode()
+    mine = np.zeros((1, _MOST), np.uint8)
     mine[0, : len(data)] = np.frombuffer(data, np.uint8)
     everyone = mx.distributed.all_gather(mx.array(mine), group=_ranks.group)
     mx.eval(everyone)
-    rows = np.array(everyone)
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
+    rows = [json.loads(row.tobytes().rstrip(b"\0")) for row in np.array(everyone)]
+    for rank, row in enumerate(rows):
+        if "reason" in row:
+            _starting = False
+            raise PeerError(f"rank {rank}: {row['reason']}")
+    return [row["text"] for row in rows]
 
 
 def least(number: int) -> int:
     """The least of the numbers of all ranks."""
-    return min(map(int, gathered(str(number), 32)))
+    return min(map(int, gathered(str(number))))
 
 
 def one_dtype(dtype: str | None) -> str | None:
     """The dtype for all ranks: that of the first rank whose chip needs another than the model's."""
-    return next((found for found in gathered(dtype or "", 32) if found), None)
+    return next((found for found in gathered(dtype or "") if found), None)

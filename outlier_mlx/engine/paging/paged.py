@@ -9,6 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from outlier_mlx.engine.distributed.expert_parts import ExpertParts
+from outlier_mlx.engine.distributed.ranks import least, ranks
+from outlier_mlx.engine.distributed.tensor_parallel import TensorParallel
 from outlier_mlx.engine.paging.budget import Experts
 from outlier_mlx.engine.paging.lookahead import Lookahead
 from outlier_mlx.engine.paging.places import needed
@@ -22,6 +25,7 @@ from outlier_mlx.engine.paging.store import ExpertStore
 from outlier_mlx.engine.plan import Plan
 from outlier_mlx.engine.quantized import Classes
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.runtime.affine2 import affine_product, row_bytes
 from outlier_mlx.runtime.ops import rows_product, use_metal
 from outlier_mlx.runtime.switch import TernarySwitchGLU
@@ -271,7 +275,12 @@ def _open_files(folder: Path, prefixes: tuple[str, ...], slots_nbytes: int) -> E
     stored = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
     nbytes = sum(tensor.nbytes for tensor in stored.values())
     others = sum(tensor.nbytes for tensor in tensors.values()) - nbytes
-    return ExpertFiles(stored, direct=beyond_the_cache(nbytes, taken=others + slots_nbytes))
+    direct = beyond_the_cache(nbytes, taken=others + slots_nbytes)
+    own = ranks()
+    if own.size == 1 or own.pipeline:
+        return ExpertFiles(stored, direct=direct)
+    split = TensorParallel(tensors, describe(raw_config(folder)), own.rank, own.size)
+    return ExpertParts(stored, split.cuts, direct=direct)
 
 
 def store_of(model: nn.Module) -> ExpertStore | None:
@@ -281,9 +290,9 @@ def store_of(model: nn.Module) -> ExpertStore | None:
 
 
 def planned_step(model: nn.Module, most: int) -> int:
-    """Tokens of a prompt to process at a time: `most`, or what a model's plan has if it is less."""
+    """Tokens of a prompt to process at a time: `most`, or what the plan of any rank has if less."""
     store = store_of(model)
-    return most if store is None or store.step is None else min(most, store.step)
+    return least(most if store is None or store.step is None else min(most, store.step))
 
 
 def statistics_of(model: nn.Module) -> PagingStatistics | None:

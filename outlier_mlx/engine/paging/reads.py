@@ -8,7 +8,7 @@ read-ahead is asked for: `docs/memory.md` has measurements.
 import re
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -131,19 +131,25 @@ class ExpertFiles:
             What to wait for. Until it is `done`, nothing else may use the buffers, also if waiting
             failed or was interrupted.
         """
-        chunks = []
+        chunks: list[Chunk] = []
         for piece, buffer in zip(self.pieces, buffers, strict=True):
             if buffer.nbytes != piece.nbytes:
                 raise ValueError(f"{piece.name}: {buffer.nbytes} bytes, expected {piece.nbytes}")
-            tensor = self._stacks[layer][piece.name]
-            begin = tensor.offset + expert * piece.nbytes
-            for at in range(0, piece.nbytes, self._chunk_bytes):
-                part = buffer[at : at + self._chunk_bytes]
-                chunks.append(Chunk(self._files[tensor.file], tensor.name, begin + at, part))
+            chunks += self._chunks(self._stacks[layer][piece.name], expert, buffer)
         self.read_bytes += self.nbytes
         if self._readers.closed:  # reads that do not end keep their threads
             self._readers = self._new_readers()
         return self._readers.start(chunks, early=early)
+
+    def _chunks(self, tensor: TensorRef, expert: int, buffer: memoryview) -> Iterable[Chunk]:
+        """What is to be read of an expert's array into its buffer."""
+        return self._pieces_of(tensor, tensor.offset + expert * buffer.nbytes, buffer)
+
+    def _pieces_of(self, tensor: TensorRef, begin: int, buffer: memoryview) -> Iterable[Chunk]:
+        """Bytes of a file from `begin` on, in chunks."""
+        for at in range(0, buffer.nbytes, self._chunk_bytes):
+            part = buffer[at : at + self._chunk_bytes]
+            yield Chunk(self._files[tensor.file], tensor.name, begin + at, part)
 
     def read(self, layer: int, expert: int, buffers: Sequence[memoryview]) -> None:
         """Read an expert; see `start`, and `Reading.wait` for errors."""
