@@ -18,8 +18,9 @@ from outlier_mlx.cli.command import (
     write_parameters,
     write_section,
 )
-from outlier_mlx.cli.ranks import LOST, lost_a_rank, only_the_first_talks, tell_others
+from outlier_mlx.cli.ranks import only_the_first_talks, tell_others
 from outlier_mlx.cli.signals import Ended, cleaning_up
+from outlier_mlx.engine.distributed.launcher import LOST, is_lost
 from outlier_mlx.errors import OutlierError, one_line
 
 # Columns of help, at most: longer lines are hard to read.
@@ -80,7 +81,7 @@ class Commands(TyperGroup):
             tell_others(_message_of(error))
             raise typer.Exit(1) from None
         except RuntimeError as error:
-            if ctx.meta.get("debug") or not lost_a_rank(error):
+            if ctx.meta.get("debug") or not is_lost(error):
                 raise
             say(f"error: {LOST}")
             raise typer.Exit(1) from None

@@ -9,6 +9,7 @@ import typer
 from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.loading import expert_memory, tell_plan
 from outlier_mlx.cli.options import Force, Json, Loading, Model, Quiet
+from outlier_mlx.cli.ranks import join
 from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def evaluate(
     """Evaluate a model with lm-evaluation-harness: scores, and scores per GB of memory."""
     from functools import partial
 
+    from outlier_mlx.engine.distributed.ranks import ranks
     from outlier_mlx.engine.memory import check_fits
     from outlier_mlx.measure import eval_results as results
     from outlier_mlx.measure.eval_tables import print_evaluation
@@ -81,6 +83,7 @@ def evaluate(
             f"eval needs lm-evaluation-harness: pip install 'outlier-mlx[eval]' ({error})"
         ) from error
     source = resolve(model, loading.revision)
+    join(source.folder)
     memory: ExpertMemory | Plan = expert_memory(loading)
     if not loading.ignore_memory:
         memory = check_fits(
@@ -115,7 +118,7 @@ def evaluate(
     )
     for text in noted if not quiet else ():
         say(f"warning: {text}")
-    if out is not None:
+    if out is not None and ranks().leads:
         results.save(evaluation, out, force=force)
     if as_json:
         print(results.dumps(evaluation))

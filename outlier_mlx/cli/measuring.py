@@ -244,6 +244,7 @@ def perplexity(
     quiet: Quiet = False,
 ) -> None:
     """Measure perplexity on a text, and the distance from another model."""
+    from outlier_mlx.engine.distributed.ranks import ranks, shared
     from outlier_mlx.engine.paging.paged import statistics_of
     from outlier_mlx.measure import measured
     from outlier_mlx.measure import perplexity as compare
@@ -256,7 +257,7 @@ def perplexity(
     loaded, tokenizer = load_checked(
         model, loading, window, beside=against, logits=window, quiet=quiet
     )
-    content = read_utf8(text)
+    content = str(shared(read_utf8(text) if ranks().leads else None))
     other = None
     if against is not None:
         other, other_tokenizer = load_beside(against, loading, quiet=quiet)
@@ -268,7 +269,7 @@ def perplexity(
     paging = statistics_of(loaded)
     if paging is not None and not quiet:
         say(str(paging))
-    if folder is not None:
+    if folder is not None and ranks().leads:
         new = found.measured(loaded, text, window=window, windows=windows, against=against)
         measured.record(folder, new)
     if as_json:

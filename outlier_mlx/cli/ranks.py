@@ -3,18 +3,16 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.engine.distributed.launcher import launched_rank
+from outlier_mlx.cli.watching import watch
+from outlier_mlx.engine.distributed.launcher import LOST, launched_rank
 from outlier_mlx.errors import OutlierError
 
 #: Commands that run a model over several ranks.
 TOGETHER = ("generate", "chat", "serve", "bench", "perplexity", "eval")
-LOST = "the connection to another rank was lost: its process has ended, or the network failed"
-# MLX's ring says so in what it raises if the process at the other end is gone.
-_LOST = "connection to a peer was lost"
 
 
 def only_the_first_talks() -> None:
@@ -43,7 +41,8 @@ def together(name: str, options: Mapping[str, Any]) -> Iterator[None]:
 
     own = connect(pipeline=bool(options.get("pipeline")))
     if own.size > 1:
-        _quiet_transport(debug=bool(options.get("debug")))
+        if not options.get("debug"):
+            watch(_tell_loss)
         _check(name, options)
     yield
     finish()
@@ -71,17 +70,13 @@ def tell_others(reason: str) -> None:
     fail(reason)
 
 
-def lost_a_rank(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone."""
-    return launched_rank() is not None and _LOST in str(error)
-
-
 # Options that have no meaning, or no one result, where several processes compute.
 _ALONE = {
     "draft_model": "a draft model runs in one process alone",
     "expert_skip": "which experts are in memory differs from rank to rank",
     "prompt_cache": "a KV cache is spread over the ranks",
     "cache_dir": "a KV cache is spread over the ranks",
+    "prompt_cache_bytes": "sizes of KV caches differ from rank to rank; --prompt-cache-size works",
     "idle_unload": "ranks load the model together, once",
     "kernels": "kernels are timed in one process",
     "settings": "MLX's settings are compared in one process",
@@ -98,12 +93,6 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
             raise OutlierError(f"{spelling}: not with several ranks: {reason}")
 
 
-def _quiet_transport(*, debug: bool) -> None:
-    """Drop what MLX's transport writes beside its errors, a line for each failed attempt."""
-    if debug or os.environ.get("MLX_RING_VERBOSE"):
-        return
-    if launched_rank() == 0:
-        own = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-        sys.stderr = own
-    with open(os.devnull, "w") as nothing:  # noqa: PTH123
-        os.dup2(nothing.fileno(), 2)
+def _tell_loss() -> None:
+    with suppress(OSError):
+        print(f"error: {LOST}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from rich.markup import escape
 from outlier_mlx.cli.markdown import renders_markdown, reply_writer
 from outlier_mlx.engine import sessions as files
 from outlier_mlx.engine.conversation import Conversation
+from outlier_mlx.engine.distributed.ranks import ranks, shared
 from outlier_mlx.engine.responses import Response
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import after_reading, color_system
@@ -106,7 +107,7 @@ class Chat:
                 self.err.print()
             raise Finished from None
         except KeyboardInterrupt:
-            if not self.asks:
+            if not self.asks or ranks().size > 1:
                 raise
             self.err.print()
             self._note("Ctrl-D or /exit ends the program")
@@ -130,6 +131,18 @@ class Chat:
         return "\n".join(lines).strip("\n")
 
     def _line(self, prompt: str) -> str:
+        """A line that the user types; on several ranks, all get the one of the first."""
+        if ranks().size == 1:
+            return self._typed(prompt)
+        line = None
+        with suppress(EOFError):
+            line = self._typed(prompt) if ranks().leads else None
+        line = shared(line)
+        if line is None:
+            raise EOFError
+        return str(line)
+
+    def _typed(self, prompt: str) -> str:
         if self.asks and self.out.is_terminal:
             return input(prompt)
         if self.asks:
@@ -174,6 +187,8 @@ class Chat:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else "; /help lists them"
             raise OutlierError(f"unknown command {name}{hint}")
+        if "FILE" in known[name] and ranks().size > 1:
+            raise OutlierError(f"{name}: not with several ranks: a KV cache is spread over them")
         if "FILE" in known[name] and not argument:
             raise OutlierError(f"usage: {known[name]}")
         {
@@ -247,7 +262,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
     seen: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if seen:
+        if seen or ranks().size > 1:  # the others would go on
             raise KeyboardInterrupt
         seen.append(number)
 

@@ -315,7 +315,7 @@ def serve(
     from outlier_mlx.cli.drafting import check_draft_model, load_draft_model
     from outlier_mlx.engine.distributed.ranks import ranks
     from outlier_mlx.serve.cache_dir import cache_dir as at_disk
-    from outlier_mlx.serve.capacity import Capacity, find_capacity
+    from outlier_mlx.serve.capacity import Capacity, common_capacity, find_capacity
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import size
 
@@ -369,10 +369,14 @@ def serve(
             note += f", beside {size(memory.beside.nbytes)} for the draft model {draft.name}"
     how = loading.dtype, alpha, memory, loading.expert_skip, loading.keep_warm
     load = partial(load_model, source.folder, *how)
-    options = replace(options, **asdict(capacity))
+    options = replace(options, **asdict(common_capacity(capacity)))
     if cache_dir is not None:
         kept = vars(cache), loading.expert_skip
         where = at_disk(cache_dir, int(cache_dir_size * 1e9), source.folder, *how[:2], *kept)
         options = replace(options, cache_dir=where)
+    if not ranks().leads:
+        from outlier_mlx.serve.over_ranks import follow
+
+        follow(source.name, load, options)
     load_draft = None if draft is None else partial(load_draft_model, draft.folder, loading)
     server.serve(source.name, load, options, say, load_draft=load_draft, note=note, quiet=quiet)

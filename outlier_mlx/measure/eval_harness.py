@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from lm_eval.tasks.manager import TaskDict
 
+from outlier_mlx.engine.distributed.ranks import loaded as loaded_everywhere
 from outlier_mlx.engine.generate import activation_dtype, described
 from outlier_mlx.engine.loading import load
 from outlier_mlx.engine.paging.budget import ExpertMemory
@@ -127,6 +128,7 @@ def evaluate(
                 expert_memory=memory,
                 expert_skip=options.expert_skip,
             )
+        loaded_everywhere()
         if options.apply_chat_template and not tokenizer.chat_template:
             raise OutlierError(f"{source.name}: its tokenizer has no chat template to apply")
         with _silenced(stages) as shown:

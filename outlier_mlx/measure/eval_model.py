@@ -20,6 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm import batch_generate
 
+from outlier_mlx.engine.distributed.ranks import agreed
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
@@ -196,10 +197,16 @@ class HarnessModel(TemplateLM, MLXLM):
             prefill_batch_size=self._batch_size,
             completion_batch_size=self._batch_size,
             return_token_ids=True,
+            sampler=_greedy,
         )
         stops = [[stop for stop in own["until"] if stop] for own in options]
         pairs = zip(found.token_ids or (), stops, strict=True)
         return [answer_text(self.tokenizer, tokens, stops) for tokens, stops in pairs]
+
+
+def _greedy(logprobs: mx.array) -> mx.array:
+    """The likeliest tokens (batch,), as rank 0 has them, from log probabilities (batch, vocab)."""
+    return agreed(mx.argmax(logprobs, axis=-1))
 
 
 def answer_text(tokenizer: Tokenizer, tokens: list[int], stops: list[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from outlier_mlx.engine.distributed.ranks import agreed
 from outlier_mlx.engine.steps import Quantized
 from outlier_mlx.serve.jobs import Token
 from outlier_mlx.serve.sequences import Cache, Sequence, extracted, merged
@@ -192,7 +193,8 @@ class Batch:
         else:
             rows = [sample(logprobs[n : n + 1]) for n, sample in enumerate(samplers)]
             tokens = mx.concatenate(rows)
-        self._tokens, self._latest = tokens.astype(mx.uint32), logprobs
+        tokens = agreed(tokens.astype(mx.uint32))
+        self._tokens, self._latest = tokens, logprobs
         chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
         self._logprobs = chosen.astype(mx.float32)
         self._tops = {}

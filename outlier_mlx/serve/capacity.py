@@ -1,8 +1,9 @@
 """How many conversations fit in memory at the same time."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from outlier_mlx.engine.distributed.ranks import least
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.memory import budget, check_fits, draft_nbytes
 from outlier_mlx.engine.needs import Use, needs_of
@@ -48,6 +49,16 @@ def capacity_for(conversations: int, prompts: int | None = None) -> Capacity:
     """The capacity for this many conversations; by default, a quarter of them are prompts."""
     prompts = prompts or max(1, min(MAX_PROMPTS, conversations // 4))
     return Capacity(max(1, min(MAX_RESPONSES, conversations - prompts + 1)), prompts)
+
+
+def common_capacity(capacity: Capacity) -> Capacity:
+    """What all ranks have room for; where there is one alone, what is given."""
+    unlimited = 1 << 62
+    found = {
+        name: least(unlimited if value is None else value)
+        for name, value in asdict(capacity).items()
+    }
+    return Capacity(**{name: None if n == unlimited else n for name, n in found.items()})  # type: ignore[arg-type]
 
 
 def find_capacity(

@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty
 from typing import TYPE_CHECKING
 
+from outlier_mlx.engine.distributed.ranks import ranks
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.token_ids import check_ids
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.experts import ExpertWatch
 from outlier_mlx.serve.jobs import Job, Token
 from outlier_mlx.serve.loop import FAILED, Loop
+from outlier_mlx.serve.over_ranks import RanksLoop
 from outlier_mlx.serve.prefix_cache import PrefixCache
 from outlier_mlx.serve.provider import OneModel
 from outlier_mlx.serve.request import Request
@@ -38,7 +40,8 @@ class Generator:
         self.provider = provider
         self.replies: set[Reply] = set()
         self.pool = ThreadPoolExecutor(provider.service.options.decode_concurrency, "reply")
-        self.loop = Loop(provider, lambda: bool(self.replies))
+        kind = Loop if ranks().size == 1 else RanksLoop
+        self.loop = kind(provider, lambda: bool(self.replies))
         self.loop.watch = ExpertWatch(provider)
         self.loop.start()
 

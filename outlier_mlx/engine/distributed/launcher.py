@@ -10,3 +10,14 @@ def launched_rank() -> int | None:
     """The number that this process was given; None: it was started by itself."""
     found = (os.environ.get(name, "") for name in _RANK_VARIABLES)
     return next((int(value) for value in found if value.isdecimal()), None)
+
+
+#: What a user is told if another rank is gone.
+LOST = "the connection to another rank was lost: its process has ended, or the network failed"
+# What MLX's ring raises then.
+_LOST = "connection to a peer was lost"
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of MLX says that another rank is gone."""
+    return launched_rank() is not None and _LOST in str(error)

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from outlier_mlx.engine.distributed.ranks import Ranks, gathered, ranks, summed
+from outlier_mlx.engine.distributed.ranks import Ranks, gathered, ranks, summed, transport
 from outlier_mlx.engine.machine import budget
 from outlier_mlx.engine.quantized import Classes
 from outlier_mlx.errors import OutlierError
@@ -145,7 +145,7 @@ class _Receiving:
 
     def __call__(self, x: mx.array, *rest: Any, **more: Any) -> mx.array:
         own, layer = ranks(), super()
-        x = mx.distributed.recv_like(x, own.rank - 1, group=own.group)
+        x = mx.distributed.recv_like(x, own.rank - 1, group=own.group, stream=transport())
         return layer.__call__(x, *rest, **more)  # type: ignore[misc, no-any-return]
 
 
@@ -155,7 +155,7 @@ class _Sending:
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, **more: Any) -> mx.array:
         own, layer = ranks(), super()
         y = layer.__call__(x, mask, cache=cache, **more)  # type: ignore[misc]
-        sent: mx.array = mx.distributed.send(y, own.rank + 1, group=own.group)
+        sent: mx.array = mx.distributed.send(y, own.rank + 1, group=own.group, stream=transport())
         if cache is not None:
             # A prompt is read for its KV cache alone: what waits for it waits for the sending, too.
             several = isinstance(cache.keys, tuple | list)

@@ -5,6 +5,7 @@ token) is rank 0's.
 """
 
 import json
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,7 @@ class PeerError(OutlierError):
 _ranks = Ranks()
 # Whether ranks still wait for one another, so that one that fails can tell the others.
 _starting = False
+_threads = threading.local()
 # Bytes of what a rank tells all others at a time; a character takes 6 in JSON at most.
 _MOST = 4096
 
@@ -81,9 +83,20 @@ def finish() -> None:
         mx.eval(summed(mx.zeros(1)))
 
 
+def transport() -> mx.Stream:
+    """Where this thread's messages to other ranks are computed, one after the other.
+
+    On several streams, they could overtake one another. MLX has streams for one thread each.
+    """
+    if not hasattr(_threads, "stream"):
+        _threads.stream = mx.new_stream(mx.cpu)
+    stream: mx.Stream = _threads.stream
+    return stream
+
+
 def summed(x: mx.array) -> mx.array:
     """The sum of an array over all ranks, in its dtype."""
-    return mx.distributed.all_sum(x, group=_ranks.group)
+    return mx.distributed.all_sum(x, group=_ranks.group, stream=transport())
 
 
 def agreed(x: mx.array) -> mx.array:
@@ -148,7 +161,7 @@ def _gathered(told: dict[str, str]) -> list[str]:
     data = json.dumps(told).encode()
     mine = np.zeros((1, _MOST), np.uint8)
     mine[0, : len(data)] = np.frombuffer(data, np.uint8)
-    everyone = mx.distributed.all_gather(mx.array(mine), group=_ranks.group)
+    everyone = mx.distributed.all_gather(mx.array(mine), group=_ranks.group, stream=transport())
     mx.eval(everyone)
     rows = [json.loads(row.tobytes().rstrip(b"\0")) for row in np.array(everyone)]
     for rank, row in enumerate(rows):
