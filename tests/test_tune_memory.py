@@ -69,7 +69,7 @@ def test_gradients_in_parts_are_those_of_the_whole(
             module.scales, module.biases = numbers[2 * at : 2 * at + 2]
         return (net(x) * weight).sum()
 
-    numbers = [number for module in modules for number in (module.scales, module.biases)]
+    numbers: Any = [number for module in modules for number in (module.scales, module.biases)]
     gradient = mx.value_and_grad(loss, argnums=tuple(range(5)))
     wanted, theirs = gradient(x, *numbers)
     with row_by_row(net, scales=True):

@@ -166,6 +166,11 @@ def test_a_plan_changes_nothing(site: Site) -> None:
     assert memory["peak_bytes"] == sum(memory["parts"].values())
     assert memory["layers_at_once"] == 3
     assert memory["available_bytes"] == 24 * 2**30
+    half, whole = (
+        site.run("--plan", "--json", "--dtype", dtype).json["memory"]["parts"]["base"]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert 2 * half == whole
     assert "--ram: goes with --plan" in site.run("--ram", 32, code=2).err
     assert contents(site.folder) == before
     run(*["upcycle", site.folder / "base", "--domain", f"a={site.folder / 'cooking.txt'}"],
@@ -178,6 +183,12 @@ def test_quiet(site: Site) -> None:
     result = site.run("--quiet")
     assert result.err == ""
     assert len(result.out.splitlines()) == 5
+
+
+@pytest.mark.slow
+def test_activations_of_another_dtype(site: Site) -> None:
+    site.run("--dtype", "bfloat16")
+    run("verify", site.folder / "mine")
 
 
 @pytest.mark.slow
@@ -238,6 +249,11 @@ def test_with_other_settings_it_is_another_training(done: tuple[Site, Result]) -
     assert "holds a training with another " in refusal.err.splitlines()[-1]
     assert "seed: 0, not 7" in refusal.err.splitlines()[-1] or "data" in refusal.err
     assert not moved.exists()
+    refusal = site.run(
+        "--dtype", "bfloat16", "--work", site.folder / ".mine.training", code=1, out="other"
+    )
+    told = 'holds a training with another dtype: null, not "bfloat16"'
+    assert told in refusal.err.splitlines()[-1]
 
 
 @pytest.mark.slow

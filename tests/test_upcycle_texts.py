@@ -119,6 +119,15 @@ def test_not_more_is_held_out_than_judging_needs(tokenizer: Any, keep: Path) -> 
     assert [len(corpus.held_out) for corpus in corpora] == [5, 5]
 
 
+@pytest.mark.parametrize(("windows", "halves"), [(1, (1, 1)), (2, (1, 1)), (5, (3, 2))])
+def test_half_of_what_is_held_out_decides(windows: int, halves: tuple[int, int]) -> None:
+    held = np.arange(windows)[:, None]
+    corpus = Corpus("sea", held[:0], held)
+    assert (len(corpus.deciding), len(corpus.reported)) == halves
+    if windows > 1:
+        assert np.concatenate([corpus.deciding, corpus.reported]).tolist() == held.tolist()
+
+
 def test_the_seed_chooses_what_is_held_out(tokenizer: Any, keep: Path, tmp_path: Path) -> None:
     stories = (HELD / "sea.txt").read_text().split(". ")
     file = lines(tmp_path / "sea.jsonl", *({"text": story} for story in dict.fromkeys(stories)))

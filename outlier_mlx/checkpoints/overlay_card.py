@@ -92,7 +92,8 @@ def _perplexities(made: Mapping[str, Any]) -> str:
     ]
     head = ("text", "base", "with the experts")
     note = (
-        "Perplexity on text that was held out of the training, measured with the base unquantized."
+        "Perplexity on half of the text that was held out of the training, by which nothing was"
+        " chosen, measured with the base unquantized."
         " `keep` is text that the base shall not forget."
     )
     return "\n".join(["## Held-out text", "", note, "", *_table(head, rows)])
@@ -129,7 +130,7 @@ def _training(made: Mapping[str, Any]) -> str:
     rows = list(_stages(made))
     if rows:
         head = ("stage", "steps", "held-out perplexities", "kept")
-        note = "A stage is kept only if held-out text says so."
+        note = "A stage is kept only if the other half of the held-out text says so."
         lines += ["", note, "", *_table(head, rows)]
     return "\n".join(lines)
 

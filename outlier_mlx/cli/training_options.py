@@ -53,7 +53,7 @@ class Training:
     ] = 0.1
     held_out_windows: Annotated[
         int,
-        _training(min=1, help="Most windows of a text to hold out: all are measured many times."),
+        _training(min=2, help="Most windows of a text to hold out: half are measured many times."),
     ] = 128
     steps: Annotated[int, _training(min=0, help="Steps for the experts of each domain.")] = 600
     joint_steps: Annotated[
@@ -115,4 +115,10 @@ class Training:
             help="Keep all activations for the gradient: faster, and needs more memory.",
         ),
     ] = False
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        _training(
+            help="Dtype of the base and of activations. Default: the base's; on the CPU, float32."
+        ),
+    ] = None
     seed: Annotated[int, _training(min=0, help="Seed of everything random.")] = 0

@@ -110,8 +110,9 @@ def upcycle(
     settings.check(opened.config, len(domains))
     place = work if work is not None else target.with_name(f".{target.name}.training")
     corpora = _read(source, opened, domains, keep, training, quiet=quiet)
+    available = None if ram is None else budget(ram)
     settings, memory = planned(
-        source, corpora, settings, place, available=None if ram is None else budget(ram)
+        source, corpora, settings, place, dtype=training.dtype, available=available
     )
     run = _Run(
         source=source,
@@ -121,6 +122,7 @@ def upcycle(
         corpora=corpora,
         target=target,
         work=place,
+        dtype=training.dtype,
         quiet=quiet,
     )
     display = Display(settings, len(domains), quiet=quiet)
@@ -157,6 +159,7 @@ class _Run:
     corpora: "Corpora"
     target: Path
     work: Path
+    dtype: str | None
     quiet: bool
 
     def show_plan(self, log: "RunLog", memory: "MemoryPlan") -> None:
@@ -196,6 +199,7 @@ class _Run:
                     self.work,
                     teacher=self.teacher,
                     log=log,
+                    dtype=self.dtype,
                 )
         except (KeyboardInterrupt, Ended):
             if self.work.exists():

@@ -42,7 +42,7 @@ class Stages:
     Attributes:
         records: of each stage: "name", "steps", "seconds", "before" and "after" (held-out
             perplexities by text), "kept", and more.
-        before: held-out losses of the base.
+        before: losses of the base on the held-out windows that decide.
     """
 
     def __init__(
@@ -79,9 +79,12 @@ class Stages:
         if self._settings.joint_steps:
             self._train_together()
 
-    def held_out(self, mode: Mode | None = None) -> dict[str, float]:
-        """Held-out losses of all texts, with all experts unless a mode is given."""
-        texts = {corpus.name: corpus.held_out for corpus in self._corpora}
+    def reported(self, mode: Mode | None = None) -> dict[str, float]:
+        """Losses of all texts on the held-out windows that decided nothing.
+
+        With all experts, unless a mode is given.
+        """
+        texts = {corpus.name: corpus.reported for corpus in self._corpora}
         return self._losses(texts, self._together() if mode is None else mode)
 
     def _begin(self) -> None:
@@ -105,7 +108,8 @@ class Stages:
 
     def _made(self) -> tuple[Arrays, dict[str, Any]]:
         """All arrays of the blocks as they begin, and the record of that."""
-        losses = self.held_out(Mode())
+        texts = {corpus.name: corpus.deciding for corpus in self._corpora}
+        losses = self._losses(texts, Mode())
         domains = [corpus.train for corpus in self._corpora.domains]
         arrays, errors = first_arrays(self._model, domains, self._settings)
         record = {"steps": 0, "seconds": 0.0, "kept": True, "errors": errors, "losses": losses}
@@ -169,7 +173,7 @@ class Stages:
             self.records.append(found[1])
             return
         mode = self._mode(part.experts)
-        texts = {corpus.name: corpus.held_out for corpus in (*part.domains, self._corpora.keep)}
+        texts = {corpus.name: corpus.deciding for corpus in (*part.domains, self._corpora.keep)}
         if self._are_silent(part.experts):
             before = {name: self.before[name] for name in texts}
         else:

@@ -14,7 +14,7 @@ from outlier_mlx.engine.machine import Budget, budget
 from outlier_mlx.models.config import parse_config, raw_config
 from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.storage.hub import Source
-from outlier_mlx.train.experts import ExpertBlock
+from outlier_mlx.train.experts import ExpertBlock, Mode
 from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.identity import digest_of_data, digest_of_model
 from outlier_mlx.train.loop import Log
@@ -80,10 +80,11 @@ class Upcycled:
 
     Attributes:
         layers: the layers with experts, ascending; each is made when it is asked for.
-        before: held-out perplexity of the base, by the name of the text.
+        before: perplexity of the base on the held-out windows that decided nothing, by the name of
+            the text; see `Corpus.reported`.
         after: the same, with the experts.
-        stages: of each stage, "name", "steps", "seconds", "kept", "before" and "after" (held-out
-            perplexities by text), and figures of its own.
+        stages: of each stage, "name", "steps", "seconds", "kept", "before" and "after" (by text,
+            perplexities on the held-out windows that decide), and figures of its own.
         peak: bytes of memory that MLX had at most, in the last run.
     """
 
@@ -149,8 +150,8 @@ def upcycle(
         model = TrainedModel(loaded, settings.layers, experts, settings.base_bits, recompute)
         stages = Stages(model, corpora, settings, folder, log, save_every, targets)
         stages.run(list(layer_groups(settings.layers, settings.layers_at_once)))
-    after = perplexities(stages.held_out())
-    before = perplexities(stages.before)
+    after = perplexities(stages.reported())
+    before = perplexities(stages.reported(Mode()))
     layers = TrainedLayers(model.blocks)
     return Upcycled(layers, before, after, stages.records, mx.get_peak_memory())
 

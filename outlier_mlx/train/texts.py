@@ -34,7 +34,7 @@ class Corpus:
     Attributes:
         name: the domain's.
         train: (windows, window + 1) int32; no two are equal, nor equal to one held out.
-        held_out: (windows, window + 1) int32.
+        held_out: (windows, window + 1) int32; at least two, of texts that were read.
         files: names of the files, without paths of this machine.
         documents: how many documents were read; copies are not counted.
         copies: documents and windows that were left out, as they were copies of others.
@@ -51,6 +51,16 @@ class Corpus:
     def tokens(self) -> int:
         """Tokens that are predicted in an epoch of training."""
         return self.train.shape[0] * (self.train.shape[1] - 1)
+
+    @property
+    def deciding(self) -> np.ndarray:
+        """The first half of the held-out windows: whether a stage is kept, and with what alphas."""
+        return self.held_out[: -(-len(self.held_out) // 2)]
+
+    @property
+    def reported(self) -> np.ndarray:
+        """The other half: nothing is chosen by them, so figures on them flatter nobody."""
+        return self.held_out[-max(1, len(self.held_out) // 2) :]
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ def read_corpora(
 
     Raises:
         OutlierError: a name is not plain or appears twice, so does a file; a text cannot be read,
-            or has not a window of each.
+            or has not a window to train on and two to hold out.
     """
     check_names([name for name, _ in domains])
     places = dict(domains) | {KEEP: keep}
@@ -174,14 +184,14 @@ def _corpus(
             f"{where}: {copies} of {len(documents)} texts are copies of others: left out"
         )
     total = sum(map(len, fresh))
-    if total < 2 * (window + 1):
+    if total < 3 * window + 2:
         raise OutlierError(
-            f"{where}: {total} tokens are too few for a window of {window} to train on and one to"
+            f"{where}: {total} tokens are too few for a window of {window} to train on and two to"
             " hold out: give more text, or a smaller --window"
         )
     share, windows = held_out
     most = total - window - 1
-    wanted = min(max(ceil(share * total), window + 1), windows * window + 1, most)
+    wanted = min(max(ceil(share * total), 2 * window + 1), windows * window + 1, most)
     train, held = hold_out(fresh, wanted, min(int(_TOO_MUCH * wanted), most), seed)
     names = tuple(file.name for file in files)
     return Corpus(name, cut(train, window), cut(held, window), names, len(fresh), copies)
@@ -242,7 +252,7 @@ def without_held_out(found: list[Corpus], window: int) -> list[Corpus]:
     """The corpora without windows that appear twice, or are held out and trained on anywhere.
 
     Raises:
-        OutlierError: a corpus has no window left to train on, or none that is held out.
+        OutlierError: a corpus has no window left to train on, or no two that are held out.
     """
     seen: set[bytes] = set()
     held = [corpus.held_out[[_is_new(row, seen) for row in corpus.held_out]] for corpus in found]
@@ -253,10 +263,10 @@ def without_held_out(found: list[Corpus], window: int) -> list[Corpus]:
         copies = len(corpus.train) + len(corpus.held_out) - len(train) - len(kept)
         if copies:
             tell_by_warning(f"{corpus.name}: {copies} windows are copies of others: left out")
-        if not len(train) or not len(kept):
+        if not len(train) or len(kept) < 2:
             raise OutlierError(
-                f"{corpus.name}: there is not a window of {window} tokens to train on and another"
-                " one to hold out: give more text that differs, or a smaller --window"
+                f"{corpus.name}: there is not a window of {window} tokens to train on and two"
+                " others to hold out: give more text that differs, or a smaller --window"
             )
         copies += corpus.copies
         result.append(replace(corpus, train=train, held_out=kept, copies=copies))
