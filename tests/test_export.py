@@ -239,17 +239,28 @@ def test_scales_that_float16_does_not_hold(format: str, scale: float, tmp_path: 
     refused(tier, tmp_path / "e", format, *said)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"expert_intermediate": 500}, "expert width 500"),
-        ({"hidden": 252, "heads": 2}, "hidden size 252"),
-    ],
-)
-def test_rows_that_blocks_do_not_divide(changes: dict[str, Any], said: str, tmp_path: Path):
-    built = write_overlay(tmp_path / "o", **(BLOCKS | changes))
+def test_rows_that_blocks_do_not_divide(tmp_path: Path):
+    built = write_overlay(tmp_path / "o", **(BLOCKS | {"hidden": 252, "heads": 2}))
     tier = tier_of(built.path, None, tmp_path / "t")
-    refused(tier, tmp_path / "e", "gguf-experts", said, "256", "TQ1_0 and TQ2_0", "--format packed")
+    said = ("hidden size 252", "256", "TQ1_0 and TQ2_0", "--format packed")
+    refused(tier, tmp_path / "e", "gguf-experts", *said)
+
+
+def test_experts_are_widened_to_whole_blocks(tmp_path: Path):
+    """The experts that are read again have more neurons, and those do nothing."""
+    built = write_overlay(tmp_path / "o", **(BLOCKS | {"expert_intermediate": 500}))
+    tier = tier_of(built.path, None, tmp_path / "t")
+    exported = export_tier(tier, tmp_path / "e", "gguf-experts")
+    assert exported.notes == ("experts are 512 wide instead of 500: the rest is zeros",)
+    wide, own = open_overlay(exported.path), open_overlay(built.path)
+    for layer, members in own.experts.items():
+        for expert, other in zip(members, wide.experts[layer], strict=True):
+            for (_, matrix), (_, more) in zip(expert, other, strict=True):
+                trits, padded = matrix.trits.read(), more.trits.read()
+                out, width = trits.shape
+                np.testing.assert_array_equal(padded[:out, :width], trits)
+                assert not padded[out:].any() and not padded[:, width:].any()
+                np.testing.assert_array_equal(more.row_scales()[:out], matrix.row_scales())
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.checkpoints.export_gguf import gguf_tensors
+from outlier_mlx.checkpoints.export_gguf import GgufTensors, gguf_tensors
 from outlier_mlx.checkpoints.export_llamacpp import llamacpp_model
 from outlier_mlx.checkpoints.export_mlx2 import check_mlx2, mlx2_pack
 from outlier_mlx.checkpoints.export_packed import packed_tensors
@@ -182,7 +182,9 @@ def _of_tier(folder: Path, format: str) -> _Content:
     overlay = open_tier(folder)
     origin = _origin(folder, contains_base=bool(overlay.base))
     tensors = FORMATS[format](overlay, origin)
-    return _Content(tensors, overlay_config(overlay.config, origin), "tier", overlay, origin.base)
+    notes = tensors.notes if isinstance(tensors, GgufTensors) else ()
+    config = overlay_config(overlay.config, origin)
+    return _Content(tensors, config, "tier", overlay, origin.base, notes)
 
 
 def _for_transformers(source: Source, name: str, dtype: str) -> _Content:

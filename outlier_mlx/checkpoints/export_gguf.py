@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.export_shared import Origin, copied, find_scale_forms, slabs
+from outlier_mlx.checkpoints.gguf_encode import padded_rows, widened
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.storage.rounding import narrowed
-from outlier_mlx.storage.tensors import ExpertMatrix, row_ranges
+from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.ternary.ggml import BLOCK, pack_tq1_0_blocks
+from outlier_mlx.ternary.ggml import BLOCK
 from outlier_mlx.writing.gguf_file import Field, GgufTensor, write_gguf
 from outlier_mlx.writing.parts import Parts, Tally
 from outlier_mlx.writing.writer import WrittenFile
@@ -26,7 +27,7 @@ def gguf_tensors(overlay: Overlay, origin: Origin) -> "GgufTensors":
     """Experts and routers for `experts.gguf`, the base, if there is one, for ordinary shards.
 
     Raises:
-        OutlierError: rows that 256 does not divide, or a scale that float16 does not hold.
+        OutlierError: a hidden size that 256 does not divide, or a scale that float16 does not hold.
     """
     _require_blocks(overlay)
     find_scale_forms(overlay).require_float16("GGUF's ternary blocks")
@@ -36,10 +37,23 @@ def gguf_tensors(overlay: Overlay, origin: Origin) -> "GgufTensors":
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensors(Parts):
-    """The base in shards, all else in a GGUF file."""
+    """The base in shards, all else in a GGUF file.
+
+    Experts whose width 256 does not divide are written wider, with zeros.
+    """
 
     overlay: Overlay
     origin: Origin
+
+    @property
+    def width(self) -> int:
+        """Width of an expert in the file."""
+        return -(-self.overlay.expert_intermediate // BLOCK) * BLOCK
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what is not exactly as in the tier."""
+        return tuple(widened(self.overlay.expert_intermediate, self.width))
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +74,7 @@ class GgufTensors(Parts):
             "general.quantization_version": 2,
             "outlier.block_count": config.layers,
             "outlier.embedding_length": config.hidden,
-            "outlier.expert_feed_forward_length": self.overlay.expert_intermediate,
+            "outlier.expert_feed_forward_length": self.width,
             "outlier.expert_count": config.experts,
             "outlier.expert_used_count": config.top_k,
         }
@@ -77,27 +91,28 @@ class GgufTensors(Parts):
         for layer, members in self.overlay.experts.items():
             for projection in PROJECTIONS:
                 matrices = [getattr(expert, projection) for expert in members]
-                shape = (len(matrices), *matrices[0].trits.shape)
+                hidden = self.overlay.config.hidden
+                of_one = (hidden, self.width) if projection == "down" else (self.width, hidden)
                 name = f"blk.{layer}.ffn_{projection}_exps.weight"
-                experts.append(GgufTensor(name, "TQ1_0", shape, partial(_blocks, matrices)))
+                experts.append(
+                    GgufTensor(
+                        name, "TQ1_0", (len(matrices), *of_one), partial(_blocks, matrices, of_one)
+                    )
+                )
         return routers + experts
 
 
 def _require_blocks(overlay: Overlay) -> None:
-    widths = {"hidden size": overlay.config.hidden, "expert width": overlay.expert_intermediate}
-    for name, width in widths.items():
-        if width % BLOCK:
-            raise OutlierError(
-                f"{overlay.path.name}: {name} {width}: GGUF cuts rows into blocks of {BLOCK}, in"
-                " TQ1_0 and TQ2_0 alike; --format overlay and --format packed take any width"
-            )
+    hidden = overlay.config.hidden
+    if hidden % BLOCK:
+        raise OutlierError(
+            f"{overlay.path.name}: hidden size {hidden}: GGUF cuts rows into blocks of {BLOCK}, in"
+            " TQ1_0 and TQ2_0 alike; --format overlay and --format packed take any size"
+        )
 
 
-def _blocks(matrices: list[ExpertMatrix]) -> Iterator[np.ndarray]:
+def _blocks(matrices: list[ExpertMatrix], shape: tuple[int, int]) -> Iterator[np.ndarray]:
     """Rows of blocks, (rows, in / 256 * 54) uint8, of all experts in order."""
     for matrix in matrices:
-        out, width = matrix.trits.shape
         scales = narrowed(matrix.row_scales(), "float16", matrix.scale.where)
-        for start, stop in row_ranges(out, width):
-            d = np.repeat(scales[start:stop, None], width // BLOCK, axis=1)
-            yield pack_tq1_0_blocks(matrix.trits.read(start, stop), d)
+        yield from padded_rows("tq1_0", matrix, scales, shape)

@@ -25,8 +25,9 @@ from outlier_mlx.checkpoints.gguf_encode import (
     affine_rounding,
     affine_slabs,
     float_slabs,
+    padded_rows,
     q8_0_slabs,
-    ternary_rows,
+    widened,
 )
 from outlier_mlx.checkpoints.gguf_vocabulary import vocabulary_fields
 from outlier_mlx.checkpoints.llamacpp_config import ROPE_FREQS, config_fields, rope_factors
@@ -36,7 +37,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS, ModelConfig
 from outlier_mlx.models.modules import Module, tier_modules
 from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.tensors import ExpertMatrix, row_ranges
+from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.gguf_file import KINDS, Field, GgufTensor, write_gguf
 from outlier_mlx.writing.parts import Parts, Tally
@@ -143,8 +144,7 @@ class _Plan:
             )
         own = overlay.expert_intermediate
         self.width = -(-own // self._block) * self._block
-        if self.width != own:
-            self.notes.append(f"experts are {self.width} wide instead of {own}: the rest is zeros")
+        self.notes += widened(own, self.width)
         self.alpha = common_alpha(alphas)
 
     def tensors(self) -> list[GgufTensor]:
@@ -232,23 +232,9 @@ class _Plan:
             for number, expert in enumerate(self._overlay.experts[layer]):
                 scales = getattr(self._folded(layer, number), projection)
                 matrix = getattr(expert, projection)
-                yield from _padded_rows(self._experts, matrix, scales, shape)
+                yield from padded_rows(self._experts, matrix, scales, shape)
 
         return GgufTensor(f"{name}.weight", self._experts.upper(), (members, *shape), slabs)
-
-
-def _padded_rows(
-    kind: str, matrix: ExpertMatrix, scales: np.ndarray, shape: tuple[int, int]
-) -> Iterator[np.ndarray]:
-    """The blocks of an expert's matrix, widened to a shape by trits 0."""
-    out, width = matrix.trits.shape
-    for start, stop in row_ranges(out, width):
-        trits = np.pad(matrix.trits.read(start, stop), ((0, 0), (0, shape[1] - width)))
-        yield ternary_rows(kind, trits, scales[start:stop])
-    rows = shape[0] - out
-    if rows:
-        zeros = np.zeros((rows, shape[1]), np.int8)
-        yield ternary_rows(kind, zeros, np.zeros(rows, np.float16))
 
 
 def _name(path: str) -> str:
