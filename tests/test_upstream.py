@@ -20,6 +20,7 @@ import pytest
 import outlier_mlx
 from outlier_mlx import upstream
 from outlier_mlx.errors import OutlierError
+from scripts import oldest
 from tests.program import ROOT
 
 PACKAGE = Path(outlier_mlx.__file__).parent
@@ -287,6 +288,30 @@ def test_the_allowed_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert upstream.requirement("mlx-lm") == "mlx-lm<0.33,>=0.32.1"
     assert upstream.requirement("mlx") == "mlx<0.33,>=0.32"
     assert upstream.requirement("numpy") == "numpy"
+
+
+def test_the_oldest_versions() -> None:
+    """What `scripts/test-oldest` installs: the lower bound of each dependency, on each system."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    linux, mac = (oldest.oldest(dependencies, system) for system in ("linux", "darwin"))
+    assert len(linux) == len(mac) == len(dependencies) - 1
+    assert [line.replace("[cpu]", "") for line in linux] == mac
+    for line in linux:
+        assert any(wanted.startswith(line.replace("==", ">=")) for wanted in dependencies)
+    with pytest.raises(ValueError, match=r"'rich<2' has no lower bound"):
+        oldest.oldest(["rich<2"], "linux")
+
+
+def test_the_oldest_versions_are_tested() -> None:
+    """The files that the script names are there."""
+    script = (ROOT / "scripts" / "test-oldest").read_text()
+    listed = re.search(r"tests=\((.*?)\)", script, re.DOTALL)
+    assert listed is not None
+    names = listed[1].split()
+    assert {"upstream", "bundle", "generate", "serve", "tier_format"} <= set(names)
+    for name in names:
+        assert (ROOT / "tests" / f"test_{name}.py").exists(), name
+    assert "exec ./scripts/test-oldest" in (ROOT / "scripts" / "test").read_text()
 
 
 def test_bounds_from_above() -> None:
