@@ -1,0 +1,96 @@
+"""Measure a model with `outlier-mlx bench` and `doctor`, and keep figures with where they are from.
+
+    python scripts/figures.py TIER --out FOLDER
+
+FOLDER gets machine.json (chip, macOS, MLX, commit), and what each command prints, also as JSON.
+Kernels are measured, too, and checked against plain MLX, where there is a GPU that computes
+correctly.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import probe_metal
+
+from outlier_mlx.engine.chips import this_chip
+from outlier_mlx.measure.environment import environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def machine(usable: bool, about: str) -> dict[str, Any]:
+    """Where the figures are from.
+
+    Args:
+        usable: whether there is a GPU that computes correctly.
+        about: its name, or why it does not.
+    """
+    return {
+        **environment(this_chip()),
+        "gpu": {"usable": usable, "about": about},
+        "system": platform.platform(),
+        "macos": platform.mac_ver()[0] or None,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with a "+" if files were changed; None without git."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def measure(model: Path, out: Path, kernels: bool, trials: int) -> int:
+    """Run the commands, each as text and as JSON; the first exit code that is not 0.
+
+    Args:
+        model: the model's folder.
+        out: gets a .txt and a .json of each command.
+        kernels: whether kernels are measured.
+        trials: runs of each measurement.
+    """
+    bench = ["bench", "--model", str(model), "--num-trials", str(trials)]
+    commands = {"doctor": ["doctor", str(model)], "bench": bench}
+    if kernels:
+        commands["kernels"] = [*bench, "--kernels"]
+    status = 0
+    for name, command in commands.items():
+        for ending, extra in (("txt", ()), ("json", ("--json",))):
+            with (out / f"{name}.{ending}").open("wb") as file:
+                program = [sys.executable, "-m", "outlier_mlx", *command, *extra]
+                done = subprocess.run(program, stdout=file, env=os.environ | {"COLUMNS": "100"})
+            status = status or done.returncode
+    return status
+
+
+def main() -> None:
+    """Write the folder; the exit code is that of the first command that fails."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--num-trials", type=int, default=5)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    usable, about = probe_metal.probe()
+    text = json.dumps(machine(usable, about), indent=2)
+    (args.out / "machine.json").write_text(text + "\n", encoding="utf-8")
+    sys.exit(measure(args.model, args.out, usable, args.num_trials))
+
+
+if __name__ == "__main__":
+    main()
