@@ -13,7 +13,6 @@ from queue import Empty
 from typing import Any, NoReturn
 
 import mlx.core as mx
-from mlx_lm.sample_utils import greedy_sampler
 
 from outlier_mlx.engine.distributed.launcher import LOST, is_lost
 from outlier_mlx.engine.distributed.ranks import ranks, shared
@@ -29,6 +28,7 @@ from outlier_mlx.serve.request import Request
 from outlier_mlx.serve.sampling import Choice, choice_for
 from outlier_mlx.serve.segments import Prompt
 from outlier_mlx.serve.sequences import Sequence
+from outlier_mlx.upstream import greedy_sampler
 
 
 class SharedJob(Job):
