@@ -92,8 +92,7 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return with_alphas(write_overlay(folder, **DIMS, scale_form="per_row"), EVEN)
 
 
-@pytest.mark.parametrize("experts", TERNARY)
-@pytest.mark.parametrize("tier", ["f32", "bf16"])
+@pytest.mark.parametrize(("tier", "experts"), zip(("f32", "bf16", "f32"), TERNARY, strict=True))
 def test_every_weight_is_the_tiers(even: Built, tier: str, experts: str, tmp_path: Path):
     made = tier_of(even.path, None, tmp_path / "t", tier=tier)
     read = Read(export_tier(made, tmp_path / "e", "gguf", experts=experts).path)

@@ -127,7 +127,14 @@ def test_alphas_that_are_rounded(tmp_path: Path):
 
 
 GOLDENS = [
-    *("v0_toy_moe", "v1_real_sharded", "v2_real_perchannel", "packed_experts_dir"),
+    *(
+        "v0_toy_dense",
+        "v0_toy_gqa_bias",
+        "v0_toy_moe",
+        "v1_real_sharded",
+        "v2_real_perchannel",
+        "packed_experts_dir",
+    ),
     *("v32_alpha_json_partial", "v32_alpha_tensors", "v33_overlay_yarn"),
 ]
 

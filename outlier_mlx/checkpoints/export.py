@@ -15,7 +15,7 @@ from outlier_mlx.checkpoints.gguf_encode import TERNARY
 from outlier_mlx.checkpoints.hf_card import hf_card
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.stored_model import StoredModel, open_stored
-from outlier_mlx.checkpoints.tier import open_tier
+from outlier_mlx.checkpoints.tier import as_overlay, open_stored_tier, open_tier
 from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.models.config import raw_config
 from outlier_mlx.storage.hub import Source, resolve
@@ -172,9 +172,9 @@ class _Content:
 
 
 def _whole(folder: Path, experts: str) -> _Content:
-    overlay = open_tier(folder)
+    stored = open_stored_tier(folder)
     origin = _origin(folder, contains_base=True)
-    model = llamacpp_model(open_stored(folder), overlay, origin, experts)
+    model = llamacpp_model(stored, as_overlay(stored, folder), origin, experts)
     return _Content(model, None, "tier", notes=model.notes)
 
 

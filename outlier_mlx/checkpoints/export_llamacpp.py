@@ -136,7 +136,7 @@ class _Plan:
         self._stored, self._config, self._overlay = stored, config, overlay
         self._experts, self._alphas = experts, alphas
         _, self._block, _ = KINDS[experts.upper()]
-        if config.hidden % self._block:
+        if config.moe_layers and config.hidden % self._block:
             more = "; --experts q4_0 takes multiples of 32" if config.hidden % 32 == 0 else ""
             raise OutlierError(
                 f"{overlay.path.name}: hidden size {config.hidden}: llama.cpp cuts the rows of"

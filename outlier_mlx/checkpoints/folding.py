@@ -32,8 +32,8 @@ class Folded:
 
 def common_alpha(alphas: Mapping[int, np.ndarray]) -> float:
     """The alpha of all experts of all layers, if they have the same that is not 0; else 1."""
-    values = np.unique(np.concatenate([each.reshape(-1) for each in alphas.values()]))
-    return float(values[0]) if values.size == 1 and values[0] != 0 else 1.0
+    values = {float(alpha) for each in alphas.values() for alpha in each}
+    return values.pop() if len(values) == 1 and values != {0.0} else 1.0
 
 
 def fold(gate: np.ndarray, up: np.ndarray, down: np.ndarray, alpha: float, where: str) -> Folded:
