@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,23 @@ import numpy as np
 import pytest
 
 import outlier_mlx
+from outlier_mlx.engine.distributed import pipeline as pipeline_module
+from outlier_mlx.engine.distributed import ranks as ranks_module
 from outlier_mlx.engine.distributed.cuts import Cut, Run, spans
+from outlier_mlx.engine.distributed.pipeline import divided
+from outlier_mlx.engine.distributed.ranks import Ranks, agreed, connect, gathered, least, shared
 from outlier_mlx.engine.distributed.tensor_parallel import TensorParallel, heads_of
+from outlier_mlx.engine.needs import needs_of
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.runtime.affine2 import row_bytes
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.ternary import rows as ternary_rows
-from tests.program import run
-from tests.ranks import run_python_ranks, run_ranks
+from tests.evaluating import GENERATE, write_task
+from tests.library import Library
+from tests.program import SCRIPT, Result, assert_refused, run
+from tests.ranks import ended, run_python_ranks, run_ranks, start_ranks
+from tests.serving import running
 
 PROMPT = [1, 5, 7, 200, 31, 8, 9, 100]
 
@@ -175,3 +186,212 @@ def test_two_ranks_write_the_same_text_and_only_the_first_talks(
     found = run_ranks(2, tmp_path, *words)
     assert found[0].out == expected.out
     assert "prompt: " in found[0].err
+
+
+# -- layers, and paging ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "budgets", "everywhere", "expected"),
+    [
+        ([1] * 8, [10, 10], 0, [(0, 4), (4, 8)]),
+        ([1] * 8, [30, 10], 0, [(0, 6), (6, 8)]),
+        ([1] * 8, [14, 6], 2, [(0, 6), (6, 8)]),
+        ([1, 1, 6], [10, 10, 10], 0, [(0, 1), (1, 2), (2, 3)]),
+        ([9, 1, 1], [10, 10], 0, [(0, 1), (1, 3)]),
+        ([1] * 4, [100, 1, 1], 50, [(0, 2), (2, 3), (3, 4)]),
+    ],
+)
+def test_layers_are_divided_by_memory(
+    layers: list[int], budgets: list[int], everywhere: int, expected: list[tuple[int, int]]
+) -> None:
+    assert divided(layers, budgets, everywhere) == expected
+
+
+def test_more_ranks_than_layers_are_refused() -> None:
+    with pytest.raises(OutlierError, match="2 layers cannot be divided between 3 ranks"):
+        divided([1, 1], [1, 1, 1])
+
+
+@pytest.fixture(scope="session")
+def wide_tier(library: Library) -> Path:
+    """A float32 tier of which a half is many times larger than what is on every rank."""
+    dims = {"hidden": 256, "intermediate": 1024, "expert_intermediate": 800}
+    return library.tier(library.overlay(**dims, heads=8, kv_heads=4, experts=8))
+
+
+def share(model: Path, rank: int, monkeypatch: pytest.MonkeyPatch, *, pipeline: bool) -> Any:
+    """What the plan counts for one of two ranks of equal memory."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks_module, "_ranks", Ranks(rank, 2, pipeline))
+        patch.setattr(pipeline_module, "gathered", lambda text: [text, text])
+        pipeline_module.stages.cache_clear()
+        found = needs_of(model, on_cpu=True)
+    pipeline_module.stages.cache_clear()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_a_rank_takes_its_share_of_memory_and_computes_the_same(
+    pipeline: bool, wide_tier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = logits_of_ranks(2, tmp_path, wide_tier, pipeline=pipeline)
+    assert_same_logits(found, wide_tier)
+    whole = needs_of(wide_tier, on_cpu=True).weights
+    for rank, own in enumerate(found):
+        needs = share(wide_tier, rank, monkeypatch, pipeline=pipeline)
+        active, peak = own["loaded"]
+        assert 0.85 * needs.weights < active <= needs.weights < 0.6 * whole
+        # What is converted for the CPU at a time comes on top.
+        assert peak < needs.weights + 4e6 < whole
+        assert 0 < needs.replicated < 0.1 * needs.weights
+
+
+@pytest.mark.slow
+def test_parts_of_experts_are_paged(tier: Path, tmp_path: Path) -> None:
+    found = logits_of_ranks(2, tmp_path, tier, expert_memory="50%")
+    assert_same_logits(found, tier)
+    assert all(rank["paged"] for rank in found)
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_pipeline_writes_the_same_text(place: Path, tmp_path: Path) -> None:
+    words = ("generate", place / "tier", "--prompt", "the cat", "--max-tokens", 12)
+    found = run_ranks(2, tmp_path, *words, "--pipeline")
+    assert found[0].out == run(*words).out
+
+
+@pytest.mark.slow
+def test_perplexity_is_that_of_one_process(place: Path, tmp_path: Path) -> None:
+    words = ("perplexity", place / "tier", "--text", place / "text.txt", "--window", 32)
+    words = (*words, "--windows", 2, "--json")
+    found, expected = run_ranks(2, tmp_path, *words)[0].json, run(*words).json
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_bench_runs_on_a_pipeline(place: Path, tmp_path: Path) -> None:
+    words = ("-p", 8, "-g", 4, "-n", 1, "--json", "--pipeline")
+    found = run_ranks(2, tmp_path, "bench", place / "tier", *words)[0].json
+    assert found["generation_tokens_per_s"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_a_chat_goes_on_where_the_first_rank_reads_a_line(place: Path, tmp_path: Path) -> None:
+    words = ("chat", place / "tier", "--max-tokens", 6, "--temp", 0)
+    lines = "the cat\nthe dog\n/exit\n"
+    results = ended(start_ranks(2, tmp_path, SCRIPT, *words), lines)
+    assert [result.code for result in results] == [0, 0], results
+    assert results[0].out == run(*words, input=lines).out
+    assert results[1].both == ""
+
+
+@pytest.mark.slow
+def test_eval_scores_as_one_process_does(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"question": "the cat", "answer": "x"}, {"question": "the dog sat", "answer": "y"}]
+    task = write_task(tmp_path / "tasks", "short", rows, GENERATE % '"\\n"')
+    words = ("eval", place / "tier", "--tasks", task, "--json")
+    found = run_ranks(2, tmp_path, *words)[0].json
+    assert found["scores"] == run(*words).json["scores"]
+
+
+@pytest.mark.slow
+def test_requests_at_the_same_time_get_the_answers_of_one_process(
+    place: Path, tmp_path: Path
+) -> None:
+    bodies = [
+        {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": heat}
+        | {"seed": 7, "model": "tier"}
+        for text, heat in (("the cat", 0), ("the dog sat on", 0.9))
+    ]
+    started = start_ranks(2, tmp_path, SCRIPT, "serve", place / "tier", "--port", 0)
+    try:
+        assert started[0].stderr is not None
+        url = next(line for line in started[0].stderr if "serving" in line).split()[3]
+        with ThreadPoolExecutor() as pool:
+            first = list(pool.map(partial(answer, url), bodies))
+        again = [answer(url, body) for body in bodies]  # with kept caches
+        started[0].terminate()
+        assert [process.wait(30) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    with running(place / "tier") as server:
+        expected = [answer(server.server.url, body) for body in bodies]
+    assert first == again == expected
+
+
+def answer(url: str, body: dict[str, Any]) -> str:
+    """The text that a server answers."""
+    data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/chat/completions", data, kind)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return str(json.load(reply)["choices"][0]["message"]["content"])
+
+
+# -- ranks that fail ------------------------------------------------------------------------------
+
+
+def assert_ended(results: list[Result], *words: str) -> None:
+    """All ranks ended with 1, and rank 0 alone said why, in one line."""
+    assert [result.code for result in results] == [1] * len(results), results
+    errors = [line for line in results[0].err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), results
+    assert "Traceback" not in results[0].err
+    assert all(result.both == "" for result in results[1:]), results
+
+
+@pytest.mark.slow
+def test_ranks_with_other_options_or_another_model_end_all(
+    place: Path, small_tier: Path, tmp_path: Path
+) -> None:
+    words = (SCRIPT, "generate", place / "tier", "--prompt", "x")
+    for other, *said in (
+        ((*words, "--max-tokens", 3), "rank 1 differs from rank 0 in options", "--max-tokens 3"),
+        ((SCRIPT, "generate", tmp_path / "no", "--prompt", "x"), "rank 1: ", "no such folder"),
+    ):
+        started = start_ranks(2, tmp_path, *words, each={1: other})
+        assert_ended(ended(started), *said)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/tier").symlink_to(place / "tier")
+    (tmp_path / "b/tier").symlink_to(small_tier)
+    shells = {
+        rank: ("sh", "-c", f"cd {tmp_path}/{folder} && exec {SCRIPT} generate ./tier --prompt x")
+        for rank, folder in enumerate("ab")
+    }
+    assert_ended(ended(start_ranks(2, tmp_path, each=shells)), "in model", "copy the model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(), ("--pipeline",)])
+def test_a_rank_that_dies_ends_all(how: tuple[str, ...], place: Path, tmp_path: Path) -> None:
+    words = ("generate", place / "tier", "--prompt", "hi", "--max-tokens", 4000)
+    words = (*words, "--max-kv-size", 64, "--ignore-chat-template", *how)
+    started = start_ranks(2, tmp_path, SCRIPT, *words)
+    assert started[0].stderr is not None and started[0].stdout is not None
+    started[0].stderr.readline()  # what all need of memory: then the model is loaded
+    started[0].stdout.read(1)
+    started[1].kill()
+    results = ended(started)
+    assert [result.code for result in results] == [1, -9]
+    assert results[0].err.count("\n") == 1
+    assert "the connection to another rank was lost" in results[0].err
+
+
+def test_alone_nothing_is_sent_and_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLX_RANK", raising=False)
+    x = mx.arange(3)
+    assert connect() == Ranks() and agreed(x) is x and shared([1]) == [1] and least(5) == 5
+    assert gathered("text") == ["text"]
+
+
+def test_a_pipeline_needs_a_launcher(small_tier: Path) -> None:
+    result = run("generate", small_tier, "--prompt", "x", "--pipeline", code=None)
+    assert_refused(result, "--pipeline is for several processes: start them with mlx.launch")
