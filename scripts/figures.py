@@ -2,14 +2,13 @@
 
     python scripts/figures.py TIER --out FOLDER
 
-FOLDER gets machine.json (chip, macOS, MLX, commit), and what each command prints, also as JSON.
+FOLDER gets machine.json (chip, macOS, MLX, commit), and the JSON that each command prints.
 Kernels are measured, too, and checked against plain MLX, where there is a GPU that computes
 correctly.
 """
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -56,11 +55,11 @@ def _git(*arguments: str) -> str:
 
 
 def measure(model: Path, out: Path, kernels: bool, trials: int) -> int:
-    """Run the commands, each as text and as JSON; the first exit code that is not 0.
+    """Run the commands; the first exit code that is not 0.
 
     Args:
         model: the model's folder.
-        out: gets a .txt and a .json of each command.
+        out: gets a .json of each command.
         kernels: whether kernels are measured.
         trials: runs of each measurement.
     """
@@ -70,11 +69,10 @@ def measure(model: Path, out: Path, kernels: bool, trials: int) -> int:
         commands["kernels"] = [*bench, "--kernels"]
     status = 0
     for name, command in commands.items():
-        for ending, extra in (("txt", ()), ("json", ("--json",))):
-            with (out / f"{name}.{ending}").open("wb") as file:
-                program = [sys.executable, "-m", "outlier_mlx", *command, *extra]
-                done = subprocess.run(program, stdout=file, env=os.environ | {"COLUMNS": "100"})
-            status = status or done.returncode
+        with (out / f"{name}.json").open("wb") as file:
+            program = [sys.executable, "-m", "outlier_mlx", *command, "--json"]
+            done = subprocess.run(program, stdout=file)
+        status = status or done.returncode
     return status
 
 

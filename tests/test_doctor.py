@@ -153,15 +153,16 @@ def test_a_wrong_result(quick: list[Any], monkeypatch: pytest.MonkeyPatch):
     ("installed", "problem"),
     [
         ("0.1.5", "mlx 0.1.5 is older than 99.1, which was tested: pip install -U 'mlx>="),
-        (None, "mlx is not installed: pip install 'mlx>=99.1'"),
+        (None, "mlx is not installed: pip install 'mlx>=99.1,<100'"),
         ("99.1", None),
         ("99.2.1rc1", None),
+        ("100.0.1", "mlx 100.0.1 is newer than what was tested: pip install -U 'mlx>=99.1,<100'"),
     ],
 )
 def test_versions(
     installed: str | None, problem: str | None, quick: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = [Version("mlx", installed, "99.1"), Version("mlx-lm", "1.0", None)]
+    found = [Version("mlx", installed, "99.1", "100"), Version("mlx-lm", "1.0", None)]
     monkeypatch.setattr(doctor, "installed_versions", lambda: found)
     done = run("doctor", code=0 if problem is None else 1)
     assert done.err == "" if problem is None else problem in done.err
@@ -172,6 +173,9 @@ def test_what_was_tested_is_in_the_metadata(monkeypatch: pytest.MonkeyPatch):
     lines = ["numpy>=2", "mlx>=1.2.3; sys_platform == 'darwin'", "mlx-lm[a,b]>=4.5"]
     monkeypatch.setattr(versions, "requires", lambda name: lines)
     assert [one.tested for one in installed_versions()] == ["1.2.3", "4.5"]
+    lines[1:] = ["mlx<1.3,>=1.2.3; sys_platform == 'darwin'", "mlx-lm[a,b]<5"]
+    bounds = [(one.tested, one.below) for one in installed_versions()]
+    assert bounds == [("1.2.3", "1.3"), (None, "5")]
 
     def missing(name: str) -> Any:
         raise importlib.metadata.PackageNotFoundError(name)

@@ -252,16 +252,22 @@ def _disk(given: Given, model: Model | None, stages: Stages) -> Finding:
 def _versions() -> Iterator[Finding]:
     for one in installed_versions():
         key = one.name.replace("-", "_")
-        wanted = f"{one.name}>={one.tested}" if one.tested else one.name
         if one.installed is None:
-            yield unknown(key, one.name, "", f"{one.name} is not installed: pip install '{wanted}'")
+            yield unknown(
+                key, one.name, "", f"{one.name} is not installed: pip install '{one.wanted}'"
+            )
             continue
-        about = f"tested with {one.tested}" if one.tested else f"{PACKAGE} is not installed"
+        about = f"tested from {one.tested} on" if one.tested else f"{PACKAGE} is not installed"
         problem = None
         if one.is_old:
             problem = (
                 f"{one.name} {one.installed} is older than {one.tested}, which was tested:"
-                f" pip install -U '{wanted}'"
+                f" pip install -U '{one.wanted}'"
+            )
+        elif one.is_new:
+            problem = (
+                f"{one.name} {one.installed} is newer than what was tested:"
+                f" pip install -U '{one.wanted}'"
             )
         yield Finding(key, one.name, one.installed, one.installed, REPORTED, about, problem)
 
