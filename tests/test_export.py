@@ -64,6 +64,10 @@ def test_round_trip(format: str, shape: str, tmp_path: Path):
     for layer, alphas in built.alphas.items():
         stated = [table[str(layer)][str(e)] for e in range(len(alphas))]
         np.testing.assert_array_equal(np.array(stated, np.float32), alphas)
+    # The overlay itself is exported in the same way.
+    direct = export_tier(built.path, tmp_path / "d", format)
+    assert direct.base is None
+    assert_same_contents(contents(open_overlay(direct.path)), contents(open_overlay(built.path)))
     # And once more, through a tier that is made from the export.
     again = tier_of(exported.path, None, tmp_path / "t2")
     assert (again / WEIGHTS).read_bytes() == (tier / WEIGHTS).read_bytes()

@@ -22,7 +22,7 @@ from tests.forms import assert_same_contents, contents
 from tests.goldens import assert_logits_close
 from tests.hub_uploads import WritableHub
 from tests.library import Library
-from tests.program import run
+from tests.program import assert_refused, run
 from tests.reference import forward as reference_forward
 from tests.reference_reader import read_overlay
 from tests.test_bases import LLAMA3, YARN
@@ -138,10 +138,19 @@ def test_its_tier_is_exported_unchanged(form: str, tmp_path: Path) -> None:
     overlay = tmp_path / "overlay"
     write(base, overlay, settings=replace(SETTINGS, layers=(1,), expert_size=256))
     tier = tier_of(overlay, base.path, tmp_path / "tier", base_bits=4)
-    run("export", tier, "--format", form, "--out", tmp_path / "again")
-    assert_same_contents(
-        contents(open_overlay(tmp_path / "again")), contents(open_overlay(overlay))
-    )
+    for source in (tier, overlay):  # the overlay itself is exported, too
+        out = tmp_path / f"again-{source.name}"
+        run("export", source, "--format", form, "--out", out)
+        assert_same_contents(contents(open_overlay(out)), contents(open_overlay(overlay)))
+        config = json.loads((out / "config.json").read_text())
+        assert config["base_model_name_or_path"] == "base"
+
+
+def test_a_whole_model_is_exported_from_its_tier(overlay: Path, tmp_path: Path) -> None:
+    """One line says what to do first."""
+    for form in ("gguf", "transformers"):
+        ended = run("export", overlay, "--format", form, "--out", tmp_path / "o", code=1)
+        assert_refused(ended, f"{overlay}: an overlay", f"convert {overlay} --base BASE --out TIER")
 
 
 def test_the_overlay_itself_is_pushed(

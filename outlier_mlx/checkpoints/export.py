@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.export_gguf import GgufTensors, gguf_tensors
 from outlier_mlx.checkpoints.export_llamacpp import llamacpp_model
 from outlier_mlx.checkpoints.export_mlx2 import check_mlx2, mlx2_pack
@@ -13,11 +14,11 @@ from outlier_mlx.checkpoints.export_transformers import hf_export
 from outlier_mlx.checkpoints.export_v32 import v32_tensors
 from outlier_mlx.checkpoints.gguf_encode import TERNARY
 from outlier_mlx.checkpoints.hf_card import hf_card
-from outlier_mlx.checkpoints.overlay import Overlay
+from outlier_mlx.checkpoints.overlay import Overlay, check_base
 from outlier_mlx.checkpoints.stored_model import StoredModel, open_stored
 from outlier_mlx.checkpoints.tier import as_overlay, open_stored_tier, open_tier
 from outlier_mlx.errors import OutlierError, did_you_mean
-from outlier_mlx.models.config import raw_config
+from outlier_mlx.models.config import is_overlay, raw_config
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.paths import files_below, inside, named
 from outlier_mlx.storage.texts import read_json
@@ -76,14 +77,14 @@ def export_tier(
     experts: str = TERNARY[0],
     opened: Callable[[Path], StoredModel] = open_stored,
 ) -> Exported:
-    """Write a tier in a form that other tools read.
+    """Write a tier, or the experts of an overlay, in a form that other tools read.
 
     "gguf" is the whole tier, for llama.cpp, and "transformers" for transformers, whose class has
     it exactly in float32. All others are exact: experts, routers and alphas, and the base if the
     tier stores it unquantized; from int4 it could not be restored.
 
     Args:
-        tier: a tier's folder or hub repository.
+        tier: a tier's folder or hub repository; or an overlay's, for the forms of experts alone.
         out: the folder to make.
         format: "overlay" (the V3.2 form), "packed" (five trits a byte, and `experts.bin`), "gguf"
             (`model.gguf`), "gguf-experts" (TQ1_0 tensors) or "transformers" (a checkpoint of its
@@ -115,7 +116,7 @@ def export_tier(
     elif format == MLX2:
         content = _of_ternary(source, opened)
     else:
-        content = _of_tier(source.folder, format)
+        content = _of_experts(source.folder, format)
     planned(content.tensors)
 
     def assets(folder: Path) -> None:
@@ -178,13 +179,24 @@ def _whole(folder: Path, experts: str) -> _Content:
     return _Content(model, None, "tier", notes=model.notes)
 
 
-def _of_tier(folder: Path, format: str) -> _Content:
-    overlay = open_tier(folder)
-    origin = _origin(folder, contains_base=bool(overlay.base))
+def _of_experts(folder: Path, format: str) -> _Content:
+    """The experts of a tier or overlay, with the base if there is one in floats."""
+    raw = raw_config(folder)
+    if is_overlay(raw):
+        overlay = open_overlay(folder)
+        overlay.check()
+        if overlay.base:
+            check_base(overlay.base, overlay.config, folder.name)
+        name = folder.resolve().name
+        base = str(raw.get("base_model_name_or_path") or name)
+        origin = Origin(name, None if overlay.base else base)
+    else:
+        overlay = open_tier(folder)
+        origin = _origin(folder, contains_base=bool(overlay.base))
     tensors = FORMATS[format](overlay, origin)
     notes = tensors.notes if isinstance(tensors, GgufTensors) else ()
     config = overlay_config(overlay.config, origin)
-    return _Content(tensors, config, "tier", overlay, origin.base, notes)
+    return _Content(tensors, config, overlay.form, overlay, origin.base, notes)
 
 
 def _for_transformers(source: Source, name: str, dtype: str) -> _Content:

@@ -34,8 +34,11 @@ def _parts(overlay: Overlay) -> Iterator[Part]:
         yield copied(name, tensor)
     for layer, router in overlay.routers.items():
         yield copied(f"model.layers.{layer}.mlp.router.weight", router)
-    for layer, alphas in zip(overlay.routers, overlay.alpha_tensors.values(), strict=True):
-        yield copied(f"model.layers.{layer}.mlp.alpha_values", alphas)
+    for layer, alphas in overlay.alphas().items():
+        name = f"model.layers.{layer}.mlp.alpha_values"
+        yield FromSlabs(
+            name, "router", TensorSpec(name, "F32", alphas.shape), partial(iter, [alphas])
+        )
     scales = find_scale_forms(overlay)
     stored = "F16" if scales.wide is None else "F32"
     for name, projection, matrix in matrices(overlay):

@@ -13,6 +13,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import (
     PROJECTIONS,
     ModelConfig,
+    is_overlay,
     is_ternary_model,
     is_tier,
     raw_config,
@@ -124,6 +125,11 @@ def open_stored_tier(folder: Path) -> StoredModel:
     if is_ternary_model(raw):
         raise CheckpointError(
             f"{folder}: not a tier, but a ternary model: --format mlx2 exports it"
+        )
+    if is_overlay(raw):
+        raise CheckpointError(
+            f"{folder}: an overlay, and a whole model is exported from a tier: first outlier-mlx"
+            f" convert {folder} --base BASE --out TIER, then export TIER"
         )
     if not is_tier(raw):
         raise CheckpointError(f"{folder}: not a tier; only tiers are exported")

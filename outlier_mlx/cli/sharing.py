@@ -33,7 +33,9 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Folder or hub repository of a tier or a ternary model."
+            metavar="MODEL",
+            help="Folder or hub repository of a tier or a ternary model; of an overlay, for its"
+            " experts alone.",
         ),
     ],
     out: OutFolder,
@@ -61,7 +63,7 @@ def export(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a tier, its experts alone, or a ternary model for other tools."""
+    """Write a tier, experts alone, or a ternary model for other tools."""
     from outlier_mlx.checkpoints.export import GGUF, MLX2, TRANSFORMERS, export_tier
     from outlier_mlx.engine.loading import open_model
     from outlier_mlx.terminal import progress_bar, size
