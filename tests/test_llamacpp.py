@@ -21,6 +21,8 @@ from outlier_mlx.checkpoints.export import export_tier
 from outlier_mlx.cli.showcase import FOLDER
 from outlier_mlx.engine.loading import load_tokenizer
 from outlier_mlx.imports.gguf_tokenizer import read_vocabulary, write_tokenizer
+from outlier_mlx.models.token_rules import RULES
+from outlier_mlx.storage.gguf import read_gguf
 from tests import damage
 from tests.builders import write_overlay
 from tests.engine import forward, load, tier_of
@@ -180,36 +182,29 @@ def strings(count: int) -> list[str]:
     return texts
 
 
-RULES: dict[str, dict[str, Any]] = {
-    "qwen2": {},
-    "gpt-2": {"add_prefix_space": False, "use_regex": True},
-    "llama-bpe": {"split": r"\p{N}{1,3}", "whole": True},
-    "smaug-bpe": {"split": r"\p{N}{1,3}"},
-}
+# Other names of rules.
+ALIASES = {"llama3", "llama-v3", "deepseek-r1-qwen"}
 
 
-def with_rule(tokenizer: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
-    """The embedded pair's tokenizer, with another rule to split text into words."""
-    if not how:
-        return tokenizer
-    level: dict[str, Any] = {"type": "ByteLevel", "trim_offsets": True, "add_prefix_space": False}
-    if "split" in how:
-        split = tokenizer["pre_tokenizer"]["pretokenizers"][0]
-        pattern = split["pattern"]["Regex"].replace(r"|\p{N}|", f"|{how['split']}|")
-        split = split | {"pattern": {"Regex": pattern}}
-        before = {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]}
-    else:
-        before = level | {"use_regex": True}
-    model = tokenizer["model"] | {"ignore_merges": how.get("whole", False)}
+def with_rule(tokenizer: dict[str, Any], name: str) -> dict[str, Any]:
+    """The embedded pair's tokenizer, with a rule by which llama.cpp is to split text."""
+    rule = RULES[name]
+    level = {"type": "ByteLevel", "trim_offsets": True, "add_prefix_space": False}
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+        for split in rule.splits
+    ]
+    before = {"type": "Sequence", "pretokenizers": [*steps, level | {"use_regex": False}]}
+    model = tokenizer["model"] | {"ignore_merges": rule.whole}
     return tokenizer | {"pre_tokenizer": before, "model": model, "normalizer": None}
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", sorted(set(RULES) - ALIASES))
 def test_a_thousand_strings(rule: str, tmp_path: Path):
     built = write_overlay(tmp_path / "o", **DIMS, vocab=1536, tokenizer=False)
     tier = tier_of(built.path, None, tmp_path / "t")
     own = json.loads((FOLDER / "base" / "tokenizer.json").read_text())
-    (tier / "tokenizer.json").write_text(json.dumps(with_rule(own, RULES[rule])))
+    (tier / "tokenizer.json").write_text(json.dumps(with_rule(own, rule)))
     config = (FOLDER / "base" / "tokenizer_config.json").read_text()
     config = config.replace("Qwen2Tokenizer", "PreTrainedTokenizerFast")
     (tier / "tokenizer_config.json").write_text(config)
@@ -217,6 +212,7 @@ def test_a_thousand_strings(rule: str, tmp_path: Path):
     tokenizer = load_tokenizer(tier, {})
     texts = strings(1000)
     said = ask(exported.path / "model.gguf", [], texts)
+    assert rule in str(read_gguf(exported.path / "model.gguf").fields["tokenizer.ggml.pre"])
     plain = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     wrong = [(a, b, c) for a, b, c in zip(texts, plain, said.texts, strict=True) if b != c]
     assert not wrong, (len(wrong), wrong[:3])
