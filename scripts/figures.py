@@ -2,9 +2,9 @@
 
     python scripts/figures.py TIER --out FOLDER
 
-FOLDER gets machine.json (chip, macOS, MLX, commit), and the JSON that each command prints.
-Kernels are measured, too, and checked against plain MLX, where there is a GPU that computes
-correctly.
+Other options are those of `bench`. FOLDER gets machine.json (chip, macOS, MLX, commit), and the
+JSON that each command prints. Kernels are measured, too, and checked against plain MLX, where there
+is a GPU that computes correctly.
 """
 
 import argparse
@@ -54,16 +54,16 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def measure(model: Path, out: Path, kernels: bool, trials: int) -> int:
+def measure(model: Path, out: Path, kernels: bool, options: list[str]) -> int:
     """Run the commands; the first exit code that is not 0.
 
     Args:
         model: the model's folder.
         out: gets a .json of each command.
         kernels: whether kernels are measured.
-        trials: runs of each measurement.
+        options: further options of `bench`.
     """
-    bench = ["bench", "--model", str(model), "--num-trials", str(trials)]
+    bench = ["bench", "--model", str(model), *options]
     commands = {"doctor": ["doctor", str(model)], "bench": bench}
     if kernels:
         commands["kernels"] = [*bench, "--kernels"]
@@ -81,13 +81,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--num-trials", type=int, default=5)
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
     usable, about = probe_metal.probe()
     text = json.dumps(machine(usable, about), indent=2)
     (args.out / "machine.json").write_text(text + "\n", encoding="utf-8")
-    sys.exit(measure(args.model, args.out, usable, args.num_trials))
+    sys.exit(measure(args.model, args.out, usable, options))
 
 
 if __name__ == "__main__":

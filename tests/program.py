@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,16 @@ from outlier_mlx.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("outlier-mlx")
+
+
+def load_script(name: str) -> Any:
+    """A module of scripts/, which is no package: it is loaded from its file."""
+    spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 # The program as click sees it, and the names of its commands.
 GROUP: Any = typer.main.get_command(app)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from scripts import formula
-from tests.program import run_command
+from tests.program import load_script, run_command
+
+formula = load_script("formula")
 
 NAME = "outlier_mlx-0.2.0-py3-none-any.whl"
 URL = f"https://example.org/releases/{NAME}"

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from kernels.emulator import VirtualMetal
-from tests.program import ROOT, run_command
+from tests.program import load_script, run_command
 
-# A script is no part of a package: it is loaded from its file.
-_SPEC = spec_from_file_location("probe_metal", ROOT / "scripts" / "probe_metal.py")
-assert _SPEC is not None and _SPEC.loader is not None
-probe_metal: Any = module_from_spec(_SPEC)
-_SPEC.loader.exec_module(probe_metal)
+probe_metal = load_script("probe_metal")
 
 
 def test_what_a_gpu_should_compute(virtual_metal: VirtualMetal, monkeypatch: pytest.MonkeyPatch):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import docs_site
-from tests.program import ROOT, run_command
+from tests.program import ROOT, load_script, run_command
+
+docs_site = load_script("docs_site")
 
 DOCS = {file.name for file in (ROOT / "docs").glob("*.md")}
 

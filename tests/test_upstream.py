@@ -20,10 +20,10 @@ import pytest
 import outlier_mlx
 from outlier_mlx import upstream
 from outlier_mlx.errors import OutlierError
-from scripts import oldest
-from tests.program import ROOT
+from tests.program import ROOT, load_script
 
 PACKAGE = Path(outlier_mlx.__file__).parent
+oldest = load_script("oldest")
 #: Whose names are looked at.
 LIBRARIES = ("huggingface_hub", "lm_eval", "mlx", "mlx_lm", "safetensors", "transformers", "typer")
 #: Modules that these libraries document.

@@ -64,7 +64,8 @@ def test_what_the_mac_workflow_does() -> None:
 @pytest.mark.slow
 def test_figures(small_tier: Path, tmp_path: Path) -> None:
     script = ROOT / "scripts" / "figures.py"
-    run_command(sys.executable, script, small_tier, "--out", tmp_path / "f", "--num-trials", "1")
+    options = ["--num-trials", "1", "--prompt-tokens", "32", "--generation-tokens", "8"]
+    run_command(sys.executable, script, small_tier, "--out", tmp_path / "f", *options)
     found = json.loads((tmp_path / "f" / "machine.json").read_text())
     assert {"chip", "macos", "commit", "gpu", "system", "versions"} <= set(found)
     assert {"mlx", "mlx-lm", "outlier-mlx"} <= set(found["versions"])
