@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
-import sys
+import tracemalloc
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from outlier_mlx.checkpoints.export import export_tier
 from outlier_mlx.errors import CheckpointWarning
 from outlier_mlx.models.config import parse_config
 from outlier_mlx.models.tier_fields import tier_fields
 from outlier_mlx.runtime.affine2 import EXPERT_FORMAT_VERSION, ROWS
-from tests import builders
+from outlier_mlx.tiers.verify import verify_tier
+from tests import builders, damage
 from tests.engine import forward, load, tier_of
 from tests.goldens import golden
 from tests.library import Library
-from tests.program import ROOT
+from tests.program import ROOT, assert_refused, run
+from tests.tensor_file import read_arrays, read_stored
 from tests.test_bases import LLAMA3, YARN
 from tests.test_model import ODD
 
@@ -51,8 +56,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # How the embedded tier is stored: MLX's 4, 6 and 8 bits, halves, and experts as 2-bit codes.
 RECIPES = ["q4", "q4-mixed", "q8", "bf16"]
-# Other Pythons whose transformers is to be tried, such as one with version 4.57.
-OTHERS = os.environ.get("OUTLIER_TRANSFORMERS_PYTHON", "").split()
+# The Python that has torch and transformers.
+PYTHON = (
+    Path(os.environ.get("OUTLIER_TRANSFORMERS") or ROOT / ".venv-torch").absolute() / "bin/python"
+)
 
 
 def exported(tier: Path, out: Path, **how: Any) -> Path:
@@ -82,6 +89,141 @@ def tier_without_experts(path: Path, **dims: Any) -> Path:
     return built.path
 
 
+# What is written
+
+
+def test_every_number(tmp_path: Path):
+    """The shared expert's gate is 1/2, so its down projection is doubled; alphas are folded."""
+    built = builders.write_overlay(tmp_path / "o", tokenizer=False, scale_form="per_row")
+    tier = tier_of(built.path, None, tmp_path / "t")
+    found = read_arrays(exported(tier, tmp_path / "e") / WEIGHTS)
+    for name, value in built.base.items():
+        layer = int(name.split(".")[2]) if ".mlp." in name else -1
+        if layer in built.dims.routed_layers:
+            name = name.replace(".mlp.", ".mlp.shared_expert.")
+            value = value * (2 if "down_proj" in name else 1)
+        np.testing.assert_array_equal(found.pop(name), value)
+    for layer, router in built.routers.items():
+        prefix = f"model.layers.{layer}.mlp"
+        np.testing.assert_array_equal(found.pop(f"{prefix}.gate.weight"), router)
+        gate = found.pop(f"{prefix}.shared_expert_gate.weight")
+        assert gate.shape == (1, 64) and not gate.any()
+        for expert, alpha in enumerate(built.alphas[layer].astype(np.float32)):
+            for part in ("gate", "up", "down"):
+                scale = built.scales[layer, expert, part].reshape(-1, 1).astype(np.float32)
+                scale = scale * alpha if part == "down" else scale
+                weights = found.pop(f"{prefix}.experts.{expert}.{part}_proj.weight")
+                np.testing.assert_array_equal(weights, scale * built.trits[layer, expert, part])
+    assert not found
+
+
+def test_an_int4_base_is_what_mlx_computes_from_it(library: Library, tmp_path: Path):
+    tier = library.demo_tier("q4-mixed")
+    found = read_arrays(exported(tier, tmp_path / "e") / WEIGHTS)
+    stored = {name: mx.array(value) for name, value in read_arrays(tier / WEIGHTS).items()}
+    said = json.loads((tier / "config.json").read_text())["quantization"]
+    paths = [name.removesuffix(".biases") for name in stored if name.endswith(".biases")]
+    assert len(paths) == 4 * 7 + 1 and {how["bits"] for how in said.values() if type(how) is dict}
+    for path in paths:
+        how = said.get(path, said)
+        scales, biases = (stored[f"{path}.{s}"].astype(mx.float32) for s in ("scales", "biases"))
+        triple = (stored[f"{path}.weight"], scales, biases)
+        weights = np.array(mx.dequantize(*triple, group_size=how["group_size"], bits=how["bits"]))
+        twice = 2 if "shared_expert.down_proj" in path else 1
+        np.testing.assert_array_equal(found[f"{path}.weight"], twice * weights)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_class_and_its_config(name: str, tmp_path: Path):
+    """Fields that version 4.57 and version 5 of transformers both read."""
+    model_type, dims = SHAPES[name]
+    folder = exported(shape_tier(name, tmp_path), tmp_path / "e")
+    config = json.loads((folder / "config.json").read_text())
+    size = builders.Dims(**{k: v for k, v in dims.items() if k != "scale_form"})
+    assert config["model_type"] == model_type
+    assert config["rope_theta"] == size.rope_theta and "rope_parameters" not in config
+    assert config["tie_word_embeddings"] == size.tied
+    assert ("lm_head.weight" in read_stored(folder / WEIGHTS)) != size.tied
+    kind = {"rope_type": "yarn"} if size.yarn else {}
+    assert config["rope_scaling"] == (size.scaling or (size.yarn and kind | size.yarn))
+    gone = {"model_file", "ternary", "quantization", "moe_layers", "base_model_type", "auto_map"}
+    assert not gone & set(config)
+    if not size.routed_layers:
+        assert "num_experts" not in config
+        return
+    assert config["norm_topk_prob"] is True and config["decoder_sparse_step"] == 1
+    assert config["mlp_only_layers"] == [n for n in range(4) if n not in size.routed_layers]
+    assert (config["num_experts"], config["num_experts_per_tok"]) == (size.experts, size.top_k)
+    if model_type == "qwen3_moe":
+        assert config["moe_intermediate_size"] == size.intermediate + size.expert_intermediate
+    else:
+        assert config["moe_intermediate_size"] == size.expert_intermediate
+        assert config["shared_expert_intermediate_size"] == size.intermediate
+        assert config["qkv_bias"] is (size.family == "qwen2")
+
+
+def test_command(library: Library, tmp_path: Path):
+    """It says how large the checkpoint becomes, replaces nothing unasked, and can be verified."""
+    tier, out = library.demo_tier("q4"), tmp_path / "hf"
+    export = ("export", tier, "--format", "transformers", "--out", out)
+    done = run(*export)
+    assert done.out == "" and "25.4 MB of weights in float32" in done.err
+    verify_tier(out)
+    assert_refused(run(*export, code=1), "exists", "hf")
+    run(*export, "--force", "--dtype", "bfloat16", "--quiet")
+    verify_tier(out)
+    dtypes = {stored.dtype for stored in read_stored(out / WEIGHTS).values()}
+    assert dtypes == {"BF16", "F32"}  # the routers
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    run("export", tier, "--out", tmp_path / "e", "--dtype", "bfloat16", code=2)
+
+
+@pytest.mark.parametrize(
+    ("dims", "said"),
+    [
+        ({"family": "llama", "biases": True}, ("FFNs has biases",)),
+        ({"family": "mistral", "head_dim": 20}, ("4 heads of 20", "hidden_size 64", "4.57")),
+    ],
+)
+def test_what_transformers_cannot_express(
+    dims: dict[str, Any], said: tuple[str, ...], tmp_path: Path
+):
+    built = builders.write_overlay(tmp_path / "o", tokenizer=False, **dims)
+    tier = tier_of(built.path, None, tmp_path / "t")
+    command = ("export", tier, "--format", "transformers", "--out", tmp_path / "e")
+    assert_refused(run(*command, code=1), "stock transformers cannot express this tier", *said)
+    assert not (tmp_path / "e").exists()
+
+
+def test_windows_cannot_be_expressed(tmp_path: Path):
+    tier = shape_tier("mistral", tmp_path)
+    types = ["full_attention", "sliding_attention"] * 2
+    damage.edit_config(tier, layer_types=types, sliding_window=16)
+    command = ("export", tier, "--format", "transformers", "--out", tmp_path / "e")
+    assert_refused(run(*command, code=1), "window of tokens")
+
+
+@pytest.mark.slow
+def test_memory_is_a_few_slabs(tmp_path: Path):
+    """15 MB of weights in float32 go through in slabs of two."""
+    options: dict[str, Any] = {
+        "hidden": 1280,
+        "expert_intermediate": 3072,
+        "experts": 1,
+        "top_k": 1,
+        "vocab": 64,
+    }
+    built = builders.write_overlay(
+        tmp_path / "o", **options, layers=2, moe_layers=(1,), tokenizer=False
+    )
+    tier = tier_of(built.path, None, tmp_path / "t", tier="q4")
+    tracemalloc.start()
+    exported(tier, tmp_path / "e")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60_000_000, peak
+
+
 # What stock transformers computes
 
 
@@ -100,40 +242,73 @@ def _tiers(library: Library, root: Path) -> dict[str, tuple[Path, list[int]]]:
     return found
 
 
-@pytest.fixture(scope="module", params=["the installed one", *OTHERS])
+@dataclass(frozen=True)
+class Stock:
+    """A version of transformers that runs without this project's own modules and without a network.
+
+    Attributes:
+        version: the beginning of its version.
+        path: the folder of its packages, if they are not installed.
+    """
+
+    version: str
+    path: Path | None
+
+    def run(self, *arguments: str | Path, input: str = "", place: Path = ROOT) -> str:
+        """Run Python with these arguments in a folder; what it prints."""
+        gone = ("PYTHONPATH", "VIRTUAL_ENV")
+        kept = {key: value for key, value in os.environ.items() if key not in gone}
+        kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        kept |= {"PYTHONPATH": str(self.path)} if self.path is not None else {}
+        done = subprocess.run(
+            [PYTHON, *arguments], input=input, capture_output=True, text=True, cwd=place, env=kept
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module", params=["4.57", "5"])
+def stock(request: pytest.FixtureRequest) -> Stock:
+    """A version of transformers, with PyTorch."""
+    if not PYTHON.exists():
+        pytest.skip("needs .venv-torch, which ./scripts/setup_transformers.sh makes")
+    return Stock(request.param, PYTHON.parents[1] / "version4" if request.param != "5" else None)
+
+
+@pytest.fixture(scope="module")
 def differences(
-    request: pytest.FixtureRequest, library: Library, tmp_path_factory: pytest.TempPathFactory
+    stock: Stock, library: Library, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:
     """For each case, by how much the logits of transformers differ from the tier's at most."""
-    python = request.param
-    if python == "the installed one":
-        if not importlib.util.find_spec("torch") or not importlib.util.find_spec("transformers"):
-            pytest.skip("needs torch, which ./scripts/test --full installs")
-        python = sys.executable
     root = tmp_path_factory.mktemp("transformers")
     tiers = _tiers(library, root)
     jobs = [
         (str(exported(tier, root / "hf" / name)), tokens, str(root / f"{name}.npy"))
         for name, (tier, tokens) in tiers.items()
     ]
-    done = subprocess.run(
-        [python, ROOT / "tests/hf_logits.py"], input=json.dumps(jobs), text=True, env=quiet()
-    )
-    assert done.returncode == 0
+    version = stock.run(ROOT / "tests/hf_logits.py", input=json.dumps(jobs))
+    assert version.startswith(f"{stock.version}.")
     return {
         name: float(np.abs(forward(load(tier, "float32"), tokens) - np.load(out)).max())
         for (name, (tier, tokens)), (_, _, out) in zip(tiers.items(), jobs, strict=True)
     }
 
 
-def quiet() -> dict[str, str]:
-    """An environment without this project's own modules and without a network."""
-    gone = ("PYTHONPATH", "VIRTUAL_ENV")
-    kept = {key: value for key, value in os.environ.items() if key not in gone}
-    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SHAPES, *RECIPES, "affine2", *GOLDENS])
 def test_logits_of_stock_transformers(name: str, differences: dict[str, float]):
     assert differences[name] < 1e-4
+
+
+@pytest.mark.slow
+def test_the_card_of_the_export_runs(stock: Stock, library: Library, tmp_path: Path):
+    """Its quickstart generates text, and the tokenizer is that of the tier."""
+    folder = exported(library.demo_tier("q4"), tmp_path / "hf")
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 1
+    texts = ["The sea", "Where is  Vega?\n\n12345 ships' crews, naïve — ok", "<|im_end|> x"]
+    more = f"\nimport json\nprint(json.dumps([tokenizer(t)['input_ids'] for t in {texts!r}]))"
+    *text, tokens = stock.run("-c", code[0] + more, place=tmp_path).splitlines()
+    assert "\n".join(text).startswith("Once upon a time") and len("".join(text)) > 30
+    own = AutoTokenizer.from_pretrained(library.demo_tier("q4"), local_files_only=True)
+    assert json.loads(tokens) == [own(text)["input_ids"] for text in texts]

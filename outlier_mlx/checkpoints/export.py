@@ -10,7 +10,7 @@ from outlier_mlx.checkpoints.export_llamacpp import llamacpp_model
 from outlier_mlx.checkpoints.export_mlx2 import check_mlx2, mlx2_pack
 from outlier_mlx.checkpoints.export_packed import packed_tensors
 from outlier_mlx.checkpoints.export_shared import Origin, overlay_config, write_alphas
-from outlier_mlx.checkpoints.export_transformers import hf_export
+from outlier_mlx.checkpoints.export_transformers import TRANSFORMERS, hf_export
 from outlier_mlx.checkpoints.export_v32 import v32_tensors
 from outlier_mlx.checkpoints.gguf_encode import TERNARY
 from outlier_mlx.checkpoints.hf_card import hf_card
@@ -35,8 +35,6 @@ __all__ = ["Exported", "export_tier"]
 MLX2 = "mlx2"
 #: The format of a whole tier in one file.
 GGUF = "gguf"
-#: The format of a whole tier as a checkpoint of stock transformers.
-TRANSFORMERS = "transformers"
 #: Formats of what an overlay has.
 FORMATS: dict[str, Callable[[Overlay, Origin], Parts]] = {
     "overlay": v32_tensors,

@@ -19,17 +19,21 @@ from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.output import write_json
 from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.safetensors import FLOAT_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import FloatTensor
 from outlier_mlx.storage.texts import read_json
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.writing.float_parts import Plain
+from outlier_mlx.writing.float_parts import SAFETENSORS_NAMES, Plain
 from outlier_mlx.writing.parts import Part, Parts, Tally
 from outlier_mlx.writing.writer import WrittenFile
 
+#: What the manifest of such an export calls it.
+TRANSFORMERS = "transformers"
 #: The folder of what `import` needs to make the tier again.
 KEPT = "outlier"
-#: Its files besides tensors: the tier's config.json, and what its manifest says of its sources.
-CONFIG, ORIGIN = "config.json", "origin.json"
+#: Its files besides tensors: the tier's config.json, what its manifest says of its sources, and its
+#: tokenizer's config, which names another class.
+CONFIG, ORIGIN, TOKENIZER = "config.json", "origin.json", "tokenizer_config.json"
 # What a manifest has in every folder that this project writes.
 _OF_MANIFESTS = ("producer", "format_version", "files")
 
@@ -107,6 +111,8 @@ def hf_export(folder: Path, name: str, dtype: str = "float32") -> HfExport:
     kept = tuple(_kept(stored, overlay)) if exact else ()
     tensors = HfTensors(parts, "the export", kept=kept)
     beside = {CONFIG: stored.raw, ORIGIN: _origin(folder)} if exact else {}
+    if exact and (folder / TOKENIZER).exists():
+        beside[TOKENIZER] = read_json(inside(folder, TOKENIZER))
     return HfExport(tensors, hf_config(config, known, dtype), beside)
 
 
@@ -122,8 +128,17 @@ def _kept(stored: StoredModel, overlay: Overlay | None) -> list[Part]:
     return [
         copied(name, tensor)
         for name, tensor in stored.tensors.items()
-        if name.rpartition(".")[2] in ("scales", "biases", "alpha") or name in whole
+        if name.rpartition(".")[2] in ("scales", "biases", "alpha")
+        or name in whole
+        or tensor.dtype != _usual_dtype(name, tensor, stored.raw)
     ]
+
+
+def _usual_dtype(name: str, tensor: TensorRef, raw: dict) -> str:
+    """The dtype in which `import` writes a tensor: the tier's, but for routers and packed ones."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        return tensor.dtype
+    return SAFETENSORS_NAMES["float32" if name.endswith(".mlp.gate.weight") else raw["dtype"]]
 
 
 def _lost_trits(overlay: Overlay) -> set[str]:

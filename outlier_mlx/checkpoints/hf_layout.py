@@ -61,8 +61,8 @@ def hf_class(config: ModelConfig, where: str) -> HfClass:
         raise _refused(where, "some of its layers attend to a window of tokens")
     if not config.moe_layers:
         # transformers' Mistral is its Llama, without biases.
-        biased = config.qkv_bias or config.o_bias or config.mlp_bias
-        known = family("llama" if config.family == "mistral" and biased else config.family)
+        biases = config.qkv_bias or config.o_bias or config.mlp_bias
+        known = family("llama" if config.family == "mistral" and biases else config.family)
         return HfClass(known.model_type, known.architecture)
     if config.mlp_bias or config.o_bias:
         biased = "its FFNs" if config.mlp_bias else "the output of attention"

@@ -45,12 +45,20 @@ class ExpertWeights:
 
     def scales(self) -> np.ndarray:
         """The scale of each row times the factor, rounded once: (out,) float32."""
-        product = self.matrix.row_scales().astype(np.float64) * self.factor
-        return narrowed(product, "float32", self.matrix.scale.where)
+        return folded_scales(self.matrix.row_scales(), self.factor, self.matrix.scale.where)
 
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop`."""
         return self.matrix.trits.read(start, stop) * self.scales()[start:stop, None]
+
+
+def folded_scales(scales: np.ndarray, factor: float, where: str) -> np.ndarray:
+    """Scales times a factor, such as an alpha, rounded to float32 once.
+
+    Raises:
+        CheckpointError: a product is too large; `where` is the scales'.
+    """
+    return narrowed(scales.astype(np.float64) * factor, "float32", where)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a tier, experts alone, or a ternary model for other tools."""
-    from outlier_mlx.checkpoints.export import GGUF, MLX2, TRANSFORMERS, export_tier
+    from outlier_mlx.checkpoints.export import GGUF, MLX2, export_tier
+    from outlier_mlx.checkpoints.export_transformers import TRANSFORMERS
     from outlier_mlx.engine.loading import open_model
     from outlier_mlx.terminal import progress_bar, size
     from outlier_mlx.writing.parts import Parts

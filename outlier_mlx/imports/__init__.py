@@ -11,7 +11,7 @@ from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.models.config import is_ternary_model, raw_config
 from outlier_mlx.models.summary import SummaryRow
-from outlier_mlx.models.tier_fields import TERNARY_FILE
+from outlier_mlx.models.tier_fields import MODEL_FILE, TERNARY_FILE
 from outlier_mlx.storage.gguf_model import patterns
 from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
 from outlier_mlx.storage.paths import entries, named
@@ -59,7 +59,8 @@ def import_model(
 ) -> Imported:
     """Write a model of another format as an MLX folder.
 
-    Stock mlx-lm loads it, unless it is ternary.
+    Stock mlx-lm loads it, unless it is ternary. What `export` wrote for transformers becomes the
+    same tier again.
 
     Args:
         source: a folder, a `.gguf` file, or a hub repository.
@@ -125,7 +126,8 @@ def _write(
         source=found.name,
         inputs=inputs,
         assets=opened.assets,
-        manifest={"source": origin | opened.details},
+        manifest={"source": origin | opened.details} if opened.tier is None else opened.tier,
+        manifest_name="checksums.json" if opened.tier is None else "tier.json",
         check=check_loads,
         card=lambda folder: _card(target.name, found, opened, tensors.rows).text(folder),
         force=force,
@@ -139,6 +141,8 @@ def _card(name: str, source: Source, opened: Opened, rows: Sequence[SummaryRow])
     program = "outlier-mlx generate" if own else "mlx_lm.generate"
     commands, after = [f'{program} --model {name} --prompt "Once upon a time"'], ""
     changes = [*map(plain, opened.notes()), "`config.json` is new"]
+    if opened.tier is not None:
+        commands, after = with_own_code(name, MODEL_FILE)
     if is_ternary_model(opened.config):
         commands, after = with_own_code(name, TERNARY_FILE)
         count = len(opened.config["ternary"]["modules"])
@@ -200,6 +204,15 @@ def _open(
         if gguf:
             raise CheckpointError(f"{found.name}: --k-quants and --experts are for GGUF")
         raw = raw_config(place)
+        from outlier_mlx.imports.transformers_folder import is_export, open_export
+
+        if is_export(place):
+            if dtype is not None or bits is not None or strict:
+                raise CheckpointError(
+                    f"{found.name}: a tier for transformers, which becomes what it was: no --dtype,"
+                    " --bits or --strict"
+                )
+            return open_export(place, raw)
         if "ternary" in raw:
             raise CheckpointError(
                 f"{found.name}: config.json has `ternary`: this is a model that outlier-mlx wrote;"

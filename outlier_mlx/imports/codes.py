@@ -13,7 +13,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
     Args:
         codes: (..., in) uint8, each below 2**bits; in is a multiple of 32.
-        bits: 2, 4, 5 or 8.
+        bits: 1 to 8, but 7, which MLX does not have.
 
     Returns:
         (..., in * bits / 32) uint32, in C order.
@@ -24,6 +24,9 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
         packed = np.empty((*codes.shape[:-1], codes.shape[-1] * 5 // 8), np.uint8)
         for n, values in enumerate(five_bytes([codes[..., n::8] for n in range(8)])):
             packed[..., n::5] = values
+    elif bits in (3, 6):
+        stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+        packed = np.packbits(stream.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
     else:
         count = 8 // bits
         packed = codes[..., 0::count].copy()

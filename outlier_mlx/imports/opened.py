@@ -20,6 +20,7 @@ class Opened:
         details: how the model was made, for the manifest.
         glanced: whether writing may still find codes that are no trits: if it is refused, the
             model is to be opened again without `quick`, which then names the first fault.
+        tier: of a tier, what its manifest says of its sources; None for other models.
     """
 
     source_format: str
@@ -29,3 +30,4 @@ class Opened:
     notes: Callable[[], list[str]]
     details: dict
     glanced: bool = False
+    tier: dict | None = None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlier_mlx import __version__
+from outlier_mlx.checkpoints.export_transformers import TRANSFORMERS
 from outlier_mlx.checkpoints.gguf_info import holds_gguf
 from outlier_mlx.checkpoints.values import check_values
 from outlier_mlx.engine.loading import load_tokenizer, open_model
@@ -62,7 +63,7 @@ def verify_tier(folder: Path, progress: Progress = no_progress) -> Verified:
         manifest.check_version()
     check_files(folder, manifest, _part_of(progress, manifest, 0))
     _check_code(folder, manifest)
-    tensors = _check_model(folder, _part_of(progress, manifest, 1))
+    tensors = _check_model(folder, manifest, _part_of(progress, manifest, 1))
     progress(manifest.nbytes, manifest.nbytes)
     return Verified(len(manifest.files), tensors, manifest.nbytes)
 
@@ -108,12 +109,13 @@ def _own_code(config: dict) -> str | None:
     return TERNARY_FILE if is_ternary_model(config) else None
 
 
-def _check_model(folder: Path, progress: Progress) -> int:
+def _check_model(folder: Path, manifest: Manifest, progress: Progress) -> int:
     """Check everything that loading depends on; returns the number of tensors."""
     if holds_gguf(folder):
         return len(read_model(folder).tensors)
     raw = read_json(inside(folder, "config.json"))
-    if is_overlay(raw):  # an export; as GGUF, it has no shards
+    # Exports; as GGUF, they have no shards.
+    if is_overlay(raw) or manifest.content.get("format") == TRANSFORMERS:
         return len(read_shards(folder, required=False))
     model = open_model(folder)
     if has_tokenizer(folder):

@@ -59,12 +59,14 @@ def copy_assets(folders: Sequence[Path], target: Path, others: str = "base") -> 
 def load_as_file(folder: Path) -> None:
     """Have transformers load a folder's `tokenizer.json` as it is.
 
-    By a class of a model, transformers 5 would make some of its parts anew.
+    By a class of a model, transformers 5 would make some of its parts anew. In version 4, the
+    general class gives models a `token_type_ids`, which decoders refuse, unless it is told not to.
     """
     if (folder / "tokenizer.json").exists():
         path = folder / _CONFIG
         config = read_json(inside(folder, _CONFIG)) if path.exists() else {}
-        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+        write_json(path, config | inputs | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _read_asset(folder: Path, name: str) -> bytes:
