@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from outlier_mlx.cli.showcase import FOLDER
 from tests.builders import Built, write_base, write_overlay
@@ -43,9 +48,12 @@ class Library:
         return self._once("tier", lambda path: tier_of(of, None, path, **recipe), of, recipe)
 
     def demo_tier(self, name: str) -> Path:
-        """A tier of the embedded pair, in the recipe of a name."""
-        pair = FOLDER / "overlay", FOLDER / "base"
-        return self._once("tier", lambda path: tier_of(*pair, path, tier=name), "demo", name)
+        """A tier of the embedded pair with six of its experts, in the recipe of a name."""
+        overlay = self._once("overlay", lambda path: _first_experts(6, path), "demo")
+
+        return self._once(
+            "tier", lambda path: tier_of(overlay, FOLDER / "base", path, tier=name), "demo", name
+        )
 
     def ternary(self, **how: Any) -> Ternary:
         """A model with ternary matrices; `how` is as for `write_ternary`."""
@@ -74,3 +82,20 @@ class Library:
             self._made[key] = make(folder / name)
             self._as_made[folder] = snapshot(folder)
         return self._made[key]
+
+
+def _first_experts(count: int, out: Path) -> Path:
+    """The embedded overlay with the first experts of each layer: no power of two."""
+    embedded = FOLDER / "overlay"
+    config = json.loads((embedded / "config.json").read_text())
+    tensors = {}
+    for name, array in load_file(next(embedded.glob("model-*.safetensors"))).items():
+        number = re.search(r"\.experts\.(\d+)\.", name)
+        if number is None:
+            tensors[name] = np.ascontiguousarray(array[:count])
+        elif int(number[1]) < count:
+            tensors[name] = array
+    out.mkdir(parents=True)
+    save_file(tensors, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(config | {"n_experts": count}))
+    return out

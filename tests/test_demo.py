@@ -21,9 +21,9 @@ from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.storage.shards import read_shards
+from tests.engine import tier_of
 from tests.folders import contents
 from tests.importing import stored_weights
-from tests.library import Library
 from tests.program import assert_refused, run
 from tests.reference import forward
 from tests.reference_reader import read_overlay
@@ -42,9 +42,8 @@ def test_the_pair_is_small_and_the_overlay_holds_no_base() -> None:
     assert overlay.form == "v3.2"
     assert not overlay.base
     config = base.config
-    widths = (config.hidden, config.intermediate, overlay.expert_intermediate)
-    assert all(width % 256 == 0 for width in widths)
-    assert config.intermediate % overlay.expert_intermediate == 0
+    assert config.hidden % 256 == config.intermediate % 256 == 0
+    assert overlay.expert_intermediate % 64 == 0
 
 
 def test_experts_of_a_layer_differ() -> None:
@@ -135,8 +134,9 @@ def test_the_demo_s_questions_are_held_out_documents(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiers(library: Library) -> dict[str, Path]:
-    return {name: library.demo_tier(name) for name in ("f32", "q4")}
+def tiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, pair = tmp_path_factory.mktemp("tiers"), (FOLDER / "overlay", FOLDER / "base")
+    return {name: tier_of(*pair, root / name, tier=name) for name in ("f32", "q4")}
 
 
 def test_the_unquantized_tier_is_the_reference_model(tiers: dict[str, Path]) -> None:
