@@ -126,7 +126,7 @@ def test_generate_tells_of_drafts(
     monkeypatch.setattr(Costs, "of", lambda self, width: 1.0)
     monkeypatch.setattr("outlier_mlx.engine.drafting.lookup.RATES", [0.9] * 6)
     options = ["--ignore-chat-template", "-m", 60] + ([] if lookup else ["--no-prompt-lookup"])
-    told = run("generate", "--model", demo, "-p", "How do I find Vega?", *options).err
+    told = run("generate", "--model", demo, "-p", "The old frog", *options).err
     found = re.search(r"tokens/s; (\d+) steps, (\d+) of (\d+) drafted tokens accepted\n", told)
     assert (found is not None) == lookup
     if found is not None:
@@ -140,7 +140,7 @@ def test_the_server_tells_of_drafts(demo: Path, monkeypatch: pytest.MonkeyPatch)
     """A text that repeats itself, with drafts as if they cost nothing."""
     monkeypatch.setattr(Costs, "of", lambda self, width: 1.0)
     monkeypatch.setattr("outlier_mlx.engine.drafting.lookup.RATES", [0.9] * 6)
-    asked: dict[str, Any] = {"prompt": "How do I find Vega?", "max_tokens": 60}
+    asked: dict[str, Any] = {"prompt": "The old frog", "max_tokens": 60}
     told = []
     for lookup in (True, False):
         with running(demo, prompt_lookup=lookup) as server:
