@@ -26,7 +26,7 @@ from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.runtime.affine2 import row_bytes
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.ternary import rows as ternary_rows
-from tests.evaluating import GENERATE, write_task
+from tests.evaluating import GENERATE, metrics, write_task
 from tests.library import Library
 from tests.program import SCRIPT, Result, assert_refused, run
 from tests.ranks import ended, run_python_ranks, run_ranks, start_ranks
@@ -295,10 +295,16 @@ def test_a_chat_goes_on_where_the_first_rank_reads_a_line(place: Path, tmp_path:
 def test_eval_scores_as_one_process_does(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     rows = [{"question": "the cat", "answer": "x"}, {"question": "the dog sat", "answer": "y"}]
-    task = write_task(tmp_path / "tasks", "short", rows, GENERATE % '"\\n"')
-    words = ("eval", place / "tier", "--tasks", task, "--json")
-    found = run_ranks(2, tmp_path, *words)[0].json
-    assert found["scores"] == run(*words).json["scores"]
+    write_task(tmp_path / "tasks", "short", rows, GENERATE % '"\\n"')
+    rolling = 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{question}}"\n'
+    score = metrics(bits_per_byte="-bits_per_byte")
+    write_task(tmp_path / "tasks", "rolling", rows, rolling + score)
+    words = ("eval", place / "tier", "--tasks", tmp_path / "tasks", "--json")
+    found, expected = run_ranks(2, tmp_path, *words)[0].json, run(*words).json
+    assert len(found["results"]) == 2
+    for one, other in zip(found["results"], expected["results"], strict=True):
+        assert one["metric"] == other["metric"]
+        assert one["value"] == pytest.approx(other["value"], rel=1e-5)
 
 
 @pytest.mark.slow
