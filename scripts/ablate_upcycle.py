@@ -64,8 +64,7 @@ def row(name: str, options: str, found: list[dict[str, Any]]) -> str:
     of_domains = [f"{done['after'][domain]:.1f}" for domain in demo_text.NEW_DOMAINS]
     change = done["after"]["keep"] / done["before"]["keep"] - 1
     rate = f"{100 * last['hit_rate']:.0f} %" if "hit_rate" in last else "–"
-    seconds = sum(stage["seconds"] for stage in stages)
-    cells = [name, f"`{options}`", *of_domains, f"{100 * change:+.1f} %", rate, f"{seconds:.0f}"]
+    cells = [name, f"`{options}`", *of_domains, f"{100 * change:+.1f} %", rate]
     return f"| {' | '.join(cells)} |"
 
 
@@ -78,7 +77,7 @@ def main() -> None:
     if not texts.exists():
         write_corpora(texts, 3000)
     print(f"options of all rows: {COMMON}\n")
-    heads = ["", "options", *demo_text.NEW_DOMAINS, "keep", "hit rate", "seconds"]
+    heads = ["", "options", *demo_text.NEW_DOMAINS, "keep", "hit rate"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     for number, (name, options) in enumerate(ROWS.items()):
         print(row(name, options, run(options, texts, args.work / f"row{number}")), flush=True)

@@ -15,17 +15,17 @@ from demo_tokens import training_texts
 SEED = 24
 
 
-def write_corpora(folder: Path, documents: int, documents_old: int | None = None) -> None:
+def write_corpora(folder: Path, documents: int, old: int | None = None) -> None:
     """Write ``DOMAIN.jsonl`` of every domain into ``folder``, which is made.
 
     Args:
         folder: where to write.
         documents: number of documents of each domain.
-        documents_old: the same of the domain that the base knows; default: as many.
+        old: the same of the domain that the base knows; default: as many.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for domain in demo_text.DOMAINS:
-        count = documents if domain in demo_text.NEW_DOMAINS else documents_old or documents
+        count = documents if domain in demo_text.NEW_DOMAINS else old or documents
         lines = (json.dumps({"text": text}) for text in training_texts(domain, count, SEED))
         text = "".join(f"{line}\n" for line in lines)
         (folder / f"{domain}.jsonl").write_text(text, encoding="utf-8")
@@ -36,8 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--documents", type=int, default=3000, help="of each domain")
+    parser.add_argument("--old", type=int, help="of the domain that the base knows, if not as many")
     args = parser.parse_args()
-    write_corpora(args.out, args.documents)
+    write_corpora(args.out, args.documents, args.old)
 
 
 if __name__ == "__main__":
