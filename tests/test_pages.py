@@ -112,6 +112,9 @@ def convert(reader: Reader, printed: str) -> None:
     assert (reader.folder / "my-experts" / "experts.gguf").exists()
     assert inspect(reader.folder / "my-gguf").architecture == "step35"
     assert "Q4_0" in inspect(reader.folder / "my-q4-gguf").form
+    assert inspect(reader.folder / "my-hf").architecture == "qwen2_moe"
+    one, other = (weights(reader.folder / tier) for tier in ("my-tier-again", "my-tier"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def streamed(reader: Reader, printed: str) -> None:
