@@ -18,6 +18,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from outlier_mlx.checkpoints.export import export_tier
+from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.errors import CheckpointWarning
 from outlier_mlx.models.config import parse_config
 from outlier_mlx.models.tier_fields import tier_fields
@@ -168,6 +169,7 @@ def test_command(library: Library, tmp_path: Path):
     export = ("export", tier, "--format", "transformers", "--out", out)
     done = run(*export)
     assert done.out == "" and "25.4 MB of weights in float32" in done.err
+    assert inspect(out).moe_layers == 3  # of four
     verify_tier(out)
     assert_refused(run(*export, code=1), "exists", "hf")
     run(*export, "--force", "--dtype", "bfloat16", "--quiet")

@@ -100,6 +100,9 @@ def _mixture(fields: Fields, known: Family | None, layers: int | None) -> dict[s
     if experts and not lists and top_k is not None and top_k > experts:
         fields.refuse(f"{names[1][0]} is {top_k}, of {experts} experts")
     moe_layers = _moe_layers(fields, lists, layers) if experts else ()
+    dense = raw.get("mlp_only_layers")
+    if not lists and isinstance(dense, list):  # of transformers
+        moe_layers = moe_layers and tuple(n for n in moe_layers if n not in dense)
     wide = known.expert_width if known is not None else Family.expert_width
     width = fields.size(wide, required=False) if moe_layers else None
     return {
