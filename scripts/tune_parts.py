@@ -1,7 +1,7 @@
 """Table of docs/tune.md: what tuning each part of the embedded pair's int4 tier gives.
 
-The divergence from the tier's unquantized twin on held-out windows, before and after. Text is that
-of the grammar which the base was trained on. Takes a few minutes; on Linux, with OpenBLAS:
+The divergence from the tier's unquantized twin on held-out windows, before and after. Takes some
+minutes; on Linux, with OpenBLAS:
 
     LD_PRELOAD=libopenblas.so.0 OPENBLAS_NUM_THREADS=1 python scripts/tune_parts.py
 """
@@ -11,25 +11,14 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import demo_text
+from outlier_mlx.measure.tuning import split
 
 DEMO = Path(__file__).parent.parent / "outlier_mlx" / "demo"
-ROWS = ("alphas", "rows", "routers", "base", "alphas,rows,routers,base")
-OPTIONS = "--window 128 --windows 30 --batch 4 --learning-rate 0.004 --epochs 1"
-SEED, NBYTES = 7, 25_000
-
-
-def text(seed: int = SEED, nbytes: int = NBYTES) -> str:
-    """Stories of the base's training text, `nbytes` characters or a little more."""
-    found = ""
-    for story in demo_text.documents("old", seed):
-        if len(found) >= nbytes:
-            break
-        found += " ".join(story) + "\n\n"
-    return found
+ROWS = ("alphas,rows,routers,base", "base", "rows", "routers", "alphas")
+WINDOWS, BATCH = 30, 4
+OPTIONS = f"--window 128 --windows {WINDOWS} --batch {BATCH} --learning-rate 0.004 --epochs 1"
 
 
 def program(folder: Path, command: str) -> str:
@@ -46,24 +35,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=ROWS, help="rows; default: all")
     rows = parser.parse_args().parts
+    steps = -(-len(split([[]] * WINDOWS)[0]) // BATCH)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "stories.txt").write_text(text(), encoding="utf-8")
-        pair = f"convert {DEMO / 'overlay'} --base {DEMO / 'base'}"
-        program(folder, f"{pair} --out my-tier --quiet")
-        program(folder, f"{pair} --tier f32 --out twin --quiet")
-        print("| `--parts` | steps | KL before | KL after | change | seconds |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+        for tier, out in (("q4", "my-tier"), ("f32", "twin")):
+            pair = f"{DEMO / 'overlay'} --base {DEMO / 'base'}"
+            program(folder, f"convert {pair} --tier {tier} --out {out}")
+        print("| `--parts` | steps | KL before | KL after | change |")
+        print("| --- | ---: | ---: | ---: | ---: |", flush=True)
         for parts in rows:
-            command = f"tune my-tier --teacher twin --text stories.txt --parts {parts} {OPTIONS}"
-            began = time.monotonic()
-            figures = json.loads(program(folder, f"{command} --out tuned --force --json --quiet"))
+            text = DEMO / "heldout" / "old.txt"
+            command = f"tune my-tier --teacher twin --parts {parts} --text {text} {OPTIONS}"
+            figures = json.loads(program(folder, f"{command} --out tuned --force --json"))
             before, after = (figures[when]["kl"] for when in ("before", "after"))
-            print(
-                f"| `{parts}` | 6 | {before:.4f} | {after:.4f} | {after / before - 1:+.1%} |"
-                f" {time.monotonic() - began:.0f} |",
-                flush=True,
-            )
+            change = f"{after / before - 1:+.1%}"
+            print(f"| `{parts}` | {steps} | {before:.4f} | {after:.4f} | {change} |", flush=True)
 
 
 if __name__ == "__main__":

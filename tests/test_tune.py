@@ -196,6 +196,23 @@ def test_the_plan_is_what_a_run_takes(library: Library) -> None:
         del model, tuned
 
 
+@pytest.mark.slow
+def test_an_int4_tier_comes_a_fifth_nearer_to_its_unquantized_twin(
+    library: Library, tmp_path: Path
+) -> None:
+    """The row of all parts in the table of docs/tune.md, from six steps."""
+    tier, twin = library.demo_tier("q4"), library.demo_tier("f32")
+    text = FOLDER / "heldout" / "old.txt"
+    how = "--window", 128, "--windows", 30, "--learning-rate", 0.004, "--epochs", 1
+    out = tmp_path / "nearer"
+    found = run(
+        *("tune", tier, "--teacher", twin, "--text", text, *how, "--out", out, "--json")
+    ).json
+    assert found["after"]["kl"] < 0.8 * found["before"]["kl"]
+    assert found["after"]["loss"] < found["before"]["loss"] + 0.01
+    verify_tier(out)
+
+
 def test_what_is_not_better_is_not_written(place: Path, tmp_path: Path) -> None:
     tier, out = place / "tier", tmp_path / "out"
     how = "--text", place / "text.txt", "--window", 16, "--windows", 4, "--epochs", 1

@@ -298,7 +298,7 @@ def test_bases_that_are_refused(site: Site) -> None:
     config = json.loads((site.folder / "base" / "config.json").read_text())
     quantized = config | {"quantization": {"group_size": 64, "bits": 4}}
     (site.folder / "quantized" / "config.json").write_text(json.dumps(quantized))
-    undone = "mlx_lm.convert --hf-path quantized --mlx-path FOLDER -d"
+    undone = f"mlx_lm.convert --hf-path {site.folder / 'quantized'} --mlx-path FOLDER -d"
     site.refused("the base must not be quantized", undone, base="quantized")
     other = config | {"model_type": "gpt2"}
     (site.folder / "quantized" / "config.json").write_text(json.dumps(other))
