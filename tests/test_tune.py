@@ -21,7 +21,7 @@ from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.tiers.tuned import write_tuned
 from outlier_mlx.tiers.verify import verify_tier
 from tests.library import TEXT, Library
-from tests.program import assert_refused, run
+from tests.program import ROOT, assert_refused, load_script, run
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +198,13 @@ def test_the_plan_is_what_a_run_takes(library: Library) -> None:
 
 @pytest.mark.slow
 def test_an_int4_tier_comes_a_fifth_nearer_to_its_unquantized_twin(
-    library: Library, tmp_path: Path
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row of all parts in the table of docs/tune.md, from six steps."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    text = tmp_path / "stories.txt"
+    text.write_text(load_script("tune_parts").stories(), encoding="utf-8")
     tier, twin = library.demo_tier("q4"), library.demo_tier("f32")
-    text = FOLDER / "heldout" / "old.txt"
     how = "--window", 128, "--windows", 30, "--learning-rate", 0.004, "--epochs", 1
     out = tmp_path / "nearer"
     found = run(
