@@ -213,7 +213,7 @@ def train_base(plan: Plan, shape: "Shape", tokenizer: "Tokenizer", work: Path) -
     return stage
 
 
-@dataclass(frozen=True)
+@dataclass
 class Upcycling:
     """The time that the overlay took; see ``demo_report.Timed``."""
 

@@ -100,7 +100,7 @@ class Detokenizer(StreamingDetokenizer):
         self._written.append(self._pieces.finish())
 
     @property
-    def text(self) -> str:  # type: ignore[override]
+    def text(self) -> str:
         """The text so far."""
         return "".join(self._written)
 

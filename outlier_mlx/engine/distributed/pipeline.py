@@ -144,17 +144,20 @@ class _Receiving:
     """A layer whose input comes from the rank before; the one given has only its shape."""
 
     def __call__(self, x: mx.array, *rest: Any, **more: Any) -> mx.array:
-        own, layer = ranks(), super()
+        own = ranks()
+        layer: Any = super()
         x = mx.distributed.recv_like(x, own.rank - 1, group=own.group, stream=transport())
-        return layer.__call__(x, *rest, **more)  # type: ignore[misc, no-any-return]
+        y: mx.array = layer.__call__(x, *rest, **more)
+        return y
 
 
 class _Sending:
     """A layer whose output goes to the next rank."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, **more: Any) -> mx.array:
-        own, layer = ranks(), super()
-        y = layer.__call__(x, mask, cache=cache, **more)  # type: ignore[misc]
+        own = ranks()
+        layer: Any = super()
+        y = layer.__call__(x, mask, cache=cache, **more)
         sent: mx.array = mx.distributed.send(y, own.rank + 1, group=own.group, stream=transport())
         if cache is not None:
             # A prompt is read for its KV cache alone: what waits for it waits for the sending, too.
@@ -168,6 +171,8 @@ class _Sharing:
     """The last norm, of what the last rank's last layer computes."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        own, norm = ranks(), super()
+        own = ranks()
+        norm: Any = super()
         mine = x if own.rank == own.size - 1 else mx.depends([mx.zeros_like(x)], [x])[0]
-        return norm.__call__(summed(mine))  # type: ignore[misc, no-any-return]
+        y: mx.array = norm.__call__(summed(mine))
+        return y
