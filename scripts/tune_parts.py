@@ -19,7 +19,7 @@ from outlier_mlx.measure.tuning import split
 
 DEMO = Path(__file__).parent.parent / "outlier_mlx" / "demo"
 ROWS = ("alphas,rows,routers,base", "base", "rows", "routers", "alphas")
-WINDOWS, BATCH = 30, 4
+WINDOWS, BATCH = 30, 2
 OPTIONS = f"--window 128 --windows {WINDOWS} --batch {BATCH} --learning-rate 0.004 --epochs 1"
 
 
