@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ TIMEOUT = 120
 
 
 def start_ranks(
-    size: int, folder: Path, *command: object, each: dict[int, tuple[object, ...]] | None = None
+    size: int, folder: Path, *command: object, each: Mapping[int, tuple[object, ...]] | None = None
 ) -> list[subprocess.Popen[str]]:
     """Start processes that MLX's ring connects.
 

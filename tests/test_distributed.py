@@ -379,8 +379,8 @@ def test_ranks_with_other_options_or_another_model_end_all(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [(), ("--pipeline",)])
 def test_a_rank_that_dies_ends_all(how: tuple[str, ...], place: Path, tmp_path: Path) -> None:
-    words = ("generate", place / "tier", "--prompt", "hi", "--max-tokens", 4000)
-    words = (*words, "--max-kv-size", 64, "--ignore-chat-template", *how)
+    words: tuple[object, ...] = ("generate", place / "tier", "--prompt", "hi", *how)
+    words = (*words, "--max-tokens", 4000, "--max-kv-size", 64, "--ignore-chat-template")
     started = start_ranks(2, tmp_path, SCRIPT, *words)
     assert started[0].stderr is not None and started[0].stdout is not None
     started[0].stderr.readline()  # what all need of memory: then the model is loaded
