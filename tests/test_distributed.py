@@ -268,8 +268,8 @@ def test_a_pipeline_writes_the_same_text(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_perplexity_is_that_of_one_process(place: Path, tmp_path: Path) -> None:
-    words = ("perplexity", place / "tier", "--text", place / "text.txt", "--window", 32)
-    words = (*words, "--windows", 2, "--json")
+    of = ("perplexity", place / "tier", "--text", place / "text.txt")
+    words = (*of, "--window", 32, "--windows", 2, "--json")
     found, expected = run_ranks(2, tmp_path, *words)[0].json, run(*words).json
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
