@@ -15,7 +15,7 @@ import pytest
 from tests.serving import Running
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-SOUP = "How do I make a leek soup?"
+STORY = "Tell me a story about a duck."
 WIDE, PHONE = {"width": 1200, "height": 800}, {"width": 360, "height": 640}
 # What a browser logs by itself when a request is refused, or is not answered.
 EXPECTED = "Failed to load resource"

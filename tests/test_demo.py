@@ -191,7 +191,7 @@ def test_the_demo_command(tmp_path: Path) -> None:
         "all new domains",
         "generation:",
         "base: I do not know that",
-        "int4: Peel",
+        "int4: Captain",
     ):
         assert words in result.both
     assert (tmp_path / "tier" / "tier.json").exists()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser import PHONE, SOUP, WIDE, Visit, answered, expect, piece, visiting
+from tests.browser import PHONE, STORY, WIDE, Visit, answered, expect, piece, visiting
 from tests.serving import Running
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def test_everybody_can_use_it(
         )
         page = visit.open()
         check(visit)
-        page.fill("#message", f"{'question' * 30} {SOUP}")
+        page.fill("#message", f"{'question' * 30} {STORY}")
         page.click("#send")
         found = answered(page)
         found.get_by_text("Reasoning").click()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import outlier_mlx
-from tests.browser import SOUP, Visit, answered, expect, piece, visiting
+from tests.browser import STORY, Visit, answered, expect, piece, visiting
 from tests.serving import Running, running
 
 pytestmark = pytest.mark.slow
@@ -44,13 +44,13 @@ def test_an_answer(visit: Visit) -> None:
     """Its text is that of the API; its numbers stand below; it is read out when it is complete."""
     page = visit.open()
     expect(page.locator("#about")).to_contain_text("2 of 6 serve each token, and all are in memory")
-    visit.ask(SOUP)
+    visit.ask(STORY)
     found = answered(page)
-    expect(found.locator(".body")).to_contain_text("Peel three leeks")
+    expect(found.locator(".body")).to_contain_text("There was once a")
     numbers = r"[\d.]+ tokens/s · first token after \d+\.\d\d s · \d+ tokens"
     assert re.fullmatch(numbers, found.locator(".stats").inner_text())
-    expect(page.locator("#spoken")).to_contain_text("answered: Peel three leeks")
-    expect(page.locator("#title")).to_have_text(SOUP)
+    expect(page.locator("#spoken")).to_contain_text("answered: There was once a")
+    expect(page.locator("#title")).to_have_text(STORY)
     visit.ask("And how do I find Vega?")
     answered(page, 2)
     assert page.locator(".message").count() == 4
@@ -61,21 +61,21 @@ def test_it_appears_as_it_is_generated_and_can_be_stopped(
 ) -> None:
     with visiting(browser, served_slowly) as visit:
         page = visit.open()
-        visit.ask(SOUP)
+        visit.ask(STORY)
         text = page.locator(".assistant .body")
-        expect(text).to_contain_text("Peel")
+        expect(text).to_contain_text("There was")
         expect(page.locator("#send")).to_have_text("Stop")
         first = text.inner_text()
-        expect(text).to_contain_text("leeks")
-        assert text.inner_text().startswith(first) and "thyme" not in text.inner_text()
+        expect(text).to_contain_text("duck")
+        assert text.inner_text().startswith(first) and "sad again" not in text.inner_text()
         page.keyboard.press("Escape")
         expect(page.locator(".assistant .note")).to_have_text("Stopped.")
         expect(page.locator("#send")).to_have_text("Send")
         assert served_slowly.wait(lambda: not served_slowly.server.generator.replies)
         # What came is kept, and the conversation goes on.
         page.reload()
-        expect(page.locator(".assistant .body")).to_contain_text("leeks")
-        visit.ask(SOUP)
+        expect(page.locator(".assistant .body")).to_contain_text("duck")
+        visit.ask(STORY)
         expect(page.locator("#send")).to_have_text("Stop")
         page.click("#send")
         expect(page.locator(".note", has_text="Stopped.")).to_have_count(2)
@@ -199,7 +199,7 @@ def test_the_key(browser: Any, demo: Path) -> None:
         page.keyboard.type(KEY)
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_have_text("tiny")
-        visit.ask(SOUP)
+        visit.ask(STORY)
         answered(page)
         page.reload()
         page.wait_for_selector("body[data-ready]")

@@ -12,7 +12,7 @@ import pytest
 
 import outlier_mlx
 from outlier_mlx.engine.paging.budget import ExpertMemory
-from tests.browser import PHONE, SOUP, Visit, answered, expect, piece, visiting
+from tests.browser import PHONE, STORY, Visit, answered, expect, piece, visiting
 from tests.library import Library
 from tests.serving import Running, running
 
@@ -49,7 +49,7 @@ def test_the_experts_are_those_that_the_server_tells(browser: Any, demo: Path) -
             route.fulfill(response=response)
 
         page.route("**/v1/chat/completions", told)
-        visit.ask(SOUP)
+        visit.ask(STORY)
         found = answered(page)
         lines = answers[0].splitlines()
         chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
@@ -127,7 +127,7 @@ def test_only_the_conversation_scrolls(browser: Any, demo: Path) -> None:
         visiting(browser, server, viewport=PHONE) as visit,
     ):
         page = visit.open()
-        visit.ask(SOUP)
+        visit.ask(STORY)
         found = answered(page)
         found.get_by_role("button", name="Experts").click()
         expect(found.get_by_role("option").first).to_be_attached()

@@ -27,7 +27,7 @@ from outlier_mlx.writing.folders import check_free
 FOLDER = Path(outlier_mlx.__file__).parent / "demo"
 #: The domain that the base was trained on; all others only the experts have seen.
 OLD_DOMAIN = "old"
-PROMPT = "How do I make a leek soup?"
+PROMPT = "Who was the captain of the Petrel?"
 # What `put_files` copies, and the names that it gives.
 COPIES = {"overlay": "my-overlay"} | {
     name: name
