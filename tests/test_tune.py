@@ -20,6 +20,7 @@ from outlier_mlx.measure.tuning import checkpointed, plan_tuning, tune
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.tiers.tuned import write_tuned
 from outlier_mlx.tiers.verify import verify_tier
+from tests.engine import tier_of
 from tests.library import TEXT, Library
 from tests.program import ROOT, assert_refused, load_script, run
 
@@ -198,13 +199,14 @@ def test_the_plan_is_what_a_run_takes(library: Library) -> None:
 
 @pytest.mark.slow
 def test_an_int4_tier_comes_a_fifth_nearer_to_its_unquantized_twin(
-    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row of all parts in the table of docs/tune.md, from twelve steps."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     text = tmp_path / "stories.txt"
     text.write_text(load_script("tune_parts").stories(), encoding="utf-8")
-    tier, twin = library.demo_tier("q4"), library.demo_tier("f32")
+    pair = FOLDER / "overlay", FOLDER / "base"
+    tier, twin = (tier_of(*pair, tmp_path / name, tier=name) for name in ("q4", "f32"))
     how = "--window", 128, "--windows", 30, "--batch", 2, "--learning-rate", 0.004, "--epochs", 1
     out = tmp_path / "nearer"
     found = run(
