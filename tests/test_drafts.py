@@ -113,7 +113,7 @@ def test_lookup_in_real_texts(
 def test_a_seeded_text_is_the_same(loaded: Loaded) -> None:
     """Accepted or not, a token uses the random numbers that it would have used alone."""
     model, tokenizer = loaded
-    options = Options(max_tokens=40, temp=1.0, top_p=0.95, seed=5, ignore_chat_template=True)
+    options = Options(max_tokens=40, temp=1.0, top_p=0.95, seed=6, ignore_chat_template=True)
 
     class Drafter(Drafting):
         def new(self, cache: list[Any]) -> Any:
@@ -168,7 +168,7 @@ def test_tokens_that_nobody_wants_leave_the_cache(loaded: Loaded) -> None:
 def test_a_reply_that_is_stopped_within_a_draft(demo: Path) -> None:
     model, tokenizer = outlier_mlx.load(demo)
     free = Conversation(model, tokenizer, Options(max_tokens=40))
-    list(free.reply("How do I find Vega?"))
+    list(free.reply("Tell me a story about a duck."))
     text = free.cached[free.read :]
 
     class Drafter(Drafting):
@@ -182,7 +182,7 @@ def test_a_reply_that_is_stopped_within_a_draft(demo: Path) -> None:
         def enough(end: int = end, found: list[int] = found) -> bool:
             return len(found) >= end
 
-        reply = conversation.reply("How do I find Vega?", stopped=enough)
+        reply = conversation.reply("Tell me a story about a duck.", stopped=enough)
         for response in reply:
             found.append(response.token)
         assert found == text[:end]
