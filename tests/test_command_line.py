@@ -244,7 +244,7 @@ def test_messages_name_options_that_there_are() -> None:
         name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
         for name, command in GROUP.commands.items()
     }
-    foreign = {"--trust-remote-code", "--adapter-path"}  # mlx-lm's
+    foreign = {"--trust-remote-code", "--adapter-path", "--hf-path", "--mlx-path"}  # mlx-lm's
     every = set().union(*options.values(), *(p.opts for p in GROUP.params), ["--help"], foreign)
     package = ROOT / "outlier_mlx"
     for path in sorted(package.rglob("[!.]*.py")):

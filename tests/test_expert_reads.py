@@ -441,7 +441,7 @@ def test_a_model_reads_equal_experts_once(library: Library, tmp_path: Path) -> N
             tensors[name] = Stored(stack.dtype, stack.shape, one * stack.shape[0])
     write_stored(shard, tensors)
     whole, model = (load_model(tier, expert_memory=memory)[0] for memory in (None, SLOTS))
-    given = mx.array([[7 * number % 200 + 5 for number in range(60)]])
+    given = mx.array([[7 * number % 1500 + 5 for number in range(300)]])
     assert mx.array_equal(model(given), whole(given))
     statistics = statistics_of(model)
     assert statistics is not None

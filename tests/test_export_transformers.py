@@ -168,7 +168,7 @@ def test_command(library: Library, tmp_path: Path):
     tier, out = library.demo_tier("q4"), tmp_path / "hf"
     export = ("export", tier, "--format", "transformers", "--out", out)
     done = run(*export)
-    assert done.out == "" and "25.4 MB of weights in float32" in done.err
+    assert done.out == "" and "21.9 MB of weights in float32" in done.err
     assert inspect(out).moe_layers == 3  # of four
     verify_tier(out)
     assert_refused(run(*export, code=1), "exists", "hf")

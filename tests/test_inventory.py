@@ -148,12 +148,12 @@ def test_removal_is_confirmed(here: Path) -> None:
 def test_run_answers_a_prompt_or_talks(library: Library) -> None:
     tier = library.demo_tier("q4")
     asked = ("--temp", "0", "--quiet")
-    answer = run("generate", tier, "-p", "How do I find Vega?", "-m", "2048", *asked).out
+    answer = run("generate", tier, "-p", "Tell me a story about a duck.", "-m", "2048", *asked).out
     assert len(answer) > 20
-    assert run("run", tier, "How do I find Vega?", *asked).out == answer
-    assert run("run", tier, *["How", "do", "I", "find", "Vega?"], *asked).out == answer
-    assert run("run", "--model", tier, "How do I find Vega?", *asked).out == answer
-    assert run("run", tier, "-", *asked, input="How do I find Vega?").out == answer
+    assert run("run", tier, "Tell me a story about a duck.", *asked).out == answer
+    assert run("run", tier, *"Tell me a story about a duck.".split(), *asked).out == answer
+    assert run("run", "--model", tier, "Tell me a story about a duck.", *asked).out == answer
+    assert run("run", tier, "-", *asked, input="Tell me a story about a duck.").out == answer
     talk = run("chat", tier, *asked, input="How do I find Vega?\nHi\n").out
     assert run("run", tier, *asked, input="How do I find Vega?\nHi\n").out == talk
     assert answer in talk

@@ -181,7 +181,7 @@ def test_the_probe_decides_while_a_model_decodes(demo: Path) -> None:
 
 @pytest.mark.slow
 def test_a_prompt_is_no_pass_of_the_probe(demo: Path) -> None:
-    model, lookahead = paged(demo, 6)
+    model, lookahead = paged(demo, 9)
     prompt = mx.array([[7 * number % 200 + 5 for number in range(40)]])
     for _ in range(10):
         mx.eval(model(prompt))

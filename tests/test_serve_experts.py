@@ -22,7 +22,7 @@ from tests.library import Library
 from tests.serving import Running, running
 
 ASK: dict[str, Any] = {
-    "messages": [{"role": "user", "content": "How do I make a leek soup?"}],
+    "messages": [{"role": "user", "content": "Tell me a story about a duck."}],
     "max_tokens": 20,
 }
 EXPERTS: dict[str, Any] = {"outlier": {"experts": True}}

@@ -42,9 +42,10 @@ def export(
     format: Annotated[
         Literal["overlay", "packed", "gguf", "gguf-experts", "transformers", "mlx2"],
         typer.Option(
-            help="V3.2 overlay, packed directory, a whole model for llama.cpp, its experts as GGUF"
-            " tensors, or a whole model for transformers; of a ternary model, mlx2: a 2-bit pack"
-            " for stock mlx-lm."
+            metavar="FORMAT",
+            help="overlay: V3.2. packed: a directory. gguf: a whole model for llama.cpp."
+            " gguf-experts: its experts alone. transformers: a whole model for it. mlx2, of a"
+            " ternary model: a 2-bit pack for stock mlx-lm.",
         ),
     ] = "overlay",
     experts: Annotated[
