@@ -35,6 +35,7 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.stored_model import StoredModel
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS, ModelConfig
+from outlier_mlx.models.gguf_names import GGUF_NAMES
 from outlier_mlx.models.modules import Module, tier_modules
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import row_ranges
@@ -46,22 +47,12 @@ from outlier_mlx.writing.writer import WrittenFile
 NAME = "model.gguf"
 
 _NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
+    **GGUF_NAMES,
     "mlp.gate": "ffn_gate_inp",
 } | {
-    f"mlp.{place}{projection}_proj": f"ffn_{projection}{suffix}"
+    f"mlp.{place}.{projection}_proj": f"ffn_{projection}{suffix}"
     for projection in PROJECTIONS
-    for place, suffix in (("", ""), ("shared_expert.", "_shexp"), ("switch_mlp.", "_exps"))
+    for place, suffix in (("shared_expert", "_shexp"), ("switch_mlp", "_exps"))
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlier_mlx.storage.rounding import narrowed, rounding_error
+from outlier_mlx.storage.rounding import narrowed, nearest_product, rounding_error
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,7 @@ def fold(gate: np.ndarray, up: np.ndarray, down: np.ndarray, alpha: float, where
     product = float(up[0]) * float(wanted[0])
     alike = (up == up[:1]).all() and (wanted == wanted[:1]).all()
     if off[1] + off[2] > 0 and alike and product:
-        one, other = _nearest(float(up[0]), float(wanted[0]))
+        one, other = nearest_product(float(up[0]), float(wanted[0]))
         halves[1:] = np.full_like(halves[1], one), np.full_like(halves[2], other)
         off[1], off[2] = abs(float(one) * float(other) / product - 1), 0.0
     return Folded(halves[0], halves[1], halves[2], max(off[0], off[1] + off[2]))
-
-
-def _nearest(up: float, down: float) -> tuple[np.float16, np.float16]:
-    """Two float16 numbers whose product is nearest to that of two others, neither of them 0."""
-    start = np.float16(2.0 ** np.floor(np.log2(up)))
-    ones = (start.view(np.uint16) + np.arange(1024, dtype=np.uint16)).view(np.float16)
-    exact = up * down
-    with np.errstate(over="ignore"):
-        others = (exact / ones.astype(np.float64)).astype(np.float16)
-    off = np.abs(ones.astype(np.float64) * others.astype(np.float64) - exact)
-    best = int(np.where(np.isfinite(off), off, np.inf).argmin())
-    return ones[best], others[best]

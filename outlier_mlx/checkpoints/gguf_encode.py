@@ -120,7 +120,7 @@ def float_slabs(tensor: FloatTensor) -> Iterator[np.ndarray]:
 
 def _halves(values: np.ndarray) -> np.ndarray:
     """The bytes of float16 numbers (rows, blocks): (rows, blocks, 2) uint8."""
-    return np.ascontiguousarray(values.astype("<f2"))[..., None].view(np.uint8)
+    return np.ascontiguousarray(values, "<f2")[..., None].view(np.uint8)
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:

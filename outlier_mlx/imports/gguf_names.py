@@ -14,25 +14,13 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.gguf_config import ROPE_FREQS
 from outlier_mlx.models.config import ModelConfig
+from outlier_mlx.models.gguf_names import GGUF_NAMES
 from outlier_mlx.models.modules import Module
 from outlier_mlx.storage.gguf import GgufTensor
 from outlier_mlx.storage.gguf_model import GgufModel
 
 _NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    **GGUF_NAMES,
     "self_attn.attn_sub_norm": "attn_sub_norm",
     "mlp.ffn_sub_norm": "ffn_sub_norm",
     "block_sparse_moe.gate": "ffn_gate_inp",

@@ -78,6 +78,18 @@ def is_rounded(values: np.ndarray, dtype: str) -> np.ndarray:
         return widened(_rounded(values, dtype), dtype) != values
 
 
+def nearest_product(up: float, down: float) -> tuple[np.float16, np.float16]:
+    """Two float16 numbers whose product is nearest to that of two others, neither of them 0."""
+    start = np.float16(2.0 ** np.floor(np.log2(up)))
+    ones = (start.view(np.uint16) + np.arange(1024, dtype=np.uint16)).view(np.float16)
+    exact = up * down
+    with np.errstate(over="ignore"):
+        others = (exact / ones.astype(np.float64)).astype(np.float16)
+    off = np.abs(ones.astype(np.float64) * others.astype(np.float64) - exact)
+    best = int(np.where(np.isfinite(off), off, np.inf).argmin())
+    return ones[best], others[best]
+
+
 def rounding_error(values: np.ndarray, rounded: np.ndarray) -> float:
     """The largest difference between numbers and what they were rounded to, as a part of one."""
     exact = values.astype(np.float64)

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from outlier_mlx.engine.distributed.classes import partial_classes
 from outlier_mlx.engine.distributed.ranks import Ranks, gathered, ranks, summed, transport
 from outlier_mlx.engine.machine import budget
 from outlier_mlx.engine.quantized import Classes
@@ -92,34 +93,18 @@ def pipeline_classes(get_model_classes: Classes, folder: Path, own: Ranks) -> Cl
     """
     start, stop = stages(folder)[own.rank]
 
-    def classes(config: dict[str, Any]) -> tuple[type, type]:
-        model: Any
-        model, args = get_model_classes(config)
+    def choose(model: Any, weights: dict[str, mx.array]) -> None:
+        # Layers keep their numbers while weights are loaded: the config names them by these.
+        layers = model.model.layers
+        layers[:] = [layer if start <= n < stop else nn.Module() for n, layer in enumerate(layers)]
+        for name in list(weights):
+            layer = layer_of(name)
+            if layer is not None and not start <= layer < stop:
+                del weights[name]
 
-        def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            # Layers keep their numbers while weights are loaded: the config names them by these.
-            layers = self.model.layers
-            layers[:] = [
-                layer if start <= n < stop else nn.Module() for n, layer in enumerate(layers)
-            ]
-            for name in list(weights):
-                layer = layer_of(name)
-                if layer is not None and not start <= layer < stop:
-                    del weights[name]
-            given = getattr(model, "sanitize", None)
-            return weights if given is None else given(self, weights)
-
-        def load_weights(
-            self: Any, weights: list[tuple[str, mx.array]], strict: bool = True
-        ) -> Any:
-            loaded = model.load_weights(self, weights, strict)
-            _connect(self.model, start, stop, own)
-            return loaded
-
-        made = {"sanitize": sanitize, "load_weights": load_weights, "__module__": model.__module__}
-        return type(model.__name__, (model,), made | {"__doc__": model.__doc__}), args
-
-    return classes
+    return partial_classes(
+        get_model_classes, choose, lambda model: _connect(model.model, start, stop, own)
+    )
 
 
 def _connect(inner: Any, start: int, stop: int, own: Ranks) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from outlier_mlx.engine.distributed.classes import partial_classes
 from outlier_mlx.engine.distributed.ranks import Ranks, ranks, summed
 from outlier_mlx.engine.distributed.tensor_parallel import (
     ATTENTION,
@@ -77,29 +78,13 @@ def split_classes(
     config = describe(raw_config(folder))
     split = TensorParallel(read_shards(folder), config, own.rank, own.size)
 
-    def classes(config: dict[str, Any]) -> tuple[type, type]:
-        model: Any
-        model, args = get_model_classes(config)
+    def choose(model: Any, weights: dict[str, mx.array]) -> None:
+        _resize(model, split)
+        for name, cut in split.cuts.items():
+            lazily = paged and f".{SWITCH}." in name
+            weights[name] = cut.of(weights[name]) if lazily else cut.read(split.stored[name])
 
-        def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            _resize(self, split)
-            for name, cut in split.cuts.items():
-                lazily = paged and f".{SWITCH}." in name
-                weights[name] = cut.of(weights[name]) if lazily else cut.read(split.stored[name])
-            given = getattr(model, "sanitize", None)
-            return weights if given is None else given(self, weights)
-
-        def load_weights(
-            self: Any, weights: list[tuple[str, mx.array]], strict: bool = True
-        ) -> Any:
-            loaded = model.load_weights(self, weights, strict)
-            _connect(self, split)
-            return loaded
-
-        made = {"sanitize": sanitize, "load_weights": load_weights, "__module__": model.__module__}
-        return type(model.__name__, (model,), made | {"__doc__": model.__doc__}), args
-
-    return classes
+    return partial_classes(get_model_classes, choose, lambda model: _connect(model, split))
 
 
 def _resize(model: nn.Module, split: TensorParallel) -> None:

@@ -1,0 +1,43 @@
+"""Classes of models that load a rank's part only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from outlier_mlx.engine.quantized import Classes
+
+
+def partial_classes(
+    get_model_classes: Classes,
+    choose: Callable[[Any, dict[str, mx.array]], None],
+    connect: Callable[[Any], None],
+) -> Classes:
+    """The same classes for `mlx_lm.utils.load_model`, whose models have this rank's part.
+
+    Args:
+        get_model_classes: the classes of the whole model, which others can inherit from.
+        choose: called with a model and its weights by name, before they are loaded: changes both.
+        connect: called with the model when its weights are loaded.
+    """
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        model: Any
+        model, args = get_model_classes(config)
+
+        def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            choose(self, weights)
+            given = getattr(model, "sanitize", None)
+            return weights if given is None else given(self, weights)
+
+        def load_weights(
+            self: Any, weights: list[tuple[str, mx.array]], strict: bool = True
+        ) -> Any:
+            loaded = model.load_weights(self, weights, strict)
+            connect(self)
+            return loaded
+
+        made = {"sanitize": sanitize, "load_weights": load_weights, "__module__": model.__module__}
+        return type(model.__name__, (model,), made | {"__doc__": model.__doc__}), args
+
+    return classes
