@@ -371,14 +371,14 @@ def test_activations_can_have_half_the_bits(library: Library, tmp_path: Path) ->
 @pytest.mark.slow
 def test_stickiness_makes_neighbours_use_the_same_experts(library: Library, tmp_path: Path) -> None:
     how: dict[str, Any] = {"straight_through": False, "top_k": 1, "layers": (1,), "balance": 0.0}
-    how |= {"joint_steps": 40, "experts_per_domain": 2, "keep_bound": 1e9}
+    how |= {"joint_steps": 40, "experts_per_domain": 2, "keep_bound": 1e9, "held_out": 8}
     plain, sticky = (
         train(library, tmp_path / str(weight), stickiness=weight, **how).stages[-1]
         for weight in (0.0, 0.5)
     )
     assert plain["hit_rate_before"] == sticky["hit_rate_before"]
     assert plain["kept"] and sticky["kept"]
-    assert sticky["hit_rate"] > plain["hit_rate"] + 0.05
+    assert sticky["hit_rate"] > plain["hit_rate"] + 0.1
 
 
 def test_a_teacher_takes_the_place_of_the_text(library: Library, tmp_path: Path) -> None:

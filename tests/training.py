@@ -26,12 +26,12 @@ SETTINGS = Settings(
 )
 
 
-def corpora(vocab: int = 288, windows: int = 16) -> Corpora:
+def corpora(vocab: int = 288, windows: int = 16, held_out: int = 4) -> Corpora:
     """Texts that count: each domain has its own tokens and its own step."""
     rng = np.random.default_rng(0)
     made = []
     for number, name in enumerate(("law", "sea", "keep")):
-        start = rng.integers(0, 40, (windows + 4, 1))
+        start = rng.integers(0, 40, (windows + held_out, 1))
         counted = (start + (number + 1) * np.arange(WINDOW + 1)) % 40
         tokens = (counted + 50 * number + 3).astype(np.int32)
         assert tokens.max() < vocab
@@ -42,9 +42,10 @@ def corpora(vocab: int = 288, windows: int = 16) -> Corpora:
 def train(library: Library, work: Path, log: Any = None, **how: Any) -> Upcycled:
     """Run `upcycle` on a base of four layers; `how` are settings, or arguments of `upcycle`."""
     given = {name: how.pop(name) for name in ("teacher", "save_every", "dtype") if name in how}
+    texts = corpora(held_out=how.pop("held_out", 4))
     settings = replace(SETTINGS, **how)
     base = Source(library.base().path, "base")
-    return upcycle(base, corpora(), settings, work, log=log or (lambda event: None), **given)
+    return upcycle(base, texts, settings, work, log=log or (lambda event: None), **given)
 
 
 def tensors(made: Upcycled) -> dict[str, np.ndarray]:
