@@ -244,8 +244,8 @@ def test_a_rank_takes_its_share_of_memory_and_computes_the_same(
         needs = share(wide_tier, rank, monkeypatch, pipeline=pipeline)
         active, peak = own["loaded"]
         assert 0.85 * needs.weights < active <= needs.weights < 0.6 * whole
-        # What is converted for the CPU at a time comes on top.
-        assert peak < needs.weights + 4e6 < whole
+        # What is cut at a time comes on top: how much depends on which of MLX's threads is first.
+        assert peak < needs.weights + 6e6 < 0.8 * whole
         assert 0 < needs.replicated < 0.1 * needs.weights
 
 

@@ -58,7 +58,7 @@ def test_texts_of_packages_are_plain_and_some_are_put_aside(
     monkeypatch.setattr(sys, "argv", ["fetch_trial_texts.py", str(out)])
     runpy.run_path(str(ROOT / "scripts" / "fetch_trial_texts.py"), run_name="__main__")
 
-    plain = "Macbeth\n\nSCENE I. A heath.\n\nEnter MACBETH\n\nMACBETH\nSo foul.\n"
+    plain = "Macbeth\n\nSCENE I. A heath.\n\nEnter MACBETH\n\nMACBETH\nSo foul and fair.\n"
     assert [p.name for p in (out / "shakespeare").iterdir()] == ["macbeth.txt"]
     assert (out / "shakespeare" / "macbeth.txt").read_text() == plain
     assert (out / "heldout" / "cymbeline.txt").read_text() == plain
