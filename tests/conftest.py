@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,14 +16,17 @@ import pytest
 from tests.builders import Built
 from tests.library import Library
 from tests.metal import Metal, any_metal
+from tests.program import ROOT
 from tests.refusals import Site
 from tests.refusals import build as build_site
 
 pytest_plugins = ["kernels.emulator.pytest_plugin"]
 
-# mlx-lm runs a tier's own code, and Python would leave its bytecode in tiers that tests share.
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-sys.dont_write_bytecode = True
+# mlx-lm runs a tier's own code, and Python would leave its bytecode in tiers that tests share. With
+# none at all, each program would compile mlx-lm, transformers and this package for a second or two.
+os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(ROOT / ".cache" / "bytecode")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # No kernel variants that were chosen on this machine.
 os.environ["OUTLIER_MLX_KERNELS"] = ""
@@ -50,6 +54,15 @@ def no_wait_for_the_disk() -> Iterator[None]:
         patch.setattr(os, "fsync", lambda handle: None)
         patch.delattr(fcntl, "F_FULLFSYNC", raising=False)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_bytecode_of_tiers() -> Iterator[None]:
+    """A test may change a tier's code and run it again within the second that Python looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", True)
+        yield
+    shutil.rmtree(f"{sys.pycache_prefix}{tempfile.gettempdir()}", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

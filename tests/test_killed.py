@@ -2,9 +2,9 @@
 
 import hashlib
 import random
-import subprocess
-import sys
 import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.folders import whole_folder
 from tests.builders import write_overlay
 from tests.folders import names
-from tests.program import run_command
 
 
 def test_two_runs_into_one_place(tmp_path: Path) -> None:
@@ -56,24 +55,33 @@ def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
     before = _digest(overlay.path)
     out = tmp_path / "out"
     out.mkdir()
-    code = "import sys, outlier_mlx; outlier_mlx.convert(sys.argv[1], out=sys.argv[2], force=True)"
-    command = [sys.executable, "-c", code, str(overlay.path), str(out / "tier")]
+    # Its processes have imported what they need, so that moments are those of the writing.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["outlier_mlx.tiers.convert"])
+
+    def start() -> BaseProcess:
+        how = {"out": out / "tier", "force": True}
+        process = context.Process(target=outlier_mlx.convert, args=(overlay.path,), kwargs=how)
+        process.start()
+        return process
+
+    start().join()
     began = time.monotonic()
-    run_command(*command)
+    start().join()
     length = time.monotonic() - began
     halves = 0
     for _ in range(50):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        time.sleep(chance.uniform(0.5, 1.0) * length)
+        process = start()
+        time.sleep(chance.uniform(0.0, 1.0) * length)
         process.kill()
-        process.wait()
+        process.join()
         left = names(out)
         assert all(name == "tier" or name.startswith(".tier.part-") for name in left), left
         halves += any(name != "tier" for name in left)
         if "tier" in left:
             verify_tier(out / "tier")
     assert halves, "no kill came while the tier was written"
-    run_command(*command)
+    start().join()
     assert names(out) == ["tier"]
     verify_tier(out / "tier")
     assert _digest(overlay.path) == before
