@@ -20,7 +20,8 @@ from outlier_mlx.runtime.affine2 import ROWS
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.ternary import pack_rows
-from outlier_mlx.train import loop, objectives
+from outlier_mlx.train import beginning, loop, objectives
+from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.loop import drawn, scheduled
 from outlier_mlx.train.measures import hits_of
 from outlier_mlx.train.objectives import distilled, divergence, next_token, through_head
@@ -162,6 +163,59 @@ def test_weights_of_all_experts_can_be_trained_together(library: Library, tmp_pa
 def test_gradients_are_the_same_without_checkpoints(library: Library, tmp_path: Path) -> None:
     one = train(library, tmp_path / "one", grad_checkpoint=True)
     assert_same(train(library, tmp_path / "other", grad_checkpoint=False), one)
+
+
+def calls_until(
+    patch: pytest.MonkeyPatch, of: Any, name: str, most: int | None = None
+) -> list[int]:
+    """Count calls of a function; a call beyond `most` ends the training."""
+    whole, calls = getattr(of, name), [0]
+
+    def counted(*given: Any) -> Any:
+        if calls[0] == most:
+            raise Stopped
+        calls[0] += 1
+        return whole(*given)
+
+    patch.setattr(of, name, counted)
+    return calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of", "name", "counts"),
+    [
+        # Of three texts, then of two domains' 16 windows, four at a time.
+        (TrainedModel, "hidden", (0, 1, 2, 5, 8)),
+        # Two experts in each of two layers.
+        (beginning, "rounded_expert", (1, 2, 3)),
+    ],
+)
+def test_the_beginning_is_resumed_bit_for_bit(
+    library: Library, made: Upcycled, tmp_path: Path, of: Any, name: str, counts: tuple[int, ...]
+) -> None:
+    """What was done before the end is not done again, but for the layer's other expert."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = calls_until(patch, of, name)
+        with stopped_at(1, STAGES[0]) as log, pytest.raises(Stopped):
+            train(library, tmp_path / "whole", log)
+    for count in counts:
+        work = tmp_path / str(count)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            calls_until(patch, of, name, count)
+            train(library, work)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = calls_until(patch, of, name)
+            with stopped_at(1, STAGES[0]) as log, pytest.raises(Stopped):
+                train(library, work, log)
+        again = count % 2 if of is beginning else 0
+        assert calls[0] == whole[0] - count + again
+        ours, theirs = (
+            {path.name: path.read_bytes() for path in folder.glob("stage-*")}
+            for folder in (work, tmp_path / "whole")
+        )
+        assert ours == theirs and len(ours) == 3
+    assert_same(train(library, work), made)
 
 
 def test_ctrl_c_within_a_step_waits_for_its_end(

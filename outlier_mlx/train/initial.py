@@ -1,10 +1,9 @@
 """What experts and routers begin as: the base's own neurons, and where the domains' tokens are."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,8 +16,6 @@ from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.trits import Method, relative_error, ternarise
 
-#: Windows of each domain that are looked at, at most.
-WINDOWS = 32
 # How far the logits of a router that is sure of a domain are from the others'.
 _LOGITS = 4.0
 # Ridge of the regression, relative to the mean square of the router's input.
@@ -27,58 +24,18 @@ _RIDGE = 1e-2
 _SPREAD = 0.5
 
 
-@dataclass
-class Seen:
-    """What a layer's FFN saw, summed over tokens; float64 would gain nothing.
+class Seen(NamedTuple):
+    """What a layer's FFN saw, summed over tokens, float32; float64 would gain nothing.
 
     Attributes:
         squares: (hidden, hidden), of the inputs.
         sums: (domains, hidden), of each domain's inputs.
-        tokens: (domains,), of each domain.
         neurons: (domains, width), squared activations of each domain.
     """
 
     squares: mx.array
     sums: mx.array
-    tokens: np.ndarray
     neurons: mx.array
-
-
-def first_arrays(
-    model: TrainedModel, domains: Sequence[np.ndarray], settings: Settings
-) -> tuple[dict[str, mx.array], dict[str, float]]:
-    """What all blocks begin as, and the relative error of each way of rounding the experts.
-
-    Args:
-        model: a base whose blocks have no experts yet.
-        domains: windows (n, length) of each domain.
-        settings: resolved.
-
-    Returns:
-        By names as those of `TrainedModel.numbers`: routers, alphas, codes and scales; and where
-        experts are made from the FFN, the neurons of each, (experts, expert_size) int32.
-    """
-    seen = look(model, domains, settings.batch)
-    arrays: dict[str, mx.array] = {}
-    errors: list[dict[str, float]] = []
-    for layer, block in model.blocks.items():
-        neurons = None
-        if settings.init == "ffn":
-            neurons = chosen_neurons(seen[layer], block.mlp.down_proj.weight, settings)
-            arrays[f"{layer}.neurons"] = mx.array(neurons)
-        seed = (settings.seed, layer)
-        router = first_router(seen.pop(layer), settings.experts_per_domain, seed)
-        arrays[f"{layer}.router"] = router
-        # Experts that are still to be trained are silent until then.
-        alpha = 0.0 if settings.trains_experts else settings.alpha
-        arrays[f"{layer}.alpha"] = mx.full((len(router),), alpha)
-        for number in range(len(router)):
-            weights = first_latents(model, settings, layer, number, neurons)
-            expert, error = rounded_expert(weights, settings.scales)
-            errors.append(error)
-            arrays |= expert.arrays(f"{layer}.experts.{number}")
-        mx.eval(arrays)
-    return arrays, {way: float(np.mean([error[way] for error in errors])) for way in errors[0]}
 
 
 def first_latents(
@@ -91,44 +48,53 @@ def first_latents(
     return latents(block.mlp, own, hidden, settings.expert_size or 0, seed)
 
 
-def look(model: TrainedModel, domains: Iterable[np.ndarray], batch: int) -> dict[int, Seen]:
+def nothing_seen(block: ExpertBlock, domains: int) -> Seen:
+    """What a layer's FFN saw before the first token."""
+    hidden, width = block.router.shape[1], block.mlp.gate_proj.weight.shape[0]
+    return Seen(*(mx.zeros(s) for s in ((hidden, hidden), (domains, hidden), (domains, width))))
+
+
+def look(
+    model: TrainedModel,
+    domains: Sequence[np.ndarray],
+    batch: int,
+    seen: dict[int, Seen],
+    done: int = 0,
+) -> Iterator[dict[int, Seen]]:
     """Run the base on each domain's text, and sum up what its FFNs see.
 
     Args:
         model: without experts taking part.
         domains: windows (n, length) of each domain.
         batch: windows at a time.
+        seen: for each layer with experts, what was seen in the batches that are done.
+        done: number of these.
 
-    Returns:
-        For each layer with experts.
+    Yields:
+        After each batch, what was seen until then; `seen` itself is not changed.
     """
-    texts = [windows[:WINDOWS] for windows in domains]
-    seen: dict[int, Seen] = {}
 
     def note(domain: int, layer: int, mlp: Any, x: mx.array) -> None:
         x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-        found = seen.get(layer)
-        if found is None:
-            hidden, width = x.shape[-1], mlp.gate_proj.weight.shape[0]
-            found = seen[layer] = Seen(
-                mx.zeros((hidden, hidden)),
-                mx.zeros((len(texts), hidden)),
-                np.zeros(len(texts)),
-                mx.zeros((len(texts), width)),
-            )
         gated = nn.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
-        found.squares = found.squares + x.T @ x
-        found.sums[domain] = found.sums[domain] + x.sum(axis=0)
-        found.neurons[domain] = found.neurons[domain] + mx.square(gated).sum(axis=0)
-        found.tokens[domain] += len(x)
+        squares, sums, neurons = seen[layer]
+        seen[layer] = Seen(
+            squares + x.T @ x,
+            sums.at[domain].add(x.sum(axis=0)),
+            neurons.at[domain].add(mx.square(gated).sum(axis=0)),
+        )
 
-    for domain, windows in enumerate(texts):
+    parts = [
+        (domain, windows[start : start + batch, :-1])
+        for domain, windows in enumerate(domains)
+        for start in range(0, len(windows), batch)
+    ]
+    for domain, tokens in parts[done:]:
+        seen = dict(seen)
         with _watched(model.blocks, partial(note, domain)):
-            for start in range(0, len(windows), batch):
-                tokens = mx.array(windows[start : start + batch, :-1])
-                mx.eval(model.hidden(tokens, Mode()))
-                mx.eval([[s.squares, s.sums, s.neurons] for s in seen.values()])
-    return seen
+            mx.eval(model.hidden(mx.array(tokens), Mode()))
+        mx.eval(list(seen.values()))
+        yield seen
 
 
 @contextmanager
@@ -143,7 +109,9 @@ def _watched(blocks: dict[int, ExpertBlock], told: Any) -> Iterator[None]:
         yield
 
 
-def first_router(seen: Seen, per_domain: int, seed: tuple[int, ...]) -> mx.array:
+def first_router(
+    seen: Seen, shares: np.ndarray, per_domain: int, seed: tuple[int, ...]
+) -> mx.array:
     """A router that sends each domain's tokens to its experts.
 
     Ridge regression from the router's input to the domain. The experts of a domain differ by
@@ -151,6 +119,7 @@ def first_router(seen: Seen, per_domain: int, seed: tuple[int, ...]) -> mx.array
 
     Args:
         seen: of the layer.
+        shares: (domains,) float64, of all tokens that were seen.
         per_domain: experts of a domain.
         seed: of the random rows.
 
@@ -162,7 +131,7 @@ def first_router(seen: Seen, per_domain: int, seed: tuple[int, ...]) -> mx.array
     squares += np.eye(hidden) * (_RIDGE * np.trace(squares) / hidden)
     # Of the token's own domain 1, of all others 0, less the mean.
     wanted = np.array(seen.sums, np.float64)
-    wanted -= wanted.sum(axis=0) * (seen.tokens / seen.tokens.sum())[:, None]
+    wanted -= wanted.sum(axis=0) * shares[:, None]
     rows = _LOGITS * np.linalg.solve(squares, wanted.T).T
     rows = np.repeat(rows, per_domain, axis=0)
     if per_domain > 1:
@@ -230,15 +199,20 @@ def latents(
 
 def rounded_expert(weights: dict[str, mx.array], method: Method) -> tuple[Expert, dict[str, float]]:
     """An expert of rounded weights, and the relative error of each way of rounding."""
+    ways: tuple[Method, ...] = ("lloyd", "absmean")
     matrices: dict[str, TernaryMatrix | LatentMatrix] = {}
-    left, all_of = {"lloyd": 0.0, "absmean": 0.0}, 0.0
+    left: dict[str, float] = dict.fromkeys(ways, 0.0)
+    total = 0.0
     for name in PROJECTIONS:
         weight = weights[name]
-        matrices[name] = TernaryMatrix(*LatentMatrix(weight, method).stored())
-        total = float(mx.square(weight).sum())
-        all_of += total
-        for way in ("lloyd", "absmean"):
-            error = relative_error(weight, *ternarise(weight, way))
-            left[way] += error**2 * total
-    errors = {way: (of / all_of) ** 0.5 if all_of else 0.0 for way, of in left.items()}
+        square = float(mx.square(weight).sum())
+        total += square
+        for way in ways:
+            trits, scales = ternarise(weight, way)
+            left[way] += relative_error(weight, trits, scales) ** 2 * square
+            if way == method:
+                matrices[name] = TernaryMatrix(
+                    np.array(trits.astype(mx.int8)), np.array(scales[:, 0])
+                )
+    errors = {way: (of / total) ** 0.5 if total else 0.0 for way, of in left.items()}
     return Expert(matrices), errors

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.train.forward import Place
-from outlier_mlx.train.state import Arrays, Work
+from outlier_mlx.train.state import Arrays, State, Work
 from outlier_mlx.writing.interrupts import undivided
 
 #: Called with an event: a dict of JSON values, of which "event" says what it is.
@@ -122,9 +121,14 @@ def run(stage: Stage, work: Work, log: Log, *, save_every: float, log_every: flo
     state = _begin(stage, work)
     steps = _steps(stage)
     every = max(_LEAST_APART, math.ceil(stage.steps / stage.evaluations))
-    last_log = last_save = time.monotonic()
-    logged = state.step
-    try:
+    last_log, logged = time.monotonic(), state.step
+
+    def unfinished() -> State | None:
+        if state.is_whole and 0 < state.step < stage.steps:
+            return state.arrays(), {"step": state.step, "seconds": state.seconds}
+        return None
+
+    with work.saving(stage.name, unfinished, save_every) as stepped:
         while state.step < stage.steps:
             began = time.monotonic()
             loss, parts, gradients = steps(state)
@@ -132,9 +136,7 @@ def run(stage: Stage, work: Work, log: Log, *, save_every: float, log_every: flo
                 _step(stage, state, gradients)
                 now = time.monotonic()
                 state.seconds += now - began
-            if now - last_save >= save_every and state.step < stage.steps:
-                _save(stage, state, work)
-                last_save = now
+            stepped()
             if now - last_log >= log_every or state.step in (1, stage.steps):
                 speed = stage.tokens * (state.step - logged) / max(1e-9, now - last_log)
                 left = state.seconds / state.step * (stage.steps - state.step)
@@ -148,11 +150,6 @@ def run(stage: Stage, work: Work, log: Log, *, save_every: float, log_every: flo
                 _put(stage, state.values)
                 told = {"event": "held_out", "stage": stage.title, "step": state.step}
                 log(told | stage.evaluate())
-    except BaseException:
-        if state.is_whole and 0 < state.step < stage.steps:
-            with undivided(), suppress(OSError):  # what ended it counts, such as a full disk
-                _save(stage, state, work)
-        raise
     _put(stage, state.values)
     return state.seconds
 
@@ -173,10 +170,6 @@ def _begin(stage: Stage, work: Work) -> _State:
     if type(step) is not int or not 0 < step <= stage.steps:
         raise OutlierError(f"{work.folder}: the running stage has no valid step")
     return _State(step, values, means, squares, float(record.get("seconds", 0.0)))
-
-
-def _save(stage: Stage, state: _State, work: Work) -> None:
-    work.save(stage.name, state.arrays(), {"step": state.step, "seconds": state.seconds})
 
 
 def _put(stage: Stage, values: Arrays) -> None:

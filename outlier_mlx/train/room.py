@@ -10,9 +10,9 @@ from outlier_mlx.train.teacher import LIKELIEST
 from outlier_mlx.train.texts import Corpora
 from outlier_mlx.writing.folders import check_space
 
-# Bytes of a weight in the state of a running stage: it, and Adam's two averages, in float32. The
-# state is written whole beside the one before.
-_RUNNING = 2 * 12
+# Bytes of a weight in the state of a running stage: it, and Adam's two averages, in float32; and of
+# a sum over what the base sees, before. The state is written whole beside the one before.
+_RUNNING, _SEEN = 2 * 12, 2 * 4
 # Bits of a weight in what a finished stage leaves, and what begins and ends all of them.
 _FINISHED = 3 * 2
 # Bytes of a likely token and of its probability.
@@ -55,7 +55,9 @@ def work_bytes(config: ModelConfig, settings: Settings, corpora: Corpora, *, tea
     one = 3 * config.hidden * settings.expert_size * settings.experts_per_domain
     at_once = min(layers, settings.layers_at_once or layers)
     running = max(at_once, layers * domains * settings.joint_weights)
-    nbytes = _RUNNING * one * running + one * layers * domains * _FINISHED // 8
+    sums = config.hidden**2 + domains * (config.hidden + config.intermediate)
+    nbytes = max(_RUNNING * one * running, _SEEN * sums * layers)
+    nbytes += one * layers * domains * _FINISHED // 8
     if teacher:
         nbytes += sum(corpus.tokens for corpus in corpora.domains) * LIKELIEST * _PREDICTED
     return nbytes

@@ -10,9 +10,10 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.description import PROJECTIONS
+from outlier_mlx.train.beginning import begin, of_layer
 from outlier_mlx.train.experts import Expert, LatentMatrix, Mode, TernaryMatrix, empty_expert
 from outlier_mlx.train.forward import Place, TrainedModel
-from outlier_mlx.train.initial import first_arrays, first_latents
+from outlier_mlx.train.initial import first_latents
 from outlier_mlx.train.loop import Batch, Log, Number, Stage, drawn, run
 from outlier_mlx.train.measures import (
     Use,
@@ -88,32 +89,20 @@ class Stages:
         return self._losses(texts, self._together() if mode is None else mode)
 
     def _begin(self) -> None:
-        name = f"{len(self.records)} begin"
-        found = self._work.finished(name)
-        if found is None:
-            arrays, record = self._made()
-            self._work.finish(name, arrays, record | {"name": "begin"})
-            self._log({"event": "stage"} | record | {"name": "begin"})
-            found = arrays, record | {"name": "begin"}
-        arrays, record = found
-        for layer, block in self._model.blocks.items():
+        blocks, settings = self._model.blocks, self._settings
+        is_done = all(self._work.is_finished(of_layer(layer)) for layer in blocks)
+        arrays, record = begin(self._model, self._corpora, settings, self._work, self._save_every)
+        if not is_done:
+            self._log({"event": "stage"} | record)
+        for layer, block in blocks.items():
             neurons = arrays.pop(f"{layer}.neurons", None)
             self._neurons[layer] = None if neurons is None else np.array(neurons)
             for number in self._all:
-                hidden, size = block.router.shape[1], self._settings.expert_size or 0
+                hidden, size = block.router.shape[1], settings.expert_size or 0
                 block.experts[number] = empty_expert(hidden, size)
         self._apply(arrays)
         self.before = record["losses"]
         self.records.append(record)
-
-    def _made(self) -> tuple[Arrays, dict[str, Any]]:
-        """All arrays of the blocks as they begin, and the record of that."""
-        texts = {corpus.name: corpus.deciding for corpus in self._corpora}
-        losses = self._losses(texts, Mode())
-        domains = [corpus.train for corpus in self._corpora.domains]
-        arrays, errors = first_arrays(self._model, domains, self._settings)
-        record = {"steps": 0, "seconds": 0.0, "kept": True, "errors": errors, "losses": losses}
-        return arrays, record | {"before": perplexities(losses)}
 
     def _train_experts(
         self, number: int, domain: Corpus, layers: Sequence[int], steps: int

@@ -9,7 +9,9 @@ what is expected before anything is read.
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from outlier_mlx.storage.output import is_part, whole_file, write_json
 from outlier_mlx.storage.paths import entries
 from outlier_mlx.storage.safetensors import TensorRef, read_described
 from outlier_mlx.storage.texts import parse_json_object, read_json
+from outlier_mlx.writing.interrupts import undivided
 from outlier_mlx.writing.runs import lock
 
 #: Changes whenever the same settings would give other numbers.
@@ -31,6 +34,8 @@ _DTYPES = {"F32": mx.float32, "F16": mx.float16, "I32": mx.int32, "U8": mx.uint8
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Arrays = dict[str, mx.array]
+#: Arrays, and a record of JSON values.
+State = tuple[Arrays, dict[str, Any]]
 
 
 class Work:
@@ -87,7 +92,7 @@ class Work:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def finished(self, stage: str) -> tuple[Arrays, dict[str, Any]] | None:
+    def finished(self, stage: str) -> State | None:
         """The arrays that a stage changed and its record; None if it is not done.
 
         Raises:
@@ -118,13 +123,40 @@ class Work:
         _write(self._of_stage(stage), arrays, {**record, "stage": stage})
         (self.folder / _RUNNING).unlink(missing_ok=True)
 
-    def save(self, stage: str, arrays: Arrays, record: Mapping[str, Any]) -> None:
-        """Keep the state of the running stage; its name goes into the record."""
-        _write(self.folder / _RUNNING, arrays, {**record, "stage": stage})
+    @contextmanager
+    def saving(
+        self, stage: str, state: Callable[[], State | None], every: float
+    ) -> Iterator[Callable[[], None]]:
+        """Keep the state of the running stage when anything ends the block early.
 
-    def running(
-        self, stage: str, expected: Mapping[str, tuple[int, ...]]
-    ) -> tuple[Arrays, dict[str, Any]] | None:
+        Args:
+            stage: its name, which goes into the record.
+            state: gives its arrays and record; None if there is nothing to keep.
+            every: seconds after which the state is kept in any case.
+
+        Yields:
+            A function to call after each step.
+        """
+        last = time.monotonic()
+
+        def save() -> None:
+            if (found := state()) is not None:
+                _write(self.folder / _RUNNING, found[0], {**found[1], "stage": stage})
+
+        def stepped() -> None:
+            nonlocal last
+            if time.monotonic() - last >= every:
+                save()
+                last = time.monotonic()
+
+        try:
+            yield stepped
+        except BaseException:
+            with undivided(), suppress(OSError):  # what ended it counts, such as a full disk
+                save()
+            raise
+
+    def running(self, stage: str, expected: Mapping[str, tuple[int, ...]]) -> State | None:
         """The state of an interrupted stage and its record; None if another one or none was.
 
         Args:
@@ -182,7 +214,7 @@ def _described(path: Path) -> tuple[dict[str, TensorRef], dict[str, Any]]:
     return tensors, parse_json_object(metadata.get(_RECORD, "").encode(), path.name)
 
 
-def _read(path: Path, stage: str) -> tuple[Arrays, dict[str, Any]]:
+def _read(path: Path, stage: str) -> State:
     tensors, record = _described(path)
     if record.get("stage") != stage:
         raise CheckpointError(f"{path}: not the stage {stage!r}")
