@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from outlier_mlx.serve.access import Refused
 from outlier_mlx.serve.apis.anthropic_request import request_of
-from outlier_mlx.serve.apis.api import Event, Usage
+from outlier_mlx.serve.apis.api import Answer, Api, Event, Usage
 from outlier_mlx.serve.calls import Call
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.pieces import Piece
@@ -32,10 +32,9 @@ _TEXTS = {"thinking": "thinking", "text": "text", "tool_use": "partial_json"}
 _DELTAS = {"thinking": "thinking_delta", "text": "text_delta", "tool_use": "input_json_delta"}
 
 
-class Messages:
+class Messages(Api):
     """Translates messages."""
 
-    generates = True
     statuses: ClassVar[dict[int, int]] = {503: 529}
 
     def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
@@ -111,7 +110,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     return told
 
 
-class MessageAnswer:
+class MessageAnswer(Answer):
     """A message: whole, or as the events of a stream.
 
     Args:

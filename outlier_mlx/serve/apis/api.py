@@ -10,9 +10,6 @@ from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.pieces import Piece
 from outlier_mlx.serve.request import Request
 
-#: A comment, which clients pass over.
-KEEP_ALIVE = b": keepalive\n\n"
-
 
 @dataclass(frozen=True)
 class Usage:
@@ -68,28 +65,32 @@ class Answer(Protocol):
     """The answer to one request of an API, of which each reply has a number from 0.
 
     Either `whole` is called, or `begin`, `events` for each piece, and `end`; instead of anything
-    that is left, `failed`.
+    that is left, `failed`. What is never streamed needs `whole` alone.
 
     Attributes:
         ping: what is sent while the prompt is processed, so that no proxy ends the stream.
     """
 
-    ping: bytes
+    ping: bytes = b": keepalive\n\n"  # a comment, which clients pass over
 
     def whole(self, wholes: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """The answer that is not streamed; `wholes`: all of each reply."""
 
     def begin(self, usage: Usage) -> Iterable[Event]:
         """The events before anything was generated; `usage.prompt` is known."""
+        return ()
 
     def events(self, number: int, piece: Piece) -> Iterable[Event]:
         """The events for a piece of the reply of this number; the last has a finish reason."""
+        return ()
 
     def end(self, usage: Usage) -> Iterable[Event]:
         """The events after the last piece of all replies."""
+        return ()
 
     def failed(self, refused: Refused) -> Iterable[Event]:
         """The events that end a stream that cannot be completed."""
+        return ()
 
 
 class Api(Protocol):
@@ -101,8 +102,8 @@ class Api(Protocol):
         statuses: the API's own HTTP statuses, by those of `Refused`; others are the same.
     """
 
-    generates: bool
-    statuses: ClassVar[dict[int, int]]
+    generates: bool = True
+    statuses: ClassVar[dict[int, int]] = {}
 
     def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
         """What to generate for a body: one request for each reply.
@@ -121,7 +122,8 @@ class Api(Protocol):
         """
 
     def error(self, refused: Refused) -> dict[str, Any]:
-        """The body of an error response, also of errors found before a body is read."""
+        """OpenAI's error body, also for errors found before a body is read."""
+        return refused.as_json()
 
 
 @runtime_checkable

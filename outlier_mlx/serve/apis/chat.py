@@ -1,9 +1,10 @@
 """`/v1/chat/completions` of OpenAI's API."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.apis.api import Api
 from outlier_mlx.serve.apis.completions import CompletionAnswer, common_fields
 from outlier_mlx.serve.fields import CHAT, FIELDS, OUTLIER_FIELDS, check_fields
 from outlier_mlx.serve.limits import Limits
@@ -12,11 +13,8 @@ from outlier_mlx.serve.request import Request
 from outlier_mlx.serve.structured import Form, given_schema, tool_choice
 
 
-class Chat:
+class Chat(Api):
     """Translates chat completions."""
-
-    generates = True
-    statuses: ClassVar[dict[int, int]] = {}
 
     def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
         """The request of a conversation.
@@ -54,10 +52,6 @@ class Chat:
     def answer(self, body: dict[str, Any], requests: list[Request], model: str) -> "ChatAnswer":
         """A chat completion."""
         return ChatAnswer(model, include_usage=requests[0].include_usage)
-
-    def error(self, refused: Refused) -> dict[str, Any]:
-        """OpenAI's error."""
-        return refused.as_json()
 
 
 class ChatAnswer(CompletionAnswer):

@@ -7,7 +7,7 @@ from typing import Any
 
 from outlier_mlx import __version__
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.apis.api import KEEP_ALIVE, Event, Usage
+from outlier_mlx.serve.apis.api import Answer, Event, Usage
 from outlier_mlx.serve.fields import STREAM_OPTIONS, check_fields
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.pieces import Piece
@@ -57,7 +57,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     return told
 
 
-class CompletionAnswer:
+class CompletionAnswer(Answer):
     """An answer with choices: whole, or as the chunks of a stream.
 
     Args:
@@ -67,8 +67,6 @@ class CompletionAnswer:
         model: the model's name.
         include_usage: whether a stream ends with the numbers of tokens.
     """
-
-    ping = KEEP_ALIVE
 
     def __init__(
         self, kind: str, whole_object: str, chunk_object: str, model: str, *, include_usage: bool
@@ -95,10 +93,6 @@ class CompletionAnswer:
         choices = [self._choice(*numbered, stream=False) for numbered in enumerate(wholes)]
         whole = self._object(self._whole_object, choices) | {"usage": usage_of(usage)}
         return whole | self.more(wholes)
-
-    def begin(self, usage: Usage) -> Iterable[Event]:
-        """Nothing."""
-        return ()
 
     def events(self, number: int, piece: Piece) -> Iterable[Event]:
         """A chunk with one choice."""

@@ -2,11 +2,11 @@
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from outlier_mlx.serve.access import Refused
-from outlier_mlx.serve.apis.api import KEEP_ALIVE, Event, Usage
+from outlier_mlx.serve.apis.api import Answer, Event, Usage
 from outlier_mlx.serve.apis.store import Kept, ResponseStore
 from outlier_mlx.serve.calls import Call
 from outlier_mlx.serve.pieces import Piece
@@ -22,7 +22,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(24)}"
 
 
-class ResponseAnswer:
+class ResponseAnswer(Answer):
     """A response, whole or streamed.
 
     Args:
@@ -32,8 +32,6 @@ class ResponseAnswer:
         model: the model's name.
         store: where the response is kept; None: it is not.
     """
-
-    ping = KEEP_ALIVE
 
     def __init__(
         self,
@@ -193,30 +191,12 @@ class ResponseAnswer:
         self._open = None
 
 
-class TokenCount:
+class TokenCount(Answer):
     """The answer to the question how many tokens an input has."""
-
-    ping = KEEP_ALIVE
 
     def whole(self, wholes: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """The number of tokens."""
         return {"object": "response.input_tokens", "input_tokens": usage.prompt}
-
-    def begin(self, usage: Usage) -> Iterable[Event]:
-        """Nothing: it is never streamed."""
-        return ()
-
-    def events(self, number: int, piece: Piece) -> Iterable[Event]:
-        """Nothing."""
-        return ()
-
-    def end(self, usage: Usage) -> Iterable[Event]:
-        """Nothing."""
-        return ()
-
-    def failed(self, refused: Refused) -> Iterable[Event]:
-        """Nothing."""
-        return ()
 
 
 def _response(body: dict[str, Any], request: Request, model: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """`/v1/responses` of OpenAI's API: items in, items out, and what was said is kept for the next."""
 
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any
 
 from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.apis.api import Api
 from outlier_mlx.serve.apis.items import Conversation, items_of
 from outlier_mlx.serve.apis.output import ResponseAnswer, TokenCount
 from outlier_mlx.serve.apis.store import ResponseStore
@@ -106,18 +107,11 @@ INCLUDABLE = (
 )
 
 
-class Responses:
-    """Translates responses, and keeps them.
+class Responses(Api):
+    """Translates responses, and keeps them."""
 
-    Args:
-        store: where responses are kept.
-    """
-
-    generates = True
-    statuses: ClassVar[dict[int, int]] = {}
-
-    def __init__(self, store: ResponseStore | None = None) -> None:
-        self.store = ResponseStore() if store is None else store
+    def __init__(self) -> None:
+        self.store = ResponseStore()
 
     def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
         """The request of a conversation.
@@ -175,10 +169,6 @@ class Responses:
         store = self.store if given.get("store", True) else None
         return ResponseAnswer(given, items, requests[0], model, store)
 
-    def error(self, refused: Refused) -> dict[str, Any]:
-        """OpenAI's error."""
-        return refused.as_json()
-
     def kept(self, name: str) -> dict[str, Any]:
         """The response of this id.
 
@@ -221,7 +211,7 @@ class Responses:
         return conversation
 
 
-class InputTokens:
+class InputTokens(Api):
     """Translates requests for the number of tokens of an input.
 
     Args:
@@ -229,10 +219,13 @@ class InputTokens:
     """
 
     generates = False
-    statuses: ClassVar[dict[int, int]] = {}
 
     def __init__(self, responses: Responses) -> None:
-        self.requests, self.error = responses.requests, responses.error
+        self._responses = responses
+
+    def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
+        """What `Responses` makes of the input."""
+        return self._responses.requests(body, limits)
 
     def answer(self, body: dict[str, Any], requests: list[Request], model: str) -> TokenCount:
         """The number of tokens."""

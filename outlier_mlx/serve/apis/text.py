@@ -1,9 +1,10 @@
 """`/v1/completions` of OpenAI's API: plain text, without chat template."""
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from outlier_mlx.serve.access import Refused
+from outlier_mlx.serve.apis.api import Api
 from outlier_mlx.serve.apis.completions import CompletionAnswer, common_fields
 from outlier_mlx.serve.fields import FIELDS, TEXT, check_fields
 from outlier_mlx.serve.limits import Limits
@@ -14,11 +15,8 @@ from outlier_mlx.serve.structured import Form, given_schema
 MAX_PROMPTS = 128
 
 
-class Text:
+class Text(Api):
     """Translates text completions."""
-
-    generates = True
-    statuses: ClassVar[dict[int, int]] = {}
 
     def requests(self, body: dict[str, Any], limits: Limits) -> list[Request]:
         """A request for each prompt.
@@ -40,10 +38,6 @@ class Text:
     def answer(self, body: dict[str, Any], requests: list[Request], model: str) -> "TextAnswer":
         """A text completion."""
         return TextAnswer(model, include_usage=requests[0].include_usage)
-
-    def error(self, refused: Refused) -> dict[str, Any]:
-        """OpenAI's error."""
-        return refused.as_json()
 
 
 class TextAnswer(CompletionAnswer):
