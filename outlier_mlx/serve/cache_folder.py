@@ -16,35 +16,21 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from math import log2
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from outlier_mlx.errors import OutlierError, one_line
 from outlier_mlx.serve import cache_file
 from outlier_mlx.serve.cache_dir import CacheDir
 from outlier_mlx.serve.cache_file import Part
 from outlier_mlx.serve.cache_parts import Rows, State
+from outlier_mlx.serve.prefix_tree import Node, worth
 from outlier_mlx.storage.output import whole_file
 from outlier_mlx.storage.paths import entries
 
-if TYPE_CHECKING:
-    from outlier_mlx.serve.prefix_tree import Node
-
-#: What would take longest to read again stays; this is worth half as much after so many seconds.
-HALF_LIFE = 900.0
 _FOLDER = re.compile(r"prefixes-([0-9a-f]{12})-([0-9a-f]{12})-([0-9a-f]{12})")
 # What `whole_file` writes before it is whole.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{24}-[0-9a-z-]{1,15}\.[0-9a-f]{8}\.safetensors")
 _FILE = re.compile(r"([0-9a-f]{24})-([0-9a-f]{24}|root)-(\d{1,9})-(\d{1,9})\.safetensors")
-
-
-def worth(end: int, used: float) -> float:
-    """How much tokens up to `end`, last used at `used` seconds, are worth to be kept: a logarithm.
-
-    Reading a text again takes as long as it is; the chance that it is needed halves with time.
-    """
-    return log2(max(1, end)) + used / HALF_LIFE
 
 
 @dataclass(frozen=True)
@@ -126,7 +112,7 @@ class CacheFolder:
             known.add(file.key)
             yield file, part
 
-    def read(self, node: "Node") -> tuple[Rows, list[State] | None] | None:
+    def read(self, node: Node) -> tuple[Rows, list[State] | None] | None:
         """What a node's file holds, in the calling thread; None if it is gone or damaged."""
         path = self.path / str(node.file)
         try:
@@ -140,7 +126,7 @@ class CacheFolder:
             return None
         return rows, states
 
-    def write(self, node: "Node") -> None:
+    def write(self, node: Node) -> None:
         """Write a node, some time later, unless it is forgotten before."""
         with self._work:
             if not self._stopping and cache_file.writable(node.form):
@@ -208,7 +194,7 @@ class CacheFolder:
     def _has_work(self) -> bool:
         return bool(self._waiting or self._touched or self._unwanted or self._stopping)
 
-    def _write(self, node: "Node") -> None:
+    def _write(self, node: Node) -> None:
         rows, states, parent = node.rows, node.states, node.parent
         if rows is None or parent is None or node.file is not None:
             return

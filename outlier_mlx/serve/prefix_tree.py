@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import log2
 
 import numpy as np
 
-from outlier_mlx.serve.cache_folder import worth
 from outlier_mlx.serve.cache_parts import Form, Rows, State
 
+#: What would take longest to read again stays; this is worth half as much after so many seconds.
+HALF_LIFE = 900.0
 # A shorter node becomes part of what follows it.
 SHORTEST = 512
 
@@ -103,6 +105,14 @@ def is_end(node: Node) -> bool:
 def value(node: Node) -> float:
     """What a node is worth if it ends a text in memory, or else its states."""
     return worth(node.end, node.used if is_end(node) else node.ended)
+
+
+def worth(end: int, used: float) -> float:
+    """How much tokens up to `end`, last used at `used` seconds, are worth to be kept: a logarithm.
+
+    Reading a text again takes as long as it is; the chance that it is needed halves with time.
+    """
+    return log2(max(1, end)) + used / HALF_LIFE
 
 
 def is_short(node: Node) -> bool:

@@ -85,12 +85,12 @@ class Reply:
             Refused: generation failed.
             ConnectionError: the client disconnected.
         """
-        self.generator.enter(self)
+        self.generator.enter(self._job)
         self._responses = self.generator.begin(self._job, self.check, progress)
 
     def close(self) -> None:
         """End the reply, so that another request can take its place in the batch."""
-        self.generator.leave(self, self._job)
+        self.generator.leave(self._job)
 
     def pieces(self) -> Iterator[Piece]:
         """What is generated, up to the first stop word. Only the last piece has a finish reason."""
