@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from outlier_mlx.runtime.affine2 import ROWS
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.ternary import pack_rows
-from outlier_mlx.train import beginning, loop, objectives
+from outlier_mlx.train import beginning, loop, objectives, teacher
 from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.loop import drawn, scheduled
 from outlier_mlx.train.measures import hits_of
 from outlier_mlx.train.objectives import distilled, divergence, next_token, through_head
 from outlier_mlx.train.stages import Upcycled, layer_groups
+from outlier_mlx.train.state import Work
 from outlier_mlx.train.texts import Corpora, Corpus
 from tests.library import Library
 from tests.training import SETTINGS, Stopped, corpora, stopped_at, tensors, train
@@ -438,20 +440,49 @@ def test_stickiness_makes_neighbours_use_the_same_experts(library: Library, tmp_
 def test_a_teacher_takes_the_place_of_the_text(library: Library, tmp_path: Path) -> None:
     """The base as its own teacher has nothing to teach: nothing gets better, nothing is kept."""
     events: list[dict[str, Any]] = []
-    teacher = Source(library.base().path, "base")
-    made = train(library, tmp_path / "work", events.append, teacher=teacher, joint_steps=0)
+    base = Source(library.base().path, "base")
+    made = train(library, tmp_path / "work", events.append, teacher=base, joint_steps=0)
     losses = [e["parts"]["new"] for e in events if e["event"] == "step" and e["step"] == 1]
     assert max(losses) < 0.1 * np.log(made.before["law"])
     assert {e["domain"] for e in events if e["event"] == "teacher"} == {"law", "sea"}
     again: list[dict[str, Any]] = []
-    train(library, tmp_path / "work", again.append, teacher=teacher, joint_steps=0)
+    train(library, tmp_path / "work", again.append, teacher=base, joint_steps=0)
     assert not [e for e in again if e["event"] == "teacher"]
 
 
+def test_what_a_teacher_predicted_is_kept(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in a file, it goes on in that one; domains of similar names stay apart."""
+    given, base = corpora(), Source(library.base().path, "base")
+    names = [replace(c, name=n) for c, n in zip(given.domains, ("a_b", "a-b"), strict=True)]
+    given = Corpora((names[0], names[1]), given.keep)
+    settings, rows = replace(SETTINGS, expert_steps=8, batch=2, keep_share=0.5), np.arange(8)
+    whole = Work(tmp_path / "whole", {})
+    wanted = teacher.teach(base, given, settings, 288, whole, lambda event: None)
+    monkeypatch.setattr(teacher, "_BATCHES", 2)
+    told: list[tuple[str, int]] = []
+
+    def log(event: dict[str, Any]) -> None:
+        told.append((event["domain"], event["done"]))
+        if len(told) == 7:
+            raise Stopped
+
+    for _ in range(2):
+        with Work(tmp_path / "work", {}) as work, suppress(Stopped):
+            found = teacher.teach(base, given, settings, 288, work, log)
+    assert told[:7] == [("a_b", n) for n in (2, 4, 6, 8)] + [("a-b", n) for n in (2, 4, 6)]
+    assert told[7:] == [("a-b", n) for n in (6, 8)]
+    for name in ("a_b", "a-b"):
+        windows = drawn(name, rows, 16, settings.seed)
+        for one, other in zip(found(name, windows), wanted(name, windows), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(library: Library, tmp_path: Path) -> None:
-    teacher = Source(library.base(vocab=320).path, "other")
+    other = Source(library.base(vocab=320).path, "other")
     with pytest.raises(OutlierError, match="the teacher predicts 320 tokens, the base 288"):
-        train(library, tmp_path / "work", teacher=teacher)
+        train(library, tmp_path / "work", teacher=other)
 
 
 def test_a_loss_that_is_no_number_ends_the_training(library: Library, tmp_path: Path) -> None:

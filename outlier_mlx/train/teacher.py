@@ -11,11 +11,13 @@ from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.train.loop import Batch, Log, drawn
 from outlier_mlx.train.settings import Settings
-from outlier_mlx.train.state import Work
+from outlier_mlx.train.state import Arrays, Work
 from outlier_mlx.train.texts import Corpora, Corpus
 
 #: Likeliest tokens of each prediction that are kept.
 LIKELIEST = 256
+# Batches whose predictions are kept in a file: what a kill can cost.
+_BATCHES = 16
 
 #: From a domain's name and numbers of its windows: the likeliest tokens (windows, length, k) int32
 #: and the logarithms of their probabilities, of the same shape.
@@ -39,23 +41,29 @@ def teach(
         OutlierError: the teacher predicts other tokens than the base.
     """
     model = None
-    found: dict[str, tuple[dict[str, TensorRef], np.ndarray]] = {}
-    for corpus in corpora.domains:
-        stage = f"teacher {corpus.name}"
+    rows = _BATCHES * settings.batch
+    found: dict[str, tuple[list[dict[str, TensorRef]], np.ndarray]] = {}
+    for number, corpus in enumerate(corpora.domains):
         order = _needed(corpus, settings, len(corpora.domains))
-        if not work.is_finished(stage):
-            if model is None:
-                model, _ = load_model(teacher.folder)
-            arrays = _predicted(model, corpus, order, settings, vocab, log)
-            work.finish(stage, arrays, {"name": stage})
+        files = []
+        for start in range(0, len(order), rows):
+            stage = f"teacher {number} {corpus.name}, from {start}"
+            if not work.is_finished(stage):
+                if model is None:
+                    model, _ = load_model(teacher.folder)
+                part = range(start, min(start + rows, len(order)))
+                arrays = _predicted(model, corpus, order, part, settings, vocab, log)
+                work.finish(stage, arrays, {"name": stage})
+            files.append(work.tensors(stage))
         places = np.full(len(corpus.train), -1)
         places[order] = np.arange(len(order))
-        found[corpus.name] = work.tensors(stage), places
+        found[corpus.name] = files, places
 
     def targets(name: str, windows: np.ndarray) -> Batch:
-        tensors, places = found[name]
-        rows = [[tensors[leaf].read(at, at + 1) for at in places[windows]] for leaf in _LEAVES]
-        tokens, log_probs = (mx.array(np.concatenate(each)) for each in rows)
+        files, places = found[name]
+        at = [divmod(int(place), rows) for place in places[windows]]
+        read = [[files[n][leaf].read(row, row + 1) for n, row in at] for leaf in _LEAVES]
+        tokens, log_probs = (mx.array(np.concatenate(each)) for each in read)
         return tokens, log_probs
 
     return targets
@@ -73,12 +81,19 @@ def _needed(corpus: Corpus, settings: Settings, domains: int) -> np.ndarray:
 
 
 def _predicted(
-    model: Callable, corpus: Corpus, order: np.ndarray, settings: Settings, vocab: int, log: Log
-) -> dict[str, mx.array]:
+    model: Callable,
+    corpus: Corpus,
+    order: np.ndarray,
+    part: range,
+    settings: Settings,
+    vocab: int,
+    log: Log,
+) -> Arrays:
+    """What is predicted on a part of the windows in `order`."""
     tokens, log_probs = [], []
-    for start in range(0, len(order), settings.batch):
-        windows = mx.array(corpus.train[order[start : start + settings.batch], :-1])
-        logits = model(windows).astype(mx.float32)
+    for start in part[:: settings.batch]:
+        done = min(start + settings.batch, part.stop)
+        logits = model(mx.array(corpus.train[order[start:done], :-1])).astype(mx.float32)
         if logits.shape[-1] != vocab:
             raise OutlierError(f"the teacher predicts {logits.shape[-1]} tokens, the base {vocab}")
         cooled = logits / settings.temperature
@@ -89,6 +104,5 @@ def _predicted(
         tokens.append(likeliest.astype(mx.int32))
         log_probs.append(of_them.astype(mx.float16))
         mx.eval(tokens[-1], log_probs[-1])
-        done = min(start + settings.batch, len(order))
         log({"event": "teacher", "domain": corpus.name, "done": done, "total": len(order)})
     return {"tokens": mx.concatenate(tokens), "log_probs": mx.concatenate(log_probs)}
