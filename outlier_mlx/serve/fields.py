@@ -240,50 +240,52 @@ MESSAGE_FIELDS: dict[str, Field] = {
 
 
 def check_fields(
-    given: dict[str, Any], table: dict[str, Field], place: str = "", endpoint: str | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    """Check fields by a table. A field that is null is as if left out.
+    given: dict[str, Any],
+    table: dict[str, Field],
+    unused: list[str],
+    place: str = "",
+    endpoint: str | None = None,
+) -> dict[str, Any]:
+    """The fields that are honoured, checked by a table. One that is null is as if left out.
 
     Args:
         given: the fields.
         table: the fields that there can be.
+        unused: gets the names that are not in the table, such as "messages.color".
         place: where the fields are, such as "messages[0]"; empty for those of a body.
         endpoint: the endpoint of the request, if that matters.
-
-    Returns:
-        The fields that are honoured, and the names that are not in the table, such as
-        "messages.color".
 
     Raises:
         Refused: 400, with the field's name.
     """
-    honoured, unknown = {}, []
+    honoured = {}
     for name, value in given.items():
         named = f"{place}.{name}" if place else name
         field = table.get(name)
         if value is None:
             continue
         if field is None:
-            unknown.append(re.sub(r"\[\d+\]", "", place) + "." * bool(place) + name)
+            unused.append(re.sub(r"\[\d+\]", "", place) + "." * bool(place) + name)
         elif field.endpoint not in (None, endpoint):
-            text = f"{named} is a parameter of {field.endpoint}, not of {endpoint}"
-            raise Refused(400, text, "unsupported_parameter", outer_field(named))
+            text = f"is a parameter of {field.endpoint}, not of {endpoint}"
+            raise wrong(named, text, "unsupported_parameter")
         elif field.use == "refused" and not _is_one_of(value, field.harmless):
-            raise Refused(
-                400, f"{named} is not supported", "unsupported_parameter", outer_field(named)
-            )
+            raise wrong(named, "is not supported", "unsupported_parameter")
         elif field.use == "honoured":
             if field.values is not None and not field.values.allow(value):
-                raise Refused(
-                    400, f"{named} must be {field.values}", "invalid_value", outer_field(named)
-                )
+                raise wrong(named, f"must be {field.values}", "invalid_value")
             honoured[name] = value
-    return honoured, unknown
+    return honoured
 
 
-def outer_field(place: str) -> str:
-    """The field of a body that a place is in."""
-    return re.split(r"[.\[]", place, maxsplit=1)[0]
+def wrong(where: str, text: str, code: str = "unsupported_value") -> Refused:
+    """The refusal of what is at a place in a body; the text goes on after the place."""
+    return Refused(400, f"{where} {text}", code, re.split(r"[.\[]", where, maxsplit=1)[0])
+
+
+def typed(kind: object) -> str:
+    """What is said of the type that an object in a body has, or has not."""
+    return f"of the type {str(kind)[:40]!r}" if kind is not None else "without a type"
 
 
 def _is_one_of(value: Any, values: Iterable[Any]) -> bool:

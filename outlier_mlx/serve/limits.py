@@ -55,8 +55,8 @@ class Limits:
     grammars: Grammars
     has_experts: bool = False
 
-    def template_variables(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Variables of the chat template that a client may set, and those that have no effect.
+    def template_variables(self, given: dict[str, Any], unused: list[str]) -> dict[str, Any]:
+        """Variables of the chat template that a client may set; `unused` gets those of no effect.
 
         Raises:
             Refused: 400.
@@ -64,33 +64,32 @@ class Limits:
         if len(given) > MAX_VARIABLES:
             text = f"chat_template_kwargs must be at most {MAX_VARIABLES} variables"
             raise Refused(400, text, "invalid_value", "chat_template_kwargs")
-        unused = []
         for name, value in given.items():
             if name in self.template_names or not isinstance(value, bool | int | float | str):
                 text = f"chat_template_kwargs: {name[:40]!r} is not supported"
                 raise Refused(400, text, "unsupported_parameter", "chat_template_kwargs")
             if not self.reader.probes.mentions(name):
                 unused.append(f"chat_template_kwargs.{name}")
-        return given, unused
+        return given
 
-    def effort(self, effort: str | None, name: str) -> tuple[dict[str, Any], list[str]]:
+    def effort(self, effort: str | None, name: str, unused: list[str]) -> dict[str, Any]:
         """Variables by which the chat template sets how long the model reasons.
 
         Args:
             effort: the effort; None: as the template has it.
             name: the field that says it.
-
-        Returns:
-            The variables, and the field's name if the template has none.
+            unused: gets the field's name if the template has no such variables.
         """
         if effort is None:
-            return {}, []
+            return {}
         variables: dict[str, Any] = {}
         if self.reader.probes.mentions("reasoning_effort"):
             variables["reasoning_effort"] = effort
         if self.reader.probes.mentions("enable_thinking"):
             variables["enable_thinking"] = effort != "none"
-        return variables, [] if variables else [name]
+        if not variables:
+            unused.append(name)
+        return variables
 
     def sampling_of(self, body: dict[str, Any]) -> Sampling:
         """How tokens are chosen, from the fields of a body that are named as in `Sampling`.

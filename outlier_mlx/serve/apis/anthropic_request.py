@@ -15,7 +15,7 @@ from outlier_mlx.serve.apis.anthropic_fields import (
     TOOL,
     TOOL_CHOICE,
 )
-from outlier_mlx.serve.fields import Field, check_fields
+from outlier_mlx.serve.fields import Field, check_fields, wrong
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.request import Request
 from outlier_mlx.serve.structured import Form, ToolChoice, schema_of_format
@@ -45,7 +45,8 @@ def request_of(body: dict[str, Any], limits: Limits, *, counts: bool) -> Request
     tools = limits.reader.tools(
         [_tool(reader, *pair) for pair in enumerate(given.get("tools", []))]
     )
-    messages, unused = limits.reader.messages(conversation.messages, conversation.places)
+    unused: list[str] = []
+    messages = limits.reader.messages(conversation.messages, unused, conversation.places)
     # The template decides which earlier thinking the model sees: with some, none.
     reader.unused += [name for name in unused if name != "messages.reasoning_content"]
     asked = given.get("tool_choice", {"type": "auto"})
@@ -101,8 +102,7 @@ class _Reader:
         """
         if not isinstance(given, dict):
             raise _wrong(where, "must be an object")
-        honoured, unknown = check_fields(given, table, where)
-        self.unused += unknown
+        honoured = check_fields(given, table, self.unused, where)
         for name in required:
             if name not in honoured:
                 raise _wrong(f"{where}.{name}" if where else name, "is missing")
@@ -261,6 +261,4 @@ def _thinking(reader: _Reader, given: Any, limits: Limits) -> dict[str, Any]:
 
 def _wrong(where: str, text: str) -> Refused:
     """A request that is refused for what is wrong at a place in its body."""
-    return Refused(
-        400, f"{where} {text}", "invalid_value", where.partition("[")[0].partition(".")[0]
-    )
+    return wrong(where, text, "invalid_value")

@@ -22,20 +22,16 @@ class Chat(Api):
         Raises:
             Refused: 400, with the parameter's name.
         """
-        body, unused = check_fields(body, FIELDS, endpoint=CHAT)
-        common, unknown = common_fields(body, limits)
-        unused += unknown
+        unused: list[str] = []
+        body = check_fields(body, FIELDS, unused, endpoint=CHAT)
+        common = common_fields(body, limits, unused)
         tools = limits.reader.tools(body.get("tools", []))
-        messages, unknown = limits.reader.messages(body.get("messages", []))
-        unused += unknown
-        template, unknown = limits.template_variables(body.get("chat_template_kwargs", {}))
-        unused += unknown
-        effort, unknown = limits.effort(body.get("reasoning_effort"), "reasoning_effort")
-        unused += unknown
+        messages = limits.reader.messages(body.get("messages", []), unused)
+        template = limits.template_variables(body.get("chat_template_kwargs", {}), unused)
+        effort = limits.effort(body.get("reasoning_effort"), "reasoning_effort", unused)
         choice = tool_choice(body.get("tool_choice", "auto"), tools)
         several = body.get("parallel_tool_calls", True)
-        experts, unknown = _experts(body.get("outlier", {}), limits)
-        unused += unknown
+        experts = _experts(body.get("outlier", {}), limits, unused)
         request = Request(
             messages=messages,
             tools=choice.tools,
@@ -91,14 +87,14 @@ class ChatAnswer(CompletionAnswer):
             self._calls += 1
 
 
-def _experts(given: dict[str, Any], limits: Limits) -> tuple[bool, list[str]]:
-    """Whether experts are to be told, and the names of fields that have no effect."""
-    options, unknown = check_fields(given, OUTLIER_FIELDS, "outlier")
+def _experts(given: dict[str, Any], limits: Limits, unused: list[str]) -> bool:
+    """Whether experts are to be told."""
+    options = check_fields(given, OUTLIER_FIELDS, unused, "outlier")
     experts: bool = options.get("experts", False)
     if experts and not limits.has_experts:
         text = "outlier.experts: only a tier has experts to tell; this model is none"
         raise Refused(400, text, "unsupported_parameter", "outlier")
-    return experts, unknown
+    return experts
 
 
 def _alternatives(body: dict[str, Any], limits: Limits) -> int | None:

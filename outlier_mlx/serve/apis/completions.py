@@ -15,23 +15,21 @@ from outlier_mlx.serve.pieces import Piece
 FINGERPRINT = f"outlier-mlx-{__version__}"
 
 
-def common_fields(body: dict[str, Any], limits: Limits) -> tuple[dict[str, Any], list[str]]:
+def common_fields(body: dict[str, Any], limits: Limits, unused: list[str]) -> dict[str, Any]:
     """The fields of a `Request` that both endpoints have.
 
     Args:
         body: the fields that are honoured.
         limits: limits of the server.
-
-    Returns:
-        The fields, and the names of those of the body that have no effect.
+        unused: gets the names of fields that have no effect.
 
     Raises:
         Refused: 400, with the parameter's name.
     """
     options = body.get("stream_options", {})
-    options, unused = check_fields(options, STREAM_OPTIONS, "stream_options")
+    options = check_fields(options, STREAM_OPTIONS, unused, "stream_options")
     length = body.get("max_completion_tokens", body.get("max_tokens", 0))
-    common = {
+    return {
         "stop": limits.stop_words(body.get("stop", []), "stop"),
         "max_tokens": min(length or limits.max_tokens, limits.max_tokens),
         "asked_tokens": length,
@@ -40,7 +38,6 @@ def common_fields(body: dict[str, Any], limits: Limits) -> tuple[dict[str, Any],
         "stream": body.get("stream", False),
         "include_usage": options.get("include_usage", False),
     }
-    return common, unused
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from outlier_mlx.serve.fields import (
     check_fields,
     honoured,
     refused,
+    typed,
+    wrong,
 )
 from outlier_mlx.storage.texts import decode_json
 
@@ -94,13 +96,13 @@ class Conversation:
             Refused: 400, with the place of what is wrong or not supported.
         """
         if not isinstance(item, dict):
-            raise _wrong(where, "must be an object with a type")
+            raise wrong(where, "must be an object with a type")
         kind = item.get("type", "message" if "role" in item else None)
         known = ITEM_FIELDS.get(kind) if isinstance(kind, str) else None
         if known is None:
-            told = f"is an item {_typed(kind)}; supported are {', '.join(ITEM_FIELDS)}"
-            raise _wrong(where, told, "unsupported_content")
-        read, unused = check_fields(item, known, where)
+            told = f"is an item {typed(kind)}; supported are {', '.join(ITEM_FIELDS)}"
+            raise wrong(where, told, "unsupported_content")
+        read = check_fields(item, known, self.unused, where)
         if kind == "message":
             self._add_message(read, where)
         elif kind == "reasoning":
@@ -112,12 +114,11 @@ class Conversation:
             names = {"tool_call_id": read.get("call_id"), "name": read.get("name")}
             result |= {name: value for name, value in names.items() if value is not None}
             self._append(result, where)
-        self.unused += unused
 
     def _add_message(self, item: dict[str, Any], where: str) -> None:
         role = item.get("role")
         if role not in ROLES:
-            raise _wrong(f"{where}.role", f"must be one of {', '.join(ROLES)}")
+            raise wrong(f"{where}.role", f"must be one of {', '.join(ROLES)}")
         if role != "assistant":
             content = self._text(item, "content", "input_text", where)
             self._append({"role": role, "content": content}, where)
@@ -139,13 +140,13 @@ class Conversation:
 
     def _add_call(self, item: dict[str, Any], where: str) -> None:
         if not item.get("name"):
-            raise _wrong(f"{where}.name", "is missing")
+            raise wrong(f"{where}.name", "is missing")
         try:
             arguments = decode_json(item.get("arguments", "").strip() or "{}")
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
-            raise _wrong(f"{where}.arguments", "must be the JSON of an object")
+            raise wrong(f"{where}.arguments", "must be the JSON of an object")
         function = {"name": item["name"], "arguments": arguments}
         call = {"id": item.get("call_id", ""), "type": "function", "function": function}
         self._last_turn(where).setdefault("tool_calls", []).append(call)
@@ -166,7 +167,7 @@ class Conversation:
         """The text of a field that is a text, or a list of parts of one type, which are joined."""
         content = item.get(name)
         if content is None:
-            raise _wrong(f"{where}.{name}", "is missing")
+            raise wrong(f"{where}.{name}", "is missing")
         if isinstance(content, str):
             return content
         texts = []
@@ -175,19 +176,11 @@ class Conversation:
             found = part.get("type") if isinstance(part, dict) else None
             # A client may send back what was shown, such as a greeting, as if it were input.
             if found != kind and (found, kind) != ("input_text", "output_text"):
-                told = f"is a part {_typed(found)}; only {kind} is supported"
-                raise _wrong(place, told, "unsupported_content")
+                told = f"is a part {typed(found)}; only {kind} is supported"
+                raise wrong(place, told, "unsupported_content")
             if not isinstance(part.get("text"), str):
-                raise _wrong(f"{place}.text", "must be a string")
+                raise wrong(f"{place}.text", "must be a string")
             texts.append(part["text"])
             known = ("type", "text", "annotations", "logprobs", "prompt_cache_breakpoint")
             self.unused += [f"input.{name}.{extra}" for extra in part if extra not in known]
         return "".join(texts)
-
-
-def _typed(kind: object) -> str:
-    return f"of the type {str(kind)[:40]!r}" if kind is not None else "without a type"
-
-
-def _wrong(where: str, text: str, code: str = "unsupported_value") -> Refused:
-    return Refused(400, f"{where} {text}", code, where.partition("[")[0].partition(".")[0])

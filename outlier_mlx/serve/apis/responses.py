@@ -25,6 +25,8 @@ from outlier_mlx.serve.fields import (
     check_fields,
     honoured,
     refused,
+    typed,
+    wrong,
 )
 from outlier_mlx.serve.limits import Limits
 from outlier_mlx.serve.request import Request, Sampling
@@ -119,24 +121,22 @@ class Responses(Api):
         Raises:
             Refused: 400, with the parameter's name.
         """
-        read, unused = check_fields(body, RESPONSE_FIELDS, endpoint=RESPONSES)
-        reasoning, unknown = check_fields(read.get("reasoning", {}), REASONING_FIELDS, "reasoning")
-        unused += unknown
-        text, unknown = check_fields(read.get("text", {}), TEXT_FIELDS, "text")
-        unused += unknown
+        unused: list[str] = []
+        read = check_fields(body, RESPONSE_FIELDS, unused, endpoint=RESPONSES)
+        reasoning = check_fields(read.get("reasoning", {}), REASONING_FIELDS, unused, "reasoning")
+        text = check_fields(read.get("text", {}), TEXT_FIELDS, unused, "text")
         _check_metadata(read.get("metadata", {}))
         conversation = self._conversation(read)
         if limits.reader.probes.leaves_out("system messages after the first message"):
             conversation.join_instructions()
-        messages, unknown = limits.reader.messages(conversation.messages, conversation.places)
+        unknown: list[str] = []
+        places = conversation.places
+        messages = limits.reader.messages(conversation.messages, unknown, places)
         unused += conversation.unused
         unused += [f"input.{name.removeprefix('messages.')}" for name in unknown]
-        tools, unknown = _tools(read.get("tools", []))
-        unused += unknown
-        template, unknown = limits.template_variables(read.get("chat_template_kwargs", {}))
-        unused += unknown
-        effort, unknown = limits.effort(reasoning.get("effort"), "reasoning.effort")
-        unused += unknown
+        tools = _tools(read.get("tools", []), unused)
+        template = limits.template_variables(read.get("chat_template_kwargs", {}), unused)
+        effort = limits.effort(reasoning.get("effort"), "reasoning.effort", unused)
         length = read.get("max_output_tokens", 0)
         choice = tool_choice(read.get("tool_choice", "auto"), limits.reader.tools(tools))
         several = read.get("parallel_tool_calls", True)
@@ -259,17 +259,14 @@ def _alternatives(body: dict[str, Any], limits: Limits) -> int | None:
     return min(alternatives, limits.vocab) if LOGPROBS in included or alternatives else None
 
 
-def _tools(given: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Tools as `/v1/chat/completions` has them, and the names of fields that have no effect."""
-    tools, unused = [], []
+def _tools(given: list[Any], unused: list[str]) -> list[dict[str, Any]]:
+    """Tools as `/v1/chat/completions` has them; `unused` gets names of fields of no effect."""
+    tools = []
     for number, tool in enumerate(given):
         where = f"tools[{number}]"
         kind = tool.get("type") if isinstance(tool, dict) else None
         if kind != "function":
-            named = f"of the type {str(kind)[:40]!r}" if kind is not None else "without a type"
-            text = f"{where} is a tool {named}; only functions are supported"
-            raise Refused(400, text, "unsupported_value", "tools")
-        function, unknown = check_fields(tool, TOOL_FIELDS, where)
-        unused += unknown
+            raise wrong(where, f"is a tool {typed(kind)}; only functions are supported")
+        function = check_fields(tool, TOOL_FIELDS, unused, where)
         tools.append({"type": function.pop("type"), "function": function})
-    return tools, unused
+    return tools

@@ -24,13 +24,14 @@ class Text(Api):
         Raises:
             Refused: 400, with the parameter's name.
         """
-        body, unused = check_fields(body, FIELDS, endpoint=TEXT)
-        common, unknown = common_fields(body, limits)
+        unused: list[str] = []
+        body = check_fields(body, FIELDS, unused, endpoint=TEXT)
+        common = common_fields(body, limits, unused)
         form = Form(*given_schema(body))
         request = Request(
             constraint=form.constraint(limits.grammars),
             alternatives=_alternatives(body, limits),
-            unused=tuple(dict.fromkeys(unused + unknown)),
+            unused=tuple(dict.fromkeys(unused)),
             **common,
         )
         return [replace(request, prompt=prompt) for prompt in _prompts(body.get("prompt"))]
