@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -390,6 +392,27 @@ def test_a_rank_that_dies_ends_all(how: tuple[str, ...], place: Path, tmp_path: 
     assert [result.code for result in results] == [1, -9]
     assert results[0].err.count("\n") == 1
     assert "the connection to another rank was lost" in results[0].err
+
+
+@pytest.mark.slow
+def test_signals_end_a_rank_that_waits_for_others(place: Path, tmp_path: Path) -> None:
+    long = ("--max-tokens", 4000, "--max-kv-size", 64, "--ignore-chat-template")
+    words = (SCRIPT, "generate", place / "tier", "--prompt", "hi", *long)
+    started = start_ranks(2, tmp_path, *words)
+    assert started[0].stdout is not None
+    started[0].stdout.read(1)
+    started[1].send_signal(signal.SIGSTOP)  # it answers no more
+    started[0].terminate()
+    assert started[0].wait(10) == 128 + signal.SIGTERM
+    started[1].kill()
+    assert ended(started)[0].err.splitlines()[1:] == ["terminated"]
+    # Others that never come: MLX holds Python's lock meanwhile.
+    alone = start_ranks(2, tmp_path, *words, each={0: ("sleep", 60)})
+    time.sleep(8)
+    alone[1].terminate()
+    assert alone[1].wait(5) == -signal.SIGTERM
+    alone[0].kill()
+    ended(alone)
 
 
 def test_alone_nothing_is_sent_and_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from outlier_mlx.cli.signals import WORDS, ending_at_once
 from outlier_mlx.cli.watching import watch
 from outlier_mlx.engine.distributed.launcher import LOST, launched_rank
 from outlier_mlx.errors import OutlierError
@@ -39,13 +41,17 @@ def together(name: str, options: Mapping[str, Any]) -> Iterator[None]:
         return
     from outlier_mlx.engine.distributed.ranks import connect, finish
 
-    own = connect(pipeline=bool(options.get("pipeline")))
-    if own.size > 1:
-        if not options.get("debug"):
-            watch(_tell_loss)
-        _check(name, options)
-    yield
-    finish()
+    try:
+        with ending_at_once():
+            own = connect(pipeline=bool(options.get("pipeline")))
+        if own.size > 1:
+            watch(_tell, hide=not options.get("debug"))
+            _check(name, options)
+        yield
+        finish()
+    except BaseException:
+        _ending.set()
+        raise
 
 
 def join(folder: Path) -> None:
@@ -93,6 +99,12 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
             raise OutlierError(f"{spelling}: not with several ranks: {reason}")
 
 
-def _tell_loss() -> None:
-    with suppress(OSError):
-        print(f"error: {LOST}", file=sys.stderr, flush=True)
+# Set when the main thread ends by itself, and says why.
+_ending = threading.Event()
+
+
+def _tell(number: int | None) -> None:
+    if not _ending.is_set():
+        word = f"error: {LOST}" if number is None else WORDS.get(number, "interrupted")
+        with suppress(OSError):  # the terminal may be gone
+            print(word, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 #: What the program says when one of these ends it.
-WORDS = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+WORDS: dict[int, str] = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 
 class Ended(SystemExit):
@@ -16,7 +16,7 @@ class Ended(SystemExit):
     def __init__(self, number: int) -> None:
         self.status = 128 + number
         super().__init__(self.status)
-        self.word = WORDS[signal.Signals(number)]
+        self.word = WORDS[number]
 
 
 @contextmanager
@@ -43,3 +43,20 @@ def cleaning_up() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Let signals end the process at once in the block, as the system does it.
+
+    MLX does not let Python's own handlers run while it looks for other ranks.
+    """
+    before = {number: signal.getsignal(number) for number in (*WORDS, signal.SIGINT)}
+    try:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

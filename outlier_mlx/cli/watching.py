@@ -1,4 +1,4 @@
-"""Ends a process of several when another one is gone, also while MLX waits for that for ever.
+"""Ends a process of several when a signal comes or another one is gone, also while MLX waits.
 
 MLX's ring fails what waits for a peer whose process has ended, but not what is begun later: that
 never ends, and Python's own signal handlers do not run meanwhile. The ring says on stderr that a
@@ -19,11 +19,13 @@ _RING, _LOST = b"[ring]", b"Too many send/recv errors"
 _GRACE = 2.0
 
 
-def watch(lost: Callable[[], None]) -> None:
-    """Begin to watch, in the main thread; from now on, what the ring writes to stderr is dropped.
+def watch(tell: Callable[[int | None], None], *, hide: bool) -> None:
+    """Begin to watch, in the main thread.
 
     Args:
-        lost: called in another thread before the process ends because another rank is gone.
+        tell: called in another thread before that ends the process, with the number of a signal;
+            None: another rank is gone.
+        hide: whether what the ring writes to stderr is dropped from now on.
     """
     real = os.dup(2)
     if sys.stderr.name != os.devnull:  # that of a rank that does not talk
@@ -34,10 +36,13 @@ def watch(lost: Callable[[], None]) -> None:
     signals, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    threading.Thread(target=_run, args=(written, signals, real, lost), daemon=True).start()
+    hidden = _RING if hide else b"\n"  # which no line begins with
+    threading.Thread(target=_run, args=(written, signals, real, hidden, tell), daemon=True).start()
 
 
-def _run(written: int, signals: int, real: int, lost: Callable[[], None]) -> None:
+def _run(
+    written: int, signals: int, real: int, hidden: bytes, tell: Callable[[int | None], None]
+) -> None:
     rest = b""
     while True:
         ready, _, _ = select.select([written, signals], [], [])
@@ -45,12 +50,13 @@ def _run(written: int, signals: int, real: int, lost: Callable[[], None]) -> Non
             number = os.read(signals, 1)[0]
             if number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 time.sleep(_GRACE)
+                tell(number)
                 os._exit(128 + number)
         if written in ready:
             *lines, rest = (rest + os.read(written, 1 << 16)).split(b"\n")
-            others = [line + b"\n" for line in lines if not line.startswith(_RING)]
+            others = [line + b"\n" for line in lines if not line.startswith(hidden)]
             os.write(real, b"".join(others))
             if any(line.startswith(_RING) and _LOST in line for line in lines):
                 time.sleep(_GRACE)
-                lost()
+                tell(None)
                 os._exit(1)
