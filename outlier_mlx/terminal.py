@@ -121,59 +121,48 @@ def print_heading(output: Output, name: str, rest: str) -> None:
     output.print(text, soft_wrap=True)
 
 
-def progress_bar(title: str, *, quiet: bool) -> AbstractContextManager[Progress]:
-    """A progress bar with bytes, speed and time left; yields its progress callback.
-
-    It appears at the first call: before, huggingface_hub may show its own bars.
-    """
-
-    def figures() -> "list[ProgressColumn]":
-        from rich.progress import DownloadColumn, TransferSpeedColumn
-
-        return [DownloadColumn(), TransferSpeedColumn()]
-
-    return _bar(title, figures, quiet=quiet)
-
-
 @contextmanager
-def counting_bar(title: str, unit: str, *, quiet: bool, at_once: bool = True) -> Iterator[Progress]:
-    """A progress bar that counts units; yields its progress callback.
+def progress_bar(
+    title: str, unit: str = "", *, quiet: bool, at_once: bool = True
+) -> Iterator[Progress]:
+    """A progress bar on a terminal; yields its progress callback.
 
-    It appears immediately, or at the first call if `at_once` is False.
+    Args:
+        title: stands before the bar.
+        unit: what is counted; empty: bytes, with their speed.
+        quiet: show nothing.
+        at_once: whether a bar that counts appears before the first call. One of bytes never does:
+            huggingface_hub may show its own bars before.
     """
-
-    def figures() -> "list[ProgressColumn]":
-        from rich.progress import TextColumn
-
-        return [TextColumn("{task.completed:.0f} " + unit)]
-
-    with _bar(title, figures, quiet=quiet) as advance:
-        if at_once:
+    console = stderr()
+    if quiet or isinstance(console, Pipe) or not console.is_terminal:
+        yield no_progress
+        return
+    drawn = _plain_bar(console, title) if _is_plain(console) else _bar(console, title, unit)
+    with drawn as advance:
+        if unit and at_once:
             advance(0, None)
         yield advance
 
 
 @contextmanager
-def _bar(
-    title: str, figures: "Callable[[], list[ProgressColumn]]", *, quiet: bool
-) -> Iterator[Progress]:
-    """A progress bar on a terminal, with `figures` if it is wide enough."""
-    console = stderr()
-    if quiet or isinstance(console, Pipe) or not console.is_terminal:
-        yield no_progress
-        return
-    if _is_plain(console):
-        with _plain_line(console) as show:
-            yield lambda done, total: show(f"{title} {done / total:.0%}" if total else title)
-        return
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as ProgressBar
+def _plain_bar(console: "Console", title: str) -> Iterator[Progress]:
+    with _plain_line(console) as show:
+        yield lambda done, total: show(f"{title} {done / total:.0%}" if total else title)
 
-    columns: list[ProgressColumn] = [TextColumn(title), BarColumn(), TaskProgressColumn()]
-    if console.width >= WIDE:
-        columns += figures()
-    columns.append(TimeRemainingColumn())
-    bar = ProgressBar(*columns, console=console, transient=True)
+
+@contextmanager
+def _bar(console: "Console", title: str, unit: str) -> Iterator[Progress]:
+    from rich import progress
+
+    columns: list[ProgressColumn] = [progress.TextColumn(title), progress.BarColumn()]
+    columns.append(progress.TaskProgressColumn())
+    if console.width >= WIDE and unit:
+        columns.append(progress.TextColumn("{task.completed:.0f} " + unit))
+    elif console.width >= WIDE:
+        columns += [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+    columns.append(progress.TimeRemainingColumn())
+    bar = progress.Progress(*columns, console=console, transient=True)
     task = bar.add_task(title, total=None)
 
     def advance(done: int, total: int | None) -> None:

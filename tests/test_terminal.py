@@ -16,7 +16,7 @@ from rich.console import Console
 
 import outlier_mlx
 from outlier_mlx import terminal
-from outlier_mlx.terminal import after_reading, counting_bar, print_columns, progress_bar, working
+from outlier_mlx.terminal import after_reading, print_columns, progress_bar, working
 from tests.builders import write_overlay
 from tests.program import run, run_program
 from tests.screen import ESCAPE, fits, lines_shown, on_terminal, screen
@@ -89,7 +89,7 @@ def test_without_escapes_a_line_is_written_over(
         show("on")
     with progress_bar("converting", quiet=False) as advance:
         advance(1, 4)
-    with counting_bar("measuring", "tokens", quiet=False) as advance:
+    with progress_bar("measuring", "tokens", quiet=False) as advance:
         advance(1, 2)
     text = plainly_sent.getvalue()
     assert "\x1b" not in text and "converting 25%" in text and "measuring 50%" in text

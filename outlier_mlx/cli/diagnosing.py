@@ -1,7 +1,7 @@
 """The command that examines a machine: doctor."""
 
 import json
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +12,6 @@ from outlier_mlx.cli.options import ExpertMemory, Json, KVCache, PrefillStep, Qu
 
 if TYPE_CHECKING:
     from outlier_mlx.measure.doctor import Report
-    from outlier_mlx.terminal import Progress
 
 # Speeds of more are no disk's or memory's, and less is none.
 _rate = {"min": 0.001, "max": 1e5}
@@ -60,7 +59,7 @@ def doctor(
     from outlier_mlx.engine.paging.budget import ExpertMemory as Parsed
     from outlier_mlx.errors import OutlierError
     from outlier_mlx.measure.doctor import Given, examine
-    from outlier_mlx.terminal import counting_bar, progress_bar
+    from outlier_mlx.terminal import progress_bar
 
     given = Given(ram, chip, bandwidth, disk)
     if chip is not None:
@@ -73,11 +72,6 @@ def doctor(
     if model and given.elsewhere and ram is None:
         raise typer.BadParameter("the plan needs the memory of that Mac", param_hint="--ram")
 
-    def stages(title: str, unit: str) -> "AbstractContextManager[Progress]":
-        if unit:
-            return counting_bar(title, unit, quiet=quiet, at_once=False)
-        return progress_bar(title, quiet=quiet)
-
     use = Use(
         tokens=context,
         step=prefill_step_size,
@@ -86,6 +80,7 @@ def doctor(
         kv_start=cache.quantized_kv_start,
     )
     memory = Parsed.parse(expert_memory)
+    stages = partial(progress_bar, quiet=quiet, at_once=False)
     report = examine(model or None, given, use, memory, revision, stages)
     if as_json:
         print(json.dumps(report.as_json(), indent=2))

@@ -68,7 +68,7 @@ def evaluate(
     from outlier_mlx.measure.eval_tables import print_evaluation
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.storage.output import check_writable
-    from outlier_mlx.terminal import counting_bar, working
+    from outlier_mlx.terminal import progress_bar, working
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
@@ -110,7 +110,7 @@ def evaluate(
         source,
         names,
         options,
-        partial(counting_bar, quiet=quiet),
+        partial(progress_bar, quiet=quiet),
         partial(working, quiet=quiet),
         trust_tasks=trust_tasks,
         run_generated_code=run_generated_code,

@@ -1,7 +1,7 @@
 """Commands that make models: convert, import, merge, tiers, demo."""
 
 import json
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -249,13 +249,10 @@ def merge(
     from outlier_mlx.merge import merge as merge_models
     from outlier_mlx.merge.report import as_json as report_of
     from outlier_mlx.merge.tables import print_merged
-    from outlier_mlx.terminal import Progress, counting_bar, progress_bar
+    from outlier_mlx.terminal import progress_bar
 
     if group_size is not None and bits is None:
         raise typer.BadParameter("only --bits makes groups", param_hint="--group-size")
-
-    def stages(title: str, unit: str) -> AbstractContextManager[Progress]:
-        return counting_bar(title, unit, quiet=quiet) if unit else progress_bar(title, quiet=quiet)
 
     result = merge_models(
         merge_config,
@@ -268,7 +265,7 @@ def merge(
         seed=seed,
         measure=measure,
         force=force,
-        stages=stages,
+        stages=partial(progress_bar, quiet=quiet),
     )
     if as_json:
         print(json.dumps(report_of(result), indent=2))

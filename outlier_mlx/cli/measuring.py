@@ -55,7 +55,7 @@ def info(
 ) -> None:
     """Describe a tier, overlay or model: its parts, its size, and the memory it needs."""
     from outlier_mlx.checkpoints.info import inspect
-    from outlier_mlx.terminal import counting_bar, progress_bar, size, stderr
+    from outlier_mlx.terminal import progress_bar, size, stderr
 
     headers = ExitStack()
 
@@ -69,7 +69,7 @@ def info(
 
     with headers:
         progress = headers.enter_context(
-            counting_bar("reading headers", "files", quiet=False, at_once=False)
+            progress_bar("reading headers", "files", quiet=False, at_once=False)
         )
         found = inspect(model, revision, progress, file=file, deep=deep, reading=reading)
     if as_json:
@@ -147,7 +147,7 @@ def bench(
     from outlier_mlx.measure.bench_tables import print_kernels, print_result
     from outlier_mlx.runtime.ops import use_metal
     from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.terminal import counting_bar, size
+    from outlier_mlx.terminal import progress_bar, size
 
     if save and not kernels:
         raise typer.BadParameter(
@@ -170,7 +170,7 @@ def bench(
     loaded, tokenizer = load_checked(source, loading, tokens, step=prefill_step_size, quiet=quiet)
     if kernels and not quiet:
         say(f"copies in MLX's formats take {size(copied_bytes(loaded, batch_size))} at a time")
-    with counting_bar("measuring", "runs", quiet=quiet) as progress:
+    with progress_bar("measuring", "runs", quiet=quiet) as progress:
         if kernels:
             timed = bench_kernels(loaded, num_trials, batch_size, progress)
         else:
@@ -199,7 +199,7 @@ def _bench_settings(
     from outlier_mlx.measure.bench_tables import print_settings
     from outlier_mlx.runtime.ops import use_metal
     from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.terminal import counting_bar
+    from outlier_mlx.terminal import progress_bar
 
     if options.num_trials < LEAST_ROUNDS:
         raise typer.BadParameter(
@@ -213,7 +213,7 @@ def _bench_settings(
     tokens = options.batch_size * (options.prompt_tokens + options.generation_tokens)
     check_memory(source, loading, tokens)
     run = partial(run_apart, source.folder, options, loading.dtype)
-    with counting_bar("measuring", "runs", quiet=quiet) as progress:
+    with progress_bar("measuring", "runs", quiet=quiet) as progress:
         found = bench_settings(run, options, progress)
     if as_json:
         print(json.dumps({"model": source.name} | found.as_json(), indent=2))
@@ -249,7 +249,7 @@ def perplexity(
     from outlier_mlx.measure import measured
     from outlier_mlx.measure import perplexity as compare
     from outlier_mlx.storage.texts import read_utf8
-    from outlier_mlx.terminal import counting_bar
+    from outlier_mlx.terminal import progress_bar
 
     if record and loading.expert_skip:
         raise OutlierError("--record: with --expert-skip the result depends on memory")
@@ -264,7 +264,7 @@ def perplexity(
         compare.same_tokens(tokenizer, other_tokenizer, content)
     texts = compare.windows(tokenizer, content, window, windows)
     compare.warn_of_context(loaded, texts)
-    with counting_bar("measuring", "tokens", quiet=quiet) as progress:
+    with progress_bar("measuring", "tokens", quiet=quiet) as progress:
         found = compare.compare(loaded, texts, other, progress)
     paging = statistics_of(loaded)
     if paging is not None and not quiet:
@@ -323,7 +323,7 @@ def routing(
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.storage.output import check_folder, check_writable, clear_folder, write_whole
     from outlier_mlx.storage.texts import read_utf8
-    from outlier_mlx.terminal import counting_bar
+    from outlier_mlx.terminal import progress_bar
 
     if out is not None:
         check_folder(out, FILES, force=force, sources=[model, text])
@@ -335,7 +335,7 @@ def routing(
     loaded, tokenizer = load_checked(source, loading, window, logits=window, quiet=quiet)
     texts = compare.windows(tokenizer, read_utf8(text), window, windows)
     compare.warn_of_context(loaded, texts)
-    with counting_bar("routing", "tokens", quiet=quiet) as progress, ExitStack() as watching:
+    with progress_bar("routing", "tokens", quiet=quiet) as progress, ExitStack() as watching:
         recorder = None if trace is None else watching.enter_context(recording(loaded))
         layers = observe_routing(loaded, texts, progress)
     if recorder is not None and trace is not None:

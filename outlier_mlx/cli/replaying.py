@@ -44,7 +44,7 @@ def replay_trace(
     from outlier_mlx.measure.pictures import check_picture
     from outlier_mlx.measure.replay_report import draw_replays, print_replays
     from outlier_mlx.measure.replay_run import Machine, replay_all
-    from outlier_mlx.terminal import counting_bar
+    from outlier_mlx.terminal import progress_bar
 
     if out is not None:
         check_picture(out, force=force, sources=[file])
@@ -57,7 +57,7 @@ def replay_trace(
             raise OutlierError(f"{known.note}: name a chip with --chip")
         machine = Machine(known.name, known.bandwidth_gb_s, disk)
     trace = read_trace(file)
-    with counting_bar("replaying", "replays", quiet=quiet) as progress:
+    with progress_bar("replaying", "replays", quiet=quiet) as progress:
         found = replay_all(trace, machine, progress)
     if out is not None:
         draw_replays(found, out)

@@ -19,7 +19,7 @@ from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutputExistsError
 from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.storage.paths import entries
-from outlier_mlx.terminal import Progress, counting_bar, print_columns, progress_bar, size, stdout
+from outlier_mlx.terminal import Progress, print_columns, progress_bar, size, stdout
 from outlier_mlx.tiers.convert import convert_tier
 from outlier_mlx.tiers.presets import RECIPES
 from outlier_mlx.writing.folders import check_free
@@ -111,7 +111,7 @@ def run(
         texts = heldout(None if full else FEW)
         count = sum(len(documents) for documents in texts.values())
         console.print(f"Measuring on {count} documents that neither was trained on ...\n")
-        with counting_bar("measuring", "documents", quiet=quiet) as progress:
+        with progress_bar("measuring", "documents", quiet=quiet) as progress:
             rows = _measure(models, sizes, tokenizer, texts, progress)
         title = "Perplexity on held-out text (lower is better)"
         heads = [name.replace(", ", ",\n") for name in models]

@@ -73,7 +73,7 @@ def tune(
     from outlier_mlx.models.config import raw_config
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.storage.texts import read_utf8
-    from outlier_mlx.terminal import counting_bar, size
+    from outlier_mlx.terminal import progress_bar, size
 
     names = _parts(parts)
     target = out if out is not None else Path(f"{Path(model).name}-tuned")
@@ -92,7 +92,7 @@ def tune(
         say(f"{plan.numbers:,} numbers to train, with {size(plan.nbytes)} more memory at most")
     other = load_beside(teacher, loading, quiet=quiet)[0] if teacher is not None else None
     perplexity.warn_of_context(loaded, texts)
-    with counting_bar("tuning", "windows", quiet=quiet) as progress:
+    with progress_bar("tuning", "windows", quiet=quiet) as progress:
         tuned = train(
             loaded,
             texts,

@@ -28,7 +28,7 @@ from outlier_mlx.measure.pictures import SUFFIXES, require_matplotlib
 from outlier_mlx.storage.hub import Source, resolve
 from outlier_mlx.storage.output import check_folder, clear_folder, write_json
 from outlier_mlx.storage.texts import parse_json, read_bytes
-from outlier_mlx.terminal import counting_bar, working
+from outlier_mlx.terminal import progress_bar, working
 
 
 def study_models(
@@ -128,7 +128,7 @@ def _study(
     warn_of_context(model, windows)
     try:
         parameters = count_parameters(model, config)
-        with counting_bar(name, "layers", quiet=quiet) as progress:
+        with progress_bar(name, "layers", quiet=quiet) as progress:
             measured = measure(model, windows, study.options, progress)
     except OutlierError as error:
         raise OutlierError(f"{name}: {error}") from error
