@@ -217,11 +217,6 @@ def placeholder(param: Any) -> str:
     return usual[kind] if kind in usual else "|".join(map(str, get_args(kind)))
 
 
-def _is_required(param: Any) -> bool:
-    """Whether a command cannot do without it; MODEL may be given as `--model`, too."""
-    return param.required or (param.name in MODELS and param.default is None)
-
-
 def _explanation(param: Any) -> str:
     text = param.help or ""
     if param.show_envvar and param.envvar:
@@ -229,6 +224,6 @@ def _explanation(param: Any) -> str:
     switch = param.type_descriptor.annotation is bool
     if param.default not in (None, "") and not switch and param.show_default:
         text += f" [default: {param.default}]"
-    return text + " [required]" * (
-        param.required or (param.name in MODELS and param.default is None)
-    )
+    # MODEL may be given as `--model`, too.
+    required = param.required or (param.name in MODELS and param.default is None)
+    return text + " [required]" * required
