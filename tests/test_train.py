@@ -29,6 +29,8 @@ from outlier_mlx.train.objectives import distilled, divergence, next_token, thro
 from outlier_mlx.train.stages import Upcycled, layer_groups
 from outlier_mlx.train.state import Work
 from outlier_mlx.train.texts import Corpora, Corpus
+from outlier_mlx.train.trits import ternarise
+from tests.folders import contents
 from tests.library import Library
 from tests.training import SETTINGS, Stopped, corpora, stopped_at, tensors, train
 
@@ -289,6 +291,70 @@ def test_a_finished_training_is_not_repeated(library: Library, made: Upcycled, w
     assert_same(train(library, work, events.append), made)
     assert not [event for event in events if event["event"] == "step"]
     assert not (work / "running.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_was_trained_so_far_can_be_had(
+    library: Library, made: Upcycled, tmp_path: Path, number: int
+) -> None:
+    """What the interrupted stage had is judged as at its end; and the training still goes on."""
+    work = tmp_path / "work"
+    with stopped_at(1, STAGES[number]) as log, pytest.raises(Stopped):
+        train(library, work, log)
+    left = contents(work)
+    events: list[dict[str, Any]] = []
+    found = train(library, work, events.append, so_far=True)
+    assert contents(work) == left and not found.is_whole and made.is_whole
+    told = [event["name"] for event in events if event["event"] == "stage"]
+    assert told == [stage["name"] for stage in found.stages[1 + number :]]
+    assert not [event for event in events if event["event"] == "step"]
+
+    done = [(stage["steps"], stage["planned"], stage["kept"]) for stage in found.stages[1:]]
+    begun = [(4, 4, True), (1, 4, True), (0, 3, False)]
+    assert done == (begun if number == 1 else [(4, 4, True), (4, 4, True), (1, 3, True)])
+    values: Any = mx.load(str(work / "running.safetensors"))
+    for layer in found.layers:
+        if number == 1:  # the latent weights of the second expert, rounded
+            trits, scales = ternarise(values[f"value.{layer.layer}.experts.1.up_proj.latent"])
+            np.testing.assert_array_equal(layer.trits["up_proj"][1], trits)
+            np.testing.assert_array_equal(layer.scales["up_proj"][1], scales[:, 0])
+        else:
+            np.testing.assert_array_equal(layer.router, values[f"value.{layer.layer}.router"])
+    assert all(found.after[name] < found.before[name] for name in ("law", "sea"))
+    assert found.after != made.after
+
+    assert_same(train(library, work), made)
+    whole = train(library, work, so_far=True)
+    assert_same(whole, made)
+    assert whole.is_whole
+
+
+def test_so_far_without_a_step(library: Library, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with pytest.raises(OutlierError, match="no training was begun in it"):
+        train(library, work, so_far=True)
+    assert not work.exists()
+    for of, name, most in ((beginning, "rounded_expert", 3), (loop, "_step", 0)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            calls_until(patch, of, name, most)
+            train(library, work)
+        left = contents(work)
+        with pytest.raises(OutlierError, match="no step of the training was made yet"):
+            train(library, work, so_far=True)
+        assert contents(work) == left
+
+
+def test_a_stage_that_ended_early_is_dropped_as_any_other(library: Library, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"keep_bound": 0.0, "keep_weight": 0.0, "learning_rate": 100.0}
+    with stopped_at(1, STAGES[0]) as log, pytest.raises(Stopped):
+        train(library, tmp_path / "work", log, **how)
+    made = train(library, tmp_path / "work", so_far=True, **how)
+    _, first, *others = made.stages
+    assert (first["steps"], first["kept"]) == (1, False)
+    assert first["after"]["keep"] > made.before["keep"]
+    assert {stage["steps"] for stage in others} == {0}
+    assert not any(layer.alphas.any() for layer in made.layers)
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,18 @@ def test_a_teacher(site: Site) -> None:
 # -- resuming -----------------------------------------------------------------------------------
 
 
+def interrupted(site: Site, monkeypatch: pytest.MonkeyPatch, stage: str, number: int) -> Result:
+    """A run that Ctrl-C ends after a step of a stage."""
+
+    def step(self: Display, event: Any) -> None:
+        if event["stage"].startswith(stage) and event["step"] == number:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "_step", step)
+        return site.run(code=130)
+
+
 @pytest.mark.parametrize(
     "at",
     [
@@ -220,14 +232,7 @@ def test_interrupted_it_goes_on_from_there(
     at: tuple[str, int], site: Site, done: tuple[Site, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = done
-
-    def step(self: Display, event: Any) -> None:
-        if event["stage"].startswith(at[0]) and event["step"] == at[1]:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Display, "_step", step)
-        result = site.run(code=130)
+    result = interrupted(site, monkeypatch, *at)
     work = site.folder / ".mine.training"
     assert f"the training is kept in {work}: the same command goes on from there" in result.err
     assert result.err.endswith("interrupted\n")
@@ -240,6 +245,40 @@ def test_interrupted_it_goes_on_from_there(
     events = [json.loads(line)["event"] for line in (work / FILE).read_text().splitlines()]
     assert events.count("plan") == 1 and events.count("resumed") == 1
     assert events.count("stage") == 4 and events[-1] == "done"
+
+
+@pytest.mark.slow
+def test_it_can_be_ended_with_what_it_has(
+    site: Site, done: tuple[Site, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--so-far: with it, nothing is planned" in site.run("--so-far", "--plan", code=2).err
+    site.refused("no training was begun in it", more=("--so-far",))
+    interrupted(site, monkeypatch, "experts of sea", 1)
+    result = site.run("--so-far", "--picture", site.folder / "run.svg")
+    assert "going on" not in result.err
+    assert "layer 1: sea " in result.err and "(1 of 3 steps, " in result.err
+    left_out = "routers, alphas and row scales: left out, as none of its 2 steps was made"
+    assert left_out in result.err
+    again = "the same command, with --force and without --so-far, goes on from there"
+    assert again in result.err and "may be deleted" not in result.err
+    assert result.out.splitlines()[0].split()[0] == "held-out"
+    run("verify", site.folder / "mine")
+    card = (site.folder / "mine" / "README.md").read_text()
+    assert "The training was ended before all steps were made." in card
+    assert "| experts of sea, layer 1 | 1 of 3 |" in card
+    assert "| experts of cooking, layer 1 | 3 |" in card
+    assert "| routers, alphas and row scales | 0 of 2 |  | no |" in card
+
+    site.refused("exists; --force replaces it")
+    result = site.run("--force")
+    assert "may be deleted" in result.err
+    name = "model-00001-of-00001.safetensors"
+    ours, theirs = ((s.folder / "mine" / name).read_bytes() for s in (site, done[0]))
+    assert ours == theirs
+    card = (site.folder / "mine" / "README.md").read_text()
+    assert " of 3 |" not in card and "was ended before" not in card
+    whole = site.run("--force", "--so-far")
+    assert "may be deleted" in whole.err and "left out" not in whole.err
 
 
 def test_with_other_settings_it_is_another_training(done: tuple[Site, Result]) -> None:

@@ -41,7 +41,9 @@ def corpora(vocab: int = 288, windows: int = 16, held_out: int = 4) -> Corpora:
 
 def train(library: Library, work: Path, log: Any = None, **how: Any) -> Upcycled:
     """Run `upcycle` on a base of four layers; `how` are settings, or arguments of `upcycle`."""
-    given = {name: how.pop(name) for name in ("teacher", "save_every", "dtype") if name in how}
+    given = {
+        name: how.pop(name) for name in ("teacher", "save_every", "dtype", "so_far") if name in how
+    }
     more = {"held_out": how.pop("held_out")} if "held_out" in how else {}
     texts = corpora(**more)
     settings = replace(SETTINGS, **how)

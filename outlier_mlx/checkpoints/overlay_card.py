@@ -16,6 +16,8 @@ from outlier_mlx.writing.licences import licence_of
 UPCYCLED = "upcycled"
 # Files of a corpus that a card names.
 _NAMED = 4
+# What stands in the place of a figure that there is not.
+_NONE = "–"
 
 
 def is_upcycled(manifest: Mapping[str, Any]) -> bool:
@@ -104,7 +106,7 @@ def _data(made: Mapping[str, Any]) -> str:
     rows = []
     for corpus in _mappings(made.get("data")):
         files = corpus.get("files")
-        names = listed(map(code, files), _NAMED) if isinstance(files, list) else "–"
+        names = listed(map(code, files), _NAMED) if isinstance(files, list) else _NONE
         numbers = [
             _number(corpus.get(key), ",")
             for key in ("documents", "train_windows", "held_out_windows", "tokens")
@@ -131,6 +133,8 @@ def _training(made: Mapping[str, Any]) -> str:
     if rows:
         head = ("stage", "steps", "held-out perplexities", "kept")
         note = "A stage is kept only if the other half of the held-out text says so."
+        if any(" of " in steps for _, steps, *_ in rows):
+            note += " The training was ended before all steps were made."
         lines += ["", note, "", *_table(head, rows)]
     return "\n".join(lines)
 
@@ -143,7 +147,9 @@ def _stages(made: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             for name in before
         )
         kept = _setting(stage.get("kept"))
-        steps = _number(stage.get("steps"), ",")
+        steps, planned = (_number(stage.get(key), ",") for key in ("steps", "planned"))
+        if planned not in (steps, _NONE):
+            steps = f"{steps} of {planned}"
         yield plain(stage.get("name")), steps, ", ".join(figures), kept
 
 
@@ -165,7 +171,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
 
 def _number(value: object, spec: str) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–"
+        return _NONE
     return format(value, spec)
 
 

@@ -23,11 +23,13 @@ _FEW = 500
 class Display:
     """Shows a training's events: a line that changes on a terminal, and one for each stage."""
 
-    def __init__(self, settings: "Settings", domains: int, *, quiet: bool) -> None:
-        """Args: the settings, the number of domains, and whether to show nothing."""
+    def __init__(
+        self, settings: "Settings", domains: int, *, quiet: bool, so_far: bool = False
+    ) -> None:
+        """Args: settings, number of domains, whether to be silent; `so_far` as for `upcycle`."""
         trained = settings.expert_steps if settings.straight_through else 0
         self._total = domains * trained + settings.joint_steps
-        self._quiet = quiet
+        self._quiet, self._so_far = quiet, so_far
         self._done: dict[str, int] = {}
         self._said = time.monotonic()
         self._show: Callable[[str], None] = lambda text: None
@@ -44,7 +46,7 @@ class Display:
         if self._quiet:
             return
         kind = event["event"]
-        if kind == "resumed":
+        if kind == "resumed" and not self._so_far:
             say("going on with the training that was interrupted")
         elif kind == "step":
             self._step(event)
@@ -75,6 +77,9 @@ class Display:
 def stage_line(event: Mapping[str, Any]) -> str:
     """The line about a stage that ended."""
     before, after = event.get("before") or {}, event.get("after") or {}
+    steps, planned = event.get("steps"), event.get("planned")
+    if planned and not steps:
+        return f"{event['name']}: left out, as none of its {planned:,} steps was made"
     if not after:
         errors = event.get("errors") or {}
         told = [f"{name} {error:.3f}" for name, error in errors.items()]
@@ -83,7 +88,8 @@ def stage_line(event: Mapping[str, Any]) -> str:
         return line + (f"; relative error of the experts' weights: {', '.join(told)}" * bool(told))
     figures = ", ".join(f"{n} {before[n]:.2f} → {after[n]:.2f}" for n in before if n in after)
     kept = "" if event["kept"] else "; not kept"
-    return f"{event['name']}: {figures}{kept} ({duration(event['seconds'])})"
+    made = "" if steps == planned else f"{steps:,} of {planned:,} steps, "
+    return f"{event['name']}: {figures}{kept} ({made}{duration(event['seconds'])})"
 
 
 def duration(seconds: float) -> str:

@@ -65,6 +65,12 @@ def upcycle(
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what would be trained, and what it takes.")
     ] = False,
+    so_far: Annotated[
+        bool,
+        typer.Option(
+            "--so-far", help="Train no further: write what an interrupted training has so far."
+        ),
+    ] = False,
     ram: Annotated[
         float | None,
         typer.Option(min=1, help="With --plan: for a Mac with this many GB of memory."),
@@ -90,7 +96,7 @@ def upcycle(
     from outlier_mlx.train.log import FILE, RunLog, read_log
     from outlier_mlx.train.picture import draw
     from outlier_mlx.train.room import check_room
-    from outlier_mlx.train.stages import planned
+    from outlier_mlx.train.stages import check_begun, planned
     from outlier_mlx.train.texts import check_names
     from outlier_mlx.writing.folders import check_free
 
@@ -100,6 +106,8 @@ def upcycle(
     inputs = [base, training.teacher, keep, *(path for _, path in domains)]
     if ram is not None and not plan:
         raise typer.BadParameter("goes with --plan", param_hint="--ram")
+    if so_far and plan:
+        raise typer.BadParameter("with it, nothing is planned", param_hint="--so-far")
     if not plan:
         check_free(target, force=force, sources=inputs)
         if picture is not None:
@@ -109,6 +117,8 @@ def upcycle(
     settings = _settings(experts, training, len(domains))
     settings.check(opened.config, len(domains))
     place = work if work is not None else target.with_name(f".{target.name}.training")
+    if so_far:
+        check_begun(place)
     corpora = _read(source, opened, domains, keep, training, quiet=quiet)
     available = None if ram is None else budget(ram)
     settings, memory = planned(
@@ -123,12 +133,14 @@ def upcycle(
         target=target,
         work=place,
         dtype=training.dtype,
+        so_far=so_far,
         quiet=quiet,
     )
-    display = Display(settings, len(domains), quiet=quiet)
+    display = Display(settings, len(domains), quiet=quiet, so_far=so_far)
     log = RunLog(run.work, [display, *([print_event] if as_json else [])])
     if not plan:
         memory.check()
+    if not plan and not so_far:
         teaches = run.teacher is not None
         check_room(opened.config, settings, corpora, target, run.work, teacher=teaches)
     run.show_plan(log, memory)
@@ -144,7 +156,11 @@ def upcycle(
     if not quiet:
         nbytes = sum(path.stat().st_size for path in files_below(run.work))
         say(f"peak memory: {size(made.peak)}")
-        say(f"{run.work} ({size(nbytes)}) has the log and the checkpoints, and may be deleted")
+        left = f"{run.work} ({size(nbytes)}) has the log and the checkpoints"
+        if made.is_whole:
+            say(f"{left}, and may be deleted")
+        else:
+            say(f"{left}: the same command, with --force and without --so-far, goes on from there")
         say(f"next: outlier-mlx convert {target} --base {base} --out {target}-tier")
 
 
@@ -160,6 +176,7 @@ class _Run:
     target: Path
     work: Path
     dtype: str | None
+    so_far: bool
     quiet: bool
 
     def show_plan(self, log: "RunLog", memory: "MemoryPlan") -> None:
@@ -200,6 +217,7 @@ class _Run:
                     teacher=self.teacher,
                     log=log,
                     dtype=self.dtype,
+                    so_far=self.so_far,
                 )
         except (KeyboardInterrupt, Ended):
             if self.work.exists():

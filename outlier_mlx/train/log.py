@@ -91,7 +91,8 @@ class StageHistory:
 
     Attributes:
         title: of the stage.
-        steps: how many it has; 0 for one that does not train.
+        steps: how many it has; of one that ended early, how many were made; 0 for one that does
+            not train.
         losses: step, and the parts of the loss by name.
         held_out: step, and perplexity by text, on some windows.
         load: by text and layer, the share of tokens that used each expert, as last measured.
@@ -164,6 +165,7 @@ def _add(history: History, event: Event) -> None:
         stage.after = _numbers(event.get("after") or {})
         stage.load = event.get("load") or stage.load
         stage.kept = event.get("kept") is not False
+        stage.steps = int(event.get("steps", stage.steps))
 
 
 def _stage(history: History, title: str) -> StageHistory:

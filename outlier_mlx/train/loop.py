@@ -98,7 +98,15 @@ class _State:
         return {f"{kind}.{name}": a for kind, of in groups.items() for name, a in of.items()}
 
 
-def run(stage: Stage, work: Work, log: Log, *, save_every: float, log_every: float = 2.0) -> float:
+def run(
+    stage: Stage,
+    work: Work,
+    log: Log,
+    *,
+    save_every: float,
+    log_every: float = 2.0,
+    so_far: bool = False,
+) -> tuple[int, float]:
     """Train the numbers of a stage where they are in the model.
 
     An interrupted stage goes on from its last state. When anything ends it early, the state of its
@@ -110,15 +118,19 @@ def run(stage: Stage, work: Work, log: Log, *, save_every: float, log_every: flo
         log: called with the events "step" and "held_out".
         save_every: seconds after which the state is saved.
         log_every: seconds between two events "step".
+        so_far: take the numbers as an interrupted run left them, and make no further step.
 
     Returns:
-        Seconds that it took, in all runs together.
+        Steps that were made, and seconds that they took, in all runs together.
 
     Raises:
         OutlierError: the loss is not a number.
         CheckpointError: the state in the work folder is damaged.
     """
     state = _begin(stage, work)
+    if so_far:
+        _put(stage, state.values)
+        return state.step, state.seconds
     steps = _steps(stage)
     every = max(_LEAST_APART, math.ceil(stage.steps / stage.evaluations))
     last_log, logged = time.monotonic(), state.step
@@ -151,7 +163,7 @@ def run(stage: Stage, work: Work, log: Log, *, save_every: float, log_every: flo
                 told = {"event": "held_out", "stage": stage.title, "step": state.step}
                 log(told | stage.evaluate())
     _put(stage, state.values)
-    return state.seconds
+    return state.step, state.seconds
 
 
 def _begin(stage: Stage, work: Work) -> _State:

@@ -52,6 +52,7 @@ def perplexities(losses: Mapping[str, float]) -> dict[str, float]:
 
 def stage_record(
     title: str,
+    planned: int,
     steps: int,
     seconds: float,
     before: Mapping[str, float],
@@ -60,7 +61,8 @@ def stage_record(
 ) -> dict[str, Any]:
     """What is told of a stage that trained: held-out losses become perplexities."""
     figures = {"before": perplexities(before), "after": perplexities(after)}
-    return {"name": title, "steps": steps, "seconds": seconds, "kept": kept} | figures
+    made = {"steps": steps, "planned": planned, "seconds": seconds}
+    return {"name": title} | made | {"kept": kept} | figures
 
 
 def use_of(model: TrainedModel, windows: np.ndarray, mode: Mode, batch: int) -> Use:

@@ -184,7 +184,7 @@ def _head(config: ModelConfig, settings: Settings, window: int) -> float:
         tokens = windows * window
         return arrays * config.vocab * min(tokens, _PARTS * step)
 
-    new = logits(settings.batch - settings.keep_rows, _OF_NEXT)
+    new = logits(settings.new_rows, _OF_NEXT)
     keep = logits(settings.keep_rows, _OF_DIVERGENCE)
     rounded = config.vocab * config.hidden if settings.base_bits is not None else 0
     return max(new, keep) + rounded

@@ -107,7 +107,7 @@ class Settings:
                 raise OutlierError(f"{name}: {value}; expected at least {least}")
         if not 0 < self.keep_share < 1:
             raise OutlierError(f"keep_share: {self.keep_share}; expected between 0 and 1")
-        if self.keep_rows < 1 or self.batch - self.keep_rows < 1:
+        if self.keep_rows < 1 or self.new_rows < 1:
             raise OutlierError(f"batch: {self.batch}; expected at least 2 windows")
         if self.joint_weights and not self.straight_through:
             raise OutlierError(
@@ -146,6 +146,11 @@ class Settings:
     def keep_rows(self) -> int:
         """Windows in a step that are text of what the base shall not forget."""
         return max(1, round(self.batch * self.keep_share))
+
+    @property
+    def new_rows(self) -> int:
+        """Windows in a step that are text of domains."""
+        return self.batch - self.keep_rows
 
     def as_json(self) -> dict:
         """The settings as JSON values."""

@@ -8,13 +8,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from outlier_mlx.errors import CheckpointError
+from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.train.beginning import begin, of_layer
 from outlier_mlx.train.experts import Expert, LatentMatrix, Mode, TernaryMatrix, empty_expert
 from outlier_mlx.train.forward import Place, TrainedModel
 from outlier_mlx.train.initial import first_latents
-from outlier_mlx.train.loop import Batch, Log, Number, Stage, drawn, run
+from outlier_mlx.train.lessons import Lessons
+from outlier_mlx.train.loop import Log, Number, Stage, run
 from outlier_mlx.train.measures import (
     Use,
     losses_of,
@@ -23,7 +24,6 @@ from outlier_mlx.train.measures import (
     stage_record,
     use_of,
 )
-from outlier_mlx.train.objectives import Score, distilled, divergence, next_token, through_head
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.state import Arrays, Work
 from outlier_mlx.train.teacher import Targets
@@ -41,8 +41,8 @@ class Stages:
     """Runs the stages on a base, one after the other.
 
     Attributes:
-        records: of each stage: "name", "steps", "seconds", "before" and "after" (held-out
-            perplexities by text), "kept", and more.
+        records: of each stage: "name", "steps" (made), "planned" (steps; not of the first),
+            "seconds", "before" and "after" (held-out perplexities by text), "kept", and more.
         before: losses of the base on the held-out windows that decide.
     """
 
@@ -55,13 +55,15 @@ class Stages:
         log: Log,
         save_every: float,
         targets: Targets | None = None,
+        so_far: bool = False,
     ) -> None:
-        """Args: as for `upcycle.upcycle`; targets of a domain's windows are those of a teacher."""
+        """Args: as for `stages.upcycle`; targets of a domain's windows are those of a teacher."""
         self.records: list[dict[str, Any]] = []
         self.before: dict[str, float] = {}
         self._model, self._corpora, self._settings = model, corpora, settings
         self._work, self._log, self._save_every = work, log, save_every
-        self._targets = targets
+        self._lessons = Lessons(model, corpora, settings, targets)
+        self._so_far = so_far
         self._neurons: dict[int, np.ndarray | None] = {}
         self._all = tuple(range(len(corpora.domains) * settings.experts_per_domain))
 
@@ -70,6 +72,9 @@ class Stages:
 
         Args:
             groups: layers whose experts are trained together.
+
+        Raises:
+            OutlierError: no further step is to be made, and there was none.
         """
         self._begin()
         if self._settings.trains_experts:
@@ -79,6 +84,15 @@ class Stages:
                     self._train_experts(number, domain, group, steps)
         if self._settings.joint_steps:
             self._train_together()
+        trained = self.records[1:]
+        if self._so_far and trained and not any(record["steps"] for record in trained):
+            self._refuse()
+
+    def _refuse(self) -> None:
+        raise OutlierError(
+            f"{self._work.folder}: no step of the training was made yet; without --so-far, it goes"
+            " on"
+        )
 
     def reported(self, mode: Mode | None = None) -> dict[str, float]:
         """Losses of all texts on the held-out windows that decided nothing.
@@ -91,6 +105,8 @@ class Stages:
     def _begin(self) -> None:
         blocks, settings = self._model.blocks, self._settings
         is_done = all(self._work.is_finished(of_layer(layer)) for layer in blocks)
+        if self._so_far and not is_done:
+            self._refuse()
         arrays, record = begin(self._model, self._corpora, settings, self._work, self._save_every)
         if not is_done:
             self._log({"event": "stage"} | record)
@@ -161,6 +177,9 @@ class Stages:
             self._apply(found[0])
             self.records.append(found[1])
             return
+        if self._so_far and not self._work.is_running(name):
+            self._tell(stage_record(part.title, part.steps, 0, 0.0, {}, {}, kept=False))
+            return
         mode = self._mode(part.experts)
         texts = {corpus.name: corpus.deciding for corpus in (*part.domains, self._corpora.keep)}
         if self._are_silent(part.experts):
@@ -171,7 +190,7 @@ class Stages:
         rate_before = mean_hit_rate(self._uses(texts, mode), texts) if routed else 0.0
         former = self._arrays(part)
         part.begin()
-        seconds = self._run(part, name, mode, texts)
+        steps, seconds = self._run(part, name, mode, texts)
         for layer in part.layers:
             self._make_ternary(layer, part.experts)
         after, factor = self._bounded(mode, texts, part)
@@ -188,22 +207,22 @@ class Stages:
         kept = self._fits(after) and (better or not self._fits(before))
         if not kept:
             self._apply(former)
-        record |= stage_record(part.title, part.steps, seconds, before, after, kept)
-        self._work.finish(name, self._arrays(part), record)
+        record |= stage_record(part.title, part.steps, steps, seconds, before, after, kept)
+        if not self._so_far:  # else the stage itself can still go on
+            self._work.finish(name, self._arrays(part), record)
+        self._tell(record)
+
+    def _tell(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         self._log({"event": "stage"} | record)
 
-    def _run(self, part: "_Part", name: str, mode: Mode, texts: Mapping[str, np.ndarray]) -> float:
-        """Train the numbers of a part; the seconds that it took."""
-        settings, count = self._settings, len(part.domains)
+    def _run(
+        self, part: "_Part", name: str, mode: Mode, texts: Mapping[str, np.ndarray]
+    ) -> tuple[int, float]:
+        """Train the numbers of a part; the steps that were made, and their seconds."""
+        settings, lessons = self._settings, self._lessons
         places = self._places(part.kinds, part.layers)
         self._model.train(places)
-
-        def batch(step: int) -> Batch:
-            rows = settings.batch - settings.keep_rows
-            at = step * rows + np.arange(rows)
-            wanted = [(d, at[at % count == n] // count) for n, d in enumerate(part.domains)]
-            return self._batch(wanted, step)
 
         glance = {text: windows[:_GLANCE] for text, windows in texts.items()}
         stage = Stage(
@@ -212,52 +231,18 @@ class Stages:
             numbers={n: Number(p, *_rate(n, p.value)) for n, p in places.items()},
             steps=part.steps,
             rate=settings.learning_rate,
-            loss=lambda given, rounded: self._loss(given, replace(mode, rounded=rounded)),
+            loss=lambda given, rounded: lessons.loss(given, replace(mode, rounded=rounded)),
             parts=("new", "keep"),
-            batch=batch,
+            batch=lambda step: lessons.batch(part.domains, step),
             rounds=settings.base_bits is not None,
             tokens=settings.batch * (self._corpora.keep.train.shape[1] - 1),
             evaluate=lambda: self._glanced(glance, mode),
         )
         try:
-            return run(stage, self._work, self._log, save_every=self._save_every)
+            how: dict[str, Any] = {"save_every": self._save_every, "so_far": self._so_far}
+            return run(stage, self._work, self._log, **how)
         finally:
             self._model.train({})
-
-    def _loss(self, batch: Batch, mode: Mode) -> tuple[mx.array, ...]:
-        """The loss on new windows, and the divergence from the base on those to keep."""
-        new, keep, *targets = batch
-        model, count = self._model, len(new)
-        hidden = model.hidden(mx.concatenate([new, keep])[:, :-1], mode)
-        head = model.head(mode.rounded)
-        if targets:
-            score: Score = distilled(self._settings.temperature)
-        else:
-            score, targets = next_token, [new[:, 1:]]
-        of_new = through_head(hidden[:count], head, score, *targets)
-        base_head = model.head()
-        base = mx.stop_gradient(model.hidden(keep[:, :-1], Mode()))
-
-        def from_base(logits: mx.array, base: mx.array) -> tuple[mx.array, mx.array]:
-            return divergence(logits, base @ base_head.T)
-
-        # One after the other, so that there are the logits of one of them at a time.
-        of_keep = through_head(hidden[count:], head, from_base, base, after=of_new)
-        return of_new + self._settings.keep_weight * of_keep, of_new, of_keep
-
-    def _batch(self, wanted: list[tuple[Corpus, np.ndarray]], step: int) -> Batch:
-        settings, keep = self._settings, self._corpora.keep
-        parts, targets = [], []
-        for corpus, places in wanted:
-            if len(places):
-                numbers = drawn(corpus.name, places, len(corpus.train), settings.seed)
-                parts.append(corpus.train[numbers])
-                if self._targets is not None:
-                    targets.append(self._targets(corpus.name, numbers))
-        at = step * settings.keep_rows + np.arange(settings.keep_rows)
-        kept = keep.train[drawn(keep.name, at, len(keep.train), settings.seed)]
-        joined = [mx.concatenate(list(each)) for each in zip(*targets, strict=True)]
-        return mx.array(np.concatenate(parts)), mx.array(kept), *joined
 
     def _glanced(self, texts: Mapping[str, np.ndarray], mode: Mode) -> dict[str, Any]:
         found: dict[str, Any] = {"perplexity": perplexities(self._losses(texts, mode))}

@@ -11,6 +11,7 @@ import numpy as np
 
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.engine.machine import Budget, budget
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import parse_config, raw_config
 from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.storage.hub import Source
@@ -83,8 +84,9 @@ class Upcycled:
         before: perplexity of the base on the held-out windows that decided nothing, by the name of
             the text; see `Corpus.reported`.
         after: the same, with the experts.
-        stages: of each stage, "name", "steps", "seconds", "kept", "before" and "after" (by text,
-            perplexities on the held-out windows that decide), and figures of its own.
+        stages: of each stage, "name", "steps" (made), "planned" (steps; not of the first),
+            "seconds", "kept", "before" and "after" (by text, perplexities on the held-out windows
+            that decide), and figures of its own.
         peak: bytes of memory that MLX had at most, in the last run.
     """
 
@@ -93,6 +95,11 @@ class Upcycled:
     after: dict[str, float]
     stages: list[dict[str, Any]]
     peak: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all steps of all stages were made."""
+        return all(stage["steps"] == stage.get("planned", stage["steps"]) for stage in self.stages)
 
 
 def upcycle(
@@ -105,6 +112,7 @@ def upcycle(
     log: Log,
     dtype: str | None = None,
     save_every: float = 120.0,
+    so_far: bool = False,
 ) -> Upcycled:
     """Train ternary experts for domains over a frozen base.
 
@@ -121,13 +129,18 @@ def upcycle(
         log: called with events; see `loop.run`.
         dtype: of activations and base, "bfloat16", "float16" or "float32"; see `engine.load`.
         save_every: seconds after which the state is saved.
+        so_far: make no further step: what an interrupted training left is judged as if its stage
+            had ended, and stages without a step are left out. The work folder stays as it is, so
+            that the training can still go on.
 
     Raises:
         CheckpointError: base or teacher is not a model that this works with, or a file in the work
             folder is damaged.
-        OutlierError: settings do not fit the base, the work folder holds another training, or the
-            loss is not a number.
+        OutlierError: settings do not fit the base, the work folder holds another training, the
+            loss is not a number, or with `so_far`, no step was made yet.
     """
+    if so_far:
+        check_begun(work)
     settings, needed = planned(base, corpora, settings, work, dtype=dtype)
     assert settings.layers is not None and settings.layers_at_once is not None
     needed.check()
@@ -142,18 +155,29 @@ def upcycle(
     with Work(work, identity) as folder:
         log({"event": "memory"} | needed.as_json())
         targets = None
-        if teacher is not None:
+        if teacher is not None and not so_far:
             vocab = parse_config(raw_config(base.folder)).vocab
             targets = teach(teacher, corpora, settings, vocab, folder, log)
         loaded, _ = load_model(base.folder, dtype=dtype)
         recompute = settings.grad_checkpoint
         model = TrainedModel(loaded, settings.layers, experts, settings.base_bits, recompute)
-        stages = Stages(model, corpora, settings, folder, log, save_every, targets)
+        stages = Stages(model, corpora, settings, folder, log, save_every, targets, so_far)
         stages.run(list(layer_groups(settings.layers, settings.layers_at_once)))
     after = perplexities(stages.reported())
     before = perplexities(stages.reported(Mode()))
     layers = TrainedLayers(model.blocks)
     return Upcycled(layers, before, after, stages.records, mx.get_peak_memory())
+
+
+def check_begun(work: Path) -> None:
+    """Check that a training was begun in a work folder.
+
+    Raises:
+        OutlierError: there was none.
+        CheckpointError: the folder is damaged.
+    """
+    if not Work.begun(work):
+        raise OutlierError(f"{work}: no training was begun in it")
 
 
 def planned(

@@ -106,6 +106,11 @@ class Work:
         path = folder / _IDENTITY
         return read_json(path) if path.exists() else {}
 
+    def is_running(self, stage: str) -> bool:
+        """Whether the state of an interrupted stage is there."""
+        path = self.folder / _RUNNING
+        return path.exists() and _described(path)[1].get("stage") == stage
+
     def is_finished(self, stage: str) -> bool:
         """Whether the result of a stage is there."""
         return self._of_stage(stage).exists()
@@ -166,12 +171,10 @@ class Work:
         Raises:
             CheckpointError: the file is damaged, or its arrays are not the expected ones.
         """
+        if not self.is_running(stage):
+            return None
         path = self.folder / _RUNNING
-        if not path.exists():
-            return None
         tensors, record = _described(path)
-        if record.get("stage") != stage:
-            return None
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         for name, shape in expected.items():
             if found.pop(name, None) != ("F32", tuple(shape)):

@@ -74,7 +74,7 @@ _LEAVES = ("tokens", "log_probs")
 
 def _needed(corpus: Corpus, settings: Settings, domains: int) -> np.ndarray:
     """The windows of a domain that are trained on, in the order of their first use."""
-    rows = settings.batch - settings.keep_rows
+    rows = settings.new_rows
     used = max(settings.expert_steps * rows, -(-settings.joint_steps * rows // domains))
     count = len(corpus.train)
     return drawn(corpus.name, np.arange(min(used, count)), count, settings.seed)
