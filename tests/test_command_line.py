@@ -177,7 +177,7 @@ def test_no_option_takes_a_number_that_is_none_or_huge() -> None:
             if param.type_descriptor.annotation not in (int, float):
                 continue
             real = param.type_descriptor.annotation is float
-            for word in words[: 4 if real else None]:
+            for word in [*words[:4], "3.5e38"] if real else words:
                 with pytest.raises(typer.BadParameter) as told:
                     Reader().coerce([word] if param.multiple else word, param, None)
                 assert len(told.value.message) < 80

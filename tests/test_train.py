@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.loop import drawn, scheduled
 from outlier_mlx.train.measures import hits_of
 from outlier_mlx.train.objectives import distilled, divergence, next_token, through_head
-from outlier_mlx.train.stages import Upcycled, layer_groups
+from outlier_mlx.train.stages import Upcycled, layer_groups, upcycle
 from outlier_mlx.train.state import Work
 from outlier_mlx.train.texts import Corpora, Corpus
 from outlier_mlx.train.trits import ternarise
+from tests.builders import write_base
 from tests.folders import contents
 from tests.library import Library
 from tests.training import SETTINGS, Stopped, corpora, stopped_at, tensors, train
@@ -460,6 +461,31 @@ def test_a_stage_that_does_not_help_is_dropped(library: Library, tmp_path: Path)
         assert all((layer.alphas[number] != 0) == stage["kept"] for layer in made.layers)
     assert not any(stage["kept"] for stage in of_experts)
     assert made.after == pytest.approx(made.before)
+
+
+@pytest.mark.parametrize("how", [{"dtype": "float16", "joint_steps": 1}, {"expert_steps": 1}])
+def test_a_stage_that_diverges_in_its_last_step_is_dropped(
+    how: dict[str, Any], library: Library, tmp_path: Path
+) -> None:
+    off = {"expert_steps": 0, "joint_steps": 0} | how
+    stage = train(library, tmp_path / "work", learning_rate=1e30, **off).stages[-1]
+    assert not stage["kept"]
+    assert max(stage["after"].values()) == pytest.approx(1e13, rel=0.1)  # no number at all
+
+
+@pytest.mark.parametrize(("damage", "said"), [(float("nan"), "is nan"), (0.0, None)])
+def test_bases_of_strange_numbers(damage: float, said: str | None, tmp_path: Path) -> None:
+    write_base(tmp_path / "base", layers=4)
+    path = tmp_path / "base" / "model.safetensors"
+    weights: Any = mx.load(str(path))
+    name = "model.layers.1.post_attention_layernorm.weight"
+    weights[name] = weights[name] * damage
+    mx.eval(weights)
+    mx.save_safetensors(str(path), weights)
+    base, work = Source(tmp_path / "base", "base"), tmp_path / "work"
+    settings = replace(SETTINGS, expert_steps=0, joint_steps=0)
+    with pytest.raises(OutlierError, match=said) if said else nullcontext():
+        upcycle(base, corpora(), settings, work, log=lambda event: None)
 
 
 def test_layers_are_trained_in_groups(library: Library, tmp_path: Path) -> None:

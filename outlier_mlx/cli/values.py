@@ -11,8 +11,8 @@ import typer
 
 from outlier_mlx.errors import did_you_mean
 
-# MLX counts with 32 bits.
-_MOST = 2**31 - 1
+# MLX counts with 32 bits, whole numbers and others.
+_MOST = {int: 2**31 - 1, float: 3.4e38}
 # Characters of a wrong number in a message.
 _SHOWN = 30
 
@@ -60,14 +60,16 @@ def _read(value: Any, kind: Any, info: Any) -> Any:
     return choices.get(str(value), value)
 
 
-def _number(value: Any, kind: type, least: float | None, most: float | None) -> Any:
+def _number(
+    value: Any, kind: type[int] | type[float], least: float | None, most: float | None
+) -> Any:
     shown = value if len(str(value)) <= _SHOWN else f"{str(value)[:_SHOWN]}..."
     try:
         number = kind(value)
     except (ValueError, OverflowError):
         number = math.nan
-    if kind is int and most is None:
-        most = _MOST
+    if most is None:
+        most = _MOST[kind]
     if isinstance(number, float) and not math.isfinite(number):
         raise ValueError(f"{shown!r} is not a {'whole number' if kind is int else 'number'}")
     if least is not None and number < least:

@@ -128,7 +128,8 @@ def first_router(
     """
     squares = np.array(seen.squares, np.float64)
     hidden = len(squares)
-    squares += np.eye(hidden) * (_RIDGE * np.trace(squares) / hidden)
+    # A layer whose norm is zero sees nothing; its router is zero, whatever little the ridge is.
+    squares += np.eye(hidden) * max(_RIDGE * np.trace(squares) / hidden, 1e-30)
     # Of the token's own domain 1, of all others 0, less the mean.
     wanted = np.array(seen.sums, np.float64)
     wanted -= wanted.sum(axis=0) * shares[:, None]

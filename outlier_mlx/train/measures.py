@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.train.experts import Mode
 from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.objectives import mean_loss, next_token
@@ -29,13 +30,26 @@ class Use:
 
 
 def loss_of(model: TrainedModel, windows: np.ndarray, mode: Mode, batch: int) -> float:
-    """Mean next-token loss in nats on windows (n, length + 1)."""
+    """Mean next-token loss in nats on windows (n, length + 1).
+
+    Experts that diverged may give none that is a number: it is infinite then, worse than any other.
+
+    Raises:
+        OutlierError: it is that of the base alone.
+    """
     total = 0.0
     for tokens in _batches(windows, batch):
         hidden = model.hidden(tokens[:, :-1], mode)
         mean = mean_loss(hidden, model.head(mode.rounded), next_token, tokens[:, 1:])
         total += mean * len(tokens)
-    return total / len(windows)
+    if math.isfinite(total):
+        return total / len(windows)
+    if not mode.experts:
+        raise OutlierError(
+            f"the base's loss on held-out text is {total}: its numbers are damaged, or too large"
+            " for its dtype, for which --dtype float32 has room"
+        )
+    return math.inf
 
 
 def losses_of(
@@ -46,8 +60,8 @@ def losses_of(
 
 
 def perplexities(losses: Mapping[str, float]) -> dict[str, float]:
-    """exp of losses, by name; infinity would be no JSON."""
-    return {name: math.exp(min(loss, 700)) for name, loss in losses.items()}
+    """exp of losses, by name; at most 1e13, as JSON has no infinity, and no table 300 digits."""
+    return {name: math.exp(min(loss, 30)) for name, loss in losses.items()}
 
 
 def stage_record(
