@@ -277,22 +277,40 @@ def stock(request: pytest.FixtureRequest) -> Stock:
     return Stock(request.param, PYTHON.parents[1] / "version4" if request.param != "5" else None)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A tier's export, tokens, and the logits of the tier."""
+
+    export: Path
+    tokens: list[int]
+    logits: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def cases(library: Library, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    root = tmp_path_factory.mktemp("cases")
+    return {
+        name: Case(
+            exported(tier, root / "hf" / name), tokens, forward(load(tier, "float32"), tokens)
+        )
+        for name, (tier, tokens) in _tiers(library, root).items()
+    }
+
+
 @pytest.fixture(scope="module")
 def differences(
-    stock: Stock, library: Library, tmp_path_factory: pytest.TempPathFactory
+    stock: Stock, cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:
     """For each case, by how much the logits of transformers differ from the tier's at most."""
     root = tmp_path_factory.mktemp("transformers")
-    tiers = _tiers(library, root)
     jobs = [
-        (str(exported(tier, root / "hf" / name)), tokens, str(root / f"{name}.npy"))
-        for name, (tier, tokens) in tiers.items()
+        (str(case.export), case.tokens, str(root / f"{name}.npy")) for name, case in cases.items()
     ]
     version = stock.run(ROOT / "tests/hf_logits.py", input=json.dumps(jobs))
     assert version.startswith(f"{stock.version}.")
     return {
-        name: float(np.abs(forward(load(tier, "float32"), tokens) - np.load(out)).max())
-        for (name, (tier, tokens)), (_, _, out) in zip(tiers.items(), jobs, strict=True)
+        name: float(np.abs(case.logits - np.load(root / f"{name}.npy")).max())
+        for name, case in cases.items()
     }
 
 
