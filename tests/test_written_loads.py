@@ -179,14 +179,14 @@ def test_any_config(case: tuple[Path, Make], changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@settings(IN_ONE_FOLDER, max_examples=400)
+@settings(IN_ONE_FOLDER, max_examples=150)
 @given(changes=CHANGES)
 def test_any_config_thoroughly(case: tuple[Path, Make], changes: dict[str, Any]) -> None:
     check(case, "config.json", changes)
 
 
 @pytest.mark.slow
-@settings(IN_ONE_FOLDER, max_examples=150)
+@settings(IN_ONE_FOLDER, max_examples=60)
 @given(changes=TOKENIZER_CHANGES)
 def test_any_tokenizer_config(case: tuple[Path, Make], changes: dict[str, Any]) -> None:
     check(case, "tokenizer_config.json", changes)
