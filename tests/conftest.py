@@ -36,15 +36,18 @@ for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
 
 
-# Files of few tests that take minutes.
-LONG = ("test_pages.py", "test_serve_load.py", "test_serve_cache.py")
+# Files whose tests take half a minute or more.
+LONG = ("test_pages.py", "test_serve_load.py", "test_killed.py", "test_wheel.py")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first: at the end, no process waits for the one that has such a file."""
-    tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
+    length = Counter[Path]()
+    for item in items:
+        slow = item.get_closest_marker("slow") is not None
+        length[item.path] += 100 if item.path.name in LONG else 20 if slow else 1
+    items.sort(key=lambda item: -length[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
