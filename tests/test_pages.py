@@ -27,6 +27,7 @@ from outlier_mlx.storage.safetensors import read_header
 from tests import hub as hubs
 from tests.hub_uploads import WritableHandler, WritableHub
 from tests.pages import blocks, blocks_in, run_block, user_pages
+from tests.preloaded import preloaded
 from tests.program import ROOT, run_command
 
 # These change the user's own programs, or need a clone or a GPU.
@@ -62,7 +63,8 @@ class Reader:
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """Whose programs start as an installed wheel's do."""
     made = tmp_path_factory.mktemp("wheel")
     run_command(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", made, cwd=ROOT)
     (wheel,) = made.glob("*.whl")
@@ -84,9 +86,18 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
         yield reader
 
 
+@pytest.fixture(scope="module")
+def reader(newcomer: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """Whose commands have imported what they need; each of a hundred would take a second for it."""
+    program = Path(newcomer.run("sh", "command -v outlier-mlx").strip())
+    folder = tmp_path_factory.mktemp("preloaded")
+    with preloaded(program, folder, newcomer.environment) as environment:
+        yield Reader(newcomer.folder, newcomer.hub, environment)
+
+
 @pytest.mark.slow
-def test_readme(reader: Reader, tmp_path: Path) -> None:
-    Reader(tmp_path, reader.hub, reader.environment).read("README.md")
+def test_readme(newcomer: Reader, tmp_path: Path) -> None:
+    Reader(tmp_path, newcomer.hub, newcomer.environment).read("README.md")
 
 
 @pytest.mark.slow
