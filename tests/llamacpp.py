@@ -1,8 +1,4 @@
-"""llama.cpp as another program computes with it: `llamacpp_run.py` in a Python that has it.
-
-`llama-cpp-python` is built from source when it is installed, which takes many minutes, so the
-developers' tools do not include it. Any Python that has it will do: OUTLIER_LLAMA_CPP names it.
-"""
+"""llama.cpp as another program computes with it: `llamacpp_run.py` in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,60 +7,69 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import pytest
 
-VARIABLE = "OUTLIER_LLAMA_CPP"
 _SCRIPT = Path(__file__).with_name("llamacpp_run.py")
+# Messages of llama.cpp without a debugger's, and no Metal: its kernels are not compiled.
+_SETTINGS = {"GGML_NO_BACKTRACE": "1", "GGML_METAL_DEVICES": "0"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """What llama.cpp says of a file: see `llamacpp_run.py`."""
+    """What llama.cpp says of a file.
 
-    logits: list[np.ndarray]
+    Attributes:
+        logs: for each sequence of tokens, the log-probabilities (tokens, vocabulary) of the next.
+        texts: the tokens of each text.
+        whole: those of the first 20 texts, with the tokens that every text has around it.
+        template: the chat template.
+        prompt: the tokens of the messages, as this template writes them.
+        ends: which of the tokens that were asked about end a reply.
+    """
+
+    logs: list[np.ndarray]
     texts: list[list[int]]
     whole: list[list[int]]
-    template: str | None
+    template: str
     ends: list[int]
+    prompt: list[int]
 
 
-@cache
-def python() -> str | None:
-    """A Python that has `llama_cpp`; None if there is none."""
-    name = os.environ.get(VARIABLE, sys.executable)
-    probe = [name, "-c", "import llama_cpp"]
-    return name if subprocess.run(probe, capture_output=True).returncode == 0 else None
+def ask(
+    model: Path,
+    tokens: list[list[int]],
+    texts: list[str] | None = None,
+    ends: list[int] | None = None,
+    messages: list[dict[str, str]] | None = None,
+) -> Found:
+    """Load a file in llama.cpp, and ask for probabilities, tokens, ends of replies and a prompt.
 
-
-def require_llama_cpp() -> None:
-    """Skip the test if there is no llama.cpp to ask."""
-    if python() is None:
-        pytest.skip(
-            f"llama-cpp-python is not installed: pip install llama-cpp-python (it is built from"
-            f" source), or {VARIABLE}=/path/to/a/python that has it"
-        )
-
-
-def ask(model: Path, tokens: list[list[int]], texts: list[str] | None = None) -> Found:
-    """Load a file in llama.cpp, and ask for logits and tokens."""
-    name, out = python(), model.with_suffix(".npz")
-    assert name is not None
+    Raises:
+        AssertionError: llama.cpp fails or ends; with the last that it said.
+    """
     job: dict[str, Any] = {"model": str(model), "tokens": tokens, "texts": texts or []}
-    job |= {"out": str(out), "ends": list(range(300))}
+    job |= {"ends": ends or [], "messages": messages or []}
     ran = subprocess.run(
-        [name, str(_SCRIPT)], input=json.dumps(job), capture_output=True, text=True, timeout=300
+        [sys.executable, str(_SCRIPT)],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | _SETTINGS,
     )
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.returncode == 0, f"llama.cpp: {ran.returncode}\n{ran.stderr[-2000:]}"
     said = json.loads(ran.stdout)
-    with np.load(out) as arrays:
-        logits = [arrays[key] for key in arrays.files]
-    return Found(logits, said["texts"], said["whole"], said["template"], said["ends"])
+    return Found(**said | {"logs": [np.array(logs) for logs in said["logs"]]})
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Float64 log-probabilities of logits (..., vocabulary)."""
+    below = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return below - np.log(np.exp(below).sum(-1, keepdims=True))
 
 
 def in_float32(model: Path, out: Path) -> Path:

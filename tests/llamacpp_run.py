@@ -1,73 +1,94 @@
-"""What llama.cpp makes of a GGUF file; run by a Python that has `llama_cpp`, and nothing of ours.
+"""What llama.cpp makes of a GGUF file; a program, since llama.cpp ends its process on an error.
 
-Reads a job from stdin as JSON (the file, sequences of tokens, texts), and writes to a `.npz` file
-the logits of every token, and to stdout, as JSON, the tokens of the texts and the chat template.
+`xllamacpp` is llama.cpp's own server as a Python module. It is asked over HTTP, by what the server
+documents: https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
+
+Reads a job from stdin and writes what it found to stdout, both as JSON; see `tests/llamacpp.py`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
+from http.client import HTTPConnection
+from typing import Any
 
-import llama_cpp
-import numpy as np
-
-
-def logits(model: object, tokens: list[int]) -> np.ndarray:
-    """Float32 (tokens, vocabulary), with keys and values in float32."""
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = max(256, len(tokens))
-    params.n_threads = params.n_threads_batch = 1
-    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
-    params.flash_attn_type = 0
-    context = llama_cpp.llama_init_from_model(model, params)
-    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-    batch.n_tokens = len(tokens)
-    for n, token in enumerate(tokens):
-        batch.token[n], batch.pos[n], batch.logits[n] = token, n, 1
-        batch.n_seq_id[n], batch.seq_id[n][0] = 1, 0
-    assert llama_cpp.llama_decode(context, batch) == 0
-    vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    rows = [
-        np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, n), (vocab,)).copy()
-        for n in range(len(tokens))
-    ]
-    llama_cpp.llama_batch_free(batch)
-    llama_cpp.llama_free(context)
-    return np.stack(rows)
+import xllamacpp
 
 
-def tokenized(model: object, text: str, special: bool) -> list[int]:
-    """The tokens of a text; `special`: with those that every text has around it."""
-    vocab = llama_cpp.llama_model_get_vocab(model)
-    data = text.encode()
-    room = (llama_cpp.llama_token * (len(data) + 8))()
-    count = llama_cpp.llama_tokenize(vocab, data, len(data), room, len(room), special, True)
-    assert count >= 0
-    return list(room[:count])
+def parameters(job: dict[str, Any]) -> xllamacpp.CommonParams:
+    """One thread of the CPU, with keys and values in float32."""
+    params = xllamacpp.CommonParams()
+    params.model.path = job["model"]
+    params.n_ctx = params.n_batch = params.n_ubatch = 512
+    params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.no_extra_bufts = True  # weights as they are in the file
+    params.n_gpu_layers = 0
+    params.warmup = params.fit_params = False
+    params.verbosity = 2  # warnings and errors
+    params.port = 0  # any that is free
+    return params
+
+
+class Server:
+    """llama.cpp's server of a model, in this process."""
+
+    def __init__(self, params: xllamacpp.CommonParams) -> None:
+        self._server = xllamacpp.Server(params)
+        address = self._server.listening_address.removeprefix("http://")
+        self._connection = HTTPConnection(address, timeout=120)
+
+    def ask(self, path: str, **body: Any) -> dict[str, Any]:
+        """The answer to a POST, or to a GET if there is nothing to say."""
+        data = json.dumps(body).encode() if body else None
+        self._connection.request("POST" if body else "GET", path, data)
+        response = self._connection.getresponse()
+        answer = response.read().decode()
+        assert response.status == 200, f"{path}: {answer}"
+        return json.loads(answer)
+
+    def tokens(self, text: str, special: bool) -> list[int]:
+        """The tokens of a text; `special`: with those that every text has around it."""
+        return self.ask("/tokenize", content=text, add_special=special)["tokens"]
+
+    def after(self, tokens: list[int], then: int, **options: Any) -> dict[str, Any]:
+        """What the model makes of a prompt, with one token `then` after it, whatever it says."""
+        forced = {"n_predict": 1, "logit_bias": [[then, 1000]]}
+        return self.ask("/completion", prompt=tokens, **forced, **options)
+
+    def log_probabilities(self, tokens: list[int], plain: int) -> list[list[float]]:
+        """Of every next token after each of these, before any sampling.
+
+        Each position goes on from the one before, but the last reads the whole prompt at once. A
+        token `plain` comes next: with one that is part of a character, or that ends a text, the
+        server tells no probabilities.
+        """
+        rows = []
+        for count in range(1, len(tokens) + 1):
+            every = {"n_probs": 1 << 20, "cache_prompt": count < len(tokens)}
+            (found,) = self.after(tokens[:count], plain, **every)["completion_probabilities"]
+            pairs = sorted((top["id"], top["logprob"]) for top in found["top_logprobs"])
+            assert [number for number, _ in pairs] == list(range(len(pairs)))
+            rows.append([value for _, value in pairs])
+        return rows
 
 
 def main() -> None:
     job = json.load(sys.stdin)
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    if not job.get("loud"):
-        llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
-    llama_cpp.llama_backend_init()
-    params = llama_cpp.llama_model_default_params()
-    params.use_extra_bufts = False
-    model = llama_cpp.llama_model_load_from_file(job["model"].encode(), params)
-    assert model, "llama.cpp does not load it"
-    found = [logits(model, tokens) for tokens in job["tokens"]]
-    np.savez(job["out"], *found)
-    template = llama_cpp.llama_model_chat_template(model, None)
-    vocab = llama_cpp.llama_model_get_vocab(model)
+    server = Server(parameters(job))
+    plain = server.tokens("a", False)[-1]
+    prompt = ""
+    if job["messages"]:
+        prompt = server.ask("/apply-template", messages=job["messages"])["prompt"]
     answer = {
-        "texts": [tokenized(model, text, False) for text in job["texts"]],
-        "whole": [tokenized(model, text, True) for text in job["texts"][:20]],
-        "template": template.decode() if template else None,
-        "eos": llama_cpp.llama_vocab_eos(vocab),
-        "ends": [n for n in job["ends"] if llama_cpp.llama_vocab_is_eog(vocab, n)],
+        "logs": [server.log_probabilities(tokens, plain) for tokens in job["tokens"]],
+        "texts": [server.tokens(text, False) for text in job["texts"]],
+        "whole": [server.tokens(text, True) for text in job["texts"][:20]],
+        "template": server.ask("/props")["chat_template"],
+        "ends": [n for n in job["ends"] if server.after([plain], n)["stop_type"] == "eos"],
+        "prompt": server.tokens(prompt, True),
     }
     json.dump(answer, sys.stdout)
 
