@@ -33,7 +33,15 @@ from outlier_mlx.train.trits import ternarise
 from tests.builders import write_base
 from tests.folders import contents
 from tests.library import Library
-from tests.training import SETTINGS, Stopped, corpora, stopped_at, tensors, train
+from tests.training import (
+    SETTINGS,
+    Stopped,
+    corpora,
+    go_uphill_together,
+    stopped_at,
+    tensors,
+    train,
+)
 
 STAGES = ("experts of law", "experts of sea", "routers")
 
@@ -486,6 +494,25 @@ def test_bases_of_strange_numbers(damage: float, said: str | None, tmp_path: Pat
     settings = replace(SETTINGS, expert_steps=0, joint_steps=0)
     with pytest.raises(OutlierError, match=said) if said else nullcontext():
         upcycle(base, corpora(), settings, work, log=lambda event: None)
+
+
+@pytest.mark.slow
+def test_a_joint_stage_that_does_not_help_is_dropped(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is what was there before."""
+    before = train(library, tmp_path / "before", joint_steps=0)
+    go_uphill_together(monkeypatch)
+    events: list[dict[str, Any]] = []
+    made = train(library, tmp_path / "work", events.append)
+    *others, joint = made.stages
+    assert all(stage["kept"] for stage in others) and not joint["kept"]
+    assert joint["steps"] == joint["planned"] == 3
+    assert all(joint["after"][name] > joint["before"][name] for name in ("law", "sea"))
+    assert [e for e in events if e["event"] == "stage"][-1] == {"event": "stage"} | joint
+    assert_same(made, before)
+    assert made.after == before.after
+    assert_same(train(library, tmp_path / "work"), before)
 
 
 def test_layers_are_trained_in_groups(library: Library, tmp_path: Path) -> None:

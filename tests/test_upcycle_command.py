@@ -26,6 +26,7 @@ from tests.builders import write_base, write_overlay
 from tests.engine import tier_of
 from tests.folders import contents
 from tests.program import Result, assert_refused, run
+from tests.training import go_uphill_together
 
 HELD = FOLDER / "heldout"
 QUICK = ["--window", "16", "--steps", "3", "--joint-steps", "2", "--batch", "2", "--layers", "1"]
@@ -302,6 +303,28 @@ def test_a_finished_training_is_written_again(site: Site) -> None:
     site.refused("exists; --force replaces it")
     site.run("--force", "--picture", site.folder / "run.png")
     assert contents(site.folder / "mine") == before
+
+
+@pytest.mark.slow
+def test_a_last_stage_that_makes_it_worse_leaves_no_trace(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.run("--joint-steps", 0, out="before")
+    go_uphill_together(monkeypatch)
+    result = site.run()
+    told = next(line for line in result.err.splitlines() if line.startswith("routers, alphas and"))
+    assert "; not kept (" in told
+    for name in ("model-00001-of-00001.safetensors", "alpha.json"):
+        ours, theirs = ((site.folder / out / name).read_bytes() for out in ("mine", "before"))
+        assert ours == theirs, name
+    cards = [(site.folder / out / "README.md").read_text() for out in ("mine", "before")]
+    tables = [card.partition("## Held-out text")[2].partition("## Data")[0] for card in cards]
+    assert tables[0] == tables[1] != ""
+    (row,) = [line for line in cards[0].splitlines() if line.startswith("| routers, alphas and")]
+    assert "| 2 |" in row and row.endswith("| no |")
+    log = (site.folder / ".mine.training" / FILE).read_text().splitlines()
+    stages = [event for event in map(json.loads, log) if event["event"] == "stage"]
+    assert stages[1]["kept"] and not stages[-1]["kept"] and len(stages) == 4
 
 
 # -- refusals -----------------------------------------------------------------------------------

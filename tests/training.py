@@ -6,9 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+import pytest
 
 from outlier_mlx.storage.hub import Source
+from outlier_mlx.train.experts import Mode
+from outlier_mlx.train.lessons import Lessons
+from outlier_mlx.train.loop import Batch
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.stages import Upcycled, upcycle
 from outlier_mlx.train.texts import Corpora, Corpus
@@ -60,6 +65,17 @@ def tensors(made: Upcycled) -> dict[str, np.ndarray]:
             for name, array in getattr(layer, kind).items():
                 found[f"{layer.layer}.{name}.{kind}"] = array
     return found
+
+
+def go_uphill_together(patch: pytest.MonkeyPatch) -> None:
+    """Have each step in which several experts take part make the loss larger."""
+    whole = Lessons.loss
+
+    def loss(self: Lessons, batch: Batch, mode: Mode) -> tuple[mx.array, ...]:
+        found = whole(self, batch, mode)
+        return tuple(-part for part in found) if len(mode.experts) > 1 else found
+
+    patch.setattr(Lessons, "loss", loss)
 
 
 class Stopped(BaseException):
