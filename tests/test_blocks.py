@@ -164,7 +164,8 @@ LAYERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_more_layers_have_the_same_bits(name: str, metal: Metal):
-    assert_same_bits(made_layer(*LAYERS[name]))
+    """In the smallest and the largest blocks; tests above have the loops between."""
+    assert_same_bits(made_layer(*LAYERS[name]), (2, 8))
 
 
 def test_launches_with_blocks(metal: Metal):
