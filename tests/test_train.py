@@ -23,6 +23,8 @@ from outlier_mlx.storage.hub import Source
 from outlier_mlx.ternary import pack_rows
 from outlier_mlx.train import beginning, loop, objectives, teacher
 from outlier_mlx.train.forward import TrainedModel
+from outlier_mlx.train.initial import latents
+from outlier_mlx.train.log import FILE
 from outlier_mlx.train.loop import drawn, scheduled
 from outlier_mlx.train.measures import hits_of
 from outlier_mlx.train.objectives import distilled, divergence, next_token, through_head
@@ -372,6 +374,8 @@ def test_a_stage_that_ended_early_is_dropped_as_any_other(library: Library, tmp_
         ({"learning_rate": 0.2}, "learning_rate: 0.1, not 0.2"),
         ({"seed": 1}, "seed: 0, not 1"),
         ({"dtype": "float16"}, 'dtype: null, not "float16"'),
+        ({"seed": 1, "batch": 6}, "another batch: 4, not 6 and another seed: 0, not 1"),
+        ({"held_out": 5}, "another data;"),
     ],
 )
 def test_another_training_is_refused(
@@ -397,8 +401,38 @@ def test_damaged_states_are_refused(library: Library, made: Upcycled, tmp_path: 
     stage = next(work.glob("stage-1-*"))
     content = stage.read_bytes()
     stage.write_bytes(content.replace(b"1.experts.0.up_proj.codes", b"1.experts.9.up_proj.codes"))
-    with pytest.raises(CheckpointError, match=r"1\.experts\.9\.up_proj\.codes"):
+    with pytest.raises(CheckpointError, match="not what was written"):
         train(library, work)
+    stage.write_bytes(content)
+    for path in work.glob("*.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        with pytest.raises(CheckpointError, match=rf"{path.name}: .*written; without this file, "):
+            train(library, work)
+        path.write_bytes(content)
+    assert_same(train(library, work), made)
+
+
+def test_neurons_that_the_base_has_not_are_not_read(library: Library) -> None:
+    mlp: Any = load_model(library.base().path)[0].model.layers[0].mlp
+    for neuron in (-1, mlp.gate_proj.weight.shape[0]):
+        with pytest.raises(CheckpointError, match="neurons"):
+            latents(mlp, np.full(32, neuron), 64, 32, (0,))
+
+
+def test_what_failed_before_anything_was_done_binds_nobody(
+    library: Library, made: Upcycled, tmp_path: Path
+) -> None:
+    work = tmp_path / "new" / "work"
+
+    def fail(event: dict[str, Any]) -> None:
+        (work / FILE).write_text("of the first one")
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(library, work, fail, seed=1, layers_at_once=1)
+    assert_same(train(library, work), made)
+    assert not (work / FILE).exists()
 
 
 def test_two_trainings_do_not_share_a_folder(library: Library, tmp_path: Path) -> None:

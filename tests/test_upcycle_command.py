@@ -20,6 +20,7 @@ from outlier_mlx.cli.training_display import (
 )
 from outlier_mlx.cli.upcycling import _layers
 from outlier_mlx.engine.machine import Budget
+from outlier_mlx.train import loop
 from outlier_mlx.train.log import FILE
 from outlier_mlx.train.settings import Settings
 from tests.builders import write_base, write_overlay
@@ -154,6 +155,20 @@ def test_json_is_one_object_a_line(site: Site) -> None:
     load = next(e["load"] for e in events if e.get("name", "").startswith("routers"))
     assert set(load) == {"cooking", "sea", "keep"}
     assert sum(load["sea"]["1"]) == pytest.approx(2)
+
+
+def test_json_ends_with_what_went_wrong(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = site.run("--json", keep="none.txt", code=1)
+    (event,) = (json.loads(line) for line in result.out.splitlines())
+    assert event["event"] == "failed" and result.err == f"error: {event['error']}\n"
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_step", interrupted)
+    lines = site.run("--json", code=130).out.splitlines()
+    assert json.loads(lines[0])["event"] == "plan"
+    assert json.loads(lines[-1])["error"] == "interrupted"
 
 
 def test_a_plan_changes_nothing(site: Site) -> None:
@@ -409,6 +424,11 @@ def test_a_disk_that_is_too_small(site: Site, monkeypatch: pytest.MonkeyPatch) -
 
 
 # -- parts --------------------------------------------------------------------------------------
+
+
+def test_the_work_is_not_in_the_overlay(site: Site) -> None:
+    for work in ("mine", "mine/work"):
+        site.refused("overlay's folder", "--work", more=("--work", site.folder / work))
 
 
 def test_numbers_of_layers() -> None:

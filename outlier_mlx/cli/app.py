@@ -65,20 +65,20 @@ class Commands(TyperGroup):
         try:
             with cleaning_up():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("interrupted")
+        except KeyboardInterrupt as error:
+            say(message_of(error))
             raise typer.Exit(130) from None
         except Ended as end:
             with suppress(OSError):  # the terminal may be gone
-                say(end.word)
+                say(message_of(end))
             raise typer.Exit(end.status) from None
         except BrokenPipeError:
             raise
         except (OutlierError, OSError, MemoryError) as error:
             if ctx.meta.get("debug"):
                 raise
-            say(f"error: {_message_of(error)}")
-            tell_others(_message_of(error))
+            say(f"error: {message_of(error)}")
+            tell_others(message_of(error))
             raise typer.Exit(1) from None
         except RuntimeError as error:
             if ctx.meta.get("debug") or not is_lost(error):
@@ -114,14 +114,19 @@ def _misused(message: str, error: Any) -> str:
     return f"error: {message}{where}"
 
 
-def _message_of(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """What the program says of an error, or of what interrupts it."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, Ended):
+        return error.word
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"warning: {_message_of(message) if isinstance(message, Warning) else message}")
+    say(f"warning: {message_of(message) if isinstance(message, Warning) else message}")
 
 
 def say(text: str) -> None:

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from outlier_mlx.cli.app import say
-from outlier_mlx.errors import listed
+from outlier_mlx.cli.app import message_of, say
+from outlier_mlx.cli.signals import Ended
+from outlier_mlx.errors import OutlierError, listed
 from outlier_mlx.terminal import print_columns, size, stderr, stdout, working
 
 if TYPE_CHECKING:
@@ -146,6 +147,18 @@ def print_event(event: Mapping[str, Any]) -> None:
     from outlier_mlx.train.log import as_line
 
     print(as_line(dict(event)), end="", flush=True)
+
+
+@contextmanager
+def failing_as_json() -> Iterator[None]:
+    """If the block fails or is interrupted, print an event that says so."""
+    try:
+        yield
+    except (OutlierError, OSError, MemoryError, KeyboardInterrupt, Ended) as error:
+        with suppress(OSError):  # whoever reads stdout may be gone, or be why it failed
+            event = {"event": "failed", "time": round(time.time(), 3)}
+            print_event(event | {"error": message_of(error)})
+        raise
 
 
 def experts_line(settings: "Settings", domains: int) -> str:

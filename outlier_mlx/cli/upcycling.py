@@ -1,6 +1,8 @@
 """The command that trains experts over a base: upcycle."""
 
 import re
+import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ from outlier_mlx.cli.signals import Ended
 from outlier_mlx.cli.training_display import (
     Display,
     experts_line,
+    failing_as_json,
     memory_line,
     print_data,
     print_event,
@@ -100,68 +103,76 @@ def upcycle(
     from outlier_mlx.train.texts import check_names
     from outlier_mlx.writing.folders import check_free
 
-    domains = [_domain(given) for given in domain]
-    check_names([name for name, _ in domains])
-    target = named(out)
-    inputs = [base, training.teacher, keep, *(path for _, path in domains)]
-    if ram is not None and not plan:
-        raise typer.BadParameter("goes with --plan", param_hint="--ram")
-    if so_far and plan:
-        raise typer.BadParameter("with it, nothing is planned", param_hint="--so-far")
-    if not plan:
-        check_free(target, force=force, sources=inputs)
+    with failing_as_json() if as_json else nullcontext():
+        domains = [_domain(given) for given in domain]
+        check_names([name for name, _ in domains])
+        target = named(out)
+        inputs = [base, training.teacher, keep, *(path for _, path in domains)]
+        if ram is not None and not plan:
+            raise typer.BadParameter("goes with --plan", param_hint="--ram")
+        if so_far and plan:
+            raise typer.BadParameter("with it, nothing is planned", param_hint="--so-far")
+        place = work if work is not None else target.with_name(f".{target.name}.training")
+        if place.resolve().is_relative_to(target.resolve()):
+            raise OutlierError(
+                f"{place}: is, or lies in, the overlay's folder: name another --work"
+            )
+        if not plan:
+            check_free(target, force=force, sources=inputs)
+            if picture is not None:
+                check_picture(picture, force=force, sources=inputs)
+        source = resolve(base, revision)
+        opened = open_dense(source.folder)
+        settings = _settings(experts, training, len(domains))
+        settings.check(opened.config, len(domains))
+        if so_far:
+            check_begun(place)
+        corpora = _read(source, opened, domains, keep, training, quiet=quiet)
+        available = None if ram is None else budget(ram)
+        settings, memory = planned(
+            source, corpora, settings, place, dtype=training.dtype, available=available
+        )
+        run = _Run(
+            source=source,
+            base=opened,
+            teacher=resolve(training.teacher) if training.teacher is not None else None,
+            settings=settings,
+            corpora=corpora,
+            target=target,
+            work=place,
+            dtype=training.dtype,
+            so_far=so_far,
+            quiet=quiet,
+        )
+        display = Display(settings, len(domains), quiet=quiet, so_far=so_far)
+        log = RunLog(run.work, [display, *([print_event] if as_json else [])])
+        if not plan:
+            memory.check()
+        if not plan and not so_far:
+            teaches = run.teacher is not None
+            check_room(opened.config, settings, corpora, target, run.work, teacher=teaches)
+        run.show_plan(log, memory)
+        if plan:
+            return
+        made = run.train(log, display)
+        run.write(made, inputs, force=force)
+        log.tell(
+            {"event": "done", "before": made.before, "after": made.after, "peak_bytes": made.peak}
+        )
         if picture is not None:
-            check_picture(picture, force=force, sources=inputs)
-    source = resolve(base, revision)
-    opened = open_dense(source.folder)
-    settings = _settings(experts, training, len(domains))
-    settings.check(opened.config, len(domains))
-    place = work if work is not None else target.with_name(f".{target.name}.training")
-    if so_far:
-        check_begun(place)
-    corpora = _read(source, opened, domains, keep, training, quiet=quiet)
-    available = None if ram is None else budget(ram)
-    settings, memory = planned(
-        source, corpora, settings, place, dtype=training.dtype, available=available
-    )
-    run = _Run(
-        source=source,
-        base=opened,
-        teacher=resolve(training.teacher) if training.teacher is not None else None,
-        settings=settings,
-        corpora=corpora,
-        target=target,
-        work=place,
-        dtype=training.dtype,
-        so_far=so_far,
-        quiet=quiet,
-    )
-    display = Display(settings, len(domains), quiet=quiet, so_far=so_far)
-    log = RunLog(run.work, [display, *([print_event] if as_json else [])])
-    if not plan:
-        memory.check()
-    if not plan and not so_far:
-        teaches = run.teacher is not None
-        check_room(opened.config, settings, corpora, target, run.work, teacher=teaches)
-    run.show_plan(log, memory)
-    if plan:
-        return
-    made = run.train(log, display)
-    run.write(made, inputs, force=force)
-    log.tell({"event": "done", "before": made.before, "after": made.after, "peak_bytes": made.peak})
-    if picture is not None:
-        draw(read_log(run.work / FILE), picture)
-    if not as_json:
-        print_result(made.before, made.after)
-    if not quiet:
-        nbytes = sum(path.stat().st_size for path in files_below(run.work))
-        say(f"peak memory: {size(made.peak)}")
-        left = f"{run.work} ({size(nbytes)}) has the log and the checkpoints"
-        if made.is_whole:
-            say(f"{left}, and may be deleted")
-        else:
-            say(f"{left}: the same command, with --force and without --so-far, goes on from there")
-        say(f"next: outlier-mlx convert {target} --base {base} --out {target}-tier")
+            draw(read_log(run.work / FILE), picture)
+        if not as_json:
+            print_result(made.before, made.after)
+        if not quiet:
+            nbytes = sum(path.stat().st_size for path in files_below(run.work))
+            say(f"peak memory: {size(made.peak)}")
+            left = f"{run.work} ({size(nbytes)}) has the log and the checkpoints"
+            if made.is_whole:
+                say(f"{left}, and may be deleted")
+            else:
+                say(f"{left}: the command with --force, without --so-far, goes on from there")
+            words = ["convert", str(target), "--base", base, "--out", f"{target}-tier"]
+            say(f"next: outlier-mlx {shlex.join(words)}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from outlier_mlx.engine.calls import watched_calls
+from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.train.experts import Expert, ExpertBlock, LatentMatrix, Mode, TernaryMatrix
 from outlier_mlx.train.forward import TrainedModel
@@ -184,8 +185,14 @@ def latents(
     Returns:
         Weights by the names of `PROJECTIONS`, float32: (size, hidden), and (hidden, size) of
         "down".
+
+    Raises:
+        CheckpointError: there is no such neuron; MLX would read beyond the matrix.
     """
     if neurons is not None:
+        width = mlp.gate_proj.weight.shape[0]
+        if neurons.min() < 0 or neurons.max() >= width:
+            raise CheckpointError(f"the work folder has neurons that the base's {width} are not")
         taken = mx.array(neurons)
         gate, up = (mlp[f"{name}_proj"].weight[taken] for name in ("gate", "up"))
         found = {"gate": gate, "up": up, "down": mlp.down_proj.weight[:, taken]}

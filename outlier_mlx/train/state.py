@@ -3,7 +3,8 @@
 A finished stage leaves a file with the arrays that it changed; the running one a file with all that
 its next step depends on. Both are safetensors, whose metadata holds a record in JSON, and both
 appear whole or not at all. Nothing in them is trusted: names, shapes and dtypes are compared with
-what is expected before anything is read.
+what is expected before anything is read, and all of it with a digest, so that a damaged file never
+goes into a result.
 """
 
 import fcntl
@@ -12,16 +13,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.errors import CheckpointError, OutlierError, listed
 from outlier_mlx.storage.output import is_part, whole_file, write_json
 from outlier_mlx.storage.paths import entries
 from outlier_mlx.storage.safetensors import TensorRef, read_described
 from outlier_mlx.storage.texts import parse_json_object, read_json
+from outlier_mlx.train.log import FILE
 from outlier_mlx.writing.interrupts import undivided
 from outlier_mlx.writing.runs import lock
 
@@ -29,7 +33,9 @@ from outlier_mlx.writing.runs import lock
 VERSION = 1
 _IDENTITY = "training.json"
 _RUNNING = "running.safetensors"
-_RECORD = "record"
+_RECORD, _DIGEST = "record", "digest"
+# What differs in these is told without the values, which are digests.
+_DIGESTS = ("base", "data", "teacher")
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "I32": mx.int32, "U8": mx.uint8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -49,7 +55,7 @@ class Work:
         """Open or make a work folder.
 
         Args:
-            folder: the folder; its parent exists.
+            folder: the folder. What is in it counts from the first stage that is done, or begun.
             identity: everything that decides the result, as JSON values by name.
 
         Raises:
@@ -58,7 +64,7 @@ class Work:
             CheckpointError: its files are damaged.
         """
         self.folder = folder
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(folder, os.O_RDONLY)
         try:
             self._open({"version": VERSION, **identity})
@@ -70,13 +76,14 @@ class Work:
         if not lock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
             raise OutlierError(f"{self.folder}: another training runs in it")
         path = self.folder / _IDENTITY
-        if path.exists():
-            self._compare(read_json(path), wanted)
-        elif entries(self.folder):
+        if not path.exists() and entries(self.folder):
             raise OutlierError(
                 f"{self.folder}: holds other files; name an empty folder for the work"
             )
+        if begun := self.begun(self.folder):
+            self._compare(begun, wanted)
         else:
+            (self.folder / FILE).unlink(missing_ok=True)
             write_json(path, wanted)
         for left in entries(self.folder, hidden=True):
             if is_part(left.name):  # of a file that a kill left half written
@@ -98,13 +105,19 @@ class Work:
         Raises:
             CheckpointError: the file is damaged.
         """
-        return _read(self._of_stage(stage), stage) if self.is_finished(stage) else None
+        if not self.is_finished(stage):
+            return None
+        path = self._of_stage(stage)
+        tensors, record = _described(path)
+        if record.get("stage") != stage:
+            raise CheckpointError(f"{path}: not the stage {stage!r}")
+        return _read(path, tensors), record
 
     @staticmethod
     def begun(folder: Path) -> dict[str, Any]:
-        """The identity of the training that a work folder holds; empty if there is none."""
+        """The identity of the training that a work folder holds; empty if nothing is done yet."""
         path = folder / _IDENTITY
-        return read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() and entries(folder, "*.safetensors") else {}
 
     def is_running(self, stage: str) -> bool:
         """Whether the state of an interrupted stage is there."""
@@ -121,7 +134,10 @@ class Work:
         Raises:
             CheckpointError: the file is damaged.
         """
-        return _described(self._of_stage(stage))[0]
+        path = self._of_stage(stage)
+        tensors, _ = _described(path)
+        _read(path, tensors)
+        return tensors
 
     def finish(self, stage: str, arrays: Arrays, record: Mapping[str, Any]) -> None:
         """Keep the result of a stage, and forget its running state."""
@@ -181,20 +197,26 @@ class Work:
                 raise CheckpointError(f"{path}: {name}: expected float32 {tuple(shape)}")
         if found:
             raise CheckpointError(f"{path}: {next(iter(found))}: not a tensor of this stage")
-        return {name: _array(tensor) for name, tensor in tensors.items()}, record
+        return _read(path, tensors), record
 
     def _of_stage(self, stage: str) -> Path:
         name = "".join(c if c.isalnum() else "-" for c in stage)
         return self.folder / f"stage-{name}.safetensors"
 
     def _compare(self, found: dict, wanted: dict) -> None:
-        for name in wanted.keys() | found.keys():
-            ours, theirs = wanted.get(name), found.get(name)
-            if ours != theirs:
-                raise OutlierError(
-                    f"{self.folder}: holds a training with another {name}: {_short(theirs)}, not"
-                    f" {_short(ours)}; name another work folder, or delete this one"
-                )
+        names = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+        if names:
+            told = listed(_difference(n, found.get(n), wanted.get(n)) for n in names)
+            raise OutlierError(
+                f"{self.folder}: holds a training with {told}; name another work folder, or delete"
+                " this one"
+            )
+
+
+def _difference(name: str, theirs: object, ours: object) -> str:
+    if name in _DIGESTS and theirs is not None and ours is not None:
+        return f"another {name}"
+    return f"another {name}: {_short(theirs)}, not {_short(ours)}"
 
 
 def _short(value: object) -> str:
@@ -205,24 +227,58 @@ def _short(value: object) -> str:
 def _write(path: Path, arrays: Arrays, record: Mapping[str, Any]) -> None:
     for name, array in arrays.items():
         assert array.dtype in _NAMES, f"{name}: {array.dtype}"
+    told = json.dumps(record, allow_nan=False)
+    digest = _Digest(told)
+    for name in sorted(arrays):
+        digest.add(name, np.array(arrays[name], copy=False))
     with whole_file(path) as part:
-        mx.save_safetensors(str(part), arrays, {_RECORD: json.dumps(record, allow_nan=False)})
+        mx.save_safetensors(str(part), arrays, {_RECORD: told, _DIGEST: digest.text()})
+
+
+class _Digest:
+    """Of a record and of arrays, in the order of their names."""
+
+    def __init__(self, record: str) -> None:
+        self._digest = blake2b(record.encode(), digest_size=16)
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        self._digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        self._digest.update(np.ascontiguousarray(array).data)
+
+    def text(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _described(path: Path) -> tuple[dict[str, TensorRef], dict[str, Any]]:
-    tensors, metadata = read_described(path)
-    for tensor in tensors.values():
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{path}: {tensor.name}: {tensor.dtype}; not written by training")
-    return tensors, parse_json_object(metadata.get(_RECORD, "").encode(), path.name)
+    with _damaged(path):
+        tensors, metadata = read_described(path)
+        for tensor in tensors.values():
+            if tensor.dtype not in _DTYPES:
+                raise CheckpointError(f"{tensor.name}: {tensor.dtype}; not written by training")
+        return tensors, parse_json_object(metadata.get(_RECORD, "").encode(), path.name)
 
 
-def _read(path: Path, stage: str) -> State:
-    tensors, record = _described(path)
-    if record.get("stage") != stage:
-        raise CheckpointError(f"{path}: not the stage {stage!r}")
-    return {name: _array(tensor) for name, tensor in tensors.items()}, record
+def _read(path: Path, tensors: Mapping[str, TensorRef]) -> Arrays:
+    """All arrays, compared with the digest that was written with them."""
+    with _damaged(path):
+        _, metadata = read_described(path)
+        digest = _Digest(metadata.get(_RECORD, ""))
+        arrays = {}
+        for name in sorted(tensors):
+            found = tensors[name].read_finite()
+            digest.add(name, found)
+            arrays[name] = mx.array(found)
+        if digest.text() != metadata.get(_DIGEST):
+            raise CheckpointError(f"{path.name}: not what was written")
+        return arrays
 
 
-def _array(tensor: TensorRef) -> mx.array:
-    return mx.array(tensor.read_finite())
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Say what to do about a file that cannot be read."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path.parent}: {error}; without this file, what it holds is trained again"
+        ) from None
