@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.program import run
 
 # Short steps: the test's models take little memory, their activations would take more.
 TOKENS, STEP = 8192, 1
+USE = Use(TOKENS, step=STEP)
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +60,20 @@ def test_the_capacity_never_exceeds_the_memory(conversations: int, prompts: int 
 def test_as_many_as_fit(tier: Path, there_is: float, expected: tuple[int, int, int]) -> None:
     prompts = expected[1]
     available = mac(tier, there_is, prompts=prompts)
-    capacity, conversations, planned = find_capacity(tier, TOKENS, step=STEP, available=available)
+    capacity, conversations, planned = find_capacity(tier, USE, available=available)
     assert (capacity.decode_concurrency, capacity.prompt_concurrency, conversations) == expected
     assert planned.fits and planned.needed == available.nbytes
     # mlx-lm counts the caches in use among these bytes.
     assert capacity.prompt_cache_bytes == available.nbytes - mac(tier, 0, prompts=prompts).nbytes
-    capacity, *_ = find_capacity(tier, TOKENS, cache_bytes=1000, step=STEP, available=available)
+    capacity, *_ = find_capacity(tier, USE, cache_bytes=1000, available=available)
     assert capacity.prompt_cache_bytes == 1000
 
 
 def test_more_than_there_is_is_refused_with_what_fits(tier: Path) -> None:
     available = mac(tier, 8.1, prompts=2)
-    assert find_capacity(tier, TOKENS, 8, 1, step=STEP, available=available)[1] == 8
+    assert find_capacity(tier, USE, 8, 1, available=available)[1] == 8
     with pytest.raises(OutlierError) as refused:
-        find_capacity(tier, TOKENS, 32, step=STEP, available=available)
+        find_capacity(tier, USE, 32, available=available)
     for words in (
         "the KV cache of 39 conversations of 8192 tokens",
         "--decode-concurrency 7",
@@ -79,23 +81,23 @@ def test_more_than_there_is_is_refused_with_what_fits(tier: Path) -> None:
         "--ignore-memory",
     ):
         assert words in str(refused.value)
-    found, *_ = find_capacity(tier, TOKENS, 7, step=STEP, available=available)
+    found, *_ = find_capacity(tier, USE, 7, available=available)
     assert found.decode_concurrency == 7
     with pytest.raises(OutlierError, match="What helps: a smaller --max-context, or a smaller re"):
-        find_capacity(tier, TOKENS, step=STEP, available=mac(tier, 0.9))
+        find_capacity(tier, USE, available=mac(tier, 0.9))
 
 
 def test_a_quantized_cache_is_advised(library: Library) -> None:
     tier = library.tier(library.overlay(layers=2, moe_layers=(1,), hidden=128, heads=2))
     with pytest.raises(OutlierError, match="What helps: a smaller --max-context, or --kv-bits 4,"):
-        find_capacity(tier, TOKENS, step=STEP, available=mac(tier, 0.9))
+        find_capacity(tier, USE, available=mac(tier, 0.9))
 
 
 def test_connections_and_quantized_caches_bound_it(tier: Path) -> None:
     available = mac(tier, 2.2, prompts=8)
-    assert find_capacity(tier, TOKENS, 32, clients=2, step=STEP, available=available)[1] == 2
+    assert find_capacity(tier, USE, 32, clients=2, available=available)[1] == 2
     # mlx-lm has no batches of quantized caches.
-    assert find_capacity(tier, TOKENS, 32, kv_bits=8, step=STEP, available=available)[1] == 1
+    assert find_capacity(tier, replace(USE, kv_bits=8), 32, available=available)[1] == 1
 
 
 def test_the_command_asks_for_it(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import outlier_mlx
 from outlier_mlx.engine import machine, memory
 from outlier_mlx.engine.machine import Budget, budget
 from outlier_mlx.engine.memory import check_fits
+from outlier_mlx.engine.needs import Use
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import parse_config
 from outlier_mlx.models.sizes import kv_bytes
@@ -148,16 +149,16 @@ def test_mixed_keeps_more_of_the_sensitive_matrices(overlay: Built, tmp_path: Pa
 def test_what_does_not_fit_is_refused_with_cures(library: Library) -> None:
     wide = {"hidden": 128, "heads": 2, "kv_heads": 1}  # heads of 64, which MLX can quantize
     tier = library.tier(library.overlay(layers=8, moe_layers=(2, 3), **wide), tier="q4")
-    check_fits(tier, 4096)
+    check_fits(tier, Use(4096))
     weights = json.loads((tier / "model.safetensors.index.json").read_text())["metadata"]
     little = Budget(weights["total_size"] * 12, "this Mac's GPU")
     with pytest.raises(OutlierError) as refused:
-        check_fits(tier, 4096, step=4, available=little)
+        check_fits(tier, Use(4096, step=4), little)
     text = str(refused.value)
     for words in ("KV cache", "--kv-bits 4", "smaller recipe", "iogpu.wired_limit_mb=", "--ignore"):
         assert words in text
     assert "\n" not in text
-    check_fits(tier, 4096, kv_bits=4, step=4, available=little)
+    check_fits(tier, Use(4096, kv_bits=4, step=4), little)
 
 
 def test_generate_checks_unless_told_not_to(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

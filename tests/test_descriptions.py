@@ -337,11 +337,12 @@ def test_windows_are_those_of_each_conversation(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", SIZES | {"model_type": "llama"} | windows)
     weights = inspect(folder).nbytes
     row = 2 * 2 * 2 * 16
-    work = needs_of(folder, on_cpu=False).working(Use(1000, 3))
+    use = Use(1000, 3)
+    work = needs_of(folder, on_cpu=False).working(use)
     enough = weights + 3 * row * (100 + 1000) + work
-    check_fits(folder, 1000, available=Budget(enough, "this Mac's GPU"), conversations=3)
+    check_fits(folder, use, Budget(enough, "this Mac's GPU"))
     with pytest.raises(OutlierError, match="3 conversations of 1000 tokens"):
-        check_fits(folder, 1000, available=Budget(enough - 1, "this Mac's GPU"), conversations=3)
+        check_fits(folder, use, Budget(enough - 1, "this Mac's GPU"))
 
 
 def test_which_files_hold_the_model() -> None:

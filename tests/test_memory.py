@@ -39,10 +39,12 @@ def room_for(folder: Path, tokens: int, bits: int | None = None) -> Budget:
     return Budget(taken, "this Mac's GPU")
 
 
-def advice(folder: Path, tokens: int = TOKENS, **how: Any) -> str:
+def advice(folder: Path, tokens: int = TOKENS, start: int = 0, **how: Any) -> str:
     """What is said where the cache fits in 4 bits, but not in 16."""
     with pytest.raises(OutlierError) as refused:
-        check_fits(folder, tokens, available=room_for(folder, tokens, 4), step=STEP, **how)
+        check_fits(
+            folder, Use(tokens, step=STEP, kv_start=start), room_for(folder, tokens, 4), **how
+        )
     return str(refused.value)
 
 
@@ -74,8 +76,8 @@ def test_a_cache_is_quantized_from_a_token_on(tier: Path) -> None:
     assert needs.cache(4000, 4, start=5000) == whole
     assert needs.cache(4000, 4, start=500) == quantized
     assert needs.cache(4000, 4, start=3000) == needs.cache(3000)
-    assert "--kv-bits 4 --quantized-kv-start 0," in advice(tier, 4000, kv_start=5000)
-    assert "--kv-bits 4," in advice(tier, 40_000, kv_start=5000)
+    assert "--kv-bits 4 --quantized-kv-start 0," in advice(tier, 4000, start=5000)
+    assert "--kv-bits 4," in advice(tier, 40_000, start=5000)
 
 
 def test_only_commands_with_the_option_advise_it(
@@ -118,7 +120,7 @@ def test_sizes_have_units_that_fit(tier: Path) -> None:
     needs = needs_of(tier, on_cpu=False)
     assert needs.cache(64) == 2 * 2 * 2 * 64 * 64 * 4  # layers, heads, keys and values, float32
     with pytest.raises(OutlierError, match=r"tier needs 3\.\d MB, 131\.1 kB of it .* gives 900 B"):
-        check_fits(tier, 64, available=Budget(900, "this Mac's GPU"))
+        check_fits(tier, Use(64), Budget(900, "this Mac's GPU"))
 
 
 def test_a_machine_that_does_not_tell_its_memory(
@@ -130,7 +132,7 @@ def test_a_machine_that_does_not_tell_its_memory(
     monkeypatch.setattr(machine, "_ROOT", Path("/nonexistent"))
     monkeypatch.setattr(os, "sysconf", unknown)
     assert budget() == Budget(UNLIMITED, "this machine")
-    check_fits(tier, 10**9)
+    check_fits(tier, Use(10**9))
     monkeypatch.setattr(os, "sysconf", lambda name: -1)
     assert budget() == Budget(UNLIMITED, "this machine")
     monkeypatch.delattr(os, "sysconf")
@@ -180,5 +182,5 @@ def test_shorter_steps_are_advised_where_they_help(tmp_path: Path) -> None:
     room = needs.weights + needs.cache(4096) + needs.working(Use(4096, step=300))
     available = Budget(room, "this Mac's GPU")
     with pytest.raises(OutlierError, match="What helps: --prefill-step-size 256, or a smaller"):
-        check_fits(folder, 4096, available=available)
-    check_fits(folder, 4096, step=256, available=available)
+        check_fits(folder, Use(4096), available)
+    check_fits(folder, Use(4096, step=256), available)

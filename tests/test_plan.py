@@ -128,7 +128,7 @@ def test_only_experts_in_packed_rows_are_paged(tier: Path, tmp_path: Path) -> No
     with pytest.raises(OutlierError, match="--expert-memory 50%: plain has no experts that can be"):
         plan(plain, Use(10), ExpertMemory.parse("50%"), Budget(1000, MAC))
     with pytest.raises(OutlierError, match="plain needs"):
-        check_fits(plain, 10, available=Budget(1000, MAC), memory=AUTO)
+        check_fits(plain, Use(10), Budget(1000, MAC), memory=AUTO)
 
 
 def test_what_is_loaded_on_a_cpu_is_what_was_planned(tier: Path) -> None:
@@ -270,12 +270,12 @@ def test_load_with_auto_pages_only_what_does_not_fit(
 
 
 def test_a_paged_server_has_memory_for_what_it_promises(tier: Path) -> None:
-    whole = plan(tier, Use(20, step=8), available=Budget(UNLIMITED, MAC))
-    little = Budget(whole.needed - 1, MAC)
-    how: dict[str, Any] = {"step": 8, "memory": AUTO, "available": little}
-    capacity, conversations, one = find_capacity(tier, 20, **how)
+    use = Use(20, step=8)
+    whole = plan(tier, use, available=Budget(UNLIMITED, MAC))
+    how: dict[str, Any] = {"memory": AUTO, "available": Budget(whole.needed - 1, MAC)}
+    capacity, conversations, one = find_capacity(tier, use, **how)
     assert one.slots is not None and one.fits and conversations == 1
-    _, conversations, more = find_capacity(tier, 20, 2, **how)
+    _, conversations, more = find_capacity(tier, use, 2, **how)
     assert more.slots is not None and more.fits and conversations == 2
     assert more.slots <= one.slots and more.kv_cache.nbytes >= 2 * whole.kv_cache.nbytes
     assert capacity.cache_memory == one.kv_cache.nbytes
@@ -361,8 +361,8 @@ def test_what_is_widened_takes_twice_as_much(tmp_path: Path) -> None:
     assert wide.weights.nbytes == 2 * narrow.weights.nbytes
     assert wide.kv_cache.nbytes == 2 * narrow.kv_cache.nbytes
     with pytest.raises(OutlierError, match="halves needs"):
-        check_fits(folder, 100, wide=True, available=Budget(narrow.needed, MAC))
-    check_fits(folder, 100, available=Budget(narrow.needed, MAC))
+        check_fits(folder, Use(100, wide=True), Budget(narrow.needed, MAC))
+    check_fits(folder, Use(100), Budget(narrow.needed, MAC))
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])

@@ -22,7 +22,7 @@ from outlier_mlx.engine.drafting.gate import Costs
 from outlier_mlx.engine.limits import keep_to
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.memory import DRAFT_STEP, draft_nbytes
-from outlier_mlx.engine.needs import needs_of
+from outlier_mlx.engine.needs import Use, needs_of
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.capacity import find_capacity
 from tests.folders import copy_writable
@@ -282,11 +282,11 @@ def test_the_command(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_memory_is_planned_for_both(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = 2000
-    how: dict[str, Any] = {"step": 64}
+    use = Use(tokens, step=64)
     one, two = (needs_of(folder, on_cpu=False) for folder in (demo, BASE))
     there_is = Budget(one.weights + two.weights + 300_000_000, "this Mac's GPU")
-    alone, *_ = find_capacity(demo, tokens, available=there_is, **how)
-    capacity, _, planned = find_capacity(demo, tokens, available=there_is, draft=BASE, **how)
+    alone, *_ = find_capacity(demo, use, available=there_is)
+    capacity, _, planned = find_capacity(demo, use, available=there_is, draft=BASE)
     assert alone.cache_memory is not None and capacity.cache_memory is not None
     beside = draft_nbytes(two, tokens)
     assert planned.beside.nbytes == beside > two.weights
@@ -294,14 +294,14 @@ def test_memory_is_planned_for_both(demo: Path, monkeypatch: pytest.MonkeyPatch)
     assert planned.needed <= there_is.nbytes
     assert alone.cache_memory - capacity.cache_memory >= two.weights
     # Each conversation has a cache of both models.
-    how |= {"draft": BASE}
-    capacity, _, single = find_capacity(demo, tokens, 1, 1, available=there_is, **how)
+    how: dict[str, Any] = {"draft": BASE}
+    capacity, _, single = find_capacity(demo, use, 1, 1, available=there_is, **how)
     assert capacity.cache_memory is not None
     least = single.needed - capacity.cache_memory + one.cache(tokens) + two.cache(tokens)
-    find_capacity(demo, tokens, 1, 1, available=replace(there_is, nbytes=least), **how)
+    find_capacity(demo, use, 1, 1, available=replace(there_is, nbytes=least), **how)
     for nbytes in (least - 1, least // 2):
         with pytest.raises(OutlierError, match=f"{demo.name} and base need"):
-            find_capacity(demo, tokens, 1, 1, available=replace(there_is, nbytes=nbytes), **how)
+            find_capacity(demo, use, 1, 1, available=replace(there_is, nbytes=nbytes), **how)
     # What is loaded before the model is not counted twice.
     wired: list[int] = []
     monkeypatch.setattr("outlier_mlx.engine.limits.gpu_limit", lambda: there_is.nbytes)

@@ -14,6 +14,7 @@ import pytest
 from outlier_mlx.engine.loading import load, load_tokenizer
 from outlier_mlx.engine.machine import budget
 from outlier_mlx.engine.memory import check_fits
+from outlier_mlx.engine.needs import Use
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure import quantized_gradients, tuning
 from outlier_mlx.measure.quantized_gradients import row_by_row
@@ -115,15 +116,14 @@ def test_a_tier_of_7b_is_tuned_on_a_mac_with_32_gb(tmp_path: Path) -> None:
     tier = write_large(tmp_path / "q4", **SEVEN_B)
     eight = {"quantization": {"group_size": 64, "bits": 8, "mode": "affine"}}
     teacher = write_large(tmp_path / "q8", **SEVEN_B | eight)
-    plan = plan_tuning(tier, list(PARTS), WINDOW)
+    plan, use = plan_tuning(tier, list(PARTS), WINDOW), Use(WINDOW, logits=WINDOW)
     assert plan.numbers > 220e6 and plan.nbytes < 12e9
-    found = check_fits(tier, WINDOW, None, budget(32), logits=WINDOW, more=plan.nbytes)
+    found = check_fits(tier, use, budget(32), more=plan.nbytes)
     assert found.needed < budget(32).nbytes - 7e9
     plan = plan_tuning(tier, list(PARTS), WINDOW, teacher=True, kept=20 * WINDOW)
-    how = {"beside": teacher, "logits": WINDOW, "more": plan.nbytes}
     with pytest.raises(OutlierError, match=r"q4 and q8 need 2\d\.\d+ GB"):
-        check_fits(tier, WINDOW, None, budget(32), **how)  # type: ignore[arg-type]
-    check_fits(tier, WINDOW, None, budget(48), **how)  # type: ignore[arg-type]
+        check_fits(tier, use, budget(32), beside=teacher, more=plan.nbytes)
+    check_fits(tier, use, budget(48), beside=teacher, more=plan.nbytes)
 
 
 def test_predictions_are_planned_of_windows_that_the_teacher_sees_twice(

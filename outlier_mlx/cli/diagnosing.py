@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.loading import import_engine
+from outlier_mlx.cli.loading import import_engine, use_of
 from outlier_mlx.cli.options import ExpertMemory, Json, KVCache, PrefillStep, Quiet, Revision
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ def doctor(
 ) -> None:
     """Examine this machine, and say whether a model fits and how fast it can be."""
     import_engine()
-    from outlier_mlx.engine.needs import Use
     from outlier_mlx.engine.paging.budget import ExpertMemory as Parsed
     from outlier_mlx.errors import OutlierError
     from outlier_mlx.measure.doctor import Given, examine
@@ -72,13 +71,7 @@ def doctor(
     if model and given.elsewhere and ram is None:
         raise typer.BadParameter("the plan needs the memory of that Mac", param_hint="--ram")
 
-    use = Use(
-        tokens=context,
-        step=prefill_step_size,
-        kv_bits=cache.kv_bits,
-        kv_group_size=cache.kv_group_size,
-        kv_start=cache.quantized_kv_start,
-    )
+    use = use_of(context, cache, step=prefill_step_size)
     memory = Parsed.parse(expert_memory)
     stages = partial(progress_bar, quiet=quiet, at_once=False)
     report = examine(model or None, given, use, memory, revision, stages)

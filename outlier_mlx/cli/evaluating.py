@@ -64,6 +64,7 @@ def evaluate(
 
     from outlier_mlx.engine.distributed.ranks import ranks
     from outlier_mlx.engine.memory import check_fits
+    from outlier_mlx.engine.needs import Use
     from outlier_mlx.measure import eval_results as results
     from outlier_mlx.measure.eval_tables import print_evaluation
     from outlier_mlx.storage.hub import resolve
@@ -88,12 +89,9 @@ def evaluate(
     if not loading.ignore_memory:
         memory = check_fits(
             source.folder,
-            2048,
-            conversations=batch_size,
-            prompts=batch_size,
+            Use(2048, batch_size, batch_size, wide=loading.dtype == "float32"),
             memory=expert_memory(loading),
             may_quantize=False,
-            wide=loading.dtype == "float32",
         )
         tell_plan(memory, loading, quiet=quiet)
     options = harness.EvalOptions(

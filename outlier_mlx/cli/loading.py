@@ -15,6 +15,7 @@ from outlier_mlx.storage.hub import Source, local_source, resolve
 from outlier_mlx.terminal import size
 
 if TYPE_CHECKING:
+    from outlier_mlx.engine.needs import Use
     from outlier_mlx.engine.paging.budget import ExpertMemory
     from outlier_mlx.engine.plan import Plan
 
@@ -123,25 +124,31 @@ def load_checked(
     join(source.folder)
     memory: ExpertMemory | Plan = expert_memory(loading)
     if not loading.ignore_memory:
-        kept = cache or KVCache()
+        from outlier_mlx.engine.memory import check_fits
+
+        wide = loading.dtype == "float32"
+        use = use_of(tokens, cache, step=step, logits=logits, wide=wide)
         check = partial(
-            _check_fits,
+            check_fits,
             source.folder,
-            kv_bits=kept.kv_bits,
-            kv_group_size=kept.kv_group_size,
-            kv_start=kept.quantized_kv_start,
-            step=step,
-            logits=logits,
             more=more,
-            memory=memory,
+            memory=expert_memory(loading),
             may_quantize=cache is not None,
-            wide=loading.dtype == "float32",
             beside=None if beside is None else resolve(beside).folder,
             draft=None if draft is None else resolve(draft).folder,
         )
-        memory = _fit(source.folder, tokens, prompt, check)
+        memory = _fit(source.folder, use, prompt, check)
         tell_plan(memory, loading, quiet=quiet)
     return _load(source, loading, alpha, memory, quiet=quiet)
+
+
+def use_of(tokens: int, cache: KVCache | None = None, **more: Any) -> "Use":
+    """A use with so many tokens in a KV cache; `more` are other fields of `Use`."""
+    from outlier_mlx.engine.needs import Use
+
+    kept = cache or KVCache()
+    bits, group, start = kept.kv_bits, kept.kv_group_size, kept.quantized_kv_start
+    return Use(tokens, kv_bits=bits, kv_group_size=group, kv_start=start, **more)
 
 
 def expert_memory(loading: Loading) -> "ExpertMemory":
@@ -192,8 +199,10 @@ def refuse_paging(loading: Loading, why: str) -> Loading:
 def check_memory(source: Source, loading: Loading, tokens: int) -> None:
     """Check that a model fits into memory, which another process will load; see `load_checked`."""
     if not loading.ignore_memory:
-        memory, wide = expert_memory(loading), loading.dtype == "float32"
-        _check_fits(source.folder, tokens, memory=memory, may_quantize=False, wide=wide)
+        from outlier_mlx.engine.memory import check_fits
+
+        use = use_of(tokens, wide=loading.dtype == "float32")
+        check_fits(source.folder, use, memory=expert_memory(loading), may_quantize=False)
 
 
 def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:
@@ -216,18 +225,12 @@ def _load(
         return load_model(source.folder, loading.dtype, *how)
 
 
-def _check_fits(*args: Any, **how: Any) -> Any:
-    from outlier_mlx.engine.memory import check_fits
-
-    return check_fits(*args, **how)
-
-
-def _fit(folder: Path, tokens: int, prompt: str, check: "Callable[[int], Plan]") -> "Plan":
+def _fit(folder: Path, use: "Use", prompt: str, check: "Callable[[Use], Plan]") -> "Plan":
     """The plan for a model with a prompt and more tokens, by `check`, which may refuse it."""
     try:
         # A tokenizer takes at least a byte for a token. Reading it takes time, so the tokens are
         # counted only where that many would not fit.
-        found = check(tokens + len(prompt.encode("utf-8", "replace")))
+        found = check(replace(use, tokens=use.tokens + len(prompt.encode("utf-8", "replace"))))
         if not prompt or found.slots is None:
             return found
     except OutlierError:
@@ -240,4 +243,4 @@ def _fit(folder: Path, tokens: int, prompt: str, check: "Callable[[int], Plan]")
     tokenizer = load_tokenizer(folder, raw_config(folder))
     with quiet_transformers():
         count = len(tokenizer.encode(prompt))
-    return check(tokens + count)
+    return check(replace(use, tokens=use.tokens + count))

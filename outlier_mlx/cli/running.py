@@ -13,6 +13,7 @@ from outlier_mlx.cli.loading import (
     load_model,
     prepare,
     tell_plan,
+    use_of,
 )
 from outlier_mlx.cli.options import (
     Alpha,
@@ -347,17 +348,12 @@ def serve(
     note = ""
     memory: ExpertMemory | Plan = expert_memory(loading)
     if not loading.ignore_memory:
-        tokens = max_context or 4096 + max_tokens
+        tokens, wide = max_context or 4096 + max_tokens, loading.dtype == "float32"
         capacity, conversations, memory = find_capacity(
             source.folder,
-            tokens,
+            use_of(tokens, cache, step=prefill_step_size, wide=wide),
             *requested,
             memory=expert_memory(loading),
-            wide=loading.dtype == "float32",
-            kv_bits=cache.kv_bits,
-            kv_group_size=cache.kv_group_size,
-            kv_start=cache.quantized_kv_start,
-            step=prefill_step_size,
             clients=max_clients,
             draft=None if draft is None else draft.folder,
         )

@@ -12,28 +12,18 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.attention import fitting_group
 from outlier_mlx.terminal import size
 
-__all__ = ["DRAFT_STEP", "budget", "check_fits", "draft_nbytes"]
-
 #: Tokens of a text that a draft model reads at a time, at most.
 DRAFT_STEP = 512
 
 
 def check_fits(
     folder: Path,
-    tokens: int,
-    kv_bits: int | None = None,
+    use: Use,
     available: Budget | None = None,
     *,
-    kv_group_size: int = 64,
-    kv_start: int = 0,
-    conversations: int = 1,
-    prompts: int = 1,
-    step: int = 2048,
-    logits: int = 1,
     memory: ExpertMemory = ALL,
     cures: Sequence[str] = (),
     may_quantize: bool = True,
-    wide: bool = False,
     beside: Path | None = None,
     draft: Path | None = None,
     more: int = 0,
@@ -42,19 +32,11 @@ def check_fits(
 
     Args:
         folder: a tier or a plain MLX model.
-        tokens: tokens that the KV cache of a conversation will hold.
-        kv_bits: bits of a value in a quantized KV cache.
+        use: how it is going to be used.
         available: available memory; None: that of this machine.
-        kv_group_size: values of a quantized KV cache that share a scale.
-        kv_start: from how many tokens on it is quantized.
-        conversations: how many have a KV cache at the same time.
-        prompts: how many of them are read at the same time.
-        step: tokens of a prompt that are processed at a time, at most.
-        logits: tokens whose logits are in memory at the same time.
         memory: how much its experts may take.
         cures: more remedies to name in the message.
         may_quantize: whether the user could have the KV cache quantized.
-        wide: whether what has 16 bits is to be loaded and computed with 32.
         beside: another model that will be in memory at the same time, without a KV cache.
         draft: a draft model, which has a KV cache for each conversation, too.
         more: bytes that something else takes at the same time.
@@ -66,21 +48,20 @@ def check_fits(
         OutlierError: it does not fit; the message says what can be done. Or see `plan`.
     """
     available = available or budget()
-    use = Use(tokens, conversations, prompts, step, logits, kv_bits, kv_group_size, kv_start, wide)
-    other = more
+    other, tokens = more, use.tokens
     if beside is not None:
-        other += needs_of(beside, available.on_cpu, wide=wide).weights
+        other += needs_of(beside, available.on_cpu, wide=use.wide).weights
     if draft is not None:
-        second = needs_of(draft, available.on_cpu, wide=wide)
-        other += draft_nbytes(second, tokens) + conversations * second.cache(tokens)
+        second = needs_of(draft, available.on_cpu, wide=use.wide)
+        other += draft_nbytes(second, tokens) + use.conversations * second.cache(tokens)
     found = plan(folder, use, memory, available, beside=other)
     if found.fits:
         return found
     helps = list(cures)
-    if kv_bits is None and may_quantize:
+    if use.kv_bits is None and may_quantize:
         freed = (found.kv_cache, found.activations, found.mlx_cache)
         room = available.nbytes - found.needed + sum(part.nbytes for part in freed)
-        needs = needs_of(folder, available.on_cpu, wide=wide)
+        needs = needs_of(folder, available.on_cpu, wide=use.wide)
         helps += _shortening(needs, room, use) or _quantizing(needs, room, use)
     helps.append("a smaller recipe (`outlier-mlx tiers OVERLAY` lists them)")
     if available.whose == THIS_GPU:
@@ -91,7 +72,8 @@ def check_fits(
     names = f"{folder.name} needs"
     if second_model := beside or draft:
         names = f"{folder.name} and {second_model.name} need"
-    whose = f" of {conversations} conversations of {tokens} tokens" if conversations > 1 else ""
+    many = use.conversations > 1
+    whose = f" of {use.conversations} conversations of {tokens} tokens" if many else ""
     experts = ""
     if found.slots is not None and found.paged is not None:
         experts = f" with {found.slots} of {found.paged.total} experts in memory"

@@ -97,18 +97,8 @@ def _refusal(model: Model, planned: Plan) -> str | None:
     """What the commands say that run a model which does not fit."""
     if planned.fits:
         return None
-    use = model.use
     try:
-        check_fits(
-            model.folder,
-            use.tokens,
-            use.kv_bits,
-            planned.available,
-            kv_group_size=use.kv_group_size,
-            kv_start=use.kv_start,
-            step=use.step,
-            memory=model.memory,
-        )
+        check_fits(model.folder, model.use, planned.available, memory=model.memory)
     except OutlierError as error:
         return str(error)
     return None

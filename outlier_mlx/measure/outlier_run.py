@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from outlier_mlx.engine.loading import check_model, load_model, load_tokenizer
 from outlier_mlx.engine.memory import check_fits
+from outlier_mlx.engine.needs import Use
 from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.plan import Plan
 from outlier_mlx.errors import CheckpointError, OutlierError
@@ -119,7 +120,7 @@ def _study(
     folder = source.folder
     memory: ExpertMemory | Plan = study.memory
     if study.check_memory:
-        memory = check_fits(folder, 0, memory=study.memory)
+        memory = check_fits(folder, Use(0), memory=study.memory)
     with working(f"loading {name}", quiet=quiet):
         # The text is read first: it may be too short.
         tokenizer = load_tokenizer(folder, check_model(folder))

@@ -63,18 +63,13 @@ def common_capacity(capacity: Capacity) -> Capacity:
 
 def find_capacity(
     folder: Path,
-    tokens: int,
+    use: Use,
     responses: int | None = None,
     prompts: int | None = None,
     cache_bytes: int | None = None,
     *,
-    kv_bits: int | None = None,
-    kv_group_size: int = 64,
-    kv_start: int = 0,
-    step: int = 2048,
     clients: int = MAX_CONVERSATIONS,
     memory: ExpertMemory = ALL,
-    wide: bool = False,
     draft: Path | None = None,
     available: Budget | None = None,
 ) -> tuple[Capacity, int, Plan]:
@@ -82,18 +77,13 @@ def find_capacity(
 
     Args:
         folder: the model folder.
-        tokens: tokens of a conversation.
+        use: a conversation; with a quantized KV cache, mlx-lm generates for one request at a time.
         responses: responses to generate together; None: as many as fit, at most 32.
         prompts: prompts to process together; None: a quarter of the conversations, at most 8.
         cache_bytes: largest size of all KV caches together, in bytes; None: all free memory.
-        kv_bits: bits of a quantized KV cache; mlx-lm then generates for one request at a time.
-        kv_group_size: values of a quantized KV cache that share a scale.
-        kv_start: from how many tokens on it is quantized.
-        step: tokens of each prompt that are processed at a time, at most.
         clients: connections at a time; each waits for one response.
         memory: what routed experts may take. `AUTO`: what is left beside the conversations that
             were asked for, or one.
-        wide: whether what has 16 bits is to be loaded and computed with 32.
         draft: folder of a draft model, which has a KV cache for each conversation, too.
         available: memory for weights and caches; None: what this machine has.
 
@@ -105,20 +95,20 @@ def find_capacity(
         OutlierError: the requested number does not fit, or not even one conversation does.
     """
     available, requested = available or budget(), prompts
-    needs = needs_of(folder, available.on_cpu, wide=wide)
-    one = needs.cache(tokens, kv_bits, kv_group_size, kv_start)
+    tokens, batches = use.tokens, use.kv_bits is None
+    needs = needs_of(folder, available.on_cpu, wide=use.wide)
+    one = needs.cache(tokens, use.kv_bits, use.kv_group_size, use.kv_start)
     beside = drafts = 0
     if draft is not None:
-        second = needs_of(draft, available.on_cpu, wide=wide)
+        second = needs_of(draft, available.on_cpu, wide=use.wide)
         beside, drafts = draft_nbytes(second, tokens), second.cache(tokens)
         one += drafts
-    use = Use(tokens, 1, 1, step, 1, kv_bits, kv_group_size, kv_start, wide)
     if responses is not None:
         prompts = prompts or max(1, min(MAX_PROMPTS, responses // 4))
-        asked = min(clients, Capacity(responses, prompts).conversations) if kv_bits is None else 1
+        asked = min(clients, Capacity(responses, prompts).conversations) if batches else 1
         use = replace(use, conversations=asked, prompts=prompts)
     first = plan(folder, use, memory, available, beside=beside + use.conversations * drafts)
-    room, step = available.nbytes - first.loaded - beside, first.step
+    use, room = replace(use, step=first.step), available.nbytes - first.loaded - beside
     if memory == AUTO and first.slots is not None:
         # Slots got what is best for so many conversations; no more of them take the headroom.
         room -= available.headroom
@@ -127,8 +117,7 @@ def find_capacity(
         """Prompts read together, conversations that fit, and the bytes for their caches."""
         # The more prompts are read together, the less is left for conversations.
         for read in (prompts,) if prompts else range(MAX_PROMPTS, 0, -1):
-            use = Use(tokens, prompts=read, step=step, kv_bits=kv_bits)
-            free = max(0, room - needs.working(use))
+            free = max(0, room - needs.working(replace(use, prompts=read)))
             fit = min(free // one if one else MAX_CONVERSATIONS, MAX_CONVERSATIONS)
             if read <= fit // 4:
                 break
@@ -141,29 +130,22 @@ def find_capacity(
         _, _, free = divide(prompts)
         capacity = Capacity(responses, prompts or 1)
         read, fit, _ = divide(requested)
-    conversations = 1 if kv_bits is not None else min(clients, capacity.conversations)
+    conversations = min(clients, capacity.conversations) if batches else 1
     cures = ["a smaller --max-context"]
     if conversations > 1 and fit:
         cures.insert(0, f"--decode-concurrency {capacity_for(fit, read).decode_concurrency}")
     planned = check_fits(
         folder,
-        tokens,
-        kv_bits,
+        replace(use, conversations=conversations, prompts=capacity.prompt_concurrency),
         available,
-        kv_group_size=kv_group_size,
-        kv_start=kv_start,
-        conversations=conversations,
-        prompts=capacity.prompt_concurrency,
-        step=step,
         memory=first.expert_memory,
-        wide=wide,
         cures=cures,
         draft=draft,
     )
     if one:
         free = max(free, conversations * one)
         # Without batches, mlx-lm does not count the cache of the current conversation.
-        limit = free - one if kv_bits is not None else free
+        limit = free if batches else free - one
         cache_bytes = limit if cache_bytes is None else min(cache_bytes, limit)
         capacity = replace(capacity, cache_memory=free)
         planned = replace(
