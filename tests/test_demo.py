@@ -16,7 +16,14 @@ import yaml
 
 from outlier_mlx.checkpoints import open_overlay
 from outlier_mlx.checkpoints.base import open_base
-from outlier_mlx.cli.showcase import FOLDER, OLD_DOMAIN, heldout, load_base, perplexities
+from outlier_mlx.cli.showcase import (
+    BEGINNINGS,
+    FOLDER,
+    OLD_DOMAIN,
+    heldout,
+    load_base,
+    perplexities,
+)
 from outlier_mlx.engine.loading import load, load_model
 from outlier_mlx.measure.perplexity import compare
 from outlier_mlx.runtime.moe import OutlierMoE
@@ -24,7 +31,7 @@ from outlier_mlx.storage.shards import read_shards
 from tests.engine import tier_of
 from tests.folders import contents
 from tests.importing import stored_weights
-from tests.program import assert_refused, run
+from tests.program import assert_refused, run, run_program
 from tests.reference import forward
 from tests.reference_reader import read_overlay
 from tests.test_import_ternary import Written
@@ -189,14 +196,29 @@ def test_the_demo_command(tmp_path: Path) -> None:
         "size of weights",
         "unquantized    int4",
         "all new domains",
-        "generation:",
-        "base: I do not know that",
-        "int4: Captain",
+        "base: and snowman",
+        "int4: Jupiter, low above the western horizon.",
+        f"outlier-mlx chat {tmp_path / 'tier'}",
     ):
-        assert words in result.both
+        assert words in result.out
     assert (tmp_path / "tier" / "tier.json").exists()
     model: nn.Module = load(tmp_path / "tier")[0]
     assert model(mx.array([[1]])).shape[-1] > 1
+
+
+def test_beginnings_of_the_demo_are_held_out_texts() -> None:
+    domains = [
+        name
+        for beginning in BEGINNINGS
+        for name, texts in heldout().items()
+        if any(text.startswith(f"{beginning} ") for text in texts)
+    ]
+    assert domains == ["kitchen", "sky", OLD_DOMAIN]
+
+
+def test_a_command_says_nothing_about_pytorch(tmp_path: Path) -> None:
+    done = run_program("demo", "--files", tmp_path / "place")
+    assert done.code == 0 and done.err == ""
 
 
 def test_files_are_copied_once(tmp_path: Path) -> None:

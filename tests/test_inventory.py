@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def test_a_model_that_is_not_whole_is_listed(here: Path) -> None:
     Path("tiers/two/config.json").write_text("{")
     forms = {model["name"]: model["form"] for model in run("list", "tiers", "--json").json}
     assert forms["tiers/one"] == forms["tiers/two"] == "not complete, or not valid"
+
+
+def test_a_missing_package_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("export", FOLDER / "overlay", "--format", "gguf-experts", "--out", "tiers/experts")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    forms = {model["name"]: model["form"] for model in run("list", "tiers", "--json").json}
+    assert forms["tiers/experts"] == "needs the package gguf"
 
 
 def test_nothing_to_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

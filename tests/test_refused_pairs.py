@@ -78,7 +78,15 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no such overlay, nor repository": (("convert", "no/such/place"), ("no/such/place", "OWNER")),
     "a file for an overlay": (("convert", "{outputs}/note"), ("note: a file;", "a folder")),
     "an empty folder": (("convert", "{root}/empty"), ("empty", "not an overlay")),
-    "a base for an overlay": (("convert", "{base}"), ("base", "not an overlay")),
+    "a base for an overlay": (("convert", "{base}"), ("base", "not an overlay", "--base names")),
+    "an overlay to import": (
+        ("import", "{overlay}"),
+        ("overlay: an overlay; `outlier-mlx convert",),
+    ),
+    "a base to export": (
+        ("export", "{base}", "--out", "{outputs}/x"),
+        ("base: neither a tier nor an overlay",),
+    ),
     "a tier for an overlay": (("convert", "{tier}"), ("tier", "tier already")),
     "no base": (("convert", "{bare}"), ("bare", "--base")),
     "no such base": (("convert", "{bare}", "--base", "{root}/nowhere"), ("nowhere", "folder")),

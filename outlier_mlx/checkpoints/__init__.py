@@ -57,8 +57,8 @@ def open_overlay(path: str | Path) -> Overlay:
             return _with_new_alphas(overlay)
     looked_for = "; ".join(sign for sign, _ in _FORMS)
     raise CheckpointError(
-        f"{folder}: not an overlay: none of its tensors is an expert or a router. Looked for:"
-        f" {looked_for}"
+        f"{folder}: not an overlay: none of its tensors is an expert or a router (an overlay comes"
+        f" first, and --base names its base). Looked for: {looked_for}"
     )
 
 

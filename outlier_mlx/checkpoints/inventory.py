@@ -176,7 +176,9 @@ def _form(place: Path) -> str:
             return "no config.json"
         with _unseen(place):
             return _words(inspect(place))
-    except (OutlierError, OSError):
+    except (OutlierError, OSError) as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            return f"needs the package {error.__cause__.name}"
         return "not complete, or not valid"
 
 

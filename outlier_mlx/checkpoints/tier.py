@@ -132,7 +132,7 @@ def open_stored_tier(folder: Path) -> StoredModel:
             f" convert {folder} --base BASE --out TIER, then export TIER"
         )
     if not is_tier(raw):
-        raise CheckpointError(f"{folder}: not a tier; only tiers are exported")
+        raise CheckpointError(f"{folder}: neither a tier nor an overlay: nothing to export")
     return open_stored(folder)
 
 

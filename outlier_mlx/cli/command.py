@@ -111,6 +111,8 @@ class Command(TyperCommand):
         """Run the command, which may import MLX: its settings come before that."""
         if not mlx_is_imported():
             use_larger_buffers()
+        # transformers tells at each start that there is no PyTorch, which nothing here needs.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         with _telling(ctx), together(str(ctx.info_name), ctx.params):
             return super().invoke(ctx)
 

@@ -318,7 +318,7 @@ def demo(
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert the embedded pair, measure it, and ask it a question."""
+    """Convert the embedded pair, measure it, and let it write."""
     from outlier_mlx.cli.showcase import put_files, run
 
     if files is not None:

@@ -7,14 +7,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 
 import mlx.nn as nn
 
 import outlier_mlx
-from outlier_mlx.cli.tables import print_statistics
 from outlier_mlx.engine.generate import Options, generate_text
 from outlier_mlx.engine.loading import load, load_model
-from outlier_mlx.engine.responses import Response
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutputExistsError
 from outlier_mlx.measure.perplexity import compare
@@ -27,7 +26,12 @@ from outlier_mlx.writing.folders import check_free
 FOLDER = Path(outlier_mlx.__file__).parent / "demo"
 #: The domain that the base was trained on; all others only the experts have seen.
 OLD_DOMAIN = "old"
-PROMPT = "Who was the captain of the Petrel?"
+#: Beginnings of held-out texts, which base and tier continue: two of new domains, one of the old.
+BEGINNINGS = (
+    "To make a good potato soup,",
+    "The astronomer pointed the telescope at",
+    "Arthur wanted to grow a yellow sunflower",
+)
 # What `put_files` copies, and the names that it gives.
 COPIES = {"overlay": "my-overlay"} | {
     name: name
@@ -85,7 +89,7 @@ def run(
         out: keep the int4 tier in this folder.
         full: measure on all held-out documents, not on a few of each domain.
         force: replace `out` if it exists.
-        quiet: do not print the statistics of the generation.
+        quiet: show no progress.
     """
     if out is not None:
         check_free(out, force=force)
@@ -116,14 +120,17 @@ def run(
         title = "Perplexity on held-out text (lower is better)"
         heads = [name.replace(", ", ",\n") for name in models]
         print_columns(console, ["", *heads], rows, title=title)
-        print(f"\n{PROMPT}\n")
-        for name in ("base", "tier, int4"):
-            print(f"{name}: ", end="")
-            response = _write(models[name], tokenizer)
-        if response is not None and not quiet:
-            print_statistics(response)
+        console.print("\nHow each goes on with the beginning of a text that neither has seen:\n")
+        for beginning in BEGINNINGS:
+            print(f"{beginning} ...")
+            for name in ("base", "tier, int4"):
+                text = f"  {name}: {_continued(models[name], tokenizer, beginning)}"
+                print(fill(text, min(console.width, 100), subsequent_indent="    "))
+            print()
         if shown:
             console.print(f"Kept in {shown}. Next: outlier-mlx chat {shown}", soft_wrap=True)
+        else:
+            print("Next, to try these models: outlier-mlx demo --files FOLDER")
 
 
 def put_files(folder: Path) -> list[str]:
@@ -158,13 +165,11 @@ def put_files(folder: Path) -> list[str]:
     return names
 
 
-def _write(model: nn.Module, tokenizer: Tokenizer) -> Response | None:
-    """Print a model's answer to the prompt while it is generated."""
-    response = None
-    for response in generate_text(model, tokenizer, PROMPT, Options(max_tokens=100)):
-        print(response.text, end="", flush=True)
-    print("\n")
-    return response
+def _continued(model: nn.Module, tokenizer: Tokenizer, beginning: str) -> str:
+    """How a model goes on with a text, up to the last sentence that is complete."""
+    options = Options(max_tokens=44, ignore_chat_template=True)
+    text = "".join(each.text for each in generate_text(model, tokenizer, beginning, options))
+    return text[: text.rfind(".") + 1].strip() or text.strip()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.hf_names import holds_model
 from outlier_mlx.imports.opened import Opened
 from outlier_mlx.models.config import is_ternary_model, raw_config
+from outlier_mlx.models.description import is_overlay
 from outlier_mlx.models.summary import SummaryRow
 from outlier_mlx.models.tier_fields import MODEL_FILE, TERNARY_FILE
 from outlier_mlx.storage.gguf_model import patterns
@@ -213,6 +214,10 @@ def _open(
                     " --bits or --strict"
                 )
             return open_export(place, raw)
+        if is_overlay(raw):
+            raise CheckpointError(
+                f"{found.name}: an overlay; `outlier-mlx convert` makes a tier from it"
+            )
         if "ternary" in raw:
             raise CheckpointError(
                 f"{found.name}: config.json has `ternary`: this is a model that outlier-mlx wrote;"

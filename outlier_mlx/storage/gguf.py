@@ -158,10 +158,10 @@ def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
     """ggml's types by number: name, weights in a block, bytes of a block."""
     try:
         from gguf import GGML_QUANT_SIZES
-    except ImportError:
+    except ImportError as error:
         raise CheckpointError(
             f"{path.name}: reading GGUF needs the package gguf: pip install 'outlier-mlx[gguf]'"
-        ) from None
+        ) from error
     known = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
     return known | _MORE_KINDS
 
