@@ -277,6 +277,16 @@ def test_a_thousand_strings_of_sentencepiece(tmp_path: Path):
     assert said.whole == [tokenizer.encode(text) for text in texts[:20]]
 
 
+def test_all_ends_that_a_file_names(tmp_path: Path):
+    built = write_overlay(tmp_path / "o", **DIMS)
+    tier = tier_of(built.path, None, tmp_path / "t")
+    (tier / "generation_config.json").write_text('{"eos_token_id": [5, 6, 7]}')
+    exported = export_tier(tier, tmp_path / "e", "gguf")
+    assert any("not named: [7]" in note for note in exported.notes)
+    found = ask(exported.path / "model.gguf", [], ends=list(range(10))).ends
+    assert found == [0, 2, 5, 6]  # <|im_end|> by its text
+
+
 # Failures
 
 

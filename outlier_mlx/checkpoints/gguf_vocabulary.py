@@ -52,7 +52,10 @@ def vocabulary_fields(
         CheckpointError: llama.cpp has no such tokenizer; names the part that it does not have.
     """
     if not has_tokenizer(folder):
-        return {f"{_KEY}.model": "none"}, [f"{folder.name} has no tokenizer: the file has none"]
+        return {f"{_KEY}.model": "none"}, [
+            f"{folder.name} has no tokenizer: the file has none, and llama.cpp's programs end when"
+            " they get text"
+        ]
     try:
         with quiet_transformers():
             from transformers import AutoTokenizer
