@@ -55,8 +55,8 @@ def convert(
         experts: "tq1_0" or "affine2".
         dtype: "bfloat16", "float16" or "float32".
         portable: write a model that stock mlx-lm loads, its experts in "affine2".
-        **options: `alpha`, `force`, `revision`, `base_revision`, `stream` and `progress`,
-            as `outlier_mlx.tiers.convert.convert_tier` takes them.
+        **options: `alpha`, `force`, `revision`, `base_revision`, `stream`, `planned` and
+            `progress`, as `outlier_mlx.tiers.convert.convert_tier` takes them.
 
     Returns:
         The tier's path.

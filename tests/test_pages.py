@@ -116,6 +116,7 @@ def test_page(reader: Reader, page: str) -> None:
 def convert(reader: Reader, printed: str) -> None:
     assert "my-tier: whole: " in printed
     assert inspect(reader.folder / "best-tier").form == "tq1_0_strided"
+    assert inspect(reader.folder / "my-portable").form == "ernie4_5_moe"
     packed = outlier_mlx.open_overlay(reader.folder / "my-packed").experts
     for layer, experts in outlier_mlx.open_overlay(reader.folder / "my-export").experts.items():
         assert len(packed[layer]) == len(experts)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.export_shared import Origin, copied, find_scale_forms
-from outlier_mlx.checkpoints.gguf_encode import padded_rows, widened
+from outlier_mlx.checkpoints.gguf_encode import ternary_slabs
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS
+from outlier_mlx.storage.padding import padded, padding_note, whole_blocks
 from outlier_mlx.storage.rounding import narrowed
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix
@@ -49,12 +50,12 @@ class GgufTensors(Parts):
     @property
     def width(self) -> int:
         """Width of an expert in the file."""
-        return -(-self.overlay.expert_intermediate // BLOCK) * BLOCK
+        return whole_blocks(self.overlay.expert_intermediate, BLOCK)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about what is not exactly as in the tier."""
-        return tuple(widened(self.overlay.expert_intermediate, self.width))
+        return tuple(padding_note(self.overlay.expert_intermediate, self.width))
 
     @property
     def nbytes(self) -> int:
@@ -91,15 +92,12 @@ class GgufTensors(Parts):
         experts = []
         for layer, members in self.overlay.experts.items():
             for projection in PROJECTIONS:
-                matrices = [getattr(expert, projection) for expert in members]
                 hidden = self.overlay.config.hidden
                 of_one = (hidden, self.width) if projection == "down" else (self.width, hidden)
+                matrices = [padded(getattr(expert, projection), of_one) for expert in members]
                 name = f"blk.{layer}.ffn_{projection}_exps.weight"
-                experts.append(
-                    GgufTensor(
-                        name, "TQ1_0", (len(matrices), *of_one), partial(_blocks, matrices, of_one)
-                    )
-                )
+                shape = (len(matrices), *of_one)
+                experts.append(GgufTensor(name, "TQ1_0", shape, partial(_blocks, matrices)))
         return routers + experts
 
 
@@ -122,8 +120,8 @@ def _float32(router: TensorRef) -> Iterator[np.ndarray]:
     yield np.ascontiguousarray(router.read_float32())
 
 
-def _blocks(matrices: list[ExpertMatrix], shape: tuple[int, int]) -> Iterator[np.ndarray]:
+def _blocks(matrices: list[ExpertMatrix]) -> Iterator[np.ndarray]:
     """Rows of blocks, (rows, in / 256 * 54) uint8, of all experts in order."""
     for matrix in matrices:
         scales = narrowed(matrix.row_scales(), "float16", matrix.scale.where)
-        yield from padded_rows("tq1_0", matrix, scales, shape)
+        yield from ternary_slabs("tq1_0", matrix.trits, scales)

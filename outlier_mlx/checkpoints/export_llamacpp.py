@@ -25,9 +25,8 @@ from outlier_mlx.checkpoints.gguf_encode import (
     affine_rounding,
     affine_slabs,
     float_slabs,
-    padded_rows,
     q8_0_slabs,
-    widened,
+    ternary_slabs,
 )
 from outlier_mlx.checkpoints.gguf_vocabulary import vocabulary_fields
 from outlier_mlx.checkpoints.llamacpp_config import ROPE_FREQS, config_fields, rope_factors
@@ -37,6 +36,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS, ModelConfig
 from outlier_mlx.models.gguf_names import GGUF_NAMES
 from outlier_mlx.models.modules import Module, tier_modules
+from outlier_mlx.storage.padding import padded, padding_note, whole_blocks
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.terminal import Progress, no_progress
@@ -134,8 +134,8 @@ class _Plan:
                 f" experts into blocks of {self._block} weights in {experts.upper()}{more}"
             )
         own = overlay.expert_intermediate
-        self.width = -(-own // self._block) * self._block
-        self.notes += widened(own, self.width)
+        self.width = whole_blocks(own, self._block)
+        self.notes += padding_note(own, self.width)
         self.alpha = common_alpha(alphas)
 
     def tensors(self) -> list[GgufTensor]:
@@ -222,8 +222,8 @@ class _Plan:
         def slabs() -> Iterator[np.ndarray]:
             for number, expert in enumerate(self._overlay.experts[layer]):
                 scales = getattr(self._folded(layer, number), projection)
-                matrix = getattr(expert, projection)
-                yield from padded_rows(self._experts, matrix, scales, shape)
+                trits = padded(getattr(expert, projection), shape).trits
+                yield from ternary_slabs(self._experts, trits, scales)
 
         return GgufTensor(f"{name}.weight", self._experts.upper(), (members, *shape), slabs)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.base_matrices import AffineMatrix
 from outlier_mlx.storage.rounding import is_rounded, narrowed, rounding_error
-from outlier_mlx.storage.tensors import ExpertMatrix, FloatTensor, row_ranges
+from outlier_mlx.storage.tensors import FloatTensor, Trits, row_ranges
 from outlier_mlx.ternary.ggml import BLOCK, pack_tq1_0_blocks, pack_tq2_0_blocks
 
 #: The types that hold trits exactly: 256 weights a block, or 32.
@@ -33,30 +33,17 @@ def ternary_rows(kind: str, trits: np.ndarray, scales: np.ndarray) -> np.ndarray
     return _joined([_halves(d), _nibbles(codes)])
 
 
-def padded_rows(
-    kind: str, matrix: ExpertMatrix, scales: np.ndarray, shape: tuple[int, int]
-) -> Iterator[np.ndarray]:
-    """The blocks of an expert's matrix, widened to a shape by trits 0.
+def ternary_slabs(kind: str, trits: Trits, scales: np.ndarray) -> Iterator[np.ndarray]:
+    """The blocks of an expert's matrix, a few rows at a time.
 
     Args:
         kind: as for `ternary_rows`.
-        matrix: (out, in).
-        scales: (out,) float16, finite.
-        shape: at least that of the matrix; the block divides its second number.
+        trits: (out, in); the block divides `in`.
+        scales: (out,) float16, finite; rows that were added as padding may have none.
     """
-    out, width = matrix.trits.shape
-    for start, stop in row_ranges(out, width):
-        trits = np.pad(matrix.trits.read(start, stop), ((0, 0), (0, shape[1] - width)))
-        yield ternary_rows(kind, trits, scales[start:stop])
-    rows = shape[0] - out
-    if rows:
-        zeros = np.zeros((rows, shape[1]), np.int8)
-        yield ternary_rows(kind, zeros, np.zeros(rows, np.float16))
-
-
-def widened(own: int, width: int) -> list[str]:
-    """What is said of experts that are written wider than they are, if they are."""
-    return [] if own == width else [f"experts are {width} wide instead of {own}: the rest is zeros"]
+    scales = np.pad(scales, (0, trits.shape[0] - len(scales)))
+    for start, stop in row_ranges(*trits.shape):
+        yield ternary_rows(kind, trits.read(start, stop), scales[start:stop])
 
 
 def affine_kind(matrix: AffineMatrix) -> str | None:

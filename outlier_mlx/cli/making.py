@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from outlier_mlx.cli.app import command
+from outlier_mlx.cli.app import command, say
 from outlier_mlx.cli.options import (
     Base,
     BaseBits,
@@ -82,6 +82,7 @@ def convert(
     from outlier_mlx.cli.tables import print_report
     from outlier_mlx.terminal import progress_bar
     from outlier_mlx.tiers.convert import convert_tier
+    from outlier_mlx.tiers.plan import Plan
     from outlier_mlx.tiers.presets import make_recipe
     from outlier_mlx.tiers.push import check_login
 
@@ -103,6 +104,11 @@ def convert(
         revisions: dict[str, Any] = {"revision": revision, "base_revision": base_revision}
         name = best(*list_choices(overlay, base, **revisions, changes=changes))
     recipe = make_recipe(name, **changes)
+
+    def tell(plan: Plan) -> None:
+        for note in () if quiet else plan.notes:
+            say(note)
+
     with progress_bar("converting", quiet=quiet) as progress:
         report = convert_tier(
             overlay,
@@ -114,6 +120,7 @@ def convert(
             revision=revision,
             base_revision=base_revision,
             stream=stream,
+            planned=tell,
             progress=progress,
         )
     if not quiet:

@@ -38,6 +38,8 @@ def print_report(report: "Report") -> None:
         console.print(
             f"unquantized, since no group size divides their width: {names}", soft_wrap=True
         )
+    for note in report.notes:
+        console.print(note, soft_wrap=True)
     console.print(
         one_line(f"wrote {report.path} from an overlay of form {report.form}"), soft_wrap=True
     )
@@ -206,8 +208,8 @@ def print_choices(choices: "list[Choice]", available: "Budget") -> None:
     title = "Memory by tokens of context and bits of the KV cache"
     print_columns(console, ["recipe", "weights", *heads], rows, title=title, fixed=2)
     for choice in choices:
-        if choice.reason is not None:
-            console.print(f"{choice.name}: {choice.reason}", soft_wrap=True)
+        for said in filter(None, (choice.reason, *choice.notes)):
+            console.print(f"{choice.name}: {said}", soft_wrap=True)
     console.print(
         f"{available} (in brackets: does not fit)",
         soft_wrap=True,

@@ -62,7 +62,7 @@ def model_card(
         rows=info.rows,
         after_sizes=memory(info),
         sections=results(measured, evaluations),
-        changes=[*_changes(folder, config, recipe), *_tuning(manifest)],
+        changes=[*_changes(folder, config, recipe), *_noted(manifest), *_tuning(manifest)],
         manifest="tier.json",
         given=licence,
         metadata=as_metadata(name.rsplit("/", 1)[-1], measured),
@@ -140,6 +140,12 @@ def _changes(folder: Path, config: dict, recipe: dict) -> Iterator[str]:
     yield "`config.json` was rewritten"
     if (folder / "tokenizer_config.json").exists():
         yield "`tokenizer_config.json` was rewritten without references to code"
+
+
+def _noted(manifest: dict) -> list[str]:
+    """What the conversion said of itself."""
+    notes = manifest.get("notes")
+    return [plain(note) for note in notes] if isinstance(notes, list) else []
 
 
 def _tuning(manifest: dict) -> Iterator[str]:

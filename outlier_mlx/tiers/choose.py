@@ -1,6 +1,6 @@
 """Choosing: what each recipe would take, and which is the best that fits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ class Choice:
         memory: bytes of weights and KV cache, by tokens and bits of the cache (None: 16).
         fits: whether the smallest context fits with the cache in 16 bits.
         reason: why the recipe does not suit the overlay.
+        notes: see `Plan`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Choice:
     memory: dict[tuple[int, int | None], int]
     fits: bool
     reason: str | None = None
+    notes: Sequence[str] = ()
 
 
 def list_choices(
@@ -127,12 +129,14 @@ def as_json_object(choices: list[Choice], available: Budget) -> dict:
 def _choice(name: str, recipe: Recipe, model: WholeModel, available: Budget) -> Choice:
     planned = make_portable_plan if recipe.portable else make_plan
     try:
-        nbytes = planned(model, recipe).nbytes
+        plan = planned(model, recipe)
     except CheckpointError as error:
         return Choice(name, 0, {}, fits=False, reason=str(error))
+    nbytes = plan.nbytes
     memory = {
         (tokens, bits): nbytes + kv_bytes(model.config, tokens, bits)
         for tokens in CONTEXTS
         for bits in KV_BITS
     }
-    return Choice(name, nbytes, memory, memory[CONTEXTS[0], None] <= available.nbytes)
+    fits = memory[CONTEXTS[0], None] <= available.nbytes
+    return Choice(name, nbytes, memory, fits, notes=plan.notes)

@@ -1,5 +1,6 @@
 """Converting: an overlay and its base become a tier."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.paths import named
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.card import model_card
-from outlier_mlx.tiers.plan import make_plan
+from outlier_mlx.tiers.plan import Plan, make_plan
 from outlier_mlx.tiers.portable import make_portable_plan
 from outlier_mlx.tiers.presets import Recipe
 from outlier_mlx.tiers.sources import Sources, open_sources
@@ -28,11 +29,13 @@ class Report(Written):
         form: the overlay's form on disk.
         recipe: the recipe, its dtype settled.
         unquantized: matrices that no group size divides.
+        notes: see `Plan`.
     """
 
     form: str
     recipe: Recipe
     unquantized: list[str]
+    notes: list[str]
 
 
 def convert_tier(
@@ -46,6 +49,7 @@ def convert_tier(
     revision: str | None = None,
     base_revision: str | None = None,
     stream: bool = False,
+    planned: Callable[[Plan], None] = lambda _: None,
     progress: Progress = no_progress,
 ) -> Report:
     """Convert an overlay into a tier.
@@ -63,6 +67,7 @@ def convert_tier(
         stream: fetch the files of a repository one at a time, and delete each when it was used. A
             run that is interrupted leaves what it has in a hidden folder beside `out`, and the
             same call resumes from there.
+        planned: called with what will be written, before it is.
         progress: called with bytes of source read so far, and in all.
 
     Raises:
@@ -77,6 +82,7 @@ def convert_tier(
     with open_sources(overlay, base, target, **revisions, stream=stream, force=force) as sources:
         model = join(sources.opened, open_base(sources.base.folder) if sources.base else None)
         plan = (make_portable_plan if recipe.portable else make_plan)(model, recipe, alpha)
+        planned(plan)
         written = write_model(
             target,
             sources.tensors(plan),
@@ -84,15 +90,20 @@ def convert_tier(
             source=sources.overlay.name,
             inputs=[*given, *(source.folder for source in sources.by_role.values())],
             assets=partial(copy_assets, [source.folder for source in sources.by_role.values()]),
-            manifest=_manifest(plan.recipe, alpha, sources),
+            manifest=_manifest(plan, alpha, sources),
             manifest_name="tier.json",
             card=lambda folder: model_card(folder, target.name),
             check=check_loads,
             force=force,
             progress=progress,
         )
-    form = sources.opened.form
-    return Report(**vars(written), form=form, recipe=plan.recipe, unquantized=plan.unquantized)
+    return Report(
+        **vars(written),
+        form=sources.opened.form,
+        recipe=plan.recipe,
+        unquantized=plan.unquantized,
+        notes=plan.notes,
+    )
 
 
 def _default_out(overlay: str | Path, recipe: Recipe) -> Path:
@@ -101,15 +112,15 @@ def _default_out(overlay: str | Path, recipe: Recipe) -> Path:
     return Path(f"{name}-{recipe.name}")
 
 
-def _manifest(recipe: Recipe, alpha: str | Path | None, sources: Sources) -> dict:
-    stored = {"name": recipe.name, **asdict(recipe)}
+def _manifest(plan: Plan, alpha: str | Path | None, sources: Sources) -> dict:
+    stored = {"name": plan.recipe.name, **asdict(plan.recipe)}
     if alpha is not None:
         stored["alpha"] = Path(alpha).name
     return {
         "overlay": _cited(sources.overlay) | {"form": sources.opened.form},
         "base": _cited(sources.base) if sources.base else None,
         "recipe": stored,
-    }
+    } | ({"notes": plan.notes} if plan.notes else {})
 
 
 def _cited(source: Source) -> dict:

@@ -1,7 +1,7 @@
 """The plan of a tier: every part in the order in which it is written, and the config."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +42,14 @@ class Plan:
         config: the tier's `config.json`.
         recipe: the recipe with its dtype settled.
         unquantized: matrices that no group size divides, by path.
+        notes: sentences about what takes more room than in the overlay.
     """
 
     parts: list[Part]
     config: dict
     recipe: Recipe
     unquantized: list[str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:

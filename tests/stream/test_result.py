@@ -54,12 +54,15 @@ def test_every_form(hub: Hub, tmp_path: Path, form: str) -> None:
     assert len(fetched(hub)) == len(set(fetched(hub))) > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"portable": True}, {"tier": "f32", "experts": "affine2"}])
+@pytest.mark.parametrize(
+    ("width", "options"),
+    [(64, {}), (48, {"portable": True}), (64, {"tier": "f32", "experts": "affine2"})],
+)
 def test_shards_that_experts_straddle_and_a_base_that_repeats(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, options: dict[str, Any]
 ) -> None:
     """Never more than one source file is here, nor more bytes than the tier and the largest one."""
-    dims = DIMS | {"moe_layers": (0, 1), "experts": 2, "expert_intermediate": 64}
+    dims = DIMS | {"moe_layers": (0, 1), "experts": 2, "expert_intermediate": width}
     overlay = write_overlay(tmp_path / "overlay", shards=3, base_dtype="F32", **dims).path
     base = write_base(tmp_path / "base", shards=2, base_dtype="F32", **DIMS).path
     torch_save(overlay / "alpha_overlay.pt", {"alphas": {1: {0: 0.25}}})
