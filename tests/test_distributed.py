@@ -181,13 +181,14 @@ def test_quantized_heads_that_divide_groups_give_the_same_logits(
 
 
 @pytest.mark.slow
-def test_two_ranks_write_the_same_text_and_only_the_first_talks(
-    place: Path, tmp_path: Path
+@pytest.mark.parametrize("how", [(), ("--pipeline",)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_write_the_same_text_and_only_the_first_talks(
+    size: int, how: tuple[str, ...], demo: Path, tmp_path: Path
 ) -> None:
-    words = ("generate", place / "tier", "--prompt", "the cat", "--max-tokens", 12)
-    expected = run(*words)
-    found = run_ranks(2, tmp_path, *words)
-    assert found[0].out == expected.out
+    words = ("generate", demo, "--prompt", "How do I find Vega?", "--max-tokens", 12)
+    found = run_ranks(size, tmp_path, *words, *how)
+    assert found[0].out == run(*words).out
     assert "prompt: " in found[0].err
 
 
@@ -259,13 +260,6 @@ def test_parts_of_experts_are_paged(tier: Path, tmp_path: Path) -> None:
 
 
 # -- commands -------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_pipeline_writes_the_same_text(place: Path, tmp_path: Path) -> None:
-    words = ("generate", place / "tier", "--prompt", "the cat", "--max-tokens", 12)
-    found = run_ranks(2, tmp_path, *words, "--pipeline")
-    assert found[0].out == run(*words).out
 
 
 @pytest.mark.slow
