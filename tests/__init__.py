@@ -7,7 +7,8 @@
 - Files and folders: `tensor_file`, `folders`, `damage` (one thing wrong at a time), `refusals`.
 - What runs: `program` (the command line), `engine` (conversions and forward passes), `importing`,
   `evaluating`, `serving`, `hub` and `hub_uploads` (stand-ins for the Hugging Face hub), `screen`
-  (terminals), `pages` (the documentation's commands), `environments`, `metal`, `kernel_cases`.
+  (terminals), `pages` (the documentation's commands), `preloaded` (commands in forks),
+  `environments`, `metal`, `kernel_cases`.
 
 `reference` and its reader, and the builders that they are tried on, import nothing of the package.
 """
