@@ -93,7 +93,7 @@ def tier_model(library: Library, made: Upcycled) -> nn.Module:
 def test_experts_make_new_text_likelier(made: Upcycled) -> None:
     assert set(made.before) == set(made.after) == {"law", "sea", "keep"}
     for name in ("law", "sea"):
-        assert made.after[name] < 0.96 * made.before[name]
+        assert made.after[name] < 0.9 * made.before[name]
     assert [stage["kept"] for stage in made.stages] == [True] * 4
     titles = [stage["name"] for stage in made.stages]
     assert titles == [
@@ -124,7 +124,7 @@ def test_reported_windows_decide_nothing(
 ) -> None:
     """Other ones give other figures, and the same training."""
     given = corpora()
-    assert [len(c.deciding) for c in given] == [len(c.reported) for c in given] == [2, 2, 2]
+    assert [len(c.deciding) for c in given] == [len(c.reported) for c in given] == [8, 8, 8]
 
     def others(corpus: Corpus) -> Corpus:
         shuffled = np.concatenate([corpus.deciding, corpus.reported[:, ::-1]])
@@ -466,7 +466,7 @@ def test_experts_from_nothing_begin_with_no_output(library: Library, tmp_path: P
 
 def test_experts_from_nothing_learn(library: Library, tmp_path: Path) -> None:
     made = train(library, tmp_path / "work", init="nothing", layers=(1,))
-    assert all(made.after[name] < made.before[name] for name in ("law", "sea"))
+    assert all(made.after[name] < 0.98 * made.before[name] for name in ("law", "sea"))
     assert all(layer.trits["down_proj"].any() for layer in made.layers)
 
 
@@ -567,12 +567,12 @@ def test_a_domain_can_have_several_experts(library: Library, tmp_path: Path) -> 
     assert made.layers[0].router.shape == (4, 64)
     assert made.layers[0].trits["down_proj"].shape == (4, 64, 96)
     for name in ("law", "sea"):
-        assert made.after[name] < made.before[name]
+        assert made.after[name] < 0.9 * made.before[name]
 
 
 def test_activations_can_have_half_the_bits(library: Library, tmp_path: Path) -> None:
     made = train(library, tmp_path / "work", dtype="bfloat16", layers=(1,))
-    assert made.after["law"] < made.before["law"] and made.after["sea"] < made.before["sea"]
+    assert all(made.after[name] < 0.95 * made.before[name] for name in ("law", "sea"))
     kinds = {name.rpartition(".")[2]: array.dtype for name, array in tensors(made).items()}
     assert kinds == {"router": "f4", "alpha": "f4", "trits": "i1", "scales": "f2"}
 
@@ -580,7 +580,7 @@ def test_activations_can_have_half_the_bits(library: Library, tmp_path: Path) ->
 @pytest.mark.slow
 def test_stickiness_makes_neighbours_use_the_same_experts(library: Library, tmp_path: Path) -> None:
     how: dict[str, Any] = {"straight_through": False, "top_k": 1, "layers": (1,), "balance": 0.0}
-    how |= {"joint_steps": 40, "experts_per_domain": 2, "keep_bound": 1e9, "held_out": 8}
+    how |= {"joint_steps": 40, "experts_per_domain": 2, "keep_bound": 1e9}
     plain, sticky = (
         train(library, tmp_path / str(weight), stickiness=weight, **how).stages[-1]
         for weight in (0.0, 0.5)

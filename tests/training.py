@@ -31,7 +31,7 @@ SETTINGS = Settings(
 )
 
 
-def corpora(vocab: int = 288, windows: int = 16, held_out: int = 4) -> Corpora:
+def corpora(vocab: int = 288, windows: int = 16, held_out: int = 16) -> Corpora:
     """Texts that count: each domain has its own tokens and its own step."""
     rng = np.random.default_rng(0)
     made = []
@@ -49,9 +49,7 @@ def train(library: Library, work: Path, log: Any = None, **how: Any) -> Upcycled
     given = {
         name: how.pop(name) for name in ("teacher", "save_every", "dtype", "so_far") if name in how
     }
-    more = {"held_out": how.pop("held_out")} if "held_out" in how else {}
-    texts = corpora(**more)
-    settings = replace(SETTINGS, **how)
+    texts, settings = corpora(), replace(SETTINGS, **how)
     base = Source(library.base().path, "base")
     return upcycle(base, texts, settings, work, log=log or (lambda event: None), **given)
 
