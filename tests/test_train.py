@@ -39,7 +39,7 @@ from tests.training import (
     SETTINGS,
     Stopped,
     corpora,
-    go_uphill_together,
+    go_uphill,
     stopped_at,
     tensors,
     train,
@@ -200,8 +200,8 @@ def calls_until(
 @pytest.mark.parametrize(
     ("of", "name", "counts"),
     [
-        # Of three texts, then of two domains' 16 windows, four at a time.
-        (TrainedModel, "hidden", (0, 1, 2, 5, 8)),
+        # Of three texts' 8 windows, then of two domains' 16, four at a time.
+        (TrainedModel, "hidden", (0, 2, 4, 7, 11)),
         # Two experts in each of two layers.
         (beginning, "rounded_expert", (1, 2, 3)),
     ],
@@ -356,14 +356,17 @@ def test_so_far_without_a_step(library: Library, tmp_path: Path) -> None:
         assert contents(work) == left
 
 
-def test_a_stage_that_ended_early_is_dropped_as_any_other(library: Library, tmp_path: Path) -> None:
-    how: dict[str, Any] = {"keep_bound": 0.0, "keep_weight": 0.0, "learning_rate": 100.0}
+def test_a_stage_that_ended_early_is_dropped_as_any_other(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_uphill(monkeypatch, least=1)
+    how: dict[str, Any] = {"keep_weight": 0.0, "learning_rate": 0.5}
     with stopped_at(1, STAGES[0]) as log, pytest.raises(Stopped):
         train(library, tmp_path / "work", log, **how)
     made = train(library, tmp_path / "work", so_far=True, **how)
     _, first, *others = made.stages
     assert (first["steps"], first["kept"]) == (1, False)
-    assert first["after"]["keep"] > made.before["keep"]
+    assert first["after"]["law"] > first["before"]["law"]
     assert {stage["steps"] for stage in others} == {0}
     assert not any(layer.alphas.any() for layer in made.layers)
 
@@ -492,9 +495,11 @@ def test_routers_begin_by_sending_domains_to_their_experts(
     assert load["law"][1][0] > 0.8 and load["sea"][1][1] > 0.8
 
 
-def test_a_stage_that_does_not_help_is_dropped(library: Library, tmp_path: Path) -> None:
-    """Steps are far too large, and what is to be kept has no weight."""
-    how = {"keep_bound": 0.0, "keep_weight": 0.0, "learning_rate": 100.0, "joint_steps": 0}
+def test_a_stage_that_does_not_help_is_dropped(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_uphill(monkeypatch, least=1)
+    how = {"keep_bound": 0.0, "keep_weight": 0.0, "learning_rate": 0.5, "joint_steps": 0}
     made = train(library, tmp_path / "work", **how)
     base, *of_experts = made.stages
     for number, (name, stage) in enumerate(zip(("law", "sea"), of_experts, strict=True)):
@@ -536,7 +541,7 @@ def test_a_joint_stage_that_does_not_help_is_dropped(
 ) -> None:
     """What is left is what was there before."""
     before = train(library, tmp_path / "before", joint_steps=0)
-    go_uphill_together(monkeypatch)
+    go_uphill(monkeypatch, least=2)
     events: list[dict[str, Any]] = []
     made = train(library, tmp_path / "work", events.append)
     *others, joint = made.stages

@@ -27,7 +27,7 @@ from tests.builders import write_base, write_overlay
 from tests.engine import tier_of
 from tests.folders import contents
 from tests.program import Result, assert_refused, run
-from tests.training import go_uphill_together
+from tests.training import go_uphill
 
 HELD = FOLDER / "heldout"
 QUICK = ["--window", "16", "--steps", "3", "--joint-steps", "2", "--batch", "2", "--layers", "1"]
@@ -325,7 +325,7 @@ def test_a_last_stage_that_makes_it_worse_leaves_no_trace(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.run("--joint-steps", 0, out="before")
-    go_uphill_together(monkeypatch)
+    go_uphill(monkeypatch, least=2)
     result = site.run()
     told = next(line for line in result.err.splitlines() if line.startswith("routers, alphas and"))
     assert "; not kept (" in told

@@ -65,13 +65,13 @@ def tensors(made: Upcycled) -> dict[str, np.ndarray]:
     return found
 
 
-def go_uphill_together(patch: pytest.MonkeyPatch) -> None:
-    """Have each step in which several experts take part make the loss larger."""
+def go_uphill(patch: pytest.MonkeyPatch, least: int) -> None:
+    """Have each step in which at least so many experts take part make the loss larger."""
     whole = Lessons.loss
 
     def loss(self: Lessons, batch: Batch, mode: Mode) -> tuple[mx.array, ...]:
         found = whole(self, batch, mode)
-        return tuple(-part for part in found) if len(mode.experts) > 1 else found
+        return tuple(-part for part in found) if len(mode.experts) >= least else found
 
     patch.setattr(Lessons, "loss", loss)
 
