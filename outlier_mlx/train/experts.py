@@ -88,6 +88,10 @@ class Expert(nn.Module):
         """What each projection computes with, by the names of `PROJECTIONS`."""
         return {name: self[f"{name}_proj"].stored() for name in PROJECTIONS}
 
+    def ternary(self) -> "Expert":
+        """The same with trits that stay, and only scales that can be trained."""
+        return Expert({name: TernaryMatrix(*of) for name, of in self.stored().items()})
+
     def dense(self) -> dict[str, mx.array]:
         """Trits times scales of each projection, float32, by the names of `PROJECTIONS`."""
         found = {}
@@ -235,6 +239,11 @@ def _with_loss_vjp(
     given: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
     return cotangent, mx.ones_like(given[1])
+
+
+def latent_expert(weights: dict[str, mx.array], method: Method) -> Expert:
+    """An expert in training; weights by the names of `PROJECTIONS`, method as `LatentMatrix`."""
+    return Expert({name: LatentMatrix(weights[name], method) for name in PROJECTIONS})
 
 
 def empty_expert(hidden: int, size: int) -> Expert:

@@ -1,6 +1,6 @@
 """A base with blocks of experts in some layers, as training runs it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,11 +96,18 @@ class TrainedModel:
         for number, layer in enumerate(model.layers):
             checkpoint(layer, partial(self._prepared, number), recompute=recompute)
 
-    def numbers(self, wanted: Iterable[str]) -> dict[str, Place]:
-        """The arrays of all blocks whose names end in one of `wanted`, as "latent"; by name."""
+    def numbers(
+        self, wanted: Iterable[str], layers: Collection[int] | None = None
+    ) -> dict[str, Place]:
+        """The arrays of blocks whose names end in one of `wanted`, as "latent"; by name.
+
+        Of all blocks, unless their layers are given.
+        """
         ends = tuple(f".{name}" for name in wanted)
         found = {}
         for layer, block in self.blocks.items():
+            if layers is not None and layer not in layers:
+                continue
             modules = dict(block.named_modules())
             arrays: Any = tree_flatten({k: v for k, v in block.items() if k != "mlp"})
             for path, _ in arrays:

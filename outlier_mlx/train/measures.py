@@ -105,8 +105,18 @@ def use_of(model: TrainedModel, windows: np.ndarray, mode: Mode, batch: int) -> 
     return Use(load, hits / total if total else 1.0)
 
 
+def uses_of(
+    model: TrainedModel, texts: Mapping[str, np.ndarray], mode: Mode, batch: int
+) -> dict[str, Use]:
+    """`use_of` several texts, by name; of none where there is one expert, and nothing to choose."""
+    several = len(mode.experts) > 1
+    return {name: use_of(model, w, mode, batch) for name, w in texts.items() if several}
+
+
 def mean_hit_rate(uses: Mapping[str, Use], texts: Mapping[str, np.ndarray]) -> float:
     """The hit rate on several texts (n, length + 1), which count by their windows."""
+    if not uses:
+        return 1.0
     weights = [len(texts[name]) for name in uses]
     return float(np.average([use.hit_rate for use in uses.values()], weights=weights))
 

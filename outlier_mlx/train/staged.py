@@ -9,10 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.models.description import PROJECTIONS
 from outlier_mlx.train.beginning import begin, of_layer
-from outlier_mlx.train.experts import Expert, LatentMatrix, Mode, TernaryMatrix, empty_expert
-from outlier_mlx.train.forward import Place, TrainedModel
+from outlier_mlx.train.experts import Mode, empty_expert, latent_expert
+from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.initial import first_latents
 from outlier_mlx.train.lessons import Lessons
 from outlier_mlx.train.loop import Log, Number, Stage, run
@@ -22,7 +21,7 @@ from outlier_mlx.train.measures import (
     mean_hit_rate,
     perplexities,
     stage_record,
-    use_of,
+    uses_of,
 )
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.state import Arrays, Work
@@ -35,6 +34,29 @@ _GLANCE = 16
 _FACTORS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
 # Learning rates of what is no latent weight, relative to theirs and to its size.
 _ALPHA_RATE, _SCALE_RATE = 0.1, 0.1
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a stage trains.
+
+    Attributes:
+        title: for the log.
+        domains: those whose text it learns.
+        experts: numbers of those that take part.
+        layers: numbers of the layers that are trained.
+        kinds: names of the arrays that are trained.
+        steps: number of steps.
+        begin: called before the first step: makes latent weights of what shall have them.
+    """
+
+    title: str
+    domains: Sequence[Corpus]
+    experts: tuple[int, ...]
+    layers: Sequence[int]
+    kinds: tuple[str, ...]
+    steps: int
+    begin: Callable[[], None]
 
 
 class Stages:
@@ -100,7 +122,7 @@ class Stages:
         With all experts, unless a mode is given.
         """
         texts = {corpus.name: corpus.reported for corpus in self._corpora}
-        return self._losses(texts, self._together() if mode is None else mode)
+        return self._losses(texts, self._mode(self._all) if mode is None else mode)
 
     def _begin(self) -> None:
         blocks, settings = self._model.blocks, self._settings
@@ -130,11 +152,12 @@ class Stages:
 
         def begin() -> None:
             for layer in layers:
-                self._model.blocks[layer].set_alphas(own, settings.alpha)
+                block = self._model.blocks[layer]
+                block.set_alphas(own, settings.alpha)
                 for expert in own:
                     neurons = self._neurons[layer]
                     weights = first_latents(self._model, settings, layer, expert, neurons)
-                    self._make_latent(layer, expert, weights)
+                    block.experts[expert] = latent_expert(weights, settings.scales)
 
         self._train(
             _Part(
@@ -150,12 +173,11 @@ class Stages:
 
     def _train_together(self) -> None:
         """Train all experts on all domains: routers, alphas, and row scales or all weights."""
-        latent = self._settings.joint_weights
+        latent, scales = self._settings.joint_weights, self._settings.scales
 
         def begin() -> None:
-            for layer, block in self._model.blocks.items() if latent else ():
-                for number in self._all:
-                    self._make_latent(layer, number, block.experts[number].dense())
+            for block in self._model.blocks.values() if latent else ():
+                block.experts = [latent_expert(each.dense(), scales) for each in block.experts]
 
         self._train(
             _Part(
@@ -169,7 +191,7 @@ class Stages:
             )
         )
 
-    def _train(self, part: "_Part") -> None:
+    def _train(self, part: _Part) -> None:
         """Run a stage, or take what it left; keep it only if held-out text says so."""
         name = f"{len(self.records)} {part.title}"
         found = self._work.finished(name)
@@ -186,27 +208,25 @@ class Stages:
             before = {name: self.before[name] for name in texts}
         else:
             before = self._losses(texts, mode)
-        routed = len(part.experts) > 1 or len(part.domains) > 1
-        rate_before = mean_hit_rate(self._uses(texts, mode), texts) if routed else 0.0
+        rate_before = mean_hit_rate(self._uses(texts, mode), texts)
         former = self._arrays(part)
         part.begin()
         steps, seconds = self._run(part, name, mode, texts)
-        for layer in part.layers:
-            self._make_ternary(layer, part.experts)
+        for experts in (self._model.blocks[layer].experts for layer in part.layers):
+            for number in part.experts:
+                experts[number] = experts[number].ternary()
         after, factor = self._bounded(mode, texts, part)
-        record: dict[str, Any] = {"alpha_factor": factor}
-        gain = 0.0
-        if routed:
-            uses = self._uses(texts, mode)
-            rate = mean_hit_rate(uses, texts)
-            load = {text: use.load for text, use in uses.items()}
-            record |= {"hit_rate_before": rate_before, "hit_rate": rate, "load": load}
-            # What was minimised: where stickiness counts, a higher hit rate has its price.
-            gain = self._settings.stickiness * (rate - rate_before)
+        uses = self._uses(texts, mode)
+        rate = mean_hit_rate(uses, texts)
+        # What was minimised: where stickiness counts, a higher hit rate has its price.
+        gain = self._settings.stickiness * (rate - rate_before)
         better = _mean(after, part.domains) - gain < _mean(before, part.domains)
         kept = self._fits(after) and (better or not self._fits(before))
         if not kept:
             self._apply(former)
+        record: dict[str, Any] = {"alpha_factor": factor}
+        if uses:
+            record |= {"hit_rate_before": rate_before, "hit_rate": rate, "load": _load(uses)}
         record |= stage_record(part.title, part.steps, steps, seconds, before, after, kept)
         if not self._so_far:  # else the stage itself can still go on
             self._work.finish(name, self._arrays(part), record)
@@ -217,13 +237,12 @@ class Stages:
         self._log({"event": "stage"} | record)
 
     def _run(
-        self, part: "_Part", name: str, mode: Mode, texts: Mapping[str, np.ndarray]
+        self, part: _Part, name: str, mode: Mode, texts: Mapping[str, np.ndarray]
     ) -> tuple[int, float]:
         """Train the numbers of a part; the steps that were made, and their seconds."""
         settings, lessons = self._settings, self._lessons
-        places = self._places(part.kinds, part.layers)
+        places = self._model.numbers(part.kinds, part.layers)
         self._model.train(places)
-
         glance = {text: windows[:_GLANCE] for text, windows in texts.items()}
         stage = Stage(
             name=name,
@@ -246,19 +265,18 @@ class Stages:
 
     def _glanced(self, texts: Mapping[str, np.ndarray], mode: Mode) -> dict[str, Any]:
         found: dict[str, Any] = {"perplexity": perplexities(self._losses(texts, mode))}
-        if len(mode.experts) > 1:
-            found["load"] = {name: use.load for name, use in self._uses(texts, mode).items()}
+        if uses := self._uses(texts, mode):
+            found["load"] = _load(uses)
         return found | {"windows": _GLANCE}
 
     def _losses(self, texts: Mapping[str, np.ndarray], mode: Mode) -> dict[str, float]:
         return losses_of(self._model, texts, mode, self._settings.batch)
 
     def _uses(self, texts: Mapping[str, np.ndarray], mode: Mode) -> dict[str, Use]:
-        batch = self._settings.batch
-        return {name: use_of(self._model, w, mode, batch) for name, w in texts.items()}
+        return uses_of(self._model, texts, mode, self._settings.batch)
 
     def _bounded(
-        self, mode: Mode, texts: Mapping[str, np.ndarray], part: "_Part"
+        self, mode: Mode, texts: Mapping[str, np.ndarray], part: _Part
     ) -> tuple[dict[str, float], float]:
         """Held-out losses with the largest factor of the alphas that the base's own text allows."""
         blocks = [self._model.blocks[layer] for layer in part.layers]
@@ -288,26 +306,7 @@ class Stages:
         losses = settings.balance / layers, settings.stickiness / layers
         return Mode(experts, settings.top_k, *losses)
 
-    def _together(self) -> Mode:
-        return self._mode(self._all)
-
-    def _places(self, kinds: Sequence[str], layers: Sequence[int]) -> dict[str, Place]:
-        found = self._model.numbers(kinds)
-        return {n: p for n, p in found.items() if int(n.partition(".")[0]) in layers}
-
-    def _make_latent(self, layer: int, expert: int, weights: dict[str, mx.array]) -> None:
-        self._model.blocks[layer].experts[expert] = Expert(
-            {p: LatentMatrix(weights[p], self._settings.scales) for p in PROJECTIONS}
-        )
-
-    def _make_ternary(self, layer: int, experts: Sequence[int]) -> None:
-        for number in experts:
-            stored = self._model.blocks[layer].experts[number].stored()
-            self._model.blocks[layer].experts[number] = Expert(
-                {p: TernaryMatrix(*stored[p]) for p in PROJECTIONS}
-            )
-
-    def _arrays(self, part: "_Part") -> Arrays:
+    def _arrays(self, part: _Part) -> Arrays:
         """What a part's layers have of its experts, with their whole routers and alphas."""
         found: Arrays = {}
         for layer in part.layers:
@@ -332,27 +331,8 @@ class Stages:
             place.put(array)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What a stage trains.
-
-    Attributes:
-        title: for the log.
-        domains: those whose text it learns.
-        experts: numbers of those that take part.
-        layers: numbers of the layers that are trained.
-        kinds: names of the arrays that are trained.
-        steps: number of steps.
-        begin: called before the first step: makes latent weights of what shall have them.
-    """
-
-    title: str
-    domains: Sequence[Corpus]
-    experts: tuple[int, ...]
-    layers: Sequence[int]
-    kinds: tuple[str, ...]
-    steps: int
-    begin: Callable[[], None]
+def _load(uses: Mapping[str, Use]) -> dict[str, dict[int, list[float]]]:
+    return {name: use.load for name, use in uses.items()}
 
 
 def _mean(losses: Mapping[str, float], corpora: Sequence[Corpus]) -> float:
