@@ -69,6 +69,14 @@ def exported(tier: Path, out: Path, **how: Any) -> Path:
         return export_tier(tier, out, "transformers", **how).path
 
 
+def wide_tier(place: Path) -> Path:
+    """A tier with matrices that are many slabs large."""
+    wide: dict[str, Any] = {"hidden": 1280, "expert_intermediate": 3072, "vocab": 64}
+    few: dict[str, Any] = {"experts": 1, "top_k": 1, "layers": 2, "moe_layers": (1,)}
+    built = builders.write_overlay(place / "o", **wide, **few, tokenizer=False)
+    return tier_of(built.path, None, place / "t", tier="q4")
+
+
 def shape_tier(name: str, path: Path, **recipe: Any) -> Path:
     options = SHAPES[name][1]
     if options.get("moe_layers") == ():
@@ -208,17 +216,7 @@ def test_windows_cannot_be_expressed(tmp_path: Path):
 @pytest.mark.slow
 def test_memory_is_a_few_slabs(tmp_path: Path):
     """15 MB of weights in float32 go through in slabs of two."""
-    options: dict[str, Any] = {
-        "hidden": 1280,
-        "expert_intermediate": 3072,
-        "experts": 1,
-        "top_k": 1,
-        "vocab": 64,
-    }
-    built = builders.write_overlay(
-        tmp_path / "o", **options, layers=2, moe_layers=(1,), tokenizer=False
-    )
-    tier = tier_of(built.path, None, tmp_path / "t", tier="q4")
+    tier = wide_tier(tmp_path)
     tracemalloc.start()
     exported(tier, tmp_path / "e")
     peak = tracemalloc.get_traced_memory()[1]

@@ -20,7 +20,7 @@ from tests.folders import copy_writable
 from tests.library import Library
 from tests.program import assert_refused, run
 from tests.tensor_file import read_arrays
-from tests.test_export_transformers import SHAPES, WEIGHTS, exported, shape_tier
+from tests.test_export_transformers import SHAPES, WEIGHTS, exported, shape_tier, wide_tier
 
 # Everything that is stored in a way of its own.
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -162,18 +162,7 @@ def test_options_of_other_forms(export: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_memory_is_a_few_slabs(tmp_path: Path):
-    options: dict[str, Any] = {
-        "hidden": 1280,
-        "expert_intermediate": 3072,
-        "experts": 1,
-        "top_k": 1,
-        "vocab": 64,
-    }
-    built = builders.write_overlay(
-        tmp_path / "o", **options, layers=2, moe_layers=(1,), tokenizer=False
-    )
-    tier = tier_of(built.path, None, tmp_path / "t", tier="q4")
-    folder = exported(tier, tmp_path / "e")
+    folder = exported(wide_tier(tmp_path), tmp_path / "e")
     tracemalloc.start()
     import_model(folder, tmp_path / "again")
     peak = tracemalloc.get_traced_memory()[1]
