@@ -102,9 +102,9 @@ def run(
             )
         with tempfile.TemporaryDirectory() as scratch:
             whole = convert_tier(
-                FOLDER / "overlay", FOLDER / "base", Path(scratch) / "f32", recipe=RECIPES["f32"]
+                FOLDER / "overlay", FOLDER / "base", Path(scratch) / "f16", recipe=RECIPES["f16"]
             )
-            whole_model, _ = load(whole.path)
+            whole_model, _ = load(whole.path, dtype="float32")
         small_model, tokenizer = load(small.path)
         models = {"base": load_base(), "tier, unquantized": whole_model, "tier, int4": small_model}
         sizes = {
