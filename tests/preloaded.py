@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -42,21 +42,28 @@ os.execv({program!r}, [{program!r}, *arguments])
 
 
 @contextmanager
-def preloaded(program: Path, folder: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """The environment, with a stand-in for a Python program first in its PATH.
+def preloaded(
+    program: Path, folder: Path, environment: dict[str, str], modules: Sequence[str] = MODULES
+) -> Iterator[dict[str, str]]:
+    """The environment, with a stand-in for a Python program first in its PATH; as it is on macOS,
+    where a fork cannot use the GPU.
 
     Args:
         program: a script of Python, as pip installs them.
         folder: an empty one, for the stand-in.
         environment: of the process that is forked.
+        modules: what it imports first.
     """
+    if sys.platform == "darwin":
+        yield environment
+        return
     environment = environment | {"PATH": f"{folder}{os.pathsep}{environment['PATH']}"}
     stand_in, address = folder / program.name, str(folder / "socket")
     variables = {name: text for name, text in environment.items() if name not in OF_SHELLS}
     texts = {"python": sys.executable, "of_shells": OF_SHELLS, "variables": variables}
     stand_in.write_text(CLIENT.format(address=address, program=str(program), **texts))
     stand_in.chmod(0o755)
-    command = [sys.executable, __file__, address, *MODULES]
+    command = [sys.executable, __file__, address, *modules]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import sys
 import time
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -55,9 +56,11 @@ def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
     before = _digest(overlay.path)
     out = tmp_path / "out"
     out.mkdir()
-    # Its processes have imported what they need, so that moments are those of the writing.
+    # Its processes have imported what they need, so that moments are those of the writing. (On
+    # macOS, a fork could not use the GPU.)
     context = get_context("forkserver")
-    context.set_forkserver_preload(["outlier_mlx.tiers.convert"])
+    if sys.platform != "darwin":
+        context.set_forkserver_preload(["outlier_mlx.tiers.convert"])
 
     def start() -> BaseProcess:
         how = {"out": out / "tier", "force": True}
