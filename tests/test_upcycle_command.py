@@ -275,7 +275,7 @@ def test_it_can_be_ended_with_what_it_has(
     assert "layer 1: sea " in result.err and "(1 of 3 steps, " in result.err
     left_out = "routers, alphas and row scales: left out, as none of its 2 steps was made"
     assert left_out in result.err
-    again = "the same command, with --force and without --so-far, goes on from there"
+    again = "the command with --force, without --so-far, goes on from there"
     assert again in result.err and "may be deleted" not in result.err
     assert result.out.splitlines()[0].split()[0] == "held-out"
     run("verify", site.folder / "mine")

@@ -49,7 +49,8 @@ def train(library: Library, work: Path, log: Any = None, **how: Any) -> Upcycled
     given = {
         name: how.pop(name) for name in ("teacher", "save_every", "dtype", "so_far") if name in how
     }
-    texts, settings = corpora(), replace(SETTINGS, **how)
+    more = {"held_out": how.pop("held_out")} if "held_out" in how else {}
+    texts, settings = corpora(**more), replace(SETTINGS, **how)
     base = Source(library.base().path, "base")
     return upcycle(base, texts, settings, work, log=log or (lambda event: None), **given)
 

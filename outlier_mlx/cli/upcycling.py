@@ -232,7 +232,10 @@ class _Run:
                 )
         except (KeyboardInterrupt, Ended):
             if self.work.exists():
-                say(f"the training is kept in {self.work}: the same command goes on from there")
+                say(
+                    f"the training is kept in {self.work}: the same command goes on from there, and"
+                    " with --so-far writes what there is"
+                )
             raise
 
     def write(self, made: "Upcycled", inputs: list[Any], *, force: bool) -> None:
