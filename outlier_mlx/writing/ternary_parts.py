@@ -26,9 +26,7 @@ _packing = Lock()
 
 
 @dataclass(frozen=True)
-class TernaryPart(Part):
-    """A matrix as `weight`, rows of packed trits, and `scales`; see `ternary_fields`."""
-
+class _MatrixPart(Part):
     matrix: TernaryMatrix
 
     @property
@@ -40,6 +38,10 @@ class TernaryPart(Part):
     def source_bytes(self) -> int:
         """Bytes of the source's tensors."""
         return self.matrix.source.nbytes
+
+
+class TernaryPart(_MatrixPart):
+    """A matrix as `weight`, rows of packed trits, and `scales`; see `ternary_fields`."""
 
     def specs(self) -> list[TensorSpec]:
         """Rows (out, row_bytes) uint8; scales (out,), or tiles (out / 8, in / group, 8)."""
@@ -70,7 +72,7 @@ class TernaryPart(Part):
 
 
 @dataclass(frozen=True)
-class AffinePart(Part):
+class AffinePart(_MatrixPart):
     """A ternary matrix in MLX's affine 2-bit format: codes of trit + 1, biases of -scale.
 
     Attributes:
@@ -79,19 +81,8 @@ class AffinePart(Part):
         dtype: dtype of scales and biases, which holds all of them.
     """
 
-    matrix: TernaryMatrix
     group: int
     dtype: str
-
-    @property
-    def params(self) -> int:
-        """Weights of the matrix."""
-        return prod(self.matrix.shape)
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes of the source's tensors."""
-        return self.matrix.source.nbytes
 
     @property
     def affine(self) -> tuple[int, int]:
