@@ -18,7 +18,7 @@ from outlier_mlx.engine.model_tensors import check_ternary
 from outlier_mlx.engine.paging.budget import ALL, ExpertMemory
 from outlier_mlx.engine.plan import Plan, plan
 from outlier_mlx.engine.prompts import embedding_rows
-from outlier_mlx.engine.quantized import checked_classes, unchecked
+from outlier_mlx.engine.quantized import checked_classes, unchecked, with_methods
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, one_line
 from outlier_mlx.models.config import (
@@ -132,14 +132,12 @@ def load_model(
         )
         if not tier:
             unchecked(model)
-        if own:
-            _check_rounded(folder, model, dtype)
-            return model, config
-        if dtype is None and mx.default_device() == mx.cpu:
-            dtype = "float32"
-        if dtype is not None:
-            model.set_dtype(getattr(mx, dtype))
-        mx.eval(model.parameters())
+        if not own:
+            if dtype is None and mx.default_device() == mx.cpu:
+                dtype = "float32"
+            if dtype is not None:
+                model.set_dtype(getattr(mx, dtype))
+            mx.eval(model.parameters())
         _check_rounded(folder, model, dtype)
         return model, config
     except (OSError, MemoryError, OutlierError):
@@ -242,6 +240,7 @@ def check_loads(folder: Path) -> None:
         CheckpointError: it could not be; the message does not name the folder, which is that of a
             run. A tokenizer that needs a package that is not installed gives a warning.
     """
+    empty = {"load_weights": lambda self, *_, **__: self}
     try:
         with warnings.catch_warnings():  # they were given when the sources were read
             warnings.simplefilter("ignore", CheckpointWarning)
@@ -253,7 +252,7 @@ def check_loads(folder: Path) -> None:
             lazy=True,
             strict=False,
             model_config=_given(config),
-            get_model_classes=_empty_classes,
+            get_model_classes=with_methods(_concrete_classes, lambda _: empty),
             trust_remote_code=False,
         )
         if has_tokenizer(folder):
@@ -276,12 +275,6 @@ def _concrete_classes(config: dict) -> tuple[type, type]:
     return (
         classes_on(str(config.get("base_model_type", "qwen2"))) if model is Model else (model, args)
     )
-
-
-def _empty_classes(config: dict) -> tuple[type, type]:
-    """The classes of a model that is made, and whose weights are never used."""
-    model, args = _concrete_classes(config)
-    return type(model.__name__, (model,), {"load_weights": lambda self, *_, **__: self}), args
 
 
 def check_model(folder: Path) -> dict:

@@ -13,25 +13,33 @@ from outlier_mlx.errors import CheckpointError
 Classes = Callable[..., tuple[type, type]]
 
 
+def with_methods(get_model_classes: Classes, methods: Callable[[Any], dict[str, Any]]) -> Classes:
+    """The same classes, whose models have the methods that `methods` gives for their class."""
+
+    def classes(config: dict[str, Any]) -> tuple[type, type]:
+        model, args = get_model_classes(config)
+        made = {"__module__": model.__module__, "__doc__": model.__doc__} | methods(model)
+        return type(model.__name__, (model,), made), args
+
+    return classes
+
+
 def checked_classes(get_model_classes: Classes) -> Classes:
     """The same classes for `mlx_lm.utils.load_model`, whose models check their weights.
 
     `sanitize` is the last that a model does before mlx-lm quantizes its modules.
     """
 
-    def classes(config: dict[str, Any]) -> tuple[type, type]:
-        model, args = get_model_classes(config)
-
+    def methods(model: Any) -> dict[str, Any]:
         def sanitize(self: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             own = getattr(model, "sanitize", None)
             weights = weights if own is None else own(self, weights)
             _check(self, weights)
             return weights
 
-        made = {"sanitize": sanitize, "__module__": model.__module__, "__doc__": model.__doc__}
-        return type(model.__name__, (model,), made), args
+        return {"sanitize": sanitize}
 
-    return classes
+    return with_methods(get_model_classes, methods)
 
 
 def unchecked(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from outlier_mlx.engine.quantized import Classes
+from outlier_mlx.engine.quantized import Classes, with_methods
 
 
 def partial_classes(
@@ -21,10 +21,7 @@ def partial_classes(
         connect: called with the model when its weights are loaded.
     """
 
-    def classes(config: dict[str, Any]) -> tuple[type, type]:
-        model: Any
-        model, args = get_model_classes(config)
-
+    def methods(model: Any) -> dict[str, Any]:
         def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             choose(self, weights)
             given = getattr(model, "sanitize", None)
@@ -37,7 +34,6 @@ def partial_classes(
             connect(self)
             return loaded
 
-        made = {"sanitize": sanitize, "load_weights": load_weights, "__module__": model.__module__}
-        return type(model.__name__, (model,), made | {"__doc__": model.__doc__}), args
+        return {"sanitize": sanitize, "load_weights": load_weights}
 
-    return classes
+    return with_methods(get_model_classes, methods)

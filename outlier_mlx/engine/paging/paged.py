@@ -23,7 +23,7 @@ from outlier_mlx.engine.paging.slots import MATRICES, Pool, slot_nbytes
 from outlier_mlx.engine.paging.statistics import PagingStatistics
 from outlier_mlx.engine.paging.store import ExpertStore
 from outlier_mlx.engine.plan import Plan
-from outlier_mlx.engine.quantized import Classes
+from outlier_mlx.engine.quantized import Classes, with_methods
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.runtime.affine2 import affine_product, row_bytes
@@ -220,10 +220,7 @@ def paged_classes(
         always: keep them in slots even if all fit.
     """
 
-    def classes(config: dict[str, Any]) -> tuple[type, type]:
-        model: Any
-        model, args = get_model_classes(config)
-
+    def methods(model: Any) -> dict[str, Any]:
         def load_weights(
             self: Any, weights: list[tuple[str, mx.array]], strict: bool = True
         ) -> Any:
@@ -231,10 +228,9 @@ def paged_classes(
             kept = [(name, array) for name, array in weights if not name.startswith(paged)]
             return model.load_weights(self, kept, strict)
 
-        made = {"load_weights": load_weights, "__module__": model.__module__}
-        return type(model.__name__, (model,), made | {"__doc__": model.__doc__}), args
+        return {"load_weights": load_weights}
 
-    return classes
+    return with_methods(get_model_classes, methods)
 
 
 def _page(model: nn.Module, folder: Path, planned: Plan, always: bool) -> tuple[str, ...]:
