@@ -63,15 +63,12 @@ def listed(names: Iterable[object], most: int | None = None, last: str = "and") 
     return f"{', '.join(texts[:-1])} {last} {texts[-1]}"
 
 
-def by_layer(paths: Iterable[str], most: int | None = None) -> str:
+def by_layer(paths: Iterable[str]) -> str:
     """Names of modules for people; the same module of several layers is named once."""
     layers = Counter(_LAYER.sub(r"\1N.", path) for path in dict.fromkeys(paths))
     return listed(
-        (
-            name if "N." not in name else f"{name} ({count} layer{'s' if count > 1 else ''})"
-            for name, count in layers.items()
-        ),
-        most,
+        name if "N." not in name else f"{name} ({count} layer{'s' if count > 1 else ''})"
+        for name, count in layers.items()
     )
 
 

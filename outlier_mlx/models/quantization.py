@@ -65,7 +65,7 @@ def read_quantization(raw: Mapping) -> Quantization | None:
     return Quantization(_affine(given), by_path)
 
 
-def check_quantization(raw: Mapping, where: str = "config.json") -> None:
+def check_quantization(raw: Mapping) -> None:
     """Check that MLX has every format that the `quantization` of a config names.
 
     MLX does not check these numbers itself: it divides by a group size of 0.
@@ -77,11 +77,11 @@ def check_quantization(raw: Mapping, where: str = "config.json") -> None:
     if given is None:
         return
     if not isinstance(given, Mapping):
-        raise CheckpointError(f"{where}: quantization is {short(given)}, expected an object")
-    _check_format(given, f"{where}: quantization")
+        raise CheckpointError(f"config.json: quantization is {short(given)}, expected an object")
+    _check_format(given, "config.json: quantization")
     for path, how in given.items():
         if isinstance(how, Mapping):
-            _check_format(how, f"{where}: quantization of {path[:80]}")
+            _check_format(how, f"config.json: quantization of {path[:80]}")
 
 
 def _check_format(how: Mapping, what: str) -> None:

@@ -121,18 +121,13 @@ def module_tensors(
     }
 
 
-def read_ternary(raw: Mapping[str, Any], where: str = "config.json") -> TernaryFields:
-    """Check and read the field.
-
-    Args:
-        raw: the config of a ternary model.
-        where: name of the config in messages.
+def read_ternary(raw: Mapping[str, Any]) -> TernaryFields:
+    """Check and read the field in the config of a ternary model.
 
     Raises:
         CheckpointError: a format that is not supported, or a value that is not valid.
     """
-    given = raw["ternary"]
-    where = f"{where}: ternary"
+    given, where = raw["ternary"], "config.json: ternary"
     for name, expected in (("format", ROWS), ("version", EXPERT_FORMAT_VERSION)):
         said = given.get(name)
         if type(said) is not type(expected) or said != expected:

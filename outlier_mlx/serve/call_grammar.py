@@ -86,14 +86,10 @@ class CallGrammar:
         answer = "(TEXT? calls)* TEXT?" if several else "TEXT? calls?"
         return f"{rules}\nanswer: {answer}\nTEXT: /{_ANYTHING}/"
 
-    def _calls(self, call: str, *, several: bool) -> str:
-        """The rule of calls that stand each between the marks."""
-        return f'calls: {call} ("\\n"? {call})*' if several else f"calls: {call}"
-
     def _json(self, functions: Sequence[Function], several: bool) -> list[str]:
         """`<tool_call>{"name": "f", "arguments": {...}}</tool_call>`."""
         rules = [
-            self._calls("call", several=several),
+            _calls(several=several),
             f'call: {self._mark(self._open)} "\\n"? body "\\n"? {self._mark(self._close)}',
         ]
         return rules + self._objects(functions)
@@ -162,7 +158,7 @@ class CallGrammar:
         """`<function=f><parameter=a>text</parameter></function>`, with texts as they are."""
         opened, closed = self._mark(self._open), self._mark(self._close)
         rules = [
-            self._calls("call", several=several),
+            _calls(several=several),
             f'call: {opened} "\\n"? body "\\n"? {closed}',
             "body: " + " | ".join(f"body{n}" for n in range(len(functions))),
         ]
@@ -184,7 +180,7 @@ class CallGrammar:
         """`<tool_call>f<arg_key>a</arg_key><arg_value>text</arg_value></tool_call>`."""
         opened, closed = self._mark(self._open), self._mark(self._close)
         rules = [
-            self._calls("call", several=several),
+            _calls(several=several),
             f'call: {opened} body "\\n"? {closed}',
             "body: " + " | ".join(f"body{n}" for n in range(len(functions))),
         ]
@@ -204,6 +200,11 @@ class CallGrammar:
                 parts.append(rule if required else f"{rule}?")
             rules.append(f"body{number}: {' '.join(parts)}")
         return rules
+
+
+def _calls(*, several: bool) -> str:
+    """The rule of calls that stand each between the marks."""
+    return 'calls: call ("\\n"? call)*' if several else "calls: call"
 
 
 def _arguments(function: Function) -> str:
