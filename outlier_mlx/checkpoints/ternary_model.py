@@ -16,7 +16,7 @@ from outlier_mlx.models.ternary_fields import (
 from outlier_mlx.storage.rounding import widened
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.ternary_affine import HALVES
-from outlier_mlx.storage.ternary_matrix import Scales, Seen, TernaryMatrix, TernarySource
+from outlier_mlx.storage.ternary_matrix import Scales, Seen, TernaryMatrix, WeightSource
 from outlier_mlx.ternary import TernaryError, check_rows, unpack_rows
 from outlier_mlx.ternary.scales import TILE_ROWS, untile_scales
 
@@ -24,7 +24,7 @@ _DTYPES = HALVES | {"F32": "float32"}
 
 
 @dataclass(frozen=True)
-class RowsSource(TernarySource):
+class RowsSource(WeightSource):
     """A matrix in packed rows.
 
     Attributes:
@@ -34,7 +34,6 @@ class RowsSource(TernarySource):
         group: weights that share a scale; 0: one scale a row.
     """
 
-    weight: TensorRef
     stored_scales: TensorRef
     width: int
     group: int
@@ -46,11 +45,6 @@ class RowsSource(TernarySource):
     def shape(self) -> tuple[int, ...]:
         """(out, in)."""
         return (self.weight.shape[0], self.width)
-
-    @property
-    def where(self) -> str:
-        """File and tensor, for messages."""
-        return self.weight.where
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.options import Force, Json, OutFolder, Quiet
+from outlier_mlx.cli.options import BaseRevision, Force, Json, OutFolder, Quiet
 from outlier_mlx.cli.signals import Ended
 from outlier_mlx.cli.training_display import (
     Display,
@@ -82,10 +82,7 @@ def upcycle(
         Path | None,
         typer.Option(metavar="FILE.png|.svg", help="Draw loss, perplexities and use of experts."),
     ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(metavar="REVISION", help="Branch, tag or commit of the base on the hub."),
-    ] = None,
+    revision: BaseRevision = None,
     as_json: Json = False,
     force: Force = False,
     quiet: Quiet = False,

@@ -19,6 +19,7 @@ from outlier_mlx.storage.ternary_matrix import (
     Scales,
     Seen,
     TernarySource,
+    WeightSource,
     seen,
     without_sign,
 )
@@ -32,7 +33,7 @@ _ONES = np.uint64(0x5555555555555555)  # 32 codes 1
 
 
 @dataclass(frozen=True)
-class AffineSource(TernarySource):
+class AffineSource(WeightSource):
     """A matrix in MLX's affine 2-bit format.
 
     Attributes:
@@ -44,7 +45,6 @@ class AffineSource(TernarySource):
             0 to 2 agree with it.
     """
 
-    weight: TensorRef
     stored_scales: TensorRef
     biases: TensorRef
     group: int
@@ -80,11 +80,6 @@ class AffineSource(TernarySource):
     def shape(self) -> tuple[int, ...]:
         """(out, in)."""
         return (self.weight.shape[0], 16 * self.weight.shape[1])
-
-    @property
-    def where(self) -> str:
-        """File and tensor, for messages."""
-        return self.weight.where
 
     @property
     def nbytes(self) -> int:

@@ -26,6 +26,7 @@ from outlier_mlx.storage.ternary_matrix import (
     Scales,
     Seen,
     TernarySource,
+    WeightSource,
     seen,
 )
 from outlier_mlx.ternary.two_bits import has_code_3
@@ -43,29 +44,7 @@ class _RowScales(TernarySource):
 
 
 @dataclass(frozen=True)
-class _OneTensor(TernarySource):
-    """A source that is one tensor: floats (out, in), unless a class says another shape."""
-
-    weight: TensorRef
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.weight.shape
-
-    @property
-    def where(self) -> str:
-        """File and tensor, for messages."""
-        return self.weight.where
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.weight.nbytes
-
-
-@dataclass(frozen=True)
-class PackedBitnet(_RowScales, _OneTensor):
+class PackedBitnet(_RowScales, WeightSource):
     """A packed matrix, and the scale of all of it (finite, more than 0)."""
 
     scale: np.float32
@@ -158,7 +137,7 @@ class NearHalf:
 
 
 @dataclass(frozen=True)
-class MasterWeights(_RowScales, _OneTensor):
+class MasterWeights(_RowScales, WeightSource):
     """Floats that become ternary when the model is loaded; see the module.
 
     Attributes:
@@ -213,7 +192,7 @@ def _sum_of_sizes(weight: TensorRef, start: int, stop: int) -> float:
 
 
 @dataclass(frozen=True)
-class FloatSource(_OneTensor):
+class FloatSource(WeightSource):
     """Floats of 16 bits that are ternary already: unpacked models.
 
     Attributes:

@@ -19,6 +19,7 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.rounding import widened
+from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.ternary import pack_rows, row_bytes
 
@@ -132,6 +133,28 @@ class TernarySource(ABC):
         None where this is not faster.
         """
         return None
+
+
+@dataclass(frozen=True)
+class WeightSource(TernarySource):
+    """A source of one tensor, floats (out, in), unless a class says that it has more."""
+
+    weight: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.weight.shape
+
+    @property
+    def where(self) -> str:
+        """File and tensor, for messages."""
+        return self.weight.where
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.weight.nbytes
 
 
 @dataclass(frozen=True)
