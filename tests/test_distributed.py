@@ -19,6 +19,7 @@ import outlier_mlx
 from outlier_mlx.engine.distributed import pipeline as pipeline_module
 from outlier_mlx.engine.distributed import ranks as ranks_module
 from outlier_mlx.engine.distributed.cuts import Cut, Run, spans
+from outlier_mlx.engine.distributed.launcher import LOST
 from outlier_mlx.engine.distributed.pipeline import divided
 from outlier_mlx.engine.distributed.ranks import Ranks, agreed, connect, gathered, least, shared
 from outlier_mlx.engine.distributed.tensor_parallel import TensorParallel, heads_of
@@ -407,6 +408,19 @@ def test_signals_end_a_rank_that_waits_for_others(place: Path, tmp_path: Path) -
     assert alone[1].wait(5) == -signal.SIGTERM
     alone[0].kill()
     ended(alone)
+
+
+@pytest.mark.slow
+def test_a_server_that_waits_for_clients_notices_a_rank_that_ends(
+    place: Path, tmp_path: Path
+) -> None:
+    started = start_ranks(2, tmp_path, SCRIPT, "serve", place / "tier", "--port", 0)
+    assert started[0].stderr is not None
+    assert any("conversations" in line for line in started[0].stderr)
+    started[1].terminate()
+    results = ended(started)
+    assert [result.code for result in results] == [1, 128 + signal.SIGTERM]
+    assert results[0].err == f"error: {LOST}\n"
 
 
 def test_alone_nothing_is_sent_and_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ which are those that rank 0 chooses.
 """
 
 import os
+import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -29,6 +31,9 @@ from outlier_mlx.serve.sampling import Choice, choice_for
 from outlier_mlx.serve.segments import Prompt
 from outlier_mlx.serve.sequences import Sequence
 from outlier_mlx.upstream import greedy_sampler
+
+# Seconds after which rank 0 tells idle ranks something: only then does it notice one that is gone.
+_STILL_HERE = 3.0
 
 
 class SharedJob(Job):
@@ -107,6 +112,7 @@ class RanksLoop(Loop):
         self._numbers = count()
         self._shared: dict[int, SharedJob] = {}
         self._most = 1
+        self._told = time.monotonic()
 
     def _run(self) -> None:
         super()._run()
@@ -129,7 +135,7 @@ class RanksLoop(Loop):
         news, new = self._news() if ranks().leads else (None, [])
         if ranks().leads and news is None:
             return
-        told = shared(news)
+        told, self._told = shared(news), time.monotonic()
         if told.get("stop"):
             self._stopping = True
             return
@@ -147,7 +153,8 @@ class RanksLoop(Loop):
     def _news(self) -> tuple[dict[str, Any] | None, list[SharedJob]]:
         """What rank 0 tells, None for nothing, and its jobs in that."""
         new = self._new_jobs()
-        if not new and not self._batches and not self._waiting:
+        idle = not new and not self._batches and not self._waiting
+        if idle and time.monotonic() < self._told + _STILL_HERE:
             return None, []
         gone = []
         for job in self._shared.values():
@@ -241,5 +248,9 @@ def follow(name: str, load: Load, options: ServeOptions) -> NoReturn:
     provider.loaded.wait()
     if provider.failure is not None:
         raise provider.failure
-    loop.thread.join()
-    os._exit(0)  # as `server.serve` does it
+    status = 0
+    try:
+        loop.thread.join()
+    except (KeyboardInterrupt, SystemExit) as end:  # by a signal
+        status = getattr(end, "code", 128 + signal.SIGINT)
+    os._exit(status)  # as `server.serve` does it
