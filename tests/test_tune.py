@@ -1,6 +1,8 @@
 """The command `tune`: what it trains, what it writes, and what it refuses."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from mlx.utils import tree_flatten
 from outlier_mlx.cli.showcase import FOLDER
 from outlier_mlx.engine.experts import moe_blocks
 from outlier_mlx.engine.loading import load
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.measure import tuning
-from outlier_mlx.measure.perplexity import compare, windows
+from outlier_mlx.measure.perplexity import Comparison, compare, windows
 from outlier_mlx.measure.tuned_parts import PARTS, part_of, trained_tensors
-from outlier_mlx.measure.tuning import checkpointed, plan_tuning, tune
+from outlier_mlx.measure.tuning import Tuned, checkpointed, plan_tuning, tune
 from outlier_mlx.storage.shards import read_shards
+from outlier_mlx.storage.texts import parse_json
 from outlier_mlx.tiers.tuned import write_tuned
 from outlier_mlx.tiers.verify import verify_tier
 from tests.engine import tier_of
@@ -223,6 +227,19 @@ def test_what_is_not_better_is_not_written(place: Path, tmp_path: Path) -> None:
     ended = run("tune", tier, *how, "--teacher", tier, "--out", out, code=1)
     assert "error: the model did not get better on the held-out text" in ended.err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_diverged_or_is_only_rounded_is_not_better(place: Path, tmp_path: Path) -> None:
+    how = "--text", place / "text.txt", "--window", 16, "--windows", 4, "--epochs", 1, "--json"
+    out = "--parts", "alphas", "--out", tmp_path / "out"
+    ended = run("tune", place / "tier", *how, *out, "--learning-rate", 1e38, code=1)
+    assert parse_json(ended.out, "stdout")["epochs"][0]["held_out"]["loss"] is None
+    sound = Comparison(8, 9.5, 0.1, None, None)
+    for before, after in ((math.nan, math.nan), (9.5, 9.5 - 1e-7), (9.5, math.nan)):
+        first, last = replace(sound, loss=before), replace(sound, loss=after)
+        with pytest.raises(OutlierError, match="did not get better"):
+            Tuned(first, last, {}, [], 0).check_better()
+    Tuned(sound, replace(sound, loss=9.4), {}, [], 0).check_better()
 
 
 def test_wrong_usage(place: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The typer app. Commands that fail end with one clear line."""
 
+import json
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -127,6 +129,19 @@ def message_of(error: BaseException) -> str:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     say(f"warning: {message_of(message) if isinstance(message, Warning) else message}")
+
+
+def print_json(value: Any) -> None:
+    """Print a value to stdout as JSON, which has no NaN and no infinity: such figures are null."""
+    print(json.dumps(_finite(value), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(text: str) -> None:

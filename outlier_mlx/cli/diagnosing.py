@@ -1,12 +1,11 @@
 """The command that examines a machine: doctor."""
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.app import command, print_json, say
 from outlier_mlx.cli.loading import import_engine, use_of
 from outlier_mlx.cli.options import ExpertMemory, Json, KVCache, PrefillStep, Quiet, Revision
 
@@ -76,7 +75,7 @@ def doctor(
     stages = partial(progress_bar, quiet=quiet, at_once=False)
     report = examine(model or None, given, use, memory, revision, stages)
     if as_json:
-        print(json.dumps(report.as_json(), indent=2))
+        print_json(report.as_json())
     else:
         _print(report)
     for problem in report.problems:

@@ -1,12 +1,11 @@
 """Commands that evaluate models on tasks and compare the results: eval, compare."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.app import command, print_json, say
 from outlier_mlx.cli.loading import expert_memory, tell_plan
 from outlier_mlx.cli.options import Force, Json, Loading, Model, Quiet
 from outlier_mlx.cli.ranks import join
@@ -178,6 +177,6 @@ def compare(
     if out is not None:
         draw(found, out)
     if as_json:
-        print(json.dumps([asdict(chart) for chart in found], indent=2))
+        print_json([asdict(chart) for chart in found])
     else:
         print_charts(found)

@@ -1,6 +1,5 @@
 """The short way to run a model, and commands for what is on the disk: run, list, rm."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.app import command, print_json, say
 from outlier_mlx.cli.options import (
     Drafting,
     Generation,
@@ -78,7 +77,7 @@ def list_models(
 
     found = [model for folder in folders or () for model in in_folder(folder)] + in_cache()
     if as_json:
-        print(json.dumps([model.as_json() for model in found], indent=2))
+        print_json([model.as_json() for model in found])
         return
     from outlier_mlx.errors import one_line
     from outlier_mlx.terminal import print_columns, size, stdout

@@ -1,13 +1,12 @@
 """Commands that make models: convert, import, merge, tiers, demo."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.app import command, print_json, say
 from outlier_mlx.cli.options import (
     Base,
     BaseBits,
@@ -275,7 +274,7 @@ def merge(
         stages=partial(progress_bar, quiet=quiet),
     )
     if as_json:
-        print(json.dumps(report_of(result), indent=2))
+        print_json(report_of(result))
     elif not quiet:
         print_merged(result)
 
@@ -302,7 +301,7 @@ def tiers(
         overlay, base, ram_gb=ram, revision=revision, base_revision=base_revision
     )
     if as_json:
-        print(json.dumps(as_json_object(choices, available), indent=2))
+        print_json(as_json_object(choices, available))
     else:
         print_choices(choices, available)
 

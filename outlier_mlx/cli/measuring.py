@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.app import command, print_json, say
 from outlier_mlx.cli.loading import check_memory, load_beside, load_checked, refuse_paging
 from outlier_mlx.cli.options import (
     Force,
@@ -73,7 +73,7 @@ def info(
         )
         found = inspect(model, revision, progress, file=file, deep=deep, reading=reading)
     if as_json:
-        print(json.dumps(found.as_json(), indent=2))
+        print_json(found.as_json())
         return
     from outlier_mlx.cli.tables import print_info
 
@@ -177,7 +177,7 @@ def bench(
             result = bench_model(loaded, tokenizer, options, progress, source.folder)
     if as_json:
         found = timed.as_json() if kernels else result.as_json()
-        print(json.dumps({"model": source.name} | found, indent=2))
+        print_json({"model": source.name} | found)
     elif kernels:
         print_kernels(source.name, timed)
     else:
@@ -216,7 +216,7 @@ def _bench_settings(
     with progress_bar("measuring", "runs", quiet=quiet) as progress:
         found = bench_settings(run, options, progress)
     if as_json:
-        print(json.dumps({"model": source.name} | found.as_json(), indent=2))
+        print_json({"model": source.name} | found.as_json())
     else:
         print_settings(source.name, found)
     for error in found.errors:
@@ -274,7 +274,7 @@ def perplexity(
         measured.record(folder, new)
     if as_json:
         of_paging = {} if paging is None else {"paging": paging.as_json()}
-        print(json.dumps(found.as_json() | of_paging, indent=2))
+        print_json(found.as_json() | of_paging)
         return
     print(f"perplexity: {found.perplexity:.4f}")
     print(f"loss: {found.loss:.4f} +- {found.standard_error:.4f} nats, {found.tokens} tokens")

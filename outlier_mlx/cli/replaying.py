@@ -1,11 +1,10 @@
 """`bench --trace`: no model, and options of its own."""
 
-import json
 from pathlib import Path
 
 import typer
 
-from outlier_mlx.cli.app import say
+from outlier_mlx.cli.app import print_json, say
 from outlier_mlx.errors import OutlierError
 
 
@@ -62,7 +61,7 @@ def replay_trace(
     if out is not None:
         draw_replays(found, out)
     if as_json:
-        print(json.dumps(found.as_json(), indent=2))
+        print_json(found.as_json())
         return
     print_replays(found)
     if machine is None and not quiet:

@@ -1,11 +1,10 @@
 """The command that studies activations: outliers."""
 
-import json
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.app import command, print_json, say
 from outlier_mlx.cli.options import (
     ActivationDType,
     ExpertMemory,
@@ -97,7 +96,7 @@ def outliers(
     )
     entries = study_models(models, study, out, force=force, quiet=quiet)
     if as_json:
-        print(json.dumps(entries, indent=2))
+        print_json(entries)
     else:
         print_outliers(entries)
     if not quiet:

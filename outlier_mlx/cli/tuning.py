@@ -1,12 +1,11 @@
 """The command that trains a tier: tune."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlier_mlx.cli.app import command, say
+from outlier_mlx.cli.app import command, print_json, say
 from outlier_mlx.cli.loading import load_beside, load_checked, refuse_paging
 from outlier_mlx.cli.options import (
     Force,
@@ -108,7 +107,7 @@ def tune(
     if not quiet:
         say(f"peak memory: {size(tuned.peak)}")
     if as_json:
-        print(json.dumps(tuned.as_json(), indent=2))
+        print_json(tuned.as_json())
     else:
         _print(tuned)
     tuned.check_better()

@@ -33,6 +33,8 @@ LEARNING_RATE = 0.002
 BATCH = 4
 #: Bytes of a teacher's predictions that are kept; those of other windows are computed anew.
 KEPT = 2 << 30
+# Nats: a smaller gain is that of rounding numbers to float32 and back.
+_LEAST_GAIN = 1e-6
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -68,7 +70,7 @@ class Tuned:
         Raises:
             OutlierError: they are not.
         """
-        if score(self.after) >= score(self.before):
+        if not score(self.after) < score(self.before) - _LEAST_GAIN:  # neither may be a number
             raise OutlierError("the model did not get better on the held-out text; nothing saved")
 
     def alphas(self) -> dict[str, dict[str, float]]:
