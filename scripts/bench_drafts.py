@@ -1,6 +1,6 @@
 """What prompt lookup saves, or costs, for texts that repeat themselves and for ordinary ones.
 
-    python scripts/bench_drafts.py [MODEL] [--turns N]
+    python scripts/bench_drafts.py [MODEL] [--turns N] [--length N]
 
 Without MODEL, it is the embedded demo pair. The model computes all its steps, but the texts are
 given: its logits are replaced, so that any model writes the same. Generation with and without
@@ -32,7 +32,6 @@ from outlier_mlx.cli.showcase import FOLDER, heldout
 from outlier_mlx.engine.drafting import Drafting
 from outlier_mlx.engine.steps import Counts, Steps
 
-LENGTH = 300
 CODE = """def total(prices, discount):
     result = 0
     for price in prices:
@@ -77,8 +76,8 @@ class Given(nn.Module):
         return mx.where(wanted, 1e4, logits)
 
 
-def texts(tokenizer: Any, vocab: int) -> dict[str, tuple[list[int], list[int]]]:
-    """Prompts and what is written after them."""
+def texts(tokenizer: Any, vocab: int, length: int) -> dict[str, tuple[list[int], list[int]]]:
+    """Prompts and what is written after them, of that many tokens at most."""
     first, *others = (text for domain in heldout().values() for text in domain)
     quotes = f'It says: "{ARTICLE[2]}" And before that: "{ARTICLE[0]}" Then: "{ARTICLE[3]}"'
     written = {
@@ -87,12 +86,12 @@ def texts(tokenizer: Any, vocab: int) -> dict[str, tuple[list[int], list[int]]]:
         "ordinary": (first, "\n".join(others)),
     }
     found = {
-        name: (tokenizer.encode(prompt), tokenizer.encode(text)[:LENGTH])
+        name: (tokenizer.encode(prompt), tokenizer.encode(text)[:length])
         for name, (prompt, text) in written.items()
     }
     draw = random.Random(0)
-    tokens = [draw.randrange(min(vocab, 200)) for _ in range(2 * LENGTH)]
-    return found | {"random": (tokens[:LENGTH], tokens[LENGTH:])}
+    tokens = [draw.randrange(min(vocab, 200)) for _ in range(2 * length)]
+    return found | {"random": (tokens[:length], tokens[length:])}
 
 
 def write(
@@ -114,11 +113,11 @@ def write(
     return took, steps.counts
 
 
-def measure(folder: Path, turns: int) -> None:
+def measure(folder: Path, turns: int, length: int) -> None:
     """Time all texts, and print a line for each."""
     model, tokenizer = outlier_mlx.load(folder)
     ways = {lookup: Drafting(model, lookup=lookup) for lookup in (True, False)}
-    for name, (prompt, text) in texts(tokenizer, len(tokenizer.get_vocab())).items():
+    for name, (prompt, text) in texts(tokenizer, len(tokenizer.get_vocab()), length).items():
         ratios, counts, plain = [], Counts(), []
         for turn in range(turns + 1):
             took = {}
@@ -145,14 +144,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--length", type=int, default=300, help="tokens of a text at most")
     given = parser.parse_args()
     if given.model is not None:
-        measure(given.model, given.turns)
+        measure(given.model, given.turns, given.length)
         return
     with tempfile.TemporaryDirectory() as scratch:
         tier = Path(scratch) / "tier"
         outlier_mlx.convert(FOLDER / "overlay", FOLDER / "base", tier, tier="q4")
-        measure(tier, given.turns)
+        measure(tier, given.turns, given.length)
 
 
 if __name__ == "__main__":

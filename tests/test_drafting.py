@@ -189,7 +189,8 @@ def test_a_draft_model_has_the_same_tokens(demo: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_benchmark_of_drafts() -> None:
     """Given texts are written whole, in fewer steps where they repeat themselves."""
-    lines = run_command(sys.executable, ROOT / "scripts" / "bench_drafts.py", "--turns", "1").out
+    command = [sys.executable, ROOT / "scripts" / "bench_drafts.py", "--turns", 1, "--length", 60]
+    lines = run_command(*command).out
     found = {
         line.split()[0]: [int(n) for n in re.findall(r"\d+", line)]
         for line in lines.split("\n")
