@@ -9,7 +9,12 @@ from outlier_mlx.checkpoints.export_gguf import GgufTensors, gguf_tensors
 from outlier_mlx.checkpoints.export_llamacpp import llamacpp_model
 from outlier_mlx.checkpoints.export_mlx2 import check_mlx2, mlx2_pack
 from outlier_mlx.checkpoints.export_packed import packed_tensors
-from outlier_mlx.checkpoints.export_shared import Origin, overlay_config, write_alphas
+from outlier_mlx.checkpoints.export_shared import (
+    Origin,
+    overlay_config,
+    tier_manifest,
+    write_alphas,
+)
 from outlier_mlx.checkpoints.export_transformers import TRANSFORMERS, hf_export
 from outlier_mlx.checkpoints.export_v32 import v32_tensors
 from outlier_mlx.checkpoints.gguf_encode import TERNARY
@@ -20,8 +25,7 @@ from outlier_mlx.checkpoints.tier import as_overlay, open_stored_tier, open_tier
 from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.models.config import is_overlay, raw_config
 from outlier_mlx.storage.hub import Source, resolve
-from outlier_mlx.storage.paths import files_below, inside, named
-from outlier_mlx.storage.texts import read_json
+from outlier_mlx.storage.paths import files_below, named
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.assets import copy_assets, copy_legal, load_as_file
 from outlier_mlx.writing.folders import check_free
@@ -224,9 +228,7 @@ def _of_ternary(source: Source, opened: Callable[[Path], StoredModel]) -> _Conte
 
 def _origin(folder: Path, *, contains_base: bool) -> Origin:
     """What a tier's manifest says of its sources; an overlay may have been its own base."""
-    manifest = {}
-    if (folder / "tier.json").exists():
-        manifest = read_json(inside(folder, "tier.json"))
+    manifest = tier_manifest(folder)
     model = _name(manifest.get("overlay")) or folder.resolve().name
     base = None if contains_base else _name(manifest.get("base")) or model
     return Origin(model, base)

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.export_shared import Origin, copied, find_scale_forms
-from outlier_mlx.checkpoints.gguf_encode import ternary_slabs
+from outlier_mlx.checkpoints.gguf_encode import float_slabs, ternary_slabs
 from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS
 from outlier_mlx.storage.padding import padded, padding_note, whole_blocks
 from outlier_mlx.storage.rounding import narrowed
-from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.ternary.ggml import BLOCK
@@ -85,7 +84,8 @@ class GgufTensors(Parts):
         """Routers, then one tensor (experts, out, in) for each projection of a layer."""
         routers = [
             GgufTensor(
-                f"blk.{layer}.ffn_gate_inp.weight", "F32", router.shape, partial(_float32, router)
+                f"blk.{layer}.ffn_gate_inp.weight",
+                *("F32", router.shape, partial(float_slabs, router)),
             )
             for layer, router in self.overlay.routers.items()
         ]
@@ -108,16 +108,6 @@ def _require_blocks(overlay: Overlay) -> None:
             f"{overlay.path.name}: hidden size {hidden}: GGUF cuts rows into blocks of {BLOCK}, in"
             " TQ1_0 and TQ2_0 alike; --format overlay and --format packed take any size"
         )
-
-
-def _float32(router: TensorRef) -> Iterator[np.ndarray]:
-    """A router as float32, which holds what an overlay may have in 16 bits.
-
-    Raises:
-        CheckpointError: it holds NaN or infinity.
-    """
-    router.read_finite()
-    yield np.ascontiguousarray(router.read_float32())
 
 
 def _blocks(matrices: list[ExpertMatrix]) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from outlier_mlx.checkpoints.base_matrices import AffineMatrix, base_matrix
-from outlier_mlx.checkpoints.export_shared import Origin
+from outlier_mlx.checkpoints.export_shared import Origin, slabs
 from outlier_mlx.checkpoints.folding import Folded, common_alpha, fold
 from outlier_mlx.checkpoints.gguf_encode import (
     affine_kind,
@@ -37,8 +37,6 @@ from outlier_mlx.models.config import PROJECTIONS, ModelConfig
 from outlier_mlx.models.gguf_names import GGUF_NAMES
 from outlier_mlx.models.modules import Module, tier_modules
 from outlier_mlx.storage.padding import padded, padding_note, whole_blocks
-from outlier_mlx.storage.safetensors import TensorRef
-from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.writing.gguf_file import KINDS, Field, GgufTensor, write_gguf
 from outlier_mlx.writing.parts import Parts, Tally
@@ -154,7 +152,7 @@ class _Plan:
             result.append(head)
         factors = rope_factors(self._config)
         if factors is not None:
-            result.append(GgufTensor(ROPE_FREQS, "F32", factors.shape, partial(_once, factors)))
+            result.append(GgufTensor(ROPE_FREQS, "F32", factors.shape, partial(iter, [factors])))
         if rounded:
             self.notes.append(
                 f"scales of {len(rounded)} matrices of the base are rounded to float16, by at most"
@@ -181,16 +179,14 @@ class _Plan:
             kind = affine_kind(weight)
             if kind is None:
                 again.append(module.path)
-                slabs = partial(q8_0_slabs, weight)
+                blocks = partial(q8_0_slabs, weight)
             else:
-                slabs = partial(affine_slabs, weight)
+                blocks = partial(affine_slabs, weight)
                 error = affine_rounding(weight)
                 rounded += [error] if error else []
-            yield GgufTensor(f"{name}.weight", kind or "Q8_0", weight.shape, slabs)
+            yield GgufTensor(f"{name}.weight", kind or "Q8_0", weight.shape, blocks)
         elif len(weight.shape) > 1 and module.kind != "router":
-            yield GgufTensor(
-                f"{name}.weight", weight.dtype, weight.shape, partial(_as_stored, weight)
-            )
+            yield GgufTensor(f"{name}.weight", weight.dtype, weight.shape, partial(slabs, weight))
         else:
             yield GgufTensor(f"{name}.weight", "F32", weight.shape, partial(float_slabs, weight))
         if module.bias:
@@ -219,13 +215,13 @@ class _Plan:
         hidden, members = self._config.hidden, len(self._overlay.experts[layer])
         shape = (hidden, self.width) if projection == "down" else (self.width, hidden)
 
-        def slabs() -> Iterator[np.ndarray]:
+        def blocks() -> Iterator[np.ndarray]:
             for number, expert in enumerate(self._overlay.experts[layer]):
                 scales = getattr(self._folded(layer, number), projection)
                 trits = padded(getattr(expert, projection), shape).trits
                 yield from ternary_slabs(self._experts, trits, scales)
 
-        return GgufTensor(f"{name}.weight", self._experts.upper(), (members, *shape), slabs)
+        return GgufTensor(f"{name}.weight", self._experts.upper(), (members, *shape), blocks)
 
 
 def _name(path: str) -> str:
@@ -234,14 +230,3 @@ def _name(path: str) -> str:
         return _NAMES[path]
     words = path.split(".")
     return f"blk.{words[2]}.{_NAMES['.'.join(words[3:])]}"
-
-
-def _as_stored(tensor: TensorRef) -> Iterator[np.ndarray]:
-    """A matrix of floats as it is stored."""
-    rows, width = tensor.shape
-    for start, stop in row_ranges(rows, width):
-        yield tensor.read_finite(start, stop)
-
-
-def _once(values: np.ndarray) -> Iterator[np.ndarray]:
-    yield values

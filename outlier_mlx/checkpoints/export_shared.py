@@ -14,11 +14,18 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import PROJECTIONS, ModelConfig
 from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.output import write_json
+from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.rounding import is_rounded, narrowed
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, Trits, row_ranges
+from outlier_mlx.storage.texts import read_json
 from outlier_mlx.writing.parts import Chunk, Part
 from outlier_mlx.writing.writer import TensorSpec
+
+
+def tier_manifest(folder: Path) -> dict:
+    """A tier's manifest; empty if it has none."""
+    return read_json(inside(folder, "tier.json")) if (folder / "tier.json").exists() else {}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from outlier_mlx.checkpoints.export_shared import copied
+from outlier_mlx.checkpoints.export_shared import copied, tier_manifest
 from outlier_mlx.checkpoints.hf_layout import hf_class, hf_config
 from outlier_mlx.checkpoints.hf_tensors import ExpertWeights, hf_tensors
 from outlier_mlx.checkpoints.overlay import Overlay
@@ -155,7 +155,4 @@ def _lost_trits(overlay: Overlay) -> set[str]:
 
 def _origin(folder: Path) -> dict:
     """What the tier's manifest says of its sources and its recipe."""
-    if not (folder / "tier.json").exists():
-        return {}
-    manifest = read_json(inside(folder, "tier.json"))
-    return {key: value for key, value in manifest.items() if key not in _OF_MANIFESTS}
+    return {key: value for key, value in tier_manifest(folder).items() if key not in _OF_MANIFESTS}

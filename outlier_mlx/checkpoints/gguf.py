@@ -148,10 +148,8 @@ def _add(collected: Collected, tensor: GgufTensor) -> None:
         layer, projection, leaf = parse_number(match[1]), match[2], match[match.re.groups]
         if leaf != "weight":
             raise CheckpointError(f"{place}: unexpected {leaf} of an expert")
-        if match.re is _SPLIT:
-            _add_matrices(collected, tensor, layer, parse_number(match[3]), projection)
-        else:
-            _add_matrices(collected, tensor, layer, None, projection)
+        expert = parse_number(match[3]) if match.re is _SPLIT else None
+        _add_matrices(collected, tensor, layer, expert, projection)
         return
     key = parse_key(tensor.name)
     if match := _ROUTER.fullmatch(tensor.name):

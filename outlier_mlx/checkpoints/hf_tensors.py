@@ -17,12 +17,14 @@ from outlier_mlx.storage.tensors import Derived, ExpertMatrix, FloatTensor
 
 
 @dataclass(frozen=True)
-class Doubled(Derived):
-    """Twice the numbers of another tensor."""
+class Times(Derived):
+    """The numbers of another tensor times a factor, in float32."""
+
+    factor: float
 
     def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop`, times two."""
-        return 2 * self.tensor.read_float32(start, stop)
+        """Rows `start` to `stop`, times the factor."""
+        return self.factor * self.tensor.read_float32(start, stop)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def hf_tensors(
         else:
             found[name] = base_matrix(stored.tensors, config, path)
             if ".shared_expert.down_proj" in path:
-                found[name] = Doubled(found[name])
+                found[name] = Times(found[name], 2.0)
     return found
 
 

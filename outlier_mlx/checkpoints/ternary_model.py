@@ -15,12 +15,42 @@ from outlier_mlx.models.ternary_fields import (
 )
 from outlier_mlx.storage.rounding import widened
 from outlier_mlx.storage.safetensors import TensorRef
+from outlier_mlx.storage.tensors import Stored
 from outlier_mlx.storage.ternary_affine import HALVES
 from outlier_mlx.storage.ternary_matrix import Scales, Seen, TernaryMatrix, WeightSource
 from outlier_mlx.ternary import TernaryError, check_rows, unpack_rows
 from outlier_mlx.ternary.scales import TILE_ROWS, untile_scales
 
 _DTYPES = HALVES | {"F32": "float32"}
+
+
+@dataclass(frozen=True)
+class RowTrits(Stored):
+    """A matrix in the layout `tq1_0_strided`, stored as (out, row_bytes) uint8."""
+
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return (self.tensor.shape[0], self.width)
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as int8 (rows, in); see `read_rows`."""
+        return unpack_rows(self.read_rows(start, stop), self.width)
+
+    def read_rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows as they are stored, (rows, row_bytes) uint8.
+
+        Raises:
+            CheckpointError: bytes that no conversion writes.
+        """
+        packed = self.tensor.read(start, stop)
+        try:
+            check_rows(packed, self.width)
+        except TernaryError as error:
+            raise CheckpointError(f"{self.where}: from row {start}: {error}") from None
+        return packed
 
 
 @dataclass(frozen=True)
@@ -58,7 +88,7 @@ class RowsSource(WeightSource):
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows as trits, and their scales; `start` is a multiple of 8."""
-        rows = self._rows(start, stop)
+        trits = RowTrits(self.weight, self.width).read(start, stop)
         if self.group:
             tiles = self.stored_scales.read(start // TILE_ROWS, -(-stop // TILE_ROWS))
             scales = untile_scales(tiles, stop - start)
@@ -69,20 +99,12 @@ class RowsSource(WeightSource):
             raise CheckpointError(
                 f"{self.stored_scales.where}: a scale that is not a finite number of 0 or more"
             )
-        return unpack_rows(rows, self.width), scales
+        return trits, scales
 
     def examine(self, start: int, stop: int) -> Seen:
         """Check bytes and scales; how scales are stored is settled."""
         self.read(start, stop)
         return Seen(one_a_row=False, pairs=False)
-
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        packed = self.weight.read(start, stop)
-        try:
-            check_rows(packed, self.width)
-        except TernaryError as error:
-            raise CheckpointError(f"{self.where}: from row {start}: {error}") from None
-        return packed
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from outlier_mlx.checkpoints.overlay import Expert, Overlay, check_base
 from outlier_mlx.checkpoints.stored_model import StoredModel, open_stored
+from outlier_mlx.checkpoints.ternary_model import RowTrits
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import (
     PROJECTIONS,
@@ -20,38 +21,8 @@ from outlier_mlx.models.config import (
 )
 from outlier_mlx.storage.safetensors import NUMPY_DTYPES, TensorRef
 from outlier_mlx.storage.tensors import ExpertMatrix, Stored
-from outlier_mlx.ternary import TernaryError, check_rows, unpack_rows
 
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
-
-
-@dataclass(frozen=True)
-class RowTrits(Stored):
-    """A matrix in the layout `tq1_0_strided`, stored as (out, row_bytes) uint8."""
-
-    width: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return (self.tensor.shape[0], self.width)
-
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows as int8 (rows, in); see `read_rows`."""
-        return unpack_rows(self.read_rows(start, stop), self.width)
-
-    def read_rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows as they are stored, (rows, row_bytes) uint8.
-
-        Raises:
-            CheckpointError: bytes that no conversion writes.
-        """
-        packed = self.tensor.read(start, stop)
-        try:
-            check_rows(packed, self.width)
-        except TernaryError as error:
-            raise CheckpointError(f"{self.where}: from row {start}: {error}") from None
-        return packed
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from outlier_mlx.checkpoints.export_transformers import (
     TRANSFORMERS,
 )
 from outlier_mlx.checkpoints.hf_layout import HfClass, hf_class, hf_config
-from outlier_mlx.checkpoints.hf_tensors import expert_path, folded_scales, hf_shapes
+from outlier_mlx.checkpoints.hf_tensors import Times, expert_path, folded_scales, hf_shapes
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.imports.codes import pack_codes
 from outlier_mlx.imports.opened import Opened
@@ -126,15 +126,6 @@ def _check(
     for name, tensor in tensors.items():
         if name not in shapes:
             raise CheckpointError(f"{tensor.where}: not a tensor of this model")
-
-
-@dataclass(frozen=True)
-class Halved(Derived):
-    """Half the numbers of another tensor."""
-
-    def read_float32(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop`, halved; exact but for the smallest floats."""
-        return self.tensor.read_float32(start, stop) / 2
 
 
 @dataclass(frozen=True)
@@ -281,7 +272,8 @@ class _Tier:
             return self.tensors[name]
         if not self.known.folded:
             tensor = self.tensors[name]
-            return Halved(tensor) if ".down_proj." in name else tensor
+            # Exact, but for the smallest floats.
+            return Times(tensor, 0.5) if ".down_proj." in name else tensor
         switch = name.replace(".shared_expert.", ".switch_mlp.").removesuffix(".weight")
         first, *others = (self._block(switch, n, base=True) for n in range(self.config.experts))
         return Repeated(first, tuple(others))
