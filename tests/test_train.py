@@ -416,6 +416,26 @@ def test_damaged_states_are_refused(library: Library, made: Upcycled, tmp_path: 
     assert_same(train(library, work), made)
 
 
+@pytest.mark.parametrize("room", [0, 3])
+def test_a_full_disk_is_told_and_costs_nothing_that_is_done(
+    room: int, library: Library, made: Upcycled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, written = mx.save_safetensors, []
+
+    def full(path: str, *rest: Any) -> None:
+        written.append(path)
+        if len(written) > room:
+            raise RuntimeError("[write] Unable to write 364 bytes to file.")
+        save(path, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk may be full") as told:
+        patch.setattr(mx, "save_safetensors", full)
+        train(library, tmp_path / "work")
+    assert Path(told.value.filename).parent == tmp_path / "work"
+    assert len(list((tmp_path / "work").glob("*.safetensors"))) == room
+    assert_same(train(library, tmp_path / "work"), made)
+
+
 def test_neurons_that_the_base_has_not_are_not_read(library: Library) -> None:
     mlp: Any = load_model(library.base().path)[0].model.layers[0].mlp
     for neuron in (-1, mlp.gate_proj.weight.shape[0]):

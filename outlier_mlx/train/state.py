@@ -7,6 +7,7 @@ what is expected before anything is read, and all of it with a digest, so that a
 goes into a result.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -232,7 +233,10 @@ def _write(path: Path, arrays: Arrays, record: Mapping[str, Any]) -> None:
     for name in sorted(arrays):
         digest.add(name, np.array(arrays[name], copy=False))
     with whole_file(path) as part:
-        mx.save_safetensors(str(part), arrays, {_RECORD: told, _DIGEST: digest.text()})
+        try:
+            mx.save_safetensors(str(part), arrays, {_RECORD: told, _DIGEST: digest.text()})
+        except RuntimeError:  # all that MLX says of a full disk
+            raise OSError(errno.EIO, "cannot write: the disk may be full", str(path)) from None
 
 
 class _Digest:
