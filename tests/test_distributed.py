@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -408,6 +409,29 @@ def test_signals_end_a_rank_that_waits_for_others(place: Path, tmp_path: Path) -
     assert alone[1].wait(5) == -signal.SIGTERM
     alone[0].kill()
     ended(alone)
+
+
+UNLUCKY = """
+import sys
+from outlier_mlx.engine import loading
+
+def load(*_, **__):
+    raise RuntimeError("the GPU is out of memory")
+
+loading.load = load
+from outlier_mlx.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_what_mlx_raises_on_one_rank_is_told(place: Path, tmp_path: Path) -> None:
+    words = ("generate", place / "tier", "--prompt", "x")
+    unlucky = (sys.executable, "-c", UNLUCKY, *words)
+    results = ended(start_ranks(2, tmp_path, SCRIPT, *words, each={1: unlucky}))
+    assert [result.code for result in results] == [1, 1]
+    said = "error: rank 1: RuntimeError: the GPU is out of memory"
+    assert results[0].err.splitlines()[-1] == said
 
 
 @pytest.mark.slow

@@ -82,11 +82,16 @@ class Commands(TyperGroup):
             say(f"error: {message_of(error)}")
             tell_others(message_of(error))
             raise typer.Exit(1) from None
-        except RuntimeError as error:
-            if ctx.meta.get("debug") or not is_lost(error):
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise
+        except Exception as error:
+            if ctx.meta.get("debug"):
                 raise
-            say(f"error: {LOST}")
-            raise typer.Exit(1) from None
+            if is_lost(error):
+                say(f"error: {LOST}")
+                raise typer.Exit(1) from None
+            tell_others(f"{type(error).__name__}: {error}")
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the commands by panel, then the program's own options."""
