@@ -19,7 +19,7 @@ from outlier_mlx.train.stages import planned, upcycle
 from outlier_mlx.train.texts import Corpora, Corpus
 from tests.builders import write_base
 from tests.library import Library
-from tests.training import Stopped, stopped_at, train
+from tests.training import Stopped, corpora, stopped_at, train
 
 # Qwen2.5-7B.
 SEVEN_B = parse_config(
@@ -86,6 +86,15 @@ def test_a_base_of_7b_with_two_experts_in_14_layers_fits_32_gb(size: int) -> Non
     whole = plan(SEVEN_B, replace(settings, layers_at_once=14), 2, 512, budget(32), 2)
     with pytest.raises(OutlierError, match=r"the training needs .* GB, with the experts of 14"):
         whole.check()
+
+
+def test_a_plan_for_a_mac_has_the_bases_own_dtype(library: Library, tmp_path: Path) -> None:
+    base = Source(library.base().path, "base")
+    here, mac = (
+        planned(base, corpora(), Settings(), tmp_path / "work", available=given)[1].parts["base"]
+        for given in (None, budget(32))
+    )
+    assert here == 2 * mac
 
 
 def test_more_memory_trains_more_layers_together() -> None:

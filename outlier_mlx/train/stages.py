@@ -212,7 +212,7 @@ def planned(
     if settings.layers_at_once is None and type(begun) is int and begun > 0:
         settings = replace(settings, layers_at_once=begun)
     if dtype is None:
-        on_cpu = mx.default_device() == mx.cpu
+        on_cpu = mx.default_device() == mx.cpu if available is None else available.on_cpu
         dtype = "float32" if on_cpu else str(config.raw.get("dtype", "bfloat16"))
     found = plan(
         config,
