@@ -151,7 +151,9 @@ def test_the_command_and_what_can_be_done_with_the_folder(even: Built, tmp_path:
     assert "gguf, " in said.err and "without the base" not in said.err
     assert "NFC" not in said.err
     assert "whole: 1 files" in run("verify", out).out
-    assert "step35" in run("info", out).out
+    about = run("info", out, "--json").json
+    assert about["architecture"] == "step35"
+    assert about["moe_layers"] == len(even.dims.routed_layers) < about["layers"]
     assert_refused(run("export", made, "--format", "gguf", "--out", out, code=None), "--force")
     run("export", made, "--format", "gguf", "--out", out, "--experts", "tq1_0", "--force")
     assert Read(out).kind("blk.1.ffn_up_exps.weight") == "TQ1_0"

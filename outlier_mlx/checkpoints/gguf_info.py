@@ -59,6 +59,7 @@ def read_gguf_info(
         value = said.get(f"{name}.{key}")
         return value if type(value) is int else None
 
+    moe = {name.split(".")[1] for name in model.tensors if "_exps." in name}
     embedding = model.tensors.get("token_embd.weight")
     fields = {
         "kind": "model",
@@ -69,6 +70,7 @@ def read_gguf_info(
         "rows": rows,
         "architecture": name if isinstance(name, str) else None,
         "layers": number("block_count"),
+        "moe_layers": len(moe),
         "experts": number("expert_count") or 0,
         "experts_per_token": number("expert_used_count"),
         "context_length": number("context_length"),

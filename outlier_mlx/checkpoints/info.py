@@ -150,9 +150,7 @@ def _inspect_gguf(
     place: Path, name: str, file: str | None, found: Headers | None, deep: Deep | None
 ) -> Info:
     fields, ternary = read_gguf_info(place, file, found, deep)
-    others: dict[str, Any] = dict.fromkeys(
-        ("kv_bytes_per_token", "base_architecture", "moe_layers", "dtype")
-    )
+    others: dict[str, Any] = dict.fromkeys(("kv_bytes_per_token", "base_architecture", "dtype"))
     return Info(name=name, quantization=None, ternary=ternary, **others, **fields)
 
 
