@@ -16,6 +16,8 @@ from outlier_mlx.storage.hub import Source
 from outlier_mlx.train.plan import plan
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.stages import planned, upcycle
+from outlier_mlx.train.state import Work
+from outlier_mlx.train.teacher import nbytes_of, teach
 from outlier_mlx.train.texts import Corpora, Corpus
 from tests.builders import write_base
 from tests.library import Library
@@ -76,6 +78,40 @@ def test_a_training_takes_what_was_planned(tmp_path: Path, window: int, how: dic
     assert made.peak - before == pytest.approx(wanted.peak, rel=0.15)
 
 
+@pytest.mark.parametrize(("window", "batch"), [(32, 4), (128, 4)])
+def test_a_teacher_takes_what_was_planned(tmp_path: Path, window: int, batch: int) -> None:
+    """Within 15 %, as long as it predicts: what it takes is not there when the base is loaded."""
+    dims: dict[str, Any] = {"hidden": 128, "intermediate": 512, "vocab": 4096, "layers": 5}
+    write_base(tmp_path / "teacher", base_dtype="F32", tokenizer=False, **dims)
+    windows = np.random.default_rng(0).integers(0, 4096, (2 * batch, window + 1)).astype(np.int32)
+    given = Corpora((Corpus("law", windows, windows),), Corpus("keep", windows, windows))
+    settings = Settings(expert_steps=2, joint_steps=0, batch=batch)
+    teacher = Source(tmp_path / "teacher", "teacher")
+    wanted = nbytes_of(teacher, settings, window, budget())
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    with Work(tmp_path / "work", {}) as work:
+        teach(teacher, given, settings, 4096, work, lambda event: None)
+    assert mx.get_peak_memory() - before == pytest.approx(wanted, rel=0.15)
+    gc.collect()
+    assert mx.get_active_memory() - before < 0.1 * wanted
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Source(library.base().path, "base")
+    found = planned(base, corpora(), Settings(), tmp_path / "work", teacher=base)[1]
+    assert found.as_json()["teacher_bytes"] == found.teacher > 0
+    assert replace(found, teacher=10**12).peak == 10**12
+    monkeypatch.setattr("outlier_mlx.train.stages.budget", lambda: Budget(1000, "this machine"))
+    with pytest.raises(OutlierError, match=r"the teacher needs .* this machine gives"):
+        train(library, tmp_path / "work", teacher=base)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("size", [4736, 9472])
 def test_a_base_of_7b_with_two_experts_in_14_layers_fits_32_gb(size: int) -> None:
     settings = replace(FOURTEEN_LAYERS, expert_size=size).resolved(SEVEN_B)
@@ -102,6 +138,14 @@ def test_more_memory_trains_more_layers_together() -> None:
     counts = [plan(SEVEN_B, settings, 2, 512, budget(gb), 2).layers_at_once for gb in (32, 64, 192)]
     assert counts == sorted(counts) and counts[0] < counts[1] <= counts[2] == 14
     assert plan(SEVEN_B, settings, 2, 512, Budget(10**9, "it"), 2).layers_at_once == 1
+
+
+def test_every_group_of_layers_has_a_step(library: Library, tmp_path: Path) -> None:
+    base = Source(library.base().path, "base")
+    settings = Settings(layers=(1, 2), layers_at_once=1, expert_steps=1)
+    with pytest.raises(OutlierError, match="expert_steps: 1; expected at least 2"):
+        planned(base, corpora(), settings, tmp_path / "work")
+    planned(base, corpora(), replace(settings, layers_at_once=2), tmp_path / "work")
 
 
 def test_a_training_that_was_begun_keeps_its_layers_at_once(

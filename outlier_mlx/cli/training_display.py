@@ -129,7 +129,9 @@ def memory_line(memory: "MemoryPlan", layers: int) -> str:
     groups = ""
     if memory.layers_at_once < layers:
         groups = f", with the experts of {memory.layers_at_once} layers in training at once"
-    return f"memory: {size(memory.peak)}{groups}: {parts}; {memory.available}"
+    trained = sum(memory.parts.values())
+    before = f"{size(memory.teacher)} for the teacher, then " if memory.teacher else ""
+    return f"memory: {before}{size(trained)}{groups}: {parts}; {memory.available}"
 
 
 def print_result(before: Mapping[str, float], after: Mapping[str, float]) -> None:

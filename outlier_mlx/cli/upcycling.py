@@ -126,13 +126,20 @@ def upcycle(
             check_begun(place)
         corpora = _read(source, opened, domains, keep, training, quiet=quiet)
         available = None if ram is None else budget(ram)
+        teacher = resolve(training.teacher) if training.teacher is not None else None
         settings, memory = planned(
-            source, corpora, settings, place, dtype=training.dtype, available=available
+            source,
+            corpora,
+            settings,
+            place,
+            dtype=training.dtype,
+            available=available,
+            teacher=None if so_far else teacher,
         )
         run = _Run(
             source=source,
             base=opened,
-            teacher=resolve(training.teacher) if training.teacher is not None else None,
+            teacher=teacher,
             settings=settings,
             corpora=corpora,
             target=target,

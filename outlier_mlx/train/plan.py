@@ -40,22 +40,25 @@ class MemoryPlan:
         parts: bytes by what they are for.
         layers_at_once: layers whose experts are trained together.
         available: what the machine gives.
+        teacher: bytes that a teacher takes while it predicts, before the base is loaded.
     """
 
     parts: dict[str, int]
     layers_at_once: int
     available: Budget
+    teacher: int = 0
 
     @property
     def peak(self) -> int:
-        """All bytes."""
-        return sum(self.parts.values())
+        """Bytes that are taken at the same time, at most."""
+        return max(sum(self.parts.values()), self.teacher)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {
             "layers_at_once": self.layers_at_once,
             "parts": self.parts,
+            "teacher_bytes": self.teacher,
             "peak_bytes": self.peak,
             "available_bytes": self.available.nbytes,
         }
@@ -66,6 +69,11 @@ class MemoryPlan:
         Raises:
             OutlierError: it does not.
         """
+        if self.teacher > self.available.nbytes:
+            raise OutlierError(
+                f"the teacher needs {size(self.teacher)}; {self.available}: smaller windows, a"
+                " smaller batch or a smaller teacher need less"
+            )
         if self.peak > self.available.nbytes:
             layers = "1 layer" if self.layers_at_once == 1 else f"{self.layers_at_once} layers"
             raise OutlierError(
@@ -81,6 +89,7 @@ def plan(
     window: int,
     available: Budget,
     itemsize: int = _FLOAT,
+    teacher: int = 0,
 ) -> MemoryPlan:
     """Plan the memory of a training.
 
@@ -92,6 +101,7 @@ def plan(
         window: tokens of a window that are predicted.
         available: what the machine gives.
         itemsize: bytes of a number of the base and of activations.
+        teacher: bytes that a teacher takes before that.
     """
     assert settings.layers is not None
     most = settings.layers_at_once or len(settings.layers)
@@ -102,7 +112,7 @@ def plan(
             break
     # Groups of about the same size: no more layers than that needs.
     groups = math.ceil(len(settings.layers) / count)
-    return MemoryPlan(parts, math.ceil(len(settings.layers) / groups), available)
+    return MemoryPlan(parts, math.ceil(len(settings.layers) / groups), available, teacher)
 
 
 def _parts(

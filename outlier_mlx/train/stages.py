@@ -24,7 +24,7 @@ from outlier_mlx.train.plan import MemoryPlan, plan
 from outlier_mlx.train.settings import Settings
 from outlier_mlx.train.staged import Stages
 from outlier_mlx.train.state import Work
-from outlier_mlx.train.teacher import teach
+from outlier_mlx.train.teacher import nbytes_of, teach
 from outlier_mlx.train.texts import Corpora
 
 
@@ -141,7 +141,8 @@ def upcycle(
     """
     if so_far:
         check_begun(work)
-    settings, needed = planned(base, corpora, settings, work, dtype=dtype)
+    asked = None if so_far else teacher
+    settings, needed = planned(base, corpora, settings, work, dtype=dtype, teacher=asked)
     assert settings.layers is not None and settings.layers_at_once is not None
     needed.check()
     mx.reset_peak_memory()
@@ -155,9 +156,9 @@ def upcycle(
     with Work(work, identity) as folder:
         log({"event": "memory"} | needed.as_json())
         targets = None
-        if teacher is not None and not so_far:
+        if asked is not None:
             vocab = parse_config(raw_config(base.folder)).vocab
-            targets = teach(teacher, corpora, settings, vocab, folder, log)
+            targets = teach(asked, corpora, settings, vocab, folder, log)
         loaded, _ = load_model(base.folder, dtype=dtype)
         recompute = settings.grad_checkpoint
         model = TrainedModel(loaded, settings.layers, experts, settings.base_bits, recompute)
@@ -188,6 +189,7 @@ def planned(
     *,
     dtype: str | None = None,
     available: Budget | None = None,
+    teacher: Source | None = None,
 ) -> tuple[Settings, MemoryPlan]:
     """The settings with nothing left open, and what the training takes of memory.
 
@@ -200,6 +202,7 @@ def planned(
         work: see there; it need not exist.
         dtype: see there.
         available: memory; default: what this machine gives.
+        teacher: as for `upcycle`.
 
     Raises:
         CheckpointError: the base is no model, or the work folder is damaged.
@@ -214,14 +217,17 @@ def planned(
     if dtype is None:
         on_cpu = mx.default_device() == mx.cpu if available is None else available.on_cpu
         dtype = "float32" if on_cpu else str(config.raw.get("dtype", "bfloat16"))
-    found = plan(
-        config,
-        settings,
-        len(corpora.domains),
-        corpora.keep.train.shape[1] - 1,
-        available or budget(),
-        4 if dtype == "float32" else 2,
-    )
+    window, available = corpora.keep.train.shape[1] - 1, available or budget()
+    taught = 0 if teacher is None else nbytes_of(teacher, settings, window, available)
+    itemsize = 4 if dtype == "float32" else 2
+    found = plan(config, settings, len(corpora.domains), window, available, itemsize, taught)
+    assert settings.layers is not None
+    groups = math.ceil(len(settings.layers) / found.layers_at_once)
+    if settings.trains_experts and settings.expert_steps < groups:
+        raise OutlierError(
+            f"expert_steps: {settings.expert_steps}; expected at least {groups}: so many groups of"
+            " layers are trained one after the other"
+        )
     return replace(settings, layers_at_once=found.layers_at_once), found
 
 

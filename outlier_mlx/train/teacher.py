@@ -6,6 +6,10 @@ import mlx.core as mx
 import numpy as np
 
 from outlier_mlx.engine.loading import load_model
+from outlier_mlx.engine.machine import Budget
+from outlier_mlx.engine.needs import Use
+from outlier_mlx.engine.paging.budget import ALL
+from outlier_mlx.engine.plan import plan
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.safetensors import TensorRef
@@ -22,6 +26,20 @@ _BATCHES = 16
 #: From a domain's name and numbers of its windows: the likeliest tokens (windows, length, k) int32
 #: and the logarithms of their probabilities, of the same shape.
 Targets = Callable[[str, np.ndarray], Batch]
+
+
+def nbytes_of(teacher: Source, settings: Settings, window: int, available: Budget) -> int:
+    """Bytes that a teacher takes while it predicts.
+
+    Args:
+        teacher: any model that loads.
+        settings: for the windows of a batch.
+        window: tokens of a window that are predicted.
+        available: says whether there is a GPU.
+    """
+    batch = settings.batch
+    use = Use(window, conversations=0, prompts=batch, step=window, logits=batch * window)
+    return plan(teacher.folder, use, ALL, available).needed
 
 
 def teach(
