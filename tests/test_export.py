@@ -275,7 +275,8 @@ def tier(library: Library) -> Path:
 def test_what_is_no_tier(tier: Path, tmp_path: Path):
     overlay = write_overlay(tmp_path / "o").path
     refused(overlay, tmp_path / "e", "gguf", "an overlay", "first outlier-mlx convert")
-    refused(write_base(tmp_path / "b").path, tmp_path / "e", "overlay", "not a tier")
+    base = write_base(tmp_path / "b").path
+    refused(base, tmp_path / "e", "overlay", "neither a tier nor an overlay")
     (tmp_path / "nothing").mkdir()
     refused(tmp_path / "nothing", tmp_path / "e", "packed", "no config.json")
     refused(tier, tmp_path / "e", "onnx", "'onnx'", "overlay, packed, gguf-experts, gguf")
