@@ -91,7 +91,7 @@ def upcycle(
     from outlier_mlx.engine.machine import budget
     from outlier_mlx.measure.pictures import check_picture
     from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.storage.paths import files_below, named
+    from outlier_mlx.storage.paths import named
     from outlier_mlx.train.base import open_dense
     from outlier_mlx.train.log import FILE, RunLog, read_log
     from outlier_mlx.train.picture import draw
@@ -153,8 +153,8 @@ def upcycle(
         if not plan:
             memory.check()
         if not plan and not so_far:
-            teaches = run.teacher is not None
-            check_room(opened.config, settings, corpora, target, run.work, teacher=teaches)
+            teaches = teacher is not None
+            check_room(opened.config, settings, corpora, target, place, teacher=teaches)
         run.show_plan(log, memory)
         if plan:
             return
@@ -167,16 +167,7 @@ def upcycle(
             draw(read_log(run.work / FILE), picture)
         if not as_json:
             print_result(made.before, made.after)
-        if not quiet:
-            nbytes = sum(path.stat().st_size for path in files_below(run.work))
-            say(f"peak memory: {size(made.peak)}")
-            left = f"{run.work} ({size(nbytes)}) has the log and the checkpoints"
-            if made.is_whole:
-                say(f"{left}, and may be deleted")
-            else:
-                say(f"{left}: the command with --force, without --so-far, goes on from there")
-            words = ["convert", str(target), "--base", base, "--out", f"{target}-tier"]
-            say(f"next: outlier-mlx {shlex.join(words)}")
+        run.tell_end(made, base)
 
 
 @dataclass(frozen=True)
@@ -259,6 +250,22 @@ class _Run:
                 force=force,
                 progress=progress,
             )
+
+    def tell_end(self, made: "Upcycled", base: str) -> None:
+        """Tell what it took, what is left, and what to type next; `base` as the user gave it."""
+        from outlier_mlx.storage.paths import files_below
+
+        if self.quiet:
+            return
+        nbytes = sum(path.stat().st_size for path in files_below(self.work))
+        say(f"peak memory: {size(made.peak)}")
+        left = f"{self.work} ({size(nbytes)}) has the log and the checkpoints"
+        if made.is_whole:
+            say(f"{left}, and may be deleted")
+        else:
+            say(f"{left}: the command with --force, without --so-far, goes on from there")
+        words = ["convert", str(self.target), "--base", base, "--out", f"{self.target}-tier"]
+        say(f"next: outlier-mlx {shlex.join(words)}")
 
 
 def _domain(given: str) -> tuple[str, Path]:

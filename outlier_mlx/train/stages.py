@@ -222,7 +222,7 @@ def planned(
     itemsize = 4 if dtype == "float32" else 2
     found = plan(config, settings, len(corpora.domains), window, available, itemsize, taught)
     assert settings.layers is not None
-    groups = math.ceil(len(settings.layers) / found.layers_at_once)
+    groups = len(list(layer_groups(settings.layers, found.layers_at_once)))
     if settings.trains_experts and settings.expert_steps < groups:
         raise OutlierError(
             f"expert_steps: {settings.expert_steps}; expected at least {groups}: so many groups of"

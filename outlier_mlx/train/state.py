@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,10 @@ class Work:
         """
         if not self.is_finished(stage):
             return None
-        path = self._of_stage(stage)
-        tensors, record = _described(path)
-        if record.get("stage") != stage:
-            raise CheckpointError(f"{path}: not the stage {stage!r}")
-        return _read(path, tensors), record
+        file = _described(self._of_stage(stage))
+        if file.record.get("stage") != stage:
+            raise CheckpointError(f"{file.path}: not the stage {stage!r}")
+        return file.read(), file.record
 
     @staticmethod
     def begun(folder: Path) -> dict[str, Any]:
@@ -122,8 +122,12 @@ class Work:
 
     def is_running(self, stage: str) -> bool:
         """Whether the state of an interrupted stage is there."""
+        return self._running(stage) is not None
+
+    def _running(self, stage: str) -> "_File | None":
         path = self.folder / _RUNNING
-        return path.exists() and _described(path)[1].get("stage") == stage
+        file = _described(path) if path.exists() else None
+        return None if file is None or file.record.get("stage") != stage else file
 
     def is_finished(self, stage: str) -> bool:
         """Whether the result of a stage is there."""
@@ -135,10 +139,9 @@ class Work:
         Raises:
             CheckpointError: the file is damaged.
         """
-        path = self._of_stage(stage)
-        tensors, _ = _described(path)
-        _read(path, tensors)
-        return tensors
+        file = _described(self._of_stage(stage))
+        file.read()
+        return file.tensors
 
     def finish(self, stage: str, arrays: Arrays, record: Mapping[str, Any]) -> None:
         """Keep the result of a stage, and forget its running state."""
@@ -188,17 +191,16 @@ class Work:
         Raises:
             CheckpointError: the file is damaged, or its arrays are not the expected ones.
         """
-        if not self.is_running(stage):
+        file = self._running(stage)
+        if file is None:
             return None
-        path = self.folder / _RUNNING
-        tensors, record = _described(path)
-        found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        found = {name: (tensor.dtype, tensor.shape) for name, tensor in file.tensors.items()}
         for name, shape in expected.items():
             if found.pop(name, None) != ("F32", tuple(shape)):
-                raise CheckpointError(f"{path}: {name}: expected float32 {tuple(shape)}")
+                raise CheckpointError(f"{file.path}: {name}: expected float32 {tuple(shape)}")
         if found:
-            raise CheckpointError(f"{path}: {next(iter(found))}: not a tensor of this stage")
-        return _read(path, tensors), record
+            raise CheckpointError(f"{file.path}: {next(iter(found))}: not a tensor of this stage")
+        return file.read(), file.record
 
     def _of_stage(self, stage: str) -> Path:
         name = "".join(c if c.isalnum() else "-" for c in stage)
@@ -253,28 +255,37 @@ class _Digest:
         return self._digest.hexdigest()
 
 
-def _described(path: Path) -> tuple[dict[str, TensorRef], dict[str, Any]]:
+@dataclass(frozen=True)
+class _File:
+    """A file as its header describes it; `metadata` has the record as text, and the digest."""
+
+    path: Path
+    tensors: dict[str, TensorRef]
+    metadata: dict[str, str]
+    record: dict[str, Any]
+
+    def read(self) -> Arrays:
+        """All arrays, compared with the digest that was written with them."""
+        with _damaged(self.path):
+            digest = _Digest(self.metadata.get(_RECORD, ""))
+            arrays = {}
+            for name in sorted(self.tensors):
+                found = self.tensors[name].read_finite()
+                digest.add(name, found)
+                arrays[name] = mx.array(found)
+            if digest.text() != self.metadata.get(_DIGEST):
+                raise CheckpointError(f"{self.path.name}: not what was written")
+            return arrays
+
+
+def _described(path: Path) -> _File:
     with _damaged(path):
         tensors, metadata = read_described(path)
         for tensor in tensors.values():
             if tensor.dtype not in _DTYPES:
                 raise CheckpointError(f"{tensor.name}: {tensor.dtype}; not written by training")
-        return tensors, parse_json_object(metadata.get(_RECORD, "").encode(), path.name)
-
-
-def _read(path: Path, tensors: Mapping[str, TensorRef]) -> Arrays:
-    """All arrays, compared with the digest that was written with them."""
-    with _damaged(path):
-        _, metadata = read_described(path)
-        digest = _Digest(metadata.get(_RECORD, ""))
-        arrays = {}
-        for name in sorted(tensors):
-            found = tensors[name].read_finite()
-            digest.add(name, found)
-            arrays[name] = mx.array(found)
-        if digest.text() != metadata.get(_DIGEST):
-            raise CheckpointError(f"{path.name}: not what was written")
-        return arrays
+        record = parse_json_object(metadata.get(_RECORD, "").encode(), path.name)
+        return _File(path, tensors, metadata, record)
 
 
 @contextmanager
