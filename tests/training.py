@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
+from outlier_mlx.engine.loading import load_model
+from outlier_mlx.runtime.affine2 import ROWS
+from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.storage.hub import Source
+from outlier_mlx.ternary import pack_rows
 from outlier_mlx.train.experts import Mode
 from outlier_mlx.train.lessons import Lessons
 from outlier_mlx.train.loop import Batch
@@ -91,3 +96,28 @@ def stopped_at(step: int, stage: str) -> Iterator[Any]:
             raise Stopped
 
     yield log
+
+
+def assert_same(one: Upcycled, other: Upcycled) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert list(ours) == list(theirs)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array.view(np.uint8), theirs[name].view(np.uint8), name)
+
+
+def tier_model(library: Library, made: Upcycled) -> nn.Module:
+    """The base with the trained experts in a tier's own modules."""
+    model: Any = load_model(library.base().path)[0]
+    for layer in made.layers:
+        experts, hidden = layer.router.shape
+        size = layer.trits["gate_proj"].shape[1]
+        mlp = model.layers[layer.layer].mlp
+        block = OutlierMoE(mlp, hidden, size, experts, SETTINGS.top_k, ROWS)
+        block.gate.weight, block.alpha = mx.array(layer.router), mx.array(layer.alphas)
+        for name, trits in layer.trits.items():
+            linear = block.switch_mlp[name]
+            linear.weight = mx.array(pack_rows(trits))
+            linear.scales = mx.array(layer.scales[name].astype(np.float32))
+            linear.prepare()
+        model.layers[layer.layer].mlp = block
+    return model
