@@ -8,7 +8,7 @@
 - What runs: `program` (the command line), `engine` (conversions and forward passes), `importing`,
   `evaluating`, `serving`, `hub` and `hub_uploads` (stand-ins for the Hugging Face hub), `screen`
   (terminals), `pages` (the documentation's commands), `preloaded` (commands in forks),
-  `environments`, `metal`, `kernel_cases`.
+  `environments`, `metal`, `kernel_cases`; `memory` (what MLX has in use).
 
 `reference` and its reader, and the builders that they are tried on, import nothing of the package.
 """

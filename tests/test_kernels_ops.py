@@ -18,6 +18,7 @@ from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.ops import matrix_units, use_metal
 from tests.engine import as_array
 from tests.kernel_cases import random_matrices
+from tests.memory import at_rest
 
 HIDDEN, WIDTH, EXPERTS, K = 64, 96, 4, 2
 ROUTE = ["tq1_0_route"]
@@ -380,7 +381,7 @@ def test_nothing_but_the_result_stays_in_memory(
     assert packed * 8 / (3 * experts * hidden * width) < 1.7
     x = inputs(8, hidden=hidden)
     mx.eval(x)
-    before = mx.get_active_memory()
+    before = at_rest()
     y = block(x)
     mx.eval(y)
     assert metal.names == launched
@@ -405,9 +406,7 @@ def test_the_peak_of_a_long_prompt_does_not_grow_with_layers(
     for count in (1, 6):
         x = inputs(32, hidden=320)
         mx.eval(x)
-        gc.collect()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = at_rest()
         y = x
         for block in blocks[:count]:
             y = y + block(y)

@@ -27,6 +27,7 @@ from outlier_mlx.runtime.qwen2_moe import RenormalisedMoE
 from tests import reference
 from tests.goldens import assert_logits_close
 from tests.hub import Hub, opened
+from tests.memory import at_rest
 from tests.merging import SIZES, write_dense, write_merge_config, write_models
 from tests.tensor_file import read_arrays, rounded
 
@@ -378,9 +379,7 @@ def test_memory_is_that_of_one_layer(tmp_path: Path) -> None:
     ]
     file = write_merge_config(tmp_path, experts=experts)
     layer = 4 * (3 * 128 * 512 + 3 * 128 * 128)  # an FFN, and attention, in float32
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = at_rest()
     tracemalloc.start()
     try:
         merged = merge(file, tmp_path / "out", measure=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import math
@@ -28,6 +27,7 @@ from outlier_mlx.measure.outlier_report import short_count
 from outlier_mlx.measure.outliers import Measurement, Options, measure
 from tests.builders import write_overlay
 from tests.goldens import require_shared
+from tests.memory import at_rest
 from tests.tensor_file import read_arrays
 
 SMALL: dict[str, Any] = {
@@ -224,9 +224,7 @@ def peak(layers: int, sequences: int) -> tuple[int, int]:
     model, _ = build("llama", num_hidden_layers=layers, hidden_size=64, head_dim=16)
     windows = tokens(256, sequences)
     measure(model, windows[:1])
-    gc.collect()
-    start = mx.get_active_memory()
-    mx.reset_peak_memory()
+    start = at_rest()
     counts = measure(model, windows).counts
     arrays = [value for value in vars(counts).values() if isinstance(value, np.ndarray)]
     return mx.get_peak_memory() - start, sum(array.nbytes for array in arrays)

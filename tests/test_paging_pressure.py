@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from outlier_mlx.engine.paging.budget import ExpertMemory
 from outlier_mlx.engine.paging.paged import store_of
 from outlier_mlx.engine.paging.pressure import LOOK_EVERY, WAIT_AFTER, Pressure
 from outlier_mlx.engine.paging.store import ExpertStore
+from tests.memory import at_rest
 
 
 def paged(tier: Path, slots: int) -> tuple[Any, ExpertStore]:
@@ -85,9 +85,7 @@ def test_memory_goes_down_and_has_no_peak(demo: Path) -> None:
     model, store = paged(demo, 16)
     for _ in decode(model, 2):
         pass
-    gc.collect()
-    before, slot = mx.get_active_memory(), _nbytes(store) / 16
-    mx.reset_peak_memory()
+    before, slot = at_rest(), _nbytes(store) / 16
     store.shrink(6)
     assert mx.get_peak_memory() <= before + slot
     assert mx.get_active_memory() <= before - 9.9 * slot

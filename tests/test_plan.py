@@ -27,6 +27,7 @@ from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.serve.capacity import find_capacity
 from tests.library import Library
+from tests.memory import at_rest
 from tests.plain_models import SIZES, make_model, write_model
 from tests.program import assert_refused, run
 
@@ -199,9 +200,7 @@ def test_peak_memory_stays_below_the_plan(config: Any, tier: Path, tmp_path: Pat
     model, _ = load_model(folder)
     step, tokens = 128, 700  # of which the cache makes 768
     assert prefill_step(model, step) == needs_of(folder, on_cpu=True).step(step) == step
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = at_rest()
     prompt = mx.arange(tokens - 1) % 250
     for _ in generate_step(prompt, model, max_tokens=1, prefill_step_size=step):
         pass
@@ -285,9 +284,7 @@ def test_a_paged_server_has_memory_for_what_it_promises(tier: Path) -> None:
 def test_peak_memory_of_paged_experts_stays_below_the_plan(tier: Path, slots: int) -> None:
     use = Use(500, step=256)
     planned = plan(tier, use, ExpertMemory(slots=slots), Budget(UNLIMITED, CPU))
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = at_rest()
     model, _ = load_model(tier, expert_memory=planned)
     for _ in generate_step(mx.arange(480) % 250, model, max_tokens=20, prefill_step_size=256):
         pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,6 +26,7 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.capacity import find_capacity
 from tests.folders import copy_writable
 from tests.library import Library
+from tests.memory import at_rest
 from tests.plain_models import SIZES, make_model
 from tests.program import assert_refused, run
 from tests.serving import MESSAGES, NAME, Running, running
@@ -233,8 +233,7 @@ def test_a_window_that_is_full_ends_drafts() -> None:
 def test_it_is_unloaded_and_loaded_again_with_the_model(
     small_tier: Path, free_drafts: None
 ) -> None:
-    gc.collect()
-    before = mx.get_active_memory()
+    before = at_rest()
     both = 2 * needs_of(small_tier, on_cpu=True).weights
     with running(small_tier, load_draft=similar(small_tier), idle_unload=1 / 60) as served:
         first = ask(served)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
@@ -17,6 +16,7 @@ import outlier_mlx
 from outlier_mlx.engine.needs import needs_of
 from outlier_mlx.errors import OutlierError
 from tests.library import Library
+from tests.memory import at_rest
 from tests.program import run
 from tests.serving import Running, running
 
@@ -34,8 +34,7 @@ def state(served: Running) -> str:
 @pytest.mark.slow
 def test_memory_is_free_until_the_next_request(small_tier: Path) -> None:
     weights = needs_of(small_tier, on_cpu=True).weights
-    gc.collect()
-    before = mx.get_active_memory()
+    before = at_rest()
     with running(small_tier, idle_unload=SECOND) as served:
         assert state(served) == served.raw(MODELS)[2]["data"][0]["state"] == "loaded"
         first = served.chat().choices[0].message.content

@@ -21,6 +21,7 @@ from outlier_mlx.train.teacher import nbytes_of, teach
 from outlier_mlx.train.texts import Corpora, Corpus
 from tests.builders import write_base
 from tests.library import Library
+from tests.memory import at_rest
 from tests.training import Stopped, corpora, stopped_at, train
 
 # Qwen2.5-7B.
@@ -71,9 +72,7 @@ def test_a_training_takes_what_was_planned(tmp_path: Path, window: int, how: dic
     settings = replace(settings, **how)
     base, given = Source(tmp_path / "base", "base"), Corpora((texts[0],), texts[1])
     _, wanted = planned(base, given, settings, tmp_path / "work")
-    gc.collect()
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = at_rest()
     made = upcycle(base, given, settings, tmp_path / "work", log=lambda event: None)
     assert made.peak - before == pytest.approx(wanted.peak, rel=0.15)
 
@@ -88,10 +87,7 @@ def test_a_teacher_takes_what_was_planned(tmp_path: Path, window: int, batch: in
     settings = Settings(expert_steps=2, joint_steps=0, batch=batch)
     teacher = Source(tmp_path / "teacher", "teacher")
     wanted = nbytes_of(teacher, settings, window, budget())
-    gc.collect()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = at_rest()
     with Work(tmp_path / "work", {}) as work:
         teach(teacher, given, settings, 4096, work, lambda event: None)
     assert mx.get_peak_memory() - before == pytest.approx(wanted, rel=0.15)

@@ -26,6 +26,7 @@ from outlier_mlx.tiers.tuned import write_tuned
 from outlier_mlx.tiers.verify import verify_tier
 from tests.engine import tier_of
 from tests.library import TEXT, Library
+from tests.memory import at_rest
 from tests.program import ROOT, assert_refused, load_script, run
 
 
@@ -192,7 +193,7 @@ def test_the_plan_is_what_a_run_takes(library: Library) -> None:
     for parts, length in ((list(PARTS), 128), (["base"], 64), (["alphas"], 128)):
         model, _ = load(tier)
         mx.eval(model.parameters())
-        models = mx.get_active_memory()
+        models = at_rest()
         plan = plan_tuning(tier, parts, length, teacher=True, kept=length)
         texts = windows(tokenizer, text, length, 3)
         how = {"epochs": 1, "batch": 2, "dtypes": plan.dtypes}

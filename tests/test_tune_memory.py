@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from outlier_mlx.measure.tuning import kept_tokens, plan_tuning, tune
 from outlier_mlx.models.config import raw_config
 from tests.large import write_large
 from tests.library import Library
+from tests.memory import at_rest
 from tests.program import run
 
 # Qwen2.5-7B with two experts in 14 of its layers.
@@ -101,9 +101,7 @@ def test_a_scaled_down_run_takes_what_was_planned(
     texts = np.random.default_rng(0).integers(0, 2048, (4, 33)).tolist()
     model, teacher = load(tier)[0], load(tier)[0]
     mx.eval(model.parameters(), teacher.parameters())
-    gc.collect()
-    mx.clear_cache()
-    models = mx.get_active_memory()
+    models = at_rest()
     plan = plan_tuning(tier, parts, 33, teacher=True, kept=kept_tokens(texts, 1))
     tuned = tune(model, texts, parts, teacher=teacher, epochs=1, batch=2, dtypes=plan.dtypes)
     assert models + plan.nbytes == pytest.approx(tuned.peak, rel=0.15)
