@@ -8,6 +8,8 @@ from difflib import get_close_matches
 # Names in files can be as long as the files.
 _MAX_MESSAGE = 900
 _MAX_NAME = 80
+# Names that a refusal suggests, at most.
+_MOST_NEAR = 5
 # A layer's number in the path of a module, or in the name of a GGUF tensor.
 _LAYER = re.compile(r"(\.layers\.|^blk\.)[0-9]+\.")
 
@@ -38,10 +40,17 @@ class CheckpointWarning(UserWarning):
     """A checkpoint holds something that is ignored and that its author may have meant."""
 
 
-def did_you_mean(given: str, names: Iterable[str], hint: str = "; did you mean {!r}?") -> str:
-    """The end of a refusal: which of the names is the nearest, or nothing if none is near."""
-    near = get_close_matches(given, list(names), 1)
-    return hint.format(near[0]) if near else ""
+def did_you_mean(given: str, names: Iterable[str], hint: str = "; did you mean {}?") -> str:
+    """The end of a refusal: which names begin as the given one, or else the nearest one.
+
+    Nothing if no name is near. Options are compared without their dashes, which all have.
+    """
+    bare = {name: name.lstrip("-/") for name in names}
+    wanted = given.lstrip("-/")
+    near = [name for name, word in bare.items() if wanted and word.startswith(wanted)]
+    if not near:
+        near = [name for name in bare if bare[name] in get_close_matches(wanted, bare.values(), 1)]
+    return hint.format(listed(map(repr, near), _MOST_NEAR, last="or")) if near else ""
 
 
 def listed(names: Iterable[object], most: int | None = None, last: str = "and") -> str:

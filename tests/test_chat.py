@@ -323,7 +323,7 @@ def test_commands(tier: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/rest", "did you mean /reset"),
+        ("/rest", "did you mean '/reset'"),
         ("/frobnicate", "/help lists them"),
         ("/temp hot", "expected a number from 0 to 100"),
         ("/temp -1", "expected a number from 0 to 100"),

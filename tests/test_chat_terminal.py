@@ -214,7 +214,7 @@ def test_a_session(terminal: Terminal):
     terminal.expect("/help lists the commands; Ctrl-D ends the program")
     terminal.expect(">>> ")
     terminal.type("/hlep\n")
-    terminal.expect("unknown command /hlep; did you mean /help?")
+    terminal.expect("unknown command /hlep; did you mean '/help'?")
     terminal.expect(">>> ")
     terminal.type("/te\t0.0\n")
     terminal.expect("temperature: 0")

@@ -133,6 +133,12 @@ def test_a_prompt_may_look_like_the_option(tmp_path: Path) -> None:
     ("line", "told"),
     [
         ("genrate", "no such command 'genrate'. Did you mean 'generate'?"),
+        ("gen", "no such command 'gen'. Did you mean 'generate'?"),
+        ("e", "no such command 'e'. Did you mean 'export' or 'eval'?"),
+        ("zzz", "no such command 'zzz' (see"),
+        ("generate ./tier --max-tok 3", "no such option: --max-tok. Did you mean '--max-tokens'?"),
+        ("generate ./tier --no-pr", "no such option: --no-pr. Did you mean '--no-prompt-lookup'?"),
+        ("serve ./tier --hots ::1", "no such option: --hots. Did you mean '--host'?"),
         ("generate ./tier", "missing option '--prompt' / '-p'"),
         ("generate ./tier -p x --max-tokens ten", "--max-tokens: 'ten' is not a whole number"),
         ("generate ./tier -p x -m 1.5", "--max-tokens: '1.5' is not a whole number"),
@@ -165,7 +171,7 @@ def test_wrong_usage_is_told_in_one_line(line: str, told: str, columns: str, her
     result = run(*line.split(), code=2, env={"COLUMNS": columns})
     assert result.out == "" and result.err.startswith(f"error: {told}")
     assert result.err.count("\n") == 1
-    command = line.split()[0].replace("genrate", "").strip()
+    command = " ".join(name for name in line.split()[:1] if name in GROUP.commands)
     assert result.err.endswith(f"(see outlier-mlx {command} --help)\n".replace("  ", " "))
 
 

@@ -154,6 +154,6 @@ def test_the_extra_is_named_where_it_is_missing(
 @pytest.mark.slow
 def test_tasks_of_the_harness_by_name(base: Path) -> None:
     wrong = run("eval", base, "--tasks", "arc_eazy", code=1)
-    assert "near: " in wrong.err and "arc_easy" in wrong.err
+    assert "did you mean " in wrong.err and "arc_easy" in wrong.err
     away = run("eval", base, "--tasks", "arc_easy", code=1)
     assert_refused(away, "task arc_easy: ", "reach")

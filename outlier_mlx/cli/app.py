@@ -23,7 +23,7 @@ from outlier_mlx.cli.command import (
 from outlier_mlx.cli.ranks import only_the_first_talks, tell_others
 from outlier_mlx.cli.signals import Ended, cleaning_up
 from outlier_mlx.engine.distributed.launcher import LOST, is_lost
-from outlier_mlx.errors import OutlierError, one_line
+from outlier_mlx.errors import OutlierError, did_you_mean, one_line
 
 # Columns of help, at most: longer lines are hard to read.
 WIDEST = 100
@@ -52,6 +52,13 @@ class Commands(TyperGroup):
         except typer.Abort:
             sys.exit(1)
         sys.exit(status if isinstance(status, int) else 0)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the first word names."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            hint = did_you_mean(args[0], self.commands, ". Did you mean {}?")
+            ctx.fail(f"no such command {args[0]!r}{hint}")
+        return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the program's own options; without any words, show the help."""
@@ -113,6 +120,11 @@ def _misused(message: str, error: Any) -> str:
         elif error.param_hint is not None:
             message = f"{error.param_hint}: {message}"
     ctx = getattr(error, "ctx", None)
+    if ctx is not None and hasattr(error, "possibilities"):
+        params = ctx.command.get_params(ctx)
+        options = [name for param in params for name in (*param.opts, *param.secondary_opts)]
+        hint = did_you_mean(error.option_name, options, ". Did you mean {}?")
+        message = error.message + hint
     message = message.removesuffix(".")
     where = f" (see {ctx.command_path} --help)" if ctx is not None else ""
     # A sentence begins small here, but MODEL and its like do not.

@@ -1,6 +1,5 @@
 """The loop of `outlier-mlx chat`: reads lines, runs commands, shows replies."""
 
-import difflib
 import io
 import os
 import signal
@@ -19,7 +18,7 @@ from outlier_mlx.engine import sessions as files
 from outlier_mlx.engine.conversation import Conversation
 from outlier_mlx.engine.distributed.ranks import ranks, shared
 from outlier_mlx.engine.responses import Response
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, did_you_mean
 from outlier_mlx.terminal import after_reading, color_system
 
 PROMPT = ">>> "
@@ -184,8 +183,7 @@ class Chat:
         argument = argument.strip()
         known = {usage.split()[0]: usage for usage in HELP}
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else "; /help lists them"
+            hint = did_you_mean(name, known) or "; /help lists them"
             raise OutlierError(f"unknown command {name}{hint}")
         if "FILE" in known[name] and ranks().size > 1:
             raise OutlierError(f"{name}: not with several ranks: a KV cache is spread over them")

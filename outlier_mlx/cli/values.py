@@ -55,7 +55,7 @@ def _read(value: Any, kind: Any, info: Any) -> Any:
     choices = {str(choice): choice for choice in get_args(kind)}
     if choices and str(value) not in choices:
         listed = ", ".join(map(repr, choices.values()))
-        hint = did_you_mean(value, choices, " Did you mean {!r}?")
+        hint = did_you_mean(value, choices, " Did you mean {}?")
         raise ValueError(f"{value!r} is not one of {listed}.{hint}")
     return choices.get(str(value), value)
 

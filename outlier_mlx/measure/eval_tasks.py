@@ -7,7 +7,6 @@ within limits of time and memory. Data sets are data alone from datasets 5 on, w
 scripts nor unpickles.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 
 from outlier_mlx.engine.bounded import TemplateError, render_within_limits
-from outlier_mlx.errors import OutlierError, one_line
+from outlier_mlx.errors import OutlierError, did_you_mean, one_line
 from outlier_mlx.storage.paths import files_below
 from outlier_mlx.storage.texts import compose_yaml
 from outlier_mlx.upstream import Entry, TaskIndex, load_yaml
@@ -90,8 +89,7 @@ def is_path(spec: str) -> bool:
 
 
 def _no_such(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"; near: {', '.join(near)}" if near else "; task files are named by path (./my.yaml)"
+    hint = did_you_mean(name, known) or "; task files are named by path (./my.yaml)"
     return f"{name}: no task of the harness{hint}"
 
 
