@@ -39,10 +39,12 @@ def resource(item: dict[str, Any]) -> str:
     Raises:
         ValueError: the package has no wheel with a checksum.
     """
-    name, info = item["metadata"]["name"], item["download_info"]
+    info = item["download_info"]
     url, digest = info["url"], info.get("archive_info", {}).get("hashes", {}).get("sha256", "")
     if not re.fullmatch(r"https://[^\s\"#]+\.whl", url) or not re.fullmatch("[0-9a-f]{64}", digest):
-        raise ValueError(f"{name}: {url} is no wheel with a sha256 checksum")
+        raise ValueError(f"{item['metadata']['name']}: {url} is no wheel with a sha256 checksum")
+    # `brew audit` wants the name in the address, with hyphens.
+    name = re.sub("[_.]", "-", url.rpartition("/")[2].partition("-")[0])
     return f'  resource "{name}" do\n    url "{url}", using: :nounzip\n    sha256 "{digest}"\n  end'
 
 

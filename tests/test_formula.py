@@ -40,6 +40,7 @@ def report(wheel: Path) -> dict[str, Any]:
             item("outlier-mlx", wheel.as_uri()),
             item("numpy", "https://example.org/numpy-2-cp312-macosx_14_0_arm64.whl", "b" * 64),
             item("mlx", "https://example.org/mlx-1-cp312-macosx_14_0_arm64.whl"),
+            item("a_b.c", "https://example.org/a_b_c-1-py3-none-any.whl"),
         ],
     }
 
@@ -48,7 +49,7 @@ def test_the_formula(wheel: Path, report: dict[str, Any]) -> None:
     text = formula.formula(wheel, URL, "https://example.org", report)
     assert f'  url "{URL}", using: :nounzip\n' in text
     assert f'  sha256 "{hashlib.sha256(b"a wheel").hexdigest()}"\n' in text
-    assert re.findall(r'resource "(.*)" do', text) == ["mlx", "numpy"]
+    assert re.findall(r'resource "(.*)" do', text) == ["a-b-c", "mlx", "numpy"]
     assert f'    sha256 "{"b" * 64}"\n' in text
     assert 'depends_on "python@3.12"' in text and 'opt_bin/"python3.12"' in text
     assert not re.search("@[A-Z]", text)
@@ -56,6 +57,14 @@ def test_the_formula(wheel: Path, report: dict[str, Any]) -> None:
         assert opening in text
     blocks = len(re.findall(r"^\s*(?:class|def) | do$", text, re.MULTILINE))
     assert len(re.findall(r"^\s*end$", text, re.MULTILINE)) == blocks
+
+
+def test_what_brew_audit_wants_of_the_description(wheel: Path, report: dict[str, Any]) -> None:
+    """At most 80 characters, a capital letter, no article, not the formula's name, no full stop."""
+    text = formula.formula(wheel, URL, "https://example.org", report)
+    (about,) = re.findall('  desc "(.*)"', text)
+    assert len(about) <= 80 and about == about.strip()
+    assert re.match("(?!(The|An?) |Outlier[ -]?mlx)[A-Z]", about) and not about.endswith(".")
 
 
 def test_ruby_reads_the_formula(wheel: Path, report: dict[str, Any], tmp_path: Path) -> None:
