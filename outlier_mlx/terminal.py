@@ -91,9 +91,9 @@ def _output(file: IO[str]) -> Output:
 
 
 def _console(file: IO[str], width: int | None, height: int | None) -> "Console":
-    from rich.console import Console
+    from outlier_mlx.screen import Screen
 
-    return Console(
+    return Screen(
         file=file,
         highlight=False,
         markup=False,
@@ -116,7 +116,9 @@ def print_heading(output: Output, name: str, rest: str) -> None:
         return
     from rich.text import Text
 
-    text = Text(one_line(name + rest))
+    from outlier_mlx.screen import folded
+
+    text = Text(folded(one_line(name + rest), output.width))
     text.stylize("bold", 0, len(one_line(name)))
     output.print(text, soft_wrap=True)
 

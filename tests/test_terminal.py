@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from rich.console import Console
 
 import outlier_mlx
 from outlier_mlx import terminal
+from outlier_mlx.screen import folded
 from outlier_mlx.terminal import after_reading, print_columns, progress_bar, working
 from tests.builders import write_overlay
 from tests.program import run, run_program
@@ -153,13 +155,43 @@ def test_nothing_is_cut_at_40_columns(
     narrow, wide = (
         run(*TABLES[command].split(), env={"COLUMNS": columns}).out for columns in ("40", "400")
     )
-    # Sentences are left to the terminal to wrap; tables have no comma but in headings.
+    # Sentences are folded on a terminal only; tables have no comma but in headings.
     rows = [line for line in narrow.splitlines() if line.startswith(" ") or "  " in line.strip()]
     assert rows and not fits(40, [line.rstrip() for line in rows])
     assert "…" not in narrow
     if command in ("info", "tiers"):  # no measured figures
         numbers = re.compile(r"\d+\.\d+ [kMG]?B|\d+\.\d+")
         assert set(numbers.findall(wide)) == set(numbers.findall(narrow))
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("one two three four five six", ["one two three four", "  five six"]),
+        ("  a/path/longer/than/a/line is left", ["  a/path/longer/than/a/line", "    is left"]),
+        ("with weights of 1234 MB", ["with weights of", "  1234 MB"]),
+        ("try what helps: pip install 'a[b]'", ["try what helps:", "  pip install 'a[b]'"]),
+        (
+            "it does not fit (see `a b c`), sorry",
+            ["it does not fit", "  (see `a b c`),", "  sorry"],
+        ),
+        ("first line\nand\n", ["first line", "and", ""]),
+    ],
+)
+def test_long_lines_end_between_words(text: str, lines: list[str]) -> None:
+    assert folded(text, 20).split("\n") == lines
+
+
+@pytest.mark.slow
+def test_what_is_said_on_a_terminal_ends_between_words(place: Path) -> None:
+    line = ["generate", place / "tier", "--prompt", "x", "-m", "2", "--expert-memory", "50%"]
+    whole = run_program(*line, "--ignore-chat-template").err
+    shown = lines_shown(on_terminal(50, *line, "--ignore-chat-template"))
+    plan = next(said for said in whole.splitlines() if said.startswith("memory: "))
+    first = next(at for at, said in enumerate(shown) if said.startswith("memory: "))
+    parts = [shown[first], *takewhile(lambda said: said.startswith("  "), shown[first + 1 :])]
+    assert len(plan) > 100 and len(parts) > 2 and not fits(50, parts)
+    assert len(" ".join(map(str.strip, parts)).split()) == len(plan.split())
 
 
 def test_columns_that_do_not_fit_come_below() -> None:
@@ -202,7 +234,7 @@ def test_no_escapes(place: Path, line: str, variables: dict[str, str]) -> None:
         40, *(word.replace("{}", str(place)) for word in line.split()), **variables
     )
     assert "\x1b" not in written
-    shown = [line for line in lines_shown(written) if not line.startswith("wrote ")]
+    shown = [line for line in lines_shown(written) if str(place) not in line]  # a long word
     assert any("100%" in line for line in shown) and not fits(40, shown)
 
 

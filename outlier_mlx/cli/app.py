@@ -24,6 +24,7 @@ from outlier_mlx.cli.ranks import only_the_first_talks, tell_others
 from outlier_mlx.cli.signals import Ended, cleaning_up
 from outlier_mlx.engine.distributed.launcher import LOST, is_lost
 from outlier_mlx.errors import OutlierError, did_you_mean, one_line
+from outlier_mlx.terminal import stderr
 
 # Columns of help, at most: longer lines are hard to read.
 WIDEST = 100
@@ -162,8 +163,12 @@ def _finite(value: Any) -> Any:
 
 
 def say(text: str) -> None:
-    """Print one line to stderr."""
-    print(one_line(text), file=sys.stderr, flush=True)
+    """Print one line to stderr; on a terminal, a line that is too long is folded."""
+    line = one_line(text)
+    if sys.stderr.isatty():
+        stderr().print(line, soft_wrap=True)
+    else:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _print_version(value: bool) -> None:

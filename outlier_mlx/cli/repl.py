@@ -113,7 +113,7 @@ class Chat:
         except (OutlierError, OSError) as error:
             if not self.asks:
                 raise
-            self.err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+            self._note(str(error), "[red]error:[/] ")
 
     def _read(self) -> str:
         """Read a message: one line, or the lines between triple quotes."""
@@ -245,9 +245,10 @@ class Chat:
         self._known.add(path.resolve())
         self._note(f"{path}: {len(self.conversation.messages) // 2} messages and their replies")
 
-    def _note(self, text: str) -> None:
+    def _note(self, text: str, sign: str = "") -> None:
+        shown = sign + escape(text) if sign else f"[dim]{escape(text)}[/]"
         # Do not wrap lines for a program that reads them.
-        self.err.print(f"[dim]{escape(text)}[/]", soft_wrap=not self.err.is_terminal)
+        self.err.print(shown, soft_wrap=not self.err.is_terminal)
 
 
 def _path(text: str) -> Path:
