@@ -39,12 +39,14 @@ GOLDENS = [
     *("v0_toy_gqa_bias", "v0_toy_moe", "v1_real_sharded", "v2_real_perchannel"),
     *("v32_alpha_json_partial", "v32_alpha_tensors", "v33_overlay_yarn"),
 ]
+SHORTER = {"factor": 0.5, "original_max_position_embeddings": 64}
 # Other shapes, and the class that computes each.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen2_moe", {"tied": True, "moe_layers": None, "kv_heads": 4}),
     "odd": ("qwen2_moe", ODD | {"experts": 5, "top_k": 1, "scale_form": "per_row"}),
     "yarn": ("qwen2_moe", {"yarn": YARN | {"attention_factor": 0.8}}),
     "yarn, no factor": ("qwen2_moe", {"yarn": YARN}),
+    "yarn, shorter": ("qwen2_moe", {"yarn": SHORTER}),
     "llama": ("qwen2_moe", {"family": "llama", "scaling": LLAMA3}),
     "linear": ("qwen2_moe", {"family": "llama", "scaling": {"rope_type": "linear", "factor": 2.0}}),
     "mistral": ("qwen2_moe", {"family": "mistral", "rope_theta": 1e4}),
@@ -153,8 +155,10 @@ def test_the_class_and_its_config(name: str, tmp_path: Path):
     assert config["rope_theta"] == size.rope_theta and "rope_parameters" not in config
     assert config["tie_word_embeddings"] == size.tied
     assert ("lm_head.weight" in read_stored(folder / WEIGHTS)) != size.tied
-    kind = {"rope_type": "yarn"} if size.yarn else {}
-    assert config["rope_scaling"] == (size.scaling or (size.yarn and kind | size.yarn))
+    scaling = size.scaling or (size.yarn and {"rope_type": "yarn"} | size.yarn)
+    if name == "yarn, shorter":  # transformers would take 1
+        scaling |= {"attention_factor": 0.1 * np.log(0.5) + 1}
+    assert config["rope_scaling"] == scaling
     gone = {"model_file", "ternary", "quantization", "moe_layers", "base_model_type", "auto_map"}
     assert not gone & set(config)
     if not size.routed_layers:
@@ -191,7 +195,7 @@ def test_command(library: Library, tmp_path: Path):
 @pytest.mark.parametrize(
     ("dims", "said"),
     [
-        ({"family": "llama", "biases": True}, ("FFNs has biases",)),
+        ({"family": "llama", "biases": True}, ("FFNs have biases",)),
         ({"family": "mistral", "head_dim": 20}, ("4 heads of 20", "hidden_size 64", "4.57")),
     ],
 )

@@ -72,6 +72,8 @@ CASES = {
     ),
     "yarn": Case({"yarn": YARN}),
     "yarn, usual factor": Case({"yarn": {k: v for k, v in YARN.items() if "att" not in k}}),
+    "yarn, turns": Case({"yarn": YARN | {"beta_fast": 16.0, "beta_slow": 2.0}}),
+    "yarn, shorter": Case({"yarn": {"factor": 0.5, "original_max_position_embeddings": 64}}),
     "q4": Case({}, tier={"tier": "q4", "dtype": "bfloat16"}, quantized=0.1),
     # 6 bits become Q8_0: weights that differ.
     "q4-mixed, tq1_0": Case(

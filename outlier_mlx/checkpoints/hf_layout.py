@@ -18,6 +18,7 @@ from outlier_mlx.models.attention import has_windows
 from outlier_mlx.models.config import BASE_TYPE
 from outlier_mlx.models.description import ModelConfig
 from outlier_mlx.models.families import family
+from outlier_mlx.models.rope import attention_factor
 from outlier_mlx.models.tier_fields import FOREIGN, base_fields
 
 # Fields that only tiers have, or that are rewritten. Windows that the base's config may name are no
@@ -65,8 +66,8 @@ def hf_class(config: ModelConfig, where: str) -> HfClass:
         known = family("llama" if config.family == "mistral" and biases else config.family)
         return HfClass(known.model_type, known.architecture)
     if config.mlp_bias or config.o_bias:
-        biased = "its FFNs" if config.mlp_bias else "the output of attention"
-        raise _refused(where, f"{biased} has biases, which no MoE class with a shared expert has")
+        biased = "its FFNs have" if config.mlp_bias else "the output of attention has"
+        raise _refused(where, f"{biased} biases, which no MoE class with a shared expert has")
     if config.qk_norm:
         return HfClass("qwen3_moe", "Qwen3MoeForCausalLM", folded=True)
     if config.heads * config.head_dim != config.hidden:
@@ -99,6 +100,9 @@ def hf_config(config: ModelConfig, known: HfClass, dtype: str) -> dict[str, Any]
         "architectures": [known.architecture],
         "dtype": dtype,
     }
+    scaling = config.rope_scaling
+    if scaling is not None and scaling["rope_type"] == "yarn" and scaling["factor"] < 1:
+        kept["rope_scaling"] = scaling | {"attention_factor": attention_factor(scaling)}
     if known.model_type == "mistral":
         kept["sliding_window"] = None  # it would be 4096 if it were missing
     if known.model_type.startswith("qwen"):

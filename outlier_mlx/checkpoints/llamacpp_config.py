@@ -1,12 +1,13 @@
 """A tier's config as the metadata of llama.cpp's architecture `step35`."""
 
 import math
+from typing import Any
 
 import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.config import ModelConfig
-from outlier_mlx.models.rope import ORIGINAL
+from outlier_mlx.models.rope import ORIGINAL, attention_factor
 from outlier_mlx.writing.gguf_file import Field
 
 ARCHITECTURE = "step35"
@@ -64,21 +65,42 @@ def config_fields(config: ModelConfig, width: int, alpha: float, name: str) -> d
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """Llama 3's scaling of RoPE, (head_dim / 2,) float32; None: it is scaled otherwise, or not.
+    """How often each wavelength of RoPE is longer than unscaled, (head_dim / 2,) float32.
 
-    Wavelengths above original / low are multiplied by `factor`, those below original / high stay,
-    and between them the factor changes smoothly (transformers' `_compute_llama3_parameters`).
+    Wavelengths between two bounds change smoothly, those below stay, and those above are
+    multiplied by the scaling's `factor` (transformers' `_compute_llama3_parameters` and
+    `_compute_yarn_parameters`). The architecture does not read YaRN's `beta_fast` and `beta_slow`.
+
+    Returns:
+        None if positions are scaled otherwise, or not.
     """
     scaling = config.rope_scaling
-    if scaling is None or scaling["rope_type"] != "llama3":
+    if scaling is None or scaling["rope_type"] not in ("llama3", "yarn"):
         return None
-    factor, low, high = (
-        scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor")
-    )
+    kept = _kept_by_llama3 if scaling["rope_type"] == "llama3" else _kept_by_yarn
+    share = kept(config, scaling)
+    return (1 / ((1 - share) / scaling["factor"] + share)).astype(np.float32)
+
+
+def _kept_by_llama3(config: ModelConfig, scaling: dict[str, Any]) -> np.ndarray:
+    """How much of each frequency stays, (head_dim / 2,): 0 to 1."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     wavelengths = 2 * math.pi * config.rope_theta**exponents
-    smooth = np.clip((scaling[ORIGINAL] / wavelengths - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    return np.clip((scaling[ORIGINAL] / wavelengths - low) / (high - low), 0, 1)
+
+
+def _kept_by_yarn(config: ModelConfig, scaling: dict[str, Any]) -> np.ndarray:
+    """The same, by the numbers of turns within the original context."""
+
+    def place(turns: float) -> float:
+        span = math.log(scaling[ORIGINAL] / (turns * 2 * math.pi))
+        return config.head_dim * span / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(place(scaling.get("beta_fast", 32))), 0)
+    high = min(math.ceil(place(scaling.get("beta_slow", 1))), config.head_dim - 1)
+    steps = np.arange(config.head_dim // 2) - low
+    return 1 - np.clip(steps / (high - low or 0.001), 0, 1)
 
 
 def _check(config: ModelConfig) -> None:
@@ -123,20 +145,9 @@ def _window_fields(config: ModelConfig) -> dict[str, Field]:
 
 def _scaling_fields(config: ModelConfig) -> dict[str, Field]:
     """How positions are scaled, but for `rope_factors`."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling["rope_type"] == "llama3":
-        return {}
-    kind, factor = scaling["rope_type"], float(scaling["factor"])
-    fields: dict[str, Field] = {"rope.scaling.type": kind, "rope.scaling.factor": factor}
-    if kind != "yarn":
-        return fields
-    fields["rope.scaling.original_context_length"] = scaling[ORIGINAL]
-    for name in ("beta_fast", "beta_slow"):
-        if name in scaling:
-            fields[f"rope.scaling.yarn_{name}"] = float(scaling[name])
-    # llama.cpp multiplies by the usual factor of attention itself.
-    usual = 0.1 * math.log(factor) + 1
-    wanted = scaling.get("attention_factor", max(usual, 1.0))
-    if wanted != usual:
-        fields["rope.scaling.attn_factor"] = float(wanted) / usual
-    return fields
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+    if scaling.get("rope_type") == "yarn":
+        return {"rope.scaling.attn_factor": attention_factor(scaling)}
+    return {}

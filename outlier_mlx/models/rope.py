@@ -163,6 +163,17 @@ def read_scaling(
     return result
 
 
+def attention_factor(scaling: Mapping[str, Any]) -> float:
+    """What YaRN multiplies cosines and sines by.
+
+    For factors below 1, transformers would take 1 where this is not stated.
+
+    Args:
+        scaling: as `read_scaling` returns it.
+    """
+    return float(scaling.get("attention_factor") or 0.1 * math.log(scaling["factor"]) + 1)
+
+
 def _check_longrope(fields: Fields, scaling: dict) -> None:
     """Refuse what mlx-lm could not read."""
     fields.size(ORIGINAL, least=2)
