@@ -285,6 +285,14 @@ def test_row_scales_times_alpha_are_rounded_and_told(tmp_path: Path):
     assert 1e-5 < float(told.split("at most ")[1].split()[0]) <= 2**-11
 
 
+def test_scales_that_float16_does_not_hold(tmp_path: Path):
+    """The message names an option that helps."""
+    built = with_alphas(write_overlay(tmp_path / "o", **DIMS), np.array([1e30, 1, 1], np.float32))
+    made = tier_of(built.path, None, tmp_path / "t")
+    refused(made, tmp_path / "e", "times alpha", "float16", "--format transformers keeps them")
+    export_tier(made, tmp_path / "e", "transformers")
+
+
 # Widths
 
 

@@ -152,6 +152,18 @@ def test_a_space_before_the_first_word_only(tmp_path: Path):
     assert fields["tokenizer.ggml.add_space_prefix"] is True
 
 
+def test_no_two_tokens_have_one_text(tmp_path: Path):
+    """Rows without a token get a name that no token has: llama.cpp ends its process otherwise."""
+    rebuilt(gpt2_fields(300), tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"][0]["content"] = "[PAD305]"
+    path.write_text(json.dumps(tokenizer))
+    fields, _ = vocabulary_fields(tmp_path / "t", 310, [])
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list) and len(set(tokens)) == len(tokens) == 310
+
+
 def test_more_ends_than_a_file_names(tmp_path: Path):
     rebuilt(gpt2_fields(300), tmp_path / "t")
     (tmp_path / "t" / "generation_config.json").write_text('{"eos_token_id": [5, 6, 7]}')

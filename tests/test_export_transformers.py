@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -157,7 +158,7 @@ def test_the_class_and_its_config(name: str, tmp_path: Path):
     assert ("lm_head.weight" in read_stored(folder / WEIGHTS)) != size.tied
     scaling = size.scaling or (size.yarn and {"rope_type": "yarn"} | size.yarn)
     if name == "yarn, shorter":  # transformers would take 1
-        scaling |= {"attention_factor": 0.1 * np.log(0.5) + 1}
+        scaling = SHORTER | {"rope_type": "yarn", "attention_factor": 0.1 * np.log(0.5) + 1}
     assert config["rope_scaling"] == scaling
     gone = {"model_file", "ternary", "quantization", "moe_layers", "base_model_type", "auto_map"}
     assert not gone & set(config)
@@ -217,6 +218,14 @@ def test_windows_cannot_be_expressed(tmp_path: Path):
     assert_refused(run(*command, code=1), "window of tokens")
 
 
+@pytest.mark.parametrize("name", ["my tier", "Größe \U0001f642", 'a"b\\c'])
+def test_the_card_names_any_folder(name: str, library: Library, tmp_path: Path):
+    folder = exported(library.demo_tier("q4"), tmp_path / name)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert texts.count(name) == 2
+
+
 @pytest.mark.slow
 def test_memory_is_a_few_slabs(tmp_path: Path):
     """15 MB of weights in float32 go through in slabs of two."""
@@ -226,6 +235,20 @@ def test_memory_is_a_few_slabs(tmp_path: Path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60_000_000, peak
+
+
+def test_every_chat_template_comes_along(tmp_path: Path):
+    """Also those that transformers writes in a folder of their own."""
+    built = builders.write_overlay(tmp_path / "o")
+    more = {"chat_template.jinja": "usual", "additional_chat_templates/tool_use.jinja": "tools"}
+    (built.path / "additional_chat_templates").mkdir()
+    for name, text in more.items():
+        (built.path / name).write_text(text)
+    tier = tier_of(built.path, None, tmp_path / "t")
+    for folder in (tier, exported(tier, tmp_path / "e")):
+        verify_tier(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        assert tokenizer.chat_template == {"default": "usual", "tool_use": "tools"}
 
 
 # What stock transformers computes

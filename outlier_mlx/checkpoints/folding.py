@@ -12,6 +12,15 @@ import numpy as np
 from outlier_mlx.storage.rounding import narrowed, nearest_product, rounding_error
 
 
+def in_float16(values: np.ndarray, where: str) -> np.ndarray:
+    """Numbers as llama.cpp's blocks hold them; `where` names file and tensor.
+
+    Raises:
+        CheckpointError: one is too large.
+    """
+    return narrowed(values, "float16", where, keeps="--format transformers")
+
+
 @dataclass(frozen=True)
 class Folded:
     """Scales of an expert's rows in float16.
@@ -53,7 +62,7 @@ def fold(gate: np.ndarray, up: np.ndarray, down: np.ndarray, alpha: float, where
         CheckpointError: a scale is too large for float16.
     """
     wanted = down.astype(np.float64) * alpha
-    halves = [narrowed(values, "float16", where) for values in (gate, up, wanted)]
+    halves = [in_float16(values, where) for values in (gate, up, wanted)]
     off = [rounding_error(*pair) for pair in zip((gate, up, wanted), halves, strict=True)]
     if not wanted.any():
         off[1] = 0.0  # the expert adds nothing

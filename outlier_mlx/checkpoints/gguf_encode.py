@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from outlier_mlx.checkpoints.base_matrices import AffineMatrix
+from outlier_mlx.checkpoints.folding import in_float16
 from outlier_mlx.storage.rounding import is_rounded, narrowed, rounding_error
 from outlier_mlx.storage.tensors import FloatTensor, Trits, row_ranges
 from outlier_mlx.ternary.ggml import BLOCK, pack_tq1_0_blocks, pack_tq2_0_blocks
@@ -61,7 +62,7 @@ def affine_rounding(matrix: AffineMatrix) -> float:
     for start, stop in row_ranges(matrix.shape[0], matrix.scales.shape[1]):
         for values in matrix.read_groups(start, stop):
             if is_rounded(values, "float16").any():
-                halves = narrowed(values, "float16", matrix.where)
+                halves = in_float16(values, matrix.where)
                 worst = max(worst, rounding_error(values, halves))
     return worst
 
@@ -75,7 +76,7 @@ def affine_slabs(matrix: AffineMatrix) -> Iterator[np.ndarray]:
     for start, stop in row_ranges(*matrix.shape):
         times = matrix.group // _SMALL
         d, m = (
-            np.repeat(narrowed(values, "float16", matrix.where), times, axis=1)
+            np.repeat(in_float16(values, matrix.where), times, axis=1)
             for values in matrix.read_groups(start, stop)
         )
         codes = matrix.read_codes(start, stop).reshape(*d.shape, _SMALL)
@@ -91,7 +92,7 @@ def q8_0_slabs(tensor: FloatTensor) -> Iterator[np.ndarray]:
     for start, stop in row_ranges(out, width):
         weights = tensor.read_float32(start, stop).reshape(stop - start, -1, _SMALL)
         largest = np.abs(weights).max(axis=-1)
-        d = narrowed(largest / np.float32(127), "float16", tensor.where)
+        d = in_float16(largest / np.float32(127), tensor.where)
         steps = d.astype(np.float32)[..., None]
         q = np.rint(np.divide(weights, steps, out=np.zeros_like(weights), where=steps > 0))
         yield _joined([_halves(d), np.clip(q, -127, 127).astype(np.int8).view(np.uint8)])

@@ -7,6 +7,7 @@ part; one that llama.cpp would not compute is refused.
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,13 @@ def _of_model(found: dict, rows: int, where: str) -> tuple[dict[str, Field], lis
 def _tokens(
     vocab: Mapping[str, int], added: list[dict], rows: int, where: str
 ) -> tuple[list[str], np.ndarray]:
-    """The text and the type of every token; rows without a token are unused tokens."""
-    tokens = [f"[PAD{n}]" for n in range(rows)]
+    """The text and the type of every token; rows without a token are unused tokens.
+
+    llama.cpp ends its process where two tokens have one text.
+    """
+    taken = {*vocab, *(token["content"] for token in added)}
+    free = (text for n in count() if (text := f"[PAD{n}]") not in taken)
+    tokens = [next(free) for _ in range(rows)]
     types = np.full(rows, UNUSED, np.dtype("<i4"))
     for text, number in vocab.items():
         tokens[number], types[number] = text, NORMAL

@@ -22,7 +22,7 @@ def hf_card(folder: Path, name: str, source: Source, export: HfExport, dtype: st
     """
     origin = origin_of("tier", source)
     architecture = export.config["architectures"][0]
-    quoted = json.dumps(one_line(name))
+    quoted = json.dumps(one_line(name), ensure_ascii=False)  # Python has no pairs of \\u
     load = f'AutoModelForCausalLM.from_pretrained({quoted}, dtype="auto")'
     commands = ["from transformers import AutoModelForCausalLM", "", f"model = {load}"]
     if has_tokenizer(folder):

@@ -12,15 +12,18 @@ STORED: dict[str, np.dtype] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
 }
+#: The option of most commands that rounds nothing.
+KEEPS = "--dtype float32"
 
 
-def require_fit(values: np.ndarray, dtype: str, where: str) -> None:
+def require_fit(values: np.ndarray, dtype: str, where: str, keeps: str = KEEPS) -> None:
     """Check that numbers are finite and stay so in a dtype.
 
     Args:
         values: of any float dtype and shape.
         dtype: "float32", "float16" or "bfloat16".
         where: file and tensor, for the message.
+        keeps: the option with which these numbers would stay as they are.
 
     Raises:
         CheckpointError: names the tensor, and the first number that is too large.
@@ -32,17 +35,18 @@ def require_fit(values: np.ndarray, dtype: str, where: str) -> None:
     if not np.isfinite(flat).all():
         raise CheckpointError(f"{where}: holds NaN or infinity")
     worst = float(flat[np.abs(flat).argmax()])
-    hint = "" if dtype == "float32" else "; --dtype float32 keeps them"
+    hint = "" if dtype == "float32" else f"; {keeps} keeps them"
     raise CheckpointError(f"{where}: holds numbers too large for {dtype}, as {worst:g}{hint}")
 
 
-def narrowed(values: np.ndarray, dtype: str, where: str) -> np.ndarray:
+def narrowed(values: np.ndarray, dtype: str, where: str, keeps: str = KEEPS) -> np.ndarray:
     """Round to the nearest numbers of a dtype, ties to even.
 
     Args:
         values: float64 or float32, of any shape.
         dtype: "float32", "float16" or "bfloat16".
         where: file and tensor, for messages.
+        keeps: as for `require_fit`.
 
     Returns:
         An array of the same shape and of the dtype `STORED[dtype]`.
@@ -52,7 +56,7 @@ def narrowed(values: np.ndarray, dtype: str, where: str) -> np.ndarray:
     """
     if dtype == "bfloat16" and values.dtype == np.float64:
         values = narrowed(values, "float32", where)
-    require_fit(values, dtype, where)
+    require_fit(values, dtype, where, keeps)
     return _rounded(values, dtype)
 
 

@@ -22,6 +22,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Templates besides the usual one, as transformers writes them.
+_MORE_TEMPLATES = "additional_chat_templates"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _CONFIG = "tokenizer_config.json"
 _EXTRA, _ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
@@ -44,6 +46,10 @@ def copy_assets(folders: Sequence[Path], target: Path, others: str = "base") -> 
         for name in TOKENIZER_FILES:
             if (owner / name).exists():
                 write_whole(target / name, _read_asset(owner, name))
+        for path in entries(owner / _MORE_TEMPLATES, "*.jinja"):
+            (target / _MORE_TEMPLATES).mkdir(exist_ok=True)
+            name = f"{_MORE_TEMPLATES}/{path.name}"
+            write_whole(target / name, _read_asset(owner, name))
         if (owner / _CONFIG).exists():
             config = parse_json_object(_read_asset(owner, _CONFIG), _CONFIG)
             write_json(target / _CONFIG, tidy_tokenizer_config(config, str(owner / _CONFIG)))
