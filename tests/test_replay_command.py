@@ -89,7 +89,7 @@ def test_no_model_is_loaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("outlier_mlx.cli.measuring.load_checked", fail)
+    monkeypatch.setattr("outlier_mlx.cli.benching.load_checked", fail)
     run("bench", "--trace", file)
 
 

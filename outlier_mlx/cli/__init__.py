@@ -9,8 +9,8 @@ import sys
 try:
     # They register their commands, in the order in which the program's help lists them.
     # isort: off
-    from outlier_mlx.cli import making, upcycling, tuning, running, keeping, measuring, studying  # noqa: F401
-    from outlier_mlx.cli import diagnosing, evaluating, sharing  # noqa: F401
+    from outlier_mlx.cli import making, upcycling, tuning, running, serving, keeping  # noqa: F401
+    from outlier_mlx.cli import measuring, studying, diagnosing, evaluating, sharing  # noqa: F401
 
     # isort: on
     from outlier_mlx.cli.app import app

@@ -7,7 +7,15 @@ import typer
 
 from outlier_mlx.cli.app import command, print_json, say
 from outlier_mlx.cli.loading import import_engine, use_of
-from outlier_mlx.cli.options import ExpertMemory, Json, KVCache, PrefillStep, Quiet, Revision
+from outlier_mlx.cli.options import (
+    ExpertMemory,
+    Json,
+    KVCache,
+    Loading,
+    PrefillStep,
+    Quiet,
+    Revision,
+)
 
 if TYPE_CHECKING:
     from outlier_mlx.measure.doctor import Report
@@ -70,7 +78,7 @@ def doctor(
     if model and given.elsewhere and ram is None:
         raise typer.BadParameter("the plan needs the memory of that Mac", param_hint="--ram")
 
-    use = use_of(context, cache, step=prefill_step_size)
+    use = use_of(Loading(), context, cache, step=prefill_step_size)
     memory = Parsed.parse(expert_memory)
     stages = partial(progress_bar, quiet=quiet, at_once=False)
     report = examine(model or None, given, use, memory, revision, stages)

@@ -1,19 +1,15 @@
 """Commands that evaluate models on tasks and compare the results: eval, compare."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from outlier_mlx.cli.app import command, print_json, say
-from outlier_mlx.cli.loading import expert_memory, tell_plan
+from outlier_mlx.cli.loading import planned_memory, use_of
 from outlier_mlx.cli.options import Force, Json, Loading, Model, Quiet
 from outlier_mlx.cli.ranks import join
 from outlier_mlx.errors import OutlierError
-
-if TYPE_CHECKING:
-    from outlier_mlx.engine.paging.budget import ExpertMemory
-    from outlier_mlx.engine.plan import Plan
 
 
 @command("Measure", "eval ./tier --tasks arc_easy,./my.yaml --out q4.json", name="eval")
@@ -62,37 +58,20 @@ def evaluate(
     from functools import partial
 
     from outlier_mlx.engine.distributed.ranks import ranks
-    from outlier_mlx.engine.memory import check_fits
-    from outlier_mlx.engine.needs import Use
     from outlier_mlx.measure import eval_results as results
     from outlier_mlx.measure.eval_tables import print_evaluation
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.storage.output import check_writable
     from outlier_mlx.terminal import progress_bar, working
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
-        raise typer.BadParameter("names no task", param_hint="--tasks")
+    names = _task_names(tasks)
     if out is not None:
         check_writable(out, force=force, sources=[model, *names])
-    try:
-        with working("starting lm-evaluation-harness", quiet=quiet):
-            from outlier_mlx.measure import eval_harness as harness
-    except ImportError as error:
-        raise OutlierError(
-            f"eval needs lm-evaluation-harness: pip install 'outlier-mlx[eval]' ({error})"
-        ) from error
+    harness = _harness(quiet=quiet)
     source = resolve(model, loading.revision)
     join(source.folder)
-    memory: ExpertMemory | Plan = expert_memory(loading)
-    if not loading.ignore_memory:
-        memory = check_fits(
-            source.folder,
-            Use(2048, batch_size, batch_size, wide=loading.dtype == "float32"),
-            memory=expert_memory(loading),
-            may_quantize=False,
-        )
-        tell_plan(memory, loading, quiet=quiet)
+    use = use_of(loading, 2048, conversations=batch_size, prompts=batch_size)
+    memory = planned_memory(source, loading, use, quiet=quiet)
     options = harness.EvalOptions(
         limit=limit,
         num_fewshot=num_fewshot,
@@ -121,6 +100,27 @@ def evaluate(
         print(results.dumps(evaluation))
     else:
         print_evaluation(evaluation)
+
+
+def _task_names(given: str) -> list[str]:
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("names no task", param_hint="--tasks")
+    return names
+
+
+def _harness(*, quiet: bool) -> Any:
+    """The module that needs lm-evaluation-harness, which takes seconds to import."""
+    from outlier_mlx.terminal import working
+
+    try:
+        with working("starting lm-evaluation-harness", quiet=quiet):
+            from outlier_mlx.measure import eval_harness
+    except ImportError as error:
+        raise OutlierError(
+            f"eval needs lm-evaluation-harness: pip install 'outlier-mlx[eval]' ({error})"
+        ) from error
+    return eval_harness
 
 
 def _check_picture_name(path: Path | None) -> Path | None:

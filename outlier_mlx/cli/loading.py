@@ -122,33 +122,63 @@ def load_checked(
     """
     source = model if isinstance(model, Source) else resolve(model, loading.revision)
     join(source.folder)
-    memory: ExpertMemory | Plan = expert_memory(loading)
-    if not loading.ignore_memory:
-        from outlier_mlx.engine.memory import check_fits
-
-        wide = loading.dtype == "float32"
-        use = use_of(tokens, cache, step=step, logits=logits, wide=wide)
-        check = partial(
-            check_fits,
-            source.folder,
-            more=more,
-            memory=expert_memory(loading),
-            may_quantize=cache is not None,
-            beside=None if beside is None else resolve(beside).folder,
-            draft=None if draft is None else resolve(draft).folder,
-        )
-        memory = _fit(source.folder, use, prompt, check)
-        tell_plan(memory, loading, quiet=quiet)
+    memory = planned_memory(
+        source,
+        loading,
+        use_of(loading, tokens, cache, step=step, logits=logits),
+        prompt=prompt,
+        quiet=quiet,
+        more=more,
+        may_quantize=cache is not None,
+        beside=None if beside is None else resolve(beside).folder,
+        draft=None if draft is None else resolve(draft).folder,
+    )
     return _load(source, loading, alpha, memory, quiet=quiet)
 
 
-def use_of(tokens: int, cache: KVCache | None = None, **more: Any) -> "Use":
+def planned_memory(
+    source: Source,
+    loading: Loading,
+    use: "Use",
+    *,
+    prompt: str = "",
+    may_quantize: bool = False,
+    quiet: bool,
+    **others: Any,
+) -> "ExpertMemory | Plan":
+    """The plan by which a model is to be loaded; the user is told of it.
+
+    With `--ignore-memory` nothing is planned: this is what `--expert-memory` says.
+
+    Args:
+        source: where the model is.
+        loading: how it is loaded.
+        use: how it is going to be used, without the tokens of the prompt.
+        prompt: see `load_checked`.
+        may_quantize: see `engine.memory.check_fits`; so are `others`.
+        quiet: tell nothing.
+
+    Raises:
+        OutlierError: it does not fit.
+    """
+    memory = expert_memory(loading)
+    if loading.ignore_memory:
+        return memory
+    from outlier_mlx.engine.memory import check_fits
+
+    how = others | {"memory": memory, "may_quantize": may_quantize}
+    planned = _fit(source.folder, use, prompt, partial(check_fits, source.folder, **how))
+    tell_plan(planned, loading, quiet=quiet)
+    return planned
+
+
+def use_of(loading: Loading, tokens: int, cache: KVCache | None = None, **more: Any) -> "Use":
     """A use with so many tokens in a KV cache; `more` are other fields of `Use`."""
     from outlier_mlx.engine.needs import Use
 
-    kept = cache or KVCache()
+    kept, wide = cache or KVCache(), loading.dtype == "float32"
     bits, group, start = kept.kv_bits, kept.kv_group_size, kept.quantized_kv_start
-    return Use(tokens, kv_bits=bits, kv_group_size=group, kv_start=start, **more)
+    return Use(tokens, kv_bits=bits, kv_group_size=group, kv_start=start, wide=wide, **more)
 
 
 def expert_memory(loading: Loading) -> "ExpertMemory":
@@ -194,15 +224,6 @@ def refuse_paging(loading: Loading, why: str) -> Loading:
     if loading.expert_skip:
         raise OutlierError(f"--expert-skip {loading.expert_skip:g}: {why}")
     return replace(loading, expert_memory="all")
-
-
-def check_memory(source: Source, loading: Loading, tokens: int) -> None:
-    """Check that a model fits into memory, which another process will load; see `load_checked`."""
-    if not loading.ignore_memory:
-        from outlier_mlx.engine.memory import check_fits
-
-        use = use_of(tokens, wide=loading.dtype == "float32")
-        check_fits(source.folder, use, memory=expert_memory(loading), may_quantize=False)
 
 
 def load_beside(model: str, loading: Loading, *, quiet: bool) -> Any:

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from outlier_mlx.cli.app import command, print_json, say
-from outlier_mlx.cli.loading import check_memory, load_beside, load_checked, refuse_paging
+from outlier_mlx.cli.loading import load_beside, load_checked
 from outlier_mlx.cli.options import (
     Force,
     Json,
@@ -29,10 +29,6 @@ from outlier_mlx.cli.options import (
 from outlier_mlx.cli.replaying import check_given, replay_trace
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.terminal import Progress
-
-if TYPE_CHECKING:
-    from outlier_mlx.measure.bench import BenchOptions
-
 
 _replaying = partial(typer.Option, rich_help_panel="Replaying a trace")
 
@@ -141,88 +137,22 @@ def bench(
         ctx.fail("no model is given: name one, as argument MODEL or by --model MODEL")
     if settings and kernels:
         raise typer.BadParameter("compares speeds of a model, not kernels", param_hint="--settings")
-    from outlier_mlx.measure.bench import BenchOptions, bench_model
-    from outlier_mlx.measure.bench_kernels import bench_kernels, copied_bytes
-    from outlier_mlx.measure.bench_results import save_best
-    from outlier_mlx.measure.bench_tables import print_kernels, print_result
-    from outlier_mlx.runtime.ops import use_metal
-    from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.terminal import progress_bar, size
-
     if save and not kernels:
         raise typer.BadParameter(
             "saves what --kernels finds, so it needs --kernels", param_hint="--save"
         )
+    from outlier_mlx.cli import benching
+    from outlier_mlx.measure.bench import BenchOptions
+
     options = BenchOptions(
         prompt_tokens, generation_tokens, batch_size, num_trials, prefill_step_size, delay
     )
     if settings:
-        _bench_settings(model, loading, options, as_json=as_json, quiet=quiet)
-        return
-    if kernels:
-        loading = refuse_paging(loading, "--kernels times kernels on all experts")
-    if kernels and not use_metal():
-        if save:
-            raise OutlierError("--save: no Metal here, so there are no kernels to choose from")
-        say("no Metal here, so there are no kernels to time: this is the plain path in MLX alone")
-    tokens = batch_size * (prompt_tokens + generation_tokens)
-    source = resolve(model, loading.revision)
-    loaded, tokenizer = load_checked(source, loading, tokens, step=prefill_step_size, quiet=quiet)
-    if kernels and not quiet:
-        say(f"copies in MLX's formats take {size(copied_bytes(loaded, batch_size))} at a time")
-    with progress_bar("measuring", "runs", quiet=quiet) as progress:
-        if kernels:
-            timed = bench_kernels(loaded, num_trials, batch_size, progress)
-        else:
-            result = bench_model(loaded, tokenizer, options, progress, source.folder)
-    if as_json:
-        found = timed.as_json() if kernels else result.as_json()
-        print_json({"model": source.name} | found)
+        benching.bench_settings(model, loading, options, as_json=as_json, quiet=quiet)
     elif kernels:
-        print_kernels(source.name, timed)
+        benching.bench_kernels(model, loading, options, save=save, as_json=as_json, quiet=quiet)
     else:
-        print_result(source.name, result)
-    if kernels:
-        for error in timed.errors:
-            say(error)
-        if save:
-            say(f"saved the best variants in {save_best(timed)}")
-        if timed.errors:
-            raise typer.Exit(1)
-
-
-def _bench_settings(
-    model: str, loading: Loading, options: "BenchOptions", *, as_json: bool, quiet: bool
-) -> None:
-    """`bench --settings`."""
-    from outlier_mlx.measure.bench_settings import LEAST_ROUNDS, bench_settings, run_apart
-    from outlier_mlx.measure.bench_tables import print_settings
-    from outlier_mlx.runtime.ops import use_metal
-    from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.terminal import progress_bar
-
-    if options.num_trials < LEAST_ROUNDS:
-        raise typer.BadParameter(
-            f"--settings needs at least {LEAST_ROUNDS}: fewer show nothing but noise",
-            param_hint="--num-trials",
-        )
-    loading = refuse_paging(loading, "--settings compares speeds with all experts loaded")
-    if not use_metal():
-        say("no Metal here, so MLX has no command buffers: what differs below is noise")
-    source = resolve(model, loading.revision)
-    tokens = options.batch_size * (options.prompt_tokens + options.generation_tokens)
-    check_memory(source, loading, tokens)
-    run = partial(run_apart, source.folder, options, loading.dtype)
-    with progress_bar("measuring", "runs", quiet=quiet) as progress:
-        found = bench_settings(run, options, progress)
-    if as_json:
-        print_json({"model": source.name} | found.as_json())
-    else:
-        print_settings(source.name, found)
-    for error in found.errors:
-        say(error)
-    if found.errors:
-        raise typer.Exit(1)
+        benching.bench_speed(model, loading, options, as_json=as_json, quiet=quiet)
 
 
 @command("Measure", "perplexity ./tier --text book.txt --against ./other")

@@ -1,4 +1,4 @@
-"""Commands that run models: generate, chat, serve."""
+"""Commands that run models: generate, chat."""
 
 import sys
 from pathlib import Path
@@ -6,35 +6,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outlier_mlx.cli.app import command, say
-from outlier_mlx.cli.loading import (
-    expert_memory,
-    load_checked,
-    load_model,
-    prepare,
-    tell_plan,
-    use_of,
-)
+from outlier_mlx.cli.app import command
+from outlier_mlx.cli.loading import load_checked, prepare
 from outlier_mlx.cli.options import (
     Alpha,
     Drafting,
     Generation,
     KVCache,
     Loading,
-    MaxTokens,
     Model,
-    PrefillStep,
     Quiet,
     Sampling,
     Xtc,
 )
-from outlier_mlx.cli.ranks import join
 from outlier_mlx.errors import OutlierError
 
 if TYPE_CHECKING:
     from outlier_mlx.engine.generate import Options
-    from outlier_mlx.engine.paging.budget import ExpertMemory
-    from outlier_mlx.engine.plan import Plan
 
 # Replies are usually sampled; texts, and answers over HTTP, only if asked.
 CHAT_SAMPLING = Sampling(temp=0.7, top_p=0.9)
@@ -216,163 +204,3 @@ def chat(
     conversation = Conversation(loaded, tokenizer, options, drafts)
     named = identity(source.folder, loading.dtype, alpha)
     Chat(conversation, named, prompt_cache, quiet=quiet).run()
-
-
-@command("Run", "serve ./tier --port 8080")
-def serve(
-    model: Model,
-    sampling: Sampling,
-    cache: KVCache,
-    drafting: Drafting,
-    loading: Loading,
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to serve at.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8080,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY",
-            envvar="OUTLIER_MLX_API_KEY",
-            show_envvar=True,
-            help="Key that requests must carry. Better set as an environment variable: others can"
-            " see the arguments of a program.",
-        ),
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ORIGIN", help="Web origin that may send requests; *: any. Repeatable."
-        ),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Host name of this server. Repeatable."),
-    ] = None,
-    max_tokens: MaxTokens = 4096,
-    max_context: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Tokens of prompt and answer together, at most. Default: the model's limit."
-        ),
-    ] = None,
-    max_body: Annotated[
-        float, typer.Option(min=0.001, help="Size of a request's body in MB, at most.")
-    ] = 4.0,
-    max_clients: Annotated[
-        int, typer.Option(min=1, help="Requests answered at a time, at most.")
-    ] = 64,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Refuse requests with parameters that would have no effect."),
-    ] = False,
-    decode_concurrency: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Answers generated together. Default: as many as fit, 32 at most."
-        ),
-    ] = None,
-    prompt_concurrency: Annotated[
-        int | None,
-        typer.Option(min=1, help="Prompts read together. Default: a quarter as many as answers."),
-    ] = None,
-    prompt_cache_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Conversations whose KV cache is kept. Default: any number."),
-    ] = None,
-    prompt_cache_bytes: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=2**63 - 1,
-            help="Bytes that kept KV caches may take. Default: the memory that is left.",
-        ),
-    ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep KV caches in this folder, too, for the next start."),
-    ] = None,
-    cache_dir_size: Annotated[
-        float, typer.Option(metavar="GB", min=0.001, help="What that folder may take on the disk.")
-    ] = 20.0,
-    prefill_step_size: PrefillStep = 2048,
-    idle_unload: Annotated[
-        float | None,
-        typer.Option(
-            metavar="MINUTES",
-            min=0.01,
-            help="Unload the model after so long without a request; the next one loads it again.",
-        ),
-    ] = None,
-    alpha: Alpha = None,
-    quiet: Quiet = False,
-) -> None:
-    """Serve a model to programs of OpenAI's and Anthropic's APIs, and to a browser."""
-    prepare(model, loading.revision)
-    from dataclasses import asdict, replace
-    from functools import partial
-
-    from outlier_mlx import serve as server
-    from outlier_mlx.cli.drafting import check_draft_model, load_draft_model
-    from outlier_mlx.engine.distributed.ranks import ranks
-    from outlier_mlx.serve.cache_dir import cache_dir as at_disk
-    from outlier_mlx.serve.capacity import Capacity, common_capacity, find_capacity
-    from outlier_mlx.storage.hub import resolve
-    from outlier_mlx.terminal import size
-
-    options = server.ServeOptions(
-        host=host,
-        port=port,
-        api_key=api_key,
-        allow_origins=tuple(allow_origin or ()),
-        allow_hosts=tuple(allow_host or ()),
-        max_tokens=max_tokens,
-        max_body=int(max_body * 1e6),
-        max_context=max_context,
-        max_clients=max_clients,
-        strict=strict,
-        idle_unload=idle_unload,
-        prefill_step_size=prefill_step_size,
-        prompt_lookup=drafting.prompt_lookup,
-        num_draft_tokens=drafting.num_draft_tokens,
-        prompt_cache_size=prompt_cache_size,
-        **vars(sampling),
-        **vars(cache),
-    )
-    source = resolve(model, loading.revision)
-    join(source.folder)
-    check_draft_model(source, drafting)
-    draft = None if drafting.draft_model is None else resolve(drafting.draft_model)
-    requested = decode_concurrency, prompt_concurrency, prompt_cache_bytes
-    capacity = Capacity(decode_concurrency or 32, prompt_concurrency or 8, prompt_cache_bytes)
-    note = ""
-    memory: ExpertMemory | Plan = expert_memory(loading)
-    if not loading.ignore_memory:
-        tokens, wide = max_context or 4096 + max_tokens, loading.dtype == "float32"
-        capacity, conversations, memory = find_capacity(
-            source.folder,
-            use_of(tokens, cache, step=prefill_step_size, wide=wide),
-            *requested,
-            memory=expert_memory(loading),
-            clients=max_clients,
-            draft=None if draft is None else draft.folder,
-        )
-        # A server's caches take all that is left, so only paging is worth telling.
-        told = memory.slots is not None or ranks().size > 1
-        tell_plan(memory, loading, quiet=quiet or not told)
-        note = f"memory for {conversations} conversations of {tokens} tokens at a time"
-        if draft is not None:
-            note += f", beside {size(memory.beside.nbytes)} for the draft model {draft.name}"
-    how = loading.dtype, alpha, memory, loading.expert_skip, loading.keep_warm
-    load = partial(load_model, source.folder, *how)
-    options = replace(options, **asdict(common_capacity(capacity)))
-    if cache_dir is not None:
-        kept = vars(cache), loading.expert_skip
-        where = at_disk(cache_dir, int(cache_dir_size * 1e9), source.folder, *how[:2], *kept)
-        options = replace(options, cache_dir=where)
-    if not ranks().leads:
-        from outlier_mlx.serve.over_ranks import follow
-
-        follow(source.name, load, options)
-    load_draft = None if draft is None else partial(load_draft_model, draft.folder, loading)
-    server.serve(source.name, load, options, say, load_draft=load_draft, note=note, quiet=quiet)

@@ -38,6 +38,11 @@ class BenchOptions:
     prefill_step_size: int = 2048
     delay: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the KV caches of a run hold, all texts of the batch together."""
+        return self.batch_size * (self.prompt_tokens + self.generation_tokens)
+
 
 @dataclass(frozen=True)
 class Runs:

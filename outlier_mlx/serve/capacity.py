@@ -6,7 +6,7 @@ from pathlib import Path
 from outlier_mlx.engine.distributed.ranks import least
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.memory import budget, check_fits, draft_nbytes
-from outlier_mlx.engine.needs import Use, needs_of
+from outlier_mlx.engine.needs import Needs, Use, needs_of
 from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
 from outlier_mlx.engine.plan import Part, Plan, plan
 
@@ -47,7 +47,7 @@ class Capacity:
 
 def capacity_for(conversations: int, prompts: int | None = None) -> Capacity:
     """The capacity for this many conversations; by default, a quarter of them are prompts."""
-    prompts = prompts or max(1, min(MAX_PROMPTS, conversations // 4))
+    prompts = prompts or _quarter(conversations)
     return Capacity(max(1, min(MAX_RESPONSES, conversations - prompts + 1)), prompts)
 
 
@@ -94,56 +94,45 @@ def find_capacity(
     Raises:
         OutlierError: the requested number does not fit, or not even one conversation does.
     """
-    available, requested = available or budget(), prompts
-    tokens, batches = use.tokens, use.kv_bits is None
+    available = available or budget()
     needs = needs_of(folder, available.on_cpu, wide=use.wide)
-    one = needs.cache(tokens, use.kv_bits, use.kv_group_size, use.kv_start)
+    one = needs.cache(use.tokens, use.kv_bits, use.kv_group_size, use.kv_start)
     beside = drafts = 0
     if draft is not None:
         second = needs_of(draft, available.on_cpu, wide=use.wide)
-        beside, drafts = draft_nbytes(second, tokens), second.cache(tokens)
+        beside, drafts = draft_nbytes(second, use.tokens), second.cache(use.tokens)
         one += drafts
+    batches, asked = use.kv_bits is None, None
+
+    def together(capacity: Capacity) -> int:
+        return min(clients, capacity.conversations) if batches else 1
+
     if responses is not None:
-        prompts = prompts or max(1, min(MAX_PROMPTS, responses // 4))
-        asked = min(clients, Capacity(responses, prompts).conversations) if batches else 1
-        use = replace(use, conversations=asked, prompts=prompts)
+        asked = Capacity(responses, prompts or _quarter(responses))
+        use = replace(use, conversations=together(asked), prompts=asked.prompt_concurrency)
     first = plan(folder, use, memory, available, beside=beside + use.conversations * drafts)
-    use, room = replace(use, step=first.step), available.nbytes - first.loaded - beside
+    left = available.nbytes - first.loaded - beside
     if memory == AUTO and first.slots is not None:
         # Slots got what is best for so many conversations; no more of them take the headroom.
-        room -= available.headroom
-
-    def divide(prompts: int | None) -> tuple[int, int, int]:
-        """Prompts read together, conversations that fit, and the bytes for their caches."""
-        # The more prompts are read together, the less is left for conversations.
-        for read in (prompts,) if prompts else range(MAX_PROMPTS, 0, -1):
-            free = max(0, room - needs.working(replace(use, prompts=read)))
-            fit = min(free // one if one else MAX_CONVERSATIONS, MAX_CONVERSATIONS)
-            if read <= fit // 4:
-                break
-        return read, fit, free
-
-    if responses is None:
-        read, fit, free = divide(prompts)
-        capacity = capacity_for(fit, read)
-    else:
-        _, _, free = divide(prompts)
-        capacity = Capacity(responses, prompts or 1)
-        read, fit, _ = divide(requested)
-    conversations = min(clients, capacity.conversations) if batches else 1
+        left -= available.headroom
+    room = _Room(needs, replace(use, step=first.step), left, one)
+    read = prompts or room.prompts()
+    fitting = capacity_for(room.conversations(read), read)
+    capacity = asked or fitting
+    conversations = together(capacity)
     cures = ["a smaller --max-context"]
-    if conversations > 1 and fit:
-        cures.insert(0, f"--decode-concurrency {capacity_for(fit, read).decode_concurrency}")
+    if conversations > 1 and room.conversations(read):
+        cures.insert(0, f"--decode-concurrency {fitting.decode_concurrency}")
     planned = check_fits(
         folder,
-        replace(use, conversations=conversations, prompts=capacity.prompt_concurrency),
+        replace(room.use, conversations=conversations, prompts=capacity.prompt_concurrency),
         available,
         memory=first.expert_memory,
         cures=cures,
         draft=draft,
     )
     if one:
-        free = max(free, conversations * one)
+        free = max(room.free(capacity.prompt_concurrency), conversations * one)
         # Without batches, mlx-lm does not count the cache of the current conversation.
         limit = free if batches else free - one
         cache_bytes = limit if cache_bytes is None else min(cache_bytes, limit)
@@ -154,3 +143,41 @@ def find_capacity(
             beside=replace(planned.beside, nbytes=beside),
         )
     return replace(capacity, prompt_cache_bytes=cache_bytes), conversations, planned
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What the weights leave free, for KV caches and for what is computed.
+
+    Attributes:
+        needs: what the model takes.
+        use: how it is going to be used; how many prompts are read together varies.
+        nbytes: bytes that are left.
+        one: bytes of a conversation's KV caches; 0: not known.
+    """
+
+    needs: Needs
+    use: Use
+    nbytes: int
+    one: int
+
+    def free(self, prompts: int) -> int:
+        """Bytes for KV caches, if so many prompts are read together."""
+        return max(0, self.nbytes - self.needs.working(replace(self.use, prompts=prompts)))
+
+    def conversations(self, prompts: int) -> int:
+        """How many conversations fit, if so many prompts are read together."""
+        if self.one == 0:
+            return MAX_CONVERSATIONS
+        return min(self.free(prompts) // self.one, MAX_CONVERSATIONS)
+
+    def prompts(self) -> int:
+        """How many prompts to read together: at most a quarter of the conversations, or one."""
+        # The more are read together, the less is left for conversations.
+        numbers = range(MAX_PROMPTS, 1, -1)
+        return next((n for n in numbers if n <= self.conversations(n) // 4), 1)
+
+
+def _quarter(conversations: int) -> int:
+    """Prompts to read together, of so many conversations."""
+    return max(1, min(MAX_PROMPTS, conversations // 4))
