@@ -177,7 +177,7 @@ def test_experts_with_alpha_0_are_never_read(
     assert read and not {
         (n, e) for n, alpha in alphas.items() for e in range(6) if not alpha[e]
     } & (set(read))
-    assert store(model).resident(2) and not [key for key in read if key[0] == 2]
+    assert store(model).tables.resident(2) and not [key for key in read if key[0] == 2]
 
 
 def test_equal_experts_are_read_once(
@@ -200,7 +200,7 @@ def test_equal_experts_are_read_once(
         assert same(model, whole, tokens(1, length))
     assert (1, 0) in read and not {(1, 2), (3, 0), (3, 2)} & set(read)
     assert read.count((1, 0)) == 1  # it is in use all the time
-    assert store(model).complete
+    assert store(model).tables.complete
 
 
 def test_slots_without_an_expert_do_not_matter(demo: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_resident_layer_is_not_waited_for(demo: Path, monkeypatch: pytest.Monk
     for layer in store(model).layers:
         store(model).enter(layer)
         store(model).ensure(layer, range(6))
-    assert store(model).complete
+    assert store(model).tables.complete
     x = tokens(1, 1)
     mx.eval(model(x))
 

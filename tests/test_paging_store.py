@@ -64,7 +64,7 @@ def store_of(slots: int, files: FakeFiles | None = None, policy: str = "lru") ->
 
 def contents(store: ExpertStore, layer: int) -> list[float]:
     """What each expert of a layer is multiplied with."""
-    slots = store.table(layer)
+    slots = store.tables.of(layer)
     scales = [np.array(store.pool.arrays[name][1][slots]) for name in MATRICES]
     assert all((one == one[:, :1]).all() for one in scales)
     assert (scales[0] == scales[1]).all() and (scales[0] == scales[2]).all()
@@ -140,7 +140,7 @@ def test_equal_experts_share_a_slot() -> None:
     for layer in LAYERS:
         use(store, layer, set(range(EXPERTS)))
     assert len(files.started) == 16
-    assert store.complete
+    assert store.tables.complete
 
 
 def test_a_read_that_fails_leaves_no_half_expert() -> None:
@@ -151,7 +151,7 @@ def test_a_read_that_fails_leaves_no_half_expert() -> None:
     with pytest.raises(OutlierError, match="cannot be read"):
         use(store, 2, {3, 4, 5})
     check(store, 1, {0, 1}, {})
-    assert not store.resident(2)
+    assert not store.tables.resident(2)
     use(store, 2, {3, 4, 5})  # the next request tries again
     check(store, 2, {3, 4, 5}, {})
     assert files.started.count((2, 4)) == 2
@@ -194,7 +194,7 @@ def test_what_may_still_be_written_to_is_no_slot() -> None:
 def _slots(store: ExpertStore, layer: int, experts: set[int]) -> set[int]:
     use(store, layer, experts)
     check(store, layer, experts, {})
-    found: Any = store.table(layer).tolist()
+    found: Any = store.tables.of(layer).tolist()
     return set(found)
 
 
@@ -241,7 +241,7 @@ def test_outputs_of_earlier_passes_are_computed_before_a_slot_is_overwritten() -
     store = store_of(6)
     use(store, 1, {0, 1})
     rows = store.pool.arrays["gate_proj"][1]
-    late = rows[store.table(1)[:2]] * 1
+    late = rows[store.tables.of(1)[:2]] * 1
     store.outputs.leave(late)
     use(store, 1, {0, 2, 3, 4, 5})
     use(store, 2, set(range(EXPERTS)))
@@ -253,7 +253,7 @@ def test_outputs_of_a_thread_that_is_gone_are_left_alone() -> None:
 
     def run() -> None:
         use(store, 1, {0, 1})
-        store.outputs.leave(store.pool.arrays["gate_proj"][1][store.table(1)] * 1)
+        store.outputs.leave(store.pool.arrays["gate_proj"][1][store.tables.of(1)] * 1)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -280,9 +280,9 @@ def test_experts_with_weight_0_are_not_needed() -> None:
 def test_alphas_of_0_are_known() -> None:
     store = store_of(6)
     alpha = mx.array([1.0, 0, 0, -0.5, 0, 0])
-    store.use_alphas(2, alpha)
-    assert store.needable(2) == {0, 3}
+    store.tables.use_alphas(2, alpha)
+    assert store.tables.needable(2) == {0, 3}
     use(store, 2, {0, 3})
-    assert store.resident(2)
-    store.use_alphas(2, mx.ones((6,)))
-    assert not store.resident(2)
+    assert store.tables.resident(2)
+    store.tables.use_alphas(2, mx.ones((6,)))
+    assert not store.tables.resident(2)

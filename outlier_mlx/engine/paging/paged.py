@@ -69,7 +69,7 @@ class PagedSwitchLinear(nn.Module):
             return affine_product(x.astype(mx.float32), affine, indices, sorted_indices)
         # Shapes, and so the way of multiplying, are those of a layer with all experts in memory.
         # Depending on x, rows are not taken before they are multiplied with.
-        slots = mx.depends([self._store.table(self._layer)], [x])[0]
+        slots = mx.depends([self._store.tables.of(self._layer)], [x])[0]
         rows, scales = (array[slots] for array in self.stored)
         return rows_product(x, indices, rows, scales, sorted_indices)
 
@@ -105,7 +105,7 @@ class PagedSwitchGLU(TernarySwitchGLU):
     @property
     def slots(self) -> mx.array:
         """The slot of each expert, (experts,) uint32."""
-        return self.store.table(self.layer)
+        return self.store.tables.of(self.layer)
 
     def packed(self) -> tuple[mx.array, ...]:
         """Rows and scales of all slots, of gate, of up and of down."""
@@ -120,14 +120,14 @@ class PagedSwitchGLU(TernarySwitchGLU):
         if self.training:
             raise OutlierError(_NOT_TRAINED)
         store, layer = self.store, self.layer
-        store.use_alphas(layer, getattr(self._block(), "alpha", None))
+        store.tables.use_alphas(layer, getattr(self._block(), "alpha", None))
         store.enter(layer)
         prompt = indices.size >= _PROMPT_PAIRS * self.num_experts
         self.lookahead.begin(layer, store.statistics.bytes_read, decodes=not prompt)
         following = self._following() if prompt else None
-        if following is None and store.resident(layer):
+        if following is None and store.tables.resident(layer):
             store.note(layer, indices, weights)
-            routed = bool(store.needable(layer))
+            routed = bool(store.tables.needable(layer))
         else:
             guess = None if prompt else self.lookahead.guess(layer, x)
             weights, experts = self._bring(indices, weights, shared, guess)
@@ -137,7 +137,7 @@ class PagedSwitchGLU(TernarySwitchGLU):
         store.outputs.leave(y)
         if following is not None:
             mx.async_eval(y)
-            store.read_early(following, sorted(store.needable(following)), layer)
+            store.read_early(following, sorted(store.tables.needable(following)), layer)
         return y
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -192,7 +192,7 @@ class PagedSwitchGLU(TernarySwitchGLU):
         store.ensure(layer, experts)
         if guess is not None:
             later, likely = self.lookahead.note_guess(layer, guess)
-            usable = store.needable(later)
+            usable = store.tables.needable(later)
             store.read_early(later, [expert for expert in likely if expert in usable], layer)
         self.lookahead.note_waited(time.perf_counter() - begun)
         return weights, experts
@@ -201,7 +201,7 @@ class PagedSwitchGLU(TernarySwitchGLU):
         """The next MoE layer, if a prompt needs experts of it that are in no slot."""
         layers = self.store.layers
         after = layers.index(self.layer) + 1
-        if after == len(layers) or self.store.resident(layers[after]):
+        if after == len(layers) or self.store.tables.resident(layers[after]):
             return None
         return layers[after]
 

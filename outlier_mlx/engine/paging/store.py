@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
@@ -20,6 +19,7 @@ from outlier_mlx.engine.paging.reading import Reading
 from outlier_mlx.engine.paging.reads import ExpertFiles
 from outlier_mlx.engine.paging.slots import Pool
 from outlier_mlx.engine.paging.statistics import PagingStatistics
+from outlier_mlx.engine.paging.tables import Tables
 from outlier_mlx.errors import OutlierError
 
 # Routings of resident layers that are kept until the policy is told.
@@ -36,16 +36,6 @@ class _Entry:
     reading: Reading | None
 
 
-@dataclass
-class _Layer:
-    """What the launches of a layer are made from."""
-
-    needable: frozenset[int]
-    alpha: mx.array | None = None
-    table: mx.array | None = None  # None: something has changed
-    resident: bool = False
-
-
 class ExpertStore:
     """The experts of all MoE layers of a model that are in memory.
 
@@ -54,6 +44,7 @@ class ExpertStore:
         layers: numbers of the MoE layers, in order.
         experts: experts of each of them.
         statistics: what they cost so far; a user may put new ones in their place.
+        tables: in which slots the experts of each layer are.
         step: tokens of a prompt to process at a time, at most; None: no limit.
         meanwhile: called every few milliseconds while experts are waited for.
         pressure: the rule by which slots are given back if memory is short; None: never.
@@ -79,13 +70,9 @@ class ExpertStore:
         self.step: int | None = None
         self.skip = 0.0
         self.watch: Callable[[int, dict[int, Place]], None] | None = None
-        self._states = {n: _Layer(frozenset(range(self.experts))) for n in self.layers}
         self._equal = files.equal
-        self._sharing: dict[Key, set[int]] = {}  # other layers that have an equal expert
-        for (layer, _), first in self._equal.items():
-            self._sharing.setdefault(first, set()).add(layer)
+        self.tables = Tables(self.layers, self.experts, self._equal)
         self.outputs = Outputs()
-        self._complete: bool | None = None  # None: something has changed
         self._noted: list[tuple[int, mx.array, mx.array]] = []
         # Slots that something may still be written to, though nobody waits for it.
         self._abandoned: list[tuple[Reading, int]] = []
@@ -97,42 +84,10 @@ class ExpertStore:
 
     # -- what a layer asks ----------------------------------------------------------------------
 
-    def needable(self, layer: int) -> frozenset[int]:
-        """The experts of a layer that can have another weight than 0."""
-        return self._states[layer].needable
-
-    def use_alphas(self, layer: int, alpha: mx.array | None) -> None:
-        """Take note of a layer's factors (experts,) of weights, of which some may be 0."""
-        state = self._states[layer]
-        if alpha is None or alpha is state.alpha:
-            return
-        values: Any = alpha.tolist()
-        used = (number for number, value in enumerate(values) if value != 0)
-        state.alpha, state.needable = alpha, frozenset(used)
-        self._changed(layer)
-
-    def resident(self, layer: int) -> bool:
-        """Whether all experts that a layer can need are in slots, whatever its routing is."""
-        self.table(layer)
-        return self._states[layer].resident
-
-    def table(self, layer: int) -> mx.array:
-        """The slot of each expert of a layer, (experts,) uint32, evaluated.
-
-        If an expert is in none, it is that of another one.
-        """
-        state = self._states[layer]
-        if state.table is None:
-            slots = [self._slot_of((layer, expert)) for expert in range(self.experts)]
-            state.resident = all(slots[expert] is not None for expert in state.needable)
-            spare = next((slot for slot in slots if slot is not None), 0)
-            state.table = mx.array([spare if s is None else s for s in slots], mx.uint32)
-        return state.table
-
     def enter(self, layer: int) -> None:
         """Begin with a layer; if it is not above the last one, a new pass begins."""
         if self.outputs.enter(layer):
-            if self.outputs.full and self.complete:  # no slot is going to be overwritten
+            if self.outputs.full and self.tables.complete:  # no slot is going to be overwritten
                 self.outputs.drop()
             elif self.outputs.full:
                 self.outputs.compute()
@@ -188,19 +143,12 @@ class ExpertStore:
 
     def note(self, layer: int, indices: mx.array, weights: mx.array) -> None:
         """Note the routing of a resident layer for the policy, without waiting for it."""
-        if self.complete:
+        if self.tables.complete:
             self._noted.clear()
             return
         self._noted.append((layer, indices, weights))
         if len(self._noted) > _MOST_NOTES:
             self._tell_policy()
-
-    @property
-    def complete(self) -> bool:
-        """Whether all layers are resident, so that nothing will be read."""
-        if self._complete is None:
-            self._complete = all(map(self.resident, self.layers))
-        return self._complete
 
     def read_early(self, layer: int, experts: Iterable[int], in_hand: int) -> None:
         """Begin to read experts that a later layer may need, as far as there is room.
@@ -270,12 +218,8 @@ class ExpertStore:
         taken = self._lost | {slot for _, slot in self._abandoned}
         self._free = [slot for slot in reversed(range(self.pool.slots)) if slot not in taken]
         self._noted.clear()
-        for layer in self.layers:
-            self._changed(layer)
+        self.tables.clear()
         self._whole = True
-
-    def _changed(self, layer: int) -> None:
-        self._states[layer].table = self._complete = None
 
     def _wanted(self, layer: int, experts: Iterable[int]) -> dict[Key, Key]:
         """What is read for experts of a layer, of equal ones the first; and what they are here."""
@@ -283,10 +227,6 @@ class ExpertStore:
         for expert in experts:
             found.setdefault(self._equal.get((layer, expert), (layer, expert)), (layer, expert))
         return found
-
-    def _slot_of(self, known: Key) -> int | None:
-        entry = self._entries.get(self._equal.get(known, known))
-        return None if entry is None or entry.reading is not None else entry.slot
 
     def _rename(self, entry: _Entry, known: Key, key: Key) -> None:
         """Let the policy know an expert that is equal to another layer's as one of this layer."""
@@ -346,7 +286,7 @@ class ExpertStore:
         if gone is None:
             return None
         key = self._known.pop(gone)
-        self._moved(key)
+        self.tables.remove(key)
         return self._entries.pop(key).slot
 
     def _finish(self, key: Key) -> None:
@@ -366,7 +306,7 @@ class ExpertStore:
         with self._changing():
             del self._under_way[key]
             entry.reading, entry.buffers = None, []
-            self._moved(key)
+            self.tables.put(key, entry.slot)
 
     def _settle_what_is_read(self) -> None:
         """Settle what was read early, and use slots again that nothing is written to any more."""
@@ -381,11 +321,6 @@ class ExpertStore:
         for key in keys:
             with suppress(OutlierError):
                 self._finish(key)
-
-    def _moved(self, key: Key) -> None:
-        """Make tables anew of layers that have an expert."""
-        for layer in (key[0], *self._sharing.get(key, ())):
-            self._changed(layer)
 
     def _tell_policy(self) -> None:
         for layer, indices, weights in self._noted:
