@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 import tomllib
 from functools import cache
 from importlib import import_module
@@ -24,6 +25,7 @@ from tests.program import ROOT, load_script
 
 PACKAGE = Path(outlier_mlx.__file__).parent
 oldest = load_script("oldest")
+OLDEST = ROOT / ".venv" / "oldest"
 #: Whose names are looked at.
 LIBRARIES = ("huggingface_hub", "lm_eval", "mlx", "mlx_lm", "safetensors", "transformers", "typer")
 #: Modules that these libraries document.
@@ -303,15 +305,21 @@ def test_the_oldest_versions() -> None:
 
 
 def test_the_oldest_versions_are_tested() -> None:
-    """The files that the script names are there."""
-    script = (ROOT / "scripts" / "test-oldest").read_text()
-    listed = re.search(r"tests=\((.*?)\)", script, re.DOTALL)
-    assert listed is not None
-    names = listed[1].split()
-    assert {"upstream", "bundle", "generate", "serve", "tier_format"} <= set(names)
-    for name in names:
-        assert (ROOT / "tests" / f"test_{name}.py").exists(), name
-    assert "exec ./scripts/test-oldest" in (ROOT / "scripts" / "test").read_text()
+    """With all fast tests, at the end of `scripts/test --full`."""
+    oldest_only, both = ((ROOT / "scripts" / name).read_text() for name in ("test-oldest", "test"))
+    command = oldest_only.splitlines()[-1]
+    assert command.startswith("exec python -m pytest -n auto ")
+    assert command.endswith(' -m "not slow" "$@"') and "tests/" not in oldest_only
+    assert both.endswith("exec ./scripts/test-oldest\n")
+
+
+@pytest.mark.skipif(Path(sys.prefix) != OLDEST, reason="about .venv/oldest")
+def test_the_oldest_versions_are_those_that_run() -> None:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for line in oldest.oldest(dependencies, sys.platform):
+        name, _, wanted = line.partition("==")
+        assert version(name.partition("[")[0]) == wanted
+    assert (OLDEST / "bin" / "outlier-mlx").exists()
 
 
 def test_bounds_from_above() -> None:
