@@ -61,6 +61,17 @@ def test_what_the_mac_workflow_does() -> None:
     assert all(name.startswith("macos-") for name in jobs["mac"]["strategy"]["matrix"]["os"])
 
 
+def test_the_site_and_the_packages_are_built_and_checked() -> None:
+    """Their own tests are slow, so the job of fast tests leaves them out."""
+    (workflow,) = [file for file in WORKFLOWS if file.name == "tests.yml"]
+    done = steps(workflow)
+    commands = "\n".join(step.get("run", "") for step in done)
+    for command in ("mkdocs build --strict", "tests/test_wheel.py", "twine check --strict dist/*"):
+        assert command in commands
+    (keep,) = [s for s in done if s.get("uses", "").startswith("actions/upload-artifact")]
+    assert keep["with"]["path"].split() == ["site/", "dist/"]
+
+
 @pytest.mark.slow
 def test_figures(small_tier: Path, tmp_path: Path) -> None:
     script = ROOT / "scripts" / "figures.py"
