@@ -7,9 +7,12 @@ others take it from there.)
 """
 
 import re
+import shlex
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from outlier_mlx.errors import OutlierError
@@ -82,7 +85,7 @@ def _missing(library: str, name: str) -> OutlierError:
     package = _DISTRIBUTIONS.get(library, library)
     return OutlierError(
         f"{package} {version(package)} has no {name}, which outlier-mlx uses: "
-        f"pip install {requirement(package)!r}"
+        f"{pip_install(requirement(package))}"
     )
 
 
@@ -101,6 +104,24 @@ def requirement(package: str) -> str:
         if found := re.match(rf"{package}(\[[\w,-]+\])?\s*([<>=!~][^;]*)", line):
             return package + found[2].replace(" ", "")
     return package
+
+
+def pip_install(wanted: str, *options: str) -> str:
+    """The command that installs a package where this program runs.
+
+    Environments of `uv tool` have no pip, and that of pipx is not on the PATH.
+
+    Args:
+        wanted: a requirement, such as "outlier-mlx[plots]".
+        options: of pip.
+    """
+    if (Path(sys.prefix) / "pipx_metadata.json").exists():
+        command = ["pipx", "runpip", "outlier-mlx", "install"]
+    elif find_spec("pip") is None:
+        command = ["uv", "pip", "install", "--python", sys.prefix]
+    else:
+        command = ["pip", "install"]
+    return shlex.join([*command, *options, wanted])
 
 
 def module_of(package: str, name: object) -> Any:

@@ -284,6 +284,27 @@ def test_a_missing_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         upstream.found("not_installed_here", "name")
 
 
+@pytest.mark.parametrize(
+    ("has_pip", "file", "expected"),
+    [
+        (True, None, "pip install -U 'a>=1'"),
+        (False, "uv-receipt.toml", "uv pip install --python '{prefix}' -U 'a>=1'"),
+        (True, "pipx_metadata.json", "pipx runpip outlier-mlx install -U 'a>=1'"),
+    ],
+)
+def test_what_installs_a_package_here(
+    has_pip: bool, file: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an environment of one's own, of `uv tool`, which has no pip, and of pipx."""
+    prefix = tmp_path / "my tools"
+    prefix.mkdir()
+    if file is not None:
+        (prefix / file).touch()
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    monkeypatch.setattr(upstream, "find_spec", lambda name: has_pip or None)
+    assert upstream.pip_install("a>=1", "-U") == expected.format(prefix=prefix)
+
+
 def test_the_allowed_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["mlx-lm<0.33,>=0.32.1", "mlx[cpu] <0.33,>=0.32 ; sys_platform == 'linux'"]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)

@@ -112,13 +112,14 @@ def _task_names(given: str) -> list[str]:
 def _harness(*, quiet: bool) -> Any:
     """The module that needs lm-evaluation-harness, which takes seconds to import."""
     from outlier_mlx.terminal import working
+    from outlier_mlx.upstream import pip_install
 
     try:
         with working("starting lm-evaluation-harness", quiet=quiet):
             from outlier_mlx.measure import eval_harness
     except ImportError as error:
         raise OutlierError(
-            f"eval needs lm-evaluation-harness: pip install 'outlier-mlx[eval]' ({error})"
+            f"eval needs lm-evaluation-harness: {pip_install('outlier-mlx[eval]')} ({error})"
         ) from error
     return eval_harness
 

@@ -42,6 +42,7 @@ from outlier_mlx.models.config import describe
 from outlier_mlx.runtime.ops import use_metal
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.terminal import Stages, size
+from outlier_mlx.upstream import pip_install
 
 # Wrong results that a line names.
 _NAMED = 3
@@ -254,7 +255,7 @@ def _versions() -> Iterator[Finding]:
         key = one.name.replace("-", "_")
         if one.installed is None:
             yield unknown(
-                key, one.name, "", f"{one.name} is not installed: pip install '{one.wanted}'"
+                key, one.name, "", f"{one.name} is not installed: {pip_install(one.wanted)}"
             )
             continue
         about = f"tested from {one.tested} on" if one.tested else f"{PACKAGE} is not installed"
@@ -262,12 +263,12 @@ def _versions() -> Iterator[Finding]:
         if one.is_old:
             problem = (
                 f"{one.name} {one.installed} is older than {one.tested}, which was tested:"
-                f" pip install -U '{one.wanted}'"
+                f" {pip_install(one.wanted, '-U')}"
             )
         elif one.is_new:
             problem = (
                 f"{one.name} {one.installed} is newer than what was tested:"
-                f" pip install -U '{one.wanted}'"
+                f" {pip_install(one.wanted, '-U')}"
             )
         yield Finding(key, one.name, one.installed, one.installed, REPORTED, about, problem)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from outlier_mlx.errors import OutlierError, listed, one_line
 from outlier_mlx.storage.output import check_writable, whole_file
+from outlier_mlx.upstream import pip_install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +58,7 @@ def require_matplotlib(instead: str = "") -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise OutlierError(
-            f"pictures need matplotlib: pip install 'outlier-mlx[plots]'{instead}"
+            f"pictures need matplotlib: {pip_install('outlier-mlx[plots]')}{instead}"
         ) from None
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from outlier_mlx.errors import CheckpointError
 from outlier_mlx.storage.safetensors import MAX_SIZE, ReadRange, TensorRef
+from outlier_mlx.upstream import pip_install
 
 # A tokenizer has half a million values in some 10 MB; a model some thousand tensors.
 _MAX_ELEMENTS = 1_000_000
@@ -160,7 +161,7 @@ def _kinds(path: Path) -> dict[int, tuple[str, int, int]]:
         from gguf import GGML_QUANT_SIZES
     except ImportError as error:
         raise CheckpointError(
-            f"{path.name}: reading GGUF needs the package gguf: pip install 'outlier-mlx[gguf]'"
+            f"{path.name}: reading GGUF needs the package gguf: {pip_install('outlier-mlx[gguf]')}"
         ) from error
     known = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
     return known | _MORE_KINDS
