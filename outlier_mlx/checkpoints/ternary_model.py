@@ -151,11 +151,7 @@ def open_ternary_model(
         stored = Scales(module.group, _DTYPES[scales.dtype])
         shape = (weight.shape[0], module.width)
         for name, (size, dtype) in module_tensors(path, shape, stored).items():
-            found = weight if name.endswith(".weight") else scales
-            if (found.shape, found.dtype) != (size, dtype):
-                raise CheckpointError(
-                    f"{found.where}: {found.dtype} {found.shape}, expected {dtype} {size}"
-                )
+            (weight if name.endswith(".weight") else scales).require(size, dtype)
         source = RowsSource(weight, scales, module.width, module.group)
         matrices[path] = TernaryMatrix(source, stored)
     signs = []

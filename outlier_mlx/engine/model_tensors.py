@@ -123,10 +123,7 @@ def _check_quantized(
     *lead, width = shape
     packed = (*lead, width * how.bits // 32)
     groups = (*lead, width // how.group_size)
-    if weight.dtype != "U32" or weight.shape != packed:
-        raise CheckpointError(
-            f"{weight.where}: {weight.dtype} {weight.shape}, expected U32 {packed}"
-        )
+    weight.require(packed, "U32")
     for tensor in (scales, biases):
         if tensor.shape != groups or tensor.dtype not in FLOAT_DTYPES:
             raise CheckpointError(

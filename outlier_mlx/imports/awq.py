@@ -145,13 +145,13 @@ class _Planner:
             yield self._plain(module, "bias", bias, module.shape[:1])
 
     def _plain(self, module: Module, leaf: str, tensor: TensorRef, shape: tuple[int, ...]) -> Part:
-        _check(tensor, shape, tuple(_DTYPES))
+        tensor.require(shape, *_DTYPES)
         dtype = self._dtype(module, tensor)
         return Plain(module.path, module.kind, tensor, f"{module.path}.{leaf}", dtype)
 
     def _stacked(self, module: Module, tensors: list[TensorRef]) -> Part:
         for tensor in tensors:
-            _check(tensor, module.shape[1:], (tensors[0].dtype,))
+            tensor.require(module.shape[1:], tensors[0].dtype)
         members = (self._plain(module, "weight", t, module.shape[1:]) for t in tensors)
         return Stacked(module.path, module.kind, tuple(members))
 
@@ -185,7 +185,7 @@ class _Planner:
                 f"{qweight.where}: shape {qweight.shape} is GPTQ's packing, which is not supported;"
                 f" AWQ has {(width, out // 8)}"
             )
-        _check(qweight, (width, out // 8), ("I32",))
+        qweight.require((width, out // 8), "I32")
         group = width if self.awq.group_size == -1 else self.awq.group_size
         if width % group or largest_group(group) is None:
             raise CheckpointError(f"{qweight.where}: groups of {group} do not fit {width} inputs")
@@ -196,18 +196,10 @@ class _Planner:
             raise CheckpointError(
                 f"the tensor {name}.qzeros is missing, but {self.awq.where} has zero_point"
             )
-        _check(scales, (width // group, out), ("F16",))
+        scales.require((width // group, out), "F16")
         if qzeros is not None:
-            _check(qzeros, (width // group, out // 8), ("I32",))
+            qzeros.require((width // group, out // 8), "I32")
         return AwqMatrix(qweight, scales, qzeros)
-
-
-def _check(tensor: TensorRef, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    if tensor.shape != shape or tensor.dtype not in dtypes:
-        raise CheckpointError(
-            f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected"
-            f" {listed(dtypes, last='or')} {shape}"
-        )
 
 
 def _activations(parts: list[Part], stored_as: _StoredAs) -> str:

@@ -117,10 +117,7 @@ def _check(
         tensor = tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"{where}: the tensor {name} {shape} is missing")
-        if (tensor.dtype, tensor.shape) != ("F32", shape):
-            raise CheckpointError(
-                f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected F32 {shape}"
-            )
+        tensor.require(shape, "F32")
         if name.endswith(".shared_expert_gate.weight") and tensor.read().any():
             raise CheckpointError(f"{tensor.where}: {_CHANGED}: expected zeros")
     for name, tensor in tensors.items():

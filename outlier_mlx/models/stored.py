@@ -3,7 +3,7 @@
 from collections.abc import Container, Mapping
 from math import prod
 
-from outlier_mlx.errors import CheckpointError, listed
+from outlier_mlx.errors import CheckpointError
 from outlier_mlx.models.description import Description, ModelConfig
 from outlier_mlx.models.families import family
 from outlier_mlx.models.modules import Module, tier_modules
@@ -33,11 +33,7 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, TensorRef]) -> None
         tensor = tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"{name}: missing, expected {shape}")
-        if tensor.shape != shape or tensor.dtype not in dtypes:
-            raise CheckpointError(
-                f"{tensor.where}: {tensor.dtype} {tensor.shape}, expected"
-                f" {listed(dtypes, last='or')} {shape}"
-            )
+        tensor.require(shape, *dtypes)
     for name, tensor in tensors.items():
         if name not in expected:
             raise CheckpointError(f"{tensor.where}: not a tensor of this model")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from outlier_mlx.errors import CheckpointError, OutlierError
+from outlier_mlx.errors import CheckpointError, OutlierError, listed
 from outlier_mlx.storage.rounding import narrowed, widened
 from outlier_mlx.storage.texts import parse_json_object
 
@@ -79,6 +79,18 @@ class TensorRef:
     def where(self) -> str:
         """File and key, for messages."""
         return f"{self.file.name}: {self.name[:200]}"
+
+    def require(self, shape: tuple[int, ...], *dtypes: str) -> None:
+        """Check its shape and dtype.
+
+        Raises:
+            CheckpointError: the shape is another one, or the dtype is none of these.
+        """
+        if self.shape != shape or self.dtype not in dtypes:
+            raise CheckpointError(
+                f"{self.where}: {self.dtype} {self.shape}, expected {listed(dtypes, last='or')}"
+                f" {shape}"
+            )
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of the first axis, as stored (bfloat16 as uint16).

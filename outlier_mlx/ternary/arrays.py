@@ -31,6 +31,22 @@ def require_rows(name: str, array: Any, dtype: type[np.generic]) -> np.ndarray:
     return array
 
 
+def require_blocks(name: str, array: np.ndarray, size: int) -> int:
+    """The number of blocks of `size` in each row of `array` (..., n)."""
+    count, rest = divmod(array.shape[-1], size)
+    if rest:
+        raise TernaryError(f"{name}: rows of {array.shape[-1]} are not whole blocks of {size}")
+    return count
+
+
+def require_finite(d: np.ndarray) -> None:
+    """Refuse scales of blocks, (..., blocks), that are not numbers."""
+    finite = np.isfinite(d)
+    if not finite.all():
+        index = [int(i) for i in np.argwhere(~finite)[0]]
+        raise TernaryError(f"the scale of block {index} is {d[tuple(index)]}")
+
+
 def require_size(name: str, value: Any) -> int:
     """`value` as an int of at least 0; booleans and floats are refused."""
     try:

@@ -23,6 +23,8 @@ from outlier_mlx.ternary.arrays import (
     items,
     matrix_views,
     require_array,
+    require_blocks,
+    require_finite,
     require_rows,
     require_trits,
     scratch,
@@ -203,31 +205,17 @@ def _unpacking(
 def _new_blocks(trits: np.ndarray, d: np.ndarray, size: int) -> np.ndarray:
     trits = require_rows("trits", trits, np.int8)
     d = require_array("d", d, np.float16)
-    shape = (*trits.shape[:-1], _blocks_of(trits, BLOCK, "trits"))
+    shape = (*trits.shape[:-1], require_blocks("trits", trits, BLOCK))
     if d.shape != shape:
         raise TernaryError(f"d: expected shape {shape}, one a block, got {d.shape}")
-    _require_finite(d)
+    require_finite(d)
     return np.empty((*shape[:-1], shape[-1] * size), np.uint8)
 
 
 def _new_trits(packed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     packed = require_rows("packed", packed, np.uint8)
-    shape = (*packed.shape[:-1], _blocks_of(packed, size, "packed"))
+    shape = (*packed.shape[:-1], require_blocks("packed", packed, size))
     scales = packed.reshape(*shape, size)[..., -_D_BYTES:]
     d = np.ascontiguousarray(scales).view("<f2")[..., 0].astype(np.float16)
-    _require_finite(d)
+    require_finite(d)
     return np.empty((*shape[:-1], shape[-1] * BLOCK), np.int8), d
-
-
-def _blocks_of(array: np.ndarray, size: int, name: str) -> int:
-    count, rest = divmod(array.shape[-1], size)
-    if rest:
-        raise TernaryError(f"{name}: rows of {array.shape[-1]} are not whole blocks of {size}")
-    return count
-
-
-def _require_finite(d: np.ndarray) -> None:
-    finite = np.isfinite(d)
-    if not finite.all():
-        index = [int(i) for i in np.argwhere(~finite)[0]]
-        raise TernaryError(f"the scale of block {index} is {d[tuple(index)]}")

@@ -14,7 +14,13 @@ Sources: ggml-common.h and ggml-quants.c of ggml-org/llama.cpp (Q2_0) and PrismM
 
 import numpy as np
 
-from outlier_mlx.ternary.arrays import TernaryError, items, require_rows
+from outlier_mlx.ternary.arrays import (
+    TernaryError,
+    items,
+    require_blocks,
+    require_finite,
+    require_rows,
+)
 from outlier_mlx.ternary.ggml import unpack_digits
 from outlier_mlx.ternary.two_bits import has_code_3, unpack_twos
 
@@ -89,16 +95,11 @@ def _unpack_two_bits(packed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndar
 
 def _blocks(packed: np.ndarray, size: int) -> np.ndarray:
     packed = require_rows("packed", packed, np.uint8)
-    count, rest = divmod(packed.shape[-1], size)
-    if rest:
-        raise TernaryError(f"packed: rows of {packed.shape[-1]} are not whole blocks of {size}")
+    count = require_blocks("packed", packed, size)
     return np.ascontiguousarray(packed).reshape(*packed.shape[:-1], count, size)
 
 
 def _scales(blocks: np.ndarray, at: int) -> np.ndarray:
     d = np.ascontiguousarray(items(blocks, at, _D_BYTES)).view("<f2")
-    finite = np.isfinite(d)
-    if not finite.all():
-        index = [int(i) for i in np.argwhere(~finite)[0]]
-        raise TernaryError(f"the scale of block {index} is {d[tuple(index)]}")
+    require_finite(d)
     return d
