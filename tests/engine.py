@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
@@ -18,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import outlier_mlx
 from outlier_mlx.engine.loading import load_model
 from outlier_mlx.errors import CheckpointWarning
+from outlier_mlx.measure.routing import moe_blocks
 from outlier_mlx.runtime.model import Model
 from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.switch import TernarySwitchGLU
@@ -186,3 +188,11 @@ def swiglu_experts(hidden: int, width: int, count: int) -> TernarySwitchGLU:
         rows = {"weight": mx.array(pack_rows(trits)), "scales": mx.array(scales / shape[1] ** 0.5)}
         getattr(glu, f"{name}_proj").load_weights(list(rows.items()))
     return glu
+
+
+def alphas_of(model: nn.Module) -> dict[str, dict[str, float]]:
+    """A tier's alphas, as in an alpha.json."""
+    return {
+        str(number): {str(e): float(a) for e, a in enumerate(block.alpha.tolist())}  # type: ignore
+        for number, block in moe_blocks(model).items()
+    }

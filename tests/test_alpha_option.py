@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from outlier_mlx.measure.alphas import alphas_of
+from tests.engine import alphas_of
 from tests.library import Library
 from tests.program import Result, assert_refused, run
 

@@ -12,11 +12,12 @@ import pytest
 import outlier_mlx
 from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.measure.alphas import alphas_of, apply_alphas
+from outlier_mlx.measure.alphas import apply_alphas
 from outlier_mlx.measure.perplexity import compare, same_tokens, warn_of_context, windows
 from outlier_mlx.measure.routing import draw, moe_blocks, observe_routing
 from outlier_mlx.measure.tuning import tune
 from tests.builders import Built
+from tests.engine import alphas_of
 from tests.library import Library
 from tests.reference import forward, trace
 from tests.reference_reader import read_overlay

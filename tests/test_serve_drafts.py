@@ -287,7 +287,7 @@ def test_memory_is_planned_for_both(demo: Path, monkeypatch: pytest.MonkeyPatch)
     alone, *_ = find_capacity(demo, use, available=there_is)
     capacity, _, planned = find_capacity(demo, use, available=there_is, draft=BASE)
     assert alone.cache_memory is not None and capacity.cache_memory is not None
-    beside = draft_nbytes(two, tokens)
+    beside, _ = draft_nbytes(BASE, use, there_is)
     assert planned.beside.nbytes == beside > two.weights
     assert "for another model" in str(planned)
     assert planned.needed <= there_is.nbytes

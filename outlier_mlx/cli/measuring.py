@@ -127,7 +127,7 @@ def bench(
 ) -> None:
     """Measure speed and memory; the flags are those of `mlx_lm.benchmark`."""
     if trace is not None:
-        check_given(ctx, {"trace", "chip", "disk", "out", "as_json", "force", "quiet"}, "--trace")
+        check_given(ctx, {"trace", "chip", "disk", "out", "as_json", "force", "quiet"})
         replay_trace(trace, chip, disk, out, as_json=as_json, force=force, quiet=quiet)
         return
     given = {"--chip": chip, "--disk": disk, "--out": out, "--force": force or None}

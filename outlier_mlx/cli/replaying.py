@@ -8,7 +8,7 @@ from outlier_mlx.cli.app import print_json, say
 from outlier_mlx.errors import OutlierError
 
 
-def check_given(ctx: typer.Context, allowed: set[str], mode: str) -> None:
+def check_given(ctx: typer.Context, allowed: set[str]) -> None:
     """Refuse all options but some, and MODEL.
 
     Raises:
@@ -18,7 +18,7 @@ def check_given(ctx: typer.Context, allowed: set[str], mode: str) -> None:
         source = ctx.get_parameter_source(param.name or "")
         if source is not None and source.name == "COMMANDLINE" and param.name not in allowed:
             hint = "MODEL" if param.param_type_name == "argument" else max(param.opts, key=len)
-            raise typer.BadParameter(f"does not go with {mode}", param_hint=hint)
+            raise typer.BadParameter("does not go with --trace", param_hint=hint)
 
 
 def replay_trace(

@@ -20,6 +20,7 @@ from outlier_mlx.cli.options import (
     Xtc,
 )
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.storage.hub import Source, resolve
 
 if TYPE_CHECKING:
     from outlier_mlx.engine.generate import Options
@@ -49,6 +50,50 @@ def generation_options(
     return Options(**given, **more)
 
 
+def _load(
+    source: Source,
+    tokens: int,
+    options: "Options",
+    cache: KVCache,
+    drafting: Drafting,
+    loading: Loading,
+    *,
+    prompt: str = "",
+    alpha: Path | None,
+    quiet: bool,
+) -> Any:
+    """A model that fits into memory, its tokenizer, and what drafts for it.
+
+    Args:
+        source: where the model is.
+        tokens: tokens in its KV cache besides those of the prompt, if the cache has no limit.
+        options: of the generation.
+        cache: how the KV cache is quantized.
+        drafting: what drafts.
+        loading: how the model is loaded.
+        prompt: text that will be read.
+        alpha: see `cli.loading.load_model`.
+        quiet: show nothing.
+    """
+    from outlier_mlx.cli.drafting import check_draft_model, load_drafting
+
+    check_draft_model(source, drafting)
+    # With a limit, the cache is not quantized, and holds as much of a prompt as the limit allows.
+    limit = options.max_kv_size
+    model, tokenizer = load_checked(
+        source,
+        loading,
+        limit or tokens,
+        prompt="" if limit else prompt,
+        cache=None if limit else cache,
+        alpha=alpha,
+        draft=drafting.draft_model,
+        step=options.prefill_step_size,
+        quiet=quiet,
+    )
+    return model, tokenizer, load_drafting(model, drafting, loading, quiet=quiet)
+
+
 @command("Run", 'generate ./tier --prompt "Once upon a time" --temp 0.7')
 def generate(
     model: Model,
@@ -76,12 +121,10 @@ def generate(
 ) -> None:
     """Generate text from a prompt: the text on stdout, speed and memory on stderr."""
     prepare(model, loading.revision)
-    from outlier_mlx.cli.drafting import check_draft_model, load_drafting
     from outlier_mlx.cli.tables import print_statistics
     from outlier_mlx.cli.writers import PlainWriter
     from outlier_mlx.engine.generate import generate_text
     from outlier_mlx.engine.paging.paged import statistics_of
-    from outlier_mlx.storage.hub import resolve
     from outlier_mlx.terminal import after_reading, stdout
 
     options = generation_options(
@@ -94,23 +137,10 @@ def generate(
         json_schema=_read_schema(json_schema, prefill_response),
     )
     text = _read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
-    # With a limit, the cache is not quantized, and holds as much of a prompt as the limit allows.
-    limit = options.max_kv_size
     read = " ".join(filter(None, (options.system_prompt, text, prefill_response)))
-    source = resolve(model, loading.revision)
-    check_draft_model(source, drafting)
-    loaded, tokenizer = load_checked(
-        source,
-        loading,
-        limit or options.max_tokens,
-        prompt="" if limit else read,
-        cache=None if limit else cache,
-        alpha=alpha,
-        draft=drafting.draft_model,
-        step=options.prefill_step_size,
-        quiet=quiet,
-    )
-    drafts = load_drafting(loaded, drafting, loading, quiet=quiet)
+    source, tokens = resolve(model, loading.revision), options.max_tokens
+    how = options, cache, drafting, loading
+    loaded, tokenizer, drafts = _load(source, tokens, *how, prompt=read, alpha=alpha, quiet=quiet)
     responses = after_reading(
         lambda progress: generate_text(loaded, tokenizer, text, options, progress, drafts),
         quiet=quiet,
@@ -177,30 +207,16 @@ def chat(
 ) -> None:
     """Talk with a model on a terminal; in a pipe, each line is a message."""
     prepare(model, loading.revision)
-    from outlier_mlx.cli.drafting import check_draft_model, load_drafting
     from outlier_mlx.cli.repl import Chat
     from outlier_mlx.engine.conversation import Conversation
     from outlier_mlx.engine.sessions import SUFFIX, identity
-    from outlier_mlx.storage.hub import resolve
 
     if prompt_cache is not None and prompt_cache.suffix != SUFFIX:
         raise typer.BadParameter(f"its name must end in {SUFFIX}", param_hint="--prompt-cache")
     options = generation_options(generation, sampling, cache)
-    source = resolve(model, loading.revision)
-    check_draft_model(source, drafting)
-    tokens = options.max_kv_size or 4096 + options.max_tokens
-    kept = None if options.max_kv_size else cache
-    loaded, tokenizer = load_checked(
-        source,
-        loading,
-        tokens,
-        cache=kept,
-        alpha=alpha,
-        draft=drafting.draft_model,
-        step=options.prefill_step_size,
-        quiet=quiet,
-    )
-    drafts = load_drafting(loaded, drafting, loading, quiet=quiet)
+    source, tokens = resolve(model, loading.revision), 4096 + options.max_tokens
+    how = options, cache, drafting, loading
+    loaded, tokenizer, drafts = _load(source, tokens, *how, alpha=alpha, quiet=quiet)
     conversation = Conversation(loaded, tokenizer, options, drafts)
     named = identity(source.folder, loading.dtype, alpha)
     Chat(conversation, named, prompt_cache, quiet=quiet).run()

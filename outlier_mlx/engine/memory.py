@@ -52,8 +52,8 @@ def check_fits(
     if beside is not None:
         other += needs_of(beside, available.on_cpu, wide=use.wide).weights
     if draft is not None:
-        second = needs_of(draft, available.on_cpu, wide=use.wide)
-        other += draft_nbytes(second, tokens) + use.conversations * second.cache(tokens)
+        loaded, cache = draft_nbytes(draft, use, available)
+        other += loaded + use.conversations * cache
     found = plan(folder, use, memory, available, beside=other)
     if found.fits:
         return found
@@ -88,14 +88,17 @@ def check_fits(
     )
 
 
-def draft_nbytes(needs: Needs, tokens: int) -> int:
-    """Bytes of a draft model, and of what it computes, without its KV caches.
+def draft_nbytes(folder: Path, use: Use, available: Budget) -> tuple[int, int]:
+    """Bytes of a draft model with what it computes, and those of its KV cache of a conversation.
 
     Args:
-        needs: what it takes.
-        tokens: tokens in a KV cache.
+        folder: the draft model's.
+        use: how the model that it drafts for is going to be used.
+        available: available memory.
     """
-    return needs.weights + needs.working(Use(tokens, step=DRAFT_STEP))
+    needs = needs_of(folder, available.on_cpu, wide=use.wide)
+    working = needs.working(Use(use.tokens, step=DRAFT_STEP))
+    return needs.weights + working, needs.cache(use.tokens)
 
 
 def _shortening(needs: Needs, room: int, use: Use) -> list[str]:

@@ -1,4 +1,4 @@
-"""The alphas of a loaded tier, one number per expert, and files of them."""
+"""Other alphas for a loaded tier, one number per expert, from a file."""
 
 from pathlib import Path
 
@@ -20,11 +20,3 @@ def apply_alphas(model: nn.Module, path: Path) -> None:
     for (layer, expert), value in read_alpha_file(path, len(model.layers), experts).items():
         if layer in blocks:
             blocks[layer].alpha[expert] = value
-
-
-def alphas_of(model: nn.Module) -> dict[str, dict[str, float]]:
-    """A tier's alphas, as in an alpha.json."""
-    return {
-        str(number): {str(e): float(a) for e, a in enumerate(block.alpha.tolist())}  # type: ignore
-        for number, block in moe_blocks(model).items()
-    }

@@ -97,11 +97,8 @@ def find_capacity(
     available = available or budget()
     needs = needs_of(folder, available.on_cpu, wide=use.wide)
     one = needs.cache(use.tokens, use.kv_bits, use.kv_group_size, use.kv_start)
-    beside = drafts = 0
-    if draft is not None:
-        second = needs_of(draft, available.on_cpu, wide=use.wide)
-        beside, drafts = draft_nbytes(second, use.tokens), second.cache(use.tokens)
-        one += drafts
+    beside, drafts = (0, 0) if draft is None else draft_nbytes(draft, use, available)
+    one += drafts
     batches, asked = use.kv_bits is None, None
 
     def together(capacity: Capacity) -> int:

@@ -17,7 +17,6 @@ from outlier_mlx.models.summary import kind_of
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.tensors import row_ranges
 from outlier_mlx.storage.texts import read_json
-from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.tiers.card import model_card
 from outlier_mlx.writing.assets import copy_assets
 from outlier_mlx.writing.float_parts import SLAB_BYTES, as_bytes
@@ -71,7 +70,6 @@ def write_tuned(
     *,
     inputs: Sources = (),
     force: bool = False,
-    progress: Progress = no_progress,
 ) -> Written:
     """Write a tier anew with other values in some tensors.
 
@@ -83,7 +81,6 @@ def write_tuned(
             `text` (a file's name) and `teacher` (a model's name, or None).
         inputs: what the values were made from; never replaced.
         force: replace `out` if this project wrote it.
-        progress: called with bytes done so far, and in all.
 
     Raises:
         CheckpointError: the tier is not valid, or a tensor is not one of its own.
@@ -117,5 +114,4 @@ def write_tuned(
         card=lambda folder: model_card(folder, out.name),
         check=check_loads,
         force=force,
-        progress=progress,
     )

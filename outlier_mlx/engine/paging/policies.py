@@ -22,8 +22,8 @@ from heapq import heapify, heappop, heappush
 from math import inf, log2
 from typing import Protocol
 
+#: A layer's number and an expert's.
 Key = tuple[int, int]
-"""A layer's number and an expert's."""
 
 
 class Policy(Protocol):
@@ -309,13 +309,12 @@ class _Turns:
         return min(chances)
 
 
+#: All policies by their names in commands and reports.
 POLICIES: dict[str, Callable[[], Policy]] = {
     "lru": Lru,
     "lfu": Lfu,
     "least-stale": LeastStale,
     "least-likely": LeastLikely,
 }
-"""All policies by their names in commands and reports."""
-
+#: The policy of a running model: see the table in `docs/memory.md`.
 DEFAULT_POLICY = "least-likely"
-"""The policy of a running model: see the table in `docs/memory.md`."""

@@ -20,10 +20,10 @@ import numpy as np
 from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.paths import inside
 
+#: Seconds in which no read ends, after which those under way are given up.
 TIMEOUT = 30.0
-"""Seconds in which no read ends, after which those under way are given up."""
+#: Seconds between two calls of what is done while a reading is waited for.
 MEANWHILE_EVERY = 0.003
-"""Seconds between two calls of what is done while a reading is waited for."""
 
 # Where direct reads may begin and end, in a file and in memory: a multiple of every disk's sector,
 # and of macOS's pages. Its F_NOCACHE reads between pages go through the page cache.

@@ -14,8 +14,8 @@ from outlier_mlx.runtime.packed import CONVERTED_BYTES
 from outlier_mlx.runtime.switch import FOUR_ZERO_BYTES
 from outlier_mlx.storage.tensors import row_ranges
 
+#: The matrices of an expert, in the order in which their pieces are read.
 MATRICES = ("gate_proj", "up_proj", "down_proj")
-"""The matrices of an expert, in the order in which their pieces are read."""
 
 Piece = tuple[tuple[int, ...], mx.Dtype]
 
