@@ -204,43 +204,7 @@ def _open(
             raise CheckpointError(f"{found.name}: no config.json{hint}")
         if gguf:
             raise CheckpointError(f"{found.name}: --k-quants and --experts are for GGUF")
-        raw = raw_config(place)
-        from outlier_mlx.imports.transformers_folder import is_export, open_export
-
-        if is_export(place):
-            if dtype is not None or bits is not None or strict:
-                raise CheckpointError(
-                    f"{found.name}: a tier for transformers, which becomes what it was: no --dtype,"
-                    " --bits or --strict"
-                )
-            return open_export(place, raw)
-        if is_overlay(raw):
-            raise CheckpointError(
-                f"{found.name}: an overlay; `outlier-mlx convert` makes a tier from it"
-            )
-        if "ternary" in raw:
-            raise CheckpointError(
-                f"{found.name}: config.json has `ternary`: this is a model that outlier-mlx wrote;"
-                " there is nothing to import"
-            )
-        from outlier_mlx.imports.ternary_folder import (
-            holds_ternary_floats,
-            is_ternary_source,
-            open_ternary_folder,
-        )
-
-        if is_ternary_source(raw) or holds_ternary_floats(place, raw):
-            if dtype is not None or bits is not None:
-                raise CheckpointError(
-                    f"{found.name}: a ternary model, whose weights stay as they are: no --dtype or"
-                    " --bits"
-                )
-            return open_ternary_folder(place, raw, strict=strict, quick=quick, progress=progress)
-        if strict:
-            raise CheckpointError(f"{found.name}: --strict is for ternary models; this is none")
-        from outlier_mlx.imports.awq import open_awq_model
-
-        return open_awq_model(place, dtype=dtype, bits=bits)
+        return _open_folder(found, dtype, bits, strict=strict, quick=quick, progress=progress)
     pickles = [path.name for pattern in ("*.bin", "*.pt") for path in entries(place, pattern)]
     if pickles:
         raise CheckpointError(
@@ -248,6 +212,53 @@ def _open(
             " safetensors first"
         )
     raise CheckpointError(f"{found.name}: no *.safetensors and no *.gguf files{hint}")
+
+
+def _open_folder(
+    found: Source,
+    dtype: ScaleType | None,
+    bits: int | None,
+    *,
+    strict: bool,
+    quick: bool,
+    progress: Progress,
+) -> Opened:
+    """Detect the format of safetensors from their config.json, and open it."""
+    from outlier_mlx.imports.awq import open_awq_model
+    from outlier_mlx.imports.ternary_folder import (
+        holds_ternary_floats,
+        is_ternary_source,
+        open_ternary_folder,
+    )
+    from outlier_mlx.imports.transformers_folder import is_export, open_export
+
+    place, raw = found.folder, raw_config(found.folder)
+    if is_export(place):
+        if dtype is not None or bits is not None or strict:
+            raise CheckpointError(
+                f"{found.name}: a tier for transformers, which becomes what it was: no --dtype,"
+                " --bits or --strict"
+            )
+        return open_export(place, raw)
+    if is_overlay(raw):
+        raise CheckpointError(
+            f"{found.name}: an overlay; `outlier-mlx convert` makes a tier from it"
+        )
+    if "ternary" in raw:
+        raise CheckpointError(
+            f"{found.name}: config.json has `ternary`: this is a model that outlier-mlx wrote;"
+            " there is nothing to import"
+        )
+    if is_ternary_source(raw) or holds_ternary_floats(place, raw):
+        if dtype is not None or bits is not None:
+            raise CheckpointError(
+                f"{found.name}: a ternary model, whose weights stay as they are: no --dtype or"
+                " --bits"
+            )
+        return open_ternary_folder(place, raw, strict=strict, quick=quick, progress=progress)
+    if strict:
+        raise CheckpointError(f"{found.name}: --strict is for ternary models; this is none")
+    return open_awq_model(place, dtype=dtype, bits=bits)
 
 
 def _holds_gguf(folder: Path) -> bool:

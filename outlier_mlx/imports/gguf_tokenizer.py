@@ -94,23 +94,9 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
     if times > 1:
         raise CheckpointError(f"{where}: duplicate token {most[:40]!r} ({times} times)")
     spm = model == "llama"
-    rule, notes = ("", ()) if spm else _rule(read, architecture)
-    own = QWEN35 if architecture == "qwen35" else QWEN2
-    if architecture in QWEN and RULES.get(rule) is not own:
-        # transformers 5 ignores tokenizer.json and its config for models of these types.
-        said = f"a {architecture} model with the tokenizer {rule or model!r}"
-        if rule not in _SPLIT_OTHERWISE:
-            raise CheckpointError(
-                f"{where}: {said}; transformers would use Qwen2's tokenizer for it"
-            )
-        notes = (*notes, f"{said}: transformers may split a few words as Qwen2's tokenizer does")
-    defaults = {"bos": 1, "eos": 2, "unk": 0} if spm else {}
-    special = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        found = read.token(f"{key}_token_id", len(tokens))
-        found = defaults.get(name) if found is None else found
-        if found is not None and found < len(tokens):
-            special[name] = found
+    rule, notes = ("", []) if spm else _rule(read, architecture)
+    notes += _split_otherwise(architecture, rule or model, where)
+    special = _special(read, len(tokens), {"bos": 1, "eos": 2, "unk": 0} if spm else {})
     types = read.numbers("token_type", len(tokens), NORMAL)
     merges = [] if spm else read.merges()
     templates = _templates(fields, where)
@@ -118,10 +104,8 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
     given = [n for n in stops if n is not None]
     ends = find_ends(tokens, types, merges, special, given, templates)
     if ends.changed:
-        notes = (
-            *notes,
-            f"tokens that are special, whatever their type says: {listed(ends.changed, 8)}",
-        )
+        changed = listed(ends.changed, 8)
+        notes.append(f"tokens that are special, whatever their type says: {changed}")
     bos = read.get("add_bos_token", bool, spm or RULES[rule].bos)
     return Vocabulary(
         where=where,
@@ -140,7 +124,7 @@ def read_vocabulary(fields: dict[str, Any], architecture: str, where: str) -> Vo
         ),
         space=read.get("add_space_prefix", bool, True),
         templates=templates,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
@@ -260,20 +244,40 @@ def _bytes(vocabulary: Vocabulary) -> Any:
     return tokenizer
 
 
-def _rule(read: "_Reader", architecture: str) -> tuple[str, tuple[str, ...]]:
+def _rule(read: "_Reader", architecture: str) -> tuple[str, list[str]]:
     """The name of the rule, and a note if it is assumed."""
     name = read.get("pre", str, None)
     if name is None:
         name = "default"
         if architecture in QWEN:
             name = "qwen35" if architecture == "qwen35" else "qwen2"
-        return name, (f"tokenizer.ggml.pre is missing; the rule {name} is assumed",)
+        return name, [f"tokenizer.ggml.pre is missing; the rule {name} is assumed"]
     if name not in RULES:
         raise CheckpointError(
             f"{read.where}: tokenizer.ggml.pre {name!r} is not supported; supported:"
             f" {', '.join(RULES)}"
         )
-    return name, ()
+    return name, []
+
+
+def _split_otherwise(architecture: str, rule: str, where: str) -> list[str]:
+    """A note if transformers splits some words otherwise than this rule does."""
+    own = QWEN35 if architecture == "qwen35" else QWEN2
+    if architecture not in QWEN or RULES.get(rule) is own:
+        return []
+    # transformers 5 ignores tokenizer.json and its config for models of these types.
+    said = f"a {architecture} model with the tokenizer {rule!r}"
+    if rule not in _SPLIT_OTHERWISE:
+        raise CheckpointError(f"{where}: {said}; transformers would use Qwen2's tokenizer for it")
+    return [f"{said}: transformers may split a few words as Qwen2's tokenizer does"]
+
+
+def _special(read: "_Reader", count: int, defaults: dict[str, int]) -> dict[str, int]:
+    """The ids of "bos", "eos", "unk" and "pad", of those that exist."""
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    found = {name: read.token(f"{key}_token_id", count) for name, key in keys.items()}
+    known = {name: defaults.get(name) if n is None else n for name, n in found.items()}
+    return {name: n for name, n in known.items() if n is not None and n < count}
 
 
 def _templates(fields: dict[str, Any], where: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -64,6 +64,16 @@ class Runs:
         """Median, smallest, largest, and all values in the order of the runs."""
         values = list(self.values)
         return {"median": self.median, "min": min(values), "max": max(values), "runs": values}
+
+
+T = TypeVar("T")
+
+
+def in_turn(things: list[T], turn: int) -> list[T]:
+    """The order of a round: rotated by its number, reversed in every other round."""
+    start = turn % max(len(things), 1)
+    order = things[start:] + things[:start]
+    return order[::-1] if turn % 2 else order
 
 
 @dataclass(frozen=True)

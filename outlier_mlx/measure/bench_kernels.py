@@ -18,6 +18,7 @@ import mlx.nn as nn
 from outlier_mlx.engine.chips import this_chip
 from outlier_mlx.engine.generate import activation_dtype
 from outlier_mlx.errors import one_line
+from outlier_mlx.measure.bench import in_turn
 from outlier_mlx.measure.bench_cases import DECODING, LINEAR, Case, cases
 from outlier_mlx.measure.bench_inputs import decode_layers, linears
 from outlier_mlx.measure.bench_results import Arm, KernelBench, KernelResult
@@ -173,7 +174,7 @@ def _bench_case(
     launches = max(1, min(MOST_LAUNCHES, round(PASS_SECONDS / slowest)))
     for turn in range(rounds):
         progress(turn)
-        for contender in _in_turn(sound, turn):
+        for contender in in_turn(sound, turn):
             contender.arm.seconds.append(_pass(contender, inputs, launches))
     arms = [contender.arm for contender in contenders]
     shape = out_features, in_features, inputs[0].pairs
@@ -208,13 +209,6 @@ class _Contender:
         if self.waits is None and previous is not None:
             found = mx.depends([found], [previous])
         return [found] if isinstance(found, mx.array) else list(found)
-
-
-def _in_turn(contenders: list[_Contender], turn: int) -> list[_Contender]:
-    """The order of a round: rotated by its number, reversed in every other round."""
-    start = turn % max(len(contenders), 1)
-    order = contenders[start:] + contenders[:start]
-    return order[::-1] if turn % 2 else order
 
 
 def _theirs(case: Case, inputs: Sequence[Any], dtype: mx.Dtype) -> list[_Contender]:

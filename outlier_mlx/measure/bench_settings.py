@@ -26,7 +26,7 @@ from outlier_mlx.engine.chips import Chip, this_chip
 from outlier_mlx.engine.generate import vocabulary
 from outlier_mlx.engine.loading import load
 from outlier_mlx.errors import OutlierError, one_line
-from outlier_mlx.measure.bench import BenchOptions, Runs, bench_model
+from outlier_mlx.measure.bench import BenchOptions, Runs, bench_model, in_turn
 from outlier_mlx.measure.environment import environment
 from outlier_mlx.terminal import Progress, no_progress
 from outlier_mlx.upstream import make_prompt_cache
@@ -173,9 +173,7 @@ def bench_settings(
     settings = [Setting(value) for value in VALUES]
     total, done = options.num_trials * len(settings), 0
     for turn in range(options.num_trials):
-        start = turn % len(settings)
-        order = settings[start:] + settings[:start]
-        for setting in order[::-1] if turn % 2 else order:
+        for setting in in_turn(settings, turn):
             progress(done, total)
             if done:
                 time.sleep(options.delay)

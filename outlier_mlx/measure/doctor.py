@@ -259,17 +259,9 @@ def _versions() -> Iterator[Finding]:
             )
             continue
         about = f"tested from {one.tested} on" if one.tested else f"{PACKAGE} is not installed"
-        problem = None
-        if one.is_old:
-            problem = (
-                f"{one.name} {one.installed} is older than {one.tested}, which was tested:"
-                f" {pip_install(one.wanted, '-U')}"
-            )
-        elif one.is_new:
-            problem = (
-                f"{one.name} {one.installed} is newer than what was tested:"
-                f" {pip_install(one.wanted, '-U')}"
-            )
+        age = f"older than {one.tested}, which was tested" if one.is_old else None
+        age = "newer than what was tested" if one.is_new else age
+        problem = age and f"{one.name} {one.installed} is {age}: {pip_install(one.wanted, '-U')}"
         yield Finding(key, one.name, one.installed, one.installed, REPORTED, about, problem)
 
 

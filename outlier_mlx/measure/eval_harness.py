@@ -121,13 +121,9 @@ def evaluate(
         with redirect_stdout(sys.stderr):
             loaded = load_tasks(tasks, working, trust=trust_tasks)
         _prepare(loaded, options, noted)
+        how: Any = {"dtype": options.dtype, "expert_skip": options.expert_skip}
         with working(f"loading {source.name}"):
-            model, tokenizer = load(
-                source.folder,
-                dtype=options.dtype,
-                expert_memory=memory,
-                expert_skip=options.expert_skip,
-            )
+            model, tokenizer = load(source.folder, expert_memory=memory, **how)
         loaded_everywhere()
         if options.apply_chat_template and not tokenizer.chat_template:
             raise OutlierError(f"{source.name}: its tokenizer has no chat template to apply")
@@ -142,20 +138,8 @@ def evaluate(
                 stages=shown,
             )
             found = _run(adapter, loaded, options, run_generated_code)
-    evaluation = Evaluation(
-        model=source.name,
-        revision=source.revision,
-        bytes_in_memory=sum(tensor.nbytes for tensor in read_shards(source.folder).values()),
-        device="cpu" if mx.default_device() == mx.cpu else "gpu",
-        date=date,
-        versions=versions("lm-eval"),
-        # Names of files without their folders: no path of this machine.
-        config={"tasks": [Path(task).name if is_path(task) else task for task in tasks]}
-        | asdict(options)
-        | {"dtype": dtype_name(activation_dtype(model)), "bootstrap_iters": BOOTSTRAP_ITERS},
-        results=list(_results(found)),
-    )
-    return evaluation, noted.texts
+    dtype = dtype_name(activation_dtype(model))
+    return _evaluation(source, tasks, options, date, dtype, found), noted.texts
 
 
 def _prepare(loaded: TaskDict, options: EvalOptions, noted: Noted) -> None:
@@ -210,6 +194,31 @@ def _failure(error: Exception) -> str:
         name = str(error).partition("task: ")[2].partition(" ")[0]
         return f"task {name} runs code that the model writes; --run-generated-code allows it"
     return f"the evaluation failed: {type(error).__name__}: {error}"
+
+
+def _evaluation(
+    source: Source,
+    tasks: Sequence[str],
+    options: EvalOptions,
+    date: str,
+    dtype: str,
+    found: Mapping[str, Any],
+) -> Evaluation:
+    """What the harness found, with the settings that it depends on."""
+    # Names of files without their folders: no path of this machine.
+    names = [Path(task).name if is_path(task) else task for task in tasks]
+    return Evaluation(
+        model=source.name,
+        revision=source.revision,
+        bytes_in_memory=sum(tensor.nbytes for tensor in read_shards(source.folder).values()),
+        device="cpu" if mx.default_device() == mx.cpu else "gpu",
+        date=date,
+        versions=versions("lm-eval"),
+        config={"tasks": names}
+        | asdict(options)
+        | {"dtype": dtype, "bootstrap_iters": BOOTSTRAP_ITERS},
+        results=list(_results(found)),
+    )
 
 
 def _results(found: Mapping[str, Any]) -> Iterator[Result]:

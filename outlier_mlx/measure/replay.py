@@ -16,13 +16,12 @@ from outlier_mlx.engine.paging.policies import Key, Policy
 from outlier_mlx.measure.expert_trace import About, Trace
 
 LookAhead = Literal["off", "recorded", "perfect"]
+#: Name of the bound in reports.
 BELADY = "belady"
-"""Name of the bound in reports."""
-
+#: For each pass and MoE layer, the experts that it needs, ascending.
 Needs = list[list[tuple[int, ...]]]
-"""For each pass and MoE layer, the experts that it needs, ascending."""
+#: For each pass and MoE layer, the experts that are read early, if there are any such.
 Guesses = list[list[tuple[int, ...]] | None]
-"""For each pass and MoE layer, the experts that are read early, if there are any such."""
 # Pairs of token and expert, for each expert of a layer, from which on a pass is taken for a prompt.
 _PROMPT_PAIRS = 4
 

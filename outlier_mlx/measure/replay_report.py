@@ -13,6 +13,10 @@ from outlier_mlx.terminal import print_columns, print_heading, size, stdout
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+#: A policy and a kind of look-ahead.
+Kind = tuple[str, LookAhead]
+#: Heading of a column, its arms, and what is shown of an arm.
+Column = tuple[str, Kind, Callable[[Arm], str]]
 # Names and lines in pictures.
 _LINES = {
     "lru": ("LRU", "tab:orange"),
@@ -21,11 +25,6 @@ _LINES = {
     "least-likely": ("least-likely", "tab:blue"),
     BELADY: ("best possible (Belady)", "0.4"),
 }
-Kind = tuple[str, LookAhead]
-"""A policy and a kind of look-ahead."""
-Column = tuple[str, Kind, Callable[[Arm], str]]
-"""Heading of a column, its arms, and what is shown of an arm."""
-
 _STYLES: dict[LookAhead, str] = {"off": "-", "recorded": "--", "perfect": ":"}
 
 

@@ -48,11 +48,9 @@ def decode_seconds(
     missed = disk * counts.missed.astype(np.float64)
     useful = disk * counts.useful.astype(np.float64)
     in_vain = disk * counts.early.astype(np.float64) - useful
-    now = np.zeros(passes)
-    stale = np.zeros(
-        passes
-    )  # seconds of reading in vain that are queued before the present layer's
-    free = np.zeros(passes)  # when the disk begins with the queue
+    # Seconds: where the layers are, when the disk begins with its queue, and what reading in vain
+    # is queued there before what the present layer reads.
+    now = free = stale = np.zeros(passes)
     for layer in range(layers):
         now = now + own
         done = np.maximum(0.0, now - free)

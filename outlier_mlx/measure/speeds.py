@@ -17,6 +17,7 @@ from outlier_mlx.measure.disk import (
     measure_pieces,
 )
 from outlier_mlx.measure.expected import Expected, Machine, decoding, reading, work_of
+from outlier_mlx.measure.findings import MEASURED, PUBLISHED
 from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.models.quantization import DEFAULT_GROUP_SIZE
 from outlier_mlx.storage.safetensors import TensorRef
@@ -37,7 +38,7 @@ class Speed:
 
     Attributes:
         machine: its speeds.
-        source: "published", "measured here" or "given"; "unknown" if there is no speed.
+        source: `PUBLISHED`, `MEASURED` or `GIVEN` of `findings`; empty if there is no speed.
         about: the speed in words; or why it is not known.
         products_gb_s: GB/s that MLX's products read on a GPU, measured here; None: not measured.
     """
@@ -64,13 +65,13 @@ def speed_here(chip: Chip, quantized: bool = True) -> Speed:
             f"this CPU multiplies {one / 1e9:.3g} billion weights a second with one vector, and"
             f" {several / 1e9:.3g} for each of many"
         )
-        return Speed(Machine(None, one, several, _operation()), "measured here", about)
+        return Speed(Machine(None, one, several, _operation()), MEASURED, about)
     if chip.bandwidth_gb_s is not None:
         about = f"{chip.name} has {chip.bandwidth_gb_s:g} GB/s"
-        return Speed(Machine(chip.bandwidth_gb_s), "published", about)
+        return Speed(Machine(chip.bandwidth_gb_s), PUBLISHED, about)
     gb_s = products_gb_s()
     about = f"MLX's 4-bit products read {gb_s:.3g} GB/s here"
-    return Speed(Machine(gb_s), "measured here", about, gb_s)
+    return Speed(Machine(gb_s), MEASURED, about, gb_s)
 
 
 @dataclass(frozen=True)
