@@ -88,7 +88,7 @@ class Commands(TyperGroup):
             if ctx.meta.get("debug"):
                 raise
             say(f"error: {message_of(error)}")
-            tell_others(message_of(error))
+            tell_others(error, message_of(error))
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort, typer.TyperException):
             raise
@@ -98,7 +98,7 @@ class Commands(TyperGroup):
             if is_lost(error):
                 say(f"error: {LOST}")
                 raise typer.Exit(1) from None
-            tell_others(f"{type(error).__name__}: {error}")
+            tell_others(error, f"{type(error).__name__}: {error}")
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -11,15 +11,21 @@ from typing import Any
 from outlier_mlx.cli.signals import WORDS, ending_at_once
 from outlier_mlx.cli.watching import watch
 from outlier_mlx.engine.distributed.launcher import LOST, launched_rank
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, one_line
 
 #: Commands that run a model over several ranks.
 TOGETHER = ("generate", "chat", "serve", "bench", "perplexity", "eval")
 
 
+# The terminal of a rank that does not talk, for the case that the one that does cannot hear of it.
+_terminal = 2
+
+
 def only_the_first_talks() -> None:
     """Let a process that is not rank 0 write nothing."""
+    global _terminal
     if launched_rank():
+        _terminal = os.dup(2)
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - to the end
 
 
@@ -67,13 +73,30 @@ def join(folder: Path) -> None:
         agree(facts(folder, sys.argv[1:]))
 
 
-def tell_others(reason: str) -> None:
-    """Tell the other ranks why this one ends, if they wait for it."""
+def tell_others(error: BaseException, reason: str) -> None:
+    """Tell the other ranks why this one ends; if they do not listen, tell the user.
+
+    They listen until the model is loaded. From then on, what is wrong with an input ends all ranks
+    alike, and the first one says it.
+
+    Args:
+        error: what ends this rank.
+        reason: what the program says of it.
+    """
     if launched_rank() is None:
         return
-    from outlier_mlx.engine.distributed.ranks import fail
+    from outlier_mlx.engine.distributed.ranks import fail, ranks
 
-    fail(reason)
+    if fail(reason) or isinstance(error, OutlierError) and ranks().size > 1:
+        return
+    tell_user(reason)
+
+
+def tell_user(reason: str) -> None:
+    """Say on the terminal why a rank ends that does not talk otherwise."""
+    if rank := launched_rank():
+        with suppress(OSError):
+            os.write(_terminal, f"error: rank {rank}: {one_line(reason)}\n".encode())
 
 
 # Options that have no meaning, or no one result, where several processes compute.

@@ -21,7 +21,7 @@ from outlier_mlx.cli.options import (
     Quiet,
     Sampling,
 )
-from outlier_mlx.cli.ranks import join
+from outlier_mlx.cli.ranks import join, tell_user
 from outlier_mlx.storage.hub import Source, resolve
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def serve(
     if not ranks().leads:
         from outlier_mlx.serve.over_ranks import follow
 
-        follow(source.name, load, options)
+        follow(source.name, load, options, tell_user)
     server.serve(
         source.name,
         load,

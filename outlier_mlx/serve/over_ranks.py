@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from outlier_mlx.engine.distributed.launcher import LOST, is_lost
-from outlier_mlx.engine.distributed.ranks import ranks, shared
+from outlier_mlx.engine.distributed.ranks import PeerError, ranks, shared
 from outlier_mlx.engine.steps import Processor
+from outlier_mlx.errors import OutlierError
 from outlier_mlx.serve.connections import Connections
 from outlier_mlx.serve.http import Service
 from outlier_mlx.serve.jobs import Job, Token
@@ -97,6 +98,9 @@ class RanksLoop(Loop):
     """The thread that generates, with the same turns on all ranks; see `Loop`.
 
     Kept caches are limited by their number. All of them go when rank 0 has no memory for them.
+
+    Attributes:
+        tell: called with the reason that ends this rank.
     """
 
     def __init__(self, provider: OneModel, busy: Callable[[], bool]) -> None:
@@ -113,6 +117,7 @@ class RanksLoop(Loop):
         self._shared: dict[int, SharedJob] = {}
         self._most = 1
         self._told = time.monotonic()
+        self.tell = lambda reason: provider.service.warn(f"error: {reason}")
 
     def _run(self) -> None:
         super()._run()
@@ -124,10 +129,12 @@ class RanksLoop(Loop):
         try:
             self._turn()
         except Exception as error:
-            # The others are in the middle of the same turn, and cannot be told of it.
+            # But for what `PeerError` says, others are in the middle of the same turn, and wait.
+            told = isinstance(error, PeerError)
             lost = is_lost(error)
-            reason = LOST if lost else f"{type(error).__name__}: {error}"
-            self._provider.service.warn(f"error: {reason}")
+            if ranks().leads or not (told or lost):
+                kind = "" if isinstance(error, OutlierError) else f"{type(error).__name__}: "
+                self.tell(LOST if lost else f"{kind}{error}")
             os._exit(1)
 
     def _take_in(self) -> None:
@@ -226,13 +233,16 @@ def _described(words: dict[str, Any]) -> SharedJob:
     return SharedJob(words["number"], Prompt(words["tokens"], ends), words["max_tokens"])
 
 
-def follow(name: str, load: Load, options: ServeOptions) -> NoReturn:
+def follow(
+    name: str, load: Load, options: ServeOptions, tell: Callable[[str], None]
+) -> NoReturn:
     """Serve as another rank than the first, until that ends; then end the process.
 
     Args:
         name: the model's name.
         load: see `server.serve`.
         options: the server's; only those of generation count here.
+        tell: called with the reason that ends this rank, if the others cannot know it.
 
     Raises:
         OutlierError: the model cannot be loaded.
@@ -244,6 +254,7 @@ def follow(name: str, load: Load, options: ServeOptions) -> NoReturn:
     service = Service(name, options, options.access(), nothing, nothing, Connections(1))
     provider = OneModel(service, load)
     loop = RanksLoop(provider, lambda: True)
+    loop.tell = tell
     loop.start()
     provider.loaded.wait()
     if provider.failure is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from outlier_mlx.engine.quantized import Classes, with_methods
 
@@ -37,3 +38,8 @@ def partial_classes(
         return {"sanitize": sanitize, "load_weights": load_weights}
 
     return with_methods(get_model_classes, methods)
+
+
+def extend(module: nn.Module, mixin: type) -> None:
+    """Let methods of another class come before those of a module's own."""
+    module.__class__ = type(type(module).__name__, (mixin, type(module)), {})

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from outlier_mlx.engine.distributed.ranks import ranks
+from outlier_mlx.engine.distributed.ranks import gathered, ranks
 from outlier_mlx.engine.plan import Plan
 from outlier_mlx.engine.quantized import Classes
 
@@ -31,10 +31,15 @@ def classes_to_load(
 
         classes = paged_classes(classes, folder, planned, always=always_page)
     if own.size > 1:
+        from outlier_mlx.engine.distributed.classes import partial_classes
+        from outlier_mlx.engine.distributed.failures import stay_in_step
         from outlier_mlx.engine.distributed.pipeline import pipeline_classes
         from outlier_mlx.engine.distributed.split_model import split_classes
 
         if own.pipeline:
-            return pipeline_classes(classes, folder, own)
-        classes = split_classes(classes, folder, own, paged=paged)
+            classes = pipeline_classes(classes, folder, own)
+        else:
+            classes = split_classes(classes, folder, own, paged=paged)
+        if "paged" in gathered("paged" if paged else ""):  # those of one rank may fit, of others not
+            classes = partial_classes(classes, lambda *_: None, stay_in_step)
     return classes

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from outlier_mlx.engine.distributed.classes import partial_classes
+from outlier_mlx.engine.distributed.classes import extend, partial_classes
 from outlier_mlx.engine.distributed.ranks import Ranks, gathered, ranks, summed, transport
 from outlier_mlx.engine.machine import budget
 from outlier_mlx.engine.quantized import Classes
@@ -115,14 +115,10 @@ def _connect(inner: Any, start: int, stop: int, own: Ranks) -> None:
         inner.fa_idx = windows.index(False) if False in windows else 0
         inner.swa_idx = windows.index(True) if True in windows else None
     if own.rank > 0:
-        _extend(inner.layers[0], _Receiving)
+        extend(inner.layers[0], _Receiving)
     if own.rank < own.size - 1:
-        _extend(inner.layers[-1], _Sending)
-    _extend(inner.norm, _Sharing)
-
-
-def _extend(module: nn.Module, mixin: type) -> None:
-    module.__class__ = type(type(module).__name__, (mixin, type(module)), {})
+        extend(inner.layers[-1], _Sending)
+    extend(inner.norm, _Sharing)
 
 
 class _Receiving:

@@ -137,11 +137,33 @@ def gathered(text: str) -> list[str]:
     return _gathered({"text": text[: _MOST // 8]})
 
 
-def fail(reason: str) -> None:
-    """Tell the other ranks why this one ends, while they still wait for one another to load."""
-    if _starting:
-        with suppress(PeerError):
-            _gathered({"reason": reason[: _MOST // 8]})
+def fail(reason: str) -> bool:
+    """Tell the other ranks why this one ends, while they still wait for one another to load.
+
+    Returns:
+        Whether they were told.
+    """
+    if not _starting:
+        return False
+    with suppress(PeerError):
+        _gathered({"reason": reason[: _MOST // 8]})
+    return True
+
+
+def settle(after: mx.array, reason: str) -> None:
+    """Make sure that no rank has failed; all ranks call it at the same place.
+
+    Args:
+        after: what this waits for, so that what ranks send for it comes before.
+        reason: why this rank cannot go on; empty: it can.
+
+    Raises:
+        PeerError: a rank failed.
+    """
+    failed = summed(mx.depends([mx.array([int(bool(reason))])], [after])[0])
+    mx.eval(failed)
+    if failed.item():
+        _gathered({"reason": reason[: _MOST // 8]} if reason else {"text": ""})
 
 
 def loaded() -> None:

@@ -98,6 +98,8 @@ class Lookahead:
         self.probe = Probe()
         self._model = weakref.ref(model)
         self._layers, self._top_k = layers, top_k
+        # A rank of a pipeline keeps some of its layers alone, and they move down.
+        self._decoders = {number: weakref.ref(model.layers[number]) for number in layers}
         self._routers: dict[int, Router] | None = None
         self._guesses: dict[int, set[int]] = {}  # of the present pass, by layer
         self._decodes, self._read, self._seconds = False, 0, 0.0
@@ -159,7 +161,7 @@ class Lookahead:
             model = self._model()
             if model is not None and _is_known(model):
                 for below, above in pairwise(self._layers):
-                    router = next_router(model.layers[below], model.layers[above])
+                    router = next_router(*(self._decoders[number]() for number in (below, above)))
                     if router is not None:
                         self._routers[below] = router
         return self._routers
