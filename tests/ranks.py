@@ -75,3 +75,12 @@ def run_python_ranks(size: int, folder: Path, script: str, *arguments: object) -
     results = ended(started)
     assert [result.code for result in results] == [0] * size, results
     return [result.json for result in results]
+
+
+def assert_ended(results: list[Result], *words: str) -> None:
+    """All ranks ended with 1, and rank 0 alone said why, in one line."""
+    assert [result.code for result in results] == [1] * len(results), results
+    errors = [line for line in results[0].err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), results
+    assert "Traceback" not in results[0].err
+    assert all(result.both == "" for result in results[1:]), results

@@ -32,8 +32,8 @@ from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.ternary import rows as ternary_rows
 from tests.evaluating import GENERATE, metrics, write_task
 from tests.library import Library
-from tests.program import SCRIPT, Result, assert_refused, run
-from tests.ranks import ended, run_python_ranks, run_ranks, start_ranks
+from tests.program import SCRIPT, assert_refused, run
+from tests.ranks import assert_ended, ended, run_python_ranks, run_ranks, start_ranks
 from tests.serving import running
 
 PROMPT = [1, 5, 7, 200, 31, 8, 9, 100]
@@ -341,15 +341,6 @@ def answer(url: str, body: dict[str, Any]) -> str:
 
 
 # -- ranks that fail ------------------------------------------------------------------------------
-
-
-def assert_ended(results: list[Result], *words: str) -> None:
-    """All ranks ended with 1, and rank 0 alone said why, in one line."""
-    assert [result.code for result in results] == [1] * len(results), results
-    errors = [line for line in results[0].err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and all(word in errors[0] for word in words), results
-    assert "Traceback" not in results[0].err
-    assert all(result.both == "" for result in results[1:]), results
 
 
 @pytest.mark.slow

@@ -113,7 +113,12 @@ class Command(TyperCommand):
             use_larger_buffers()
         # transformers tells at each start that there is no PyTorch, which nothing here needs.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        with _telling(ctx), together(str(ctx.info_name), ctx.params):
+        given = {
+            name: value
+            for name, value in ctx.params.items()
+            if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"
+        }
+        with _telling(ctx), together(str(ctx.info_name), given):
             return super().invoke(ctx)
 
     def _named(self, ctx: Any, args: list[str]) -> list[str]:

@@ -65,7 +65,7 @@ def evaluate(
     from outlier_mlx.terminal import progress_bar, working
 
     names = _task_names(tasks)
-    if out is not None:
+    if out is not None and ranks().leads:
         check_writable(out, force=force, sources=[model, *names])
     harness = _harness(quiet=quiet)
     source = resolve(model, loading.revision)

@@ -121,7 +121,8 @@ def load_checked(
         OutlierError: it does not fit, or is not valid.
     """
     source = model if isinstance(model, Source) else resolve(model, loading.revision)
-    join(source.folder)
+    other = None if beside is None else resolve(beside).folder
+    join(source.folder, other, alpha)
     memory = planned_memory(
         source,
         loading,
@@ -130,7 +131,7 @@ def load_checked(
         quiet=quiet,
         more=more,
         may_quantize=cache is not None,
-        beside=None if beside is None else resolve(beside).folder,
+        beside=other,
         draft=None if draft is None else resolve(draft).folder,
     )
     return _load(source, loading, alpha, memory, quiet=quiet)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from outlier_mlx.cli.command import GENERAL
+from outlier_mlx.engine.distributed.launcher import launched_rank
 from outlier_mlx.errors import OutlierError
 
 Recipe = Literal["auto", "q4", "q4-mixed", "q8", "bf16", "f16", "f32"]
@@ -135,8 +136,12 @@ OutFolder = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write
 
 # -- texts --------------------------------------------------------------------------------------
 
+# Of several processes, the first one alone reads it.
 TextFile = Annotated[
-    Path, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="A text file, in UTF-8.")
+    Path,
+    typer.Option(
+        metavar="FILE", exists=not launched_rank(), dir_okay=False, help="A text file, in UTF-8."
+    ),
 ]
 Window = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Windows = Annotated[

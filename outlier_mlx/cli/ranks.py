@@ -1,6 +1,8 @@
 """Commands that several processes run together, started by `mlx.launch`. Imports no MLX early."""
 
+import atexit
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -35,7 +37,7 @@ def together(name: str, options: Mapping[str, Any]) -> Iterator[None]:
 
     Args:
         name: the command's.
-        options: its options; those that have no meaning here are refused.
+        options: those that were given; some have no meaning here, and are refused.
 
     Raises:
         OutlierError: the command or an option is for one process alone.
@@ -47,21 +49,41 @@ def together(name: str, options: Mapping[str, Any]) -> Iterator[None]:
         return
     from outlier_mlx.engine.distributed.ranks import connect, finish
 
+    with ending_at_once():
+        own = connect(pipeline=bool(options.get("pipeline")))
     try:
-        with ending_at_once():
-            own = connect(pipeline=bool(options.get("pipeline")))
         if own.size > 1:
             watch(_tell, hide=not options.get("debug"))
             _check(name, options)
         yield
         finish()
-    except BaseException:
+    except BaseException as error:
         _ending.set()
+        if own.size > 1:
+            atexit.register(_leave, _status_of(error))
         raise
 
 
-def join(folder: Path) -> None:
+def _status_of(error: BaseException) -> int:
+    """The exit code of a program that an error ends."""
+    usual = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return int(getattr(error, "status", getattr(error, "exit_code", usual)))
+
+
+def _leave(status: int) -> None:
+    """End at once: MPI would wait for the others, who wait for this rank."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def join(folder: Path, *others: Path | None) -> None:
     """Make sure that all ranks are about to do the same with the same model.
+
+    Args:
+        folder: the model's.
+        others: further models and files that must be the same; None: there is none.
 
     Raises:
         PeerError: one of them is not.
@@ -70,7 +92,7 @@ def join(folder: Path) -> None:
     from outlier_mlx.engine.distributed.ranks import ranks
 
     if ranks().size > 1:
-        agree(facts(folder, sys.argv[1:]))
+        agree(facts([folder, *filter(None, others)], sys.argv[1:]))
 
 
 def tell_others(error: BaseException, reason: str) -> None:
@@ -87,7 +109,7 @@ def tell_others(error: BaseException, reason: str) -> None:
         return
     from outlier_mlx.engine.distributed.ranks import fail, ranks
 
-    if fail(reason) or isinstance(error, OutlierError) and ranks().size > 1:
+    if fail(reason) or (isinstance(error, OutlierError) and ranks().size > 1):
         return
     tell_user(reason)
 
@@ -101,10 +123,13 @@ def tell_user(reason: str) -> None:
 
 # Options that have no meaning, or no one result, where several processes compute.
 _ALONE = {
+    "prompt_lookup": "the times by which drafts pay differ from rank to rank",
     "draft_model": "a draft model runs in one process alone",
+    "num_draft_tokens": "a draft model runs in one process alone",
     "expert_skip": "which experts are in memory differs from rank to rank",
     "prompt_cache": "a KV cache is spread over the ranks",
     "cache_dir": "a KV cache is spread over the ranks",
+    "cache_dir_size": "a KV cache is spread over the ranks",
     "prompt_cache_bytes": "sizes of KV caches differ from rank to rank; --prompt-cache-size works",
     "idle_unload": "ranks load the model together, once",
     "kernels": "kernels are timed in one process",

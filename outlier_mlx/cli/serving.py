@@ -164,7 +164,7 @@ def serve(
         idle_unload=idle_unload,
     )
     source = resolve(model, loading.revision)
-    join(source.folder)
+    join(source.folder, alpha)
     check_draft_model(source, drafting)
     draft = None if drafting.draft_model is None else resolve(drafting.draft_model)
     room = _room(source, draft, loading, options, cache, together, quiet=quiet)

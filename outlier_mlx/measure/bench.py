@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import batch_generate, stream_generate
 
 from outlier_mlx.engine.chips import Chip, this_chip
+from outlier_mlx.engine.distributed.ranks import gathered
 from outlier_mlx.engine.generate import activation_dtype, described, vocabulary
 from outlier_mlx.engine.paging.paged import PagedSwitchLinear, planned_step, statistics_of, store_of
 from outlier_mlx.engine.paging.statistics import PagingStatistics
@@ -234,7 +235,9 @@ def _generate(
     }
     if len(prompts) > 1:
         found = batch_generate(model, tokenizer, list(prompts), **limits).stats
-        return _Run(found.prompt_tps, found.generation_tps)
+        # In a pipeline, the last rank alone waits for all of a prompt before the first token.
+        told = gathered(f"{found.prompt_tps} {found.generation_tps}")[-1]
+        return _Run(*map(float, told.split()))
     store = store_of(model)
     responses = stream_generate(model, tokenizer, prompts[0], **limits)
     last = next(responses)  # the prompt is read

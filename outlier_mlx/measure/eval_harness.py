@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from lm_eval.tasks.manager import TaskDict
 
+from outlier_mlx.engine.distributed.launcher import is_lost
 from outlier_mlx.engine.distributed.ranks import loaded as loaded_everywhere
 from outlier_mlx.engine.generate import activation_dtype, described
 from outlier_mlx.engine.loading import load
@@ -178,6 +179,8 @@ def _run(
     except (OutlierError, OSError, MemoryError):
         raise
     except Exception as error:  # tasks and their metrics may raise anything
+        if is_lost(error):
+            raise
         raise OutlierError(_failure(error)) from error
     assert found is not None  # it is None only in processes other than the first
     return found

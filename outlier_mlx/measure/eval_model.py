@@ -20,6 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm import batch_generate
 
+from outlier_mlx.engine.distributed.handshake import agree_on
 from outlier_mlx.engine.distributed.ranks import agreed
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -96,6 +97,7 @@ class HarnessModel(TemplateLM, MLXLM):
         self, requests: list[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation in nats, and whether greedy decoding gives it."""
+        _agree(requests)
         return TemplateLM.loglikelihood(self, requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -150,6 +152,7 @@ class HarnessModel(TemplateLM, MLXLM):
         Of a text longer than the model's context, each token is predicted from as many before it as
         fit.
         """
+        _agree(requests)
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         owners = []
         for number, request in enumerate(requests):
@@ -171,6 +174,7 @@ class HarnessModel(TemplateLM, MLXLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Greedy answers, each cut before the first of its stop texts."""
+        _agree(requests)
         texts: list[str] = []
         long = sum(len(self.tok_encode(r.args[0])) > self.max_length for r in requests)
         if long:
@@ -202,6 +206,12 @@ class HarnessModel(TemplateLM, MLXLM):
         stops = [[stop for stop in own["until"] if stop] for own in options]
         pairs = zip(found.token_ids or (), stops, strict=True)
         return [answer_text(self.tokenizer, tokens, stops) for tokens, stops in pairs]
+
+
+def _agree(requests: list[Any]) -> None:
+    """Make sure that all ranks have the same requests, which come from their own task files."""
+    asked = repr([(request.request_type, request.args) for request in requests])
+    agree_on("what the tasks ask", asked, "copy the task files again")
 
 
 def _greedy(logprobs: mx.array) -> mx.array:

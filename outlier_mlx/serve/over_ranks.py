@@ -233,9 +233,7 @@ def _described(words: dict[str, Any]) -> SharedJob:
     return SharedJob(words["number"], Prompt(words["tokens"], ends), words["max_tokens"])
 
 
-def follow(
-    name: str, load: Load, options: ServeOptions, tell: Callable[[str], None]
-) -> NoReturn:
+def follow(name: str, load: Load, options: ServeOptions, tell: Callable[[str], None]) -> NoReturn:
     """Serve as another rank than the first, until that ends; then end the process.
 
     Args:

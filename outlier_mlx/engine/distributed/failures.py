@@ -1,7 +1,7 @@
 """A rank that cannot read its experts: it stays in step with the others, and then tells them why.
 
-In the middle of a pass of the model, ranks wait for each other's sums, and hear nothing else. So one
-that fails goes on without its experts to the end of the pass, where all ask one another.
+In the middle of a pass of the model, ranks wait for each other's sums, and hear nothing else. So
+one that fails goes on without its experts to the end of the pass, where all ask one another.
 """
 
 from typing import Any
