@@ -27,6 +27,7 @@ from outlier_mlx.terminal import size
 
 if TYPE_CHECKING:
     from outlier_mlx.checkpoints.base import BaseModel
+    from outlier_mlx.engine.machine import Budget
     from outlier_mlx.storage.hub import Source
     from outlier_mlx.train.log import RunLog
     from outlier_mlx.train.plan import MemoryPlan
@@ -92,69 +93,31 @@ def upcycle(
     from outlier_mlx.measure.pictures import check_picture
     from outlier_mlx.storage.hub import resolve
     from outlier_mlx.storage.paths import named
-    from outlier_mlx.train.base import open_dense
     from outlier_mlx.train.log import FILE, RunLog, read_log
     from outlier_mlx.train.picture import draw
-    from outlier_mlx.train.room import check_room
-    from outlier_mlx.train.stages import check_begun, planned
     from outlier_mlx.train.texts import check_names
     from outlier_mlx.writing.folders import check_free
 
     with failing_as_json() if as_json else nullcontext():
         domains = [_domain(given) for given in domain]
         check_names([name for name, _ in domains])
-        target = named(out)
-        inputs = [base, training.teacher, keep, *(path for _, path in domains)]
         if ram is not None and not plan:
             raise typer.BadParameter("goes with --plan", param_hint="--ram")
         if so_far and plan:
             raise typer.BadParameter("with it, nothing is planned", param_hint="--so-far")
-        place = work if work is not None else target.with_name(f".{target.name}.training")
-        if place.resolve().is_relative_to(target.resolve()):
-            raise OutlierError(
-                f"{place}: is, or lies in, the overlay's folder: name another --work"
-            )
+        target = named(out)
+        place = _work_folder(work, target)
+        asked = _Asked(domains, keep, experts, training, target, place, so_far, quiet)
+        inputs = [base, training.teacher, keep, *(path for _, path in domains)]
         if not plan:
             check_free(target, force=force, sources=inputs)
             if picture is not None:
                 check_picture(picture, force=force, sources=inputs)
-        source = resolve(base, revision)
-        opened = open_dense(source.folder)
-        settings = _settings(experts, training, len(domains))
-        settings.check(opened.config, len(domains))
-        if so_far:
-            check_begun(place)
-        corpora = _read(source, opened, domains, keep, training, quiet=quiet)
-        available = None if ram is None else budget(ram)
-        teacher = resolve(training.teacher) if training.teacher is not None else None
-        settings, memory = planned(
-            source,
-            corpora,
-            settings,
-            place,
-            dtype=training.dtype,
-            available=available,
-            teacher=None if so_far else teacher,
-        )
-        run = _Run(
-            source=source,
-            base=opened,
-            teacher=teacher,
-            settings=settings,
-            corpora=corpora,
-            target=target,
-            work=place,
-            dtype=training.dtype,
-            so_far=so_far,
-            quiet=quiet,
-        )
-        display = Display(settings, len(domains), quiet=quiet, so_far=so_far)
-        log = RunLog(run.work, [display, *([print_event] if as_json else [])])
+        run, memory = asked.planned(resolve(base, revision), None if ram is None else budget(ram))
+        display = Display(run.settings, len(domains), quiet=quiet, so_far=so_far)
+        log = RunLog(place, [display, *([print_event] if as_json else [])])
         if not plan:
-            memory.check()
-        if not plan and not so_far:
-            teaches = teacher is not None
-            check_room(opened.config, settings, corpora, target, place, teacher=teaches)
+            run.check(memory)
         run.show_plan(log, memory)
         if plan:
             return
@@ -164,26 +127,101 @@ def upcycle(
             {"event": "done", "before": made.before, "after": made.after, "peak_bytes": made.peak}
         )
         if picture is not None:
-            draw(read_log(run.work / FILE), picture)
+            draw(read_log(place / FILE), picture)
         if not as_json:
             print_result(made.before, made.after)
         run.tell_end(made, base)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A training: what it is made of, and where it goes."""
+class _Asked:
+    """What is to be trained on, how, and where it goes."""
 
+    domains: list[tuple[str, Path]]
+    keep: Path
+    experts: Experts
+    training: Training
+    target: Path
+    work: Path
+    so_far: bool
+    quiet: bool
+
+    def planned(self, source: "Source", available: "Budget | None") -> "tuple[_Run, MemoryPlan]":
+        """The training of a base, with all settings, and the memory that it takes.
+
+        Args:
+            source: where the base is.
+            available: memory for it; None: what this machine has.
+        """
+        from outlier_mlx.storage.hub import resolve
+        from outlier_mlx.train.base import open_dense
+        from outlier_mlx.train.stages import check_begun, planned
+
+        training, domains = self.training, len(self.domains)
+        base = open_dense(source.folder)
+        settings = _settings(self.experts, training, domains)
+        settings.check(base.config, domains)
+        if self.so_far:
+            check_begun(self.work)
+        corpora = self._read(source, base)
+        teacher = resolve(training.teacher) if training.teacher is not None else None
+        settings, memory = planned(
+            source,
+            corpora,
+            settings,
+            self.work,
+            dtype=training.dtype,
+            available=available,
+            teacher=None if self.so_far else teacher,
+        )
+        return _Run(self, source, base, teacher, settings, corpora), memory
+
+    def _read(self, source: "Source", base: "BaseModel") -> "Corpora":
+        from outlier_mlx.engine.loading import load_tokenizer
+        from outlier_mlx.terminal import progress_bar
+        from outlier_mlx.train.texts import read_corpora
+
+        training = self.training
+        tokenizer = load_tokenizer(source.folder, base.config.raw)
+        positions = base.config.max_positions
+        if training.window > positions:
+            raise OutlierError(
+                f"--window {training.window}: the base's context length is {positions} tokens"
+            )
+        with progress_bar("reading", quiet=self.quiet) as progress:
+            return read_corpora(
+                self.domains,
+                self.keep,
+                tokenizer,
+                window=training.window,
+                held_out=training.held_out,
+                most_held_out=training.held_out_windows,
+                seed=training.seed,
+                vocab=base.config.vocab,
+                progress=progress,
+            )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training: what was asked for, and what it is made of."""
+
+    asked: _Asked
     source: "Source"
     base: "BaseModel"
     teacher: "Source | None"
     settings: "Settings"
     corpora: "Corpora"
-    target: Path
-    work: Path
-    dtype: str | None
-    so_far: bool
-    quiet: bool
+
+    def check(self, memory: "MemoryPlan") -> None:
+        """Refuse to begin with too little memory, or with too little room on the disk."""
+        from outlier_mlx.train.room import check_room
+
+        memory.check()
+        if not self.asked.so_far:
+            trained, folders = (self.settings, self.corpora), (self.asked.target, self.asked.work)
+            teaches = self.teacher is not None
+            check_room(self.base.config, *trained, *folders, teacher=teaches)
 
     def show_plan(self, log: "RunLog", memory: "MemoryPlan") -> None:
         """Tell what will be trained and what it takes."""
@@ -203,7 +241,7 @@ class _Run:
                 "memory": memory.as_json(),
             }
         )
-        if self.quiet:
+        if self.asked.quiet:
             return
         print_data(corpora)
         say(experts_line(settings, len(corpora.domains)) + f"; the overlay takes {size(nbytes)}")
@@ -213,23 +251,24 @@ class _Run:
         """Train, or go on where it was interrupted."""
         from outlier_mlx.train.stages import upcycle as train
 
+        work = self.asked.work
         try:
             with display.shown():
                 return train(
                     self.source,
                     self.corpora,
                     self.settings,
-                    self.work,
+                    work,
                     teacher=self.teacher,
                     log=log,
-                    dtype=self.dtype,
-                    so_far=self.so_far,
+                    dtype=self.asked.training.dtype,
+                    so_far=self.asked.so_far,
                 )
         except (KeyboardInterrupt, Ended):
-            if self.work.exists():
+            if work.exists():
                 say(
-                    f"the training is kept in {self.work}: the same command goes on from there, and"
-                    " with --so-far writes what there is"
+                    f"the training is kept in {work}: the same command goes on from there, and with"
+                    " --so-far writes what there is"
                 )
             raise
 
@@ -238,13 +277,13 @@ class _Run:
         from outlier_mlx.terminal import progress_bar
         from outlier_mlx.train.overlay import write_overlay
 
-        with progress_bar("writing", quiet=self.quiet) as progress:
+        with progress_bar("writing", quiet=self.asked.quiet) as progress:
             write_overlay(
                 self.source,
                 made,
                 self.settings,
                 self.corpora,
-                self.target,
+                self.asked.target,
                 teacher=self.teacher.name if self.teacher is not None else None,
                 inputs=inputs,
                 force=force,
@@ -255,17 +294,26 @@ class _Run:
         """Tell what it took, what is left, and what to type next; `base` as the user gave it."""
         from outlier_mlx.storage.paths import files_below
 
-        if self.quiet:
+        if self.asked.quiet:
             return
-        nbytes = sum(path.stat().st_size for path in files_below(self.work))
+        work, target = self.asked.work, self.asked.target
+        nbytes = sum(path.stat().st_size for path in files_below(work))
         say(f"peak memory: {size(made.peak)}")
-        left = f"{self.work} ({size(nbytes)}) has the log and the checkpoints"
+        left = f"{work} ({size(nbytes)}) has the log and the checkpoints"
         if made.is_whole:
             say(f"{left}, and may be deleted")
         else:
             say(f"{left}: the command with --force, without --so-far, goes on from there")
-        words = ["convert", str(self.target), "--base", base, "--out", f"{self.target}-tier"]
+        words = ["convert", str(target), "--base", base, "--out", f"{target}-tier"]
         say(f"next: outlier-mlx {shlex.join(words)}")
+
+
+def _work_folder(work: Path | None, target: Path) -> Path:
+    """The folder for checkpoints and log, which is not in the overlay's."""
+    place = work if work is not None else target.with_name(f".{target.name}.training")
+    if place.resolve().is_relative_to(target.resolve()):
+        raise OutlierError(f"{place}: is, or lies in, the overlay's folder: name another --work")
+    return place
 
 
 def _domain(given: str) -> tuple[str, Path]:
@@ -321,36 +369,3 @@ def _layers(given: str) -> tuple[int, ...] | None:
             )
         numbers += range(first, last + 1)
     return tuple(sorted(set(numbers)))
-
-
-def _read(
-    source: "Source",
-    base: "BaseModel",
-    domains: list[tuple[str, Path]],
-    keep: Path,
-    training: Training,
-    *,
-    quiet: bool,
-) -> "Corpora":
-    from outlier_mlx.engine.loading import load_tokenizer
-    from outlier_mlx.terminal import progress_bar
-    from outlier_mlx.train.texts import read_corpora
-
-    tokenizer = load_tokenizer(source.folder, base.config.raw)
-    positions = base.config.max_positions
-    if training.window > positions:
-        raise OutlierError(
-            f"--window {training.window}: the base's context length is {positions} tokens"
-        )
-    with progress_bar("reading", quiet=quiet) as progress:
-        return read_corpora(
-            domains,
-            keep,
-            tokenizer,
-            window=training.window,
-            held_out=training.held_out,
-            most_held_out=training.held_out_windows,
-            seed=training.seed,
-            vocab=base.config.vocab,
-            progress=progress,
-        )
