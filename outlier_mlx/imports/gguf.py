@@ -69,9 +69,8 @@ def open_gguf_model(
     if hadamard is not None:
         check_rotated(hadamard, model, made.names)
     sources = sources_of(made.names, made.modules)
-    as_rows = experts == "tq1_0"
+    as_rows, matrices = experts == "tq1_0", Matrices()
     layers = ternary_layers(sources) if as_rows else {}
-    matrices = Matrices()
     if as_rows and not made.has_experts:
         matrices = ternary_matrices(
             [s.candidate for s in sources],

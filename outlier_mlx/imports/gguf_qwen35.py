@@ -75,24 +75,10 @@ def read_qwen35(model: GgufModel, vocabulary: Vocabulary) -> dict[str, Any]:
     """
     said = Metadata(model, "qwen35")
     text = {name: said.need(key) for name, key in _SIZES.items()}
-    heads = text["linear_num_value_heads"]
-    if heads % text["linear_num_key_heads"]:
-        raise CheckpointError(
-            f"{model.where}: {heads} value heads are no multiple of"
-            f" {text['linear_num_key_heads']} key heads"
-        )
-    width, rest = divmod(said.need("ssm.inner_size"), heads)
-    if rest:
-        raise CheckpointError(f"{model.where}: qwen35.ssm.inner_size is not whole value heads")
-    if said.get("attention.value_length", (int,), text["head_dim"]) != text["head_dim"]:
-        raise CheckpointError(f"{model.where}: heads of keys and values have different widths")
-    kind = said.get("rope.scaling.type", (str,), "none")
-    if kind != "none":
-        raise CheckpointError(f"{model.where}: qwen35.rope.scaling.type {kind!r} is not supported")
+    width = _value_width(said, model, text)
+    rope = _rope(said, model, text["head_dim"])
     layers = said.need("block_count") - said.get("nextn_predict_layers", (int,), 0)
     interval = text["full_attention_interval"]
-    rotated = said.get("rope.dimension_count", (int,), text["head_dim"])
-    sections = model.fields.get("qwen35.rope.dimension_sections")
     text |= {
         "model_type": "qwen3_5_text",
         "num_hidden_layers": layers,
@@ -106,15 +92,8 @@ def read_qwen35(model: GgufModel, vocabulary: Vocabulary) -> dict[str, Any]:
         "layer_types": [
             "linear_attention" if (n + 1) % interval else "full_attention" for n in range(layers)
         ],
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": short_float(said.need("rope.freq_base", (float,))),
-            "partial_rotary_factor": rotated / text["head_dim"],
-        },
+        "rope_parameters": rope,
     }
-    if sections is not None:
-        text["rope_parameters"]["mrope_section"] = np.asarray(sections)[:3].tolist()
-        text["rope_parameters"]["mrope_interleaved"] = True
     ids = special_ids(vocabulary)
     if len(vocabulary.tokens) != text["vocab_size"]:
         raise CheckpointError(
@@ -127,6 +106,37 @@ def read_qwen35(model: GgufModel, vocabulary: Vocabulary) -> dict[str, Any]:
         "tie_word_embeddings": text["tie_word_embeddings"],
         **ids,
     }
+
+
+def _value_width(said: Metadata, model: GgufModel, text: dict[str, Any]) -> int:
+    """The width of a delta net's value head; checks all heads."""
+    heads, keys = text["linear_num_value_heads"], text["linear_num_key_heads"]
+    if heads % keys:
+        raise CheckpointError(
+            f"{model.where}: {heads} value heads are no multiple of {keys} key heads"
+        )
+    width, rest = divmod(said.need("ssm.inner_size"), heads)
+    if rest:
+        raise CheckpointError(f"{model.where}: qwen35.ssm.inner_size is not whole value heads")
+    if said.get("attention.value_length", (int,), text["head_dim"]) != text["head_dim"]:
+        raise CheckpointError(f"{model.where}: heads of keys and values have different widths")
+    return int(width)
+
+
+def _rope(said: Metadata, model: GgufModel, head_dim: int) -> dict[str, Any]:
+    """The `rope_parameters` of config.json."""
+    kind = said.get("rope.scaling.type", (str,), "none")
+    if kind != "none":
+        raise CheckpointError(f"{model.where}: qwen35.rope.scaling.type {kind!r} is not supported")
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": short_float(said.need("rope.freq_base", (float,))),
+        "partial_rotary_factor": said.get("rope.dimension_count", (int,), head_dim) / head_dim,
+    }
+    sections = model.fields.get("qwen35.rope.dimension_sections")
+    if sections is not None:
+        rope |= {"mrope_section": np.asarray(sections)[:3].tolist(), "mrope_interleaved": True}
+    return rope
 
 
 def _kv_heads(said: Metadata, model: GgufModel, layers: int, interval: int) -> int:
