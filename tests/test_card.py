@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import yaml
 
 import outlier_mlx
+from outlier_mlx.checkpoints.export import export_tier
 from outlier_mlx.checkpoints.info import inspect
 from outlier_mlx.errors import CheckpointError, CheckpointWarning
+from outlier_mlx.imports import import_model
 from outlier_mlx.measure import eval_results as results
 from outlier_mlx.measure.measured import read_measured
 from outlier_mlx.tiers.card import model_card
@@ -20,7 +23,9 @@ from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.licences import Licence, combine, stated_licence
 from tests.builders import write_base, write_overlay
 from tests.damage import edit_json
+from tests.engine import tier_of
 from tests.program import run
+from tests.upcycling import write as write_upcycled
 
 DIMS: dict[str, Any] = {"layers": 2, "intermediate": 64}
 
@@ -42,6 +47,21 @@ def make(tmp_path: Path, overlay: str | None, base: str | None, **options: Any) 
 def metadata(tier: Path) -> dict[str, Any]:
     _, head, _ = (tier / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(head)
+
+
+def test_commands_take_any_name(tmp_path: Path) -> None:
+    """A folder's name is one word of a shell, in every card."""
+    name = "it's my model"
+    base, built = write_base(tmp_path / "the base"), write_overlay(tmp_path / "o")
+    trained, tier, again, plain = (tmp_path / place / name for place in "abcd")
+    write_upcycled(base, trained)
+    tier_of(built.path, None, tier)
+    import_model(export_tier(tier, tmp_path / "e", "transformers").path, again)
+    import_model(base.path, plain)
+    for folder in (trained, tier, again, plain):
+        commands = (folder / "README.md").read_text().split("```")[1].strip().splitlines()
+        words = [shlex.split(command) for command in commands]
+        assert all({name, f"./{name}", f"./{name}-tier"} & set(found) for found in words), words
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from outlier_mlx.checkpoints.keys import BaseKey, parse_key
 from outlier_mlx.checkpoints.overlay import Overlay, check_base, check_layers
@@ -79,7 +80,8 @@ def open_base(folder: Path) -> BaseModel:
         raise CheckpointError(f"{folder}: this is a tier; a base model was expected")
     for name in ("quantization", "quantization_config"):
         if config.raw.get(name):
-            undone = f"; mlx_lm.convert --hf-path {folder} --mlx-path FOLDER -d writes it in floats"
+            place = quote(str(folder))
+            undone = f"; mlx_lm.convert --hf-path {place} --mlx-path FOLDER -d writes it in floats"
             raise CheckpointError(
                 f"{folder.name}: config.json: {name}: a quantized model; the base must not be"
                 " quantized" + undone * (name == "quantization")

@@ -9,7 +9,7 @@ from outlier_mlx.errors import CheckpointError, listed, one_line
 from outlier_mlx.models.config import raw_config
 from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_json
-from outlier_mlx.writing.card import Card, Origin, code, plain
+from outlier_mlx.writing.card import Card, Origin, code, in_shell, plain
 from outlier_mlx.writing.licences import licence_of
 
 #: The manifest's field that says how an overlay was trained.
@@ -53,12 +53,12 @@ def overlay_card(folder: Path, name: str, licence: str | None = None) -> str:
     made = _mapping(manifest.get(UPCYCLED))
     (base,) = upcycled_origins(manifest)
     name = one_line(name)
-    tier = f"./{name.rstrip('/').rsplit('/', 1)[-1]}-tier"
+    tier = in_shell(f"./{name.rstrip('/').rsplit('/', 1)[-1]}-tier")
     return Card(
         name=name,
         introduction=_introduction(manifest, raw_config(folder), base),
         commands=[
-            f"outlier-mlx convert {name} --base {one_line(base.name)} --out {tier}",
+            f"outlier-mlx convert {in_shell(name)} --base {in_shell(base.name)} --out {tier}",
             f'outlier-mlx generate --model {tier} --prompt "Once upon a time"',
         ],
         origins=[base],

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -100,7 +101,7 @@ def open_stored_tier(folder: Path) -> StoredModel:
     if is_overlay(raw):
         raise CheckpointError(
             f"{folder}: an overlay, and a whole model is exported from a tier: first outlier-mlx"
-            f" convert {folder} --base BASE --out TIER, then export TIER"
+            f" convert {quote(str(folder))} --base BASE --out TIER, then export TIER"
         )
     if not is_tier(raw):
         raise CheckpointError(f"{folder}: neither a tier nor an overlay: nothing to export")

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from textwrap import fill
 
 import mlx.nn as nn
@@ -128,7 +129,9 @@ def run(
                 print(fill(text, min(console.width, 100), subsequent_indent="    "))
             print()
         if shown:
-            console.print(f"Kept in {shown}. Next: outlier-mlx chat {shown}", soft_wrap=True)
+            console.print(
+                f"Kept in {shown}. Next: outlier-mlx chat {quote(str(shown))}", soft_wrap=True
+            )
         else:
             print("Next, to try these models: outlier-mlx demo --files FOLDER")
 

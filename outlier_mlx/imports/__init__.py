@@ -18,7 +18,7 @@ from outlier_mlx.storage.hub import CHECKPOINT_FILES, Source, resolve
 from outlier_mlx.storage.paths import entries, named
 from outlier_mlx.storage.shards import SHARDS
 from outlier_mlx.terminal import Progress, no_progress
-from outlier_mlx.writing.card import Card, origin_of, plain, with_own_code
+from outlier_mlx.writing.card import Card, in_shell, origin_of, plain, with_own_code
 from outlier_mlx.writing.folders import check_free
 from outlier_mlx.writing.licences import stated_licence
 from outlier_mlx.writing.model_folder import Written, write_model
@@ -140,7 +140,7 @@ def _write(
 def _card(name: str, source: Source, opened: Opened, rows: Sequence[SummaryRow]) -> Card:
     own = "ternary_switch" in opened.config
     program = "outlier-mlx generate" if own else "mlx_lm.generate"
-    commands, after = [f'{program} --model {name} --prompt "Once upon a time"'], ""
+    commands, after = [f'{program} --model {in_shell(name)} --prompt "Once upon a time"'], ""
     changes = [*map(plain, opened.notes()), "`config.json` is new"]
     if opened.tier is not None:
         commands, after = with_own_code(name, MODEL_FILE)

@@ -11,7 +11,7 @@ from outlier_mlx.merge.plan import StoredAs
 from outlier_mlx.merge.routers import Routers
 from outlier_mlx.merge.sources import Dense
 from outlier_mlx.models.summary import SummaryRow
-from outlier_mlx.writing.card import Card, origin_of, plain
+from outlier_mlx.writing.card import Card, in_shell, origin_of, plain
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,10 @@ def model_card(result: Merged, folder: Path) -> str:
     return Card(
         name=name,
         introduction=f"A {kind_of(mixture)}, merged by outlier-mlx from dense models.",
-        commands=[f'{program} --model {name} --prompt "Once upon a time"' for program in programs],
+        commands=[
+            f'{program} --model {in_shell(name)} --prompt "Once upon a time"'
+            for program in programs
+        ],
         after_commands="\n".join(f"- {plain(note)}" for note in result.notes),
         origins=[base, *experts],
         based_on=[base, *experts],

@@ -4,6 +4,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from outlier_mlx.errors import CheckpointError
@@ -91,7 +92,7 @@ def local_source(path_or_repo: str | Path, revision: str | None = None) -> Sourc
         return Source(named(folder), folder.resolve().name)
     name = str(path_or_repo)
     if folder.exists():
-        way = f"; outlier-mlx import {name} makes one" if folder.suffix == ".gguf" else ""
+        way = f"; outlier-mlx import {quote(name)} makes one" if folder.suffix == ".gguf" else ""
         raise CheckpointError(
             f"{name}: a file; expected a folder or hub repository (OWNER/NAME){way}"
         )

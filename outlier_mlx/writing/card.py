@@ -1,5 +1,6 @@
 """Model cards (`README.md`): a model's sources, size, changes and licences."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,12 +161,17 @@ def with_own_code(name: str, file: str) -> tuple[list[str], str]:
         name: the model in commands.
         file: the code's name.
     """
-    prompt = '--prompt "Once upon a time"'
+    name, prompt = in_shell(name), '--prompt "Once upon a time"'
     commands = [
         f"outlier-mlx generate --model {name} {prompt}",
         f"mlx_lm.generate --model {name} --trust-remote-code {prompt}",
     ]
     return commands, f"The second command runs `{file}` from here; the first never does."
+
+
+def in_shell(name: str) -> str:
+    """A name as one word of a shell's command."""
+    return shlex.quote(one_line(name))
 
 
 def plain(value: object) -> str:
