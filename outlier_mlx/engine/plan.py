@@ -13,9 +13,6 @@ from outlier_mlx.terminal import size
 
 #: Steps in which prompts are read if longer ones take too much memory.
 SHORTER_STEPS = (1024, 512, 256, 128)
-#: Bytes that a process may take beyond its plan: Python's objects, and what allocators keep. The
-#: interpreter and MLX's code are not in it. On a CPU, 13 to 31 MB of it were measured.
-OVERHEAD = 48 << 20
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from outlier_mlx.storage.paths import inside
 from outlier_mlx.storage.texts import read_bytes, read_json
 from outlier_mlx.writing.manifest import MEASUREMENTS
 
-FILE = MEASUREMENTS
 _TIER, _TERNARY = "tier.json", "checksums.json"
 
 
@@ -80,7 +79,7 @@ def record(folder: Path, measured: Measured) -> None:
     others = [one for one in read_measured(folder) if one.key != measured.key]
     entries = [asdict(one) for one in [*others, measured]]
     value = {"manifest": _digest(folder), "perplexity": entries}
-    write_json(folder / FILE, value)
+    write_json(folder / MEASUREMENTS, value)
 
 
 def read_measured(folder: Path) -> list[Measured]:
@@ -92,14 +91,14 @@ def read_measured(folder: Path) -> list[Measured]:
     Raises:
         CheckpointError: the file was not written by `record`.
     """
-    if not (folder / FILE).exists():
+    if not (folder / MEASUREMENTS).exists():
         return []
-    value = read_json(inside(folder, FILE))
+    value = read_json(inside(folder, MEASUREMENTS))
     if value.get("manifest") != _digest(folder):
         return []
     entries = value.get("perplexity")
     if not isinstance(entries, list):
-        raise CheckpointError(f"{FILE}: perplexity: expected a list")
+        raise CheckpointError(f"{MEASUREMENTS}: perplexity: expected a list")
     return [_measured(entry) for entry in entries]
 
 
@@ -107,10 +106,12 @@ def _measured(entry: object) -> Measured:
     hints = get_type_hints(Measured)
     names = {field.name for field in fields(Measured)}
     if not isinstance(entry, dict) or set(entry) != names:
-        raise CheckpointError(f"{FILE}: perplexity: expected entries of {', '.join(sorted(names))}")
+        raise CheckpointError(
+            f"{MEASUREMENTS}: perplexity: expected entries of {', '.join(sorted(names))}"
+        )
     for name, value in entry.items():
         if not isinstance(value, hints[name]):
-            raise CheckpointError(f"{FILE}: {name} is {value!r}")
+            raise CheckpointError(f"{MEASUREMENTS}: {name} is {value!r}")
     return Measured(**entry)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from outlier_mlx.checkpoints.overlay_card import is_upcycled, overlay_card, upcycled_origins
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, OutlierError, listed
-from outlier_mlx.measure import measured
 from outlier_mlx.measure.eval_results import Evaluation
+from outlier_mlx.measure.measured import read_measured
 from outlier_mlx.models.config import is_ternary_model, raw_config
 from outlier_mlx.storage.paths import entries, inside
 from outlier_mlx.storage.texts import read_bytes, read_json
@@ -20,7 +20,7 @@ from outlier_mlx.tiers.verify import verify_tier
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.card import Origin
 from outlier_mlx.writing.licences import CARD
-from outlier_mlx.writing.manifest import Manifest, read_manifest
+from outlier_mlx.writing.manifest import MEASUREMENTS, Manifest, read_manifest
 
 #: The manifests of what may be published: a tier's, and that of an imported ternary model or of an
 #: overlay that was trained.
@@ -52,14 +52,12 @@ class Publication:
         repo: OWNER/NAME.
         private: whether a new repository is to be private; an existing one has to be.
         manifest: the tier's, or the model's.
-        manifest_name: its file.
         uploads: by name, the card among them.
     """
 
     repo: str
     private: bool
     manifest: dict
-    manifest_name: str
     uploads: dict[str, Upload]
 
     @property
@@ -132,14 +130,14 @@ def prepare(
         for name, (digest, nbytes) in manifest.files.items()
     }
     beside = [name, *(path.name for path in entries(folder) if is_legal(path.name))]
-    if measured.read_measured(folder):
-        beside.append(measured.FILE)
+    if read_measured(folder):
+        beside.append(MEASUREMENTS)
     contents = {name: read_bytes(inside(folder, name)) for name in beside}
     contents[CARD] = (card or _card(folder, manifest, repo, licence, evaluations)).encode("utf-8")
     for name, content in contents.items():
         digest = hashlib.sha256(content).hexdigest()
         uploads[name] = Upload(name, content, len(content), digest)
-    return Publication(repo, private, manifest.content, name, dict(sorted(uploads.items())))
+    return Publication(repo, private, manifest.content, dict(sorted(uploads.items())))
 
 
 def _manifest_of(folder: Path) -> str:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from outlier_mlx.checkpoints.overlay_card import is_upcycled
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.measure import measured
 from outlier_mlx.storage.hub_errors import hub_errors
 from outlier_mlx.storage.paths import is_hidden
 from outlier_mlx.storage.texts import read_bytes, read_json
 from outlier_mlx.tiers.publication import IMPORTED, MANIFEST, Publication, Upload
 from outlier_mlx.writing.assets import is_legal
 from outlier_mlx.writing.licences import CARD
-from outlier_mlx.writing.manifest import is_loaded
+from outlier_mlx.writing.manifest import MEASUREMENTS, is_loaded
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -184,7 +183,7 @@ def _check_replaceable(
 def _superfluous(publication: Publication, there: dict, former: dict | None) -> list[str]:
     """Files of the version before: its shards, what its manifest lists, what was measured of it."""
     listed = (former or {}).get("files")
-    ours = {measured.FILE, *(listed if isinstance(listed, dict) else ())}
+    ours = {MEASUREMENTS, *(listed if isinstance(listed, dict) else ())}
     return sorted(
         name
         for name in there
