@@ -43,27 +43,39 @@ SEVEN_B = parse_config(
 FOURTEEN_LAYERS = Settings(layers=tuple(range(8, 22)), batch=4)
 
 
+# Experts that are small beside the hidden size: what the base looks at is summed by its square.
+WIDE = {"hidden": 512, "vocab": 256}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("window", "how"),
+    ("window", "dtype", "dims", "how"),
     [
-        (32, {}),
-        (32, {"layers_at_once": 1}),
-        (128, {"base_bits": None}),
-        (32, {"straight_through": False, "joint_steps": 2}),
-        (128, {"expert_steps": 0, "joint_steps": 2, "joint_weights": True}),
-        (32, {"grad_checkpoint": False}),
-        (128, {"base_bits": None, "grad_checkpoint": False}),
+        (32, "float32", {}, {}),
+        (32, "float32", {}, {"layers_at_once": 1}),
+        (128, "float32", {}, {"base_bits": None}),
+        (128, "bfloat16", {}, {"base_bits": None}),
+        (32, "bfloat16", {}, {}),
+        (32, "float32", {}, {"straight_through": False, "joint_steps": 2}),
+        (32, "bfloat16", {}, {"straight_through": False, "joint_steps": 2}),
+        (128, "float32", {}, {"expert_steps": 0, "joint_steps": 2, "joint_weights": True}),
+        (32, "float32", {}, {"grad_checkpoint": False}),
+        (128, "float32", {}, {"base_bits": None, "grad_checkpoint": False}),
+        (8, "float32", WIDE, {"layers_at_once": 1, "expert_size": 64, "base_bits": None}),
+        (8, "bfloat16", WIDE, {"layers_at_once": 1, "expert_size": 64, "base_bits": None}),
     ],
 )
-def test_a_training_takes_what_was_planned(tmp_path: Path, window: int, how: dict) -> None:
+def test_a_training_takes_what_was_planned(
+    tmp_path: Path, window: int, dtype: str, dims: dict[str, int], how: dict[str, Any]
+) -> None:
     """Within 15 %; of a base whose parts have about the sizes that those of large ones have."""
-    dims: dict[str, Any] = {"hidden": 128, "intermediate": 512, "vocab": 1024, "layers": 5}
-    write_base(tmp_path / "base", base_dtype="F32", tokenizer=False, **dims)
+    sizes = {"hidden": 128, "intermediate": 512, "vocab": 1024, "layers": 5} | dims
+    stored = {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    write_base(tmp_path / "base", base_dtype=stored, tokenizer=False, **sizes)  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
 
     def text(windows: int) -> np.ndarray:
-        return rng.integers(0, 1024, (windows, window + 1)).astype(np.int32)
+        return rng.integers(0, sizes["vocab"], (windows, window + 1)).astype(np.int32)
 
     texts = [Corpus(name, text(8), text(2)) for name in ("law", "keep")]
     settings = Settings(
@@ -71,9 +83,10 @@ def test_a_training_takes_what_was_planned(tmp_path: Path, window: int, how: dic
     )
     settings = replace(settings, **how)
     base, given = Source(tmp_path / "base", "base"), Corpora((texts[0],), texts[1])
-    _, wanted = planned(base, given, settings, tmp_path / "work")
+    _, wanted = planned(base, given, settings, tmp_path / "work", dtype=dtype)
+    assert ("sums of the first stage" in wanted.parts) == (dims is WIDE)
     before = at_rest()
-    made = upcycle(base, given, settings, tmp_path / "work", log=lambda event: None)
+    made = upcycle(base, given, settings, tmp_path / "work", log=lambda event: None, dtype=dtype)
     assert made.peak - before == pytest.approx(wanted.peak, rel=0.15)
 
 

@@ -84,6 +84,7 @@ def look(
             sums.at[domain].add(x.sum(axis=0)),
             neurons.at[domain].add(mx.square(gated).sum(axis=0)),
         )
+        mx.eval(seen[layer])  # of all layers together, it would take far more than a training
 
     parts = [
         (domain, windows[start : start + batch, :-1])
@@ -94,7 +95,6 @@ def look(
         seen = dict(seen)
         with _watched(model.blocks, partial(note, domain)):
             mx.eval(model.hidden(mx.array(tokens), Mode()))
-        mx.eval(list(seen.values()))
         yield seen
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from outlier_mlx.engine.machine import Budget
 from outlier_mlx.errors import OutlierError
@@ -13,17 +13,44 @@ from outlier_mlx.terminal import size
 from outlier_mlx.train.objectives import chunk
 from outlier_mlx.train.settings import Settings
 
-# Numbers that are there at once while a layer is computed again for its gradient, counted in MLX
-# 0.32 on a CPU, where attention holds its scores: for a token, by neurons of the FFN, by hidden
-# size, and by heads times length; by width of an expert in training; and in the last stage, by
-# width of an expert, and by its weights. A GPU's fused attention holds less. Where the gradient
-# goes on to the layer below, MLX begins with that one before it is done with this one.
-_OF_FFN, _OF_HIDDEN, _OF_SCORES = 8.1, 16.4, 2.9
-_OF_LATENT, _OF_EXPERT, _OF_TRITS = 11.0, 6.7, 3.2
-_AHEAD_OF_FFN, _AHEAD_OF_HIDDEN = 2.1, 8.0
-# Without gradient checkpoints, the share of these numbers that every layer keeps; and it
-# keeps all its rounded matrices.
-_KEPT = 0.43
+
+class _Costs(NamedTuple):
+    """Numbers that are there at once: of a token, by the sizes they are multiplied by.
+
+    Those of neurons and scores have the dtype of activations; all others are float32, as the sums
+    over experts are, and the norms' gradients where MLX has no kernel for them. Counted in MLX 0.32
+    on a CPU; a GPU's fused attention holds less.
+
+    Attributes:
+        ffn: by neurons of the base's FFN.
+        hidden: by hidden size.
+        scores: by heads times length.
+        expert: by width of an expert.
+    """
+
+    ffn: float
+    hidden: float
+    scores: float
+    expert: float
+
+
+# While layers are computed again for their gradients: experts in training in several of them, where
+# MLX begins with a layer before it is done with the one above; in one; and in the last stage.
+_SEVERAL = _Costs(7.7, 11.3, 0.9, 15.5)
+_ONE = _Costs(7.7, 8.0, 2.0, 3.0)
+_JOINT, _JOINT_AHEAD = _Costs(8.1, 16.4, 2.9, 6.7), _Costs(2.1, 8.0, 0.0, 0.0)
+# With activations of half the bits, an expert in training has copies in them.
+_COPIES = 5.0
+# What every layer keeps without gradient checkpoints, and what one needs besides.
+_KEPT, _ONCE = _Costs(2.7, 7.2, 0.9, 6.5), _Costs(3.1, 0.0, 0.0, 0.0)
+_JOINT_KEPT = _Costs(*(0.43 * number for number in _JOINT))
+# Rounded matrices that are there at once, counted in those of the FFN; and by weights of an expert,
+# trits that are unpacked.
+_OF_ROUNDED, _OF_TRITS = 4.4, 3.2
+# While the base looks at text, before any training: of a token, float32 numbers by neurons and by
+# hidden size; squares of the hidden size, besides the sums; with half the bits, matrices of the FFN
+# in float32; and the sums before and after a batch.
+_LOOK_FFN, _LOOK_HIDDEN, _LOOK_SQUARES, _LOOK_MATRICES, _SUMS = 3.1, 13.0, 3.0, 1.8, 2
 # Arrays of logits that are there at once: of next tokens, of the divergence; and parts of the text
 # that MLX works on at once.
 _OF_NEXT, _OF_DIVERGENCE, _PARTS = 4.3, 7.0, 3
@@ -128,66 +155,87 @@ def _parts(
     rounded = 0.0
     if settings.base_bits is not None:
         rounded = matrices * (settings.base_bits / 8 + 2 * itemsize / 64)
-    expert = 3 * config.hidden * settings.expert_size
-    rows = 2 * settings.expert_size + config.hidden
+    size_of_one = settings.expert_size
+    expert = 3 * config.hidden * size_of_one
+    rows = 2 * size_of_one + config.hidden
     experts = domains * settings.experts_per_domain
     frozen = len(settings.layers) * experts * (expert / 4 + _FLOAT * rows)
 
     tokens = settings.batch * window
     above = config.layers - settings.layers[0]
     saved = tokens * config.hidden * itemsize * (above + 1)
-    layer = _layer(config, settings, tokens, window) * itemsize
-    ahead = _AHEAD_OF_FFN * config.intermediate + _AHEAD_OF_HIDDEN * config.hidden
-    ahead *= tokens * itemsize
-    head = _head(config, settings, window) * itemsize
-    of_latent = tokens * _OF_LATENT * settings.expert_size * _FLOAT
-    adam = _OF_ADAM * config.hidden * settings.expert_size * _FLOAT
+    head = _head(config, settings, window, itemsize)
+    adam = _OF_ADAM * config.hidden * size_of_one * _FLOAT
+    matrix, kept_rounded = 0, 0.0
+    if settings.base_bits is not None:
+        matrix = config.hidden * config.intermediate * itemsize
+        kept_rounded = dense * itemsize * above / config.layers
+    every = len(settings.layers)
+    all_stages = {"base": int(base * itemsize), "rounded base": int(rounded)}
 
-    def stage(latents: int, layers: int, experts: float) -> tuple[int, int]:
-        """Bytes of what is in training, and of work; `experts` are bytes of work in a layer."""
+    def needed(costs: _Costs, experts: int) -> float:
+        """Bytes of work in a layer."""
+        found = costs.ffn * config.intermediate + costs.scores * config.heads * window
+        floats = costs.hidden * config.hidden + costs.expert * experts * size_of_one
+        return tokens * (found * itemsize + floats * _FLOAT)
+
+    def stage(latents: float, work: float) -> dict[str, int]:
+        """Bytes of a stage that trains so many latent weights, given its work in layers."""
         gradients = _FLOAT * latents
-        work = layer + experts + ahead * (layers > 1)
-        if not settings.grad_checkpoint:
-            work = _KEPT * (above * layer + layers * experts) + ahead
-            if settings.base_bits is not None:
-                work += dense * itemsize * above / config.layers
         # Gradients are there when the last layer is computed again, and when Adam makes its step.
         work = max(head, work + gradients, (gradients + adam - saved) * (latents > 0))
-        return 3 * gradients, int(work)
+        trained = {"experts in training": int(3 * gradients), "inputs of layers": saved}
+        return all_stages | {"experts": int(frozen)} | trained | {"work": int(work)}
 
-    stages = []
+    def first() -> dict[str, int]:
+        """Of the stage before all training, in which the base looks at the domains' texts."""
+        sums = _FLOAT * (config.hidden**2 + domains * (config.hidden + config.intermediate))
+        floats = tokens * (_LOOK_FFN * config.intermediate + _LOOK_HIDDEN * config.hidden)
+        floats += _LOOK_SQUARES * config.hidden**2
+        if itemsize < _FLOAT:
+            floats += _LOOK_MATRICES * config.hidden * config.intermediate
+        work = floats * _FLOAT + tokens * config.heads * window * itemsize
+        return all_stages | {"sums of the first stage": _SUMS * every * sums, "work": int(work)}
+
+    def weights(layers: int, own: int) -> dict[str, int]:
+        """Of a stage that trains the weights of so many experts in so many layers."""
+        if settings.grad_checkpoint:
+            further = needed(_JOINT, own) - needed(_JOINT, 1)
+            work = needed(_SEVERAL, 1) + further
+            if layers == 1:
+                copies = _COPIES * (itemsize < _FLOAT)
+                work = needed(_ONE._replace(expert=_ONE.expert + copies), 1) + further
+            work += _OF_ROUNDED * matrix
+        else:
+            work = above * needed(_KEPT, 0) + needed(_ONCE, 0) + kept_rounded
+            work += layers * (needed(_KEPT, own) - needed(_KEPT, 0))
+        return stage(layers * own * expert, work)
+
+    def scales() -> dict[str, int]:
+        """Of the last stage, if it trains no weights."""
+        trits = experts * _OF_TRITS * expert * itemsize
+        # Scores that gradients wait for are float32 here.
+        joint = _JOINT._replace(scores=_JOINT.scores * _FLOAT / itemsize)
+        work = needed(joint, experts) + trits + matrix
+        if every > 1:
+            work += needed(_JOINT_AHEAD, 0)
+        if not settings.grad_checkpoint:
+            work = above * needed(_JOINT_KEPT, 0) + needed(_JOINT_AHEAD, 0) + kept_rounded
+            work += every * (needed(_JOINT_KEPT, experts) - needed(_JOINT_KEPT, 0) + 0.43 * trits)
+        return stage(0, work + 4 * _FLOAT * every * experts * rows)
+
+    stages = [first()]
     if settings.trains_experts:
-        own = settings.experts_per_domain
-        stages.append(stage(count * own * expert, count, own * of_latent))
-    every = len(settings.layers)
+        stages.append(weights(count, settings.experts_per_domain))
     if settings.joint_weights:
-        stages.append(stage(every * experts * expert, every, experts * of_latent))
-    elif settings.joint_steps or not stages:
-        together = _OF_EXPERT * tokens * settings.expert_size + _OF_TRITS * expert
-        training, work = stage(0, every, experts * together * _FLOAT)
-        stages.append((training, work + 4 * _FLOAT * every * experts * rows))
-    training, working = max(stages, key=sum)
-    return {
-        "base": int(base * itemsize),
-        "rounded base": int(rounded),
-        "experts": int(frozen),
-        "experts in training": training,
-        "inputs of layers": saved,
-        "work": working,
-    }
+        stages.append(weights(every, experts))
+    elif settings.joint_steps or len(stages) == 1:
+        stages.append(scales())
+    return max(stages, key=lambda parts: sum(parts.values()))
 
 
-def _layer(config: ModelConfig, settings: Settings, tokens: int, window: int) -> float:
-    """Numbers of a layer without experts while it is computed again for its gradient."""
-    found = tokens * (_OF_FFN * config.intermediate + _OF_HIDDEN * config.hidden)
-    found += tokens * _OF_SCORES * config.heads * window
-    if settings.base_bits is not None:
-        found += config.hidden * config.intermediate  # a rounded matrix
-    return found
-
-
-def _head(config: ModelConfig, settings: Settings, window: int) -> float:
-    """Numbers of the head while the loss is computed."""
+def _head(config: ModelConfig, settings: Settings, window: int, itemsize: int) -> float:
+    """Bytes of the head while the loss is computed."""
     step = chunk(config.vocab)
 
     def logits(windows: int, arrays: float) -> float:
@@ -197,4 +245,4 @@ def _head(config: ModelConfig, settings: Settings, window: int) -> float:
     new = logits(settings.new_rows, _OF_NEXT)
     keep = logits(settings.keep_rows, _OF_DIVERGENCE)
     rounded = config.vocab * config.hidden if settings.base_bits is not None else 0
-    return max(new, keep) + rounded
+    return max(new, keep) * _FLOAT + rounded * itemsize

@@ -122,4 +122,6 @@ def _straight_vjp(
     of_x = (cotangent * scales).astype(x.dtype) @ trits
     rows = cotangent.astype(x.dtype).flatten(0, -2)
     of_latent = (rows.T @ x.flatten(0, -2)).astype(mx.float32)
+    # Before the gradient goes on to what is below, so that rows and x of no other layer wait.
+    (of_x,) = mx.depends([of_x], [of_latent])
     return of_x, of_latent, mx.zeros_like(trits), mx.zeros_like(scales)
