@@ -9,6 +9,20 @@
   `evaluating`, `serving`, `hub` and `hub_uploads` (stand-ins for the Hugging Face hub), `screen`
   (terminals), `pages` (the documentation's commands), `preloaded` (commands in forks),
   `environments`, `metal`, `kernel_cases`; `memory` (what MLX has in use).
+- `marks`: which cases are slow.
 
 `reference` and its reader, and the builders that they are tried on, import nothing of the package.
 """
+
+import os
+import sys
+from pathlib import Path
+
+# mlx-lm runs a tier's own code, and Python would leave its bytecode in tiers that tests share. With
+# none at all, each program would compile mlx-lm, transformers and this package for a second or two.
+# This module is the first that any test imports, so that nothing is compiled twice.
+os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(
+    Path(__file__).resolve().parents[1] / ".cache" / "bytecode"
+)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False

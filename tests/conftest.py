@@ -16,17 +16,10 @@ import pytest
 from tests.builders import Built
 from tests.library import Library
 from tests.metal import Metal, any_metal
-from tests.program import ROOT
 from tests.refusals import Site
 from tests.refusals import build as build_site
 
 pytest_plugins = ["kernels.emulator.pytest_plugin"]
-
-# mlx-lm runs a tier's own code, and Python would leave its bytecode in tiers that tests share. With
-# none at all, each program would compile mlx-lm, transformers and this package for a second or two.
-os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(ROOT / ".cache" / "bytecode")
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 
 # No kernel variants that were chosen on this machine.
 os.environ["OUTLIER_MLX_KERNELS"] = ""

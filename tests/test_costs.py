@@ -118,9 +118,8 @@ def test_the_choice_for_the_14b_shape():
 
 
 @needs_emulator
-@pytest.mark.parametrize(
-    "size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4, 8))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_prices_of_blocks(size: int):
     """As the emulator counts them; in 7B's shape, rows end in the middle of a step."""
     for pairs, cycles in enumerate(BLOCK_CYCLES[size], 1):

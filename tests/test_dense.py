@@ -19,6 +19,7 @@ from outlier_mlx.ternary.rows import pack_rows
 from outlier_mlx.ternary.scales import tile_scales
 from tests.engine import as_array
 from tests.kernel_cases import ROUNDING, random_x
+from tests.marks import slow_but
 from tests.metal import Metal, needs_emulator
 from tests.reference import Array
 
@@ -71,7 +72,9 @@ def layer(out: int, wide: int, group: int, dtype: mx.Dtype = mx.float16) -> Laye
 # The kernel
 
 
-@pytest.mark.parametrize(("out", "wide", "group"), GROUPED + WHOLE)
+@pytest.mark.parametrize(
+    ("out", "wide", "group"), slow_but(GROUPED[1:3] + WHOLE[:1], GROUPED + WHOLE, names=3)
+)
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_every_shape(out: int, wide: int, group: int, vectors: int, metal: Metal):
     m, x = layer(out, wide, group), random_x(vectors, (vectors, wide), mx.float32)
@@ -79,7 +82,7 @@ def test_every_shape(out: int, wide: int, group: int, vectors: int, metal: Metal
     assert metal.names == ["tq1_0_linear"]
 
 
-@pytest.mark.parametrize("vectors", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13])
+@pytest.mark.parametrize("vectors", slow_but([2, 5, 13], [1, 2, 3, 4, 5, 6, 7, 8, 9, 13]))
 @pytest.mark.parametrize("group", [0, 64, 128])
 def test_every_number_of_vectors(group: int, vectors: int, metal: Metal):
     m, x = layer(21, 640, group), random_x(vectors, (vectors, 640), mx.float32)
@@ -95,7 +98,9 @@ def test_every_dtype(dtype: mx.Dtype, scale_dtype: mx.Dtype, metal: Metal):
     m.assert_product(x, ternary_linear(x, m.rows, m.scales))
 
 
-@pytest.mark.parametrize(("wide", "group"), [(576, 64), (640, 128), (321, 0)])
+@pytest.mark.parametrize(
+    ("wide", "group"), slow_but([(640, 128), (321, 0)], [(576, 64), (640, 128), (321, 0)], names=2)
+)
 def test_a_vector_has_the_same_bits_whoever_shares_the_launch(wide: int, group: int, metal: Metal):
     m, x = layer(13, wide, group), random_x(2, (11, wide), mx.float16)
     alone = mx.concatenate([tq1_0_linear(x[i : i + 1], m.rows, m.scales) for i in range(11)])
@@ -148,6 +153,7 @@ def test_costs(wide: int, main: float, second: float):
 
 
 @needs_emulator
+@pytest.mark.slow
 def test_costs_of_several_vectors():
     """1.4 cycles and 1.15 for each vector; a last slice costs what its vectors cost."""
     m, found = layer(64, 5120, 128), {}

@@ -18,6 +18,7 @@ from outlier_mlx.runtime.moe import OutlierMoE
 from outlier_mlx.runtime.ops import matrix_units, use_metal
 from tests.engine import as_array
 from tests.kernel_cases import random_matrices
+from tests.marks import slow_but
 from tests.memory import at_rest
 
 HIDDEN, WIDTH, EXPERTS, K = 64, 96, 4, 2
@@ -130,7 +131,9 @@ def test_launches_of_a_layer(
     assert metal.names == []
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize(
+    "dtype", slow_but([mx.float16, mx.bfloat16], [mx.float16, mx.bfloat16, mx.float32])
+)
 @pytest.mark.parametrize(("size", "launched"), WAYS.items())
 def test_a_layer_is_the_same_on_both_devices(
     dtype: mx.Dtype, size: int, launched: list[str], choose: Callable[[int], None]
@@ -204,8 +207,8 @@ def assert_same_on_a_gpu(block: OutlierMoE, tokens: int, metal: VirtualMetal) ->
     return launched
 
 
-@pytest.mark.parametrize("experts", [1, 3])
-@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("experts", slow_but([3], [1, 3]))
+@pytest.mark.parametrize("width", slow_but([1, 2, 7], range(1, 9)))
 def test_narrow_experts(
     width: int, experts: int, metal: VirtualMetal, choose: Callable[[int], None]
 ):
@@ -371,7 +374,7 @@ def resident_layer(hidden: int, width: int, experts: int) -> tuple[OutlierMoE, i
     return block, packed
 
 
-@pytest.mark.parametrize(("size", "launched"), WAYS.items())
+@pytest.mark.parametrize(("size", "launched"), slow_but([(0, TRANSCODE)], WAYS.items(), names=2))
 def test_nothing_but_the_result_stays_in_memory(
     size: int, launched: list[str], metal: VirtualMetal, choose: Callable[[int], None]
 ):

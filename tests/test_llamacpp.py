@@ -30,6 +30,7 @@ from tests.engine import forward, load, tier_of
 from tests.gguf_builder import spm_fields
 from tests.goldens import golden
 from tests.llamacpp import ask, in_float32, log_softmax
+from tests.marks import slow_but
 
 DIMS: dict[str, Any] = {"hidden": 256, "intermediate": 96, "expert_intermediate": 512, "experts": 3}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -95,7 +96,11 @@ def mean_off(logs: np.ndarray, logits: np.ndarray) -> float:
     return float(((logs - log_softmax(logits)) ** 2).mean() ** 0.5 / (logits**2).mean() ** 0.5)
 
 
-@pytest.mark.parametrize("name", CASES)
+# In the fast tests: each family once, and a tier in int4.
+FEW = ["qwen2", "qwen3", "llama, llama3", "q4"]
+
+
+@pytest.mark.parametrize("name", slow_but(FEW, CASES))
 def test_logits(name: str, tmp_path: Path):
     case = CASES[name]
     built = write_overlay(tmp_path / "o", **{**DIMS, **case.overlay})
@@ -153,7 +158,7 @@ GOLDENS = [
 ]
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize("name", slow_but(["v0_toy_gqa_bias", "v33_overlay_yarn"], GOLDENS))
 def test_goldens(name: str, tmp_path: Path):
     """llama.cpp against the published runtime's logits: ours only write the file.
 
@@ -222,7 +227,7 @@ def with_rule(tokenizer: dict[str, Any], name: str) -> dict[str, Any]:
     return tokenizer | {"pre_tokenizer": before, "model": model, "normalizer": None}
 
 
-@pytest.mark.parametrize("rule", sorted(set(RULES) - ALIASES))
+@pytest.mark.parametrize("rule", slow_but(["llama-bpe", "qwen2"], sorted(set(RULES) - ALIASES)))
 def test_a_thousand_strings(rule: str, tmp_path: Path):
     built = write_overlay(tmp_path / "o", **DIMS, vocab=1536, tokenizer=False)
     tier = tier_of(built.path, None, tmp_path / "t")

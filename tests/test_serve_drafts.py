@@ -134,7 +134,7 @@ def test_each_api_tells_of_drafts(small_tier: Path, free_drafts: None) -> None:
     # A step gives one token besides those of its draft.
     steps = chat.completion_tokens - right
     drafts = {"steps": 5 * steps, "drafted": 5 * (right + wrong), "accepted": 5 * right}
-    assert model.outlier["drafts"] == drafts  # type: ignore[attr-defined]
+    assert model.outlier["drafts"] == drafts
 
 
 @pytest.mark.slow

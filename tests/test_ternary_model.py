@@ -30,6 +30,7 @@ from tests.damage import add_tensor, drop_tensor, edit_config, replace_tensor
 from tests.engine import as_array, forward, greedy_cached
 from tests.goldens import LOGITS_ATOL, LOGITS_RTOL
 from tests.library import Library
+from tests.marks import slow_but
 from tests.metal import Metal
 from tests.program import assert_refused, run
 from tests.reference import Array
@@ -54,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 # A kernel is compiled for each of their shapes.
-FEW = ("qwen3, groups, tied", "qwen2, odd widths, biases", "qwen3_5, rotated")
+FEW = ("qwen3, groups, tied", "qwen2, odd widths, biases")
 
 
 @pytest.fixture(params=CASES)
@@ -93,9 +94,7 @@ def test_logits_and_greedy_tokens(case: Ternary):
     assert greedy_cached(model, PROMPT, 3, chunks=[4])[0] == case.greedy(PROMPT, 3)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", slow_but(FEW, CASES))
 def test_logits_through_the_kernels(name: str, library: Library, metal: Metal):
     """In the emulator, activations are float32 like the CPU's."""
     case = library.ternary(**CASES[name])
