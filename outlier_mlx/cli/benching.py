@@ -1,7 +1,8 @@
 """What `bench` measures with a model: its speed, MLX's settings, or the decode kernels."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -32,10 +33,7 @@ def bench_speed(
     loaded, tokenizer = load_checked(source, loading, options.tokens, step=step, quiet=quiet)
     with progress_bar("measuring", "runs", quiet=quiet) as progress:
         found = bench_model(loaded, tokenizer, options, progress, source.folder)
-    if as_json:
-        print_json({"model": source.name} | found.as_json())
-    else:
-        print_result(source.name, found)
+    _show(source.name, found, print_result, as_json=as_json)
 
 
 def bench_kernels(
@@ -72,10 +70,7 @@ def bench_kernels(
         say(f"copies in MLX's formats take {size(copies)} at a time")
     with progress_bar("measuring", "runs", quiet=quiet) as progress:
         found = bench_kernels(loaded, options.num_trials, options.batch_size, progress)
-    if as_json:
-        print_json({"model": source.name} | found.as_json())
-    else:
-        print_kernels(source.name, found)
+    _show(source.name, found, print_kernels, as_json=as_json)
     for error in found.errors:
         say(error)
     if save:
@@ -112,11 +107,16 @@ def bench_settings(
     run = partial(run_apart, source.folder, options, loading.dtype)
     with progress_bar("measuring", "runs", quiet=quiet) as progress:
         found = bench_settings(run, options, progress)
-    if as_json:
-        print_json({"model": source.name} | found.as_json())
-    else:
-        print_settings(source.name, found)
+    _show(source.name, found, print_settings, as_json=as_json)
     for error in found.errors:
         say(error)
     if found.errors:
         raise typer.Exit(1)
+
+
+def _show(model: str, found: Any, show: Callable[[str, Any], None], *, as_json: bool) -> None:
+    """Print what was found, as JSON or with `show`."""
+    if as_json:
+        print_json({"model": model} | found.as_json())
+    else:
+        show(model, found)
