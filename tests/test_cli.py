@@ -303,7 +303,7 @@ def test_a_result_that_cannot_be_written(place: Path) -> None:
 # On a terminal
 
 
-@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("columns", [40, pytest.param(80, marks=pytest.mark.slow)])
 def test_convert_on_a_terminal(place: Path, tmp_path: Path, columns: int) -> None:
     written = on_terminal(columns, "convert", place / "overlay", "--out", tmp_path / "out")
     assert COLOUR.search(written)

@@ -363,7 +363,7 @@ def write_zeros(folder: Path, gigabytes: float) -> Path:
     ("number", "code", "word"),
     [
         (signal.SIGINT, 130, "interrupted"),
-        (signal.SIGTERM, 143, "terminated"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, 129, "hung up", marks=pytest.mark.slow),
     ],
 )

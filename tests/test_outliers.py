@@ -230,6 +230,7 @@ def peak(layers: int, sequences: int) -> tuple[int, int]:
     return mx.get_peak_memory() - start, sum(array.nbytes for array in arrays)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_neither_layers_nor_sequences() -> None:
     """What 16 probes see in 4 sequences would be 4 MB; one sequence of 2 layers takes 2.4 MB."""
     small, large = peak(2, 1), peak(8, 4)

@@ -22,6 +22,7 @@ from outlier_mlx.measure.outlier_draw import draw_comparison, draw_heatmap
 from outlier_mlx.measure.pictures import check_picture
 from outlier_mlx.measure.routing import LayerRouting
 from outlier_mlx.measure.routing import draw as draw_routing
+from tests.marks import slow_but
 from tests.program import run
 
 BEGINNINGS = {"png": b"\x89PNG\r\n\x1a\n", "svg": b"<?xml", "pdf": b"%PDF-"}
@@ -172,8 +173,8 @@ def test_routing_writes_a_folder_once(small_tier: Path, tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["routing.json"]
 
 
-@pytest.mark.parametrize("models", [1, 2, 5, 12])
-@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("models", slow_but([2, 12], [1, 2, 5, 12]))
+@pytest.mark.parametrize("long", slow_but([True], [False, True]))
 @pytest.mark.parametrize("equal", [False, True])
 def test_names_in_charts_overlap_nothing(
     tmp_path: Path, drawn: list[Any], models: int, long: bool, equal: bool
@@ -303,7 +304,10 @@ def test_numbers_in_the_cells_of_a_small_heat_map(
     assert_nothing_cut_off(figure)
 
 
-@pytest.mark.parametrize(("layers", "experts"), [(48, 64), (64, 128), (2, 256), (300, 8)])
+@pytest.mark.parametrize(
+    ("layers", "experts"),
+    slow_but([(48, 64), (2, 256)], [(48, 64), (64, 128), (2, 256), (300, 8)], names=2),
+)
 def test_large_heat_maps_have_no_numbers_and_a_size_that_can_be_looked_at(
     tmp_path: Path, drawn: list[Any], layers: int, experts: int
 ) -> None:

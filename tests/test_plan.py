@@ -27,6 +27,7 @@ from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.serve.capacity import find_capacity
 from tests.library import Library
+from tests.marks import slow_but
 from tests.memory import at_rest
 from tests.plain_models import SIZES, make_model, write_model
 from tests.program import assert_refused, run
@@ -185,7 +186,7 @@ def test_caches_of_linear_attention(kind: str) -> None:
     [
         SIZES | {"model_type": "llama", "intermediate_size": 512},
         SIZES | {"model_type": "qwen3", "head_dim": 16, "num_attention_heads": 8},
-        HYBRID | {"model_type": "qwen3_5"},
+        pytest.param(HYBRID | {"model_type": "qwen3_5"}, marks=pytest.mark.slow),
         "tier",
     ],
     ids=["FFN", "attention", "hybrid", "tier"],
@@ -280,7 +281,7 @@ def test_a_paged_server_has_memory_for_what_it_promises(tier: Path) -> None:
     assert capacity.cache_memory == one.kv_cache.nbytes
 
 
-@pytest.mark.parametrize("slots", [8, 17, 31])
+@pytest.mark.parametrize("slots", slow_but([17], [8, 17, 31]))
 def test_peak_memory_of_paged_experts_stays_below_the_plan(tier: Path, slots: int) -> None:
     use = Use(500, step=256)
     planned = plan(tier, use, ExpertMemory(slots=slots), Budget(UNLIMITED, CPU))
