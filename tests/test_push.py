@@ -232,6 +232,11 @@ def test_another_tier_is_replaced_by_force_alone(
     assert without_card(arrived(hub)) == without_card(contents(other))
 
 
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    done = run("push", tmp_path / "gone", REPO, "--dry-run", code=1)
+    assert done.err == f"error: {tmp_path / 'gone'}: no such folder\n"
+
+
 def test_what_is_no_tier_is_not_mixed_with_one(hub: WritableHub, tier: Path) -> None:
     hub.create(REPO, private=False)
     hub.put(REPO, "adapter.bin", b"theirs")

@@ -144,9 +144,11 @@ def _manifest_of(folder: Path) -> str:
     """The name of the manifest of what is in a folder.
 
     Raises:
-        CheckpointError: it is neither a tier, nor a ternary model that was imported, nor an overlay
-            that was trained.
+        CheckpointError: there is no such folder, or it is neither a tier, nor a ternary model that
+            was imported, nor an overlay that was trained.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     if (folder / MANIFEST).exists():
         return MANIFEST
     if (folder / IMPORTED).exists() and (
