@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from outlier_mlx.engine.distributed.handshake import checksum
@@ -19,7 +20,9 @@ from outlier_mlx.storage.shards import read_shards
 from tests.evaluating import GENERATE, write_task
 from tests.library import Library
 from tests.program import SCRIPT, run
-from tests.ranks import assert_ended, ended, run_ranks, start_ranks
+from tests.ranks import assert_ended, ended, run_python_ranks, run_ranks, start_ranks
+from tests.test_distributed import LOGITS, PROMPT, logits_here
+from tests.test_ternary_model import CASES
 
 LONG = ("--prompt", "the cat sat", "--ignore-chat-template", "--max-tokens", 40)
 
@@ -239,3 +242,33 @@ def test_the_last_rank_says_how_fast_a_batch_was(monkeypatch: pytest.MonkeyPatch
     model: Any = None
     found = bench_module._generate(model, model, [[1], [2]], options)
     assert (found.prompt_tps, found.generation_tps) == (30.0, 4.0)
+
+
+# -- ternary models of others ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["qwen3, groups, tied", "qwen2, rotated", "llama, plain embedding", "bitnet"]
+)
+def test_layers_of_ternary_models_are_divided(name: str, library: Library, tmp_path: Path) -> None:
+    model = library.ternary(**CASES[name]).folder
+    words = json.dumps(PROMPT), json.dumps({"pipeline": True})
+    for rank in run_python_ranks(2, tmp_path, LOGITS, model, *words):
+        expected = logits_here(model)
+        np.testing.assert_allclose(rank["logits"], expected, rtol=0, atol=2e-6 * expected.max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "how", "said"),
+    [
+        ("qwen3, groups, tied", (), "a ternary model is divided by layers alone: use --pipeline"),
+        ("qwen3_5", ("--pipeline",), "a model of the type qwen3_5_text cannot be split over ranks"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(
+    name: str, how: tuple[str, ...], said: str, library: Library, tmp_path: Path
+) -> None:
+    words = ("generate", library.ternary(**CASES[name]).folder, *LONG, *how)
+    assert_ended(ended(start_ranks(2, tmp_path, SCRIPT, *words)), said)

@@ -16,9 +16,11 @@ import mlx.nn as nn
 
 from outlier_mlx.engine.distributed.classes import extend, partial_classes
 from outlier_mlx.engine.distributed.ranks import Ranks, gathered, ranks, summed, transport
+from outlier_mlx.engine.distributed.tensor_parallel import FAMILIES, check_family
 from outlier_mlx.engine.machine import budget
 from outlier_mlx.engine.quantized import Classes
 from outlier_mlx.errors import OutlierError
+from outlier_mlx.models.config import describe, raw_config
 from outlier_mlx.storage.shards import read_shards
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -37,8 +39,9 @@ def stages(folder: Path) -> list[tuple[int, int]]:
     All ranks call it at the same time; later, it stays what it was.
 
     Raises:
-        OutlierError: there are fewer layers than ranks.
+        OutlierError: there are fewer layers than ranks, or the model's type cannot be divided.
     """
+    check_family(describe(raw_config(folder)), (*FAMILIES, "bitnet"))
     sizes: dict[int, int] = {}
     everywhere = 0
     for name, tensor in read_shards(folder).items():

@@ -10,7 +10,7 @@ These are the rows n B + a to n B + b, for n from 0 to 4, of gate and up. Where 
 for more weights than there are, no rows of gate and up belong to the last ones: they get zeros.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from outlier_mlx.engine.distributed.cuts import Cut, Run, spans
@@ -24,6 +24,19 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION, FFN, SHARED, SWITCH = "self_attn", "mlp", "mlp.shared_expert", "mlp.switch_mlp"
 # Five trits 0.
 _ZERO_TRITS = 128
+
+
+def check_family(config: Description, families: Sequence[str]) -> None:
+    """Check that models of a type can be divided.
+
+    Raises:
+        OutlierError: they cannot.
+    """
+    if config.family not in families and config.model_type not in families:
+        raise OutlierError(
+            f"a model of the type {config.model_type} cannot be split over ranks: only tiers, and"
+            f" models of the types {', '.join(families)}, can"
+        )
 
 
 @dataclass(frozen=True)
@@ -129,11 +142,11 @@ class TensorParallel:
         Raises:
             OutlierError: the model cannot be split over so many ranks.
         """
-        if config.family not in FAMILIES:
-            raise OutlierError(
-                f"a model of the type {config.model_type} cannot be split over ranks: only tiers,"
-                f" and models of the types {', '.join(FAMILIES)}, can"
-            )
+        check_family(config, FAMILIES)
+        rows = (name for name, tensor in tensors.items() if tensor.dtype == "U8")
+        if any(f".{SWITCH}." not in name for name in rows):
+            # A head's columns of the output of attention are no range of bytes.
+            raise OutlierError("a ternary model is divided by layers alone: use --pipeline")
         assert config.heads and config.head_dim
         self.stored, self._rank, self._size = tensors, rank, size
         self.heads = heads_of(rank, size, config.heads, config.kv_heads or config.heads)
