@@ -250,7 +250,8 @@ def test_messages_name_options_that_there_are() -> None:
         name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
         for name, command in GROUP.commands.items()
     }
-    foreign = {"--trust-remote-code", "--adapter-path", "--hf-path", "--mlx-path"}  # mlx-lm's
+    # Options of mlx-lm, and of uv.
+    foreign = {"--trust-remote-code", "--adapter-path", "--hf-path", "--mlx-path", "--python"}
     every = set().union(*options.values(), *(p.opts for p in GROUP.params), ["--help"], foreign)
     package = ROOT / "outlier_mlx"
     for path in sorted(package.rglob("[!.]*.py")):
