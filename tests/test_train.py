@@ -340,10 +340,11 @@ def test_a_stage_that_ended_early_is_dropped_as_any_other(
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"learning_rate": 0.2}, "learning_rate: 0.1, not 0.2"),
-        ({"seed": 1}, "seed: 0, not 1"),
-        ({"dtype": "float16"}, 'dtype: null, not "float16"'),
-        ({"seed": 1, "batch": 6}, "another batch: 4, not 6 and another seed: 0, not 1"),
+        ({"learning_rate": 0.2}, "another --learning-rate: 0.1, not 0.2"),
+        ({"seed": 1}, "another --seed: 0, not 1"),
+        ({"dtype": "float16"}, 'another --dtype: null, not "float16"'),
+        ({"seed": 1, "batch": 6}, "another --batch: 4, not 6 and another --seed: 0, not 1"),
+        ({"grad_checkpoint": False}, "another --no-grad-checkpoint: off, not on"),
         ({"held_out": 5}, "another data;"),
     ],
 )

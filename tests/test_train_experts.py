@@ -1,7 +1,7 @@
 """Ternary experts as training computes them: rounding, gradients, and the tier's own results."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +25,7 @@ from outlier_mlx.train.experts import (
     change_loss,
 )
 from outlier_mlx.train.forward import TrainedModel
-from outlier_mlx.train.settings import Settings
+from outlier_mlx.train.settings import Settings, option
 from outlier_mlx.train.trits import (
     Method,
     latent_product,
@@ -36,6 +36,7 @@ from outlier_mlx.train.trits import (
 )
 from tests import reference
 from tests.library import Library
+from tests.program import GROUP
 
 Array = np.ndarray
 TOKENS = mx.array([[1, 5, 9, 3, 7, 2, 8], [4, 4, 6, 0, 2, 11, 3]])
@@ -240,14 +241,16 @@ def test_losses_of_routers_reach_the_router(trained: TrainedModel) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"layers": (2, 1)}, "layers: (2, 1)"),
+        ({"layers": (2, 1)}, "--layers: (2, 1)"),
         ({"layers": (1, 4)}, "the base has 4 layers"),
-        ({"expert_size": 40}, "expert_size: 40; expected a multiple of 32"),
+        ({"expert_size": 40}, "--expert-size: 40; expected a multiple of 32"),
         ({"expert_size": 256}, "has only 128 neurons"),
-        ({"batch": 1}, "batch: 1; expected at least 2"),
-        ({"top_k": 3}, "top_k: 3; there are only 2 experts"),
-        ({"base_bits": 3}, "base_bits: 3"),
-        ({"learning_rate": float("nan")}, "learning_rate: nan"),
+        ({"batch": 1}, "--batch: 1; expected at least 2"),
+        ({"top_k": 3}, "--top-k: 3; there are only 2 experts"),
+        ({"base_bits": 3}, "--base-bits: 3"),
+        ({"learning_rate": float("nan")}, "--learning-rate: nan"),
+        ({"expert_steps": -1}, "--steps: -1; expected at least 0"),
+        ({"straight_through": False, "joint_weights": True}, "--no-straight-through turns off"),
         ({"keep_share": 1.0}, "keep_share: 1.0"),
     ],
 )
@@ -255,6 +258,18 @@ def test_settings_that_cannot_be_are_refused(library: Library, changed: dict, sa
     config = parse_config(library.base().config)
     with pytest.raises(OutlierError, match=said.replace("(", r"\(").replace(")", r"\)")):
         Settings(**changed).check(config, 2)
+
+
+def test_settings_are_called_what_a_user_types() -> None:
+    options = GROUP.commands["upcycle"].params
+    typed = {word for each in options for word in each.opts}
+    names = [field.name for field in fields(Settings)]
+    assert {option(name) for name in names if option(name) != name} <= typed
+    assert {name for name in names if option(name) == name} == {
+        "keep_share",
+        "temperature",
+        "alpha",
+    }
 
 
 def test_open_settings_are_chosen_by_the_base(library: Library) -> None:

@@ -152,7 +152,7 @@ def test_more_memory_trains_more_layers_together() -> None:
 def test_every_group_of_layers_has_a_step(library: Library, tmp_path: Path) -> None:
     base = Source(library.base().path, "base")
     settings = Settings(layers=(1, 2), layers_at_once=1, expert_steps=1)
-    with pytest.raises(OutlierError, match="expert_steps: 1; expected at least 2"):
+    with pytest.raises(OutlierError, match="--steps: 1; expected at least 2"):
         planned(base, corpora(), settings, tmp_path / "work")
     planned(base, corpora(), replace(settings, layers_at_once=2), tmp_path / "work")
 

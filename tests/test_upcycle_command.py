@@ -302,12 +302,12 @@ def test_with_other_settings_it_is_another_training(done: tuple[Site, Result]) -
     moved = site.folder / "other"
     refusal = site.run("--seed", 7, "--work", site.folder / ".mine.training", code=1, out="other")
     assert "holds a training with another " in refusal.err.splitlines()[-1]
-    assert "seed: 0, not 7" in refusal.err.splitlines()[-1] or "data" in refusal.err
+    assert "another --seed: 0, not 7" in refusal.err.splitlines()[-1] or "data" in refusal.err
     assert not moved.exists()
     refusal = site.run(
         "--dtype", "bfloat16", "--work", site.folder / ".mine.training", code=1, out="other"
     )
-    told = 'holds a training with another dtype: null, not "bfloat16"'
+    told = 'holds a training with another --dtype: null, not "bfloat16"'
     assert told in refusal.err.splitlines()[-1]
 
 
@@ -399,9 +399,9 @@ def test_outputs_that_are_refused(site: Site) -> None:
 
 
 def test_settings_that_are_refused(site: Site) -> None:
-    site.refused("layers: 9; the base has 3 layers", more=("--layers", "9"))
-    site.refused("top_k: 3; there are only 2 experts", more=("--top-k", 3))
-    site.refused("expert_size: 33", more=("--expert-size", 33))
+    site.refused("--layers: 9; the base has 3 layers", more=("--layers", "9"))
+    site.refused("--top-k: 3; there are only 2 experts", more=("--top-k", 3))
+    site.refused("--expert-size: 33", more=("--expert-size", 33))
     site.refused("--window 100000: the base's context length", more=("--window", 100_000))
     for words in (["--layers", "8-2"], ["--layers", "x"], ["--base-bits", "3"]):
         assert site.run(*words, code=2).err.startswith("error: --")

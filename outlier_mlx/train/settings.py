@@ -12,6 +12,22 @@ from outlier_mlx.models.description import ModelConfig
 WIDTH_MULTIPLE = 32
 
 
+# Settings whose option has another name; and what decides a training and has none.
+_OPTIONS = {
+    "straight_through": "--no-straight-through",
+    "expert_steps": "--steps",
+    "grad_checkpoint": "--no-grad-checkpoint",
+}
+_NO_OPTION = ("keep_share", "temperature", "alpha", "version", "base", "data")
+
+
+def option(name: str) -> str:
+    """What a user types for a setting; its name, if there is no option."""
+    if name in _NO_OPTION:
+        return name
+    return _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of a training.
@@ -78,23 +94,23 @@ class Settings:
             domains: number of domains.
 
         Raises:
-            OutlierError: names the field and what was expected.
+            OutlierError: names the option and what was expected.
         """
         layers = self.layers
         if layers is not None and (
             not layers or layers != tuple(sorted(set(layers))) or not 0 <= layers[0] <= layers[-1]
         ):
-            raise OutlierError(f"layers: {layers}; expected ascending numbers, each once")
+            raise OutlierError(f"--layers: {layers}; expected ascending numbers, each once")
         if layers is not None and layers[-1] >= config.layers:
             raise OutlierError(
-                f"layers: {layers[-1]}; the base has {config.layers} layers, numbered from 0"
+                f"--layers: {layers[-1]}; the base has {config.layers} layers, numbered from 0"
             )
         size = self.expert_size
         if size is not None and (size < 1 or size % WIDTH_MULTIPLE):
-            raise OutlierError(f"expert_size: {size}; expected a multiple of {WIDTH_MULTIPLE}")
+            raise OutlierError(f"--expert-size: {size}; expected a multiple of {WIDTH_MULTIPLE}")
         if size is not None and self.init == "ffn" and size > config.intermediate:
             raise OutlierError(
-                f"expert_size: {size}; the base's FFN, from which experts are made, has only"
+                f"--expert-size: {size}; the base's FFN, from which experts are made, has only"
                 f" {config.intermediate} neurons"
             )
         if config.hidden % 4:
@@ -104,20 +120,21 @@ class Settings:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
-                raise OutlierError(f"{name}: {value}; expected at least {least}")
+                raise OutlierError(f"{option(name)}: {value}; expected at least {least}")
         if not 0 < self.keep_share < 1:
             raise OutlierError(f"keep_share: {self.keep_share}; expected between 0 and 1")
         if self.keep_rows < 1 or self.new_rows < 1:
-            raise OutlierError(f"batch: {self.batch}; expected at least 2 windows")
+            raise OutlierError(f"--batch: {self.batch}; expected at least 2 windows")
         if self.joint_weights and not self.straight_through:
             raise OutlierError(
-                "joint_weights: weights are trained by straight-through estimation, which is off"
+                "--joint-weights: weights are trained by straight-through estimation, which"
+                " --no-straight-through turns off"
             )
         if self.base_bits not in (None, 4, 8):
-            raise OutlierError(f"base_bits: {self.base_bits}; expected 4, 8 or none")
+            raise OutlierError(f"--base-bits: {self.base_bits}; expected 4, 8 or none")
         if self.top_k > domains * self.experts_per_domain:
             raise OutlierError(
-                f"top_k: {self.top_k}; there are only {domains * self.experts_per_domain} experts"
+                f"--top-k: {self.top_k}; there are only {domains * self.experts_per_domain} experts"
             )
 
     def resolved(self, config: ModelConfig) -> "Settings":

@@ -225,7 +225,7 @@ def planned(
     groups = len(list(layer_groups(settings.layers, found.layers_at_once)))
     if settings.trains_experts and settings.expert_steps < groups:
         raise OutlierError(
-            f"expert_steps: {settings.expert_steps}; expected at least {groups}: so many groups of"
+            f"--steps: {settings.expert_steps}; expected at least {groups}: so many groups of"
             " layers are trained one after the other"
         )
     return replace(settings, layers_at_once=found.layers_at_once), found

@@ -28,6 +28,7 @@ from outlier_mlx.storage.paths import entries
 from outlier_mlx.storage.safetensors import TensorRef, read_described
 from outlier_mlx.storage.texts import parse_json_object, read_json
 from outlier_mlx.train.log import FILE
+from outlier_mlx.train.settings import option
 from outlier_mlx.writing.interrupts import undivided
 from outlier_mlx.writing.runs import lock
 
@@ -219,10 +220,15 @@ class Work:
 def _difference(name: str, theirs: object, ours: object) -> str:
     if name in _DIGESTS and theirs is not None and ours is not None:
         return f"another {name}"
-    return f"another {name}: {_short(theirs)}, not {_short(ours)}"
+    shown = option(name)
+    told = (_short(of, off=shown[2:].startswith("no-")) for of in (theirs, ours))
+    return f"another {shown}: {', not '.join(told)}"
 
 
-def _short(value: object) -> str:
+def _short(value: object, *, off: bool) -> str:
+    """A value as a user knows it; `off`: the option turns it off."""
+    if isinstance(value, bool):
+        return "on" if value != off else "off"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
