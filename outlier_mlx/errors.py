@@ -72,6 +72,11 @@ def listed(names: Iterable[object], most: int | None = None, last: str = "and") 
     return f"{', '.join(texts[:-1])} {last} {texts[-1]}"
 
 
+def counted(number: int, name: str) -> str:
+    """A number of things for people: "1 token", "2 tokens"."""
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 def by_layer(paths: Iterable[str]) -> str:
     """Names of modules for people; the same module of several layers is named once."""
     layers = Counter(_LAYER.sub(r"\1N.", path) for path in dict.fromkeys(paths))

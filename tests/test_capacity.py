@@ -18,7 +18,13 @@ from outlier_mlx.errors import OutlierError
 from outlier_mlx.models.config import parse_config
 from outlier_mlx.models.sizes import kv_bytes
 from outlier_mlx.serve import server
-from outlier_mlx.serve.capacity import MAX_CONVERSATIONS, Capacity, capacity_for, find_capacity
+from outlier_mlx.serve.capacity import (
+    MAX_CONVERSATIONS,
+    Capacity,
+    capacity_for,
+    find_capacity,
+    usual_tokens,
+)
 from tests.library import Library
 from tests.program import run
 
@@ -67,6 +73,13 @@ def test_as_many_as_fit(tier: Path, there_is: float, expected: tuple[int, int, i
     assert capacity.prompt_cache_bytes == available.nbytes - mac(tier, 0, prompts=prompts).nbytes
     capacity, *_ = find_capacity(tier, USE, cache_bytes=1000, available=available)
     assert capacity.prompt_cache_bytes == 1000
+
+
+def test_a_conversation_is_no_longer_than_the_context(tmp_path: Path) -> None:
+    for positions, expected in [(512, 512), (32768, 8192), (None, 8192)]:
+        config = {"model_type": "qwen2", "max_position_embeddings": positions}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert usual_tokens(tmp_path, 4096) == expected
 
 
 def test_more_than_there_is_is_refused_with_what_fits(tier: Path) -> None:

@@ -282,7 +282,7 @@ def chain(length: int) -> dict[str, Any]:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "no schema": ([], "must be an object"),
-    "wrong type": ({"type": "strnig"}, "Invalid type"),
+    "wrong type": ({"type": "strnig"}, "#/type: there is no type 'strnig'; did you mean 'string'?"),
     "type that is an object": ({"type": {"type": "string"}}, "#/type must be a string, or a list"),
     "type that is nested": ({"items": {"type": [["string"]]}}, "#/items/type must be a string, or"),
     "required that is nested": ({"required": [["a"]]}, "#/required must be a list of strings"),
@@ -407,7 +407,7 @@ def test_generate_writes_a_value_of_a_schema(library: Library, tmp_path: Path) -
     assert_refused(run(*line, code=1), "schema.json: #/not: the keyword 'not' is not supported")
     # What only llguidance finds.
     file.write_text('{"type": "string", "format": "phone"}')
-    assert_refused(run(*line, code=1), "Unknown format: phone")
+    assert_refused(run(*line, code=1), "the JSON schema: Unknown format: phone")
 
 
 @pytest.mark.slow

@@ -248,7 +248,7 @@ def test_text(overlay: Built) -> None:
     assert f"parameters: {TOTAL / 1e3:.1f} K, of which a token uses {active / 1e3:.1f} K" in lines
     weights = inspect(overlay.path).nbytes
     assert (
-        f"memory: {weights / 1e3:.1f} kB of weights, and 2.1 MB of KV cache for 4096 tokens in"
+        f"memory: {weights / 1e3:.1f} kB of weights, and 262.1 kB of KV cache for 512 tokens in"
         " 16 bits" in lines
     )
     assert [line.split()[0] for line in lines if line[:4] in ("tota", "expe")][-1] == "total"

@@ -112,6 +112,8 @@ def test_models_are_removed(here: Path) -> None:
 )
 def test_nothing_is_removed_if_one_may_not_be(here: Path, model: str, why: str) -> None:
     assert_refused(run("rm", "tiers/one", model, "--yes", code=1), why)
+    if why == "a file":
+        assert_refused(run("list", model, code=1), "tiers/some.gguf: a file; expected a folder")
     assert names(Path("tiers")) == ["notes", "one", "some.gguf", "two"]
 
 

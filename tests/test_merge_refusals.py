@@ -57,7 +57,7 @@ def refused(file: Path, **options: Any) -> str:
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"gate_mod": "hidden"}, "merge.yaml: gate_mod: unknown key; did you mean gate_mode?"),
+    ({"gate_mod": "hidden"}, "merge.yaml: gate_mod: unknown key; did you mean 'gate_mode'?"),
     ({"experts": [EXPERT | {"positive_promts": []}]}, "experts[0].positive_promts: unknown key"),
     ({"experts": [EXPERT, "two"]}, "experts[1]: expected keys with values"),
     ({"experts": None}, "experts: 0 experts, expected 1 to 256"),

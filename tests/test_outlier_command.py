@@ -174,6 +174,7 @@ def test_refusals(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ([copy, "--text", tmp_path / "binary.txt"], "binary.txt: not UTF-8 text"),
         ([copy, "--text", tmp_path / "short.txt"], "fewer than one window of 32"),
         ([copy, "--out", copy / "config.json"], "exists and is not a folder"),
+        ([copy, "--out", copy], "copy: is an input, so it cannot be the output"),
         ([copy, "--out", copy / "config.json" / "below"], "cannot write there"),
         ([parallel], "parallel: invalid model"),
         ([copy, "--threshold", "inf"], "--threshold"),

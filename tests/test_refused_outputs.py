@@ -121,7 +121,7 @@ def test_an_output_that_is_no_folder_is_refused(site: Site) -> None:
         command = ("convert", site.overlay, "--out", target, "--force")
         refuse(site, *command, words=(target.name, "not a folder"))
     below_a_file = ("convert", site.overlay, "--out", site.outputs / "note" / "tier")
-    refuse(site, *below_a_file, words=("note", "cannot write"))
+    refuse(site, *below_a_file, words=("note is a file, not a folder",))
 
 
 # What is said, and to whom

@@ -148,7 +148,7 @@ def test_without_a_key_nobody_learns_what_was_cached(small_tier: Path, where: Ca
 def test_a_cache_dir_that_cannot_be_made_is_refused(small_tier: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     where = cache_dir(tmp_path / "file", 1000, small_tier, None, None)
-    refused = pytest.raises(OutlierError, match="file: cannot write there")
+    refused = pytest.raises(OutlierError, match="file: exists and is not a folder")
     with refused, running(small_tier, cache_dir=where):
         pass
 

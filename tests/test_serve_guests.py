@@ -261,6 +261,8 @@ def test_loopback_needs_none(host: str):
         {"api_key": ""},
         {"api_key": " x"},
         {"api_key": "sch\u00f6n"},
+        {"allow_hosts": ("http://mac.local",)},
+        {"allow_hosts": ("mac.local/v1",)},
         {"allow_origins": ("page.example",)},
         {"allow_origins": ("https://page.example/",)},
         {"kv_bits": 7},

@@ -10,7 +10,7 @@ from outlier_mlx.checkpoints.overlay import Overlay
 from outlier_mlx.checkpoints.unsupported import refuse_unsupported
 from outlier_mlx.errors import CheckpointError, CheckpointWarning, listed
 from outlier_mlx.models.config import is_ternary_model
-from outlier_mlx.storage.paths import inside, named
+from outlier_mlx.storage.paths import inside, named, no_folder
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_json
@@ -42,7 +42,7 @@ def open_overlay(path: str | Path) -> Overlay:
     """
     folder = named(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise CheckpointError(no_folder(folder))
     config = folder / "config.json"
     raw = read_json(inside(folder, "config.json")) if config.exists() else {}
     if "ternary" in raw:

@@ -22,6 +22,7 @@ from outlier_mlx.models.config_values import POSITIONS
 from outlier_mlx.models.families import family
 from outlier_mlx.models.head import NOTE
 from outlier_mlx.models.prism_pack import MODEL_TYPE as ROTATED_PACK
+from outlier_mlx.storage.paths import no_folder
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.writing.licences import card_metadata
@@ -70,7 +71,7 @@ def open_base(folder: Path) -> BaseModel:
         CheckpointError: no such folder, a config of another family, or damaged files.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise CheckpointError(no_folder(folder))
     raw = raw_config(folder)
     if is_ternary_model(raw) or raw.get("model_type") == ROTATED_PACK:
         # Experts were trained on the base's own activations, in 16 bits and not rotated.

@@ -132,7 +132,7 @@ def inspect(
     place, how = Path(path_or_repo), Deep(reading) if deep else None
     if place.is_file() and holds_gguf(place):
         if file is not None or revision is not None:
-            raise CheckpointError(f"{place}: a file; --revision and --file are for repositories")
+            raise CheckpointError(f"{place}: a file: --file and --revision are for folders")
         return _inspect_gguf(place, place.name, None, None, how)
     name_leftovers(place)
     besides = _ABOUT if file is None else (*_ABOUT, *patterns(file))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from outlier_mlx.checkpoints.gguf_info import holds_gguf
 from outlier_mlx.checkpoints.info import Info, inspect
 from outlier_mlx.errors import CheckpointError, OutlierError
-from outlier_mlx.storage.paths import entries, files_below, named
+from outlier_mlx.storage.paths import entries, files_below, named, no_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo
@@ -64,7 +64,7 @@ def in_folder(folder: Path) -> list[Listed]:
         OutlierError: there is no such folder.
     """
     if not folder.is_dir():
-        raise OutlierError(f"{folder}: no such folder")
+        raise OutlierError(no_folder(folder))
     found = _models_in(folder)
     if found != [folder]:
         found += [place for path in entries(folder) if path.is_dir() for place in _models_in(path)]

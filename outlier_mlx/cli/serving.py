@@ -225,14 +225,14 @@ def _room(
 ) -> _Room:
     """Divide the memory, unless it is to be ignored."""
     from outlier_mlx.engine.distributed.ranks import ranks
-    from outlier_mlx.serve.capacity import Capacity, find_capacity
+    from outlier_mlx.serve.capacity import Capacity, find_capacity, usual_tokens
     from outlier_mlx.terminal import size
 
     responses, prompts = together.decode_concurrency, together.prompt_concurrency
     if loading.ignore_memory:
         capacity = Capacity(responses or 32, prompts or 8, together.prompt_cache_bytes)
         return _Room(capacity, expert_memory(loading))
-    tokens = options.max_context or 4096 + options.max_tokens
+    tokens = options.max_context or usual_tokens(source.folder, options.max_tokens)
     capacity, conversations, memory = find_capacity(
         source.folder,
         use_of(loading, tokens, cache, step=options.prefill_step_size),

@@ -78,8 +78,9 @@ def print_info(info: "Info") -> None:
         f"parameters: {count(info.params)}, of which a token uses {count(info.active_params)}",
         soft_wrap=True,
     )
-    cache = size((info.kv_bytes_per_token or 0) * 4096)
-    more = f", and {cache} of KV cache for 4096 tokens in 16 bits"
+    tokens = min(info.context_length or 4096, 4096)
+    cache = size((info.kv_bytes_per_token or 0) * tokens)
+    more = f", and {cache} of KV cache for {tokens} tokens in 16 bits"
     console.print(
         f"memory: {size(info.nbytes)} of weights" + (more if info.kv_bytes_per_token else ""),
         soft_wrap=True,

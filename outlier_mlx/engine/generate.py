@@ -17,6 +17,7 @@ from outlier_mlx.engine.paging.paged import planned_step, total_parameters
 from outlier_mlx.engine.prompts import check_tokens, embedding_rows
 from outlier_mlx.engine.responses import Response, responses
 from outlier_mlx.engine.sampling import GlobalSampler, bounded
+from outlier_mlx.engine.schemas import SchemaError
 from outlier_mlx.engine.steps import Quantized, Steps
 from outlier_mlx.engine.templates import render
 from outlier_mlx.engine.tokenizer import Tokenizer
@@ -248,7 +249,10 @@ def _constraint(
     if options.json_schema is None:
         return []
     grammars = Grammars(tokenizer, vocabulary(model, tokenizer))
-    return [grammars.schema(options.json_schema).start(tokens)]
+    try:
+        return [grammars.schema(options.json_schema).start(tokens)]
+    except SchemaError as error:
+        raise SchemaError(f"the JSON schema: {error}") from None
 
 
 def _unaffected(model: nn.Module, tokenizer: Tokenizer) -> list[int]:

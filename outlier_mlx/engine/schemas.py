@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, did_you_mean
 
 #: Bounds of a schema: characters of its JSON text, schemas in schemas, schemas and values in all.
 MAX_LENGTH = 200_000
@@ -34,6 +34,7 @@ _LISTS = {"anyOf", "oneOf", "allOf", "prefixItems"}
 _MAPS = {"properties", "patternProperties", "$defs", "definitions"}
 _NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _COUNTS = {"minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength"}
+_TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 _PLAIN = {"$ref", "const", "enum", "type", "required", "pattern", "format"} | _NUMBERS | _COUNTS
 # They say nothing about which values are valid.
 _ANNOTATIONS = {
@@ -153,6 +154,10 @@ class _Checker:
             )
         if name == "type" and not (isinstance(value, str) or _are_texts(value)):
             raise SchemaError(f"{place} must be a string, or a list of strings")
+        for kind in ([value] if isinstance(value, str) else value) if name == "type" else ():
+            if kind not in _TYPES:
+                hint = did_you_mean(kind, _TYPES)
+                raise SchemaError(f"{place}: there is no type {kind[:40]!r}{hint}")
         if name == "required" and not _are_texts(value):
             raise SchemaError(f"{place} must be a list of strings")
         if name == "enum" and not isinstance(value, list):

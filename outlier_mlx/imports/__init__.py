@@ -169,7 +169,7 @@ def _resolve(source: str | Path, file: str | None, revision: str | None) -> Sour
     path = Path(source)
     if path.is_file():
         if revision is not None or file is not None:
-            raise CheckpointError(f"{path}: a file; --revision and --file are for repositories")
+            raise CheckpointError(f"{path}: a file: --file and --revision are for folders")
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path}: expected a folder or a .gguf file")
         return Source(path, path.name)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from outlier_mlx.engine.paging.budget import AUTO, ExpertMemory
+from outlier_mlx.errors import counted
 from outlier_mlx.measure.outlier_counts import Accumulator
 from outlier_mlx.measure.outlier_definitions import blog_summary, pooled_summary
 from outlier_mlx.measure.outlier_parameters import RULE
@@ -147,7 +148,9 @@ def _probe_max(counts: Accumulator) -> list[dict[str, Any]]:
 def _notes(study: Study, sequences: int) -> list[str]:
     notes = []
     if sequences < study.sequences:
-        notes.append(f"the text has {sequences} whole windows, fewer than {study.sequences}")
+        notes.append(
+            f"the text has {counted(sequences, 'whole window')}, fewer than {study.sequences}"
+        )
     if 1 / study.length >= study.options.thresholds.positions:
         notes.append(
             f"sequences are so short ({study.length}) that a hit in the first token alone suffices;"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from outlier_mlx.errors import one_line
+from outlier_mlx.errors import counted, one_line
 from outlier_mlx.measure.outlier_report import short_count
 from outlier_mlx.terminal import print_columns, stdout
 
@@ -43,7 +43,7 @@ def _row(entry: dict[str, Any]) -> list[str]:
 def _how(entry: dict[str, Any]) -> str:
     rounded = "" if entry["hold"] == entry["dtype"] else f" rounded to {entry['hold']}"
     return (
-        f"{entry['model']}: {entry['sequences']} sequences of {entry['length']} tokens"
+        f"{entry['model']}: {counted(entry['sequences'], 'sequence')} of {entry['length']} tokens"
         f" ({entry['tokens_sha256'][:12]}), {entry['probes']} probes, activations in"
         f" {entry['dtype']}{rounded}, {entry['weights_bits']:.2f} bits per weight"
     )

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from outlier_mlx.engine.prompts import check_tokens
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, counted
 from outlier_mlx.measure.outlier_counts import Accumulator, Group, Hold
 from outlier_mlx.measure.outlier_definitions import Feature, Thresholds, sequence_features
 from outlier_mlx.measure.outlier_probes import find_probes, watched
@@ -87,8 +87,8 @@ def read_windows(
     tokens = _read_tokens(tokenizer, path, needed)
     if len(tokens) < length:
         raise OutlierError(
-            f"{path}: the text has {len(tokens)} tokens, fewer than one window of {length};"
-            " --length makes windows shorter"
+            f"{path}: the text has {counted(len(tokens), 'token')}, fewer than one window of"
+            f" {length}; --length makes windows shorter"
         )
     starts = range(0, len(tokens) - length + 1, step)
     return [tokens[at : at + length] for at in starts][:sequences]

@@ -4,14 +4,13 @@ Format: https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md. This project
 `no_positive`, and `texts` and `held_out` of an expert.
 """
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import OutlierError, did_you_mean, listed
 from outlier_mlx.storage.texts import read_yaml
 
 GATE_MODES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "trained")
@@ -184,10 +183,8 @@ class _Fields:
         known = tuple(known)
         for key in value:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-                raise OutlierError(
-                    f"{self._at(str(key)[:80])}: unknown key; did you mean {close[0]}?"
-                )
+                hint = did_you_mean(str(key), known) or f"; known are {listed(known)}"
+                raise OutlierError(f"{self._at(str(key)[:80])}: unknown key{hint}")
         self.value = value
 
     def _at(self, key: str) -> str:

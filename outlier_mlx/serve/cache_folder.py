@@ -327,6 +327,8 @@ def _make_private(outer: Path, inner: Path) -> None:
         outer.mkdir(mode=0o700, parents=True, exist_ok=True)
         inner.mkdir(mode=0o700, exist_ok=True)
         found = inner.lstat()
+    except FileExistsError as error:
+        raise OutlierError(f"{error.filename}: exists and is not a folder") from None
     except OSError as error:
         raise OutlierError(f"{outer}: cannot write there: {error.strerror}") from None
     if inner.is_symlink() or found.st_uid != os.geteuid() or found.st_mode & 0o077:

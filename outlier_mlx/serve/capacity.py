@@ -9,6 +9,8 @@ from outlier_mlx.engine.memory import budget, check_fits, draft_nbytes
 from outlier_mlx.engine.needs import Needs, Use, needs_of
 from outlier_mlx.engine.paging.budget import ALL, AUTO, ExpertMemory
 from outlier_mlx.engine.plan import Part, Plan, plan
+from outlier_mlx.models.config import describe, raw_config
+from outlier_mlx.models.sizes import context_length
 
 # The defaults of mlx-lm's server.
 MAX_RESPONSES = 32
@@ -59,6 +61,17 @@ def common_capacity(capacity: Capacity) -> Capacity:
         for name, value in asdict(capacity).items()
     }
     return Capacity(**{name: None if n == unlimited else n for name, n in found.items()})  # type: ignore[arg-type]
+
+
+def usual_tokens(folder: Path, response: int) -> int:
+    """Tokens of a conversation to count memory for: 4096 and a response, or the context's.
+
+    Args:
+        folder: the model folder.
+        response: largest number of tokens of a response.
+    """
+    usual = 4096 + response
+    return min(usual, context_length(describe(raw_config(folder))) or usual)
 
 
 def find_capacity(

@@ -76,6 +76,10 @@ class ServeOptions:
             if origin not in ("*", "null") and not (scheme and found and rest.rstrip("/") == rest):
                 raise OutlierError(f"--allow-origin {origin}: expected SCHEME://HOST[:PORT], or *")
 
+        for host in self.allow_hosts:
+            if not host_name(host) or set(host) & set("/ *"):
+                raise OutlierError(f"--allow-host {host}: expected a name, such as mac.local")
+
     def access(self) -> Access:
         """The access rules that follow from host, origins and key."""
         names = [host_name(host) for host in (self.host, *self.allow_hosts)]

@@ -62,18 +62,22 @@ def check_folder(
         sources: what they are made from, see `check_writable`.
 
     Raises:
-        OutputExistsError: one of the files exists and may not be replaced, or `out` is no folder.
+        OutputExistsError: one of the files exists and may not be replaced, or `out` is no folder,
+            or one of the sources.
         OutlierError: it cannot be written to, or cannot be made.
     """
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"{out}: exists and is not a folder")
+    inputs = existing(sources)
+    if out.exists() and any(map(out.samefile, inputs)):
+        raise OutputExistsError(f"{out}: is an input, so it cannot be the output")
     place = out.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise OutlierError(f"{out}: cannot write there")
     for path in (found for pattern in patterns for found in entries(out, pattern)):
-        check_writable(path, force=force, sources=sources)
+        check_writable(path, force=force, sources=inputs)
 
 
 def clear_folder(out: Path, patterns: Sequence[str]) -> None:

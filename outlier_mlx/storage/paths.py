@@ -56,6 +56,11 @@ def _chosen(names: list[str], pattern: str, hidden: bool) -> list[str]:
     return [n for n in names if fnmatchcase(n, pattern) and (hidden or not is_hidden(n))]
 
 
+def no_folder(path: Path) -> str:
+    """What is wrong with a path that is no folder."""
+    return f"{path}: {'a file; expected a folder' if path.exists() else 'no such folder'}"
+
+
 def named(path: str | Path) -> Path:
     """A path that ends in a name, for messages: of "." and "..", the absolute path."""
     path = Path(path)

@@ -13,7 +13,7 @@ from outlier_mlx.models.config import is_overlay, is_ternary_model, is_tier
 from outlier_mlx.models.fields import short
 from outlier_mlx.models.tier_fields import MODEL_FILE, TERNARY_FILE
 from outlier_mlx.storage.gguf_model import read_model
-from outlier_mlx.storage.paths import inside
+from outlier_mlx.storage.paths import inside, no_folder
 from outlier_mlx.storage.shards import read_shards
 from outlier_mlx.storage.texts import read_bytes, read_json
 from outlier_mlx.terminal import Progress, no_progress
@@ -54,7 +54,7 @@ def verify_tier(folder: Path, progress: Progress = no_progress) -> Verified:
     """
     name_leftovers(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise CheckpointError(no_folder(folder))
     manifest = find_manifest(folder)
     if manifest is None:
         raise CheckpointError(f"{folder}: not a tier: no tier.json, nor a model's checksums.json")

@@ -65,6 +65,8 @@ def whole_folder(
                     _check_replaceable(target, force=force, sources=sources)
                     run.begin()
         except OSError as error:
+            if at := next((place for place in target.parents if place.is_file()), None):
+                raise OutlierError(f"{target}: {at.name} is a file, not a folder") from None
             raise OutlierError(f"cannot write beside {target}: {error.strerror}") from None
         yield run.whole
         run.whole.chmod(0o777 & ~_umask())
@@ -132,9 +134,9 @@ def _check_replaceable(target: Path, *, force: bool, sources: Sources) -> None:
         if is_within(target, source):
             raise OutputExistsError(f"{target}: exists and lies in an input: name another folder")
     _check_in_nobodys_way(target)
+    _check_ours(target, f"--force replaces {_ONLY_OURS}")
     if not force:
         raise OutputExistsError(f"{target}: exists; --force replaces it")
-    _check_ours(target, f"--force replaces {_ONLY_OURS}")
 
 
 def _check_in_nobodys_way(target: Path) -> None:
