@@ -176,6 +176,16 @@ def test_weights_and_texts_that_differ_have_another_checksum(
     assert checksum(alphas[0]) != checksum(alphas[1])
 
 
+@pytest.mark.slow
+def test_a_reason_is_told_with_tracebacks_too(small_tier: Path, tmp_path: Path) -> None:
+    words = (SCRIPT, "generate", small_tier, *LONG, "--debug")
+    other = (SCRIPT, "generate", tmp_path / "no", *LONG, "--debug")
+    results = ended(start_ranks(2, tmp_path, *words, each={1: other}))
+    assert [result.code for result in results] == [1, 1]
+    said = f"PeerError: rank 1: {tmp_path / 'no'}: no such folder"
+    assert said in results[0].err.splitlines()[-1]
+
+
 def in_folders(tmp_path: Path, *words: object) -> dict[int, tuple[object, ...]]:
     """What ranks run, each in its own folder, `a` or `b`."""
     run_in = ("sh", "-c", 'cd "$0" && exec "$@"')

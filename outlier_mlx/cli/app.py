@@ -85,17 +85,18 @@ class Commands(TyperGroup):
         except BrokenPipeError:
             raise
         except (OutlierError, OSError, MemoryError) as error:
+            if not ctx.meta.get("debug"):
+                say(f"error: {message_of(error)}")
+            tell_others(error, message_of(error))
             if ctx.meta.get("debug"):
                 raise
-            say(f"error: {message_of(error)}")
-            tell_others(error, message_of(error))
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort, typer.TyperException):
             raise
         except Exception as error:
-            if ctx.meta.get("debug"):
-                raise
             if is_lost(error):
+                if ctx.meta.get("debug"):
+                    raise
                 say(f"error: {LOST}")
                 raise typer.Exit(1) from None
             tell_others(error, f"{type(error).__name__}: {error}")
