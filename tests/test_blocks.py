@@ -23,12 +23,13 @@ from tests.kernel_cases import (
     random_x,
     swiglu,
 )
+from tests.marks import slow_but
 from tests.metal import Metal, needs_emulator
 from tests.reference import Array
 
 SIZES = (2, 4, 8)
-# Kernels with eight loops for blocks of 8 take long to compile.
-SLOW_SIZES = [2, 4, pytest.param(8, marks=pytest.mark.slow)]
+# Kernels with a loop for each size of a block take long to compile.
+SLOW_SIZES = slow_but([4], SIZES)
 
 
 # Sorting

@@ -17,6 +17,7 @@ from outlier_mlx.ternary.rows import pack_rows
 from outlier_mlx.ternary.scales import tile_scales
 from tests.engine import as_array
 from tests.kernel_cases import random_x
+from tests.marks import slow_but
 from tests.metal import Metal, needs_emulator
 from tests.reference import Array
 
@@ -45,7 +46,7 @@ def assert_products(y: mx.array, x: Array, weights: Array, indices: Array) -> No
 @pytest.mark.parametrize(
     ("out", "wide", "group"), [(13, 320, 64), (24, 128, 128), (9, 2048, 128), (3, 448, 64)]
 )
-@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("share", slow_but([2], [1, 2]))
 def test_every_shape(out: int, wide: int, group: int, share: int, metal: Metal):
     rows, scales, weights = experts(out, wide, group)
     x = random_x(share, (3, wide), mx.float32)
@@ -72,8 +73,8 @@ def test_an_expert_is_a_linear_layer(metal: Metal):
     np.testing.assert_array_equal(y, tq1_0_linear(x, rows[2], scales[2]))
 
 
-@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("size", slow_but([4], [2, 4, 8]))
+@pytest.mark.parametrize("share", slow_but([2], [1, 2]))
 def test_blocks_of_pairs_have_the_same_bits(size: int, share: int, metal: Metal):
     """Experts with one pair, some pairs, a full block and one that is not."""
     rows, scales, weights = experts(13, 448, 64)

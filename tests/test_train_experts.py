@@ -36,6 +36,7 @@ from outlier_mlx.train.trits import (
 )
 from tests import reference
 from tests.library import Library
+from tests.marks import slow_but
 from tests.program import GROUP
 
 Array = np.ndarray
@@ -192,7 +193,7 @@ def test_without_experts_it_is_the_base(
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", slow_but([False], [False, True]))
 def test_gradients_are_those_of_differences(
     trained: TrainedModel, rounded: bool, compiled: bool
 ) -> None:
