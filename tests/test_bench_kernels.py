@@ -134,7 +134,8 @@ def test_linear_layers_are_experts_matrices(group: int, tier: Path):
         assert affine.nbytes == one.copied("rows", bits, mx.float16) == 80 * (8 * bits + 2 * 2)
 
 
-@pytest.mark.parametrize("together", [(2,), pytest.param((4, 8), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [(2,), (4, 8)], ids=str)
 def test_every_kernel_and_form_is_right_in_the_emulator(
     together: tuple[int, ...], library: Library, monkeypatch: pytest.MonkeyPatch
 ):

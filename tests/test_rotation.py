@@ -11,6 +11,7 @@ from outlier_mlx.runtime.rotation import ROTATED_BLOCKS, rotate, tq1_0_rotate
 from tests.engine import as_array
 from tests.goldens import require_shared
 from tests.kernel_cases import random_x
+from tests.marks import slow_but
 from tests.metal import Metal, needs_emulator
 from tests.reference import Array
 from tests.tensor_file import read_arrays
@@ -46,7 +47,7 @@ def half(signs: Array) -> mx.array:
 # The kernel
 
 
-@pytest.mark.parametrize(("wide", "block"), SHAPES)
+@pytest.mark.parametrize(("wide", "block"), slow_but(SHAPES[:4], SHAPES, names=2))
 @pytest.mark.parametrize("inverse", [False, True])
 def test_every_block(wide: int, block: int, inverse: bool, metal: Metal):
     x, signs = random_x(0, (3, wide), mx.float32), random_signs(wide)
