@@ -103,6 +103,19 @@ def test_the_tests_need_the_developers_tools(clone: Clone) -> None:
     assert clone.asked() == ["-m venv .venv", PIP + ".[dev]"]
 
 
+@pytest.mark.parametrize(("types", "tests"), [(0, 0), (3, 0), (0, 4)])
+def test_types_and_tests_both_count(types: int, tests: int, clone: Clone) -> None:
+    """Types are checked beside the tests, and what is wrong with them is shown at the end."""
+    clone.run(". SETUP dev")
+    ends = {"ruff": 0, "lint-imports": 0, "mypy": types, "pytest": tests}
+    for name, code in ends.items():
+        program = clone.place / ".venv" / "bin" / name
+        program.write_text(f"#!/bin/sh\necho {name} ran\nexit {code}\n")
+        program.chmod(0o755)
+    shown = clone.run("test", code=types or tests).out.splitlines()
+    assert shown[-2:] == ["pytest ran", "mypy ran"]
+
+
 def test_what_failed_is_tried_again(clone: Clone) -> None:
     assert clone.run("demo", code=1, PIP_FAILS="2").out == ""
     clone.asked()
