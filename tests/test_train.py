@@ -21,6 +21,7 @@ from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.initial import latents
 from outlier_mlx.train.log import FILE
 from outlier_mlx.train.stages import Upcycled
+from outlier_mlx.train.state import _write
 from outlier_mlx.train.texts import Corpora, Corpus
 from outlier_mlx.train.trits import ternarise
 from tests.folders import contents
@@ -365,13 +366,13 @@ def test_damaged_states_are_refused(library: Library, made: Upcycled, tmp_path: 
     with pytest.raises(CheckpointError, match="running"):
         train(library, work)
     running.write_bytes(sound.replace(b"value.1.alpha", b"value.1.alphx"))
-    with pytest.raises(CheckpointError, match=r"value\.1\.alpha: expected float32"):
+    with pytest.raises(CheckpointError, match=r"value\.1\.alpha: expected F32"):
         train(library, work)
     running.write_bytes(sound)
     stage = next(work.glob("stage-1-*"))
     content = stage.read_bytes()
     stage.write_bytes(content.replace(b"1.experts.0.up_proj.codes", b"1.experts.9.up_proj.codes"))
-    with pytest.raises(CheckpointError, match="not what was written"):
+    with pytest.raises(CheckpointError, match=r"up_proj\.codes: expected U8"):
         train(library, work)
     stage.write_bytes(content)
     for path in work.glob("*.safetensors"):
@@ -380,6 +381,46 @@ def test_damaged_states_are_refused(library: Library, made: Upcycled, tmp_path: 
         with pytest.raises(CheckpointError, match=rf"{path.name}: .*written; without this file, "):
             train(library, work)
         path.write_bytes(content)
+    assert_same(train(library, work), made)
+
+
+@pytest.mark.slow
+def test_states_that_are_whole_but_wrong_are_refused_in_a_line(
+    library: Library, made: Upcycled, tmp_path: Path
+) -> None:
+    """Whatever the digest says: arrays and fields that a stage does not have go into nothing."""
+    work = tmp_path / "work"
+    with stopped_at(1, STAGES[2]) as log, pytest.raises(Stopped):
+        train(library, work, log)
+    codes = "1.experts.0.up_proj.codes"
+    for name, record, arrays in (
+        ("stage-0-begin.", {"losses": None}, {}),
+        ("stage-0-begin.", {"losses": {"law": 1.0}}, {}),
+        ("stage-0-begin.", {}, {"1.router": mx.zeros((1, 64))}),
+        ("stage-0-begin.", {}, {"1.neurons": mx.zeros((2, 64))}),
+        ("stage-0-begin--layer-1.", {"errors": []}, {}),
+        ("stage-0-begin--layer-1.", {"errors": [{"lloyd": "x"}]}, {}),
+        ("stage-0-begin--layer-1.", {}, {codes: None}),
+        ("stage-0-begin--layer-1.", {}, {codes: mx.full((64, 16), 255, mx.uint8)}),
+        ("stage-1-", {"seconds": [1]}, {}),
+        ("stage-1-", {"before": {"law": None}}, {}),
+        ("stage-1-", {"steps": "4"}, {}),
+        ("stage-1-", {}, {"9.alpha": mx.zeros(2)}),
+        ("running.", {"seconds": "long"}, {}),
+        ("running.", {"step": 99}, {}),
+        ("running.", {"step": True}, {}),
+    ):
+        path = next(path for path in work.iterdir() if path.name.startswith(name))
+        sound = path.read_bytes()
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        of, told = loaded[0], json.loads(loaded[1]["record"]) | record
+        changed = {n: a for n, a in (of | arrays).items() if a is not None}
+        mx.eval(changed)
+        _write(path, changed, told)
+        with pytest.raises(CheckpointError) as refused:
+            train(library, work)
+        assert str(work) in str(refused.value) and "\n" not in str(refused.value)
+        path.write_bytes(sound)
     assert_same(train(library, work), made)
 
 

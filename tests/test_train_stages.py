@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from outlier_mlx.engine.loading import load_model
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.train import objectives, teacher
 from outlier_mlx.train.loop import drawn, scheduled
@@ -213,6 +213,26 @@ def test_what_a_teacher_predicted_is_kept(
         windows = drawn(name, rows, 16, settings.seed)
         for one, other in zip(found(name, windows), wanted(name, windows), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("token", [-1, 288])
+def test_predictions_of_tokens_that_there_are_not_are_refused(
+    library: Library, tmp_path: Path, token: int
+) -> None:
+    """MLX would read beyond the logits; whoever wrote the file, its digest is right."""
+    settings = replace(SETTINGS, expert_steps=1, joint_steps=0)
+    base = Source(library.base().path, "base")
+
+    def teach(work: Work) -> None:
+        teacher.teach(base, corpora(), settings, 288, work, lambda event: None)
+
+    with Work(tmp_path / "work", {}) as work:
+        teach(work)
+        stage = "teacher 0 law, from 0"
+        arrays = {n: mx.array(tensor.read()) for n, tensor in work.tensors(stage).items()}
+        work.finish(stage, arrays | {"tokens": mx.full(arrays["tokens"].shape, token)}, {})
+        with pytest.raises(CheckpointError, match="law, from 0: not predictions of these windows"):
+            teach(work)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(library: Library, tmp_path: Path) -> None:

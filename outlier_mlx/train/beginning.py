@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from outlier_mlx.train.experts import Mode
+from outlier_mlx.train.experts import Mode, empty_expert
 from outlier_mlx.train.forward import TrainedModel
 from outlier_mlx.train.initial import (
     Seen,
@@ -22,7 +22,7 @@ from outlier_mlx.train.initial import (
 )
 from outlier_mlx.train.measures import loss_of, perplexities
 from outlier_mlx.train.settings import Settings
-from outlier_mlx.train.state import Arrays, State, Work
+from outlier_mlx.train.state import Arrays, Fields, State, Work, are_figures, is_count
 from outlier_mlx.train.texts import Corpora
 
 #: Windows of each domain that are looked at, at most.
@@ -55,7 +55,7 @@ def begin(
     errors: list[dict[str, float]] = []
     for layer in model.blocks:
         stage = of_layer(layer)
-        found = work.finished(stage)
+        found = work.finished(stage, _experts(model, settings, layer), {"errors": _are_errors})
         if found is None:
             found = _rounded(model, settings, layer, arrays.get(f"{layer}.neurons"))
             work.finish(stage, *found)
@@ -79,7 +79,15 @@ def _looked(
     model: TrainedModel, corpora: Corpora, settings: Settings, work: Work, save_every: float
 ) -> State:
     """The first routers, the neurons of the first experts, and the base's held-out losses."""
-    if (found := work.finished(_LOOK)) is not None:
+    names = {corpus.name for corpus in corpora}
+    like: Arrays = {}
+    for layer, block in model.blocks.items():
+        like[f"{layer}.router"] = block.router
+        if settings.init == "ffn":
+            shape = len(block.experts), settings.expert_size or 0
+            like[f"{layer}.neurons"] = mx.zeros(shape, mx.int32)
+    fields: Fields = {"losses": lambda of: are_figures(of) and of.keys() == names}
+    if (found := work.finished(_LOOK, like, fields)) is not None:
         return found
     domains = [corpus.train[:WINDOWS] for corpus in corpora.domains]
     seen, losses = _seen(model, corpora, domains, settings.batch, work, save_every)
@@ -109,7 +117,11 @@ def _seen(
     seen = {layer: nothing_seen(block, len(domains)) for layer, block in model.blocks.items()}
     losses: dict[str, float] = {}
     done = 0
-    running = work.running(_LOOK, {name: a.shape for name, a in _arrays(seen).items()})
+    running = work.running(
+        _LOOK,
+        {name: a.shape for name, a in _arrays(seen).items()},
+        {"losses": are_figures, "batches": is_count},
+    )
     if running is not None:
         arrays, record = running
         seen = {n: Seen(*(arrays[f"{n}.{leaf}"] for leaf in Seen._fields)) for n in seen}
@@ -133,6 +145,22 @@ def _seen(
 
 def _arrays(seen: Mapping[int, Seen]) -> Arrays:
     return {f"{n}.{leaf}": a for n, of in seen.items() for leaf, a in of._asdict().items()}
+
+
+def _experts(model: TrainedModel, settings: Settings, layer: int) -> Arrays:
+    """Arrays like those of a layer's experts."""
+    block = model.blocks[layer]
+    empty = empty_expert(block.router.shape[1], settings.expert_size or 0)
+    return dict(
+        of for n in range(len(block.experts)) for of in empty.arrays(f"{layer}.experts.{n}").items()
+    )
+
+
+def _are_errors(value: object) -> bool:
+    """Whether a value of a record has, of each expert, errors by the way of rounding."""
+    if not isinstance(value, list) or not all(map(are_figures, value)) or not value:
+        return False
+    return all(of.keys() == {"lloyd", "absmean"} for of in value)
 
 
 def _rounded(

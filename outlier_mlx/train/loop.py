@@ -13,7 +13,7 @@ import numpy as np
 
 from outlier_mlx.errors import OutlierError
 from outlier_mlx.train.forward import Place
-from outlier_mlx.train.state import Arrays, State, Work
+from outlier_mlx.train.state import Arrays, Fields, State, Work, is_count, is_figure
 from outlier_mlx.writing.interrupts import undivided
 
 #: Called with an event: a dict of JSON values, of which "event" says what it is.
@@ -170,7 +170,11 @@ def _begin(stage: Stage, work: Work) -> _State:
     shapes = {name: number.place.value.shape for name, number in stage.numbers.items()}
     kinds = ("value", "mean", "square")
     expected = {f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()}
-    found = work.running(stage.name, expected)
+    fields: Fields = {
+        "step": lambda step: is_count(step) and 0 < step <= stage.steps,
+        "seconds": is_figure,
+    }
+    found = work.running(stage.name, expected, fields)
     if found is None:
         values = {name: number.place.value for name, number in stage.numbers.items()}
         means, squares = ({n: mx.zeros(s) for n, s in shapes.items()} for _ in range(2))
@@ -178,10 +182,7 @@ def _begin(stage: Stage, work: Work) -> _State:
         return _State(0, values, means, squares)
     arrays, record = found
     values, means, squares = ({n: arrays[f"{kind}.{n}"] for n in shapes} for kind in kinds)
-    step = record.get("step")
-    if type(step) is not int or not 0 < step <= stage.steps:
-        raise OutlierError(f"{work.folder}: the running stage has no valid step")
-    return _State(step, values, means, squares, float(record.get("seconds", 0.0)))
+    return _State(record["step"], values, means, squares, record["seconds"])
 
 
 def _put(stage: Stage, values: Arrays) -> None:

@@ -24,7 +24,7 @@ from outlier_mlx.train.measures import (
     uses_of,
 )
 from outlier_mlx.train.settings import Settings
-from outlier_mlx.train.state import Arrays, Work
+from outlier_mlx.train.state import Arrays, Fields, Work, are_figures, is_count, is_figure
 from outlier_mlx.train.teacher import Targets
 from outlier_mlx.train.texts import Corpora, Corpus
 
@@ -34,6 +34,17 @@ _GLANCE = 16
 _FACTORS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
 # Learning rates of what is no latent weight, relative to theirs and to its size.
 _ALPHA_RATE, _SCALE_RATE = 0.1, 0.1
+
+# Of the record of a stage that is done.
+_FIELDS: Fields = {
+    "name": lambda name: isinstance(name, str),
+    "steps": is_count,
+    "planned": is_count,
+    "seconds": is_figure,
+    "kept": lambda kept: isinstance(kept, bool),
+    "before": are_figures,
+    "after": are_figures,
+}
 
 
 @dataclass(frozen=True)
@@ -194,7 +205,7 @@ class Stages:
     def _train(self, part: _Part) -> None:
         """Run a stage, or take what it left; keep it only if held-out text says so."""
         name = f"{len(self.records)} {part.title}"
-        found = self._work.finished(name)
+        found = self._work.finished(name, self._arrays(part), _FIELDS)
         if found is not None:
             self._apply(found[0])
             self.records.append(found[1])
@@ -328,6 +339,8 @@ class Stages:
             kind = array.dtype, array.shape
             if place is None or (place.value.dtype, place.value.shape) != kind:
                 raise CheckpointError(f"{self._work.folder}: {name}: a wrong {kind[0]} {kind[1]}")
+            if name.endswith(".codes") and bool(mx.any(array & (array >> 1) & 0b1010101)):
+                raise CheckpointError(f"{self._work.folder}: {name}: digits that are no trits")
             place.put(array)
 
 

@@ -10,6 +10,7 @@ goes into a result.
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,23 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 Arrays = dict[str, mx.array]
 #: Arrays, and a record of JSON values.
 State = tuple[Arrays, dict[str, Any]]
+#: What a field of a record has to fulfil, by its name.
+Fields = Mapping[str, Callable[[Any], bool]]
+
+
+def is_count(value: object) -> bool:
+    """Whether a value of a record is a whole number of 0 or more."""
+    return type(value) is int and value >= 0
+
+
+def is_figure(value: object) -> bool:
+    """Whether a value of a record is a number, and finite."""
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def are_figures(value: object) -> bool:
+    """Whether a value of a record has figures by name."""
+    return isinstance(value, dict) and all(map(is_figure, value.values()))
 
 
 class Work:
@@ -102,18 +120,23 @@ class Work:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def finished(self, stage: str) -> State | None:
+    def finished(self, stage: str, like: Arrays, fields: Fields) -> State | None:
         """The arrays that a stage changed and its record; None if it is not done.
 
+        Args:
+            stage: its name.
+            like: arrays of the names, dtypes and shapes that there have to be.
+            fields: of the record.
+
         Raises:
-            CheckpointError: the file is damaged.
+            CheckpointError: the file is damaged, or has other arrays or fields.
         """
         if not self.is_finished(stage):
             return None
         file = _described(self._of_stage(stage))
         if file.record.get("stage") != stage:
             raise CheckpointError(f"{file.path}: not the stage {stage!r}")
-        return file.read(), file.record
+        return file.checked({n: (_NAMES[a.dtype], a.shape) for n, a in like.items()}, fields)
 
     @staticmethod
     def begun(folder: Path) -> dict[str, Any]:
@@ -182,26 +205,23 @@ class Work:
                 save()
             raise
 
-    def running(self, stage: str, expected: Mapping[str, tuple[int, ...]]) -> State | None:
+    def running(
+        self, stage: str, expected: Mapping[str, tuple[int, ...]], fields: Fields
+    ) -> State | None:
         """The state of an interrupted stage and its record; None if another one or none was.
 
         Args:
             stage: its name.
             expected: the shape of each array; all are float32.
+            fields: of the record.
 
         Raises:
-            CheckpointError: the file is damaged, or its arrays are not the expected ones.
+            CheckpointError: the file is damaged, or its arrays or fields are not the expected ones.
         """
         file = self._running(stage)
         if file is None:
             return None
-        found = {name: (tensor.dtype, tensor.shape) for name, tensor in file.tensors.items()}
-        for name, shape in expected.items():
-            if found.pop(name, None) != ("F32", tuple(shape)):
-                raise CheckpointError(f"{file.path}: {name}: expected float32 {tuple(shape)}")
-        if found:
-            raise CheckpointError(f"{file.path}: {next(iter(found))}: not a tensor of this stage")
-        return file.read(), file.record
+        return file.checked({name: ("F32", shape) for name, shape in expected.items()}, fields)
 
     def _of_stage(self, stage: str) -> Path:
         name = "".join(c if c.isalnum() else "-" for c in stage)
@@ -269,6 +289,21 @@ class _File:
     tensors: dict[str, TensorRef]
     metadata: dict[str, str]
     record: dict[str, Any]
+
+    def checked(self, expected: Mapping[str, tuple[str, tuple[int, ...]]], fields: Fields) -> State:
+        """All arrays and the record, which have these names, dtypes, shapes and fields."""
+        with _damaged(self.path):
+            where = self.path.name
+            found = {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+            for name, (dtype, shape) in expected.items():
+                if found.pop(name, None) != (dtype, tuple(shape)):
+                    raise CheckpointError(f"{where}: {name}: expected {dtype} {tuple(shape)}")
+            if found:
+                raise CheckpointError(f"{where}: {next(iter(found))}: not a tensor of this stage")
+            for name, is_valid in fields.items():
+                if not is_valid(self.record.get(name)):
+                    raise CheckpointError(f"{where}: its record has no valid {name!r}")
+        return self.read(), self.record
 
     def read(self) -> Arrays:
         """All arrays, compared with the digest that was written with them."""

@@ -10,7 +10,7 @@ from outlier_mlx.engine.machine import Budget
 from outlier_mlx.engine.needs import Use
 from outlier_mlx.engine.paging.budget import ALL
 from outlier_mlx.engine.plan import plan
-from outlier_mlx.errors import OutlierError
+from outlier_mlx.errors import CheckpointError, OutlierError
 from outlier_mlx.storage.hub import Source
 from outlier_mlx.storage.safetensors import TensorRef
 from outlier_mlx.train.loop import Batch, Log, drawn
@@ -73,6 +73,8 @@ def teach(
                 arrays = _predicted(model, corpus, order, part, settings, vocab, log)
                 work.finish(stage, arrays, {"name": stage})
             files.append(work.tensors(stage))
+            of = min(rows, len(order) - start), corpus.train.shape[1] - 1, min(LIKELIEST, vocab)
+            _check(work, stage, files[-1], of, vocab)
         places = np.full(len(corpus.train), -1)
         places[order] = np.arange(len(order))
         found[corpus.name] = files, places
@@ -88,6 +90,18 @@ def teach(
 
 
 _LEAVES = ("tokens", "log_probs")
+
+
+def _check(
+    work: Work, stage: str, found: dict[str, TensorRef], shape: tuple[int, ...], vocab: int
+) -> None:
+    """Check predictions that are read again: MLX would read beyond the logits for other tokens."""
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}
+    if kinds == {"tokens": ("I32", shape), "log_probs": ("F16", shape)}:
+        tokens = found["tokens"].read()
+        if tokens.min() >= 0 and tokens.max() < vocab:
+            return
+    raise CheckpointError(f"{work.folder}: {stage}: not predictions of these windows")
 
 
 def _needed(corpus: Corpus, settings: Settings, domains: int) -> np.ndarray:
