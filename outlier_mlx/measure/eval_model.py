@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm import batch_generate
 
 from outlier_mlx.engine.distributed.handshake import agree_on
-from outlier_mlx.engine.distributed.ranks import agreed
+from outlier_mlx.engine.distributed.ranks import agreed, ranks
 from outlier_mlx.engine.prompts import check_tokens
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.errors import OutlierError
@@ -97,7 +97,7 @@ class HarnessModel(TemplateLM, MLXLM):
         self, requests: list[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation in nats, and whether greedy decoding gives it."""
-        _agree(requests)
+        _agree("scores", requests)
         return TemplateLM.loglikelihood(self, requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -152,7 +152,7 @@ class HarnessModel(TemplateLM, MLXLM):
         Of a text longer than the model's context, each token is predicted from as many before it as
         fit.
         """
-        _agree(requests)
+        _agree("texts", requests)
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         owners = []
         for number, request in enumerate(requests):
@@ -174,7 +174,7 @@ class HarnessModel(TemplateLM, MLXLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Greedy answers, each cut before the first of its stop texts."""
-        _agree(requests)
+        _agree("answers", requests)
         texts: list[str] = []
         long = sum(len(self.tok_encode(r.args[0])) > self.max_length for r in requests)
         if long:
@@ -208,10 +208,11 @@ class HarnessModel(TemplateLM, MLXLM):
         return [answer_text(self.tokenizer, tokens, stops) for tokens, stops in pairs]
 
 
-def _agree(requests: list[Any]) -> None:
+def _agree(kind: str, requests: list[Any]) -> None:
     """Make sure that all ranks have the same requests, which come from their own task files."""
-    asked = repr([(request.request_type, request.args) for request in requests])
-    agree_on("what the tasks ask", asked, "copy the task files again")
+    if ranks().size > 1:
+        asked = repr((kind, [request.args for request in requests]))
+        agree_on("what the tasks ask", asked, "copy the task files again")
 
 
 def _greedy(logprobs: mx.array) -> mx.array:
