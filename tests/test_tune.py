@@ -1,10 +1,12 @@
 """The command `tune`: what it trains, what it writes, and what it refuses."""
 
+import errno
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +27,7 @@ from outlier_mlx.storage.texts import parse_json
 from outlier_mlx.tiers.tuned import write_tuned
 from outlier_mlx.tiers.verify import verify_tier
 from tests.engine import tier_of
+from tests.folders import contents
 from tests.library import TEXT, Library
 from tests.memory import at_rest
 from tests.program import ROOT, assert_refused, load_script, run
@@ -241,6 +244,20 @@ def test_what_diverged_or_is_only_rounded_is_not_better(place: Path, tmp_path: P
         with pytest.raises(OutlierError, match="did not get better"):
             Tuned(first, last, {}, [], 0).check_better()
     Tuned(sound, replace(sound, loss=9.4), {}, [], 0).check_better()
+
+
+def test_a_full_disk_leaves_nothing_and_the_tier_as_it_was(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(place / "tier")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("outlier_mlx.tiers.tuned.Copied.chunks", Mock(side_effect=full))
+    how = "--text", place / "text.txt", "--window", 16, "--windows", 4, "--epochs", 1
+    monkeypatch.setattr(Tuned, "check_better", lambda self: None)
+    ended = run("tune", place / "tier", *how, "--out", tmp_path / "out", code=1)
+    assert ended.err.splitlines()[-1].endswith("out: cannot write: No space left on device")
+    assert not list(tmp_path.iterdir())
+    assert contents(place / "tier") == whole
 
 
 def test_wrong_usage(place: Path, tmp_path: Path) -> None:
