@@ -49,7 +49,8 @@ def did_you_mean(given: str, names: Iterable[str], hint: str = "; did you mean {
     wanted = given.lstrip("-/")
     near = [name for name, word in bare.items() if wanted and word.startswith(wanted)]
     if not near:
-        near = [name for name in bare if bare[name] in get_close_matches(wanted, bare.values(), 1)]
+        nearest = get_close_matches(wanted, bare.values(), 1)
+        near = [name for name, word in bare.items() if word in nearest]
     return hint.format(listed(map(repr, near), _MOST_NEAR, last="or")) if near else ""
 
 

@@ -129,7 +129,9 @@ def test_a_picture_of_a_run(suffix: str, tmp_path: Path) -> None:
     assert data.startswith({"png": b"\x89PNG", "svg": b"<?xml"}[suffix])
 
 
-def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is drawn from here on."""
     from matplotlib.figure import Figure
 
     figures: list[Any] = []
@@ -140,6 +142,10 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save(figure, *given, **options)
 
     monkeypatch.setattr(Figure, "savefig", saved)
+    return figures
+
+
+def test_what_is_drawn(tmp_path: Path, figures: list[Any]) -> None:
     draw(read_log(written(tmp_path / FILE, whole_run())), tmp_path / "run.png")
     losses, perplexity, load, *_ = figures[0].axes
     assert [text.get_text() for text in perplexity.get_legend().get_texts()] == list(NAMES)
@@ -153,6 +159,14 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ends.get_xydata().tolist() == [[0, 80], [40, 38], [120, 30]]
     assert load.images[0].get_array().shape == (3, 12)
     assert load.images[0].get_array()[1, 1] == 90
+
+
+def test_the_loss_of_a_stage_of_one_step_is_seen(tmp_path: Path, figures: list[Any]) -> None:
+    events = [ended("begin", dict.fromkeys(NAMES, 80.0)), step("a", 1, steps=1)]
+    draw(read_log(written(tmp_path / FILE, events)), tmp_path / "run.png")
+    losses = figures[0].axes[0]
+    assert [line.get_markersize() for line in losses.lines] == [3, 3]
+    assert all(number == round(number) for number in losses.get_xticks())
 
 
 def test_a_picture_of_a_run_that_has_only_begun(tmp_path: Path) -> None:

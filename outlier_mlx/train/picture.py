@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure.pictures import color_bar, drawable, picture
+from outlier_mlx.measure.pictures import drawable, picture
 from outlier_mlx.train.log import History, StageHistory
 
 _WIDTH = 11.0
@@ -35,6 +35,8 @@ def draw(history: History, path: Path) -> None:
     stages = [stage for stage in history.stages if stage.steps]
     if not any(stage.losses for stage in stages):
         raise OutlierError(f"{path}: nothing to draw: the log has no step")
+    from matplotlib.ticker import MaxNLocator
+
     starts = np.cumsum([0, *(stage.steps for stage in stages)])
     load = next((stage.load for stage in reversed(stages) if stage.load), {})
     heights = [3.0, 3.0, *([0.8 + 0.34 * len(load)] if load else [])]
@@ -46,6 +48,7 @@ def draw(history: History, path: Path) -> None:
             _mark_stages(axes, stages, starts)
             axes.set_xlim(0, starts[-1])
             axes.grid(axis="y")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _name_stages(panels[0], stages, starts)
         panels[1].set_xlabel("step")
         if load:
@@ -54,6 +57,7 @@ def draw(history: History, path: Path) -> None:
 
 def _draw_losses(axes: Any, stages: list[StageHistory], starts: np.ndarray) -> None:
     names = dict.fromkeys(name for stage in stages for _, parts in stage.losses for name in parts)
+    few = any(len(stage.losses) == 1 for stage in stages)
     for name in names:
         # A point without a number parts the lines of two stages.
         points = [
@@ -64,7 +68,9 @@ def _draw_losses(axes: Any, stages: list[StageHistory], starts: np.ndarray) -> N
                 (start + stage.steps, nan),
             )
         ]
-        _line(axes, points, label=_PARTS.get(name, drawable(name)), linewidth=1)
+        label = _PARTS.get(name, drawable(name))
+        # A line of a single point is nothing without its marker.
+        _line(axes, points, label=label, linewidth=1, marker=".", markersize=3 if few else 0)
     _plain_log_scale(axes)
     axes.set_ylabel("loss, nats")
     axes.legend(**_BESIDE)
@@ -104,7 +110,8 @@ def _draw_held_out(
         )
     _plain_log_scale(axes)
     axes.set_ylabel("held-out perplexity")
-    axes.legend(**_BESIDE, title="points: all windows\nlines: some windows", title_fontsize=7)
+    title = "points: windows that decide\nlines: some of them"
+    axes.legend(**_BESIDE, title=title, title_fontsize=7)
 
 
 def _plain_log_scale(axes: Any) -> None:
@@ -175,4 +182,5 @@ def _draw_load(figure: Any, axes: Any, load: dict[str, dict[str, list[float]]]) 
     axes.set_yticks(range(len(load)), [drawable(name, 40) for name in load])
     axes.tick_params(length=0)
     axes.set_xlabel(f"layers, with experts 0 to {count - 1} in each")
-    color_bar(figure, image, axes, "tokens, %")
+    # Where the other panels have their legends: constrained layout would put it beyond these.
+    figure.colorbar(image, cax=axes.inset_axes((1.02, 0, 0.015, 1)), label="tokens, %")
