@@ -23,7 +23,7 @@ from outlier_mlx.engine.chips import (
     published_bandwidth,
 )
 from outlier_mlx.errors import OutlierError
-from outlier_mlx.measure import bench, bench_tables, speeds
+from outlier_mlx.measure import bench, bench_tables, perplexity, speeds
 from outlier_mlx.measure.bench import BenchOptions, BenchResult, Runs
 from outlier_mlx.measure.disk import DiskSpeed
 from outlier_mlx.measure.expected import Machine, work_of
@@ -271,6 +271,14 @@ def test_no_ternary_experts(tier: Path, tmp_path: Path):
     done = run("bench", "--model", other, "--kernels", "-n", 1, code=1)
     assert done.err.endswith("error: this model has no ternary experts to time kernels on\n")
     run("bench", "--model", other, "-p", 4, "-g", 2, "-n", 1)
+
+
+def test_more_tokens_than_the_context(tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity, "context_length", lambda config: 12)
+    told = "prompt and text have 13 tokens, but the model's context length is 12"
+    bench = "bench", tier, "-p", 9, "-n", 1
+    assert told in run(*bench, "-g", 4).err
+    assert "context length" not in run(*bench, "-g", 3).err
 
 
 def test_defaults_are_those_of_mlx_lm():

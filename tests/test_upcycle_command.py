@@ -26,6 +26,7 @@ from outlier_mlx.train.settings import Settings
 from tests.builders import write_base, write_overlay
 from tests.engine import tier_of
 from tests.folders import contents
+from tests.hub_uploads import WritableHub
 from tests.program import Result, assert_refused, run
 from tests.training import go_uphill
 
@@ -125,6 +126,28 @@ def test_the_next_command_and_the_one_after(done: tuple[Site, Result], tmp_path:
     info = run("info", site.folder / "mine", "--json").json
     assert (info["kind"], info["experts"], info["moe_layers"]) == ("overlay", 2, 1)
     run("verify", site.folder / "mine")
+
+
+def test_pushed_and_fetched_it_makes_the_same_tier(
+    done: tuple[Site, Result], tmp_path: Path, hub: WritableHub
+) -> None:
+    site, _ = done
+    mine, base = site.folder / "mine", site.folder / "base"
+    run("push", mine, "owner/mine", "--license", "mit")
+    files = contents(hub.head("owner/mine"))
+    assert set(files) - {".gitattributes"} == set(contents(mine))
+    assert "| cooking |" in files["README.md"].decode()
+    run("convert", mine, "--base", base, "--out", tmp_path / "own" / "tier")
+    run("convert", "owner/mine", "--base", base, "--out", tmp_path / "fetched" / "tier")
+    own, fetched = (
+        {
+            name: data
+            for name, data in contents(tmp_path / of / "tier").items()
+            if "safetensors" in name
+        }
+        for of in ("own", "fetched")
+    )
+    assert own == fetched and own
 
 
 def test_no_path_of_the_machine_is_written(done: tuple[Site, Result]) -> None:

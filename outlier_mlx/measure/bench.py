@@ -19,6 +19,7 @@ from outlier_mlx.engine.paging.paged import PagedSwitchLinear, planned_step, sta
 from outlier_mlx.engine.paging.statistics import PagingStatistics
 from outlier_mlx.engine.tokenizer import Tokenizer
 from outlier_mlx.measure.environment import dtype_name, environment
+from outlier_mlx.measure.perplexity import warn_if_longer
 from outlier_mlx.measure.speeds import NO_EXPECTATION, Expectation, expectation
 from outlier_mlx.models.sizes import bytes_read
 from outlier_mlx.runtime.switch import TernarySwitchLinear
@@ -176,6 +177,8 @@ def bench_model(
         progress: called with runs done so far, and in all.
         folder: where the model is, to tell what is to be expected of it.
     """
+    longest = options.prompt_tokens + options.generation_tokens
+    warn_if_longer(model, longest, "prompt and text have")
     mx.random.seed(0)
     size = (options.batch_size, options.prompt_tokens)
     prompts: Any = mx.random.randint(0, vocabulary(model, tokenizer), size).tolist()

@@ -113,13 +113,15 @@ def windows(
 
 def warn_of_context(model: nn.Module, texts: list[list[int]]) -> None:
     """Warn if windows of tokens are longer than the model's context length."""
+    warn_if_longer(model, max(map(len, texts), default=0), "windows have")
+
+
+def warn_if_longer(model: nn.Module, longest: int, what: str) -> None:
+    """Warn if so many tokens, of what is named, are more than the model's context length."""
     limit = context_length(described(model))
-    longest = max(map(len, texts), default=0)
     if limit is not None and longest > limit:
-        warnings.warn(
-            f"windows have {longest} tokens, but the model's context length is {limit}",
-            stacklevel=2,
-        )
+        text = f"{what} {longest} tokens, but the model's context length is {limit}"
+        warnings.warn(text, stacklevel=3)
 
 
 def compare(

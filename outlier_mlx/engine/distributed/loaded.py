@@ -40,8 +40,7 @@ def classes_to_load(
             classes = pipeline_classes(classes, folder, own)
         else:
             classes = split_classes(classes, folder, own, paged=paged)
-        if "paged" in gathered(
-            "paged" if paged else ""
-        ):  # those of one rank may fit, of others not
+        # All of one rank's experts may fit, and not those of another.
+        if any(gathered("paged" if paged else "")):
             classes = partial_classes(classes, lambda *_: None, stay_in_step)
     return classes
