@@ -146,7 +146,7 @@ def test_a_folder_that_others_can_read_is_refused(where: CacheDir) -> None:
 
 def test_a_file_in_the_place_of_the_folder_is_refused(where: CacheDir) -> None:
     where.path.write_text("mine")
-    with pytest.raises(OutlierError, match=f"{where.path}: cannot write there"):
+    with pytest.raises(OutlierError, match=f"{where.path}: exists and is not a folder"):
         CacheFolder(where, print)
     assert where.path.read_text() == "mine"
 

@@ -132,10 +132,12 @@ def test_an_input_is_never_replaced_by_a_file(here: Path) -> None:
         "eval tier --tasks text.txt --out text.txt",
         "eval tier --tasks x --out tier/config.json",
         "routing tier --text out/routing.json --out out --no-plots",
-        "outliers tier --text out/routing.json --out tier --no-plots",
     ):
-        (here / "tier" / "outliers.json").write_text("")
         refused = run(*line.split(), "--force", code=1)
         assert_refused(refused, "is an input or lies in one: name another file")
-        (here / "tier" / "outliers.json").unlink()
+    refused = run(
+        *["outliers", "tier", "--text", "text.txt", "--out", "tier", "--no-plots", "--force"],
+        code=1,
+    )
+    assert_refused(refused, "tier: is an input, so it cannot be the output")
     assert snapshot(here) == before

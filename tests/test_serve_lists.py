@@ -87,7 +87,7 @@ def test_one_prompt_that_is_too_long_fails_all(served: Running, stream: bool):
     with pytest.raises(openai.BadRequestError) as caught:
         complete(served, prompt=["short", "!" * 600], stream=stream)
     assert caught.value.code == "context_length_exceeded"
-    assert not served.server.generator.replies
+    assert served.wait(lambda: not served.server.generator.replies)
 
 
 def test_the_least_room_is_told(served: Running):
