@@ -15,6 +15,7 @@
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,3 +27,7 @@ os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(
 )
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# Programs in the background of a shell ignore Ctrl-C, and so would all that tests start from there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

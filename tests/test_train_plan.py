@@ -45,6 +45,9 @@ FOURTEEN_LAYERS = Settings(layers=tuple(range(8, 22)), batch=4)
 
 # Experts that are small beside the hidden size: what the base looks at is summed by its square.
 WIDE = {"hidden": 512, "vocab": 256}
+# What is trained together: scales, or all weights.
+SCALES = {"straight_through": False, "joint_steps": 2}
+WEIGHTS = {"expert_steps": 0, "joint_steps": 2, "joint_weights": True}
 
 
 @pytest.mark.slow
@@ -56,9 +59,13 @@ WIDE = {"hidden": 512, "vocab": 256}
         (128, "float32", {}, {"base_bits": None}),
         (128, "bfloat16", {}, {"base_bits": None}),
         (32, "bfloat16", {}, {}),
-        (32, "float32", {}, {"straight_through": False, "joint_steps": 2}),
-        (32, "bfloat16", {}, {"straight_through": False, "joint_steps": 2}),
-        (128, "float32", {}, {"expert_steps": 0, "joint_steps": 2, "joint_weights": True}),
+        (32, "float32", {}, SCALES),
+        (32, "bfloat16", {}, SCALES),
+        (128, "float32", {}, WEIGHTS),
+        (32, "float32", {}, SCALES | {"experts_per_domain": 8}),
+        (32, "float32", {}, SCALES | {"experts_per_domain": 8, "grad_checkpoint": False}),
+        (32, "float32", {}, WEIGHTS | {"experts_per_domain": 8}),
+        (32, "float32", {}, WEIGHTS | {"experts_per_domain": 8, "grad_checkpoint": False}),
         (32, "float32", {}, {"grad_checkpoint": False}),
         (128, "float32", {}, {"base_bits": None, "grad_checkpoint": False}),
         (8, "float32", WIDE, {"layers_at_once": 1, "expert_size": 64, "base_bits": None}),

@@ -26,27 +26,37 @@ class _Costs(NamedTuple):
         hidden: by hidden size.
         scores: by heads times length.
         expert: by width of an expert.
+        output: by hidden size, for each expert.
     """
 
     ffn: float
     hidden: float
     scores: float
     expert: float
+    output: float = 0.0
 
 
 # While layers are computed again for their gradients: experts in training in several of them, where
-# MLX begins with a layer before it is done with the one above; in one; and in the last stage.
+# MLX begins with a layer before it is done with the one above; and in one.
 _SEVERAL = _Costs(7.7, 11.3, 0.9, 15.5)
 _ONE = _Costs(7.7, 8.0, 2.0, 3.0)
-_JOINT, _JOINT_AHEAD = _Costs(8.1, 16.4, 2.9, 6.7), _Costs(2.1, 8.0, 0.0, 0.0)
+# In the last stage, either a layer takes most before its experts are computed, or with them.
+_JOINT, _JOINT_EXPERTS = _Costs(7.8, 18.7, 3.4, 0.0), _Costs(3.9, 9.3, 1.0, 5.1)
+# What MLX begins ahead in the last stage: by the width of an expert, whatever their number; half of
+# it has the dtype of activations.
+_JOINT_AHEAD = 36.5
 # With activations of half the bits, an expert in training has copies in them.
 _COPIES = 5.0
 # What every layer keeps without gradient checkpoints, and what one needs besides.
-_KEPT, _ONCE = _Costs(2.7, 7.2, 0.9, 6.5), _Costs(3.1, 0.0, 0.0, 0.0)
-_JOINT_KEPT = _Costs(*(0.43 * number for number in _JOINT))
+_KEPT, _ONCE = _Costs(2.7, 7.2, 0.9, 5.0, 1.0), _Costs(3.1, 0.0, 0.0, 0.0)
+_JOINT_KEPT, _KEPT_ONCE = _Costs(3.5, 7.1, 1.2, 6.6, 1.8), _Costs(2.1, 8.0, 0.0, 0.0)
+# Each further expert in training in a layer that is computed again.
+_FURTHER = 3.0
 # Rounded matrices that are there at once, counted in those of the FFN; and by weights of an expert,
 # trits that are unpacked.
-_OF_ROUNDED, _OF_TRITS = 4.4, 3.2
+_OF_ROUNDED, _OF_TRITS = 4.4, 1.1
+# The share of those trits that a layer keeps without gradient checkpoints.
+_OF_KEPT = 0.7
 # While the base looks at text, before any training: of a token, float32 numbers by neurons and by
 # hidden size; squares of the hidden size, besides the sums; with half the bits, matrices of the FFN
 # in float32; and the sums before and after a batch.
@@ -176,7 +186,8 @@ def _parts(
     def needed(costs: _Costs, experts: int) -> float:
         """Bytes of work in a layer."""
         found = costs.ffn * config.intermediate + costs.scores * config.heads * window
-        floats = costs.hidden * config.hidden + costs.expert * experts * size_of_one
+        one = costs.expert * size_of_one + costs.output * config.hidden
+        floats = costs.hidden * config.hidden + one * experts
         return tokens * (found * itemsize + floats * _FLOAT)
 
     def stage(latents: float, work: float) -> dict[str, int]:
@@ -200,7 +211,7 @@ def _parts(
     def weights(layers: int, own: int) -> dict[str, int]:
         """Of a stage that trains the weights of so many experts in so many layers."""
         if settings.grad_checkpoint:
-            further = needed(_JOINT, own) - needed(_JOINT, 1)
+            further = tokens * _FLOAT * _FURTHER * size_of_one * (own - 1)
             work = needed(_SEVERAL, 1) + further
             if layers == 1:
                 copies = _COPIES * (itemsize < _FLOAT)
@@ -216,12 +227,13 @@ def _parts(
         trits = experts * _OF_TRITS * expert * itemsize
         # Scores that gradients wait for are float32 here.
         joint = _JOINT._replace(scores=_JOINT.scores * _FLOAT / itemsize)
-        work = needed(joint, experts) + trits + matrix
-        if every > 1:
-            work += needed(_JOINT_AHEAD, 0)
+        ahead = tokens * (_FLOAT + itemsize) / 2 * _JOINT_AHEAD * size_of_one
+        work = max(needed(joint, 0), needed(_JOINT_EXPERTS, experts) + ahead + trits) + matrix
         if not settings.grad_checkpoint:
-            work = above * needed(_JOINT_KEPT, 0) + needed(_JOINT_AHEAD, 0) + kept_rounded
-            work += every * (needed(_JOINT_KEPT, experts) - needed(_JOINT_KEPT, 0) + 0.43 * trits)
+            work = above * needed(_JOINT_KEPT, 0) + needed(_KEPT_ONCE, 0) + kept_rounded
+            work += every * (
+                needed(_JOINT_KEPT, experts) - needed(_JOINT_KEPT, 0) + _OF_KEPT * trits
+            )
         return stage(0, work + 4 * _FLOAT * every * experts * rows)
 
     stages = [first()]
