@@ -143,8 +143,9 @@ def plan(
     assert settings.layers is not None
     most = settings.layers_at_once or len(settings.layers)
     room = available.nbytes - available.headroom
+    stages = _Stages(config, settings, domains, window, itemsize)
     for count in range(most, 0, -1):
-        parts = _parts(config, settings, domains, window, itemsize, count)
+        parts = stages.largest(count)
         if settings.layers_at_once is not None or sum(parts.values()) <= room or count == 1:
             break
     # Groups of about the same size: no more layers than that needs.
@@ -152,98 +153,117 @@ def plan(
     return MemoryPlan(parts, math.ceil(len(settings.layers) / groups), available, teacher)
 
 
-def _parts(
-    config: ModelConfig, settings: Settings, domains: int, window: int, itemsize: int, count: int
-) -> dict[str, int]:
-    assert settings.layers is not None and settings.expert_size is not None
-    shapes = [m.shape for m in family(config.family).modules(config)]
-    base = sum(m.params for m in family(config.family).modules(config))
-    matrices = sum(prod(shape) for shape in shapes if len(shape) == 2)
-    dense = matrices - config.vocab * config.hidden * (2 - config.tied)
-    if config.tied:
-        matrices += config.vocab * config.hidden  # embedding and head are rounded each
-    rounded = 0.0
-    if settings.base_bits is not None:
-        rounded = matrices * (settings.base_bits / 8 + 2 * itemsize / 64)
-    size_of_one = settings.expert_size
-    expert = 3 * config.hidden * size_of_one
-    rows = 2 * size_of_one + config.hidden
-    experts = domains * settings.experts_per_domain
-    frozen = len(settings.layers) * experts * (expert / 4 + _FLOAT * rows)
+class _Stages:
+    """Bytes of each stage of a training, by what they are for."""
 
-    tokens = settings.batch * window
-    above = config.layers - settings.layers[0]
-    saved = tokens * config.hidden * itemsize * (above + 1)
-    head = _head(config, settings, window, itemsize)
-    adam = _OF_ADAM * config.hidden * size_of_one * _FLOAT
-    matrix, kept_rounded = 0, 0.0
-    if settings.base_bits is not None:
-        matrix = config.hidden * config.intermediate * itemsize
-        kept_rounded = dense * itemsize * above / config.layers
-    every = len(settings.layers)
-    all_stages = {"base": int(base * itemsize), "rounded base": int(rounded)}
+    def __init__(
+        self, config: ModelConfig, settings: Settings, domains: int, window: int, itemsize: int
+    ) -> None:
+        """Args: as for `plan`."""
+        assert settings.layers is not None and settings.expert_size is not None
+        self._config, self._settings, self._itemsize = config, settings, itemsize
+        self._domains, self._window = domains, window
+        self._tokens = settings.batch * window
+        self._layers = len(settings.layers)
+        self._above = config.layers - settings.layers[0]
+        self._width = settings.expert_size
+        self._expert = 3 * config.hidden * self._width
+        self._rows = 2 * self._width + config.hidden
+        self._experts = domains * settings.experts_per_domain
+        self._matrix, self._kept_rounded = 0, 0.0
+        self._base = self._of_base()
 
-    def needed(costs: _Costs, experts: int) -> float:
+    def largest(self, count: int) -> dict[str, int]:
+        """Of the stage that takes most, with so many layers' experts trained together."""
+        settings, stages = self._settings, [self._first()]
+        if settings.trains_experts:
+            stages.append(self._weights(count, settings.experts_per_domain))
+        if settings.joint_weights:
+            stages.append(self._weights(self._layers, self._experts))
+        elif settings.joint_steps or len(stages) == 1:
+            stages.append(self._scales())
+        return max(stages, key=lambda parts: sum(parts.values()))
+
+    def _of_base(self) -> dict[str, int]:
+        """Of the base, which all stages have; and what of it is rounded in a layer."""
+        config, bits = self._config, self._settings.base_bits
+        modules = family(config.family).modules(config)
+        matrices = sum(prod(m.shape) for m in modules if len(m.shape) == 2)
+        dense = matrices - config.vocab * config.hidden * (2 - config.tied)
+        if config.tied:
+            matrices += config.vocab * config.hidden  # embedding and head are rounded each
+        rounded = 0.0
+        if bits is not None:
+            rounded = matrices * (bits / 8 + 2 * self._itemsize / 64)
+            self._matrix = config.hidden * config.intermediate * self._itemsize
+            self._kept_rounded = dense * self._itemsize * self._above / config.layers
+        base = sum(m.params for m in modules)
+        return {"base": int(base * self._itemsize), "rounded base": int(rounded)}
+
+    def _needed(self, costs: _Costs, experts: int) -> float:
         """Bytes of work in a layer."""
-        found = costs.ffn * config.intermediate + costs.scores * config.heads * window
-        one = costs.expert * size_of_one + costs.output * config.hidden
+        config = self._config
+        found = costs.ffn * config.intermediate + costs.scores * config.heads * self._window
+        one = costs.expert * self._width + costs.output * config.hidden
         floats = costs.hidden * config.hidden + one * experts
-        return tokens * (found * itemsize + floats * _FLOAT)
+        return self._tokens * (found * self._itemsize + floats * _FLOAT)
 
-    def stage(latents: float, work: float) -> dict[str, int]:
+    def _stage(self, latents: float, work: float) -> dict[str, int]:
         """Bytes of a stage that trains so many latent weights, given its work in layers."""
+        config = self._config
+        frozen = self._layers * self._experts * (self._expert / 4 + _FLOAT * self._rows)
+        saved = self._tokens * config.hidden * self._itemsize * (self._above + 1)
+        head = _head(config, self._settings, self._window, self._itemsize)
+        adam = _OF_ADAM * config.hidden * self._width * _FLOAT
         gradients = _FLOAT * latents
         # Gradients are there when the last layer is computed again, and when Adam makes its step.
         work = max(head, work + gradients, (gradients + adam - saved) * (latents > 0))
         trained = {"experts in training": int(3 * gradients), "inputs of layers": saved}
-        return all_stages | {"experts": int(frozen)} | trained | {"work": int(work)}
+        return self._base | {"experts": int(frozen)} | trained | {"work": int(work)}
 
-    def first() -> dict[str, int]:
+    def _first(self) -> dict[str, int]:
         """Of the stage before all training, in which the base looks at the domains' texts."""
+        config, tokens, domains = self._config, self._tokens, self._domains
         sums = _FLOAT * (config.hidden**2 + domains * (config.hidden + config.intermediate))
         floats = tokens * (_LOOK_FFN * config.intermediate + _LOOK_HIDDEN * config.hidden)
         floats += _LOOK_SQUARES * config.hidden**2
-        if itemsize < _FLOAT:
+        if self._itemsize < _FLOAT:
             floats += _LOOK_MATRICES * config.hidden * config.intermediate
-        work = floats * _FLOAT + tokens * config.heads * window * itemsize
-        return all_stages | {"sums of the first stage": _SUMS * every * sums, "work": int(work)}
+        work = floats * _FLOAT + tokens * config.heads * self._window * self._itemsize
+        sums *= _SUMS * self._layers
+        return self._base | {"sums of the first stage": sums, "work": int(work)}
 
-    def weights(layers: int, own: int) -> dict[str, int]:
+    def _weights(self, layers: int, own: int) -> dict[str, int]:
         """Of a stage that trains the weights of so many experts in so many layers."""
-        if settings.grad_checkpoint:
-            further = tokens * _FLOAT * _FURTHER * size_of_one * (own - 1)
-            work = needed(_SEVERAL, 1) + further
+        if self._settings.grad_checkpoint:
+            further = self._tokens * _FLOAT * _FURTHER * self._width * (own - 1)
+            costs = _SEVERAL
             if layers == 1:
-                copies = _COPIES * (itemsize < _FLOAT)
-                work = needed(_ONE._replace(expert=_ONE.expert + copies), 1) + further
-            work += _OF_ROUNDED * matrix
+                copies = _COPIES * (self._itemsize < _FLOAT)
+                costs = _ONE._replace(expert=_ONE.expert + copies)
+            work = self._needed(costs, 1) + further + _OF_ROUNDED * self._matrix
         else:
-            work = above * needed(_KEPT, 0) + needed(_ONCE, 0) + kept_rounded
-            work += layers * (needed(_KEPT, own) - needed(_KEPT, 0))
-        return stage(layers * own * expert, work)
+            work = self._above * self._needed(_KEPT, 0) + self._needed(_ONCE, 0)
+            work += self._kept_rounded
+            work += layers * (self._needed(_KEPT, own) - self._needed(_KEPT, 0))
+        return self._stage(layers * own * self._expert, work)
 
-    def scales() -> dict[str, int]:
+    def _scales(self) -> dict[str, int]:
         """Of the last stage, if it trains no weights."""
-        trits = experts * _OF_TRITS * expert * itemsize
-        # Scores that gradients wait for are float32 here.
-        joint = _JOINT._replace(scores=_JOINT.scores * _FLOAT / itemsize)
-        ahead = tokens * (_FLOAT + itemsize) / 2 * _JOINT_AHEAD * size_of_one
-        work = max(needed(joint, 0), needed(_JOINT_EXPERTS, experts) + ahead + trits) + matrix
-        if not settings.grad_checkpoint:
-            work = above * needed(_JOINT_KEPT, 0) + needed(_KEPT_ONCE, 0) + kept_rounded
-            work += every * (
-                needed(_JOINT_KEPT, experts) - needed(_JOINT_KEPT, 0) + _OF_KEPT * trits
-            )
-        return stage(0, work + 4 * _FLOAT * every * experts * rows)
-
-    stages = [first()]
-    if settings.trains_experts:
-        stages.append(weights(count, settings.experts_per_domain))
-    if settings.joint_weights:
-        stages.append(weights(every, experts))
-    elif settings.joint_steps or len(stages) == 1:
-        stages.append(scales())
-    return max(stages, key=lambda parts: sum(parts.values()))
+        experts = self._experts
+        trits = experts * _OF_TRITS * self._expert * self._itemsize
+        if self._settings.grad_checkpoint:
+            # Scores that gradients wait for are float32 here.
+            joint = _JOINT._replace(scores=_JOINT.scores * _FLOAT / self._itemsize)
+            ahead = self._tokens * (_FLOAT + self._itemsize) / 2 * _JOINT_AHEAD * self._width
+            with_experts = self._needed(_JOINT_EXPERTS, experts) + ahead + trits
+            work = max(self._needed(joint, 0), with_experts) + self._matrix
+        else:
+            work = self._above * self._needed(_JOINT_KEPT, 0) + self._needed(_KEPT_ONCE, 0)
+            work += self._kept_rounded
+            of_experts = self._needed(_JOINT_KEPT, experts) - self._needed(_JOINT_KEPT, 0)
+            work += self._layers * (of_experts + _OF_KEPT * trits)
+        return self._stage(0, work + 4 * _FLOAT * self._layers * experts * self._rows)
 
 
 def _head(config: ModelConfig, settings: Settings, window: int, itemsize: int) -> float:
